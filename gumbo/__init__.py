@@ -1,0 +1,27 @@
+"""gumbo (Gumbel + ELBO): deep generative models and amortized guides in Pyro, and a choice of gradient at every site."""
+
+from __future__ import annotations
+
+import importlib
+
+from ._version import __version__
+
+# Loaded when used: `import gumbo` costs torch and pyro only once something that needs them is touched.
+_ROOMS = ("errors", "models", "guides", "inference", "experiments", "testing")
+_NAMES = {
+    name: "inference" for name in ("SiteELBO", "audit", "diagnose", "evaluate", "fit", "to_arviz", "summary")
+} | {name: "errors" for name in ("GumboError", "BadInput", "UnknownName", "UnsupportedSite")}
+
+__all__ = ["__version__", *_ROOMS, *_NAMES]
+
+
+def __getattr__(name: str):
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _NAMES:
+        return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

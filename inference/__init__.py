@@ -1,0 +1,3 @@
+"""How programs are fitted and judged: estimators, objectives, training, evaluation, posteriors."""
+
+from __future__ import annotations
