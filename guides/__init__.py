@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from ._base import guides
+from ._base import Guide, fitting, guides
+from .categorical import CategoricalGuide, RelaxedCategoricalGuide
+from .normal import NormalGuide
 
-__all__ = ["guides"]
+__all__ = ["CategoricalGuide", "Guide", "NormalGuide", "RelaxedCategoricalGuide", "fitting", "guides"]

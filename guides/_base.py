@@ -2,6 +2,92 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution
+from torch import nn
+
+from ..errors import BadInput
+from ..models._base import GenerativeModel, Latent, OverData
+from ..models._networks import mlp
 from ..registry import Registry
 
-guides: Registry[type] = Registry("guide")
+guides: Registry[type[Guide]] = Registry("guide")
+
+
+class Guide(OverData):
+    """Base of the guides q(z | x): ``Guide(model)`` shapes itself from the latents that the model declares.
+
+    ``guide(x)`` is the Pyro program: it samples each declared latent under the model's name, in the model's plate, and
+    returns them as a dict. ``families`` are the latent families it serves.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ()
+    _not_in_config = ("model",)
+
+    def __init__(self, model: GenerativeModel):
+        if not isinstance(getattr(model, "latents", None), dict):
+            raise BadInput(f"{type(self).__name__} needs a model that declares its latents, not {type(model).__name__}")
+        if reason := self.why_not(model):
+            fit = ", ".join(fitting(model)) or "none of the registered ones"
+            raise BadInput(
+                f"{type(self).__name__} cannot serve {type(model).__name__}: {reason}; guides that fit: {fit}"
+            )
+        super().__init__(model.data_shape, model.data_size)
+        self.latents: dict[str, Latent] = dict(model.latents)
+
+    @classmethod
+    def why_not(cls, model: GenerativeModel) -> str:
+        """Why this guide cannot serve ``model``, in a few words; an empty string if it can."""
+        for site, latent in model.latents.items():
+            if latent.family not in cls.families:
+                return f"its latent {site!r} is {latent.family}, and the guide serves {' and '.join(cls.families)}"
+        return ""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise TypeError(f"{type(self).__name__} must define forward(x)")
+
+
+def fitting(model: GenerativeModel) -> list[str]:
+    """The names of the registered guides that can serve ``model``.
+
+    >>> from gumbo.models import CategoricalVAE
+    >>> fitting(CategoricalVAE((1, 8, 8), hidden=(8,), relaxed=True))
+    ['relaxed-categorical']
+    """
+    return [name for name, guide in guides.items() if not guide.why_not(model)]
+
+
+class FactorizedGuide(Guide):
+    r"""Base of the guides :math:`q(z \mid x) = \prod_j q(z_j \mid x)`: one trunk, and one linear head per latent site.
+
+    A subclass says how many numbers a site needs (``num_outputs``) and what distribution they make (``distribution``).
+    """
+
+    def __init__(self, model: GenerativeModel, hidden: Sequence[int], activation: str):
+        super().__init__(model)
+        sizes = [math.prod(self.data_shape), *hidden]
+        self.encoder = mlp(sizes, activation, activate_last=True)
+        self.encoder_heads = nn.ModuleDict(
+            {site: nn.Linear(sizes[-1], self.num_outputs(latent)) for site, latent in self.latents.items()}
+        )
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        with self.data_plate(x):
+            features = self.encoder(x.flatten(1))
+            return {
+                site: pyro.sample(site, self.distribution(latent, self.encoder_heads[site](features)))
+                for site, latent in self.latents.items()
+            }
+
+    def num_outputs(self, latent: Latent) -> int:
+        """How many numbers the head of a site gives."""
+        return latent.size
+
+    def distribution(self, latent: Latent, output: torch.Tensor) -> TorchDistribution:
+        """q of one site from its head's ``output`` ``(B, num_outputs)``; its event shape is ``latent.shape``."""
+        raise TypeError(f"{type(self).__name__} must define distribution(latent, output)")

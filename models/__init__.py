@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from ._base import models
+from ._base import GenerativeModel, Latent, models
+from .categorical_vae import CategoricalVAE
+from .gaussian_vae import GaussianVAE
 
-__all__ = ["models"]
+__all__ = ["CategoricalVAE", "GaussianVAE", "GenerativeModel", "Latent", "models"]

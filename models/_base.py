@@ -2,6 +2,149 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from pyro.poutine.util import is_validation_enabled
+
+from ..errors import BadInput
 from ..registry import Registry
 
-models: Registry[type] = Registry("model")
+models: Registry[type[GenerativeModel]] = Registry("model")
+
+FAMILIES = ("normal", "categorical", "relaxed-categorical", "bernoulli")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """What a model says of one latent site: its family, and the shape of one datum's value.
+
+    ``family`` is one of ``normal``, ``categorical`` (one-hot vectors), ``relaxed-categorical`` (points of the simplex)
+    and ``bernoulli``. For the two categorical families the last dimension of ``shape`` runs over classes.
+
+    >>> Latent("categorical", (20, 10)).size
+    200
+    """
+
+    family: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise BadInput(f"latent family {self.family!r} is unknown: expected one of {', '.join(FAMILIES)}")
+        object.__setattr__(self, "shape", tuple(self.shape))
+
+    @property
+    def size(self) -> int:
+        """Numbers per datum."""
+        return math.prod(self.shape)
+
+
+class Configured(PyroModule):
+    """A PyroModule that remembers the arguments it was built from, defaults included, as the dict ``config``.
+
+    ``type(module)(**module.config)`` builds its twin (for a guide: ``type(guide)(model, **guide.config)``).
+    """
+
+    config: dict[str, Any]
+    _not_in_config: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, *args, **kwargs):
+        self = super().__new__(cls)
+        # Partial: a copy or an unpickled module passes no arguments here; a missing one is __init__'s to report.
+        bound = inspect.signature(cls).bind_partial(*args, **kwargs)
+        bound.apply_defaults()
+        config = {name: _plain(value) for name, value in bound.arguments.items() if name not in cls._not_in_config}
+        object.__setattr__(self, "config", config)
+        return self
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | torch.Size) else value
+
+
+class OverData(Configured):
+    """What models and guides share: the shape of a datum, the checks on a batch, and the plate over it.
+
+    ``data_size`` is the size of the whole data set: when it is given, a batch counts as a subsample of it, and Pyro
+    scales every log-probability by ``data_size / B``, in the model and in guides built from it.
+    """
+
+    def __init__(self, data_shape: Sequence[int], data_size: int | None = None):
+        super().__init__()
+        self.data_shape = torch.Size(data_shape)
+        self.data_size = data_size
+        if min(self.data_shape, default=1) < 1:
+            raise BadInput(f"{type(self).__name__}: data_shape {tuple(data_shape)} must hold positive sizes")
+
+    def data_plate(self, x: torch.Tensor | None, batch_size: int = 1):
+        """The plate ``data`` over the rows of ``x``, or over ``batch_size`` rows when there is no ``x``."""
+        like = next(self.parameters())
+        if x is None:
+            return pyro.plate("data", batch_size, dim=-1, device=like.device)
+        self.check_batch(x, like)
+        if self.data_size is None:
+            return pyro.plate("data", len(x), dim=-1, device=x.device)
+        if len(x) > self.data_size:
+            raise BadInput(f"{type(self).__name__}: a batch of {len(x)} is larger than data_size={self.data_size}")
+        rows = torch.arange(len(x), device=x.device)
+        return pyro.plate("data", self.data_size, subsample=rows, dim=-1, device=x.device)
+
+    def check_batch(self, x: torch.Tensor, like: torch.Tensor) -> None:
+        """Raise BadInput unless ``x`` is a batch ``(B, *data_shape)`` of the module's dtype."""
+        who, expected = type(self).__name__, f"(B, {', '.join(map(str, self.data_shape))})"
+        if not isinstance(x, torch.Tensor):
+            raise BadInput(f"{who}: x is {type(x).__name__}, expected a tensor of shape {expected}")
+        if x.shape[1:] != self.data_shape or x.dim() == 0:
+            raise BadInput(f"{who}: x has shape {tuple(x.shape)}, expected {expected}")
+        if len(x) == 0:
+            raise BadInput(f"{who}: x is an empty batch, expected {expected} with B of at least 1")
+        if x.dtype != like.dtype:
+            raise BadInput(
+                f"{who}: x is {x.dtype}, expected {like.dtype} as its parameters are: call x.to({like.dtype})"
+            )
+        if is_validation_enabled():
+            self.check_values(x)
+
+    def check_values(self, x: torch.Tensor) -> None:
+        """What must hold of the values; called only under Pyro's validation, since it reads the data."""
+        if x.isnan().any():
+            rows = x.isnan().flatten(1).any(1).sum().item()
+            raise BadInput(f"{type(self).__name__}: x has NaN in {rows} of {len(x)} rows; remove or fill them")
+
+
+class GenerativeModel(OverData):
+    """Base of the models p(x, z): ``model(x)`` is the Pyro program, ``model(batch_size=B)`` the same without data.
+
+    ``latents`` maps the latent sites, in the order they are sampled, to what they are; the observed site is ``x``.
+    Values may carry particle dimensions in front, ``(K, B, ...)``: networks accept any number of leading dimensions.
+    ``variants`` are small configurations that stand for the class in contract tests and in tables.
+    """
+
+    latents: dict[str, Latent]
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    binary_data = False
+
+    def forward(self, x: torch.Tensor | None = None, *, batch_size: int = 1) -> torch.Tensor:
+        raise TypeError(f"{type(self).__name__} must define forward(x=None, *, batch_size=1)")
+
+    def check_values(self, x: torch.Tensor) -> None:
+        super().check_values(x)
+        if self.binary_data and not ((x == 0) | (x == 1)).all():
+            raise BadInput(
+                f"{type(self).__name__}: a Bernoulli likelihood needs x of zeros and ones; "
+                'load the data with binarize="static" or "dynamic"'
+            )
+
+    def sample_prior(self, num_samples: int = 1) -> dict[str, torch.Tensor]:
+        """Draws of every latent and of ``x`` from the model, each ``(num_samples, *shape)``."""
+        with torch.no_grad(), pyro.get_param_store().scope():
+            trace = poutine.trace(self).get_trace(batch_size=num_samples)
+        return {name: trace.nodes[name]["value"] for name in (*self.latents, "x")}

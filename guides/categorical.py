@@ -1,0 +1,70 @@
+"""Guides for one-hot latents and for their relaxations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+
+from ..models._base import GenerativeModel, Latent
+from ..models._relaxed import RelaxedOneHot
+from ._base import FactorizedGuide, guides
+
+
+@guides.register("categorical")
+class CategoricalGuide(FactorizedGuide):
+    r"""One-hot latents: :math:`q(y_n \mid x) = \mathrm{Categorical}(\mathrm{softmax}\,h_n(x))`, independent over n.
+
+    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)``, one-hot along the last dimension.
+    Raises BadInput for a model with latents of another family.
+
+    Jang, Gu & Poole 2017, arXiv:1611.01144.
+
+    >>> from gumbo.models import CategoricalVAE
+    >>> model = CategoricalVAE((1, 8, 8), num_latents=4, num_classes=3, hidden=(16,))
+    >>> CategoricalGuide(model, hidden=(16,))(torch.zeros(5, 1, 8, 8))["y"].sum(-1).unique()
+    tensor([1.])
+    """
+
+    families = ("categorical",)
+
+    def __init__(self, model: GenerativeModel, hidden: Sequence[int] = (256, 128), activation: str = "relu"):
+        super().__init__(model, hidden, activation)
+
+    def distribution(self, latent: Latent, output: torch.Tensor) -> dist.TorchDistribution:
+        logits = output.unflatten(-1, latent.shape)
+        return dist.OneHotCategorical(logits=logits).to_event(len(latent.shape) - 1)
+
+
+@guides.register("relaxed-categorical")
+class RelaxedCategoricalGuide(FactorizedGuide):
+    r"""Relaxed one-hot latents: RelaxedOneHotCategorical with logits :math:`h_n(x)`, independent over n.
+
+    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)``, on the simplex along the last dimension. The
+    temperature is a buffer: ``guide.temperature.fill_(0.3)`` changes it. Raises BadInput for a model with
+    latents of another family: a density on the simplex is never compared with a discrete prior.
+
+    Maddison, Mnih & Teh 2017, arXiv:1611.00712, whose posterior temperature of 2/3 is the default.
+
+    >>> from gumbo.models import CategoricalVAE
+    >>> model = CategoricalVAE((1, 8, 8), num_latents=4, num_classes=3, hidden=(16,), relaxed=True)
+    >>> RelaxedCategoricalGuide(model, hidden=(16,))(torch.zeros(5, 1, 8, 8))["y"].shape
+    torch.Size([5, 4, 3])
+    """
+
+    families = ("relaxed-categorical",)
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        temperature: float = 2 / 3,
+        hidden: Sequence[int] = (256, 128),
+        activation: str = "relu",
+    ):
+        super().__init__(model, hidden, activation)
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
+
+    def distribution(self, latent: Latent, output: torch.Tensor) -> dist.TorchDistribution:
+        logits = output.unflatten(-1, latent.shape)
+        return RelaxedOneHot(self.temperature, logits=logits).to_event(len(latent.shape) - 1)

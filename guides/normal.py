@@ -1,0 +1,47 @@
+"""The diagonal Normal guide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch.nn.functional import softplus
+
+from ..models._base import GenerativeModel, Latent
+from ._base import FactorizedGuide, guides
+
+
+@guides.register("normal")
+class NormalGuide(FactorizedGuide):
+    r"""Diagonal Normal: :math:`q(z_j \mid x) = N(\mu_j(x), \mathrm{diag}\,\sigma_j(x)^2)` for each Normal latent.
+
+    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The standard deviation is
+    ``softplus(output) + min_sd``. Raises BadInput for a model with latents of another family.
+
+    Kingma & Welling 2013, arXiv:1312.6114.
+
+    >>> from gumbo.models import GaussianVAE
+    >>> model = GaussianVAE((1, 8, 8), latent_dim=2, hidden=(16,))
+    >>> NormalGuide(model, hidden=(16,))(torch.zeros(5, 1, 8, 8))["z"].shape
+    torch.Size([5, 2])
+    """
+
+    families = ("normal",)
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        hidden: Sequence[int] = (256, 128),
+        min_sd: float = 1e-4,
+        activation: str = "relu",
+    ):
+        super().__init__(model, hidden, activation)
+        self.min_sd = min_sd
+
+    def num_outputs(self, latent: Latent) -> int:
+        return 2 * latent.size
+
+    def distribution(self, latent: Latent, output: torch.Tensor) -> dist.TorchDistribution:
+        loc, raw = output.unflatten(-1, (2, *latent.shape)).unbind(-1 - len(latent.shape))
+        return dist.Normal(loc, softplus(raw) + self.min_sd).to_event(len(latent.shape))

@@ -1,0 +1,76 @@
+"""A variational autoencoder with Normal latents and perceptrons (system of Kingma & Welling 2013)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+from ..errors import BadInput, UnknownName
+from ._base import GenerativeModel, Latent, models
+from ._networks import mlp
+
+
+@models.register("gaussian-vae")
+class GaussianVAE(GenerativeModel):
+    r"""Normal latents, a perceptron decoder, and a Bernoulli or a Normal likelihood.
+
+    .. math:: z \sim N(0, I_D), \qquad x \mid z \sim \prod_i \mathrm{Bernoulli}(x_i; \sigma(f(z)_i))
+              \quad\text{or}\quad \prod_i N(x_i; f(z)_i, s^2)
+
+    Shapes: ``x`` is ``(B, *data_shape)``, site ``z`` is ``(B, latent_dim)``. ``hidden`` is given in the encoder's
+    order, so that a guide with the same sizes mirrors the decoder. ``likelihood_sd`` fixes s of the Normal likelihood;
+    by default s is learned, one positive scalar that starts at 1. Raises BadInput for data of another shape and, under
+    validation, for NaN or for values other than 0 and 1 under a Bernoulli likelihood.
+
+    Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
+
+    >>> model = GaussianVAE(data_shape=(1, 8, 8), latent_dim=2, hidden=(16,))
+    >>> {site: tuple(draws.shape) for site, draws in model.sample_prior(5).items()}
+    {'z': (5, 2), 'x': (5, 1, 8, 8)}
+    """
+
+    variants = ({"latent_dim": 3, "hidden": (16, 8)}, {"latent_dim": 3, "hidden": (16,), "likelihood": "normal"})
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        latent_dim: int = 50,
+        hidden: Sequence[int] = (256, 128),
+        likelihood: str = "bernoulli",
+        likelihood_sd: float | None = None,
+        activation: str = "relu",
+        data_size: int | None = None,
+    ):
+        super().__init__(data_shape, data_size)
+        if likelihood not in ("bernoulli", "normal"):
+            raise UnknownName("likelihood", likelihood, ["bernoulli", "normal"])
+        if likelihood_sd is not None and (likelihood != "normal" or likelihood_sd <= 0):
+            raise BadInput(f"likelihood_sd={likelihood_sd} must be positive and goes with likelihood='normal'")
+        self.latents = {"z": Latent("normal", (latent_dim,))}
+        self.binary_data = likelihood == "bernoulli"
+        self.decoder = mlp([latent_dim, *reversed(hidden), math.prod(self.data_shape)], activation)
+        self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
+        self.register_buffer("prior_scale", torch.ones(latent_dim), persistent=False)
+        if likelihood == "normal":
+            log_sd = torch.tensor(math.log(likelihood_sd or 1.0))
+            if likelihood_sd is None:
+                self.decoder_log_sd = nn.Parameter(log_sd)
+            else:
+                self.register_buffer("decoder_log_sd", log_sd)
+
+    def forward(self, x: torch.Tensor | None = None, *, batch_size: int = 1) -> torch.Tensor:
+        with self.data_plate(x, batch_size):
+            z = pyro.sample("z", dist.Normal(self.prior_loc, self.prior_scale).to_event(1))
+            return pyro.sample("x", self.likelihood(z), obs=x)
+
+    def likelihood(self, z: torch.Tensor) -> dist.TorchDistribution:
+        """p(x | z) for ``z`` of shape ``(..., D)``, batch shape ``(...)``."""
+        output = self.decoder(z).unflatten(-1, self.data_shape)
+        if self.binary_data:
+            return dist.Bernoulli(logits=output).to_event(len(self.data_shape))
+        return dist.Normal(output, self.decoder_log_sd.exp()).to_event(len(self.data_shape))
