@@ -1,0 +1,158 @@
+"""What fitting, evaluation and gradient measurements share: running a pair of programs and leaving no trace of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import pyro
+import torch
+from pyro.params.param_store import StateDict
+
+from ..errors import BadInput
+
+
+def modules_of(*programs: object) -> list[torch.nn.Module]:
+    """The programs that are modules (a program may also be a plain function)."""
+    return [program for program in programs if isinstance(program, torch.nn.Module)]
+
+
+def owned_parameters(model: Callable, guide: Callable) -> dict[str, torch.nn.Parameter]:
+    """Parameters of both modules as ``model.…`` and ``guide.…``; one that both share is named once."""
+    named: dict[str, torch.nn.Parameter] = {}
+    seen: set[int] = set()
+    for prefix, program in (("model", model), ("guide", guide)):
+        for module in modules_of(program):
+            for name, parameter in module.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    named[f"{prefix}.{name}"] = parameter
+    return named
+
+
+def _plain(name: str) -> str:
+    """A store's name for a module's parameter, as the module itself writes it."""
+    return name.replace("$$$", ".").removesuffix("_unconstrained")
+
+
+@contextmanager
+def private_store(*programs: object) -> Iterator[None]:
+    """A scope of the param store in which each module's own values rule; the store outside stays as it was.
+
+    What plain functions keep in the store is seen inside, under the same tensors. A module would take the store's
+    tensor wherever the names agree, so stale entries of another module's training are hidden from it.
+    """
+    owned: dict[str, int] = {}
+    for module in modules_of(*programs):
+        root = getattr(module, "_pyro_name", "")
+        for name, parameter in module.named_parameters():
+            owned[_plain(f"{root}.{name}" if root else name)] = id(parameter)
+    store = pyro.get_param_store()
+    state = store.get_state()
+    stale = [key for key, value in state["params"].items() if owned.get(_plain(key), id(value)) != id(value)]
+    kept: StateDict = {
+        "params": {key: value for key, value in state["params"].items() if key not in stale},
+        "constraints": {key: value for key, value in state["constraints"].items() if key not in stale},
+    }
+    with store.scope(kept):
+        yield
+
+
+def devices_of(*things: object) -> list[torch.device]:
+    """CUDA devices that the tensors and modules among ``things`` live on."""
+    tensors = [thing for thing in things if isinstance(thing, torch.Tensor)]
+    tensors += [parameter for module in modules_of(*things) for parameter in module.parameters()]
+    return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
+
+
+@contextmanager
+def private_seed(seed: int | None, *things: object) -> Iterator[None]:
+    """Torch's generators seeded inside and as they were outside; ``seed=None`` leaves the stream where it stands."""
+    with torch.random.fork_rng(devices=devices_of(*things)):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def modes_kept(*programs: object) -> Iterator[None]:
+    """Every submodule's training flag is afterwards what it was."""
+    flags = [(module, module.training) for root in modules_of(*programs) for module in root.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+class Rows:
+    """Data as a program takes it: one tensor, a tuple of them, or a mapping of keywords; all share their first axis.
+
+    >>> rows = Rows({"x": torch.zeros(3, 2), "y": torch.arange(3)})
+    >>> len(rows), sorted(rows[torch.tensor([2, 0])].kwargs)
+    (3, ['x', 'y'])
+    """
+
+    def __init__(self, data: object, what: str = "data"):
+        self.args: tuple = ()
+        self.kwargs: dict = {}
+        if isinstance(data, Rows):
+            self.args, self.kwargs = data.args, data.kwargs
+        elif isinstance(data, Mapping):
+            self.kwargs = dict(data)
+        elif isinstance(data, (tuple, list)):
+            self.args = tuple(data)
+        else:
+            self.args = (data,)
+        named = [*enumerate(self.args), *self.kwargs.items()]
+        for name, tensor in named:
+            if not isinstance(tensor, torch.Tensor):
+                raise BadInput(
+                    f"{what}: argument {name!r} is {type(tensor).__name__}, expected a tensor of shape (N, …)"
+                )
+            if tensor.dim() == 0:
+                raise BadInput(f"{what}: argument {name!r} is a scalar, expected a tensor of shape (N, …)")
+        sizes = {tensor.shape[0] for _, tensor in named}
+        if len(sizes) > 1:
+            raise BadInput(f"{what}: the arguments have {sorted(sizes)} rows, expected one number of rows for all")
+        self._length = sizes.pop() if sizes else 0
+
+    def check(self, what: str) -> Rows:
+        """Itself, once it is known to hold at least one row and no NaN or infinity."""
+        if not len(self):
+            raise BadInput(f"{what} is empty: expected at least one row")
+        for name, tensor in [*enumerate(self.args), *self.kwargs.items()]:
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).flatten(1).any(1).sum()) if tensor.dim() > 1 else 1
+                raise BadInput(
+                    f"{what}: argument {name!r} holds NaN or infinity in {bad} of {len(self)} rows; mend them"
+                )
+        return self
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index) -> Rows:
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device) -> Rows:
+        return self._map(lambda tensor: tensor.to(device))
+
+    def repeated(self, times: int) -> Rows:
+        """Each row ``times`` times: all rows, then all rows again."""
+        return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Rows:
+        changed = Rows(())
+        changed.args = tuple(change(tensor) for tensor in self.args)
+        changed.kwargs = {name: change(tensor) for name, tensor in self.kwargs.items()}
+        changed._length = next((len(tensor) for tensor in [*changed.args, *changed.kwargs.values()]), 0)
+        return changed
+
+
+def device_of(*programs: object) -> torch.device:
+    """Where the programs' parameters live; the CPU if they have none."""
+    for module in modules_of(*programs):
+        for parameter in module.parameters():
+            return parameter.device
+    return torch.device("cpu")

@@ -1,0 +1,308 @@
+"""What estimators ask of a distribution: its score, its support, its relaxation, its linear extension.
+
+Pyro wraps distributions (``.to_event``, ``.mask``, ``.expand_by``); every function here looks through the wrappers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution, TorchDistribution
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from torch import Tensor
+from torch.distributions import constraints
+
+Distribution = torch.distributions.Distribution
+
+# torch and Pyro give these an `rsample` whose gradient is a straight-through one, which is biased.
+_STRAIGHT_THROUGH = tuple(
+    found
+    for module in (dist, torch.distributions)
+    for name in (
+        "OneHotCategoricalStraightThrough",
+        "RelaxedOneHotCategoricalStraightThrough",
+        "RelaxedBernoulliStraightThrough",
+    )
+    if (found := getattr(module, name, None)) is not None
+)
+
+
+def elementary(fn: Distribution) -> Distribution:
+    """The distribution under ``to_event``, ``mask`` and ``expand`` wrappers.
+
+    >>> import pyro.distributions as dist
+    >>> type(elementary(dist.Bernoulli(torch.ones(3) / 2).mask(True).to_event(1))).__name__
+    'Bernoulli'
+    """
+    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def is_deterministic(fn: Distribution) -> bool:
+    return isinstance(elementary(fn), dist.Delta)
+
+
+def is_bernoulli(fn: Distribution) -> bool:
+    return isinstance(elementary(fn), torch.distributions.Bernoulli)
+
+
+def is_one_hot(fn: Distribution) -> bool:
+    return isinstance(elementary(fn), torch.distributions.OneHotCategorical) and not is_straight_through(fn)
+
+
+def is_straight_through(fn: Distribution) -> bool:
+    return isinstance(elementary(fn), _STRAIGHT_THROUGH)
+
+
+def is_discrete(fn: Distribution) -> bool:
+    """Whether draws of ``fn`` are counted rather than measured (pmf, not density)."""
+    fn = elementary(fn)
+    if isinstance(fn, (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)):
+        return False
+    support = fn.support
+    if callable(support) and not isinstance(support, constraints.Constraint):
+        return False
+    return bool(getattr(support, "is_discrete", False)) or isinstance(fn, torch.distributions.OneHotCategorical)
+
+
+def describe(fn: Distribution) -> str:
+    """The name of the elementary distribution, for messages."""
+    return type(elementary(fn)).__name__
+
+
+def clear_caches(fn: Distribution) -> None:
+    """Forget values that transforms keep: a cached draw made without gradients has no score."""
+    while fn is not None:
+        if hasattr(fn, "clear_cache"):
+            fn.clear_cache()
+        fn = getattr(fn, "base_dist", None)
+
+
+def score_log_prob(fn: Distribution, value: Tensor) -> Tensor:
+    """Log-probability without the distribution's own mask, whose zeros would lose the score of a draw that was made.
+
+    >>> import pyro.distributions as dist
+    >>> fn = dist.Bernoulli(torch.tensor([0.25, 0.5])).mask(False).to_event(1)
+    >>> bool(torch.allclose(score_log_prob(fn, torch.ones(2)), torch.tensor(0.125).log()))
+    True
+    """
+    if isinstance(fn, MaskedDistribution):
+        return score_log_prob(fn.base_dist, value)
+    if isinstance(fn, torch.distributions.Independent):
+        return sum_rightmost(score_log_prob(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+    return fn.log_prob(value)
+
+
+def has_own_mask(fn: Distribution) -> bool:
+    while fn is not None:
+        if isinstance(fn, MaskedDistribution):
+            return True
+        fn = getattr(fn, "base_dist", None)
+    return False
+
+
+def _tensors_of(constraint: object, depth: int = 0):
+    for item in vars(constraint).values() if hasattr(constraint, "__dict__") else ():
+        for found in item if isinstance(item, (list, tuple)) else (item,):
+            if isinstance(found, Tensor):
+                yield found
+            elif isinstance(found, constraints.Constraint) and depth < 8:
+                yield from _tensors_of(found, depth + 1)
+
+
+def support_moves(fn: Distribution) -> bool:
+    """Whether the set of possible values depends on something that is being differentiated.
+
+    The score function is then wrong: it cannot see mass that enters or leaves at the edge.
+
+    >>> import pyro.distributions as dist
+    >>> theta = torch.tensor(2.0, requires_grad=True)
+    >>> support_moves(dist.Uniform(0.0, theta)), support_moves(dist.Normal(theta, 1.0))
+    (True, False)
+    """
+    fn = elementary(fn)
+    if any(tensor.requires_grad for tensor in _tensors_of(fn.support)):
+        return True
+    if isinstance(fn, torch.distributions.TransformedDistribution):
+        if support_moves(fn.base_dist):
+            return True
+        # A bounded base pushed through a learnable map has learnable bounds, whatever the map's codomain says.
+        bounded = bool(list(_tensors_of(fn.base_dist.support))) or hasattr(fn.base_dist.support, "lower_bound")
+        return bounded and any(_learnable(transform) for transform in fn.transforms)
+    return False
+
+
+def _learnable(transform: object) -> bool:
+    if isinstance(transform, torch.nn.Module) and any(p.requires_grad for p in transform.parameters()):
+        return True
+    return any(isinstance(item, Tensor) and item.requires_grad for item in vars(transform).values()) or any(
+        _learnable(part) for part in getattr(transform, "parts", ())
+    )
+
+
+def finite_support(fn: Distribution, *, joint: bool, limit: int) -> Tensor | str:
+    """Every value that ``fn`` can take, along a new leftmost dimension, or the reason why that cannot be had.
+
+    The product over the independent coordinates of the event is always taken. With ``joint`` the product is also taken
+    over the batch; otherwise all elements of the batch take the same value at once.
+
+    >>> import pyro.distributions as dist
+    >>> coin = dist.Bernoulli(torch.full((3,), 0.5))
+    >>> finite_support(coin, joint=False, limit=99).shape, finite_support(coin, joint=True, limit=99).shape
+    (torch.Size([2, 3]), torch.Size([8, 3]))
+    >>> finite_support(coin.to_event(1), joint=False, limit=99).shape
+    torch.Size([8, 3])
+    """
+    base = elementary(fn)
+    if not getattr(base, "has_enumerate_support", False):
+        return f"{describe(fn)} has no finite support"
+    try:
+        values = base.enumerate_support(expand=False)
+    except (NotImplementedError, ValueError) as error:
+        return f"its support cannot be listed ({error})"
+    size, one = values.shape[0], base.event_shape
+    values = values.reshape((size,) + tuple(one))
+    inner = fn.event_shape[: len(fn.event_shape) - len(one)]
+    coordinates = math.prod(inner) * (math.prod(fn.batch_shape) if joint else 1)
+    if size**coordinates > limit:
+        over = "jointly over its plates " if joint else ""
+        return f"listing it {over}takes {size}^{coordinates} values, more than the limit of {limit}"
+    axes = [torch.arange(size, device=values.device)] * coordinates
+    grid = torch.cartesian_prod(*axes).reshape(-1, coordinates) if coordinates else axes
+    listed = values[grid]
+    if joint:
+        return listed.reshape((len(grid),) + tuple(fn.batch_shape) + tuple(fn.event_shape))
+    listed = listed.reshape((len(grid),) + (1,) * len(fn.batch_shape) + tuple(fn.event_shape))
+    return listed.expand((len(grid),) + tuple(fn.batch_shape) + tuple(fn.event_shape))
+
+
+def rewrap(fn: Distribution, change: Callable[[Distribution], Distribution]) -> Distribution:
+    """Apply ``change`` to the elementary distribution under the wrappers, and wrap the result alike."""
+    if isinstance(fn, MaskedDistribution):
+        return rewrap(fn.base_dist, change).mask(fn._mask)
+    if isinstance(fn, torch.distributions.Independent):
+        return rewrap(fn.base_dist, change).to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, ExpandedDistribution):
+        return rewrap(fn.base_dist, change).expand(fn.batch_shape)
+    return change(fn)
+
+
+def logits_of(fn: Distribution) -> Tensor:
+    """Logits of a Bernoulli or one-hot site, of shape ``batch_shape + event_shape``; normalised for one-hots."""
+    logits = elementary(fn).logits
+    return logits.expand(tuple(fn.batch_shape) + tuple(fn.event_shape))
+
+
+class LinearExtension(TorchDistribution):
+    """A discrete distribution whose log pmf is extended linearly to relaxed values: Σᵢ yᵢ log πᵢ.
+
+    At one-hot (or binary) values it is the pmf itself; between them it is the expectation of log π under y, so that a
+    discrete prior is never compared with a density. Jang et al. 2017 (arXiv 1611.01144), appendix.
+
+    >>> import pyro.distributions as dist
+    >>> fn = dist.OneHotCategorical(probs=torch.tensor([0.25, 0.75]))
+    >>> round(LinearExtension(fn).log_prob(torch.tensor([0.5, 0.5])).exp().item() ** 2, 4)
+    0.1875
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, base_dist: Distribution):
+        self.base_dist = base_dist
+        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        inner = constraints.simplex if is_one_hot(self.base_dist) else constraints.unit_interval
+        extra = len(self.event_shape) - inner.event_dim
+        return constraints.independent(inner, extra) if extra else inner
+
+    def expand(self, batch_shape, _instance=None):
+        return LinearExtension(self.base_dist.expand(batch_shape))
+
+    def sample(self, sample_shape=torch.Size()):
+        return self.base_dist.sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return _linear_log_prob(self.base_dist, value)
+
+
+def _linear_log_prob(fn: Distribution, value: Tensor) -> Tensor:
+    if isinstance(fn, MaskedDistribution):
+        return scale_and_mask(_linear_log_prob(fn.base_dist, value), mask=torch.as_tensor(fn._mask))
+    if isinstance(fn, torch.distributions.Independent):
+        return sum_rightmost(_linear_log_prob(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, ExpandedDistribution):
+        return _linear_log_prob(fn.base_dist, value)
+    if isinstance(fn, torch.distributions.OneHotCategorical):
+        # A class of probability zero contributes nothing where the value is zero too: 0 · log 0 = 0.
+        impossible = fn.logits.isneginf() & (value == 0)
+        return (value * fn.logits.masked_fill(impossible, 0.0)).sum(-1)
+    logits, value = torch.broadcast_tensors(fn.logits, value)
+    return -F.binary_cross_entropy_with_logits(logits, value, reduction="none")
+
+
+def relaxed(fn: Distribution, temperature: Tensor | float) -> Distribution:
+    """The Concrete counterpart of a Bernoulli or one-hot site (Maddison et al. 2017, arXiv 1611.00712)."""
+
+    def change(base: Distribution) -> Distribution:
+        tau = torch.as_tensor(temperature, dtype=base.logits.dtype, device=base.logits.device)
+        if isinstance(base, torch.distributions.Bernoulli):
+            return dist.RelaxedBernoulli(tau, logits=base.logits).expand(base.batch_shape)
+        return dist.RelaxedOneHotCategorical(tau, logits=base.logits).expand(base.batch_shape)
+
+    return rewrap(fn, change)
+
+
+class AtLogValue(TorchDistribution):
+    """A relaxed distribution evaluated at one draw through the logarithm (or logit) it was made from.
+
+    At low temperatures the draw itself rounds to 0 and 1, where the density overflows; its logarithm does not.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    has_rsample = True
+
+    def __init__(self, base_dist: Distribution, unrounded: Tensor):
+        self.base_dist, self.unrounded = base_dist, unrounded
+        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self.base_dist.support
+
+    def expand(self, batch_shape, _instance=None):
+        return AtLogValue(self.base_dist.expand(batch_shape), self.unrounded)
+
+    def sample(self, sample_shape=torch.Size()):
+        return self.base_dist.sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return _log_prob_at(self.base_dist, self.unrounded)
+
+
+def _log_prob_at(fn: Distribution, unrounded: Tensor) -> Tensor:
+    if isinstance(fn, MaskedDistribution):
+        return scale_and_mask(_log_prob_at(fn.base_dist, unrounded), mask=torch.as_tensor(fn._mask))
+    if isinstance(fn, torch.distributions.Independent):
+        return sum_rightmost(_log_prob_at(fn.base_dist, unrounded), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, ExpandedDistribution):
+        return _log_prob_at(fn.base_dist, unrounded)
+    if isinstance(fn, torch.distributions.RelaxedOneHotCategorical):
+        return fn.base_dist.log_prob(unrounded) - unrounded.sum(-1)
+    return fn.base_dist.log_prob(unrounded) + F.softplus(unrounded) + F.softplus(-unrounded)
+
+
+def relaxed_draw(fn: Distribution) -> tuple[Tensor, Tensor]:
+    """A reparameterized draw of a relaxed distribution and the logarithm (logit) that it is made from."""
+    base = elementary(fn)
+    shape = tuple(fn.batch_shape) + tuple(fn.event_shape)
+    missing = len(shape) - len(base.batch_shape) - len(base.event_shape)
+    unrounded = base.base_dist.rsample(torch.Size(shape[:missing]))
+    unrounded = unrounded.expand(shape)
+    return base.transforms[-1](unrounded), unrounded

@@ -1,0 +1,184 @@
+"""The contract of a gradient estimator: how a site draws, and how the gradient passes through the draw.
+
+The engine (``inference/elbo.py``) runs guide and model, and hands each latent site of the guide to its estimator three
+times: to ``draw`` when the site is reached, to ``guide_fn``/``model_fn`` when the log-probabilities of the draw are
+taken, and to ``surrogate`` when all terms are known. A new estimator is one class in one file of this folder, a word in
+``estimators`` and one import line in the folder's ``__init__``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import BadInput
+from ...registry import Registry
+from ..distributions import clear_caches, describe, score_log_prob, support_moves
+
+estimators: Registry[Callable[[], Estimator]] = Registry("estimator")
+
+Schedule = Callable[[int], float]
+
+
+@dataclass
+class Draw:
+    """A value for a site, with whatever the estimator wants to remember of how it was made (tensors by name)."""
+
+    value: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Draw:
+        """The same draw with every tensor changed alike (sliced, stacked)."""
+        return Draw(change(self.value), {name: change(item) for name, item in self.extra.items()})
+
+
+@dataclass
+class SiteView:
+    """What an estimator sees of its site once all terms are known.
+
+    Leading dimensions are ``(…enumerated, K, *plates)``: K particles, then one dimension per plate level.
+
+    Attributes:
+        name: the site.
+        fn: the guide's distribution at the site (of the last run, if particles were run one by one).
+        value: the draws, ``(…, K, *plates, *event)``.
+        log_prob: unscaled, unmasked log q of the draws, differentiable, ``(…, K, *plates)``.
+        cost: everything evaluated at or after the site, signs included, detached, same shape.
+        particle_dim: the dimension of K in ``log_prob`` and ``cost``.
+        num_particles: K.
+        state: the estimator's module for this site, or None.
+        training: whether statistics may move: training mode with gradients on.
+        inputs: tensors that a baseline may look at: the program's arguments and upstream values.
+        evaluate: ``evaluate(draws, …)`` runs the program again with this site's draw replaced; see the engine.
+    """
+
+    name: str
+    fn: Any
+    value: Tensor
+    log_prob: Tensor
+    cost: Tensor
+    particle_dim: int
+    num_particles: int
+    state: nn.Module | None
+    training: bool
+    inputs: Callable[[], list[Tensor]]
+    evaluate: Callable[..., Tensor] | None = None
+    draw: Draw | None = None
+    bound: Any = None
+
+
+class Estimator:
+    """How the gradient passes through a site.
+
+    Class attributes:
+        unbiased: whether E[gradient] is the exact gradient of the objective.
+        min_particles: the smallest K that it works with.
+        needs_relaxed_model: whether the model must accept values between the discrete ones.
+        objectives: the objectives that it is derived for.
+        log_q: how −log q of the site enters the differentiable objective: ``"full"``; ``"value"`` (counted, not
+            differentiated: its direct gradient has expectation zero); ``"path"`` (differentiated through values only).
+        enumerates: whether the site is summed over rather than drawn.
+    """
+
+    unbiased: bool = True
+    min_particles: int = 1
+    needs_relaxed_model: bool = False
+    objectives: frozenset[str] = frozenset({"elbo"})
+    log_q: str = "full"
+    enumerates: bool = False
+
+    @property
+    def name(self) -> str:
+        """The word for this configuration, or the class name where no word says it."""
+        for word, make in estimators.items():
+            if repr(make()) == repr(self):
+                return word
+        return type(self).__name__
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in sorted(vars(self).items()) if not key.startswith("_"))
+        return f"{type(self).__name__}({options})"
+
+    def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
+        """Model runs that one gradient costs."""
+        return num_particles
+
+    def objective_name(self) -> str:
+        """What the value of the surrogate is when a site takes this estimator under ``elbo``."""
+        return "elbo"
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        """Why a site (a Pyro message with ``name`` and ``fn``) cannot be served, or None if it can."""
+        return None
+
+    def supports(self, site: Mapping[str, Any]) -> bool:
+        """Whether a site can be served."""
+        return self.why_not(site) is None
+
+    def make_state(self, site: Mapping[str, Any], view: Any = None) -> nn.Module | None:
+        """The module that holds this estimator's running state for one site."""
+        return None
+
+    def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
+        """A draw from the site's distribution after ``step`` training steps."""
+        raise BadInput(f"{type(self).__name__} does not draw")
+
+    def guide_fn(self, fn: Any, draw: Draw, step: int) -> Any:
+        """The distribution whose log-probability at the draw is the site's log q."""
+        return fn
+
+    def model_fn(self, fn: Any, draw: Draw, step: int) -> Any:
+        """The distribution whose log-probability at the draw is the site's log p."""
+        return fn
+
+    def surrogate(self, view: SiteView) -> Tensor | None:
+        """A tensor shaped like ``view.log_prob`` whose gradient is this site's share of the gradient; None for none."""
+        return None
+
+
+def detached_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
+    """A draw that carries no gradient, whatever the distribution could do."""
+    with torch.no_grad():
+        value = fn.sample(*args, **(kwargs or {}))
+    clear_caches(fn)
+    return Draw(value.detach())
+
+
+def score_why_not(site: Mapping[str, Any]) -> str | None:
+    """What the score-function family asks of a site."""
+    fn = site["fn"]
+    if not hasattr(fn, "log_prob"):
+        return "it has no log_prob"
+    if support_moves(fn):
+        return f"the support of {describe(fn)} depends on parameters, which a score cannot see"
+    return None
+
+
+def at_step(value: float | Schedule, step: int) -> float:
+    """A number, or what a schedule says at this step."""
+    return float(value(step)) if callable(value) else float(value)
+
+
+def check_temperature(temperature: float | Schedule) -> float | Schedule:
+    if callable(temperature):
+        return temperature
+    if not float(temperature) > 0:
+        raise BadInput(f"temperature must be a positive number or a schedule, got {temperature!r}")
+    return float(temperature)
+
+
+__all__ = [
+    "Draw",
+    "Estimator",
+    "SiteView",
+    "at_step",
+    "check_temperature",
+    "detached_draw",
+    "estimators",
+    "score_log_prob",
+    "score_why_not",
+]

@@ -1,0 +1,35 @@
+"""Exact sums over the values that a site can take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import BadInput
+from ..distributions import finite_support
+from ._base import Estimator, estimators
+
+
+class Enumerate(Estimator):
+    """Sum over every value of the site, each weighted by its probability; nothing is drawn, nothing is noisy.
+
+    The product over the coordinates of an event (``.to_event``) is always listed. Elements of a plate are enumerated in
+    parallel where the program keeps them apart, and jointly where a later site mixes them. ``limit`` bounds the list.
+
+    >>> Enumerate().unbiased
+    True
+    """
+
+    enumerates = True
+
+    def __init__(self, limit: int = 2**14):
+        if limit < 1:
+            raise BadInput(f"Enumerate(limit=…) must be at least 1, got {limit!r}")
+        self.limit = int(limit)
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        listed = finite_support(site["fn"], joint=False, limit=self.limit)
+        return listed if isinstance(listed, str) else None
+
+
+estimators.register("enumerate", Enumerate)

@@ -1,0 +1,47 @@
+"""Pathwise gradients: through the sample (Kingma & Welling 2013, arXiv 1312.6114; implicit: Figurnov et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..distributions import describe, is_straight_through
+from ._base import Draw, Estimator, estimators
+
+
+class Pathwise(Estimator):
+    """The reparameterization trick: z = g(ε), and the gradient goes through g.
+
+    With ``drop_score`` the direct derivative of log q with respect to its own parameters, whose expectation is zero,
+    is left out ("sticking the landing", Roeder et al. 2017, arXiv 1703.09194): at the exact posterior the gradient
+    then has no variance at all.
+
+    >>> Pathwise().unbiased, Pathwise(drop_score=True).name
+    (True, 'stl')
+    """
+
+    def __init__(self, drop_score: bool = False):
+        self.drop_score = bool(drop_score)
+
+    @property
+    def objectives(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"elbo"}) if self.drop_score else frozenset({"elbo", "iwae"})
+
+    @property
+    def log_q(self) -> str:  # type: ignore[override]
+        return "path" if self.drop_score else "full"
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        fn = site["fn"]
+        if is_straight_through(fn):
+            return f"the rsample of {describe(fn)} is a straight-through one, whose gradient is biased"
+        if not getattr(fn, "has_rsample", False):
+            return f"{describe(fn)} has no reparameterized sampler (rsample)"
+        return None
+
+    def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
+        return Draw(fn.rsample(*args, **(kwargs or {})))
+
+
+estimators.register("pathwise", Pathwise)
+estimators.register("stl", lambda: Pathwise(drop_score=True))
