@@ -1,0 +1,162 @@
+"""The rooms of the house: which may import which, and how; read from the source, so that nothing has to be run."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# From the bottom up: a room may import those before it.
+ROOMS = {
+    "models": "gumbo.models",
+    "guides": "gumbo.guides",
+    "inference": "gumbo.inference",
+    "inference/estimators": "gumbo.inference.estimators",
+    "experiments": "gumbo.experiments",
+}
+MAY_IMPORT = {
+    "models": {"models"},
+    "guides": {"models", "guides"},
+    "inference": {"models", "guides", "inference"},
+    "inference/estimators": {"models", "guides", "inference"},
+    "experiments": {"models", "guides", "inference", "experiments"},
+}
+COMMON = {"errors", "registry", "_version"}
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).glob("*.py"))
+
+
+def by_path(paths: list[Path]) -> dict[str, object]:
+    """Arguments of `parametrize` that name each test after the file."""
+    return {"argvalues": paths, "ids": [str(path.relative_to(ROOT)) for path in paths]}
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, int]]:
+    """(absolute name of what is imported, level) for each import; level 0 is an absolute import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from .. import models` and `from gumbo import models` name a room by the alias, not by the module.
+            by_alias = module == "gumbo" or node.module is None
+            yield from ((f"{module}.{alias.name}" if by_alias else module, node.level) for alias in node.names)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def arrow_faults(tree: ast.AST, room: str) -> set[str]:
+    """The parts of gumbo that this source imports and its room may not."""
+    used = {name.split(".")[1] for name, _ in imports(tree, ROOMS[room]) if name.startswith("gumbo.")}
+    return used - MAY_IMPORT[room] - COMMON
+
+
+@pytest.mark.parametrize("path", **by_path(sources("models", "guides", "inference", "inference/estimators")))
+def test_arrows_run_one_way(path):
+    assert not arrow_faults(parse(path), str(path.parent.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "fault"),
+    [
+        ("models", "from ..guides import NormalGuide", {"guides"}),
+        ("models", "from .. import inference", {"inference"}),
+        ("models", "def f():\n    import gumbo.guides", {"guides"}),
+        ("guides", "from ..inference.elbo import SiteELBO", {"inference"}),
+        ("guides", "from ..models._base import Latent\nfrom ..errors import BadInput", set()),
+        ("inference/estimators", "from ...experiments import data", {"experiments"}),
+        ("inference/estimators", "from ..elbo import SiteELBO\nfrom ...models import models", set()),
+    ],
+)
+def test_wrong_arrows_are_seen(room, source, fault):
+    assert arrow_faults(ast.parse(source), room) == fault
+
+
+@pytest.mark.parametrize("name", ["__init__", "_version", "errors", "registry"])
+def test_the_face_imports_no_room(name):
+    used = {target for target, level in imports(parse(ROOT / "gumbo" / f"{name}.py"), "gumbo") if level}
+    assert used <= {f"gumbo.{part}" for part in COMMON} | {"gumbo._version.__version__"}
+
+
+@pytest.mark.parametrize("path", **by_path(sources("gumbo", "models", "guides", "inference", "inference/estimators")))
+def test_imports_inside_the_package_are_relative(path):
+    assert not [name for name, level in imports(parse(path), "gumbo") if level == 0 and name.split(".")[0] == "gumbo"]
+
+
+@pytest.mark.parametrize("path", **by_path(sources("experiments", "tests")))
+def test_scripts_and_tests_import_as_a_user_would(path):
+    assert not [name for name, level in imports(parse(path), "gumbo.experiments") if level]
+    rooms = {room.split("/")[0] for room in ROOMS}
+    assert not {name for name, _ in imports(parse(path), "") if name.split(".")[0] in rooms}
+
+
+def registrations(tree: ast.AST) -> list[str]:
+    """The names given to `<registry>.register("name")` in a source."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    return [
+        call.args[0].value
+        for call in calls
+        if call.func.attr == "register" and call.args and isinstance(call.args[0], ast.Constant)
+    ]
+
+
+@pytest.mark.parametrize("room", ["models", "guides", "inference/estimators"])
+def test_every_registered_class_is_imported_by_its_folder(room):
+    package = ROOMS[room]
+    registry = getattr(importlib.import_module(package), room.split("/")[-1])
+    imported = {
+        name.rpartition(".")[2] for name, level in imports(parse(ROOT / room / "__init__.py"), package) if level == 1
+    }
+    declared = {path.stem: registrations(parse(path)) for path in sources(room)}
+    assert any(declared.values()), f"nothing in {room} registers anything"
+    for stem, names in declared.items():
+        if names and stem not in ("_base", "__init__"):
+            assert stem in imported, f"{room}/__init__.py does not import {stem}"
+        for name in names:
+            assert name in registry
+    assert set(registry) == {name for names in declared.values() for name in names}
+
+
+def tracked_files() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout, so there is no list of tracked files")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+# A path under somebody's home or a shared mount: it means something on one machine only.
+FOREIGN_PATH = re.compile(r"(?<![\w./~$}>*-])/(?:home|root|Users|work|mnt|srv)/[\w.]")
+
+
+def foreign_paths(text: str) -> list[str]:
+    own = (f"{ROOT}/", f"{Path.home()}/")
+    return [line for line in text.splitlines() if FOREIGN_PATH.search(line) or any(path in line for path in own)]
+
+
+def test_no_tracked_file_names_a_path_of_one_machine():
+    found = {}
+    for path in tracked_files():
+        try:
+            lines = foreign_paths(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            continue  # a picture
+        if lines:
+            found[str(path.relative_to(ROOT))] = lines
+    assert not found
+
+
+def test_paths_of_one_machine_are_seen():
+    assert foreign_paths("data = '/" + "home/someone/mnist.npz'")
+    assert foreign_paths(f"see {ROOT}/notes")
+    assert not foreign_paths("https://example.org/home/page and runs/work/now and ~/work/x")
