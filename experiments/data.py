@@ -1,0 +1,288 @@
+"""Data sets by name: real images, in fixed and documented splits.
+
+=================== ============= ======================= ==========================================================
+name                image         train / valid / test    splits
+=================== ============= ======================= ==========================================================
+``digits``          1 x 8 x 8     1,297 / 200 / 300       a fixed permutation of scikit-learn's 1,797; needs no network
+``mnist``           1 x 28 x 28   50,000 / 10,000 / 10,000 the first 50,000 training images, the rest, the test images
+``fashion-mnist``   1 x 28 x 28   50,000 / 10,000 / 10,000 as ``mnist``
+``mnist-test``      1 x 28 x 28   7,000 / 1,000 / 2,000   MNIST's 10,000 test images alone, in their own order
+``omniglot``        1 x 28 x 28   17,280 / 2,000 / 13,180 a fixed permutation of the background set; the evaluation set
+``binarized-mnist`` 1 x 28 x 28   50,000 / 10,000 / 10,000 as Larochelle & Murray 2011 fixed them; no labels
+=================== ============= ======================= ==========================================================
+
+Files are looked for under the folder that the environment variable ``GUMBO_DATA`` names (by default ``gumbo`` in the
+user's cache folder) and downloaded there on first use.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gumbo.errors import BadInput, UnknownName
+from gumbo.registry import Registry
+
+SPLITS = ("train", "valid", "test")
+BINARIZATIONS = ("static", "dynamic")
+
+Split = tuple[np.ndarray, "np.ndarray | None"]  # images (N, H, W) in [0, 1], and their labels (N,) if there are any
+Loader = Callable[[Path, Sequence[str]], dict[str, Split]]
+
+datasets: Registry[Loader] = Registry("dataset")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images ``(N, 1, H, W)`` of three splits, and their labels ``(N,)`` by split where there are any.
+
+    A split that was not asked for is empty. With ``binarize="dynamic"`` ``train`` keeps its grey levels, and
+    ``transform`` draws zeros and ones from them, once an epoch or once a batch.
+    """
+
+    name: str
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    labels: dict[str, Tensor] = field(default_factory=dict)
+    binarize: str | None = None
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """The shape of one image, as models take it."""
+        return tuple(self.train.shape[1:])
+
+    def transform(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Training ``images`` as a model should see them now: drawn afresh if the binarization is dynamic."""
+        return torch.bernoulli(images, generator=generator) if self.binarize == "dynamic" else images
+
+
+def load(
+    name: str,
+    binarize: str | None = None,
+    splits: Sequence[str] = SPLITS,
+    root: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> ImageData:
+    """The data set of that name, with values in [0, 1], or in {0, 1} if it is binarized.
+
+    ``binarize="static"`` thresholds at one half; ``"dynamic"`` makes zeros and ones by a Bernoulli draw per pixel: anew
+    for training images whenever ``ImageData.transform`` is called, once and for all (by a seed of its own) for the
+    other splits, so that evaluations compare. ``splits`` restricts what is read, so that MNIST's test images can be
+    used where its training images are missing. ``root`` overrides the folder. Raises UnknownName for a name or a
+    binarization that does not exist, and BadInput where a file is missing and cannot be downloaded, saying where to
+    put it.
+
+    >>> data = load("digits", binarize="static")
+    >>> data.train.shape, data.train.unique(), data.labels["test"].shape
+    (torch.Size([1297, 1, 8, 8]), tensor([0., 1.]), torch.Size([300]))
+    """
+    if binarize is not None and binarize not in BINARIZATIONS:
+        raise UnknownName("binarization", binarize, BINARIZATIONS)
+    splits = (splits,) if isinstance(splits, str) else tuple(splits)
+    for split in splits:
+        if split not in SPLITS:
+            raise UnknownName("split", split, SPLITS)
+    read = datasets[name](Path(root) if root is not None else data_folder(), splits)
+    shape = next(iter(read.values()))[0].shape[1:]
+    images = {split: torch.zeros(0, 1, *shape, dtype=dtype) for split in SPLITS}
+    images |= {split: torch.from_numpy(pixels).to(dtype).unsqueeze(1) for split, (pixels, _) in read.items()}
+    labels = {split: torch.from_numpy(label).long() for split, (_, label) in read.items() if label is not None}
+    if binarize == "static":
+        images = {split: (pixels >= 0.5).to(dtype) for split, pixels in images.items()}
+    elif binarize == "dynamic":
+        _refuse_binary(name, images)
+        images |= {split: _fixed_draw(images[split], seed) for seed, split in enumerate(("valid", "test"))}
+    return ImageData(name, **images, labels=labels, binarize=binarize)
+
+
+def data_folder() -> Path:
+    """Where data files lie: ``GUMBO_DATA``, or ``gumbo`` in the user's cache folder."""
+    if folder := os.environ.get("GUMBO_DATA"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gumbo"
+
+
+def _refuse_binary(name: str, images: dict[str, Tensor]) -> None:
+    if all(((pixels == 0) | (pixels == 1)).all() for pixels in images.values()):
+        raise BadInput(f"{name} is binary already: there are no grey levels to draw from; use binarize=None")
+
+
+def _fixed_draw(pixels: Tensor, seed: int) -> Tensor:
+    return torch.bernoulli(pixels, generator=torch.Generator().manual_seed(seed))
+
+
+def _permutation(size: int) -> np.ndarray:
+    # RandomState's stream is frozen by numpy's policy, so the splits stay what they are for good.
+    return np.random.RandomState(0).permutation(size)
+
+
+def _cut(images: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> dict[str, Split]:
+    """Consecutive pieces of the given sizes, by split."""
+    ends = np.cumsum(sizes)
+    return {
+        split: (images[end - n : end], labels[end - n : end]) for split, n, end in zip(SPLITS, sizes, ends, strict=True)
+    }
+
+
+def _only(read: dict[str, Split], splits: Sequence[str]) -> dict[str, Split]:
+    return {split: read[split] for split in splits}
+
+
+@datasets.register("digits")
+def _digits(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    order = _permutation(len(bunch.images))
+    return _only(_cut(bunch.images[order] / 16, bunch.target[order], (1297, 200, 300)), splits)
+
+
+@datasets.register("mnist")
+def _mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    return _mnist_like("mnist", "MNIST", folder, splits)
+
+
+@datasets.register("fashion-mnist")
+def _fashion_mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    return _mnist_like("fashion-mnist", "FashionMNIST", folder, splits)
+
+
+@datasets.register("mnist-test")
+def _mnist_test(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    images, labels = _mnist_like("mnist-test", "MNIST", folder, ["test"])["test"]
+    return _only(_cut(images, labels, (7_000, 1_000, 2_000)), splits)
+
+
+def _mnist_like(name: str, torchvision_name: str, folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    """MNIST or a data set in its format, in torchvision's folder layout."""
+    raw = folder / torchvision_name / "raw"
+    prefixes = sorted({"t10k" if split == "test" else "train" for split in splits})
+    files = [f"{prefix}-{kind}-ubyte" for prefix in prefixes for kind in ("images-idx3", "labels-idx1")]
+    missing = [file for file in files if _find(raw / file) is None]
+    if missing:
+
+        def download() -> None:
+            import torchvision.datasets
+
+            getattr(torchvision.datasets, torchvision_name)(folder, download=True)
+
+        test_is_here = not any(file.startswith("t10k") for file in missing)
+        advice = '; the test images are there: splits=["test"] needs no others' if test_is_here else ""
+        _download(name, download, f"{', '.join(f'{file}.gz' for file in missing)} into {raw}{advice}")
+    arrays = {file: _read_idx(_find(raw / file)) for file in files}
+    read = {}
+    for prefix in prefixes:
+        images = arrays[f"{prefix}-images-idx3-ubyte"].astype(np.float32) / 255
+        labels = arrays[f"{prefix}-labels-idx1-ubyte"].astype(np.int64)
+        if prefix == "t10k":
+            read["test"] = images, labels
+        else:
+            read |= _cut(images, labels, (50_000, 10_000))
+    return _only(read, splits)
+
+
+def _find(path: Path) -> Path | None:
+    """The file, plain or gzipped."""
+    return next((found for found in (path, path.with_name(path.name + ".gz")) if found.exists()), None)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An array of bytes in the IDX format: two zeros, the type (8: a byte), the rank, big-endian sizes, the data."""
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if content[:3] != b"\0\0\x08":
+        raise BadInput(f"{path} is not an IDX file of bytes; delete it to have it downloaded again")
+    start = 4 + 4 * content[3]
+    return np.frombuffer(content, np.uint8, offset=start).reshape(np.frombuffer(content[4:start], ">i4"))
+
+
+def _download(name: str, action: Callable[[], object], what: str) -> None:
+    try:
+        action()
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise BadInput(f"{name} is not on disk and cannot be downloaded ({reason}): put {what}") from error
+
+
+@datasets.register("omniglot")
+def _omniglot(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    read = {}
+    if {"train", "valid"} & set(splits):
+        images, labels = _omniglot_part(folder, background=True)
+        order = _permutation(len(images))
+        read |= _cut(images[order], labels[order], (len(images) - 2_000, 2_000))
+    if "test" in splits:
+        read["test"] = _omniglot_part(folder, background=False)
+    return _only(read, splits)
+
+
+def _omniglot_part(folder: Path, background: bool) -> tuple[np.ndarray, np.ndarray]:
+    """One of Omniglot's two sets, shrunk to 28 x 28 with ink as 1; kept as an ``.npz``, since many PNGs are slow."""
+    part = "background" if background else "evaluation"
+    kept = folder / f"omniglot-28-{part}.npz"
+    if not kept.exists():
+        found: list = []
+
+        def download() -> None:
+            import torchvision.datasets
+
+            found.append(torchvision.datasets.Omniglot(folder, background=background, download=True))
+
+        _download("omniglot", download, f"images_{part}.zip into {folder / 'omniglot-py'}")
+        pixels = [np.asarray(image.convert("L").resize((28, 28), resample=4)) for image, _ in found[0]]  # 4: box filter
+        labels = [label for _, label in found[0]]
+        _save(kept, images=255 - np.stack(pixels), labels=np.array(labels))
+    with np.load(kept) as arrays:
+        return arrays["images"].astype(np.float32) / 255, arrays["labels"].astype(np.int64)
+
+
+_LAROCHELLE = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/binarized_mnist_{}.amat"
+# SHA-256 of the packed rows of each split, so that a damaged or different download is noticed.
+_BINARIZED_MNIST = {
+    "train": "727146c35424b019f3e350e1e69faa05644a0abaf787e3f4e1a9632220a13906",
+    "valid": "a256ac44ae26be720fad8616a05ed6ecfd1619930d9a208379bb2a4405df5b6d",
+    "test": "9fcd8da6f0fdf09b2ba30fe63a0bb784042a0de82563172530229b983e294ff2",
+}
+
+
+@datasets.register("binarized-mnist")
+def _binarized_mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    path = folder / "binarized_mnist.npz"
+    if not path.exists():
+        _download("binarized-mnist", lambda: _convert_binarized_mnist(path), f"binarized_mnist.npz into {folder}")
+    with np.load(path) as packed:
+        return {split: (_unpack(packed[split]), None) for split in splits}
+
+
+def _unpack(rows: np.ndarray) -> np.ndarray:
+    return np.unpackbits(rows, axis=1)[:, :784].reshape(-1, 28, 28)
+
+
+def _convert_binarized_mnist(path: Path) -> None:
+    """Download the three text files (a row per image, 784 numbers a row) and keep them packed, 98 bytes a row."""
+    from urllib.request import urlopen
+
+    packed = {}
+    for split, digest in _BINARIZED_MNIST.items():
+        with urlopen(_LAROCHELLE.format(split), timeout=60) as answer:
+            rows = np.array([line.split() for line in answer.read().splitlines()], dtype=np.uint8)
+        packed[split] = np.packbits(rows, axis=1)
+        if hashlib.sha256(packed[split].tobytes()).hexdigest() != digest:
+            raise BadInput(f"binarized-mnist: the downloaded {split} split is damaged or not the known one; try again")
+    _save(path, **packed)
+
+
+def _save(path: Path, **arrays: np.ndarray) -> None:
+    """Write an ``.npz`` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
+    np.savez_compressed(partial, **arrays)
+    partial.replace(path)
