@@ -1,15 +1,15 @@
 """Data sets by name: real images, in fixed and documented splits.
 
-=================== ============= ======================= ==========================================================
-name                image         train / valid / test    splits
-=================== ============= ======================= ==========================================================
-``digits``          1 x 8 x 8     1,297 / 200 / 300       a fixed permutation of scikit-learn's 1,797; needs no network
-``mnist``           1 x 28 x 28   50,000 / 10,000 / 10,000 the first 50,000 training images, the rest, the test images
-``fashion-mnist``   1 x 28 x 28   50,000 / 10,000 / 10,000 as ``mnist``
-``mnist-test``      1 x 28 x 28   7,000 / 1,000 / 2,000   MNIST's 10,000 test images alone, in their own order
-``omniglot``        1 x 28 x 28   17,280 / 2,000 / 13,180 a fixed permutation of the background set; the evaluation set
-``binarized-mnist`` 1 x 28 x 28   50,000 / 10,000 / 10,000 as Larochelle & Murray 2011 fixed them; no labels
-=================== ============= ======================= ==========================================================
+=================== =========== ========================== =========================================================
+name                image       train / valid / test       splits
+=================== =========== ========================== =========================================================
+``digits``          1 x 8 x 8   1,297 / 200 / 300          a fixed permutation of scikit-learn's 1,797; needs no network
+``mnist``           1 x 28 x 28 50,000 / 10,000 / 10,000   the first 50,000 training images, the rest, the test images
+``fashion-mnist``   1 x 28 x 28 50,000 / 10,000 / 10,000   as ``mnist``
+``mnist-test``      1 x 28 x 28 7,000 / 1,000 / 2,000      MNIST's 10,000 test images alone, in their own order
+``omniglot``        1 x 28 x 28 17,280 / 2,000 / 13,180    a fixed permutation of the background set; the evaluation set
+``binarized-mnist`` 1 x 28 x 28 50,000 / 10,000 / 10,000   as Larochelle & Murray 2011 fixed them; no labels
+=================== =========== ========================== =========================================================
 
 Files are looked for under the folder that the environment variable ``GUMBO_DATA`` names (by default ``gumbo`` in the
 user's cache folder) and downloaded there on first use.

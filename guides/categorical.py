@@ -65,6 +65,13 @@ class RelaxedCategoricalGuide(FactorizedGuide):
         super().__init__(model, hidden, activation)
         self.register_buffer("temperature", torch.tensor(float(temperature)))
 
+    def exact(self, model: GenerativeModel) -> CategoricalGuide:
+        """The discrete guide over the same encoder, for ``model``, the discrete form of this guide's own."""
+        config = {name: value for name, value in self.config.items() if name != "temperature"}
+        twin = CategoricalGuide(model, **config).to(self.temperature)
+        twin.encoder, twin.encoder_heads = self.encoder, self.encoder_heads
+        return twin
+
     def distribution(self, latent: Latent, output: torch.Tensor) -> dist.TorchDistribution:
         logits = output.unflatten(-1, latent.shape)
         return RelaxedOneHot(self.temperature, logits=logits).to_event(len(latent.shape) - 1)

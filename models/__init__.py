@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ._base import GenerativeModel, Latent, models
+from .bernoulli_vae import BernoulliVAE
 from .categorical_vae import CategoricalVAE
 from .gaussian_vae import GaussianVAE
 
-__all__ = ["CategoricalVAE", "GaussianVAE", "GenerativeModel", "Latent", "models"]
+__all__ = ["BernoulliVAE", "CategoricalVAE", "GaussianVAE", "GenerativeModel", "Latent", "models"]

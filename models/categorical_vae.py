@@ -66,6 +66,14 @@ class CategoricalVAE(GenerativeModel):
             y = pyro.sample("y", self.prior().to_event(1))
             return pyro.sample("x", self.likelihood(y), obs=x)
 
+    def exact(self) -> CategoricalVAE:
+        """The discrete model over the same decoder, whose bound is reported for a relaxed one; if discrete, itself."""
+        if not self.relaxed:
+            return self
+        twin = CategoricalVAE(**{**self.config, "relaxed": False}).to(self.prior_logits)
+        twin.decoder = self.decoder
+        return twin
+
     def prior(self) -> dist.TorchDistribution:
         """The prior of the latents, batch shape ``(num_latents,)``."""
         if self.relaxed:
