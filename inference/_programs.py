@@ -156,3 +156,43 @@ def device_of(*programs: object) -> torch.device:
         for parameter in module.parameters():
             return parameter.device
     return torch.device("cpu")
+
+
+class Aside:
+    """A private param store and random stream that can be entered again and again; each goes on where it stopped.
+
+    Outside, the store and the generators stay as they are, also between two entries.
+    """
+
+    def __init__(self, seed: int | None, *programs: object):
+        self._devices = devices_of(*programs)
+        with private_store(*programs):
+            self._store = pyro.get_param_store().get_state()
+        with private_seed(seed, *programs):
+            self._random = self._random_state()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with pyro.get_param_store().scope(self._store), torch.random.fork_rng(devices=self._devices):
+            torch.set_rng_state(self._random[0])
+            for device, state in zip(self._devices, self._random[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+            self._random = self._random_state()
+
+    def _random_state(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
+
+
+def arguments_of(args: object) -> tuple[tuple, dict]:
+    """``(args, kwargs)`` of one batch: a tensor, a tuple of arguments, or a mapping of keywords."""
+    if isinstance(args, Rows):
+        return args.args, args.kwargs
+    if isinstance(args, Mapping):
+        return (), dict(args)
+    return (tuple(args) if isinstance(args, (tuple, list)) else (args,)), {}
+
+
+def is_differentiable(loss: object) -> bool:
+    """Whether an ELBO gives one differentiable scalar; stock TraceGraph_ELBO, for one, only takes gradients itself."""
+    return getattr(loss, "differentiable", True) and hasattr(type(loss), "differentiable_loss")

@@ -111,7 +111,8 @@ def log_weights(
         raise BadInput(f"num_samples is {num_samples}: expected at least 1")
     if batch_size < 1:
         raise BadInput(f"batch_size is {batch_size}: expected at least 1")
-    model, guide = exact_pair(model, guide)
+    with private_seed(None, model, guide):
+        model, guide = exact_pair(model, guide)
     device = device_of(model, guide)
     pieces: list[dict[str, torch.Tensor]] = []
     with private_store(model, guide), private_seed(seed, model, guide), modes_kept(model, guide), torch.no_grad():
@@ -123,8 +124,19 @@ def log_weights(
 
 
 def exact_pair(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
-    """The discrete programs behind a relaxed pair (over the same networks), or the pair itself."""
-    return tuple(program.exact() if hasattr(program, "exact") else program for program in (model, guide))
+    """The discrete programs behind a relaxed pair, over the same networks; any other pair itself.
+
+    A relaxed model says so by ``relaxed``, gives its discrete form by ``exact()``, and its guide by ``exact(model)``.
+    """
+    if not getattr(model, "relaxed", False):
+        return model, guide
+    if not (hasattr(model, "exact") and hasattr(guide, "exact")):
+        raise BadInput(
+            f"{type(model).__name__} is relaxed: to report its discrete bound, it must define exact() and "
+            f"{type(guide).__name__} must define exact(model)"
+        )
+    discrete = model.exact()
+    return discrete, guide.exact(discrete)
 
 
 def _batch(
@@ -161,7 +173,9 @@ def _data_plate(model: Callable, guide: Callable, batch: Rows, plate: str | None
     if not shared:
         raise BadInput("neither program has a random site: there is nothing to evaluate")
     if plate is not None and plate not in shared:
-        raise BadInput(f"no plate {plate!r} of {len(batch)} rows encloses every site; those that do: {', '.join(shared)}")
+        raise BadInput(
+            f"no plate {plate!r} of {len(batch)} rows encloses every site; those that do: {', '.join(shared)}"
+        )
     if plate is None and len(shared) > 1:
         raise BadInput(f"plates {', '.join(shared)} all fit the data: name one with plate=")
     frame = shared[plate] if plate is not None else next(iter(shared.values()))
