@@ -196,3 +196,17 @@ def arguments_of(args: object) -> tuple[tuple, dict]:
 def is_differentiable(loss: object) -> bool:
     """Whether an ELBO gives one differentiable scalar; stock TraceGraph_ELBO, for one, only takes gradients itself."""
     return getattr(loss, "differentiable", True) and hasattr(type(loss), "differentiable_loss")
+
+
+def shared_names(model: Callable, guide: Callable) -> list[str]:
+    """Names that Pyro's param store would give to two different parameters, one of the model and one of the guide."""
+    if pyro.settings.get("module_local_params"):
+        return []
+    named = [
+        {_plain(name): id(parameter) for name, parameter in module.named_parameters()}
+        for module in modules_of(model, guide)
+        if not getattr(module, "_pyro_name", "")
+    ]
+    if len(named) < 2:
+        return []
+    return [name for name, parameter in named[0].items() if named[1].get(name, parameter) != parameter]

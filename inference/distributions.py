@@ -145,17 +145,17 @@ def _learnable(transform: object) -> bool:
     )
 
 
-def finite_support(fn: Distribution, *, joint: bool, limit: int) -> Tensor | str:
+def finite_support(fn: Distribution, *, joint: int, limit: int) -> Tensor | str:
     """Every value that ``fn`` can take, along a new leftmost dimension, or the reason why that cannot be had.
 
-    The product over the independent coordinates of the event is always taken. With ``joint`` the product is also taken
-    over the batch; otherwise all elements of the batch take the same value at once.
+    The product over the independent coordinates of the event is always taken, and over the ``joint`` rightmost
+    dimensions of the batch; the elements of the other batch dimensions all take the same value at once.
 
     >>> import pyro.distributions as dist
     >>> coin = dist.Bernoulli(torch.full((3,), 0.5))
-    >>> finite_support(coin, joint=False, limit=99).shape, finite_support(coin, joint=True, limit=99).shape
+    >>> finite_support(coin, joint=0, limit=99).shape, finite_support(coin, joint=1, limit=99).shape
     (torch.Size([2, 3]), torch.Size([8, 3]))
-    >>> finite_support(coin.to_event(1), joint=False, limit=99).shape
+    >>> finite_support(coin.to_event(1), joint=0, limit=99).shape
     torch.Size([8, 3])
     """
     base = elementary(fn)
@@ -167,18 +167,17 @@ def finite_support(fn: Distribution, *, joint: bool, limit: int) -> Tensor | str
         return f"its support cannot be listed ({error})"
     size, one = values.shape[0], base.event_shape
     values = values.reshape((size,) + tuple(one))
-    inner = fn.event_shape[: len(fn.event_shape) - len(one)]
-    coordinates = math.prod(inner) * (math.prod(fn.batch_shape) if joint else 1)
+    batch, event = tuple(fn.batch_shape), tuple(fn.event_shape)
+    together = batch[len(batch) - joint :] if joint else ()
+    coordinates = math.prod(together) * math.prod(event[: len(event) - len(one)])
     if size**coordinates > limit:
         over = "jointly over its plates " if joint else ""
         return f"listing it {over}takes {size}^{coordinates} values, more than the limit of {limit}"
     axes = [torch.arange(size, device=values.device)] * coordinates
-    grid = torch.cartesian_prod(*axes).reshape(-1, coordinates) if coordinates else axes
-    listed = values[grid]
-    if joint:
-        return listed.reshape((len(grid),) + tuple(fn.batch_shape) + tuple(fn.event_shape))
-    listed = listed.reshape((len(grid),) + (1,) * len(fn.batch_shape) + tuple(fn.event_shape))
-    return listed.expand((len(grid),) + tuple(fn.batch_shape) + tuple(fn.event_shape))
+    grid = torch.cartesian_prod(*axes).reshape(-1, coordinates)
+    apart = len(batch) - len(together)
+    listed = values[grid].reshape((len(grid),) + (1,) * apart + together + event)
+    return listed.expand((len(grid),) + batch + event)
 
 
 def rewrap(fn: Distribution, change: Callable[[Distribution], Distribution]) -> Distribution:

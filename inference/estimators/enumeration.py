@@ -28,7 +28,7 @@ class Enumerate(Estimator):
         self.limit = int(limit)
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
-        listed = finite_support(site["fn"], joint=False, limit=self.limit)
+        listed = finite_support(site["fn"], joint=0, limit=self.limit)
         return listed if isinstance(listed, str) else None
 
 

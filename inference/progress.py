@@ -1,0 +1,77 @@
+"""What a long run says while it runs: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+# How many lines a run of any length prints where there is no terminal.
+_PLAIN_LINES = 20
+
+
+class Progress:
+    """Says nothing; the base of those that do. Use it as a context manager."""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def step(self, done: int) -> None:
+        """``done`` steps are behind us."""
+
+    def epoch(self, number: int, numbers: Mapping[str, float]) -> None:
+        """An epoch is over; ``numbers`` are what it found."""
+
+
+def make_progress(enabled: bool, title: str, epochs: int, steps: int) -> Progress:
+    """A bar if standard error is a terminal, plain lines if not, silence if not ``enabled``."""
+    if not enabled:
+        return Progress()
+    return _Bar(title, steps) if sys.stderr.isatty() else _Lines(title, epochs)
+
+
+def in_words(numbers: Mapping[str, float]) -> str:
+    """``elbo -21.30  valid_elbo -22.01``: the numbers that a reader wants to see move."""
+    hidden = ("epoch", "step", "seconds")
+    return "  ".join(f"{name} {value:.2f}" for name, value in numbers.items() if name not in hidden)
+
+
+class _Lines(Progress):
+    def __init__(self, title: str, epochs: int):
+        self.title, self.epochs = title, epochs
+        self.every = max(1, epochs // _PLAIN_LINES)
+
+    def epoch(self, number: int, numbers: Mapping[str, float]) -> None:
+        if number % self.every == 0 or number == self.epochs:
+            print(f"{self.title} epoch {number}/{self.epochs}  {in_words(numbers)}", file=sys.stderr, flush=True)
+
+
+class _Bar(Progress):
+    def __init__(self, title: str, steps: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self.bar = RichProgress(
+            TextColumn(title),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[words]}"),
+            console=Console(stderr=True),
+        )
+        self.task = self.bar.add_task(title, total=steps, words="")
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def step(self, done: int) -> None:
+        self.bar.update(self.task, completed=done)
+
+    def epoch(self, number: int, numbers: Mapping[str, float]) -> None:
+        self.bar.update(self.task, words=in_words(numbers))
