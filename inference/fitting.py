@@ -50,8 +50,8 @@ class FitResult:
     """What :func:`fit` did.
 
     ``history`` has one dict an epoch: ``epoch``, ``step``, the training objective per datum under its own name
-    (``objective_name``), ``valid_elbo`` (the true bound, nats per datum) where there was validation data, ``ms_per_step``
-    (median) and ``seconds``. With validation data, entry 0 is the state before the first step.
+    (``objective_name``), ``valid_elbo`` (the true bound, nats per datum) where there was validation data,
+    ``ms_per_step`` (median) and ``seconds``. With validation data, entry 0 is the state before the first step.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -93,16 +93,16 @@ def fit(
     """Train a model and guide in place; the same arguments give the same numbers, interrupted or not.
 
     ``train`` and ``valid`` are a tensor ``(N, *data_shape)``, a tuple of such tensors, or a mapping of keywords.
-    ``loss`` is any ELBO or its word. ``optimizer`` is a word (with ``lr``), a ``pyro.optim`` optimizer, or a callable that
-    takes parameters and returns a torch optimizer. ``transform(rows, generator)`` is applied to the first tensor of each
-    training batch (dynamic binarization). ``drop_last=None`` drops a last partial batch just where the loss keeps
-    something for each batch position. ``patience`` stops after that many epochs without a better ``valid_elbo``;
+    ``loss`` is any ELBO or its word. ``optimizer`` is a word (with ``lr``), a ``pyro.optim`` optimizer, or a callable
+    that takes parameters and returns a torch optimizer. ``transform(rows, generator)`` is applied to the first tensor
+    of each training batch (dynamic binarization). ``drop_last=None`` drops a last partial batch just where the loss
+    keeps something for each batch position. ``patience`` stops after that many epochs without a better ``valid_elbo``;
     ``restore_best`` leaves the parameters of the best epoch rather than of the last.
 
     Losses with a differentiable scalar run in torch's idiom; the others (stock TraceGraph_ELBO) as ``SVI.step`` does.
-    Both run in a scope of the param store and under generators of their own, so the store and the seeds stay as they are.
+    Both run in a scope of the param store and under generators of their own: the store and the seeds stay as they are.
     ``run_dir`` receives ``metrics.jsonl`` and ``checkpoints/last.pt`` (parameters, optimizer, random state, baselines,
-    best so far); ``resume=True`` goes on from there. More epochs may be asked for when resuming, nothing else changed.
+    best so far); ``resume=True`` goes on from there, with as many epochs as are asked for and all else unchanged.
 
     Raises :class:`~gumbo.errors.BadInput` for data or settings that cannot be used, and for a run folder that holds
     another run; :class:`~gumbo.errors.GumboError` naming the parameter or site when the loss stops being finite.
@@ -112,7 +112,8 @@ def fit(
     >>> from pyro.infer import Trace_ELBO
     >>> model = GaussianVAE((1, 4, 4), latent_dim=2, hidden=(8,))
     >>> x = torch.zeros(16, 1, 4, 4)
-    >>> result = fit(model, NormalGuide(model, hidden=(8,)), x, loss=Trace_ELBO(), epochs=3, batch_size=8, progress=False)
+    >>> guide = NormalGuide(model, hidden=(8,))
+    >>> result = fit(model, guide, x, loss=Trace_ELBO(), epochs=3, batch_size=8, progress=False)
     >>> result.epochs, result.history[-1]["elbo"] > result.history[0]["elbo"]
     (3, True)
     """

@@ -1,0 +1,244 @@
+"""fit: resumed runs, what it refuses, what it leaves alone."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+
+from gumbo.errors import BadInput, GumboError, UnknownName
+from gumbo.guides import CategoricalGuide, NormalGuide
+from gumbo.inference import fit, make_loss
+from gumbo.inference.checkpoints import load_checkpoint
+from gumbo.models import CategoricalVAE, GaussianVAE
+
+SHAPE = (1, 3, 3)
+
+
+def images(rows: int = 40, seed: int = 0) -> torch.Tensor:
+    return torch.bernoulli(torch.full((rows, *SHAPE), 0.4), generator=torch.Generator().manual_seed(seed))
+
+
+def pair(kind: str = "discrete", seed: int = 0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "discrete":
+            model = CategoricalVAE(SHAPE, num_latents=2, num_classes=3, hidden=(6,))
+            return model, CategoricalGuide(model, hidden=(6,))
+        model = GaussianVAE(SHAPE, latent_dim=2, hidden=(6,))
+        return model, NormalGuide(model, hidden=(6,))
+
+
+def parameters(*programs) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for program in programs for parameter in program.parameters()])
+
+
+quiet = functools.partial(fit, progress=False, batch_size=16, lr=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        ("normal", "pathwise"),
+        ("discrete", "score-average"),
+        ("discrete", "rloo"),
+        ("discrete", "trace"),
+        ("discrete", "trace-graph+baseline"),
+    ],
+)
+def test_a_resumed_run_gives_the_same_numbers(tmp_path, kind, word):
+    straight, resumed = pair(kind), pair(kind)
+    whole = quiet(*straight, images(), valid=images(10, 1), loss=word, epochs=4, run_dir=tmp_path / "whole")
+    quiet(*resumed, images(), valid=images(10, 1), loss=word, epochs=2, run_dir=tmp_path / "parts")
+    fresh = pair(kind, seed=1)  # other initial weights: everything must come from the checkpoint
+    parts = quiet(*fresh, images(), valid=images(10, 1), loss=word, epochs=4, run_dir=tmp_path / "parts", resume=True)
+
+    timings = ("ms_per_step", "seconds")
+    numbers = [[{k: v for k, v in h.items() if k not in timings} for h in run.history] for run in (whole, parts)]
+    assert numbers[0] == numbers[1]
+    assert torch.equal(parameters(*straight), parameters(*fresh))
+    assert not torch.equal(parameters(*straight), parameters(*resumed))
+    states = [load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "parts")]
+    assert states[0]["store"].keys() == states[1]["store"].keys()
+    assert all(torch.equal(states[0]["store"][name], states[1]["store"][name]) for name in states[0]["store"])
+    assert all(torch.equal(states[0]["module"][name], states[1]["module"][name]) for name in states[0]["module"])
+    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3, 4]
+
+
+def test_the_stock_baseline_is_in_the_checkpoint(tmp_path):
+    quiet(*pair(), images(), loss="trace-graph+baseline", epochs=1, run_dir=tmp_path)
+    store = load_checkpoint(tmp_path / "checkpoints" / "last.pt")["store"]
+    assert len(store) == 1
+    assert next(iter(store.values())).shape == (16,)  # one number a batch position: partial batches were dropped
+
+
+def test_lines_after_the_checkpoint_are_not_written_twice(tmp_path):
+    quiet(*pair(), images(), loss="trace", epochs=2, run_dir=tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "elbo": 0.0}\n{"epo')
+    quiet(*pair(), images(), loss="trace", epochs=3, run_dir=tmp_path, resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["elbo"] != 0.0
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), TraceGraph_ELBO()])
+def test_steps_are_those_of_svi(loss):
+    ours, theirs = pair(), pair()
+    x = images(16)
+    quiet(*ours, x, loss=loss, optimizer="adam", epochs=3, seed=5)
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        torch.manual_seed(5)
+        svi = SVI(*theirs, pyro.optim.Adam({"lr": 1e-2}), loss=loss)
+        for epoch in range(1, 4):
+            order = torch.randperm(16, generator=torch.Generator().manual_seed(5 * 1_000_003 + epoch))
+            svi.step(x[order])
+    assert torch.allclose(parameters(*ours), parameters(*theirs), atol=1e-6)
+
+
+@pytest.mark.parametrize("word", ["trace", "trace-graph+baseline", "rloo"])
+def test_nothing_outside_the_programs_changes(word):
+    pyro.get_param_store().setdefault("mine", torch.ones(2))
+    pyro.get_param_store().setdefault("decoder$$$0.weight", torch.zeros(6, 6))  # a stale entry of another model's
+    model, guide = pair()
+    guide.eval()
+    before = torch.get_rng_state()
+    quiet(model, guide, images(), loss=word, epochs=1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert set(pyro.get_param_store().keys()) == {"mine", "decoder$$$0.weight"}
+    assert (model.training, guide.training) == (True, False)
+    assert model.decoder[0].weight.abs().sum() > 0
+    pyro.clear_param_store()
+
+
+def test_training_helps_and_the_true_bound_stands_beside_the_training_objective():
+    model, guide = pair("normal")
+    result = quiet(model, guide, images(200), valid=images(50, 1), loss="trace", epochs=20)
+    assert result.history[-1]["valid_elbo"] > result.history[0]["valid_elbo"] + 0.1
+    assert result.objective_name == "elbo"
+    relaxed = quiet(*pair(), images(), valid=images(10, 1), loss="gumbel-softmax", epochs=1)
+    assert relaxed.objective_name != "elbo"
+    assert {relaxed.objective_name, "valid_elbo"} <= relaxed.history[-1].keys()
+
+
+def test_patience_stops_and_the_best_parameters_come_back():
+    model, guide = pair("normal")
+    seen = []
+
+    def note(numbers):
+        seen.append((numbers["valid_elbo"], parameters(model, guide)))
+
+    # A step this long only makes things worse, so the best state is early.
+    result = quiet(
+        model,
+        guide,
+        images(),
+        valid=images(10, 1),
+        loss="trace",
+        lr=0.5,
+        epochs=50,
+        patience=3,
+        restore_best=True,
+        on_epoch=note,
+    )
+    assert result.stopped_early
+    assert result.epochs == result.best_epoch + 3
+    if result.best_epoch:
+        assert torch.equal(parameters(model, guide), seen[result.best_epoch - 1][1])
+
+
+def test_transform_is_drawn_anew_each_epoch_and_repeatably():
+    seen = []
+
+    def draw(rows, generator):
+        seen.append(torch.bernoulli(rows, generator=generator))
+        return seen[-1]
+
+    gray = torch.full((16, *SHAPE), 0.5)
+    for _ in range(2):
+        quiet(*pair(), gray, loss="trace", epochs=2, transform=draw)
+    assert len(seen) == 6  # one to initialise and two epochs, twice
+    assert torch.equal(seen[1], seen[4])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_bad_input_is_one_line(tmp_path):
+    model, guide = pair()
+    bad = images()
+    bad[3, 0, 0, 0] = torch.nan
+    for data, word in ((images(0), "empty"), (bad, "NaN"), (torch.zeros(8, 2, 2), "shape"), ([1, 2], "tensor")):
+        with pytest.raises(BadInput, match=word) as error:
+            quiet(model, guide, data, loss="trace")
+        one_line(error)
+    with pytest.raises(UnknownName, match="did you mean 'adam'"):
+        quiet(model, guide, images(), loss="trace", optimizer="adan")
+    with pytest.raises(UnknownName):
+        quiet(model, guide, images(), loss="rlo0")
+    with pytest.raises(BadInput, match="never full"):
+        quiet(model, guide, images(8), loss="trace-graph+baseline")
+    with pytest.raises(BadInput, match="PyroModule"):
+        quiet(model, lambda x: None, images(), loss="trace")
+    with pytest.raises(BadInput, match="epochs is 0"):
+        quiet(model, guide, images(), loss="trace", epochs=0)
+    with pytest.raises(BadInput, match="run_dir"):
+        quiet(model, guide, images(), loss="trace", resume=True)
+    with pytest.raises(BadInput, match="valid="):
+        quiet(model, guide, images(), loss="trace", patience=2)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    quiet(*pair(), images(), loss="trace", epochs=1, run_dir=tmp_path)
+    with pytest.raises(BadInput, match="resume=True"):
+        quiet(*pair(), images(), loss="trace", epochs=1, run_dir=tmp_path)
+    with pytest.raises(BadInput, match="loss: trace there, trace-graph here"):
+        quiet(*pair(), images(), loss="trace-graph", epochs=2, run_dir=tmp_path, resume=True)
+    with pytest.raises(BadInput, match="train"):
+        quiet(*pair(), images(seed=7), loss="trace", epochs=2, run_dir=tmp_path, resume=True)
+    with pytest.raises(BadInput, match="parameters"):
+        quiet(*pair("normal"), images(), loss="trace", epochs=2, run_dir=tmp_path, resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    quiet(*pair(), images(), loss="trace", epochs=1, run_dir=tmp_path)
+    path = tmp_path / "checkpoints" / "last.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BadInput, match="last.pt"):
+        quiet(*pair(), images(), loss="trace", epochs=2, run_dir=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("word", ["trace", "trace-graph", "rloo"])
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_loss_that_stops_being_finite_is_explained(word, tmp_path):
+    model, guide = pair()
+    with torch.no_grad():
+        guide.encoder[0].bias[0] = torch.nan
+    with pytest.raises(GumboError, match=r"parameter 'guide\.encoder\.0\.bias'") as error:
+        quiet(model, guide, images(), loss=word, epochs=1)
+    one_line(error)
+
+
+def test_one_name_for_two_parameters_is_refused():
+    model, guide = pair("normal")
+    guide.decoder = torch.nn.Linear(2, 2)
+    guide.decoder.register_parameter("0", None)
+    model.decoder_extra, guide.decoder_extra = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    with pytest.raises(BadInput, match="decoder_extra"):
+        quiet(model, guide, images(), loss="trace")
+
+
+def test_every_word_makes_a_loss_that_says_what_it_is():
+    for word in ("trace", "trace-graph", "trace-graph+baseline", "rloo"):
+        loss = make_loss(word)
+        assert loss.differentiable == (not word.startswith("trace-graph"))
+        assert isinstance(loss.objective_name, str)
