@@ -12,7 +12,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 
 from ..errors import BadInput
-from ._programs import Rows, device_of, modes_kept, modules_of, private_seed, private_store
+from .isolation import device_of, modes_kept, modules_of, private_seed, private_store
+from .rows import Rows
 
 # Rows (data times draws) that one run of the programs holds: a bound on memory.
 _ROWS_A_RUN = 8192

@@ -19,20 +19,19 @@ import torch
 from pyro.infer import ELBO
 
 from ..errors import BadInput, GumboError, UnknownName
-from ._programs import (
-    Rows,
+from .checkpoints import load_checkpoint, save_checkpoint, write_whole
+from .evaluation import evaluate
+from .gradients import is_differentiable
+from .isolation import (
     device_of,
     devices_of,
-    is_differentiable,
     modes_kept,
     owned_parameters,
     private_seed,
-    private_store,
     shared_names,
 )
-from .checkpoints import load_checkpoint, save_checkpoint, write_whole
-from .evaluation import evaluate
 from .progress import make_progress
+from .rows import Rows
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -148,7 +147,7 @@ def fit(
         "train": _fingerprint(rows),
         "valid": None if valid_rows is None else _fingerprint(valid_rows),
     }
-    with private_store(model, guide), private_seed(seed, model, guide), modes_kept(model, guide):
+    with pyro.get_param_store().scope(), private_seed(seed, model, guide), modes_kept(model, guide):
         run = _Run(model, guide, loss, make_optimizer, batches, valid_rows, valid_samples, settings, run_dir)
         run.begin(resume)
         return run.go(epochs, patience, restore_best, checkpoint_every, progress, title, on_epoch)
@@ -266,6 +265,9 @@ class _Run:
                 f"model and guide both have a parameter {shared[0]!r}: in Pyro's param store they would train as one; "
                 "rename one of the networks"
             )
+        for name, parameter in owned_parameters(model, guide).items():
+            if not torch.nn.parameter.is_lazy(parameter) and not torch.isfinite(parameter).all():
+                raise BadInput(f"parameter {name!r} is not finite before the first step")
         kind = _TorchStep if is_differentiable(loss) else _StoreStep
         self.step = kind(model, guide, loss, make_optimizer, batches.first())
         shapes = {name: list(parameter.shape) for name, parameter in self.step.parameters.items()}

@@ -12,7 +12,8 @@ import torch
 from pyro.infer import ELBO
 
 from ..errors import BadInput
-from ._programs import Aside, arguments_of, is_differentiable, modes_kept, modules_of, owned_parameters, private_seed
+from .isolation import Aside, modes_kept, modules_of, owned_parameters, private_seed
+from .rows import arguments_of
 
 
 @dataclass(frozen=True)
@@ -190,3 +191,8 @@ def _flat_gradient(parameter: torch.Tensor) -> torch.Tensor:
     if parameter.grad is None:
         return torch.zeros(parameter.numel(), dtype=torch.float64, device=parameter.device)
     return parameter.grad.detach().double().flatten()
+
+
+def is_differentiable(loss: object) -> bool:
+    """Whether an ELBO gives one differentiable scalar; stock TraceGraph_ELBO, for one, only takes gradients itself."""
+    return getattr(loss, "differentiable", True) and hasattr(type(loss), "differentiable_loss")

@@ -102,18 +102,17 @@ def test_steps_are_those_of_svi(loss):
 
 
 @pytest.mark.parametrize("word", ["trace", "trace-graph+baseline", "rloo"])
-def test_nothing_outside_the_programs_changes(word):
-    pyro.get_param_store().setdefault("mine", torch.ones(2))
-    pyro.get_param_store().setdefault("decoder$$$0.weight", torch.zeros(6, 6))  # a stale entry of another model's
+def test_nothing_outside_the_programs_changes(word, param_store):
+    param_store.setdefault("mine", torch.ones(2))
+    param_store.setdefault("decoder$$$0.weight", torch.zeros(6, 6))  # a stale entry of another model's
     model, guide = pair()
     guide.eval()
     before = torch.get_rng_state()
     quiet(model, guide, images(), loss=word, epochs=1)
     assert torch.equal(before, torch.get_rng_state())
-    assert set(pyro.get_param_store().keys()) == {"mine", "decoder$$$0.weight"}
+    assert set(param_store.keys()) == {"mine", "decoder$$$0.weight"}
     assert (model.training, guide.training) == (True, False)
     assert model.decoder[0].weight.abs().sum() > 0
-    pyro.clear_param_store()
 
 
 def test_training_helps_and_the_true_bound_stands_beside_the_training_objective():
@@ -221,10 +220,21 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
 def test_a_loss_that_stops_being_finite_is_explained(word, tmp_path):
     model, guide = pair()
+    with pytest.raises(GumboError, match=r"epoch 1, step \d: parameter '.*' is no longer finite; lower the") as error:
+        quiet(model, guide, images(), loss=word, epochs=3, optimizer="sgd", lr=1e38)
+    one_line(error)
+    model, guide = pair()
     with torch.no_grad():
         guide.encoder[0].bias[0] = torch.nan
-    with pytest.raises(GumboError, match=r"parameter 'guide\.encoder\.0\.bias'") as error:
+    with pytest.raises(BadInput, match=r"parameter 'guide\.encoder\.0\.bias' is not finite before") as error:
         quiet(model, guide, images(), loss=word, epochs=1)
+
+
+def test_a_site_that_is_not_finite_is_named():
+    model, guide = pair("normal")
+    model.prior_loc.fill_(1e30)
+    with pytest.raises(GumboError, match="site 'z' has a log-probability that is not finite") as error:
+        quiet(model, guide, images(), loss="trace", epochs=1)
     one_line(error)
 
 
