@@ -128,9 +128,8 @@ def _permutation(size: int) -> np.ndarray:
 def _cut(images: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> dict[str, Split]:
     """Consecutive pieces of the given sizes, by split."""
     ends = np.cumsum(sizes)
-    return {
-        split: (images[end - n : end], labels[end - n : end]) for split, n, end in zip(SPLITS, sizes, ends, strict=True)
-    }
+    pieces = zip(SPLITS[: len(sizes)], sizes, ends, strict=True)
+    return {split: (images[end - size : end], labels[end - size : end]) for split, size, end in pieces}
 
 
 def _only(read: dict[str, Split], splits: Sequence[str]) -> dict[str, Split]:

@@ -1,0 +1,338 @@
+"""The contracts of models and guides as functions, for this package's classes and for anybody's.
+
+Each check takes a built object and a batch, and raises AssertionError with a one-line reason at the first fault. They
+work on copies: the objects, the param store and the random stream are left as they were.
+
+>>> import torch
+>>> from gumbo.guides import NormalGuide
+>>> from gumbo.models import GaussianVAE
+>>> x = torch.randint(2, (4, 1, 8, 8)).float()
+>>> model = GaussianVAE((1, 8, 8), latent_dim=2, hidden=(8,))
+>>> check_model(model, x)
+>>> check_guide(NormalGuide(model, hidden=(8,)), model, x)
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn import Module
+
+from .errors import BadInput
+
+PARTICLES = 3
+
+_SUPPORTS = {
+    "normal": constraints.real,
+    "categorical": constraints.one_hot,
+    "relaxed-categorical": constraints.simplex,
+    "bernoulli": constraints.boolean,
+}
+
+
+def check_model(model: Module, x: Tensor, **conditions: Tensor) -> None:
+    """Hold a model to its contract; ``x`` is a valid batch ``(B, *data_shape)`` of at least two rows.
+
+    ``conditions`` are the keywords that the model takes beside x, tensors with B rows. Checked: the declared latents,
+    their families and shapes at B = 1 and B > 1, plates, prior draws, finite log-probabilities under validation,
+    particle dimensions, independent rows, gradients to every parameter, save and load, float64, devices, names, bad
+    input.
+    """
+    who = type(model).__name__
+    _require(len(x) > 1, who, "the check needs a batch of at least two rows")
+    with _isolated():
+        model = copy.deepcopy(model)
+        _check_names(model, "decoder", who)
+        for rows in (1, len(x)):
+            with _running(who, f"with {rows} rows"):
+                trace = _trace(model, x[:rows], **_first(conditions, rows))
+            _check_sites(trace, model, rows, who)
+            _require(trace.nodes["x"]["is_observed"], who, "does not observe x at the site 'x'")
+        with _running(who, "unobserved, called with batch_size=2"):
+            prior = _trace(model, batch_size=2, **_first(conditions, 2))
+        _check_sites(prior, model, 2, who)
+        _require(prior.nodes["x"]["value"].shape == (2, *x.shape[1:]), who, "draws x of another shape than the data's")
+        _check_rows_and_particles(model, trace, x, conditions, who)
+        trace.log_prob_sum().backward()
+        _check_gradients({who: model})
+        _check_save_and_load(model, [], trace, x, conditions, who)
+        wide = copy.deepcopy(model).double()
+        with _running(who, "in float64"):
+            _check_dtype(_trace(wide, x.double(), **_double(conditions)), torch.float64, who)
+        with _off_device(), _running(who, "on another device (it makes a tensor without saying on which?)"):
+            moved = _trace(copy.deepcopy(model).to("meta"), x.to("meta"), **_to_meta(conditions))
+            _check_device(moved, who)
+        _check_bad_input(model, x, conditions, who)
+
+
+def check_guide(guide: Module, model: Module, x: Tensor, **conditions: Tensor) -> None:
+    """Hold a guide to its contract beside the ``model`` it was built for; ``x``, ``conditions`` as in `check_model`.
+
+    Checked: every declared latent is drawn with its shape at B = 1 and B > 1, in the model's plate and support, and is
+    returned; particle dimensions; independent rows; gradients of stock Trace_ELBO reach every parameter of the pair,
+    and two stock SVI steps move it; no name shared with the model; save and load, float64, devices, bad input.
+    """
+    who = type(guide).__name__
+    _require(len(x) > 1, who, "the check needs a batch of at least two rows")
+    with _isolated():
+        guide, model = copy.deepcopy((guide, model))
+        _check_names(guide, "encoder", who)
+        shared = {name for name, _ in guide.named_parameters()} & {name for name, _ in model.named_parameters()}
+        _require(not shared, who, f"shares parameter names with the model: {', '.join(sorted(shared))}")
+        for rows in (1, len(x)):
+            with _running(who, f"with {rows} rows"):
+                trace = _trace(guide, x[:rows], **_first(conditions, rows))
+            _check_sites(trace, model, rows, who)
+            _check_returned(trace, model, who)
+            with _running(type(model).__name__, f"at draws of {who}"):
+                _check_sites(_replay(model, trace, x[:rows], **_first(conditions, rows)), model, rows, who)
+        _check_rows_and_particles(guide, trace, x, conditions, who)
+        _check_pair_trains(guide, model, x, conditions, who)
+        _check_save_and_load(guide, [model], trace, x, conditions, who)
+        with _running(who, "in float64"):
+            wide = _trace(copy.deepcopy(guide).double(), x.double(), **_double(conditions))
+        _check_dtype(wide, torch.float64, who)
+        with _off_device(), _running(who, "on another device (it makes a tensor without saying on which?)"):
+            _check_device(_trace(copy.deepcopy(guide).to("meta"), x.to("meta"), **_to_meta(conditions)), who)
+        _check_bad_input(guide, x, conditions, who)
+
+
+# --- single promises ------------------------------------------------------------------------------------------------
+
+
+def _check_names(module: Module, prefix: str, who: str) -> None:
+    for name, _ in module.named_parameters():
+        _require(name.startswith(prefix), who, f"parameter {name!r} must be called {prefix}…, else names can collide")
+
+
+def _check_sites(trace: poutine.Trace, model: Module, rows: int, who: str) -> None:
+    """Declared sites exist with their shapes and supports, every site is in the plate, and all is finite."""
+    for name, latent in model.latents.items():
+        _require(name in trace.nodes, who, f"never samples the declared latent {name!r}")
+        value, expected = trace.nodes[name]["value"], (rows, *latent.shape)
+        _require(value.shape == expected, who, f"site {name!r} has shape {tuple(value.shape)}, expected {expected}")
+        _require(_in_support(latent.family, value), who, f"site {name!r} leaves the support of {latent.family} latents")
+    for name, site in _sites(trace):
+        _require(name == "x" or name in model.latents, who, f"samples {name!r}, which the model does not declare")
+        plates = [(frame.name, frame.dim) for frame in site["cond_indep_stack"]]
+        _require(plates == [("data", -1)], who, f"site {name!r} must stand in the plate 'data' at dim -1 alone")
+        log_prob = site["log_prob"]
+        _require(log_prob.shape == (rows,), who, f"log-probability at {name!r} has shape {tuple(log_prob.shape)}")
+        _require(log_prob.isfinite().all(), who, f"log-probability at {name!r} is not finite")
+
+
+def _in_support(family: str, value: Tensor) -> bool:
+    if family == "relaxed-categorical":
+        return bool((value >= 0).all() and ((value.sum(-1) - 1).abs() < 1e-5).all())
+    return bool(_SUPPORTS[family].check(value).all())
+
+
+def _check_returned(trace: poutine.Trace, model: Module, who: str) -> None:
+    returned = trace.nodes["_RETURN"]["value"]
+    _require(isinstance(returned, dict), who, "must return its draws as a dict from site to value")
+    for name in model.latents:
+        same = name in returned and returned[name] is trace.nodes[name]["value"]
+        _require(same, who, f"must return its draw of {name!r} under that name")
+
+
+def _check_rows_and_particles(module: Module, trace: poutine.Trace, x: Tensor, conditions: dict, who: str) -> None:
+    """Each row's log-probability is the same alone, in the batch, and as one of several particles."""
+    batch = _log_probs(trace)
+    with _running(who, "row by row"):
+        alone = [
+            _log_probs(_replay(module, _pick(trace, i, dim=0), x[i : i + 1], **_one(conditions, i)))
+            for i in range(len(x))
+        ]
+    for name, log_prob in batch.items():
+        rows = torch.cat([one[name] for one in alone])
+        _require(_close(rows, log_prob), who, f"site {name!r}: a row's log-probability depends on the other rows")
+    vectorized = _in_particles(module)
+    with _running(who, f"with {PARTICLES} particles in a plate at dim -2"):
+        several = _trace(vectorized, x, **conditions)
+    for name, site in _sites(several):
+        shape, expected = tuple(site["log_prob"].shape), (PARTICLES, len(x))
+        _require(shape == expected, who, f"site {name!r} has log-probabilities {shape} for particles, not {expected}")
+    for k in range(PARTICLES):
+        one = _log_probs(_replay(module, _pick(several, k, dim=0, keep=False), x, **conditions))
+        for name, log_prob in one.items():
+            same = _close(several.nodes[name]["log_prob"][k], log_prob)
+            _require(same, who, f"site {name!r} means something else for {PARTICLES} particles than for one")
+
+
+def _check_pair_trains(guide: Module, model: Module, x: Tensor, conditions: dict, who: str) -> None:
+    """Stock SVI reaches and moves every parameter of the pair."""
+    pair = {who: guide, type(model).__name__: model}
+    before = {name: copy.deepcopy(module.state_dict()) for name, module in pair.items()}
+    with _running(who, "under stock SVI with Trace_ELBO"):
+        svi = SVI(model, guide, Adam({"lr": 1e-3}), Trace_ELBO(num_particles=PARTICLES))
+        with poutine.block():
+            loss = Trace_ELBO(num_particles=PARTICLES).differentiable_loss(model, guide, x, **conditions)
+        loss.backward()
+        _require(bool(loss.isfinite()), who, "stock Trace_ELBO is not finite")
+        _check_gradients(pair)
+        for _ in range(2):
+            svi.step(x, **conditions)
+    for owner, module in pair.items():
+        for name, parameter in module.named_parameters():
+            moved = not torch.equal(parameter, before[owner][name])
+            _require(moved, owner, f"two stock SVI steps leave parameter {name!r} where it was")
+
+
+def _check_gradients(modules: dict[str, Module]) -> None:
+    for who, module in modules.items():
+        for name, parameter in module.named_parameters():
+            gradient = parameter.grad
+            _require(gradient is not None and gradient.any(), who, f"no gradient reaches parameter {name!r}")
+            _require(gradient.isfinite().all(), who, f"the gradient at parameter {name!r} is not finite")
+        module.zero_grad()
+
+
+def _check_save_and_load(
+    module: Module, arguments: list, trace: poutine.Trace, x: Tensor, conditions: dict, who: str
+) -> None:
+    """A twin built from ``config`` gives the same numbers once it has loaded the state, without unpickling code."""
+    module, file = copy.deepcopy(module), io.BytesIO()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    with _running(who, "when it is built again from its config and loads its state"):
+        twin = type(module)(*arguments, **module.config)
+        twin.load_state_dict(torch.load(file, weights_only=True))
+    before, after = (_log_probs(_replay(one, trace, x, **conditions)) for one in (module, twin))
+    for name in before:
+        same = torch.equal(before[name], after[name])
+        _require(same, who, f"site {name!r} gives other numbers once saved, built again and loaded")
+
+
+def _check_dtype(trace: poutine.Trace, dtype: torch.dtype, who: str) -> None:
+    for name, site in _sites(trace):
+        for what, tensor in (("value", site["value"]), ("log-probability", site["log_prob"])):
+            _require(tensor.dtype == dtype, who, f"{what} at {name!r} is {tensor.dtype} after .double()")
+
+
+def _check_device(trace: poutine.Trace, who: str) -> None:
+    for name, site in _sites(trace):
+        device = site["log_prob"].device.type
+        _require(device == "meta", who, f"log-probability at {name!r} is on {device} though everything was moved")
+
+
+def _check_bad_input(module: Module, x: Tensor, conditions: dict, who: str) -> None:
+    bad = {"another shape": x[..., :-1], "no rows": x[:0], "NaN in it": x * float("nan")}
+    for what, batch in bad.items():
+        try:
+            module(batch, **_first(conditions, len(batch)))
+        except BadInput as error:
+            _require("\n" not in str(error), who, f"says more than one line of a batch with {what}")
+        except Exception as error:
+            _fail(who, f"raises {type(error).__name__} instead of BadInput for a batch with {what}", error)
+        else:
+            _fail(who, f"takes a batch with {what} without a word")
+
+
+# --- tools ------------------------------------------------------------------------------------------------------------
+
+
+def _fail(who: str, what: str, cause: Exception | None = None) -> None:
+    raise AssertionError(f"{who}: {what}") from cause
+
+
+def _require(condition: object, who: str, what: str) -> None:
+    if not condition:
+        _fail(who, what)
+
+
+@contextmanager
+def _running(who: str, when: str) -> Iterator[None]:
+    """Turn whatever a program raises into one line that says when it did."""
+    try:
+        yield
+    except AssertionError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        _fail(who, f"fails {when}: {type(error).__name__}: {reason}", error)
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """A param store and a random stream of our own, with validation on, under Pyro's default for module parameters."""
+    settings = pyro.settings.context(module_local_params=False)
+    with pyro.get_param_store().scope(), torch.random.fork_rng(), pyro.validation_enabled(True), settings:
+        yield
+
+
+@contextmanager
+def _off_device() -> Iterator[None]:
+    """For runs on the meta device, which computes shapes and no values: validation would have to read values."""
+    with pyro.validation_enabled(False), torch.no_grad():
+        yield
+
+
+def _trace(program, *args, **kwargs) -> poutine.Trace:
+    trace = poutine.trace(program).get_trace(*args, **kwargs)
+    trace.compute_log_prob()
+    return trace
+
+
+def _replay(program, trace: poutine.Trace, *args, **kwargs) -> poutine.Trace:
+    return _trace(poutine.replay(program, trace=trace), *args, **kwargs)
+
+
+def _sites(trace: poutine.Trace) -> list[tuple[str, dict]]:
+    """The sample sites, without those that plates make."""
+    return [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
+
+
+def _log_probs(trace: poutine.Trace) -> dict[str, Tensor]:
+    return {name: site["log_prob"].detach() for name, site in _sites(trace)}
+
+
+def _pick(trace: poutine.Trace, index: int, dim: int, keep: bool = True) -> poutine.Trace:
+    """A trace of the latent values at one index of a leading dimension, for replays."""
+    picked = poutine.Trace()
+    for name, site in _sites(trace):
+        if not site["is_observed"]:
+            value = site["value"].detach().narrow(dim, index, 1)
+            picked.add_node(name, **{**site, "value": value if keep else value.squeeze(dim)})
+    return picked
+
+
+def _in_particles(program):
+    def vectorized(*args, **kwargs):
+        with pyro.plate("particles", PARTICLES, dim=-2):
+            return program(*args, **kwargs)
+
+    return vectorized
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def _first(conditions: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    return {name: value[:rows] for name, value in conditions.items()}
+
+
+def _one(conditions: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {name: value[row : row + 1] for name, value in conditions.items()}
+
+
+def _double(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: value.double() if value.is_floating_point() else value for n, value in conditions.items()}
+
+
+def _to_meta(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to("meta") for name, value in conditions.items()}

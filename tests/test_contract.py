@@ -1,0 +1,227 @@
+"""Every registered model, and every guide that fits it, keeps its contract; the contract itself sees what breaks it."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from gumbo.guides import NormalGuide, fitting, guides
+from gumbo.models import GenerativeModel, Latent, models
+from gumbo.testing import check_guide, check_model
+
+SHAPE = (1, 8, 8)
+
+
+def batch(model, rows=4):
+    """Zeros and ones: they lie in the support of every likelihood here."""
+    return torch.randint(2, (rows, *model.data_shape)).to(torch.float32)
+
+
+def variants():
+    return [pytest.param(name, i, id=f"{name}-{i}") for name, cls in models.items() for i in range(len(cls.variants))]
+
+
+def build(name, variant):
+    cls = models[name]
+    return cls(**{"data_shape": SHAPE, **cls.variants[variant]})
+
+
+def pairs():
+    return [
+        pytest.param(*variant.values, guide, id=f"{variant.id}-{guide}")
+        for variant in variants()
+        for guide in fitting(build(*variant.values))
+    ]
+
+
+@pytest.mark.parametrize("name, variant", variants())
+def test_model_contract(name, variant):
+    model = build(name, variant)
+    check_model(model, batch(model))
+
+
+@pytest.mark.parametrize("name, variant, guide", pairs())
+def test_guide_contract(name, variant, guide):
+    model = build(name, variant)
+    check_guide(guides[guide](model), model, batch(model))
+
+
+# --- the contract sees faults ---------------------------------------------------------------------------------------
+
+
+class Sound(GenerativeModel):
+    """A small model written from outside the package; each fault below changes one thing about it."""
+
+    def __init__(self):
+        super().__init__(SHAPE)
+        self.latents = {"z": Latent("normal", (2,))}
+        self.decoder = torch.nn.Linear(2, 64)
+        self.register_buffer("zero", torch.zeros(2))
+
+    def prior(self):
+        return dist.Normal(self.zero, 1.0).to_event(1)
+
+    def likelihood(self, z):
+        return dist.Bernoulli(logits=self.decoder(z).unflatten(-1, SHAPE)).to_event(3)
+
+    def forward(self, x=None, *, batch_size=1):
+        with self.data_plate(x, batch_size):
+            return pyro.sample("x", self.likelihood(pyro.sample("z", self.prior())), obs=x)
+
+
+class WrongShape(Sound):
+    def __init__(self):
+        super().__init__()
+        self.latents = {"z": Latent("normal", (3,))}
+
+
+class WrongSupport(Sound):
+    def __init__(self):
+        super().__init__()
+        self.latents = {"z": Latent("bernoulli", (2,))}
+
+
+class NoPlate(Sound):
+    def forward(self, x=None, *, batch_size=1):
+        rows = len(x) if x is not None else batch_size
+        z = pyro.sample("z", self.prior().expand([rows]))
+        return pyro.sample("x", self.likelihood(z), obs=x)
+
+
+class OtherDevice(Sound):
+    def prior(self):
+        return dist.Normal(self.zero + torch.zeros(2), 1.0).to_event(1)
+
+
+class OtherDtype(Sound):
+    def prior(self):
+        return dist.Normal(torch.zeros(2, dtype=torch.float32), 1.0).to_event(1)
+
+
+class MixesRows(Sound):
+    def likelihood(self, z):
+        return super().likelihood(z - z.mean(-2, keepdim=True))
+
+
+class MixesParticles(Sound):
+    def likelihood(self, z):
+        return super().likelihood(z - z.mean(0, keepdim=True) if z.dim() > 2 else z)
+
+
+class Unused(Sound):
+    def __init__(self):
+        super().__init__()
+        self.decoder_unused = torch.nn.Linear(1, 1)
+
+
+class Misnamed(Sound):
+    def __init__(self):
+        super().__init__()
+        self.network = torch.nn.Linear(1, 1)
+
+
+class NotSaved(Sound):
+    def __init__(self):
+        super().__init__()
+        self.offset = torch.randn(2)
+
+    def likelihood(self, z):
+        return super().likelihood(z + self.offset)
+
+
+class TakesAnything(Sound):
+    def check_batch(self, x, like):
+        pass
+
+
+MODEL_FAULTS = {
+    WrongShape: r"site 'z' has shape \(1, 2\), expected \(1, 3\)",
+    WrongSupport: "leaves the support of bernoulli",
+    NoPlate: "must stand in the plate 'data'",
+    OtherDevice: "fails on another device",
+    OtherDtype: "fails in float64",
+    MixesRows: "depends on the other rows",
+    MixesParticles: "means something else for 3 particles",
+    Unused: "no gradient reaches parameter 'decoder_unused.weight'",
+    Misnamed: "'network.weight' must be called decoder",
+    NotSaved: "gives other numbers once saved",
+    TakesAnything: "takes a batch with another shape without a word",
+}
+
+
+def test_a_model_from_outside_passes():
+    check_model(Sound(), batch(Sound()))
+    check_guide(NormalGuide(Sound()), Sound(), batch(Sound()))
+
+
+@pytest.mark.parametrize("fault", MODEL_FAULTS, ids=lambda fault: fault.__name__)
+def test_model_faults_are_seen(fault):
+    with pytest.raises(AssertionError, match=f"^{fault.__name__}: .*{MODEL_FAULTS[fault]}"):
+        check_model(fault(), batch(Sound()))
+
+
+class NotReturned(NormalGuide):
+    def forward(self, x):
+        super().forward(x)
+
+
+class Forgets(NormalGuide):
+    def forward(self, x):
+        with pyro.poutine.block(hide=["z"]):
+            return super().forward(x)
+
+
+class Collides(NormalGuide):
+    def __init__(self, model):
+        super().__init__(model)
+        self.decoder = torch.nn.Linear(2, 64)
+
+
+class BatchNormalized(NormalGuide):
+    def __init__(self, model):
+        super().__init__(model)
+        self.encoder.append(torch.nn.BatchNorm1d(128))
+
+
+class Narrow(NormalGuide):
+    """Detaches what one of its heads says, so that nothing trains it."""
+
+    def distribution(self, latent, output):
+        return super().distribution(latent, output.detach())
+
+
+class Other(NormalGuide):
+    """Draws an auxiliary site of its own."""
+
+    def distribution(self, latent, output):
+        pyro.sample("extra", dist.Normal(output.new_zeros(()), 1.0), infer={"is_auxiliary": True})
+        return super().distribution(latent, output)
+
+
+GUIDE_FAULTS = {
+    NotReturned: "must return its draws as a dict",
+    Forgets: "never samples the declared latent 'z'",
+    Collides: "'decoder.weight' must be called encoder",
+    BatchNormalized: "fails with 1 rows",
+    Narrow: "no gradient reaches parameter 'encoder",
+    Other: "samples 'extra', which the model does not declare",
+}
+
+
+@pytest.mark.parametrize("fault", GUIDE_FAULTS, ids=lambda fault: fault.__name__)
+def test_guide_faults_are_seen(fault):
+    with pytest.raises(AssertionError, match=f"^{fault.__name__}: .*{GUIDE_FAULTS[fault]}"):
+        check_guide(fault(Sound()), Sound(), batch(Sound()))
+
+
+def test_the_checks_leave_no_trace():
+    model = Sound()
+    guide, x = NormalGuide(model), batch(model)
+    weights, random = model.decoder.weight.clone(), torch.get_rng_state()
+    check_model(model, x)
+    check_guide(guide, model, x)
+    assert torch.equal(model.decoder.weight, weights) and model.decoder.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), random)
+    assert len(pyro.get_param_store()) == 0

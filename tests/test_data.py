@@ -1,0 +1,208 @@
+"""Data sets: splits that never move, binarizations, and what is said when a file is missing."""
+
+from __future__ import annotations
+
+import gzip
+import socket
+
+import numpy as np
+import pytest
+import torch
+
+from gumbo.errors import BadInput, UnknownName
+from gumbo.experiments import data
+from gumbo.experiments.data import load
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network: name look-ups fail."""
+
+    def fail(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+
+
+def write_idx(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    content = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_mnist(folder, prefix, rows, suffix=".gz"):
+    images = np.arange(rows * 784).reshape(rows, 28, 28) % 256
+    write_idx(folder / f"MNIST/raw/{prefix}-images-idx3-ubyte{suffix}", images)
+    write_idx(folder / f"MNIST/raw/{prefix}-labels-idx1-ubyte{suffix}", np.arange(rows) % 10)
+    return images
+
+
+FIRST_DIGITS = {
+    "train": [2, 8, 2, 6, 6, 7, 1, 9],
+    "valid": [0, 9, 6, 9, 8, 4, 5, 8],
+    "test": [8, 8, 2, 2, 2, 9, 8, 8],
+}
+
+
+def test_digits_are_split_for_good(offline):
+    digits = load("digits")
+    assert [len(digits.train), len(digits.valid), len(digits.test)] == [1297, 200, 300]
+    assert digits.data_shape == (1, 8, 8)
+    assert digits.train.dtype == torch.float32 and digits.train.min() == 0 and digits.train.max() == 1
+    # The first labels of each split: a permutation that moved would show here.
+    assert {split: labels[:8].tolist() for split, labels in digits.labels.items()} == FIRST_DIGITS
+    whole = torch.cat([digits.train, digits.valid, digits.test])
+    assert whole.unique(dim=0).shape[0] == whole.shape[0] == 1797
+
+
+def test_static_is_a_threshold_at_one_half():
+    grey, static = load("digits"), load("digits", binarize="static")
+    assert torch.equal(static.valid, (grey.valid >= 0.5).float())
+    assert torch.equal(static.transform(static.train), static.train)
+
+
+def test_dynamic_draws_anew_for_training_and_once_for_the_rest():
+    grey, dynamic = load("digits"), load("digits", binarize="dynamic")
+    assert torch.equal(dynamic.train, grey.train)
+    assert torch.equal(dynamic.valid, load("digits", binarize="dynamic").valid)
+    assert set(dynamic.test.unique().tolist()) == {0.0, 1.0}
+    generator = torch.Generator().manual_seed(0)
+    epochs = torch.stack([dynamic.transform(dynamic.train, generator) for _ in range(200)])
+    assert not torch.equal(epochs[0], epochs[1])
+    again = dynamic.transform(dynamic.train, torch.Generator().manual_seed(0))
+    assert torch.equal(again, epochs[0])
+    # 200 draws of a pixel have a standard error of at most 0.036; over 83,008 pixels none strays beyond six of them.
+    assert (epochs.mean(0) - grey.train).abs().max() < 6 * 0.036
+
+
+def test_splits_restrict_what_is_read():
+    only = load("digits", splits=["test"])
+    assert [len(only.train), len(only.valid), len(only.test)] == [0, 0, 300]
+    assert list(only.labels) == ["test"] and only.data_shape == (1, 8, 8)
+    assert load("digits", dtype=torch.float64, splits="valid").valid.dtype == torch.float64
+
+
+def test_unknown_names_are_one_line():
+    with pytest.raises(UnknownName, match="unknown dataset 'mnits': did you mean 'mnist'"):
+        load("mnits")
+    with pytest.raises(UnknownName, match="unknown binarization 'statik': did you mean 'static'"):
+        load("digits", binarize="statik")
+    with pytest.raises(UnknownName, match="unknown split 'tests': did you mean 'test'"):
+        load("digits", splits=["tests"])
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_mnist_is_read_from_torchvisions_layout(tmp_path, monkeypatch, offline, suffix):
+    images = write_mnist(tmp_path, "t10k", 30, suffix)
+    monkeypatch.setenv("GUMBO_DATA", str(tmp_path))
+    mnist = load("mnist", splits=["test"])
+    assert mnist.test.shape == (30, 1, 28, 28)
+    torch.testing.assert_close(mnist.test[:, 0], torch.from_numpy(images).float() / 255)
+    assert mnist.labels["test"].tolist() == [i % 10 for i in range(30)]
+
+
+def test_mnist_training_images_are_cut_at_fifty_thousand(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_read_idx", lambda path: np.arange(60_000)[:, None, None] % 256)
+    for name in ("images-idx3", "labels-idx1"):
+        (tmp_path / "MNIST/raw").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"MNIST/raw/train-{name}-ubyte").touch()
+    mnist = load("mnist", splits=["train", "valid"], root=tmp_path)
+    assert len(mnist.train) == 50_000 and len(mnist.valid) == 10_000
+    assert mnist.valid[0].item() == pytest.approx((50_000 % 256) / 255)
+
+
+MISSING = {
+    "mnist": "put .*train-images-idx3-ubyte.gz.* into .*MNIST.raw$",
+    "fashion-mnist": "put .*train-images-idx3-ubyte.gz.* into .*FashionMNIST.raw$",
+    "omniglot": "put images_background.zip into .*omniglot-py$",
+    "binarized-mnist": "put binarized_mnist.npz into ",
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_without_network_one_line_says_what_to_put_where(tmp_path, offline, name):
+    with pytest.raises(BadInput, match=f"^{name} is not on disk and cannot be downloaded .*{MISSING[name]}") as caught:
+        load(name, root=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_mnist_with_its_test_images_alone_says_how_to_use_them(tmp_path, offline):
+    write_mnist(tmp_path, "t10k", 3)
+    with pytest.raises(BadInput, match=r'train-images-idx3-ubyte.gz.*; the test images are there: splits=\["test"\]'):
+        load("mnist", root=tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    write_mnist(tmp_path, "t10k", 3, suffix="")
+    (tmp_path / "MNIST/raw/t10k-images-idx3-ubyte").write_bytes(b"<html>")
+    with pytest.raises(BadInput, match="t10k-images-idx3-ubyte is not an IDX file"):
+        load("mnist", root=tmp_path, splits="test")
+
+
+def test_omniglot_is_shrunk_inverted_and_kept(tmp_path, monkeypatch):
+    import torchvision.datasets
+    from PIL import Image
+
+    def omniglot(root, background, download):
+        """White paper with a black dot of ink whose place tells the image."""
+        paper = [Image.new("1", (105, 105), 1) for _ in range(2_010 if background else 5)]
+        for i, image in enumerate(paper):
+            image.paste(0, (i % 100, 0, i % 100 + 5, 5))
+        return [(image, i // 20) for i, image in enumerate(paper)]
+
+    monkeypatch.setattr(torchvision.datasets, "Omniglot", omniglot)
+    first = load("omniglot", root=tmp_path)
+    assert [len(first.train), len(first.valid), len(first.test)] == [10, 2_000, 5]
+    assert first.data_shape == (1, 28, 28)
+    assert first.test[0, 0, 0, 0] == 1 and first.test[0, 0, 20, 20] == 0
+    monkeypatch.setattr(torchvision.datasets, "Omniglot", None)
+    again = load("omniglot", root=tmp_path)
+    assert torch.equal(again.valid, first.valid) and torch.equal(again.labels["valid"], first.labels["valid"])
+
+
+def test_binarized_mnist_is_unpacked(tmp_path):
+    rows = np.random.RandomState(0).randint(0, 2, (5, 784), dtype=np.uint8)
+    np.savez(tmp_path / "binarized_mnist.npz", **dict.fromkeys(data.SPLITS, np.packbits(rows, axis=1)))
+    binarized = load("binarized-mnist", root=tmp_path)
+    assert torch.equal(binarized.test.flatten(1), torch.from_numpy(rows).float()) and not binarized.labels
+    with pytest.raises(BadInput, match="binary already"):
+        load("binarized-mnist", root=tmp_path, binarize="dynamic")
+
+
+def test_binarized_mnist_download_is_checked_and_kept(tmp_path, monkeypatch):
+    import hashlib
+    import io
+    import urllib.request
+
+    rows = np.random.RandomState(0).randint(0, 2, (5, 784), dtype=np.uint8)
+    text = b"\n".join(b" ".join(b"%d" % bit for bit in row) for row in rows)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(text))
+    with pytest.raises(BadInput, match="downloaded train split is damaged"):
+        load("binarized-mnist", root=tmp_path)
+    assert not list(tmp_path.iterdir())
+    digest = hashlib.sha256(np.packbits(rows, axis=1).tobytes()).hexdigest()
+    monkeypatch.setattr(data, "_BINARIZED_MNIST", dict.fromkeys(data.SPLITS, digest))
+    assert torch.equal(load("binarized-mnist", root=tmp_path).valid.flatten(1), torch.from_numpy(rows).float())
+    assert [path.name for path in tmp_path.iterdir()] == ["binarized_mnist.npz"]
+
+
+def test_the_real_binarized_mnist(shared_data):
+    folder = shared_data("binarized_mnist.npz").parent
+    binarized = load("binarized-mnist", root=folder)
+    assert [len(binarized.train), len(binarized.valid), len(binarized.test)] == [50_000, 10_000, 10_000]
+    # The share of ink in the literature's binarization.
+    assert binarized.train.mean().item() == pytest.approx(0.1307, abs=2e-3)
+
+
+def test_the_real_mnist_test_digits(shared_data):
+    folder = shared_data("MNIST/raw/t10k-images-idx3-ubyte.gz").parents[2]
+    mnist = load("mnist-test", root=folder)
+    assert [len(mnist.train), len(mnist.valid), len(mnist.test)] == [7_000, 1_000, 2_000]
+    assert mnist.labels["train"][:5].tolist() == [7, 2, 1, 0, 4]
+
+
+def test_the_default_folder_is_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("GUMBO_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert data.data_folder() == tmp_path / "gumbo"
