@@ -41,8 +41,12 @@ def wheel(tmp_path_factory) -> Path:
     """A wheel built from a copy of the tree, so that no `build/` folder is left in it or taken from it."""
     folder = tmp_path_factory.mktemp("wheel")
     tree, out = folder / "tree", folder / "out"
-    junk = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
-    shutil.copytree(ROOT, tree, ignore=junk)
+    tree.mkdir()
+    junk = shutil.ignore_patterns("__pycache__")
+    for name in ("gumbo", "models", "guides", "inference", "experiments", "tests", "docs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=junk)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
     isolation = ["--no-isolation"] if setuptools_builds_wheels() else []
     command = [sys.executable, "-m", "build", "--wheel", *isolation, "--outdir", str(out), str(tree)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
