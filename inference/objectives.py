@@ -232,15 +232,17 @@ def common_frames(runs: list[Run], layout: Layout) -> Frames:
     """The plates that enclose every site: one importance weight for each of their elements."""
     if not layout.trust_plates:
         return NO_FRAMES
-    frames = [site.frames for run in runs for site in run.sites if not site.settled]
+    frames = [site.frames for run in runs for site in run.sites if site.latent or not site.settled]
     return frozenset.intersection(*frames) if frames else NO_FRAMES
 
 
 def common_scale(runs: list[Run]) -> Any:
-    """The scale that all terms share, which multiplies the bound; 1 where they differ, so that it enters the weights."""
-    scales = [site.scale for run in runs for site in run.sites if not site.settled]
+    """The scale that all terms share and that multiplies the bound; 1 where they differ, and enter the weights."""
+    scales = [site.scale for run in runs for site in run.sites if site.latent or not site.settled]
     first = scales[0] if scales else 1.0
-    same = all(s is first or (not isinstance(s, Tensor) and not isinstance(first, Tensor) and s == first) for s in scales)
+    same = all(
+        s is first or (not isinstance(s, Tensor) and not isinstance(first, Tensor) and s == first) for s in scales
+    )
     return first if same else 1.0
 
 

@@ -326,7 +326,15 @@ class Program:
             (f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLES
         )
         site = Site(
-            name, fn, value, frames, value, scale=msg["scale"], latent=latent, settled=is_settled(msg), infer=msg["infer"]
+            name,
+            fn,
+            value,
+            frames,
+            value,
+            scale=msg["scale"],
+            latent=latent,
+            settled=is_settled(msg),
+            infer=msg["infer"],
         )
         if draws is not None and latent:
             site.estimator, site.enum_dim, site.joint = draws.roles[name]
@@ -419,7 +427,7 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
         again = alone.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples))
     if _difference(again, single, program.max_plate_nesting) is not None:
         raise NoisyProgram
-    raise _does_not_vectorize(*difference)
+    raise does_not_vectorize(*difference)
 
 
 class NoisyProgram(Exception):
@@ -470,24 +478,13 @@ def _tolerance(like: Tensor) -> float:
     return 2e-3 if like.device.type == "cuda" or like.dtype != torch.float32 else 5e-5
 
 
-def _does_not_vectorize(site: str, reason: str) -> CannotVectorize:
+def does_not_vectorize(site: str, reason: str) -> CannotVectorize:
     return CannotVectorize(
         site,
         "any",
         f"the program does not vectorize over particles: {reason}; pass vectorize_particles=False,"
         " or let its layers accept leading dimensions",
     )
-
-
-def cannot_vectorize(error: Exception) -> CannotVectorize:
-    """What to say of a program that runs alone and fails with K particles or enumerated values."""
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return _does_not_vectorize("(program)", f"with a leading dimension it fails ({type(error).__name__}: {first})")
-
-
-def detached(run: Run) -> dict[str, Draw]:
-    """The draws of a run, by site, without gradients."""
-    return {site.name: site.draw.map(torch.Tensor.detach) for site in run.guide if site.latent}
 
 
 @contextmanager

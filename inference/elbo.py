@@ -1,0 +1,586 @@
+"""SiteELBO: an objective and an estimator for each site, as one differentiable scalar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.elbo import ELBO, ELBOModule
+from torch import Tensor, nn
+
+from ..errors import BadInput, CannotVectorize, GumboError, UnknownName, UnsupportedSite
+from . import objectives
+from .distributions import describe, is_deterministic
+from .estimators import Enumerate, Estimator, MovingAverage, ScoreFunction, SiteView, estimators
+from .estimators._base import Draw, detached_draw
+from .programs import (
+    NoisyProgram,
+    Program,
+    Run,
+    check_same_kind,
+    check_vectorized,
+    does_not_vectorize,
+    evaluating,
+    forked_rng,
+    kept_buffers,
+)
+
+OBJECTIVES = ("elbo", "iwae", "rws")
+
+
+def as_estimator(word: str | Estimator) -> Estimator:
+    """The estimator that a word names, or the estimator itself.
+
+    >>> as_estimator("rloo")
+    ScoreFunction(baseline=LeaveOneOut())
+    """
+    if isinstance(word, Estimator):
+        return word
+    if isinstance(word, type) and issubclass(word, Estimator):
+        return word()
+    if not isinstance(word, str):
+        raise BadInput(f"an estimator is a word or an Estimator, got {word!r}")
+    found = estimators[word]()
+    if not isinstance(found, Estimator):
+        raise BadInput(f"{word!r} names {found!r}, which is not an Estimator")
+    return found
+
+
+class _Default(Estimator):
+    """Stands for `pathwise where there is an rsample`, so that the error can say what to do."""
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        return f"{describe(site['fn'])} has no reparameterized sampler, so that no estimator is the default: name one"
+
+
+class _Detached(Estimator):
+    """Draws without a gradient, for objectives that need none through their draws."""
+
+    objectives = frozenset({"rws"})
+
+    def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
+        return detached_draw(fn, args, kwargs)
+
+
+class SiteELBO(ELBO):
+    """A variational objective whose gradient goes through each site as one word says.
+
+    Args:
+        estimators: one word (or :class:`Estimator`) for all sites, or a mapping from site names to words, where
+            ``"*"`` stands for the sites that it does not name. Where a mapping does not name a site, the site's own
+            ``infer={"estimator": …}`` speaks first, then ``"*"``; a site that nothing names is pathwise if it can be.
+        objective: ``"elbo"``; ``"iwae"``, the importance-weighted bound; ``"rws"``, reweighted wake-sleep.
+        num_particles: K; None is the estimators' own minimum.
+        vectorize_particles: run all K at once, in a plate to the left of all others; the first call replays one of
+            them alone and compares.
+        max_plate_nesting: how deep plates nest; None finds it in the first call.
+        kl_weight: a factor for all latent terms, or a schedule, a function of the training step.
+        plates: ``"trust"``, or ``"ignore"`` for programs whose layers mix the rows of a plate.
+
+    It serves Pyro's idiom, ``SVI(model, guide, optim, loss=SiteELBO("rloo"))``, and torch's:
+    ``loss = SiteELBO("rloo")(model, guide)`` is a module, ``loss(x).backward()``. The value is a loss, −bound, in nats,
+    summed over the batch and scaled as the program's plates say.
+
+    Raises:
+        UnknownName: a word that is not an estimator.
+        UnsupportedSite: a site that its estimator, or the objective, cannot serve.
+        CannotVectorize: a program that means another thing for K particles at once.
+        BadInput: anything else that cannot be meant.
+
+    >>> import pyro.distributions as dist
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Bernoulli(0.5))
+    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.3))
+    >>> class Guide(pyro.nn.PyroModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.logit = nn.Parameter(torch.zeros(()))
+    ...     def forward(self):
+    ...         pyro.sample("z", dist.Bernoulli(logits=self.logit))
+    >>> loss = SiteELBO("enumerate")(model, Guide())
+    >>> round(loss().item(), 4)
+    1.0639
+    """
+
+    differentiable = True
+
+    def __init__(
+        self,
+        estimators: str | Estimator | Mapping[str, str | Estimator] = "default",
+        *,
+        objective: str = "elbo",
+        num_particles: int | None = None,
+        vectorize_particles: bool = True,
+        max_plate_nesting: int | None = None,
+        kl_weight: float | Callable[[int], float] = 1.0,
+        plates: str = "trust",
+    ):
+        if objective not in OBJECTIVES:
+            raise UnknownName("objective", objective, OBJECTIVES)
+        if plates not in ("trust", "ignore"):
+            raise UnknownName("plates", plates, ("trust", "ignore"))
+        if num_particles is not None and (not isinstance(num_particles, int) or num_particles < 1):
+            raise BadInput(f"num_particles must be a positive integer or None, got {num_particles!r}")
+        if max_plate_nesting is not None and max_plate_nesting != float("inf") and int(max_plate_nesting) < 0:
+            raise BadInput(f"max_plate_nesting must be at least 0, got {max_plate_nesting!r}")
+        if not callable(kl_weight) and not float(kl_weight) >= 0:
+            raise BadInput(f"kl_weight must be a number ≥ 0 or a schedule, got {kl_weight!r}")
+        self.objective, self.plates, self.kl_weight = objective, plates, kl_weight
+        self.given: dict[str, Estimator] = {}
+        self.otherwise: Estimator | None = None
+        if isinstance(estimators, Mapping):
+            self.given = {name: as_estimator(word) for name, word in estimators.items() if name != "*"}
+            self.otherwise = as_estimator(estimators["*"]) if "*" in estimators else None
+        elif estimators != "default":
+            self.otherwise = as_estimator(estimators)
+        named = [*self.given.values(), *([self.otherwise] if self.otherwise else [])]
+        if objective == "rws" and named:
+            raise BadInput(f"objective 'rws' draws without gradients and takes no estimator, got {named[0].name!r}")
+        for estimator in named:
+            _check_particles(estimator, num_particles)
+        self.requested_particles = num_particles
+        self.requested_nesting = None if max_plate_nesting == float("inf") else max_plate_nesting
+        self._bindings: list[Binding] = []
+        super().__init__(
+            num_particles=num_particles or 1,
+            max_plate_nesting=float("inf") if self.requested_nesting is None else self.requested_nesting,
+        )
+        self.vectorize_particles = bool(vectorize_particles)
+
+    def __call__(self, model: Callable, guide: Callable) -> SiteELBOModule:
+        """A module that maps the programs' arguments to the loss."""
+        return SiteELBOModule(model, guide, self)
+
+    def __repr__(self) -> str:
+        words = {name: estimator.name for name, estimator in self.given.items()}
+        if self.otherwise is not None:
+            words["*"] = self.otherwise.name
+        said = words.get("*", "default") if len(words) <= 1 and not self.given else words
+        return f"SiteELBO({said!r}, objective={self.objective!r}, num_particles={self.requested_particles})"
+
+    def _get_trace(self, model, guide, args, kwargs):
+        raise BadInput("SiteELBO keeps its own records; use differentiable_loss, loss or loss_and_grads")
+
+    def _binding(self, model: Callable, guide: Callable) -> Binding:
+        for binding in self._bindings:
+            if binding.model == model and binding.guide == guide:
+                return binding
+        if any(binding.has_state() for binding in self._bindings):
+            raise BadInput(
+                "this SiteELBO keeps baselines for another model and guide; make a new SiteELBO for this pair"
+            )
+        self._bindings = [*self._bindings[-3:], Binding(self, model, guide)]
+        return self._bindings[-1]
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
+        """The loss as a differentiable scalar; parameters live in Pyro's param store."""
+        binding = self._binding(model, guide)
+        loss = binding.loss(args, kwargs)
+        for name, parameter in binding.named_parameters():
+            stored = pyro.param(f"gumbo.{name}", parameter)
+            if stored is not parameter:
+                raise BadInput(
+                    f"the param store already holds gumbo.{name} of another SiteELBO; clear it, or use one loss a store"
+                )
+        return loss
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
+        """The loss as a number; gradients are added to ``.grad`` of the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return loss.item()
+
+    def loss(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
+        """The loss as a number, without gradients; no statistics move."""
+        with torch.no_grad():
+            return self._binding(model, guide).loss(args, kwargs).item()
+
+
+def _check_particles(estimator: Estimator, num_particles: int | None) -> None:
+    if num_particles is not None and num_particles < estimator.min_particles:
+        raise BadInput(
+            f"estimator {estimator.name!r} needs num_particles ≥ {estimator.min_particles}, got {num_particles}"
+        )
+
+
+class Binding(nn.Module):
+    """What one loss has found out about one model and guide: sites, plates, particles, and the estimators' state."""
+
+    def __init__(self, elbo: SiteELBO, model: Callable, guide: Callable):
+        super().__init__()
+        # Kept outside of torch's registration: whoever owns the binding owns the programs' parameters.
+        self.__dict__.update(elbo=elbo, model=model, guide=guide, known={}, joint=set(), chosen={})
+        self.states = nn.ModuleDict()
+        self.steps = 0
+        self.num_particles: int | None = None
+        self.max_plate_nesting: int | None = None
+
+    def has_state(self) -> bool:
+        return len(self.states) > 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.steps = int(state["steps"])
+
+    # Which estimator a site takes.
+
+    def resolve(self, msg: Mapping[str, Any]) -> Estimator:
+        """The estimator of a site, checked once for each kind of distribution that the site shows."""
+        key = (msg["name"], type(msg["fn"]))
+        if key not in self.known:
+            self.known[key] = self._choose(msg)
+        return self.known[key]
+
+    def _choose(self, msg: Mapping[str, Any]) -> Estimator:
+        elbo, name, fn = self.elbo, msg["name"], msg["fn"]
+        infer = msg["infer"]
+        if elbo.objective == "rws":
+            return _Detached()
+        if name in elbo.given:
+            estimator = elbo.given[name]
+        elif infer.get("estimator") is not None:
+            estimator = as_estimator(infer["estimator"])
+        elif infer.get("enumerate"):
+            estimator = Enumerate()
+        elif infer.get("baseline"):
+            estimator = _honoured_baseline(name, infer["baseline"])
+        elif elbo.otherwise is not None:
+            estimator = elbo.otherwise
+        elif getattr(fn, "has_rsample", False):
+            estimator = estimators["pathwise"]()
+        else:
+            estimator = _Default()
+        reason = estimator.why_not({"name": name, "fn": fn, "infer": infer, "is_observed": False})
+        if reason is None and elbo.objective not in estimator.objectives:
+            reason = f"it is not derived for objective {elbo.objective!r}"
+        if reason is not None:
+            word = "default" if isinstance(estimator, _Default) else estimator.name
+            raise UnsupportedSite(name, word, reason, self.alternatives(msg))
+        _check_particles(estimator, elbo.requested_particles)
+        if estimator.enumerates and elbo.plates == "ignore":
+            self.joint.add(name)
+        return estimator
+
+    def alternatives(self, msg: Mapping[str, Any]) -> list[str]:
+        made = {word: make() for word, make in estimators.items()}
+        return [
+            word
+            for word, estimator in made.items()
+            if self.elbo.objective in estimator.objectives and estimator.supports(msg)
+        ]
+
+    # The first call.
+
+    def ready(self) -> bool:
+        return self.num_particles is not None
+
+    def initialize(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Run the programs once, particle by particle, to see their sites; leaves random streams and statistics alone."""
+        if self.ready():
+            return
+        if _handles_itself(self.guide):
+            raise BadInput(
+                "a guide that runs the model itself (AutoMessenger) cannot be given estimators; use stock ELBOs"
+            )
+        # Gradients are recorded even where the caller has none, since only they show a support that moves.
+        with (
+            forked_rng(self.model, self.guide, *args),
+            kept_buffers(self.model, self.guide),
+            torch.enable_grad(),
+        ):
+            program = Program(
+                self.model,
+                self.guide,
+                resolve=lambda msg: None,
+                num_particles=1,
+                max_plate_nesting=self.elbo.requested_nesting,
+                vectorized=False,
+            )
+            seen = program.run(args, kwargs)
+            self._study(program, seen, args, kwargs)
+
+    def _study(self, program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        check_shared_names(self.model, self.guide)
+        check_same_kind(seen)
+        latent = [site for site in seen.guide if site.latent]
+        names = {site.name for site in latent}
+        for name in self.elbo.given:
+            if name not in names:
+                known = ", ".join(sorted(names)) or "none"
+                raise BadInput(
+                    f"the estimators name a site {name!r} that the guide does not sample (its sites: {known})"
+                )
+        chosen = {}
+        for site in latent:
+            if not is_deterministic(site.fn):
+                message = {"name": site.name, "fn": site.fn, "infer": site.infer}
+                chosen[site.name] = self.resolve(message)
+                state = chosen[site.name].make_state(message)
+                if state is not None:
+                    self.states[_key(site.name)] = state.to(site.log_prob.device)
+        needed = max([estimator.min_particles for estimator in chosen.values()], default=1)
+        self.__dict__["chosen"] = chosen
+        self.max_plate_nesting = program.max_plate_nesting
+        self.num_particles = self.elbo.requested_particles or needed
+        if self.vectorized and (self.num_particles > 1 or self.enumerating):
+            try:
+                self._check(seen, args, kwargs)
+            except GumboError:
+                self.num_particles = None
+                raise
+
+    def _check(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        program = self.program()
+        try:
+            ((run,),) = program.runs(args, kwargs)
+        except GumboError:
+            raise
+        except Exception as error:
+            raise _fails_vectorized(error) from error
+        try:
+            check_vectorized(program, run, seen, args, kwargs)
+        except NoisyProgram:
+            with evaluating(self.model, self.guide):
+                ((run,),) = program.runs(args, kwargs)
+                try:
+                    check_vectorized(program, run, seen, args, kwargs)
+                except NoisyProgram:
+                    raise does_not_vectorize(
+                        "(program)", "two runs on the same draws differ, so that nothing can be compared"
+                    ) from None
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether leading dimensions are in use; a single particle with nothing enumerated has none to speak of."""
+        return self.elbo.vectorize_particles
+
+    def program(self) -> Program:
+        return Program(
+            self.model,
+            self.guide,
+            resolve=self.resolve,
+            num_particles=self.num_particles,
+            max_plate_nesting=self.max_plate_nesting,
+            vectorized=self.vectorized,
+            joint=self.joint,
+            step=self.steps,
+        )
+
+    # Every call.
+
+    @property
+    def enumerating(self) -> bool:
+        return any(estimator.enumerates for estimator in self.chosen.values())
+
+    def layout(self) -> objectives.Layout:
+        weight = self.elbo.kl_weight
+        return objectives.Layout(
+            room=1 + self.max_plate_nesting,
+            num_particles=self.num_particles,
+            kl_weight=float(weight(self.steps)) if callable(weight) else float(weight),
+            trust_plates=self.elbo.plates == "trust",
+        )
+
+    def loss(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """The loss on these arguments: a scalar whose value is the objective and whose gradient is the estimator."""
+        self.initialize(args, kwargs)
+        before = torch.get_rng_state() if self.vectorized and self.enumerating else None
+        moving = self.training and torch.is_grad_enabled()
+        while True:
+            try:
+                value = self._value(self.program(), self.layout(), moving, args, kwargs)
+                break
+            except objectives.NeedsJoint as mixed:
+                # A later site mixes what the plate keeps apart: from now on its elements are enumerated together.
+                if mixed.site in self.joint:
+                    raise UnsupportedSite(
+                        mixed.site, "enumerate", "a later plate mixes its values in a way that cannot be enumerated"
+                    ) from None
+                self.joint.add(mixed.site)
+                torch.set_rng_state(before)
+        if moving:
+            self.steps += 1
+        return -value
+
+    def _value(self, program: Program, layout: objectives.Layout, moving: bool, args, kwargs) -> Tensor:
+        groups = program.runs(args, kwargs)
+        self._freeze_paths(program, groups, args, kwargs)
+
+        def view(rows, log_prob, cost, bound) -> SiteView:
+            return self._view(rows, log_prob, cost, bound, layout, moving, args, kwargs)
+
+        if self.elbo.objective == "rws":
+            value = objectives.rws_value(groups, layout)
+        elif self.elbo.objective == "iwae":
+            value = objectives.iwae_value(groups, layout, view)
+        else:
+            value = objectives.elbo_value(groups, layout, view)
+        if not isinstance(value, Tensor):
+            raise BadInput("model and guide have no sample sites, so that there is no objective")
+        return value
+
+    def _freeze_paths(self, program: Program, groups: list[list[Run]], args, kwargs) -> None:
+        """Where log q is to be differentiated through values only, take it from a second run with frozen parameters."""
+        for paths in groups:
+            for run in paths:
+                sites = [site for site in run.guide if site.estimator is not None and site.estimator.log_q == "path"]
+                if not sites:
+                    continue
+                given = {site.name: site.draw for site in run.guide if site.latent}
+                with frozen(self.guide, run.params.values()):
+                    again = program.run(
+                        args,
+                        kwargs,
+                        fixed=given,
+                        subsamples=run.subsamples,
+                        choices=dict(run.choices),
+                        with_model=False,
+                    )
+                for site in sites:
+                    site.log_prob = again.guide_site(site.name).log_prob
+
+    def _view(self, rows, log_prob, cost, bound, layout, moving, args, kwargs) -> SiteView:
+        site = rows[0].site
+        key = _key(site.name)
+        return SiteView(
+            name=site.name,
+            fn=site.fn,
+            value=site.value,
+            log_prob=log_prob,
+            cost=cost,
+            particle_dim=-layout.room,
+            num_particles=cost.shape[-layout.room] if cost.dim() >= layout.room else 1,
+            state=self.states[key] if key in self.states else None,
+            training=moving,
+            inputs=list,
+            draw=site.draw,
+            bound=bound,
+        )
+
+    def objective_name(self) -> str:
+        if self.elbo.objective != "elbo":
+            return self.elbo.objective
+        own = sorted({estimator.objective_name() for estimator in self.chosen.values()} - {"elbo"})
+        name = "+".join(own) or "elbo"
+        weight = self.elbo.kl_weight
+        return name if not callable(weight) and float(weight) == 1.0 else f"weighted-{name}"
+
+
+class SiteELBOModule(ELBOModule):
+    """A loss bound to a model and a guide: a module from the programs' arguments to a differentiable scalar.
+
+    Parameters are those of model, guide and, once :meth:`initialize` (or a first call) has seen the sites, of the
+    baselines and control variates.
+    """
+
+    def __init__(self, model: Callable, guide: Callable, elbo: SiteELBO):
+        super().__init__(model, guide, elbo)
+        self.binding = Binding(elbo, model, guide)
+
+    def initialize(self, *args, **kwargs) -> SiteELBOModule:
+        """Build what is built lazily, without touching random streams; returns itself."""
+        with self._own_store():
+            self.binding.initialize(args, kwargs)
+        return self
+
+    @property
+    def objective_name(self) -> str:
+        """What the value is: ``elbo``, ``iwae``, ``rws``, or under its own name a relaxed or weighted objective."""
+        return self.binding.objective_name()
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        with self._own_store():
+            return self.binding.loss(args, kwargs)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        if not self.binding.ready() and self._lazy():
+            raise BadInput("this loss builds networks when it sees data: call loss.initialize(x) before .parameters()")
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def _lazy(self) -> bool:
+        named = [*self.elbo.given.values(), *([self.elbo.otherwise] if self.elbo.otherwise else [])]
+        return any(getattr(estimator, "lazy_parameters", False) for estimator in named)
+
+    @contextmanager
+    def _own_store(self) -> Iterator[None]:
+        """A param store of its own for the duration of a call: modules hold the parameters, names cannot clash."""
+        store = pyro.get_param_store()
+        with store.scope({"params": {}, "constraints": {}}):
+            yield
+            own = {id(parameter) for parameter in nn.Module.parameters(self)}
+            for name, parameter in store._params.items():
+                if id(parameter) not in own:
+                    raise BadInput(
+                        f"pyro.param {name!r} is not a parameter of model or guide as modules, and loss.parameters()"
+                        " would miss it: make it a PyroParam of a PyroModule, or train through pyro.infer.SVI"
+                    )
+
+
+@contextmanager
+def frozen(guide: Any, params: Any) -> Iterator[None]:
+    """No gradient is recorded for the guide's parameters; values that flow through it keep theirs."""
+    leaves: dict[int, Tensor] = {}
+    if isinstance(guide, nn.Module):
+        leaves.update({id(p): p for p in nn.Module.parameters(guide)})
+    for value in params:
+        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+        if isinstance(leaf, Tensor) and leaf.is_leaf:
+            leaves[id(leaf)] = leaf
+    thawed = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    try:
+        for leaf in thawed:
+            leaf.requires_grad_(False)
+        yield
+    finally:
+        for leaf in thawed:
+            leaf.requires_grad_(True)
+
+
+def check_shared_names(model: Any, guide: Any) -> None:
+    """Two networks of one name share one entry of the param store and silently train as one."""
+    if not (isinstance(model, pyro.nn.PyroModule) and isinstance(guide, pyro.nn.PyroModule)):
+        return
+    mine = dict(nn.Module.named_parameters(model, prefix=model._pyro_name))
+    for name, parameter in nn.Module.named_parameters(guide, prefix=guide._pyro_name):
+        if name in mine and mine[name] is not parameter:
+            raise BadInput(
+                f"model and guide both have a parameter called {name!r}, which Pyro's param store would take for one;"
+                " rename one of the modules"
+            )
+
+
+def _honoured_baseline(name: str, options: Mapping[str, Any]) -> Estimator:
+    """What TraceGraph_ELBO's own marks ask for, as an estimator."""
+    unknown = {key for key, value in options.items() if value is not None} - {
+        "use_decaying_avg_baseline",
+        "baseline_beta",
+    }
+    if unknown:
+        raise UnsupportedSite(
+            name,
+            "score",
+            f"its infer={{'baseline': …}} asks for {sorted(unknown)[0]!r}; say it as"
+            " ScoreFunction(baseline=…) for this site",
+        )
+    if not options.get("use_decaying_avg_baseline"):
+        return ScoreFunction()
+    return ScoreFunction(baseline=MovingAverage(decay=options.get("baseline_beta", 0.9)))
+
+
+def _handles_itself(guide: Any) -> bool:
+    return isinstance(pyro.poutine.unwrap(guide), pyro.poutine.messenger.Messenger)
+
+
+def _key(site: str) -> str:
+    return site.replace(".", "/")
+
+
+def _fails_vectorized(error: Exception) -> CannotVectorize:
+    first = str(error).splitlines()[0] if str(error) else ""
+    return does_not_vectorize("(program)", f"with a leading dimension it fails with {type(error).__name__}: {first}")
