@@ -12,12 +12,26 @@ from ..models._base import GenerativeModel, Latent
 from ._base import FactorizedGuide, guides
 
 
+class UnreparameterizedNormal(dist.Normal):
+    """A Normal that offers no pathwise gradient: its draws are detached, its log-probability is the Normal's.
+
+    A class, and not ``has_rsample_(False)`` on an instance: a plate that expands a distribution forgets the latter.
+
+    >>> UnreparameterizedNormal(torch.zeros(2), 1.0).expand((3, 2)).has_rsample
+    False
+    """
+
+    has_rsample = False
+
+
 @guides.register("normal")
 class NormalGuide(FactorizedGuide):
     r"""Diagonal Normal: :math:`q(z_j \mid x) = N(\mu_j(x), \mathrm{diag}\,\sigma_j(x)^2)` for each Normal latent.
 
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The standard deviation is
-    ``softplus(output) + min_sd``. Raises BadInput for a model with latents of another family.
+    ``softplus(output) + min_sd``. With ``reparameterized=False`` the sites have no pathwise gradient, so that
+    estimators for any density can be set beside the pathwise one on the same guide. Raises BadInput for a model with
+    latents of another family.
 
     Kingma & Welling 2013, arXiv:1312.6114.
 
@@ -35,13 +49,15 @@ class NormalGuide(FactorizedGuide):
         hidden: Sequence[int] = (256, 128),
         min_sd: float = 1e-4,
         activation: str = "relu",
+        reparameterized: bool = True,
     ):
         super().__init__(model, hidden, activation)
         self.min_sd = min_sd
+        self.family = dist.Normal if reparameterized else UnreparameterizedNormal
 
     def num_outputs(self, latent: Latent) -> int:
         return 2 * latent.size
 
     def distribution(self, latent: Latent, output: torch.Tensor) -> dist.TorchDistribution:
         loc, raw = output.unflatten(-1, (2, *latent.shape)).unbind(-1 - len(latent.shape))
-        return dist.Normal(loc, softplus(raw) + self.min_sd).to_event(len(latent.shape))
+        return self.family(loc, softplus(raw) + self.min_sd).to_event(len(latent.shape))
