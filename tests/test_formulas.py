@@ -175,7 +175,7 @@ def kl_to_standard(loc, scale):
     return 0.5 * (loc**2 + scale**2 - (scale**2).log() - 1)
 
 
-@pytest.mark.parametrize("estimator", [Pathwise(), ScoreFunction()])
+@pytest.mark.parametrize("estimator", [Pathwise(), ScoreFunction()], ids=["pathwise", "score"])
 def test_02_site_elbo_has_the_exact_mean_gradient(estimator):
     """Pathwise and score function differ in variance, not in their mean."""
     model, guide, loc, scale, reconstruction = conjugate()
@@ -691,6 +691,18 @@ def test_13_weight_multiplies_the_kl_alone(beta):
     bound = reconstruction(loc, scale) - beta * kl_to_standard(loc, scale)
     assert close(loss, -bound)
     assert close(gradient, -torch.stack(torch.autograd.grad(bound, (loc, scale))))
+
+
+def test_13_schedule_raises_the_weight_step_by_step():
+    """One loss called again and again: step t has weight β_t, from the reconstruction alone to the full bound."""
+    model, guide, loc, scale, _ = conjugate()
+    FixedNormal.noise = 0.7
+    loss = SiteELBO("pathwise", kl_weight=lambda step: min(1.0, step / 4))(model, guide)
+    with_none, _ = loss_and_gradient(model, guide, "pathwise", (loc, scale), kl_weight=0.0)
+    with_all, _ = loss_and_gradient(model, guide, "pathwise", (loc, scale))
+    losses = torch.stack([loss().detach() for _ in range(6)])
+    betas = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])
+    assert close(losses, with_none + betas * (with_all - with_none)) and with_all != with_none
 
 
 def trained(weight_of, steps: int = 400) -> list[dict[str, float]]:
