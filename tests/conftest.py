@@ -83,10 +83,12 @@ def clean_state():
     another fixture puts back in time is no fault.
     """
     randomness = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     before, store_state = global_state(), pyro.get_param_store().get_state()
     pyro.set_rng_seed(SEED)
     yield
     torch.set_rng_state(randomness[0])
+    torch.cuda.set_rng_state_all(cuda)
     np.random.set_state(randomness[1])
     random.setstate(randomness[2])
     after = global_state()

@@ -44,6 +44,15 @@ state = None
 def stream():
     return torch.rand(1).item(), np.random.rand(), random.random()
 
+def randomness():
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+@pytest.fixture(scope="module", autouse=True)
+def restored():
+    before = randomness()
+    yield
+    assert randomness() == before, "the random state from before the tests is lost"
+
 def test_start():
     global state
     state = stream()
@@ -101,7 +110,7 @@ def test_clean_test_passes(report, name):
     assert outcomes(report)[name] == {"PASSED"}
 
 
-def test_damage_is_undone_and_every_test_starts_from_one_seed(report):
+def test_damage_is_undone_and_random_states_are_set_and_restored(report):
     assert outcomes(report)["end"] == {"PASSED"}, report
 
 
