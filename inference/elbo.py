@@ -281,7 +281,7 @@ class Binding(nn.Module):
         return self.num_particles is not None
 
     def initialize(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Run the programs once, particle by particle, to see their sites; leaves random streams and statistics alone."""
+        """Run the programs once to see their sites, leaving random streams and statistics as they were."""
         if self.ready():
             return
         if _handles_itself(self.guide):
@@ -456,7 +456,7 @@ class Binding(nn.Module):
             cost=cost,
             particle_dim=-layout.room,
             num_particles=cost.shape[-layout.room] if cost.dim() >= layout.room else 1,
-            state=self.states[key] if key in self.states else None,
+            state=self.states[key] if key in self.states else None,  # noqa: SIM401 (a ModuleDict has no get)
             training=moving,
             inputs=list,
             draw=site.draw,

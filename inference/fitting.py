@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -356,7 +357,7 @@ class _Run:
         self.history.append(numbers)
         elbo = numbers.get("valid_elbo")
         if elbo is not None and (self.best["elbo"] is None or elbo > self.best["elbo"]):
-            module = {name: value.clone() for name, value in self.step.state()["module"].items()}
+            module = copy.deepcopy(self.step.state()["module"])
             self.best = {"epoch": int(numbers["epoch"]), "elbo": elbo, "module": module}
 
     def _out_of_patience(self, patience: int | None) -> bool:
@@ -425,13 +426,15 @@ class _Run:
 
 def keeps_batch_positions(loss: ELBO) -> bool:
     """Whether the loss keeps a number for each position in a batch, so that a shorter batch would not fit it."""
-    return bool(getattr(loss, "keeps_batch_positions", False))
+    from .stock import TraceGraphBaselineELBO
+
+    return isinstance(loss, TraceGraphBaselineELBO)
 
 
 def _make_loss(loss: ELBO | str) -> tuple[ELBO, str]:
     """The ELBO, and words that tell it from another one."""
     if isinstance(loss, str):
-        from . import make_loss
+        from .stock import make_loss
 
         return make_loss(loss), loss
     if not isinstance(loss, ELBO):

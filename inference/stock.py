@@ -1,0 +1,66 @@
+"""Pyro's own ELBOs by name, so that they can stand beside ours in every comparison and audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer.elbo import ELBO
+
+from ..errors import BadInput
+from ..registry import Registry
+from .elbo import SiteELBO
+
+stock_elbos: Registry[Callable[..., ELBO]] = Registry("stock ELBO")
+
+
+@stock_elbos.register("trace-graph+baseline")
+class TraceGraphBaselineELBO(TraceGraph_ELBO):
+    """TraceGraph_ELBO with its own decaying-average baseline switched on at every site.
+
+    The average is kept in the param store element by element of the plates, so that all batches must be of one size.
+    """
+
+    def _get_trace(self, model, guide, args, kwargs):
+        def mark(site) -> dict[str, Any]:
+            if site["is_observed"] or "baseline" in site["infer"]:
+                return {}
+            return {"baseline": {"use_decaying_avg_baseline": True}}
+
+        return super()._get_trace(model, poutine.infer_config(guide, config_fn=mark), args, kwargs)
+
+
+@stock_elbos.register("trace-enum")
+class TraceEnumELBO(TraceEnum_ELBO):
+    """TraceEnum_ELBO with every site that Pyro can list enumerated in parallel."""
+
+    def __init__(self, **options: Any):
+        super().__init__(strict_enumeration_warning=False, **options)
+
+    def _get_traces(self, model, guide, args, kwargs):
+        return super()._get_traces(model, config_enumerate(guide, default="parallel"), args, kwargs)
+
+
+stock_elbos.register("trace", Trace_ELBO)
+stock_elbos.register("trace-graph", TraceGraph_ELBO)
+stock_elbos.register("trace-meanfield", TraceMeanField_ELBO)
+
+
+def make_loss(word: Any, num_particles: int | None = None, **options: Any) -> ELBO:
+    """The loss that a word names: one of Pyro's ELBOs, or a :class:`SiteELBO` (which takes more options).
+
+    >>> type(make_loss("trace-graph")).__name__, make_loss("rloo")
+    ('TraceGraph_ELBO', SiteELBO('rloo', objective='elbo', num_particles=None))
+    """
+    if isinstance(word, ELBO):
+        return word
+    if not (isinstance(word, str) and word in stock_elbos):
+        return SiteELBO(word, num_particles=num_particles, **options)
+    foreign = set(options) - {"vectorize_particles", "max_plate_nesting"}
+    if foreign:
+        raise BadInput(f"Pyro's own ELBO {word!r} has no option {sorted(foreign)[0]!r}; use one of gumbo's estimators")
+    if options.get("max_plate_nesting", 0) is None:
+        options.pop("max_plate_nesting")
+    return stock_elbos[word](num_particles=num_particles or 1, **options)
