@@ -1,0 +1,91 @@
+"""A dataclass as a command line: flags, ``--config file.yaml``, ``--print_config``; errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn, TypeVar
+
+from gumbo.errors import BadInput, GumboError, UnknownName
+
+Config = TypeVar("Config")
+
+USAGE = 2  # exit status for what the caller got wrong; 1 is for what failed underway
+
+
+def fail(prog: str, message: object, status: int = USAGE) -> NoReturn:
+    """One line on standard error, and out."""
+    print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def run_command(
+    config_class: type[Config],
+    action: Callable[[Config], Any],
+    argv: Sequence[str] | None,
+    prog: str,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Parse ``argv`` (by default the process's) into the dataclass and call ``action`` with it.
+
+    ``presets`` maps a switch, a boolean field of the dataclass, to the defaults that it stands for; what is given
+    explicitly wins over it. Mistakes of the caller end in one line and status 2.
+    """
+    config = parse(config_class, sys.argv[1:] if argv is None else argv, prog, presets or {})
+    try:
+        action(config)
+    except GumboError as error:
+        fail(prog, error, USAGE if isinstance(error, (BadInput, UnknownName)) else 1)
+    except KeyboardInterrupt:
+        fail(prog, "interrupted", 130)
+    except BrokenPipeError:
+        # The reader went away, as with `| head`; nobody is left to tell.
+        sys.stderr.close()
+        raise SystemExit(1) from None
+
+
+def parse(
+    config_class: type[Config], argv: Sequence[str], prog: str, presets: Mapping[str, Mapping[str, Any]]
+) -> Config:
+    """The dataclass that ``argv`` describes; a mistake is one line and status 2."""
+    parser = _parser(config_class, prog)
+    found = _parse(parser, argv, prog)
+    chosen = [defaults for switch, defaults in presets.items() if found[switch]]
+    if chosen:
+        # Again, with the preset's values as defaults: flags and files still come after them.
+        for defaults in chosen:
+            parser.set_defaults(dict(defaults))
+        found = _parse(parser, argv, prog)
+    return config_class(**{field.name: found[field.name] for field in fields(config_class)})
+
+
+def _parser(config_class: type, prog: str):
+    from jsonargparse import ArgumentParser
+
+    summary = (config_class.__doc__ or "").strip().split("\n\n")[0]
+    parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
+    switches = {field.name for field in fields(config_class) if field.type in (bool, "bool")}
+    parser.add_class_arguments(config_class, as_positional=True, skip=switches)
+    described = _descriptions(config_class)
+    for field in fields(config_class):
+        if field.name in switches:
+            assert field.default is not MISSING
+            parser.add_argument(f"--{field.name}", action="store_true", help=described.get(field.name, ""))
+    return parser
+
+
+def _parse(parser, argv: Sequence[str], prog: str):
+    try:
+        return parser.parse_args(list(argv))
+    except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
+        fail(prog, getattr(error, "message", None) or error)
+
+
+def _descriptions(config_class: type) -> dict[str, str]:
+    import docstring_parser
+
+    found = docstring_parser.parse(config_class.__doc__ or "")
+    return {item.arg_name: item.description or "" for item in found.params}

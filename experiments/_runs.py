@@ -1,0 +1,195 @@
+"""The folder that a run leaves behind: what was asked, where it ran, what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gumbo.errors import BadInput
+
+
+class RunFolder:
+    """``config.yaml`` (resolved), ``env.json``, ``metrics.jsonl``, ``checkpoints/`` and ``plots/`` of one run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.plots = path / "plots"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+
+    @classmethod
+    def create(cls, experiment: str, config: Any, path: str | None = None) -> RunFolder:
+        """A new folder, ``./runs/<experiment>-<time>`` unless ``path`` says otherwise; one with content is refused."""
+        if path is not None:
+            chosen = Path(path)
+            if chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
+                raise BadInput(f"{chosen} exists and is not an empty folder: name another one")
+            _make(chosen)
+        else:
+            chosen = _new(Path("runs") / f"{experiment}-{time.strftime('%Y%m%d-%H%M%S')}")
+        run = cls(chosen.absolute())
+        run.plots.mkdir(exist_ok=True)
+        run.checkpoints.mkdir(exist_ok=True)
+        run.write_config({"experiment": experiment, **asdict(config)})
+        run.write_json("env.json", environment())
+        return run
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        import yaml
+
+        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Replaced as a whole, so that a reader never sees half of it."""
+        partial = self.path / f".{name}.partial"
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, self.path / name)
+
+    def append_metrics(self, numbers: Mapping[str, Any]) -> None:
+        """One line, in one write, so that lines of several processes do not mix."""
+        handle = os.open(self.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(handle, (json.dumps(numbers) + "\n").encode())
+        finally:
+            os.close(handle)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot create the run folder {path}: {error.strerror}") from error
+
+
+def _new(path: Path) -> Path:
+    """``path``, or the first free of ``path-2``, ``path-3``, …: two runs may begin within one second."""
+    _make(path.parent)
+    for number in range(1, 1000):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir()
+            return candidate
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise BadInput(f"cannot create the run folder {candidate}: {error.strerror}") from error
+    raise BadInput(f"{path} and 998 more are taken: name a folder")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command of this process."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    import gumbo
+
+    versions = {}
+    for package in ("torch", "pyro-ppl", "numpy", "scikit-learn", "arviz"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.argv,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "gumbo": gumbo.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": available_cpus(),
+        "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **versions,
+    }
+
+
+def available_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _commit() -> str | None:
+    """The commit that this code stands at, if it is a checkout."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+class Watch:
+    """Live progress of a run whose workers may be other processes: it counts the lines of ``metrics.jsonl``.
+
+    A bar on a terminal; elsewhere a plain line for each tenth of the work. Used as a context manager.
+    """
+
+    def __init__(self, run: RunFolder, total: int, title: str):
+        self.run, self.total, self.title = run, total, title
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        if not sys.stderr.isatty():
+            self._lines()
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.fields[now]}"), console=Console(stderr=True)) as bar:
+            task = bar.add_task(self.title, total=self.total, now="")
+            while not self.over.wait(0.2):
+                done, now = self._state()
+                bar.update(task, completed=done, now=now)
+            bar.update(task, completed=self._state()[0], now="")
+
+    def _lines(self) -> None:
+        said = 0
+        while not self.over.wait(0.2):
+            done, now = self._state()
+            if 10 * done // self.total > said:
+                said = 10 * done // self.total
+                print(f"{self.title} {done}/{self.total}  {now}", file=sys.stderr, flush=True)
+
+    def _state(self) -> tuple[int, str]:
+        try:
+            lines = self.run.metrics.read_text().splitlines()
+        except FileNotFoundError:
+            return 0, ""
+        try:
+            last = json.loads(lines[-1])
+        except (IndexError, json.JSONDecodeError):
+            return len(lines), ""
+        where = " ".join(str(last[key]) for key in ("arm", "what") if key in last)
+        elbo = f" elbo {last['valid_elbo']:.2f}" if "valid_elbo" in last else ""
+        return len(lines), f"{where} seed {last.get('seed')}{elbo}"

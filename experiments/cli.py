@@ -1,0 +1,60 @@
+"""The command ``gumbo``: a thin face over the scripts of this folder."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """A module of this package whose ``main(argv, prog)`` does the work, and a line on what it does."""
+
+    module: str
+    summary: str
+
+
+# Imported when used, so that `gumbo --help` does not wait for torch.
+VERBS = {
+    "compare": Verb("compare", "contrast pathwise, score-function and relaxed gradients on one model"),
+    "train": Verb("train", "train a model with a guide and an estimator on a data set"),
+    "evaluate": Verb("evaluate", "judge a run of `gumbo train` on a split of its data"),
+    "list": Verb("listing", "show models, guides, estimators, and which combinations are valid"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return (
+        "usage: gumbo VERB [options]\n\n"
+        "Deep generative models and amortized guides in Pyro; how each random choice gets its gradient is one word.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "`gumbo VERB --help` shows the options of a verb; `gumbo --version` the version."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the verb that ``argv`` (by default the process's arguments) begins with."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if argv[0] == "--version":
+        from gumbo import __version__
+
+        print(f"gumbo {__version__}")
+        return
+    name, *rest = argv
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        print(f"gumbo: error: unknown verb {name!r}: {hint}(known: {', '.join(VERBS)})", file=sys.stderr)
+        raise SystemExit(2)
+    importlib.import_module(f"gumbo.experiments.{VERBS[name].module}").main(rest, prog=f"gumbo {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Pictures of runs, as PNG files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+
+
+def figure(*args: Any, **kwargs: Any):
+    """``(figure, axes)`` drawn without a display, whatever backend the user has chosen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    subplots = {key: kwargs.pop(key) for key in ("sharey", "sharex", "squeeze", "width_ratios") if key in kwargs}
+    made = Figure(layout="constrained", **kwargs)
+    FigureCanvasAgg(made)
+    return made, made.subplots(*args, **subplots)
+
+
+def save(made, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path, dpi=120)
+    return path
+
+
+def colours(names: Sequence[str]) -> dict[str, Any]:
+    """One colour a name, the same in every picture of a run."""
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10"]
+    return {name: palette(index % 10) for index, name in enumerate(names)}
+
+
+def learning_curves(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], ylabel: str) -> Path:
+    """A panel for each title; in it a curve with its standard error for each name, from ``(seeds, epochs + 1)`` values.
+
+    The axis starts where the worst of the final values is still in view, so that early epochs do not flatten the rest.
+    """
+    made, axes = figure(1, len(panels), figsize=(6.2 * len(panels), 4.4), squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        palette = colours(list(curves))
+        finals, starts = [], []
+        for name, values in curves.items():
+            epochs = np.arange(values.shape[1])
+            mean = values.mean(0)
+            axis.plot(epochs, mean, label=name, color=palette[name], linewidth=1.6)
+            if len(values) > 1:
+                error = values.std(0, ddof=1) / math.sqrt(len(values))
+                axis.fill_between(epochs, mean - error, mean + error, color=palette[name], alpha=0.2, linewidth=0)
+            finals.append(mean[-1])
+            starts.append(mean[min(1, len(mean) - 1)])
+        low, high = min(min(finals), np.median(starts)), max(finals)
+        axis.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
+        axis.set(title=title, xlabel="epoch", ylabel=ylabel)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower right")
+    return save(made, path)
+
+
+def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], xlabel: str) -> Path:
+    """A panel for each title; in it a row for each name and a bar for each group, the mean of positive values.
+
+    Small dots are the single values.
+    """
+    rows = [len(names) for names in panels.values()]
+    made, axes = figure(1, len(panels), figsize=(6.4 * len(panels), 1.6 + 0.5 * max(rows)), squeeze=False)
+    for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
+        groups = list(next(iter(names.values())))
+        height = 0.8 / len(groups)
+        shades = ["tab:gray", "tab:blue", "tab:orange"]
+        everything = [v for by_group in names.values() for values in by_group.values() for v in values if v > 0]
+        left = 10 ** math.floor(math.log10(min(everything)) - 0.3) if everything else 1e-3
+        for g, group in enumerate(groups):
+            for row, by_group in enumerate(names.values()):
+                values = [value for value in by_group[group] if value > 0]
+                if values:
+                    y = row + (g - (len(groups) - 1) / 2) * height
+                    mean = float(np.mean(values))
+                    axis.barh(y, mean - left, height * 0.9, left=left, color=shades[g], label=None if row else group)
+                    axis.plot(values, [y] * len(values), ".", color="black", markersize=3)
+        axis.set_xscale("log")
+        axis.set_xlim(left=left)
+        axis.set_yticks(range(len(names)), list(names))
+        axis.invert_yaxis()
+        axis.set(title=title, xlabel=xlabel)
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize=8, loc="best")
+    return save(made, path)
+
+
+def image_rows(path: Path, title: str, rows: Mapping[str, torch.Tensor]) -> Path:
+    """A labelled row of grey images for each name, from tensors ``(n, 1, H, W)`` with values in [0, 1]."""
+    count = max(len(images) for images in rows.values())
+    made, axes = figure(len(rows), count, figsize=(2.2 + 0.62 * count, 0.5 + 0.66 * len(rows)), squeeze=False)
+    made.suptitle(title, fontsize=10)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for column, axis in enumerate(line):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if column < len(images):
+                axis.imshow(images[column, 0].numpy(), cmap="gray", vmin=0, vmax=1)
+            else:
+                axis.axis("off")
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    return save(made, path)
+
+
+def reconstructions(model, guide, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Means of p(x | z) for one draw z of the guide at each row, ``(B, *data_shape)``."""
+    return _observed_mean(seed, guide, lambda trace: poutine.trace(poutine.replay(model, trace=trace)).get_trace(x), x)
+
+
+def prior_draws(model, count: int, seed: int = 0) -> torch.Tensor:
+    """Means of p(x | z) for draws z of the prior, ``(count, *data_shape)``."""
+    return _observed_mean(seed, None, lambda _: poutine.trace(model).get_trace(batch_size=count), None)
+
+
+def _observed_mean(seed: int, guide, run, x) -> torch.Tensor:
+    with torch.no_grad(), pyro.get_param_store().scope(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        guide_trace = None if guide is None else poutine.trace(guide).get_trace(x)
+        return run(guide_trace).nodes["x"]["fn"].mean.detach().cpu()
