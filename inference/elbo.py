@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -14,12 +15,23 @@ from torch import Tensor, nn
 from ..errors import BadInput, CannotVectorize, GumboError, UnknownName, UnsupportedSite
 from . import objectives
 from .distributions import describe, is_deterministic
-from .estimators import Enumerate, Estimator, MovingAverage, ScoreFunction, SiteView, estimators
-from .estimators._base import Draw, detached_draw
+from .estimators import (
+    Enumerate,
+    Estimator,
+    GumbelSoftmax,
+    MovingAverage,
+    Pathwise,
+    ScoreFunction,
+    SiteView,
+    estimators,
+)
+from .estimators._base import Draw, detached_draw, pad_left
+from .estimators.relaxation import Mean
 from .programs import (
     NoisyProgram,
     Program,
     Run,
+    Site,
     check_same_kind,
     check_vectorized,
     does_not_vectorize,
@@ -106,6 +118,7 @@ class SiteELBO(ELBO):
     """
 
     differentiable = True
+    max_alternatives = 64  # how many particles × alternatives are run at once, which bounds memory
 
     def __init__(
         self,
@@ -213,7 +226,7 @@ class Binding(nn.Module):
     def __init__(self, elbo: SiteELBO, model: Callable, guide: Callable):
         super().__init__()
         # Kept outside of torch's registration: whoever owns the binding owns the programs' parameters.
-        self.__dict__.update(elbo=elbo, model=model, guide=guide, known={}, joint=set(), chosen={})
+        self.__dict__.update(elbo=elbo, model=model, guide=guide, known={}, joint=set(), enum_dims={}, chosen={})
         self.states = nn.ModuleDict()
         self.steps = 0
         self.num_particles: int | None = None
@@ -321,14 +334,16 @@ class Binding(nn.Module):
             if not is_deterministic(site.fn):
                 message = {"name": site.name, "fn": site.fn, "infer": site.infer}
                 chosen[site.name] = self.resolve(message)
-                state = chosen[site.name].make_state(message)
+                inputs = partial(self._inputs, [seen], site, 1 + program.max_plate_nesting, args, kwargs)
+                state = chosen[site.name].make_state(message, inputs)
                 if state is not None:
                     self.states[_key(site.name)] = state.to(site.log_prob.device)
         needed = max([estimator.min_particles for estimator in chosen.values()], default=1)
         self.__dict__["chosen"] = chosen
         self.max_plate_nesting = program.max_plate_nesting
         self.num_particles = self.elbo.requested_particles or needed
-        if self.vectorized and (self.num_particles > 1 or self.enumerating):
+        leading = self.num_particles > 1 or any(e.enumerates or e.reruns for e in chosen.values())
+        if self.vectorized and leading:
             try:
                 self._check(seen, args, kwargs)
             except GumboError:
@@ -337,6 +352,7 @@ class Binding(nn.Module):
 
     def _check(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
         program = self.program()
+        program.num_particles = max(program.num_particles, 2)
         try:
             ((run,),) = program.runs(args, kwargs)
         except GumboError:
@@ -369,6 +385,7 @@ class Binding(nn.Module):
             max_plate_nesting=self.max_plate_nesting,
             vectorized=self.vectorized,
             joint=self.joint,
+            enum_dims=self.enum_dims,
             step=self.steps,
         )
 
@@ -433,7 +450,7 @@ class Binding(nn.Module):
                 if not sites:
                     continue
                 given = {site.name: site.draw for site in run.guide if site.latent}
-                with frozen(self.guide, run.params.values()):
+                with frozen([self.guide], run.params.values()):
                     again = program.run(
                         args,
                         kwargs,
@@ -448,20 +465,90 @@ class Binding(nn.Module):
     def _view(self, rows, log_prob, cost, bound, layout, moving, args, kwargs) -> SiteView:
         site = rows[0].site
         key = _key(site.name)
+        draws = [_laid_out(row.site, layout.room) for row in rows]
         return SiteView(
             name=site.name,
-            fn=site.fn,
-            value=site.value,
+            fns=[row.site.fn for row in rows],
+            draw=_join_draws(draws, layout.room + site.fn.event_dim),
             log_prob=log_prob,
             cost=cost,
             particle_dim=-layout.room,
-            num_particles=cost.shape[-layout.room] if cost.dim() >= layout.room else 1,
+            num_particles=cost.shape[-layout.room],
+            step=self.steps,
             state=self.states[key] if key in self.states else None,  # noqa: SIM401 (a ModuleDict has no get)
             training=moving,
-            inputs=list,
-            draw=site.draw,
             bound=bound,
+            inputs=lambda: self._inputs([row.run for row in rows], site, layout.room, args, kwargs),
+            evaluate=partial(self._evaluate, rows, layout, args, kwargs),
         )
+
+    def _inputs(self, runs: list[Run], site: Site, room: int, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """What is known before a site draws, laid out as ``(…, K or 1, *plates, features)``."""
+        found = [torch.ones((1,) * room + (1,), dtype=site.log_prob.dtype, device=site.log_prob.device)]
+        sizes = {dim: size for _, dim, size in site.frames}
+        depth = max((-dim for dim in sizes), default=0)
+        rows = tuple(sizes.get(dim, 1) for dim in range(-depth, 0))
+        for item in (*args, *kwargs.values()):
+            if isinstance(item, Tensor) and depth and tuple(item.shape[:depth]) == rows:
+                found.append(pad_left(item.detach().reshape(rows + (-1,)), room + 1))
+        for name in [other.name for other in runs[0].guide[: _index(runs[0], site.name)] if other.latent]:
+            others = [run.guide_site(name) for run in runs]
+            if others[0].frames <= site.frames:
+                values = [_features(_laid_out(other, room).value.detach(), other.fn.event_dim) for other in others]
+                found.append(values[0] if len(values) == 1 else torch.cat(values, dim=-room - 1))
+        return [tensor.to(found[0].dtype) for tensor in found]
+
+    def _evaluate(
+        self, rows, layout, args, kwargs, draw: Draw, downstream: str = "draw", differentiable: bool = False
+    ) -> Tensor:
+        """The cost at a site for alternative draws of it; see :class:`SiteView`."""
+        run, site = rows[0].run, rows[0].site
+        program = self.program()
+        count = draw.value.shape[0]
+        stand_in = partial(_stand_in, site.name, downstream)
+        event_dim = site.fn.event_dim
+
+        def costs(run: Run, alternative: Draw) -> Tensor:
+            upstream = run.guide[: _index(run, site.name)]
+            fixed = {other.name: other.draw.map(Tensor.detach) for other in upstream if other.latent}
+            fixed[site.name] = alternative
+            options = {"subsamples": run.subsamples, "fixed": fixed, "stand_in": stand_in}
+            again = (
+                [program.run(args, kwargs, **options)] if program.vectorized else program.paths(args, kwargs, **options)
+            )
+            return objectives.cost_at(site.name, list(again), layout)
+
+        frozen_all = frozen([self.model, self.guide], run.params.values())
+        with frozen_all if differentiable else torch.no_grad():
+            if not program.vectorized:
+                return torch.stack(
+                    [
+                        layout.join(
+                            [
+                                costs(row.run, _picked(draw, a, k, row.site, layout.room, event_dim))
+                                for k, row in enumerate(rows)
+                            ]
+                        )
+                        for a in range(count)
+                    ]
+                )
+            if count == 1:
+                return costs(run, draw.map(lambda t: t[0])).unsqueeze(0)
+            # Alternatives stand to the left of everything, enumerated sites included.
+            width = 1 + layout.room + len(self.enum_dims)
+            at_once = max(1, self.elbo.max_alternatives // self.num_particles)
+            found = []
+            for part in range(0, count, at_once):
+                piece = draw.map(lambda t, p=part: t[p : p + at_once])
+                piece = piece.map(
+                    lambda t: t.reshape(t.shape[:1] + (1,) * (width - (t.dim() - event_dim)) + t.shape[1:])
+                )
+                cost = costs(run, piece)
+                size = piece.value.shape[0]
+                if cost.dim() < width or cost.shape[0] != size:
+                    cost = pad_left(cost, width).expand((size,) + (-1,) * (width - 1))
+                found.append(cost.reshape(cost.shape[:1] + cost.shape[1:]))
+            return torch.cat(found)
 
     def objective_name(self) -> str:
         if self.elbo.objective != "elbo":
@@ -522,12 +609,54 @@ class SiteELBOModule(ELBOModule):
                     )
 
 
+def _stand_in(name: str, downstream: str, msg: Mapping[str, Any], estimator: Estimator, fixed: bool) -> Estimator:
+    """The estimator that a site takes in a second run: its own, a relaxation, or its mean."""
+    if downstream == "draw" or (fixed and msg["name"] != name):
+        return estimator
+    site = {"name": msg["name"], "fn": msg["fn"]}
+    for other in (GumbelSoftmax(), Pathwise()) if downstream == "soft" else (Mean(),):
+        if other.supports(site):
+            return other
+    raise UnsupportedSite(
+        msg["name"],
+        estimator.name,
+        f"an estimator upstream differentiates through it, and {describe(msg['fn'])} cannot be relaxed",
+    )
+
+
+def _index(run: Run, name: str) -> int:
+    return next(i for i, site in enumerate(run.guide) if site.name == name)
+
+
+def _laid_out(site: Site, room: int) -> Draw:
+    """A site's draw with dimensions for particles and plates, whether or not it was run with them."""
+    return site.draw.map(lambda t: pad_left(t, room + site.fn.event_dim))
+
+
+def _features(value: Tensor, event_dim: int) -> Tensor:
+    return value.flatten(-event_dim) if event_dim else value.unsqueeze(-1)
+
+
+def _join_draws(draws: list[Draw], dims: int) -> Draw:
+    if len(draws) == 1:
+        return draws[0]
+    extra = {name: torch.cat([draw.extra[name] for draw in draws], dim=-dims) for name in draws[0].extra}
+    return Draw(torch.cat([draw.value for draw in draws], dim=-dims), extra)
+
+
+def _picked(draw: Draw, alternative: int, particle: int, site: Site, room: int, event_dim: int) -> Draw:
+    """One alternative of one particle, shaped as that particle drew it when it ran alone."""
+    shape = site.draw.value.shape
+    return draw.map(lambda t: t[alternative].select(-room - event_dim, particle).reshape(shape))
+
+
 @contextmanager
-def frozen(guide: Any, params: Any) -> Iterator[None]:
-    """No gradient is recorded for the guide's parameters; values that flow through it keep theirs."""
+def frozen(programs: list[Any], params: Any) -> Iterator[None]:
+    """No gradient is recorded for parameters; values that flow through the programs keep theirs."""
     leaves: dict[int, Tensor] = {}
-    if isinstance(guide, nn.Module):
-        leaves.update({id(p): p for p in nn.Module.parameters(guide)})
+    for program in programs:
+        if isinstance(program, nn.Module):
+            leaves.update({id(p): p for p in nn.Module.parameters(program)})
     for value in params:
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
         if isinstance(leaf, Tensor) and leaf.is_leaf:

@@ -103,7 +103,7 @@ def probabilities(site: Site, layout: Layout) -> Tensor:
 
 
 def walk_back(run: Run, layout: Layout, visit: Callable[[Site, Tensor], None] | None = None) -> CostToGo:
-    """Gather the terms of the ELBO from last to first; ``visit`` sees each drawn site with its cost-to-go, detached."""
+    """Gather the terms of the ELBO from last to first; ``visit`` sees each drawn site with its cost-to-go."""
     costs, beta = CostToGo(), layout.kl_weight
     above: list[Frames] = []  # for each model site, the plates of the latent sites that ran before it
     met: Frames = NO_FRAMES
@@ -120,7 +120,7 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, Tensor], None] | 
         costs.add(site.frames, -beta * (site.log_prob.detach() if dropped else site.log_prob))
         costs.keep_only(site.frames if layout.trust_plates else NO_FRAMES)
         if visit is not None and site.drawn:
-            visit(site, costs.total().detach())
+            visit(site, costs.total())
         if site.enum_dim is not None:
             costs.expect(site, probabilities(site, layout), layout.frames(site))
     return costs
@@ -150,7 +150,7 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
     for paths in groups:
         for run in paths:
             found: list[tuple[Site, Tensor]] = []
-            total = walk_back(run, layout, lambda site, cost, found=found: found.append((site, cost))).scalar()
+            total = walk_back(run, layout, lambda site, cost, found=found: found.append((site, cost.detach()))).scalar()
             chosen = [(site.name, site.score.sum().exp()) for site in run.guide if site.name in run.choices]
             if chosen:
                 weight = math.prod(q for _, q in chosen)
@@ -179,6 +179,21 @@ def _share(paths: list[Run], run: Run, found: list, chosen: list, rows: dict[tup
             last.cost = last.cost + share
         else:
             rows[site.name, made].append(Row(run, site, share, before.detach()))
+
+
+def cost_at(name: str, paths: list[Run], layout: Layout) -> Tensor:
+    """The cost-to-go at one site, expected over the values enumerated after it; differentiable."""
+    total: Any = 0.0
+    for run in paths:
+        found: dict[str, Tensor] = {}
+        walk_back(run, layout, lambda site, cost, found=found: found.setdefault(site.name, cost))
+        order = [site.name for site in run.guide]
+        later = [
+            s.score.sum().exp() for s in run.guide if s.name in run.choices and order.index(s.name) > order.index(name)
+        ]
+        share = math.prod(later) if later else None
+        total = total + (found[name] if share is None else torch.where(share > 0, share * found[name], 0.0))
+    return total
 
 
 def site_surrogate(rows: list[Row], layout: Layout, view: MakeView) -> Tensor:

@@ -27,6 +27,7 @@ PARTICLES = "_gumbo_particles"
 
 Frame = tuple[str, int, int]
 Frames = frozenset[Frame]
+StandIn = Callable[[Any, Estimator, bool], Estimator]
 
 
 @dataclass
@@ -117,13 +118,13 @@ class _Draws(Messenger):
         fixed: Mapping[str, Draw],
         choices: dict[str, int],
         fork: Callable[[dict[str, int], dict[str, Draw]], None] | None,
+        stand_in: StandIn | None = None,
     ):
         super().__init__()
-        self.program, self.fixed, self.fork = program, fixed, fork
+        self.program, self.fixed, self.fork, self.stand_in = program, fixed, fork, stand_in
         self.choices = choices
         self.draws: dict[str, Draw] = {}
         self.roles: dict[str, tuple[Estimator | None, int | None, bool]] = {}
-        self.enumerated = 0
 
     def _pyro_sample(self, msg) -> None:
         if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
@@ -135,6 +136,8 @@ class _Draws(Messenger):
             self.roles[name] = (None, None, False)
             return
         estimator = self.program.resolve(msg)
+        if self.stand_in is not None and estimator is not None:
+            estimator = self.stand_in(msg, estimator, name in self.fixed)
         enum_dim, joint = None, False
         if name in self.fixed:
             draw = self.fixed[name]
@@ -173,8 +176,7 @@ class _Draws(Messenger):
                     self.fork({**self.choices, name: index}, upstream)
                 self.choices[name] = 0
             return Draw(values[self.choices[name]]), None, True
-        self.enumerated += 1
-        enum_dim = -(1 + program.max_plate_nesting + self.enumerated)
+        enum_dim = program.enum_dims.setdefault(name, -(2 + program.max_plate_nesting + len(program.enum_dims)))
         batch = tuple(fn.batch_shape)
         ones = (1,) * (-enum_dim - 1 - len(batch))
         return Draw(values.reshape(values.shape[:1] + ones + values.shape[1:])), enum_dim, joint
@@ -225,12 +227,14 @@ class Program:
         max_plate_nesting: int | None,
         vectorized: bool,
         joint: set[str] | None = None,
+        enum_dims: dict[str, int] | None = None,
         step: int = 0,
     ):
         self.model, self.guide, self.resolve = model, guide, resolve
         self.num_particles, self.max_plate_nesting = num_particles, max_plate_nesting
         self.vectorized, self.step = vectorized, step
         self.joint = set() if joint is None else joint
+        self.enum_dims = {} if enum_dims is None else enum_dims
 
     def runs(self, args: tuple, kwargs: Mapping[str, Any]) -> list[list[Run]]:
         """For each group of particles that ran together, its paths through enumerated values."""
@@ -239,9 +243,16 @@ class Program:
             return [[self.run(args, kwargs, subsamples=subsamples)]]
         return [list(self.paths(args, kwargs, subsamples)) for _ in range(self.num_particles)]
 
-    def paths(self, args: tuple, kwargs: Mapping[str, Any], subsamples: dict[str, Tensor]) -> Iterator[Run]:
+    def paths(
+        self,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        subsamples: dict[str, Tensor],
+        fixed: Mapping[str, Draw] | None = None,
+        **options: Any,
+    ) -> Iterator[Run]:
         """One particle, once for each combination of enumerated values; what is upstream of a choice is shared."""
-        waiting: list[tuple[dict[str, int], dict[str, Draw]]] = [({}, {})]
+        waiting: list[tuple[dict[str, int], dict[str, Draw]]] = [({}, dict(fixed or {}))]
         while waiting:
             choices, fixed = waiting.pop()
             yield self.run(
@@ -251,6 +262,7 @@ class Program:
                 choices=dict(choices),
                 subsamples=subsamples,
                 fork=lambda *pending: waiting.append(pending),
+                **options,
             )
 
     def run(
@@ -263,12 +275,12 @@ class Program:
         subsamples: dict[str, Tensor] | None = None,
         fork: Callable | None = None,
         with_model: bool = True,
+        stand_in: StandIn | None = None,
     ) -> Run:
-        """Execute the guide, then the model against it."""
+        """Execute the guide, then the model against it; ``stand_in`` may put one estimator in place of another."""
         choices = {} if choices is None else choices
         subsamples = {} if subsamples is None else subsamples
-        # With nothing but draws from outside, enumerated sites included, there is nothing to choose.
-        draws = _Draws(self, fixed or {}, choices, fork)
+        draws = _Draws(self, fixed or {}, choices, fork, stand_in)
         guide = self._record(self.guide, args, kwargs, draws, subsamples)
         model = self._record(self.model, args, kwargs, _Replay(draws), subsamples) if with_model else _Recorder()
         run = Run([], [], choices, subsamples, {**guide.params, **model.params})

@@ -6,7 +6,7 @@ from ._base import Draw, Estimator, SiteView, estimators
 from .enumeration import Enumerate
 from .pathwise import Pathwise
 from .relaxation import Concrete, GumbelSoftmax
-from .score import Baseline, LeaveOneOut, MovingAverage, ScoreFunction
+from .score import Baseline, LeaveOneOut, MovingAverage, Neural, ScoreFunction
 
 __all__ = [
     "Baseline",
@@ -17,6 +17,7 @@ __all__ = [
     "GumbelSoftmax",
     "LeaveOneOut",
     "MovingAverage",
+    "Neural",
     "Pathwise",
     "ScoreFunction",
     "SiteView",

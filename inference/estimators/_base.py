@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import BadInput
 from ...registry import Registry
-from ..distributions import clear_caches, describe, score_log_prob, support_moves
+from ..distributions import clear_caches, describe, elementary, score_log_prob, support_moves
 
 estimators: Registry[Callable[[], Estimator]] = Registry("estimator")
 
@@ -40,35 +40,75 @@ class Draw:
 class SiteView:
     """What an estimator sees of its site once all terms are known.
 
-    Leading dimensions are ``(…enumerated, K, *plates)``: K particles, then one dimension per plate level.
+    Leading dimensions are ``(…enumerated, K, *plates)``: K particles, then one dimension per plate level; the K
+    dimension is there for K = 1 too.
 
     Attributes:
         name: the site.
-        fn: the guide's distribution at the site (of the last run, if particles were run one by one).
-        value: the draws, ``(…, K, *plates, *event)``.
+        fns: the guide's distribution at the site: one, or one for each particle if they were run one by one.
+        draw: the draws: ``draw.value`` and each of ``draw.extra`` are ``(…, K, *plates, *event)``.
         log_prob: unscaled, unmasked log q of the draws, differentiable, ``(…, K, *plates)``.
-        cost: everything evaluated at or after the site, signs included, detached, same shape.
+        cost: the signed sum of everything evaluated at or after the site, detached, same shape.
         particle_dim: the dimension of K in ``log_prob`` and ``cost``.
         num_particles: K.
+        step: training steps made so far.
         state: the estimator's module for this site, or None.
         training: whether statistics may move: training mode with gradients on.
-        inputs: tensors that a baseline may look at: the program's arguments and upstream values.
-        evaluate: ``evaluate(draws, …)`` runs the program again with this site's draw replaced; see the engine.
+        bound: under ``iwae``, the importance weights; None under ``elbo``.
+        inputs: ``inputs()`` lists what a baseline may look at: the program's arguments and upstream values, each laid
+            out as ``(…, K or 1, *plates, features)``.
+        evaluate: ``evaluate(draw, downstream="draw", differentiable=False)`` runs the programs again with this site's
+            draw replaced: every tensor of ``draw`` has one more dimension on the left, over A alternatives. Sites
+            before this one keep their draws; later ones draw anew (``"draw"``), draw relaxed and reparameterized
+            (``"soft"``), or take their means (``"mean"``). Returns the costs, ``(A, …)`` and otherwise broadcastable
+            with ``cost``; detached, or differentiable with respect to the draw, with all parameters frozen.
     """
 
     name: str
-    fn: Any
-    value: Tensor
+    fns: list[Any]
+    draw: Draw
     log_prob: Tensor
     cost: Tensor
     particle_dim: int
     num_particles: int
+    step: int
     state: nn.Module | None
     training: bool
+    bound: Any
     inputs: Callable[[], list[Tensor]]
-    evaluate: Callable[..., Tensor] | None = None
-    draw: Draw | None = None
-    bound: Any = None
+    evaluate: Callable[..., Tensor]
+
+    @property
+    def value(self) -> Tensor:
+        return self.draw.value
+
+    @property
+    def event_dim(self) -> int:
+        return self.fns[0].event_dim
+
+    def parameter(self, name: str, trailing: int = 0) -> Tensor:
+        """A parameter of the site's elementary distribution, differentiable, shaped like ``value``.
+
+        ``trailing`` counts dimensions that the parameter has and the value has not (1 for the logits of a Categorical).
+        """
+        room = -self.particle_dim
+        found = []
+        for fn in self.fns:
+            parameter = getattr(elementary(fn), name)
+            shape = tuple(fn.batch_shape) + tuple(fn.event_shape)
+            shape += tuple(parameter.shape[parameter.dim() - trailing :]) if trailing else ()
+            found.append(pad_left(parameter.expand(shape), room + len(fn.event_shape) + trailing))
+        dim = self.particle_dim - self.event_dim - trailing
+        return found[0] if len(found) == 1 else torch.cat(torch.broadcast_tensors(*found), dim=dim)
+
+    def sum_event(self, tensor: Tensor) -> Tensor:
+        """Sum the event dimensions of something shaped like ``value``."""
+        return tensor.sum(list(range(-self.event_dim, 0))) if self.event_dim else tensor
+
+
+def pad_left(tensor: Tensor, dims: int) -> Tensor:
+    """The same tensor with at least ``dims`` dimensions."""
+    return tensor.reshape((1,) * (dims - tensor.dim()) + tensor.shape) if tensor.dim() < dims else tensor
 
 
 class Estimator:
@@ -82,6 +122,9 @@ class Estimator:
         log_q: how −log q of the site enters the differentiable objective: ``"full"``; ``"value"`` (counted, not
             differentiated: its direct gradient has expectation zero); ``"path"`` (differentiated through values only).
         enumerates: whether the site is summed over rather than drawn.
+        reruns: whether ``surrogate`` calls ``view.evaluate`` with several alternatives, which asks programs to accept
+            leading dimensions.
+        lazy_parameters: whether the state has parameters, whose shapes only data can tell.
     """
 
     unbiased: bool = True
@@ -90,6 +133,8 @@ class Estimator:
     objectives: frozenset[str] = frozenset({"elbo"})
     log_q: str = "full"
     enumerates: bool = False
+    reruns: bool = False
+    lazy_parameters: bool = False
 
     @property
     def name(self) -> str:
@@ -119,8 +164,11 @@ class Estimator:
         """Whether a site can be served."""
         return self.why_not(site) is None
 
-    def make_state(self, site: Mapping[str, Any], view: Any = None) -> nn.Module | None:
-        """The module that holds this estimator's running state for one site."""
+    def make_state(self, site: Mapping[str, Any], inputs: Callable[[], list[Tensor]]) -> nn.Module | None:
+        """The module that holds this estimator's running state for one site.
+
+        ``inputs`` is that of :class:`SiteView` for one particle, to tell how many features there are.
+        """
         return None
 
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
@@ -179,6 +227,7 @@ __all__ = [
     "check_temperature",
     "detached_draw",
     "estimators",
+    "pad_left",
     "score_log_prob",
     "score_why_not",
 ]

@@ -12,6 +12,7 @@ from ..distributions import (
     AtLogValue,
     LinearExtension,
     describe,
+    elementary,
     is_bernoulli,
     is_one_hot,
     logits_of,
@@ -85,6 +86,32 @@ class GumbelSoftmax(Estimator):
 
     def model_fn(self, fn: Any, draw: Draw, step: int) -> Any:
         return LinearExtension(fn)
+
+
+class Mean(Estimator):
+    """A site held at its mean, for a deterministic pass through a program; not an estimator by itself."""
+
+    unbiased = False
+    needs_relaxed_model = True
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        fn = site["fn"]
+        return None if hasattr(elementary(fn), "mean") else f"{describe(fn)} has no mean"
+
+    def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
+        return Draw(mean_of(fn))
+
+    def guide_fn(self, fn: Any, draw: Draw, step: int) -> Any:
+        return LinearExtension(fn) if _relaxable({"fn": fn}) is None else fn
+
+    def model_fn(self, fn: Any, draw: Draw, step: int) -> Any:
+        return LinearExtension(fn) if _relaxable({"fn": fn}) is None else fn
+
+
+def mean_of(fn: Any) -> Tensor:
+    base = elementary(fn)
+    mean = base.probs if is_one_hot(fn) or is_bernoulli(fn) else base.mean
+    return mean.expand(tuple(fn.batch_shape) + tuple(fn.event_shape))
 
 
 class Concrete(Estimator):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +16,18 @@ class Baseline:
     """What is subtracted from the cost of a draw: anything that does not depend on that draw."""
 
     min_particles = 1
+    lazy_parameters = False
 
-    def make_state(self) -> nn.Module | None:
+    def make_state(self, inputs: Callable[[], list[Tensor]]) -> nn.Module | None:
+        """The module that holds what the baseline has learnt at one site."""
         return None
 
     def __call__(self, view: SiteView) -> Tensor | float:
         """The baseline, broadcastable against ``view.cost``."""
         return 0.0
 
-    def loss(self, view: SiteView) -> Tensor | None:
-        """What the baseline's own parameters minimise, if it has any."""
+    def loss(self, view: SiteView, prediction: Tensor) -> Tensor | None:
+        """What the baseline's own parameters minimise, if it has any; shaped like ``view.cost``."""
         return None
 
     def __repr__(self) -> str:
@@ -54,7 +56,7 @@ class MovingAverage(Baseline):
             raise BadInput(f"MovingAverage(decay=…) must lie in [0, 1), got {decay!r}")
         self.decay = float(decay)
 
-    def make_state(self) -> nn.Module:
+    def make_state(self, inputs: Callable[[], list[Tensor]]) -> nn.Module:
         return _Average()
 
     def __call__(self, view: SiteView) -> Tensor:
@@ -76,7 +78,91 @@ class LeaveOneOut(Baseline):
         if view.bound is not None:
             return view.bound.leave_one_out()
         cost, dim = view.cost, view.particle_dim
+        if view.num_particles == 1:
+            return torch.zeros_like(cost)  # no other particle came by this site
         return (cost.sum(dim, keepdim=True) - cost) / (view.num_particles - 1)
+
+
+class _Network(nn.Module):
+    """A network for the baseline, and the running moments of the cost that it is asked to predict."""
+
+    def __init__(self, net: nn.Module, decay: float):
+        super().__init__()
+        self.net, self.decay = net, decay
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("variance", torch.ones(()))
+        self.register_buffer("seen", torch.zeros(()))
+
+    mean: Tensor
+    variance: Tensor
+    seen: Tensor
+
+    def predict(self, inputs: list[Tensor], like: Tensor) -> Tensor:
+        scale = self.variance.clamp(min=1e-12).sqrt()
+        dtype = next(self.net.parameters()).dtype
+        return self.mean.to(like.dtype) + scale.to(like.dtype) * self.net(features(inputs).to(dtype)).squeeze(-1).to(
+            like.dtype
+        )
+
+    @torch.no_grad()
+    def observe(self, cost: Tensor) -> None:
+        mean, variance = cost.mean().to(self.mean.dtype), cost.var(unbiased=False).to(self.mean.dtype)
+        keep = torch.where(self.seen > 0, self.decay, 0.0)
+        moved = (mean - self.mean).square() * keep
+        self.mean.mul_(keep).add_((1 - keep) * mean)
+        self.variance.mul_(keep).add_((1 - keep) * (variance + moved))
+        self.seen.add_(1)
+
+
+def features(inputs: list[Tensor]) -> Tensor:
+    """Inputs side by side along the last dimension."""
+    shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in inputs))
+    return torch.cat([tensor.detach().expand(*shape, tensor.shape[-1]) for tensor in inputs], dim=-1)
+
+
+class Neural(Baseline):
+    """A network that predicts the cost from what is known before the draw ("NVIL", Mnih & Gregor 2014, 1402.0030).
+
+    It sees the program's arguments and the values upstream, element by element of the plates, and nothing else; its
+    squared error trains it and reaches nothing but its own parameters.
+
+    Args:
+        net: a module from ``(…, features)`` to ``(…, 1)``; None builds a perceptron of ``hidden`` units in the first
+            run. One network serves one site: name several sites by a mapping, each with its own.
+        inputs: which inputs it sees, ``inputs(list_of_tensors) -> list_of_tensors``; None: all.
+    """
+
+    lazy_parameters = True
+
+    def __init__(
+        self,
+        net: nn.Module | None = None,
+        inputs: Callable[[list[Tensor]], Sequence[Tensor]] | None = None,
+        hidden: int = 100,
+        decay: float = 0.9,
+    ):
+        self.net, self.inputs, self.hidden, self.decay = net, inputs, int(hidden), float(decay)
+
+    def _inputs(self, given: list[Tensor]) -> list[Tensor]:
+        return list(self.inputs(given)) if self.inputs is not None else given
+
+    def make_state(self, inputs: Callable[[], list[Tensor]]) -> nn.Module:
+        net = self.net
+        if net is None:
+            x = features(self._inputs(inputs()))
+            net = nn.Sequential(nn.Linear(x.shape[-1], self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1)).to(x.dtype)
+            nn.init.zeros_(net[-1].weight)
+            nn.init.zeros_(net[-1].bias)
+        return _Network(net, self.decay)
+
+    def __call__(self, view: SiteView) -> Tensor:
+        return view.state.predict(self._inputs(view.inputs()), view.cost)
+
+    def loss(self, view: SiteView, prediction: Tensor) -> Tensor:
+        if view.training:
+            view.state.observe(view.cost)
+        # In units of the cost's own spread, so that one learning rate serves all problems.
+        return (view.cost - prediction).square() / view.state.variance.clamp(min=1e-12).to(view.cost.dtype)
 
 
 class ScoreFunction(Estimator):
@@ -106,8 +192,12 @@ class ScoreFunction(Estimator):
     def why_not(self, site: Mapping[str, Any]) -> str | None:
         return score_why_not(site)
 
-    def make_state(self, site: Mapping[str, Any], view: Any = None) -> nn.Module | None:
-        return self.baseline.make_state() if self.baseline else None
+    @property
+    def lazy_parameters(self) -> bool:  # type: ignore[override]
+        return bool(self.baseline and self.baseline.lazy_parameters)
+
+    def make_state(self, site: Mapping[str, Any], inputs: Callable[[], list[Tensor]]) -> nn.Module | None:
+        return self.baseline.make_state(inputs) if self.baseline else None
 
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
         return detached_draw(fn, args, kwargs)
@@ -115,11 +205,13 @@ class ScoreFunction(Estimator):
     def surrogate(self, view: SiteView) -> Tensor:
         if self.baseline is None:
             return view.cost * view.log_prob
-        loss = self.baseline.loss(view)
-        surrogate = (view.cost - torch.as_tensor(self.baseline(view)).detach()) * view.log_prob
+        prediction = torch.as_tensor(self.baseline(view))
+        surrogate = (view.cost - prediction.detach()) * view.log_prob
+        loss = self.baseline.loss(view, prediction)
         return surrogate if loss is None else surrogate - loss
 
 
 estimators.register("score", ScoreFunction)
 estimators.register("score-average", lambda: ScoreFunction(baseline=MovingAverage()))
+estimators.register("nvil", lambda: ScoreFunction(baseline=Neural()))
 estimators.register("rloo", lambda: ScoreFunction(baseline=LeaveOneOut()))
