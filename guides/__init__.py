@@ -5,6 +5,22 @@ from __future__ import annotations
 from ._base import Guide, fitting, guides
 from .bernoulli import BernoulliGuide
 from .categorical import CategoricalGuide, RelaxedCategoricalGuide
+from .flow import FlowGuide
+from .layered import LayeredGuide
 from .normal import NormalGuide
+from .top_down import TopDownNormalGuide
+from .triangular_normal import TriangularNormalGuide
 
-__all__ = ["BernoulliGuide", "CategoricalGuide", "Guide", "NormalGuide", "RelaxedCategoricalGuide", "fitting", "guides"]
+__all__ = [
+    "BernoulliGuide",
+    "CategoricalGuide",
+    "FlowGuide",
+    "Guide",
+    "LayeredGuide",
+    "NormalGuide",
+    "RelaxedCategoricalGuide",
+    "TopDownNormalGuide",
+    "TriangularNormalGuide",
+    "fitting",
+    "guides",
+]

@@ -13,8 +13,9 @@ from torch import nn
 
 from ..errors import BadInput
 from ..models._base import GenerativeModel, Latent, OverData
-from ..models._networks import mlp
+from ..models._networks import Trunk
 from ..registry import Registry
+from ._families import distribution, num_outputs
 
 guides: Registry[type[Guide]] = Registry("guide")
 
@@ -23,13 +24,20 @@ class Guide(OverData):
     """Base of the guides q(z | x): ``Guide(model)`` shapes itself from the latents that the model declares.
 
     ``guide(x)`` is the Pyro program: it samples each declared latent under the model's name, in the model's plate, and
-    returns them as a dict. ``families`` are the latent families it serves.
+    returns them as a dict. ``families`` are the latent families it serves. ``encoder`` makes features of the data;
+    where ``hidden``, ``channels`` or ``activation`` are None, they mirror the model's decoder.
     """
 
     families: ClassVar[tuple[str, ...]] = ()
     _not_in_config = ("model",)
 
-    def __init__(self, model: GenerativeModel):
+    def __init__(
+        self,
+        model: GenerativeModel,
+        hidden: Sequence[int] | None = None,
+        channels: Sequence[int] | None = None,
+        activation: str | None = None,
+    ):
         if not isinstance(getattr(model, "latents", None), dict):
             raise BadInput(f"{type(self).__name__} needs a model that declares its latents, not {type(model).__name__}")
         if reason := self.why_not(model):
@@ -39,6 +47,10 @@ class Guide(OverData):
             )
         super().__init__(model.data_shape, model.data_size)
         self.latents: dict[str, Latent] = dict(model.latents)
+        self.conditions = dict(model.conditions)
+        asked = {"hidden": hidden, "channels": channels, "activation": activation}
+        self.layout = {name: model.mirror[name] if value is None else value for name, value in asked.items()}
+        self.encoder = Trunk(self.data_shape, **self.layout, extra=sum(map(math.prod, self.conditions.values())))
 
     @classmethod
     def why_not(cls, model: GenerativeModel) -> str:
@@ -48,8 +60,12 @@ class Guide(OverData):
                 return f"its latent {site!r} is {latent.family}, and the guide serves {' and '.join(cls.families)}"
         return ""
 
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor, **conditions: torch.Tensor) -> dict[str, torch.Tensor]:
         raise TypeError(f"{type(self).__name__} must define forward(x)")
+
+    def features(self, x: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The encoder's features of a batch and its conditions, ``(B, encoder.size)``."""
+        return self.encoder(x, *self.check_conditions(conditions, len(x)))
 
 
 def fitting(model: GenerativeModel) -> list[str]:
@@ -63,22 +79,27 @@ def fitting(model: GenerativeModel) -> list[str]:
 
 
 class FactorizedGuide(Guide):
-    r"""Base of the guides :math:`q(z \mid x) = \prod_j q(z_j \mid x)`: one trunk, and one linear head per latent site.
+    r"""Base of the guides :math:`q(z \mid x) = \prod_j q(z_j \mid x)`: an encoder, and a linear head for each site.
 
-    A subclass says how many numbers a site needs (``num_outputs``) and what distribution they make (``distribution``).
+    A subclass may say how many numbers a site needs (``num_outputs``) and what they make (``distribution``); by default
+    that is the family's own distribution.
     """
 
-    def __init__(self, model: GenerativeModel, hidden: Sequence[int], activation: str):
-        super().__init__(model)
-        sizes = [math.prod(self.data_shape), *hidden]
-        self.encoder = mlp(sizes, activation, activate_last=True)
+    def __init__(
+        self,
+        model: GenerativeModel,
+        hidden: Sequence[int] | None = None,
+        channels: Sequence[int] | None = None,
+        activation: str | None = None,
+    ):
+        super().__init__(model, hidden, channels, activation)
         self.encoder_heads = nn.ModuleDict(
-            {site: nn.Linear(sizes[-1], self.num_outputs(latent)) for site, latent in self.latents.items()}
+            {site: nn.Linear(self.encoder.size, self.num_outputs(latent)) for site, latent in self.latents.items()}
         )
 
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor, **conditions: torch.Tensor) -> dict[str, torch.Tensor]:
         with self.data_plate(x):
-            features = self.encoder(x.flatten(1))
+            features = self.features(x, conditions)
             return {
                 site: pyro.sample(site, self.distribution(latent, self.encoder_heads[site](features)))
                 for site, latent in self.latents.items()
@@ -86,8 +107,8 @@ class FactorizedGuide(Guide):
 
     def num_outputs(self, latent: Latent) -> int:
         """How many numbers the head of a site gives."""
-        return latent.size
+        return num_outputs(latent)
 
     def distribution(self, latent: Latent, output: torch.Tensor) -> TorchDistribution:
         """q of one site from its head's ``output`` ``(B, num_outputs)``; its event shape is ``latent.shape``."""
-        raise TypeError(f"{type(self).__name__} must define distribution(latent, output)")
+        return distribution(latent, output)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 
 from ..models._base import GenerativeModel, Latent
-from ..models._relaxed import RelaxedOneHot
 from ._base import FactorizedGuide, guides
+from ._families import TEMPERATURE, distribution
 
 
 @guides.register("categorical")
 class CategoricalGuide(FactorizedGuide):
     r"""One-hot latents: :math:`q(y_n \mid x) = \mathrm{Categorical}(\mathrm{softmax}\,h_n(x))`, independent over n.
 
-    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)``, one-hot along the last dimension.
-    Raises BadInput for a model with latents of another family.
+    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)``, one-hot along the last dimension. The encoder
+    mirrors the model's decoder unless ``hidden``, ``channels`` or ``activation`` say otherwise. Raises BadInput for a
+    model with latents of another family.
 
     Jang, Gu & Poole 2017, arXiv:1611.01144.
 
@@ -28,13 +29,6 @@ class CategoricalGuide(FactorizedGuide):
     """
 
     families = ("categorical",)
-
-    def __init__(self, model: GenerativeModel, hidden: Sequence[int] = (256, 128), activation: str = "relu"):
-        super().__init__(model, hidden, activation)
-
-    def distribution(self, latent: Latent, output: torch.Tensor) -> dist.TorchDistribution:
-        logits = output.unflatten(-1, latent.shape)
-        return dist.OneHotCategorical(logits=logits).to_event(len(latent.shape) - 1)
 
 
 @guides.register("relaxed-categorical")
@@ -58,11 +52,12 @@ class RelaxedCategoricalGuide(FactorizedGuide):
     def __init__(
         self,
         model: GenerativeModel,
-        temperature: float = 2 / 3,
-        hidden: Sequence[int] = (256, 128),
-        activation: str = "relu",
+        temperature: float = TEMPERATURE,
+        hidden: Sequence[int] | None = None,
+        channels: Sequence[int] | None = None,
+        activation: str | None = None,
     ):
-        super().__init__(model, hidden, activation)
+        super().__init__(model, hidden, channels, activation)
         self.register_buffer("temperature", torch.tensor(float(temperature)))
 
     def exact(self, model: GenerativeModel) -> CategoricalGuide:
@@ -72,6 +67,5 @@ class RelaxedCategoricalGuide(FactorizedGuide):
         twin.encoder, twin.encoder_heads = self.encoder, self.encoder_heads
         return twin
 
-    def distribution(self, latent: Latent, output: torch.Tensor) -> dist.TorchDistribution:
-        logits = output.unflatten(-1, latent.shape)
-        return RelaxedOneHot(self.temperature, logits=logits).to_event(len(latent.shape) - 1)
+    def distribution(self, latent: Latent, output: torch.Tensor) -> TorchDistribution:
+        return distribution(latent, output, temperature=self.temperature)

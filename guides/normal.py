@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
-from torch.nn.functional import softplus
 
 from ..models._base import GenerativeModel, Latent
 from ._base import FactorizedGuide, guides
+from ._families import MIN_SD, distribution
 
 
 class UnreparameterizedNormal(dist.Normal):
@@ -28,10 +28,11 @@ class UnreparameterizedNormal(dist.Normal):
 class NormalGuide(FactorizedGuide):
     r"""Diagonal Normal: :math:`q(z_j \mid x) = N(\mu_j(x), \mathrm{diag}\,\sigma_j(x)^2)` for each Normal latent.
 
-    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The standard deviation is
-    ``softplus(output) + min_sd``. With ``reparameterized=False`` the sites have no pathwise gradient, so that
-    estimators for any density can be set beside the pathwise one on the same guide. Raises BadInput for a model with
-    latents of another family.
+    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The standard deviation
+    is ``softplus(output) + min_sd``. The encoder mirrors the model's decoder unless ``hidden`` (dense layers),
+    ``channels`` (convolutions of stride 2 before them) or ``activation`` say otherwise. With ``reparameterized=False``
+    the sites have no pathwise gradient, so that estimators for any density can be set beside the pathwise one on the
+    same guide. Raises BadInput for a model with latents of another family.
 
     Kingma & Welling 2013, arXiv:1312.6114.
 
@@ -46,18 +47,18 @@ class NormalGuide(FactorizedGuide):
     def __init__(
         self,
         model: GenerativeModel,
-        hidden: Sequence[int] = (256, 128),
-        min_sd: float = 1e-4,
-        activation: str = "relu",
+        hidden: Sequence[int] | None = None,
+        channels: Sequence[int] | None = None,
+        activation: str | None = None,
+        min_sd: float = MIN_SD,
         reparameterized: bool = True,
     ):
-        super().__init__(model, hidden, activation)
+        super().__init__(model, hidden, channels, activation)
         self.min_sd = min_sd
-        self.family = dist.Normal if reparameterized else UnreparameterizedNormal
-
-    def num_outputs(self, latent: Latent) -> int:
-        return 2 * latent.size
+        self.reparameterized = reparameterized
 
     def distribution(self, latent: Latent, output: torch.Tensor) -> dist.TorchDistribution:
-        loc, raw = output.unflatten(-1, (2, *latent.shape)).unbind(-1 - len(latent.shape))
-        return self.family(loc, softplus(raw) + self.min_sd).to_event(len(latent.shape))
+        q = distribution(latent, output, min_sd=self.min_sd)
+        if self.reparameterized:
+            return q
+        return UnreparameterizedNormal(q.base_dist.loc, q.base_dist.scale).to_event(len(latent.shape))

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import pyro
@@ -73,6 +74,8 @@ def _plain(value: Any) -> Any:
 class OverData(Configured):
     """What models and guides share: the shape of a datum, the checks on a batch, and the plate over it.
 
+    ``conditions`` are the keywords that a conditional program takes beside ``x``, with the shape of one datum each.
+
     ``data_size`` is the size of the whole data set: when it is given, a batch counts as a subsample of it, and Pyro
     scales every log-probability by ``data_size / B``, in the model and in guides built from it.
     """
@@ -83,6 +86,8 @@ class OverData(Configured):
         self.data_size = data_size
         if min(self.data_shape, default=1) < 1:
             raise BadInput(f"{type(self).__name__}: data_shape {tuple(data_shape)} must hold positive sizes")
+
+    conditions: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
     def data_plate(self, x: torch.Tensor | None, batch_size: int = 1):
         """The plate ``data`` over the rows of ``x``, or over ``batch_size`` rows when there is no ``x``."""
@@ -113,6 +118,20 @@ class OverData(Configured):
         if is_validation_enabled():
             self.check_values(x)
 
+    def check_conditions(self, given: Mapping[str, torch.Tensor | None], rows: int) -> list[torch.Tensor]:
+        """The conditions in their order; raises BadInput for one that is missing, unknown or of a wrong shape."""
+        who, known = type(self).__name__, ", ".join(f"{name}=" for name in self.conditions) or "none"
+        for name in given:
+            if name not in self.conditions:
+                raise BadInput(f"{who} takes no keyword {name!r} beside x (it takes {known})")
+        for name, shape in self.conditions.items():
+            value, expected = given.get(name), (rows, *shape)
+            if value is None:
+                raise BadInput(f"{who} needs {name}=, a tensor of shape {expected}")
+            if tuple(value.shape) != expected:
+                raise BadInput(f"{who}: {name} has shape {tuple(value.shape)}, expected {expected}")
+        return [given[name] for name in self.conditions]
+
     def check_values(self, x: torch.Tensor) -> None:
         """What must hold of the values; called only under Pyro's validation, since it reads the data."""
         if x.isnan().any():
@@ -125,10 +144,14 @@ class GenerativeModel(OverData):
 
     ``latents`` maps the latent sites, in the order they are sampled, to what they are; the observed site is ``x``.
     Values may carry particle dimensions in front, ``(K, B, ...)``: networks accept any number of leading dimensions.
-    ``variants`` are small configurations that stand for the class in contract tests and in tables.
+    ``mirror`` says what a guide's networks are by default, so that they mirror the decoder. ``guide_parents`` may say
+    on which latents each latent's posterior should depend. ``variants`` are small configurations that stand for the
+    class in contract tests and in tables.
     """
 
     latents: dict[str, Latent]
+    mirror: Mapping[str, Any] = MappingProxyType({"channels": (), "hidden": (256, 128), "activation": "relu"})
+    guide_parents: Mapping[str, tuple[str, ...]] | None = None
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     binary_data = False
 
@@ -143,8 +166,12 @@ class GenerativeModel(OverData):
                 'load the data with binarize="static" or "dynamic"'
             )
 
-    def sample_prior(self, num_samples: int = 1) -> dict[str, torch.Tensor]:
+    def inputs(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The keywords to call the model and its guides with, from images and, where they are used, their labels."""
+        return {"x": images}
+
+    def sample_prior(self, num_samples: int = 1, **conditions: torch.Tensor) -> dict[str, torch.Tensor]:
         """Draws of every latent and of ``x`` from the model, each ``(num_samples, *shape)``."""
         with torch.no_grad(), pyro.get_param_store().scope():
-            trace = poutine.trace(self).get_trace(batch_size=num_samples)
+            trace = poutine.trace(self).get_trace(batch_size=num_samples, **conditions)
         return {name: trace.nodes[name]["value"] for name in (*self.latents, "x")}

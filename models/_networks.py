@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..errors import UnknownName
+from ..errors import BadInput, UnknownName
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -36,3 +38,72 @@ def mlp(sizes: Sequence[int], activation: str = "relu", activate_last: bool = Fa
     for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [nn.Linear(inputs, outputs), activation_layer(activation)]
     return nn.Sequential(*(layers if activate_last else layers[:-1]))
+
+
+class Trunk(nn.Module):
+    """Features of data ``(B, *data_shape)`` and of what stands beside it: convolutions if any, then dense layers.
+
+    Each of ``channels`` is a 3 x 3 convolution that halves height and width; ``extra`` is the number of further inputs,
+    which join before the dense layers. ``size`` is the number of features.
+
+    >>> import torch
+    >>> trunk = Trunk((1, 8, 8), channels=(4, 6), hidden=(5,))
+    >>> trunk(torch.zeros(3, 1, 8, 8)).shape
+    torch.Size([3, 5])
+    """
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        channels: Sequence[int] = (),
+        hidden: Sequence[int] = (),
+        activation: str = "relu",
+        extra: int = 0,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        size = math.prod(data_shape)
+        if channels:
+            height, width = halved(data_shape, len(channels))
+            for inputs, outputs in zip((data_shape[0], *channels[:-1]), channels, strict=True):
+                layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), activation_layer(activation)]
+            size = channels[-1] * height * width
+        self.convolutions = nn.Sequential(*layers)
+        self.dense = mlp([size + extra, *hidden], activation, activate_last=True)
+        self.size = hidden[-1] if hidden else size + extra
+
+    def forward(self, x: Tensor, *beside: Tensor) -> Tensor:
+        return self.dense(torch.cat([self.convolutions(x).flatten(1), *(part.flatten(1) for part in beside)], -1))
+
+
+class Deconvolutions(nn.Module):
+    """From a vector to an image, ``(..., inputs) -> (..., *data_shape)``: a dense layer and transposed convolutions.
+
+    ``channels`` are in the order of the `Trunk` that this mirrors: the dense layer gives ``channels[0]`` small maps,
+    each transposed convolution doubles their size, and a last one, of stride 1, gives the image.
+    """
+
+    def __init__(self, inputs: int, data_shape: Sequence[int], channels: Sequence[int], activation: str = "relu"):
+        super().__init__()
+        self.maps = (channels[0], *halved(data_shape, len(channels)))
+        self.dense = nn.Sequential(nn.Linear(inputs, math.prod(self.maps)), activation_layer(activation))
+        layers: list[nn.Module] = []
+        descending = list(reversed(channels))
+        for before, after in zip((channels[0], *descending[:-1]), descending, strict=True):
+            grow = nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=1)
+            layers += [grow, activation_layer(activation)]
+        self.convolutions = nn.Sequential(*layers, nn.ConvTranspose2d(channels[0], data_shape[0], 3, padding=1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        maps = self.dense(z).reshape(-1, *self.maps)  # convolutions know one leading dimension only
+        return self.convolutions(maps).unflatten(0, z.shape[:-1])
+
+
+def halved(data_shape: Sequence[int], times: int) -> tuple[int, int]:
+    """Height and width of an image after so many halvings; raises BadInput if it cannot be halved so often."""
+    if len(data_shape) != 3 or any(size % 2**times for size in data_shape[1:]):
+        raise BadInput(
+            f"data of shape {tuple(data_shape)} cannot go through {times} convolutions of stride 2: "
+            f"expected (channels, height, width) with height and width divisible by {2**times}"
+        )
+    return data_shape[1] // 2**times, data_shape[2] // 2**times

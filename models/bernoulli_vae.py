@@ -52,8 +52,9 @@ class BernoulliVAE(GenerativeModel):
     ):
         super().__init__(data_shape, data_size)
         self.latents = {"z": Latent("bernoulli", (num_latents,))}
-        between = reversed(hidden) if nonlinear else ()
-        self.decoder = mlp([num_latents, *between, math.prod(self.data_shape)], activation)
+        hidden = tuple(hidden) if nonlinear else ()
+        self.mirror = {"channels": (), "hidden": hidden, "activation": activation}
+        self.decoder = mlp([num_latents, *reversed(hidden), math.prod(self.data_shape)], activation)
         if learn_prior:
             self.decoder_prior_logits = nn.Parameter(torch.zeros(num_latents))
         else:

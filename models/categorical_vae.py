@@ -53,6 +53,7 @@ class CategoricalVAE(GenerativeModel):
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
+        self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
         self.relaxed = relaxed
         family = "relaxed-categorical" if relaxed else "categorical"
         self.latents = {"y": Latent(family, (num_latents, num_classes))}

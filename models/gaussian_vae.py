@@ -52,6 +52,7 @@ class GaussianVAE(GenerativeModel):
         if likelihood_sd is not None and (likelihood != "normal" or likelihood_sd <= 0):
             raise BadInput(f"likelihood_sd={likelihood_sd} must be positive and goes with likelihood='normal'")
         self.latents = {"z": Latent("normal", (latent_dim,))}
+        self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
         self.binary_data = likelihood == "bernoulli"
         self.decoder = mlp([latent_dim, *reversed(hidden), math.prod(self.data_shape)], activation)
         self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)

@@ -182,7 +182,7 @@ class Collides(NormalGuide):
 class BatchNormalized(NormalGuide):
     def __init__(self, model):
         super().__init__(model)
-        self.encoder.append(torch.nn.BatchNorm1d(128))
+        self.encoder.dense.append(torch.nn.BatchNorm1d(128))
 
 
 class Narrow(NormalGuide):

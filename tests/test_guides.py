@@ -65,7 +65,7 @@ def test_a_head_for_each_site():
 def test_normal_guide_by_hand():
     model, x = GaussianVAE(SHAPE, latent_dim=3, hidden=(6,)), images()
     guide = NormalGuide(model, hidden=(6,), min_sd=0.01)
-    loc, raw = guide.encoder_heads["z"](guide.encoder(x.flatten(1))).chunk(2, -1)
+    loc, raw = guide.encoder_heads["z"](guide.encoder(x)).chunk(2, -1)
     found = site(guide, x, "z")
     torch.testing.assert_close(found.loc, loc)
     torch.testing.assert_close(found.scale, softplus(raw) + 0.01)
@@ -76,7 +76,7 @@ def test_normal_guide_by_hand():
 def test_discrete_guides_by_hand():
     x = images()
     guide = CategoricalGuide(CategoricalVAE(SHAPE, num_latents=3, num_classes=4, hidden=(6,)), hidden=(6,))
-    logits = guide.encoder_heads["y"](guide.encoder(x.flatten(1))).reshape(5, 3, 4)
+    logits = guide.encoder_heads["y"](guide.encoder(x)).reshape(5, 3, 4)
     torch.testing.assert_close(site(guide, x, "y").probs, logits.softmax(-1))
     guide = BernoulliGuide(BernoulliVAE(SHAPE, num_latents=3, hidden=(6,)), hidden=())
     torch.testing.assert_close(site(guide, x, "z").logits, guide.encoder_heads["z"](x.flatten(1)))
