@@ -338,6 +338,10 @@ class Binding(nn.Module):
                 state = chosen[site.name].make_state(message, inputs)
                 if state is not None:
                     self.states[_key(site.name)] = state.to(site.log_prob.device)
+        for name, estimator in chosen.items():
+            if any(other.together for other in chosen.values()) and not estimator.together:
+                word = next(other.name for other in chosen.values() if other.together)
+                raise UnsupportedSite(name, estimator.name, f"where one site takes {word!r}, every site must")
         needed = max([estimator.min_particles for estimator in chosen.values()], default=1)
         self.__dict__["chosen"] = chosen
         self.max_plate_nesting = program.max_plate_nesting
@@ -434,6 +438,8 @@ class Binding(nn.Module):
 
         if self.elbo.objective == "rws":
             value = objectives.rws_value(groups, layout)
+        elif any(estimator.together for estimator in self.chosen.values()):
+            value = objectives.dreg_value(groups, self._cut(program, groups, args, kwargs), layout)
         elif self.elbo.objective == "iwae":
             value = objectives.iwae_value(groups, layout, view)
         else:
@@ -461,6 +467,20 @@ class Binding(nn.Module):
                     )
                 for site in sites:
                     site.log_prob = again.guide_site(site.name).log_prob
+
+    def _cut(self, program: Program, groups: list[list[Run]], args, kwargs) -> list[list[Run]]:
+        """The same runs with their values cut from the graph, and with the guide's parameters frozen."""
+
+        def again(run: Run) -> Run:
+            leaves = {
+                site.name: site.draw.map(lambda t: t.detach().requires_grad_(t.requires_grad))
+                for site in run.guide
+                if site.latent
+            }
+            with frozen([self.guide], run.params.values()):
+                return program.run(args, kwargs, fixed=leaves, subsamples=run.subsamples)
+
+        return [[again(run) for run in paths] for paths in groups]
 
     def _view(self, rows, log_prob, cost, bound, layout, moving, args, kwargs) -> SiteView:
         site = rows[0].site

@@ -317,6 +317,38 @@ def iwae_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
     return value
 
 
+def dreg_value(drawn: list[list[Run]], groups: list[list[Run]], layout: Layout) -> Tensor:
+    """The importance-weighted bound with the doubly reparameterized gradient.
+
+    ``drawn`` holds the draws z(φ); ``groups`` the programs run again at the same values, cut from the graph, with the
+    guide's parameters frozen. The weights w̃² enter once, where all values together leave the second run.
+    """
+    weights = importance_weights(groups, layout)
+    log_weight = weights.log_p - weights.log_q
+    value = (weights.scale * Bound(log_weight.detach(), -layout.room).value()).sum()
+    if not torch.is_grad_enabled():
+        return value
+    normalized = log_weight.detach().softmax(-layout.room)
+    value = value + magic((weights.scale * normalized * log_weight).sum())
+    pairs = [
+        (before.draw.value, after.draw.value)
+        for firsts, seconds in zip(drawn, groups, strict=True)
+        for first, second in zip(firsts, seconds, strict=True)
+        for before, after in zip(first.guide, second.guide, strict=True)
+        if before.latent and before.draw.value.requires_grad
+    ]
+    if not pairs:
+        return value
+    slopes = torch.autograd.grad(
+        (weights.scale * normalized.square() * log_weight).sum(),
+        [leaf for _, leaf in pairs],
+        retain_graph=True,
+        allow_unused=True,
+    )
+    paths = [(slope * draw).sum() for slope, (draw, _) in zip(slopes, pairs, strict=True) if slope is not None]
+    return value + magic(sum(paths, start=value.new_zeros(())))
+
+
 def rws_value(groups: list[list[Run]], layout: Layout) -> Tensor:
     """Reweighted wake-sleep (Bornschein & Bengio 2014, arXiv 1406.2751): wake updates of model and guide, per datum.
 

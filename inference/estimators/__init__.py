@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._base import Draw, Estimator, SiteView, estimators
+from .doubly import DoublyReparameterized
 from .enumeration import Enumerate
 from .pathwise import Pathwise
 from .relaxation import Concrete, GumbelSoftmax
@@ -11,6 +12,7 @@ from .score import Baseline, LeaveOneOut, MovingAverage, Neural, ScoreFunction
 __all__ = [
     "Baseline",
     "Concrete",
+    "DoublyReparameterized",
     "Draw",
     "Enumerate",
     "Estimator",

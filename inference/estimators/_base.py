@@ -124,6 +124,7 @@ class Estimator:
         enumerates: whether the site is summed over rather than drawn.
         reruns: whether ``surrogate`` calls ``view.evaluate`` with several alternatives, which asks programs to accept
             leading dimensions.
+        together: whether all sites must take this estimator if one does.
         lazy_parameters: whether the state has parameters, whose shapes only data can tell.
     """
 
@@ -134,6 +135,7 @@ class Estimator:
     log_q: str = "full"
     enumerates: bool = False
     reruns: bool = False
+    together: bool = False
     lazy_parameters: bool = False
 
     @property
