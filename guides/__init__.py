@@ -6,6 +6,7 @@ from ._base import Guide, fitting, guides
 from .bernoulli import BernoulliGuide
 from .categorical import CategoricalGuide, RelaxedCategoricalGuide
 from .flow import FlowGuide
+from .label_conditional import LabelConditionalGuide
 from .layered import LayeredGuide
 from .normal import NormalGuide
 from .top_down import TopDownNormalGuide
@@ -16,6 +17,7 @@ __all__ = [
     "CategoricalGuide",
     "FlowGuide",
     "Guide",
+    "LabelConditionalGuide",
     "LayeredGuide",
     "NormalGuide",
     "RelaxedCategoricalGuide",

@@ -48,6 +48,7 @@ class Guide(OverData):
         super().__init__(model.data_shape, model.data_size)
         self.latents: dict[str, Latent] = dict(model.latents)
         self.conditions = dict(model.conditions)
+        self.label_site = model.label_site
         asked = {"hidden": hidden, "channels": channels, "activation": activation}
         self.layout = {name: model.mirror[name] if value is None else value for name, value in asked.items()}
         self.encoder = Trunk(self.data_shape, **self.layout, extra=sum(map(math.prod, self.conditions.values())))

@@ -145,13 +145,14 @@ class GenerativeModel(OverData):
     ``latents`` maps the latent sites, in the order they are sampled, to what they are; the observed site is ``x``.
     Values may carry particle dimensions in front, ``(K, B, ...)``: networks accept any number of leading dimensions.
     ``mirror`` says what a guide's networks are by default, so that they mirror the decoder. ``guide_parents`` may say
-    on which latents each latent's posterior should depend. ``variants`` are small configurations that stand for the
-    class in contract tests and in tables.
+    on which latents each latent's posterior should depend, and ``label_site`` which latent is a label that may be
+    observed. ``variants`` are small configurations that stand for the class in contract tests and in tables.
     """
 
     latents: dict[str, Latent]
     mirror: Mapping[str, Any] = MappingProxyType({"channels": (), "hidden": (256, 128), "activation": "relu"})
     guide_parents: Mapping[str, tuple[str, ...]] | None = None
+    label_site: str | None = None
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     binary_data = False
 

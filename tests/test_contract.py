@@ -19,6 +19,11 @@ def batch(model, rows=4):
     return torch.randint(2, (rows, *model.data_shape)).to(torch.float32)
 
 
+def conditions(model, rows=4):
+    """Values for what a conditional model takes beside x."""
+    return {name: torch.rand(rows, *shape) for name, shape in model.conditions.items()}
+
+
 def variants():
     return [pytest.param(name, i, id=f"{name}-{i}") for name, cls in models.items() for i in range(len(cls.variants))]
 
@@ -39,13 +44,13 @@ def pairs():
 @pytest.mark.parametrize("name, variant", variants())
 def test_model_contract(name, variant):
     model = build(name, variant)
-    check_model(model, batch(model))
+    check_model(model, batch(model), **conditions(model))
 
 
 @pytest.mark.parametrize("name, variant, guide", pairs())
 def test_guide_contract(name, variant, guide):
     model = build(name, variant)
-    check_guide(guides[guide](model), model, batch(model))
+    check_guide(guides[guide](model), model, batch(model), **conditions(model))
 
 
 # --- the contract sees faults ---------------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""Half an image from the other half, through layers of binary latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+from ..errors import BadInput
+from ._base import GenerativeModel, Latent, models
+from ._networks import mlp
+
+
+@models.register("structured-prediction")
+class StructuredPrediction(GenerativeModel):
+    r"""The lower half of an image given the upper half, which many lower halves may fit, through binary latents.
+
+    .. math:: z_1 \mid u \sim \mathrm{Bernoulli}(\sigma(f_1(u))), \qquad
+              z_l \mid z_{l-1} \sim \mathrm{Bernoulli}(\sigma(f_l(z_{l-1}))), \qquad
+              x \mid z_L \sim \mathrm{Bernoulli}(\sigma(f_{L+1}(z_L)))
+
+    ``data_shape`` is the whole image's; the model's own data, ``x``, is the lower half. Called as ``model(x,
+    upper=u)``, and so are its guides; ``inputs`` cuts images in two. Shapes: for images ``(B, channels, height,
+    width)`` both halves are ``(B, channels, height / 2, width)`` (an odd middle row is in the lower half), site ``zl``
+    is ``(B, layers[l - 1])``. Each f is linear or, with ``nonlinear=True``, has a hidden layer as wide as its output's
+    layer (the last: as the layer before). Raises BadInput for halves of another shape and, under validation, for NaN
+    or for values of x other than 0 and 1.
+
+    Raiko et al. 2014, arXiv:1406.2989; Gu et al. 2016, arXiv:1511.05176.
+
+    >>> model = StructuredPrediction(data_shape=(1, 8, 8), layers=(6, 5))
+    >>> halves = model.inputs(torch.zeros(2, 1, 8, 8))
+    >>> draws = model.sample_prior(2, upper=halves["upper"])
+    >>> {site: tuple(value.shape) for site, value in draws.items()}
+    {'z1': (2, 6), 'z2': (2, 5), 'x': (2, 1, 4, 8)}
+    """
+
+    variants = ({"layers": (6,)}, {"layers": (6, 5), "nonlinear": True})
+    binary_data = True
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        layers: Sequence[int] = (200, 200),
+        nonlinear: bool = False,
+        activation: str = "tanh",
+        data_size: int | None = None,
+    ):
+        if len(data_shape) != 3 or data_shape[1] < 2:
+            raise BadInput(f"StructuredPrediction: images {tuple(data_shape)} must be (channels, height > 1, width)")
+        if not layers or min(layers) < 1:
+            raise BadInput(f"StructuredPrediction: layers={tuple(layers)} must hold at least one positive width")
+        channels, height, width = data_shape
+        super().__init__((channels, height - height // 2, width), data_size)
+        self.conditions = {"upper": (channels, height // 2, width)}
+        names = [f"z{level}" for level in range(1, len(layers) + 1)]
+        self.latents = {name: Latent("bernoulli", (size,)) for name, size in zip(names, layers, strict=True)}
+        self.mirror = {"channels": (), "hidden": (layers[0],) if nonlinear else (), "activation": activation}
+        sizes = [math.prod(self.conditions["upper"]), *layers, math.prod(self.data_shape)]
+        self.decoder = nn.ModuleDict()  # keyed by the site that each network gives the logits of
+        for site, (inputs, outputs) in zip([*names, "x"], pairwise(sizes), strict=True):
+            between = [inputs if site == "x" else outputs] if nonlinear else []
+            self.decoder[site] = mlp([inputs, *between, outputs], activation)
+
+    def forward(
+        self, x: torch.Tensor | None = None, *, upper: torch.Tensor | None = None, batch_size: int = 1
+    ) -> torch.Tensor:
+        with self.data_plate(x, batch_size):
+            (upper,) = self.check_conditions({"upper": upper}, batch_size if x is None else len(x))
+            below = upper.flatten(1)
+            for site in self.latents:
+                below = pyro.sample(site, dist.Bernoulli(logits=self.decoder[site](below)).to_event(1))
+            return pyro.sample("x", self.likelihood(below), obs=x)
+
+    def likelihood(self, z: torch.Tensor) -> dist.TorchDistribution:
+        """p(x | z) for the last layer's ``z`` of shape ``(..., layers[-1])``, batch shape ``(...)``."""
+        logits = self.decoder["x"](z).unflatten(-1, self.data_shape)
+        return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
+
+    def inputs(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The lower half of each image as ``x``, the upper half as ``upper``."""
+        height = self.conditions["upper"][1]
+        return {"x": images[..., height:, :], "upper": images[..., :height, :]}
