@@ -24,11 +24,11 @@ from torch.distributions import kl_divergence
 
 from gumbo.errors import BadInput
 from gumbo.experiments.data import load
-from gumbo.guides import NormalGuide
+from gumbo.guides import FlowGuide, LayeredGuide, NormalGuide, TriangularNormalGuide
 from gumbo.inference import SiteELBO
 from gumbo.inference.estimators import Concrete, GumbelSoftmax, Pathwise, ScoreFunction
 from gumbo.inference.evaluation import evaluate, log_weights
-from gumbo.models import GaussianVAE
+from gumbo.models import GaussianVAE, SigmoidBeliefNetwork
 
 ALARM = 1e-6  # how often a right formula may fail a test on draws, were the seed not fixed
 
@@ -585,6 +585,22 @@ def test_10_normal_guide_subtracts_log_sigma():
     assert not close(trace.nodes["z"]["log_prob"], (log_normal(epsilon) + normal.scale.log()).sum(-1), 0.05)
 
 
+@pytest.mark.parametrize("flow", ["maf", "nsf"])
+def test_10_flow_guide_subtracts_its_log_determinant(flow):
+    """log q of a flow's draws, against the Jacobian that autograd finds for ε as a function of z."""
+    guide = FlowGuide(GaussianVAE((3,), latent_dim=2, hidden=(4,)), flow=flow, transforms=2, flow_hidden=(8,))
+    trace = poutine.trace(guide).get_trace(torch.rand(5, 3).round())
+    trace.compute_log_prob()
+    fn, z = trace.nodes["z"]["fn"], trace.nodes["z"]["value"].detach()
+    epsilon = fn.dist.transform(z)
+    # Row b of the noise depends on row b of z alone, so the sum over rows keeps the Jacobians apart.
+    jacobian = torch.autograd.functional.jacobian(lambda z: fn.dist.transform(z).sum(0), z).movedim(1, 0)
+    log_determinant = -torch.linalg.slogdet(jacobian).logabsdet  # of ∂z/∂ε
+    assert log_determinant.abs().max() > 0.05
+    assert close(trace.nodes["z"]["log_prob"], log_normal(epsilon).sum(-1) - log_determinant, 1e-6)
+    assert not close(trace.nodes["z"]["log_prob"], log_normal(epsilon).sum(-1) + log_determinant, 0.01)
+
+
 # 11. The evidence lower bound -----------------------------------------------------------------------------------------
 
 
@@ -776,6 +792,26 @@ def test_14_normal_guide_is_diagonal():
     z, n = guide(torch.zeros(20000, 2))["z"], 20000
     correlation = torch.corrcoef(z.T) - torch.eye(3)
     assert correlation.abs().max() < 5.2 / math.sqrt(n)
+
+
+def test_14_triangular_guide_has_its_factor_s_covariance():
+    """Whitened by L the draws are uncorrelated with unit variance; by Lᵀ, or by the diagonal alone, they are not."""
+    model = GaussianVAE((2,), latent_dim=3, hidden=(4,))
+    guide, n = TriangularNormalGuide(model, hidden=(4,)), 20000
+    with torch.no_grad():
+        guide.encoder_heads["z"].bias.normal_()
+    trace = poutine.trace(guide).get_trace(torch.zeros(n, 2))
+    trace.compute_log_prob()
+    fn, z = trace.nodes["z"]["fn"], trace.nodes["z"]["value"]
+    factor, centred = fn.scale_tril[0], z - fn.loc
+    epsilon = torch.linalg.solve_triangular(factor, centred.T, upper=False).T
+
+    def is_white(draws):
+        return (torch.cov(draws.T) - torch.eye(3)).abs().max() < 5.3 * math.sqrt(2 / n)
+
+    assert is_white(epsilon) and not is_white(centred / factor.diagonal())
+    assert not is_white(torch.linalg.solve_triangular(factor.T, centred.T, upper=True).T)
+    assert close(trace.nodes["z"]["log_prob"], log_normal(epsilon).sum(-1) - factor.diagonal().log().sum())
 
 
 def test_14_diagonal_cannot_match_a_correlated_posterior():
@@ -995,6 +1031,26 @@ def test_18_a_parent_closes_the_gap_that_mean_field_leaves():
     grid = torch.linspace(0.01, 0.99, 99)
     products = [torch.outer(torch.stack([1 - a, a]), torch.stack([1 - b, b])) for a in grid for b in grid]
     assert min(gap(q) for q in products) > 0.05
+
+
+def test_18_layered_guide_is_a_product_of_conditionals():
+    """Over all values of its four bits q sums to one, its layers depend on each other, and the parents' order rules."""
+    guide = LayeredGuide(SigmoidBeliefNetwork((3,), layers=(2, 2)), hidden=(4,))
+    with torch.no_grad():
+        net = guide.encoder_sites["z2"][0]
+        net.weight.zero_()
+        net.weight[:, :2] = 3 * torch.eye(2)  # the parents' values come first among the inputs
+        net.bias.fill_(-1.5)
+    bits = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4)
+    x = torch.tensor([[1.0, 0.0, 1.0]]).expand(16, 3)
+    trace = poutine.trace(poutine.condition(guide, {"z1": bits[:, :2], "z2": bits[:, 2:]})).get_trace(x)
+    trace.compute_log_prob()
+    first, second = (trace.nodes[site]["log_prob"].view(4, 4) for site in ("z1", "z2"))
+    joint = (first + second).exp()
+    assert close(joint.sum(), 1.0) and close(joint.sum(1), first[:, 0].exp())
+    assert close(second.exp().sum(1), torch.ones(4))
+    product = torch.outer(joint.sum(1), joint.sum(0))
+    assert (joint * (joint / product).log()).sum() > 0.05
 
 
 # ----------------------------------------------------------------------------------------------------------------------
