@@ -161,7 +161,8 @@ def mentions(tree: ast.AST, stem: str) -> bool:
 
 
 def test_every_script_is_exercised():
-    tests = [ast.parse(path.read_text()) for path in (ROOT / "tests").glob("test_*.py")]
+    here = Path(__file__).name
+    tests = [ast.parse(path.read_text()) for path in (ROOT / "tests").glob("test_*.py") if path.name != here]
     assert not [stem for stem in [*scripts(), "cli"] if not any(mentions(tree, stem) for tree in tests)]
 
 
