@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from gumbo.errors import BadInput, UnknownName
@@ -37,6 +38,7 @@ class Compare:
         num_classes: classes of each one-hot latent.
         particles: draws a step of the leave-one-out arms; every other arm draws one.
         gradient_draws: draws of the gradient behind each variance.
+        burn_in: draws before that, for arms whose baseline is a moving average.
         common_epochs: epochs of the training that all arms share before the second variance is measured.
         importance_samples: draws a datum behind the final log p(x).
         jobs: worker processes; 0 takes one a core, at most 4.
@@ -47,7 +49,7 @@ class Compare:
     data: str = "digits"
     families: list[str] = field(default_factory=lambda: ["continuous", "discrete"])
     seeds: int = 3
-    epochs: int = 100
+    epochs: int = 60
     batch_size: int = 128
     lr: float = 1e-3
     hidden: list[int] = field(default_factory=lambda: [256, 128])
@@ -55,7 +57,8 @@ class Compare:
     num_latents: int = 20
     num_classes: int = 10
     particles: int = 4
-    gradient_draws: int = 100
+    gradient_draws: int = 60
+    burn_in: int = 80
     common_epochs: int = 20
     importance_samples: int = 100
     jobs: int = 0
@@ -64,11 +67,12 @@ class Compare:
 
 QUICK = {
     "seeds": 2,
-    "epochs": 4,
+    "epochs": 3,
+    "lr": 3e-3,
     "gradient_draws": 10,
-    "common_epochs": 4,
+    "burn_in": 40,
+    "common_epochs": 3,
     "importance_samples": 20,
-    "jobs": 1,
 }
 
 
@@ -145,10 +149,22 @@ def check(config: Compare) -> None:
             raise UnknownName("family", name, FAMILIES)
     if not config.families:
         raise BadInput(f"families is empty: expected some of {', '.join(FAMILIES)}")
-    smallest = {"seeds": 1, "epochs": 1, "batch_size": 1, "particles": 2, "gradient_draws": 2, "common_epochs": 1}
+    smallest = {
+        "seeds": 1,
+        "epochs": 1,
+        "batch_size": 1,
+        "particles": 2,
+        "gradient_draws": 2,
+        "common_epochs": 1,
+        "burn_in": 0,
+    }
     for name, least in (smallest | {"importance_samples": 1, "jobs": 0}).items():
         if getattr(config, name) < least:
             raise BadInput(f"{name} is {getattr(config, name)}: expected at least {least}")
+    # Read here once, so that a missing file is told before a run folder and workers exist.
+    rows = len(images(config.data).train)
+    if config.batch_size > rows:
+        raise BadInput(f"batch_size is {config.batch_size}, and {config.data} has {rows} training images; lower it")
 
 
 def in_parallel(tasks: Sequence[tuple], config: Compare, run: RunFolder, jobs: int) -> Iterable[dict[str, Any]]:
@@ -162,10 +178,12 @@ def in_parallel(tasks: Sequence[tuple], config: Compare, run: RunFolder, jobs: i
     )
 
 
-def images(config: Compare):
+@lru_cache(maxsize=1)
+def images(name: str):
+    """The data set, binarized at one half; read once a process."""
     from gumbo.experiments.data import load
 
-    return load(config.data, binarize="static")
+    return load(name, binarize="static")
 
 
 def build(config: Compare, data_shape: Sequence[int], seed: int, form: str):
@@ -205,7 +223,7 @@ def train(config: Compare, run: RunFolder, arm: Arm, seed: int) -> dict[str, Any
     from gumbo.inference import evaluate, fit
     from gumbo.inference.checkpoints import save_checkpoint
 
-    data = images(config)
+    data = images(config.data)
     model, guide = build(config, data.data_shape, seed, arm.form)
     where = {"family": arm.family, "arm": arm.name, "seed": seed}
     result = fit(
@@ -220,6 +238,7 @@ def train(config: Compare, run: RunFolder, arm: Arm, seed: int) -> dict[str, Any
         batch_size=config.batch_size,
         seed=seed,
         drop_last=True,
+        valid_samples=5,
         progress=False,
         on_epoch=lambda numbers: run.append_metrics({**where, **numbers}),
     )
@@ -237,11 +256,11 @@ def train(config: Compare, run: RunFolder, arm: Arm, seed: int) -> dict[str, Any
         "ms_per_step": result.ms_per_step,
     }
     if seed == 0:
-        outcome["pictures"] = pictures_of(model, guide, data.test[:PICTURES])
+        outcome["pictures"] = sample_pictures(model, guide, data.test[:PICTURES])
     return outcome
 
 
-def pictures_of(model, guide, x):
+def sample_pictures(model, guide, x):
     from gumbo.experiments.plots import prior_draws, reconstructions
     from gumbo.inference.evaluation import exact_pair
 
@@ -254,7 +273,7 @@ def measure(config: Compare, run: RunFolder, family: str, seed: int) -> dict[str
     from gumbo.inference import fit
     from gumbo.inference.gradients import gradient_moments
 
-    data = images(config)
+    data = images(config.data)
     batch = data.train[: config.batch_size]
     arms = [arm for arm in ARMS if arm.family == family]
     reference = next(arm for arm in arms if arm.name == REFERENCE[family])
@@ -282,8 +301,8 @@ def measure(config: Compare, run: RunFolder, family: str, seed: int) -> dict[str
                 batch,
                 num_samples=config.gradient_draws,
                 seed=seed,
-                # A decaying average with weight 0.9 has forgotten its start after some 30 draws.
-                burn_in=30 if arm.word.endswith("+baseline") else 0,
+                # Pyro's average decays by 0.9 a draw: what is left of its start adds to the variance by its square.
+                burn_in=config.burn_in if arm.word.endswith("+baseline") else 0,
             )
         # Arms with one objective share one true gradient, and the least noisy of them knows its size best.
         least = min((m for a, m in zip(arms, moments.values(), strict=True) if a.same_objective), key=noise)
@@ -478,4 +497,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "gumbo compare") -> None
 
 
 if __name__ == "__main__":
-    main()
+    # By import, so that worker processes find the functions under the same name.
+    from gumbo.experiments.compare import main as run_script
+
+    run_script()

@@ -43,14 +43,16 @@ def learning_curves(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], 
 
     The axis starts where the worst of the final values is still in view, so that early epochs do not flatten the rest.
     """
-    made, axes = figure(1, len(panels), figsize=(6.2 * len(panels), 4.4), squeeze=False)
+    made, axes = figure(1, len(panels), figsize=(7.0 * len(panels), 4.2), squeeze=False)
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         palette = colours(list(curves))
         finals, starts = [], []
-        for name, values in curves.items():
+        for index, (name, values) in enumerate(curves.items()):
             epochs = np.arange(values.shape[1])
             mean = values.mean(0)
-            axis.plot(epochs, mean, label=name, color=palette[name], linewidth=1.6)
+            # Dashes of different lengths, since some arms lie on top of one another.
+            style = "-" if index == 0 else (index, (4 + index, 2 + index % 3))
+            axis.plot(epochs, mean, label=name, color=palette[name], linewidth=1.8, linestyle=style)
             if len(values) > 1:
                 error = values.std(0, ddof=1) / math.sqrt(len(values))
                 axis.fill_between(epochs, mean - error, mean + error, color=palette[name], alpha=0.2, linewidth=0)
@@ -59,8 +61,9 @@ def learning_curves(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], 
         low, high = min(min(finals), np.median(starts)), max(finals)
         axis.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
         axis.set(title=title, xlabel="epoch", ylabel=ylabel)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return save(made, path)
 
 
@@ -98,17 +101,21 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, Sequence[flo
 def image_rows(path: Path, title: str, rows: Mapping[str, torch.Tensor]) -> Path:
     """A labelled row of grey images for each name, from tensors ``(n, 1, H, W)`` with values in [0, 1]."""
     count = max(len(images) for images in rows.values())
-    made, axes = figure(len(rows), count, figsize=(2.2 + 0.62 * count, 0.5 + 0.66 * len(rows)), squeeze=False)
+    height, width = next(iter(rows.values())).shape[-2:]
+    gap = max(1, height // 8)
+    sheet = np.full((len(rows) * (height + gap) - gap, count * (width + gap) - gap), np.nan)
+    for line, images in enumerate(rows.values()):
+        for column, image in enumerate(images[:, 0].numpy()):
+            top, left = line * (height + gap), column * (width + gap)
+            sheet[top : top + height, left : left + width] = image
+    scale = 0.55 / height
+    made, axes = figure(figsize=(2.8 + scale * sheet.shape[1], 0.5 + scale * sheet.shape[0]))
     made.suptitle(title, fontsize=10)
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for column, axis in enumerate(line):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if column < len(images):
-                axis.imshow(images[column, 0].numpy(), cmap="gray", vmin=0, vmax=1)
-            else:
-                axis.axis("off")
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    axes.imshow(np.ma.masked_invalid(sheet), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_yticks([line * (height + gap) + (height - 1) / 2 for line in range(len(rows))], list(rows), fontsize=9)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
     return save(made, path)
 
 

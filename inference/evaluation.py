@@ -184,10 +184,10 @@ def _data_plate(model: Callable, guide: Callable, batch: Rows, plate: str | None
 
 
 def _accepts_copies(model: Callable, guide: Callable, batch: Rows) -> bool:
-    """Whether the plate follows the number of rows; one of a fixed size refuses more of them."""
+    """Whether the plate follows the number of rows; one of a fixed size refuses another number of them."""
     try:
         with private_seed(None, model, guide):
-            _traces(model, guide, batch.repeated(2))
+            _traces(model, guide, batch[:1].repeated(1 if len(batch) == 2 else 2))
     except (RuntimeError, ValueError):
         return False
     return True

@@ -273,7 +273,7 @@ class _Run:
         self.step = kind(model, guide, loss, make_optimizer, batches.first())
         shapes = {name: list(parameter.shape) for name, parameter in self.step.parameters.items()}
         self.settings = settings | {"parameters": zlib.crc32(json.dumps(shapes).encode())}
-        self.objective_name = getattr(loss, "objective_name", "elbo")
+        self.objective_name = getattr(getattr(self.step, "module", loss), "objective_name", "elbo")
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": None, "elbo": None, "module": {}}
         self.milliseconds: list[float] = []
