@@ -500,6 +500,7 @@ class Binding(nn.Module):
             bound=bound,
             inputs=lambda: self._inputs([row.run for row in rows], site, layout.room, args, kwargs),
             evaluate=partial(self._evaluate, rows, layout, args, kwargs),
+            joined=objectives.joined_dims([row.run for row in rows], site.name, layout),
         )
 
     def _inputs(self, runs: list[Run], site: Site, room: int, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -553,7 +554,8 @@ class Binding(nn.Module):
                     ]
                 )
             if count == 1:
-                return costs(run, draw.map(lambda t: t[0])).unsqueeze(0)
+                # Nothing stands to the left, so the value gets the shape that the program itself gave it.
+                return costs(run, draw.map(lambda t: t[0].reshape(site.draw.value.shape))).unsqueeze(0)
             # Alternatives stand to the left of everything, enumerated sites included.
             width = 1 + layout.room + len(self.enum_dims)
             at_once = max(1, self.elbo.max_alternatives // self.num_particles)

@@ -196,6 +196,24 @@ def cost_at(name: str, paths: list[Run], layout: Layout) -> Tensor:
     return total
 
 
+def joined_dims(runs: list[Run], name: str, layout: Layout) -> tuple[int, ...]:
+    """The plate dimensions of a site along which something evaluated after it may join the elements.
+
+    That is any later statement outside the plate: of the guide, or of the model from where it first meets the site or
+    one that the guide draws after it.
+    """
+    joined: set[int] = set()
+    for run in runs:
+        order = [site.name for site in run.guide]
+        here = run.guide[order.index(name)]
+        later = run.guide[order.index(name) + 1 :]
+        met = {name, *(site.name for site in later)}
+        first = next((i for i, site in enumerate(run.model) if site.name in met), len(run.model))
+        kept = [site.frames for site in (*later, *run.model[first:])] if layout.trust_plates else [NO_FRAMES]
+        joined |= {dim for frames in kept for _, dim, _ in here.frames - frames}
+    return tuple(sorted(joined))
+
+
 def site_surrogate(rows: list[Row], layout: Layout, view: MakeView) -> Tensor:
     """One site's share of the gradient, summed over particles; its value means nothing."""
     site, run = rows[0].site, rows[0].run

@@ -62,6 +62,8 @@ class SiteView:
             before this one keep their draws; later ones draw anew (``"draw"``), draw relaxed and reparameterized
             (``"soft"``), or take their means (``"mean"``). Returns the costs, ``(A, …)`` and otherwise broadcastable
             with ``cost``; detached, or differentiable with respect to the draw, with all parameters frozen.
+        joined: the plate dimensions whose elements something after this site may join, so that ``cost`` tells them
+            apart no longer: alternatives for one element at a time must be evaluated one element at a time.
     """
 
     name: str
@@ -77,6 +79,7 @@ class SiteView:
     bound: Any
     inputs: Callable[[], list[Tensor]]
     evaluate: Callable[..., Tensor]
+    joined: tuple[int, ...] = ()
 
     @property
     def value(self) -> Tensor:
