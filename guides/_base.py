@@ -38,8 +38,8 @@ class Guide(OverData):
         channels: Sequence[int] | None = None,
         activation: str | None = None,
     ):
-        if not isinstance(getattr(model, "latents", None), dict):
-            raise BadInput(f"{type(self).__name__} needs a model that declares its latents, not {type(model).__name__}")
+        if not isinstance(model, GenerativeModel):
+            raise BadInput(f"{type(self).__name__} needs a GenerativeModel, not {type(model).__name__}")
         if reason := self.why_not(model):
             fit = ", ".join(fitting(model)) or "none of the registered ones"
             raise BadInput(

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -91,7 +92,7 @@ class OverData(Configured):
 
     def data_plate(self, x: torch.Tensor | None, batch_size: int = 1):
         """The plate ``data`` over the rows of ``x``, or over ``batch_size`` rows when there is no ``x``."""
-        like = next(self.parameters())
+        like = next(chain(self.parameters(), self.buffers()), torch.empty(()))
         if x is None:
             return pyro.plate("data", batch_size, dim=-1, device=like.device)
         self.check_batch(x, like)

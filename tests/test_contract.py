@@ -7,7 +7,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from gumbo.experiments.data import load
 from gumbo.guides import NormalGuide, fitting, guides
+from gumbo.inference import SiteELBO
 from gumbo.models import GenerativeModel, Latent, models
 from gumbo.testing import check_guide, check_model
 
@@ -51,6 +53,32 @@ def test_model_contract(name, variant):
 def test_guide_contract(name, variant, guide):
     model = build(name, variant)
     check_guide(guides[guide](model), model, batch(model), **conditions(model))
+
+
+# How each family's draws are differentiated below.
+ESTIMATORS = {"normal": "pathwise", "relaxed-categorical": "pathwise", "categorical": "rloo", "bernoulli": "rloo"}
+
+
+@pytest.mark.parametrize("name, variant", variants())
+def test_the_loss_falls_on_digits(name, variant):
+    data = load("digits", binarize="static")
+    extra = {"condition_shape": (10,)} if name == "conditional-vae" else {}
+    model = models[name](**{"data_shape": SHAPE, **models[name].variants[variant], **extra})
+    guide = guides[fitting(model)[-1]](model)
+    words = {site: ESTIMATORS[latent.family] for site, latent in model.latents.items()}
+    loss = SiteELBO(words, num_particles=2)(model, guide)
+    labels = data.labels["train"] if name == "conditional-vae" else None
+    optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=1e-2)
+    losses = []
+    for step in range(60):
+        rows = slice(20 * step, 20 * step + 20)
+        batch = model.inputs(data.train[rows], None if labels is None else labels[rows])
+        optimizer.zero_grad()
+        value = loss(**batch)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10]), (guide, losses[::10])
 
 
 # --- the contract sees faults ---------------------------------------------------------------------------------------

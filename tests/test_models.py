@@ -14,7 +14,20 @@ from pyro.distributions import RelaxedOneHotCategorical
 from torch import nn
 
 from gumbo.errors import BadInput, UnknownName
-from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE, Latent, models
+from gumbo.models import (
+    BernoulliVAE,
+    CategoricalVAE,
+    ConditionalVAE,
+    ConvVAE,
+    GaussianMixtureVAE,
+    GaussianVAE,
+    HierarchicalVAE,
+    Latent,
+    SemiSupervisedVAE,
+    SigmoidBeliefNetwork,
+    StructuredPrediction,
+    models,
+)
 from gumbo.models._networks import mlp
 from gumbo.models._relaxed import RelaxedOneHot
 
@@ -29,10 +42,10 @@ def linear_sizes(network):
     return [(layer.in_features, layer.out_features) for layer in network.modules() if isinstance(layer, nn.Linear)]
 
 
-def log_joint(model, x, **latents):
+def log_joint(model, x, conditions=None, **latents):
     """The log-probability of the program at given latents, per row."""
     with pyro.get_param_store().scope():
-        trace = poutine.trace(poutine.condition(model, data=latents)).get_trace(x)
+        trace = poutine.trace(poutine.condition(model, data=latents)).get_trace(x, **(conditions or {}))
         trace.compute_log_prob()
     return sum(site["log_prob"] for name, site in trace.nodes.items() if "log_prob" in site and name != "data")
 
@@ -98,6 +111,153 @@ def test_bernoulli_vae_density_by_hand_and_its_linear_form():
     prior = (z * p.log() + (1 - z) * (1 - p).log()).sum(-1)
     torch.testing.assert_close(log_joint(model, x, z=z), prior + model.likelihood(z).log_prob(x))
     assert "decoder_prior_logits" not in dict(BernoulliVAE(SHAPE, learn_prior=False).named_parameters())
+
+
+def test_conv_vae_is_the_convolutional_system_by_default():
+    model = ConvVAE((1, 28, 28))
+    assert model.latents["z"].shape == (2,)
+    assert linear_sizes(model.decoder) == [(2, 7 * 7 * 32)]
+    maps = [layer for layer in model.decoder.modules() if isinstance(layer, nn.ConvTranspose2d)]
+    assert [(m.in_channels, m.out_channels, m.stride) for m in maps] == [
+        (32, 64, (2, 2)),
+        (64, 32, (2, 2)),
+        (32, 1, (1, 1)),
+    ]
+    with pytest.raises(BadInput, match=r"cannot go through 3 convolutions.* height and width divisible by 8"):
+        ConvVAE((1, 28, 28), channels=(4, 4, 4))
+    with pytest.raises(BadInput, match=r"expected \(channels, height, width\)"):
+        ConvVAE((784,))
+
+
+def bernoulli_log_prob(value, logits):
+    p = logits.sigmoid()
+    return (value * p.log() + (1 - value) * (1 - p).log()).flatten(1).sum(1)
+
+
+def normal_log_prob(value, loc, sd):
+    return (-0.5 * ((value - loc) / sd) ** 2 - sd.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def test_sigmoid_belief_network_density_by_hand():
+    x = images().double()
+    model = SigmoidBeliefNetwork(SHAPE, layers=(6, 5, 3)).double()
+    model.decoder_prior_logits.data.normal_()
+    assert list(model.latents) == ["z3", "z2", "z1"]
+    z1, z2, z3 = (torch.randint(2, (5, size)).double() for size in (6, 5, 3))
+    expected = (
+        bernoulli_log_prob(z3, model.decoder_prior_logits)
+        + bernoulli_log_prob(z2, model.decoder["z2"](z3))
+        + bernoulli_log_prob(z1, model.decoder["z1"](z2))
+        + bernoulli_log_prob(x.flatten(1), model.decoder["x"](z1))
+    )
+    torch.testing.assert_close(log_joint(model, x, z1=z1, z2=z2, z3=z3), expected)
+
+
+def test_sigmoid_belief_network_sizes():
+    linear = SigmoidBeliefNetwork((1, 28, 28), layers=(1000, 200))
+    assert {site: linear_sizes(f) for site, f in linear.decoder.items()} == {
+        "x": [(1000, 784)],
+        "z1": [(200, 1000)],
+    }
+    nonlinear = SigmoidBeliefNetwork(SHAPE, layers=(6, 5), nonlinear=True)
+    assert {site: linear_sizes(f) for site, f in nonlinear.decoder.items()} == {
+        "x": [(6, 6), (6, 16)],
+        "z1": [(5, 6), (6, 6)],
+    }
+
+
+def test_hierarchical_vae_density_by_hand():
+    x = images().double()
+    model = HierarchicalVAE(SHAPE, latent_dims=(4, 3), hidden=(6,), level_hidden=5).double()
+    z1, z2 = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    loc, raw = model.decoder_levels["z1"](z2).chunk(2, -1)
+    expected = (
+        normal_log_prob(z2, torch.zeros(3).double(), torch.ones(3).double())
+        + normal_log_prob(z1, loc, nn.functional.softplus(raw) + 1e-3)
+        + bernoulli_log_prob(x.flatten(1), model.decoder(z1))
+    )
+    torch.testing.assert_close(log_joint(model, x, z1=z1, z2=z2), expected)
+
+
+def test_gaussian_mixture_vae_density_by_hand():
+    x = images().double()
+    model = GaussianMixtureVAE(SHAPE, num_components=3, latent_dim=2, hidden=(6,)).double()
+    model.decoder_prior_logits.data.normal_()
+    model.decoder_log_sds.data.normal_()
+    label, z = torch.tensor([0, 1, 2, 1, 0]), torch.randn(5, 2).double()
+    expected = (
+        model.decoder_prior_logits.log_softmax(-1)[label]
+        + normal_log_prob(z, model.decoder_means[label], model.decoder_log_sds[label].exp())
+        + bernoulli_log_prob(x.flatten(1), model.decoder(z))
+    )
+    torch.testing.assert_close(log_joint(model, x, y=nn.functional.one_hot(label, 3).double(), z=z), expected)
+
+
+def test_conditional_vae_density_by_hand():
+    x, c, z = images().double(), torch.rand(5, 2, 2).double(), torch.randn(5, 3).double()
+    model = ConditionalVAE(SHAPE, (2, 2), latent_dim=3, hidden=(6,), conditional_prior=True).double()
+    loc, raw = model.decoder_prior(c.flatten(1)).chunk(2, -1)
+    logits = model.decoder(torch.cat([z, c.flatten(1)], -1))
+    expected = normal_log_prob(z, loc, nn.functional.softplus(raw) + 1e-3) + bernoulli_log_prob(x.flatten(1), logits)
+    torch.testing.assert_close(log_joint(model, x, {"c": c}, z=z), expected)
+
+
+def test_conditions_that_are_missing_or_misshapen_are_one_line(param_store):
+    model, x = ConditionalVAE(SHAPE, (4,), hidden=(6,)), images()
+    with pytest.raises(BadInput, match=r"^ConditionalVAE needs c=, a tensor of shape \(5, 4\)"):
+        model(x)
+    with pytest.raises(BadInput, match=r"^ConditionalVAE: c has shape \(5, 3\), expected \(5, 4\)"):
+        model(x, c=torch.zeros(5, 3))
+    with pytest.raises(BadInput, match=r"^ConditionalVAE: c has shape \(4, 4\), expected \(5, 4\)"):
+        model(x, c=torch.zeros(4, 4))
+    with pytest.raises(BadInput, match="give labels"):
+        model.inputs(x)
+    inputs = model.inputs(x, torch.tensor([3, 0, 1, 2, 3]))
+    assert inputs["c"].argmax(-1).tolist() == [3, 0, 1, 2, 3]
+    model(**inputs)
+
+
+def test_structured_prediction_cuts_images_in_two():
+    whole = torch.randint(2, (5, 2, 7, 4)).double()
+    model = StructuredPrediction((2, 7, 4), layers=(6, 5)).double()
+    halves = model.inputs(whole)
+    assert torch.equal(torch.cat([halves["upper"], halves["x"]], dim=2), whole)
+    assert model.data_shape == (2, 4, 4) and model.conditions == {"upper": (2, 3, 4)}
+    z1, z2 = (torch.randint(2, (5, size)).double() for size in (6, 5))
+    expected = (
+        bernoulli_log_prob(z1, model.decoder["z1"](halves["upper"].flatten(1)))
+        + bernoulli_log_prob(z2, model.decoder["z2"](z1))
+        + bernoulli_log_prob(halves["x"].flatten(1), model.decoder["x"](z2))
+    )
+    torch.testing.assert_close(log_joint(model, halves["x"], {"upper": halves["upper"]}, z1=z1, z2=z2), expected)
+
+
+def test_semi_supervised_vae_with_and_without_labels():
+    x, labels, z = images().double(), torch.tensor([2, 0, 1, 1, 2]), torch.randn(5, 2).double()
+    model = SemiSupervisedVAE(SHAPE, num_classes=3, latent_dim=2, hidden=(6,)).double()
+    y = nn.functional.one_hot(labels, 3).double()
+    expected = (
+        -math.log(3)
+        + normal_log_prob(z, torch.zeros(2).double(), torch.ones(2).double())
+        + bernoulli_log_prob(x.flatten(1), model.decoder(torch.cat([y, z], -1)))
+    )
+    torch.testing.assert_close(log_joint(model, x, y=y, z=z), expected)
+    torch.testing.assert_close(log_joint(model, x, {"y": labels}, z=z), expected)
+    torch.testing.assert_close(log_joint(model, x, {"y": y}, z=z), expected)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (torch.zeros(4).long(), r"y has shape \(4,\) of torch.int64, expected integers of shape \(5,\)"),
+        (torch.zeros(5), r"y has shape \(5,\) of torch.float32, expected integers"),
+        (torch.full((5,), 3), r"labels y lie in 3...3, expected 0...2"),
+    ],
+)
+def test_bad_labels_are_one_line(labels, message, param_store):
+    model = SemiSupervisedVAE(SHAPE, num_classes=3, latent_dim=2, hidden=(6,))
+    with pytest.raises(BadInput, match=f"^SemiSupervisedVAE: {message}"):
+        model(images(), y=labels)
 
 
 def test_a_thousand_binary_latents():
@@ -175,6 +335,9 @@ BAD_ARGUMENTS = {
     "negative sd": (lambda: GaussianVAE(SHAPE, likelihood="normal", likelihood_sd=-1.0), BadInput, "must be positive"),
     "activation": (lambda: GaussianVAE(SHAPE, activation="rellu"), UnknownName, "did you mean 'relu'"),
     "data_shape": (lambda: GaussianVAE((1, 0, 8)), BadInput, "positive sizes"),
+    "no layers": (lambda: SigmoidBeliefNetwork(SHAPE, layers=()), BadInput, "at least one positive width"),
+    "one level": (lambda: HierarchicalVAE(SHAPE, latent_dims=(3,)), BadInput, "at least two levels"),
+    "no height": (lambda: StructuredPrediction((784,)), BadInput, "channels, height > 1, width"),
     "family": (lambda: Latent("gaussian", (2,)), BadInput, "expected one of normal"),
     "name": (lambda: models["gausian-vae"], UnknownName, "did you mean 'gaussian-vae'"),
 }
