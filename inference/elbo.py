@@ -521,8 +521,15 @@ class Binding(nn.Module):
 
     def _evaluate(
         self, rows, layout, args, kwargs, draw: Draw, downstream: str = "draw", differentiable: bool = False
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The cost at a site for alternative draws of it; see :class:`SiteView`."""
+        totals: list[Tensor] = []
+        costs = self._costs(rows, layout, args, kwargs, draw, downstream, differentiable, totals)
+        return (costs, torch.stack(totals).sum()) if differentiable else costs
+
+    def _costs(
+        self, rows, layout, args, kwargs, draw: Draw, downstream: str, differentiable: bool, totals: list[Tensor]
+    ) -> Tensor:
         run, site = rows[0].run, rows[0].site
         program = self.program()
         count = draw.value.shape[0]
@@ -537,7 +544,9 @@ class Binding(nn.Module):
             again = (
                 [program.run(args, kwargs, **options)] if program.vectorized else program.paths(args, kwargs, **options)
             )
-            return objectives.cost_at(site.name, list(again), layout)
+            cost, total = objectives.cost_at(site.name, list(again), layout)
+            totals.append(total)
+            return cost
 
         frozen_all = frozen([self.model, self.guide], run.params.values())
         with frozen_all if differentiable else torch.no_grad():
@@ -555,7 +564,11 @@ class Binding(nn.Module):
                 )
             if count == 1:
                 # Nothing stands to the left, so the value gets the shape that the program itself gave it.
-                return costs(run, draw.map(lambda t: t[0].reshape(site.draw.value.shape))).unsqueeze(0)
+                # One that was spread over the enumerated values upstream keeps their dimensions.
+                shape = site.draw.value.shape
+                return costs(
+                    run, draw.map(lambda t: t[0].reshape(shape) if t[0].numel() == shape.numel() else t[0])
+                ).unsqueeze(0)
             # Alternatives stand to the left of everything, enumerated sites included.
             width = 1 + layout.room + len(self.enum_dims)
             at_once = max(1, self.elbo.max_alternatives // self.num_particles)

@@ -93,8 +93,10 @@ class CostToGo:
         return sum(self.terms.values())  # type: ignore[return-value]
 
     def scalar(self) -> Tensor:
-        self.keep_only(NO_FRAMES)
-        return self.total().sum()
+        """All terms summed, each counted once."""
+        once = CostToGo(dict(self.terms))
+        once.keep_only(NO_FRAMES)
+        return once.total().sum()
 
 
 def probabilities(site: Site, layout: Layout) -> Tensor:
@@ -102,7 +104,7 @@ def probabilities(site: Site, layout: Layout) -> Tensor:
     return summed_to(site.score, site.frames, layout.frames(site)).exp()
 
 
-def walk_back(run: Run, layout: Layout, visit: Callable[[Site, Tensor], None] | None = None) -> CostToGo:
+def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] | None = None) -> CostToGo:
     """Gather the terms of the ELBO from last to first; ``visit`` sees each drawn site with its cost-to-go."""
     costs, beta = CostToGo(), layout.kl_weight
     above: list[Frames] = []  # for each model site, the plates of the latent sites that ran before it
@@ -120,7 +122,7 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, Tensor], None] | 
         costs.add(site.frames, -beta * (site.log_prob.detach() if dropped else site.log_prob))
         costs.keep_only(site.frames if layout.trust_plates else NO_FRAMES)
         if visit is not None and site.drawn:
-            visit(site, costs.total())
+            visit(site, costs)
         if site.enum_dim is not None:
             costs.expect(site, probabilities(site, layout), layout.frames(site))
     return costs
@@ -150,7 +152,9 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
     for paths in groups:
         for run in paths:
             found: list[tuple[Site, Tensor]] = []
-            total = walk_back(run, layout, lambda site, cost, found=found: found.append((site, cost.detach()))).scalar()
+            total = walk_back(
+                run, layout, lambda site, costs, found=found: found.append((site, costs.total().detach()))
+            ).scalar()
             chosen = [(site.name, site.score.sum().exp()) for site in run.guide if site.name in run.choices]
             if chosen:
                 weight = math.prod(q for _, q in chosen)
@@ -181,19 +185,32 @@ def _share(paths: list[Run], run: Run, found: list, chosen: list, rows: dict[tup
             rows[site.name, made].append(Row(run, site, share, before.detach()))
 
 
-def cost_at(name: str, paths: list[Run], layout: Layout) -> Tensor:
-    """The cost-to-go at one site, expected over the values enumerated after it; differentiable."""
+def cost_at(name: str, paths: list[Run], layout: Layout) -> tuple[Tensor, Tensor]:
+    """The cost-to-go at one site, expected over the values enumerated after it; differentiable.
+
+    Element by element of the site's plates, and summed with each term counted once: a term outside a plate is part of
+    the cost of every element, so that the elements' sum would count it too often.
+    """
+    cost: Any = 0.0
     total: Any = 0.0
     for run in paths:
-        found: dict[str, Tensor] = {}
-        walk_back(run, layout, lambda site, cost, found=found: found.setdefault(site.name, cost))
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def visit(site: Site, costs: CostToGo, found: dict = found) -> None:
+            if site.name == name:
+                found[name] = costs.total(), costs.scalar()
+
+        walk_back(run, layout, visit)
         order = [site.name for site in run.guide]
         later = [
             s.score.sum().exp() for s in run.guide if s.name in run.choices and order.index(s.name) > order.index(name)
         ]
-        share = math.prod(later) if later else None
-        total = total + (found[name] if share is None else torch.where(share > 0, share * found[name], 0.0))
-    return total
+        own, once = found[name]
+        if later:
+            share = math.prod(later)
+            own, once = (torch.where(share > 0, share * term, 0.0) for term in (own, once))
+        cost, total = cost + own, total + once
+    return cost, total
 
 
 def joined_dims(runs: list[Run], name: str, layout: Layout) -> tuple[int, ...]:

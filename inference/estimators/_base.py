@@ -61,7 +61,8 @@ class SiteView:
             draw replaced: every tensor of ``draw`` has one more dimension on the left, over A alternatives. Sites
             before this one keep their draws; later ones draw anew (``"draw"``), draw relaxed and reparameterized
             (``"soft"``), or take their means (``"mean"``). Returns the costs, ``(A, …)`` and otherwise broadcastable
-            with ``cost``; detached, or differentiable with respect to the draw, with all parameters frozen.
+            with ``cost``, detached. With ``differentiable`` it returns the costs and their sum with each term counted
+            once, to be differentiated with respect to the draw: all parameters are frozen.
         joined: the plate dimensions whose elements something after this site may join, so that ``cost`` tells them
             apart no longer: alternatives for one element at a time must be evaluated one element at a time.
     """
