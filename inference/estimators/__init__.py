@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from ._base import Draw, Estimator, SiteView, estimators
+from .antithetic import ARM, DisARM
 from .doubly import DoublyReparameterized
 from .enumeration import Enumerate
+from .local_expectation import LocalExpectation
+from .measure_valued import MeasureValued
 from .pathwise import Pathwise
 from .relaxation import Concrete, GumbelSoftmax
 from .score import Baseline, LeaveOneOut, MovingAverage, Neural, ScoreFunction
 
 __all__ = [
+    "ARM",
     "Baseline",
     "Concrete",
+    "DisARM",
     "DoublyReparameterized",
     "Draw",
     "Enumerate",
     "Estimator",
     "GumbelSoftmax",
     "LeaveOneOut",
+    "LocalExpectation",
+    "MeasureValued",
     "MovingAverage",
     "Neural",
     "Pathwise",

@@ -1,0 +1,80 @@
+"""Antithetic pairs of coins: ARM (Yin & Zhou 2019) and DisARM (Dong, Mnih & Tucker 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributions import clear_caches, describe, is_bernoulli, logits_of
+from ._base import Draw, Estimator, SiteView, estimators
+
+
+def coin_uniforms(probs: Tensor) -> Tensor:
+    """The uniform behind each coin; the coin shows 1 where it is below ``probs``."""
+    return torch.rand_like(probs)
+
+
+class ARM(Estimator):
+    """Augment-REINFORCE-merge for coins (Yin & Zhou 2019, arXiv 1807.11143): (f(b) − f(b̃)) (½ − u) for each logit.
+
+    The coins b = 1[u < σ(α)] have the partners b̃ = 1[1 − u < σ(α)]. All coins of a site, over event and plates, are
+    turned into their partners in one more run, which shares what is upstream and draws anew what is downstream: one run
+    coupled over several layers would be biased. A particle is a pair, and costs one run and one more for each such
+    site; f need not be differentiable. DisARM integrates out what it can of u; its variance is never larger.
+
+    >>> ARM().name, ARM().evaluations(num_particles=1, num_sites=2)
+    ('arm', 3)
+    """
+
+    log_q = "value"
+
+    def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
+        return num_particles * (1 + num_sites)
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        fn = site["fn"]
+        return None if is_bernoulli(fn) else f"antithetic pairs need a Bernoulli site, this one is {describe(fn)}"
+
+    def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
+        with torch.no_grad():
+            probs = logits_of(fn).sigmoid().expand(fn.shape(*args, **(kwargs or {}))).contiguous()
+            uniform = coin_uniforms(probs)
+        clear_caches(fn)
+        return Draw((uniform < probs).to(probs.dtype), {"uniform": uniform})
+
+    def surrogate(self, view: SiteView) -> Tensor:
+        logits = view.parameter("logits")
+        with torch.no_grad():
+            uniform = view.draw.extra["uniform"]
+            partner = (1 - uniform < logits.sigmoid()).to(view.value.dtype)
+            gap = view.cost - view.evaluate(Draw(partner.unsqueeze(0)))[0]
+            gap = gap.reshape(gap.shape + (1,) * view.event_dim)
+            weight = self.weigh(gap, view.value, partner, uniform, logits)
+        return view.sum_event(weight * logits)
+
+    def weigh(self, gap: Tensor, value: Tensor, partner: Tensor, uniform: Tensor, logits: Tensor) -> Tensor:
+        """The derivative with respect to the logit of each coin, where ``gap`` is f(b) − f(b̃)."""
+        return gap * (0.5 - uniform)
+
+
+class DisARM(ARM):
+    """ARM given its pair of coins (Dong, Mnih & Tucker 2020, arXiv 2006.10680; Yin et al. 2020).
+
+    Each logit gets ½ (f(b) − f(b̃)) (b − b̃) σ(|α|), which is zero where both coins show the same side. One particle is
+    one pair, which costs one run and one more for each such site; f need not be differentiable.
+
+    >>> DisARM().name, DisARM().min_particles
+    ('disarm', 1)
+    """
+
+    def weigh(self, gap: Tensor, value: Tensor, partner: Tensor, uniform: Tensor, logits: Tensor) -> Tensor:
+        # Chosen, not multiplied: where the coins agree the gap does not count, be it infinite.
+        differ = value != partner
+        return torch.where(differ, 0.5 * gap * (value - partner) * logits.abs().sigmoid(), torch.zeros_like(gap))
+
+
+estimators.register("arm", ARM)
+estimators.register("disarm", DisARM)
