@@ -61,9 +61,10 @@ class Configured(PyroModule):
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
         # Partial: a copy or an unpickled module passes no arguments here; a missing one is __init__'s to report.
-        bound = inspect.signature(cls).bind_partial(*args, **kwargs)
+        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
         bound.apply_defaults()
-        config = {name: _plain(value) for name, value in bound.arguments.items() if name not in cls._not_in_config}
+        arguments = list(bound.arguments.items())[1:]
+        config = {name: _plain(value) for name, value in arguments if name not in cls._not_in_config}
         object.__setattr__(self, "config", config)
         return self
 
@@ -94,14 +95,14 @@ class OverData(Configured):
         """The plate ``data`` over the rows of ``x``, or over ``batch_size`` rows when there is no ``x``."""
         like = next(chain(self.parameters(), self.buffers()), torch.empty(()))
         if x is None:
-            return pyro.plate("data", batch_size, dim=-1, device=like.device)
+            return pyro.plate("data", batch_size, dim=-1, device=str(like.device))
         self.check_batch(x, like)
         if self.data_size is None:
-            return pyro.plate("data", len(x), dim=-1, device=x.device)
+            return pyro.plate("data", len(x), dim=-1, device=str(x.device))
         if len(x) > self.data_size:
             raise BadInput(f"{type(self).__name__}: a batch of {len(x)} is larger than data_size={self.data_size}")
         rows = torch.arange(len(x), device=x.device)
-        return pyro.plate("data", self.data_size, subsample=rows, dim=-1, device=x.device)
+        return pyro.plate("data", self.data_size, subsample=rows, dim=-1, device=str(x.device))
 
     def check_batch(self, x: torch.Tensor, like: torch.Tensor) -> None:
         """Raise BadInput unless ``x`` is a batch ``(B, *data_shape)`` of the module's dtype."""
