@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from gumbo.errors import BadInput, GumboError, UnknownName
 
 Config = TypeVar("Config")
+Presets = Mapping[str, "Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]"]
 
 USAGE = 2  # exit status for what the caller got wrong; 1 is for what failed underway
 
@@ -26,16 +27,15 @@ def run_command(
     action: Callable[[Config], Any],
     argv: Sequence[str] | None,
     prog: str,
-    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    presets: Presets | None = None,
 ) -> None:
     """Parse ``argv`` (by default the process's) into the dataclass and call ``action`` with it.
 
-    ``presets`` maps a switch, a boolean field of the dataclass, to the defaults that it stands for; what is given
-    explicitly wins over it. Mistakes of the caller end in one line and status 2.
+    ``presets`` maps a field to the defaults that it stands for when it is given, or to a function that finds them from
+    its value; what is given explicitly wins over them. Mistakes of the caller end in one line and status 2.
     """
-    config = parse(config_class, sys.argv[1:] if argv is None else argv, prog, presets or {})
     try:
-        action(config)
+        action(parse(config_class, sys.argv[1:] if argv is None else argv, prog, presets or {}))
     except GumboError as error:
         fail(prog, error, USAGE if isinstance(error, (BadInput, UnknownName)) else 1)
     except KeyboardInterrupt:
@@ -46,17 +46,15 @@ def run_command(
         raise SystemExit(1) from None
 
 
-def parse(
-    config_class: type[Config], argv: Sequence[str], prog: str, presets: Mapping[str, Mapping[str, Any]]
-) -> Config:
+def parse(config_class: type[Config], argv: Sequence[str], prog: str, presets: Presets) -> Config:
     """The dataclass that ``argv`` describes; a mistake is one line and status 2."""
     parser = _parser(config_class, prog)
     found = _parse(parser, argv, prog)
-    chosen = [defaults for switch, defaults in presets.items() if found[switch]]
+    chosen = {name: preset for name, preset in presets.items() if found[name]}
     if chosen:
         # Again, with the preset's values as defaults: flags and files still come after them.
-        for defaults in chosen:
-            parser.set_defaults(dict(defaults))
+        for name, preset in chosen.items():
+            parser.set_defaults(dict(preset(found[name]) if callable(preset) else preset))
         found = _parse(parser, argv, prog)
     return config_class(**{field.name: found[field.name] for field in fields(config_class)})
 

@@ -66,6 +66,10 @@ class Compare:
 
 
 QUICK = {
+    "hidden": [64, 32],
+    "latent_dim": 10,
+    "num_latents": 8,
+    "num_classes": 5,
     "seeds": 2,
     "epochs": 3,
     "lr": 3e-3,
@@ -265,7 +269,8 @@ def sample_pictures(model, guide, x):
     from gumbo.inference.evaluation import exact_pair
 
     model, guide = exact_pair(model, guide)
-    return {"data": x, "reconstructions": reconstructions(model, guide, x), "prior": prior_draws(model, len(x))}
+    inputs = model.inputs(x)
+    return {"data": x, "reconstructions": reconstructions(model, guide, inputs), "prior": prior_draws(model, inputs)}
 
 
 def measure(config: Compare, run: RunFolder, family: str, seed: int) -> dict[str, Any]:

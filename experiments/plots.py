@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +120,26 @@ def image_rows(path: Path, title: str, rows: Mapping[str, torch.Tensor]) -> Path
     return save(made, path)
 
 
-def reconstructions(model, guide, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Means of p(x | z) for one draw z of the guide at each row, ``(B, *data_shape)``."""
-    return _observed_mean(seed, guide, lambda trace: poutine.trace(poutine.replay(model, trace=trace)).get_trace(x), x)
+def reconstructions(model, guide, inputs: Mapping[str, torch.Tensor], seed: int = 0) -> torch.Tensor:
+    """Means of p(x | z) for one draw z of the guide at each row of the programs' inputs, ``(B, *data_shape)``."""
+    with _aside(seed):
+        guide_trace = poutine.trace(guide).get_trace(**inputs)
+        return _observed_mean(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(**inputs))
 
 
-def prior_draws(model, count: int, seed: int = 0) -> torch.Tensor:
-    """Means of p(x | z) for draws z of the prior, ``(count, *data_shape)``."""
-    return _observed_mean(seed, None, lambda _: poutine.trace(model).get_trace(batch_size=count), None)
+def prior_draws(model, inputs: Mapping[str, torch.Tensor], seed: int = 0) -> torch.Tensor:
+    """Means of p(x | z) for as many draws z of the prior as there are rows, ``(B, *data_shape)``."""
+    conditions = {name: inputs[name] for name in getattr(model, "conditions", {})}
+    with _aside(seed):
+        return _observed_mean(poutine.trace(model).get_trace(batch_size=len(inputs["x"]), **conditions))
 
 
-def _observed_mean(seed: int, guide, run, x) -> torch.Tensor:
+@contextmanager
+def _aside(seed: int):
     with torch.no_grad(), pyro.get_param_store().scope(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        guide_trace = None if guide is None else poutine.trace(guide).get_trace(x)
-        return run(guide_trace).nodes["x"]["fn"].mean.detach().cpu()
+        yield
+
+
+def _observed_mean(trace) -> torch.Tensor:
+    return trace.nodes["x"]["fn"].mean.detach().cpu()

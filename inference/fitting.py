@@ -83,7 +83,7 @@ def fit(
     patience: int | None = None,
     restore_best: bool = False,
     drop_last: bool | None = None,
-    transform: Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None = None,
+    transform: Callable[[Any, torch.Generator], Any] | None = None,
     valid_samples: int = 10,
     checkpoint_every: int = 1,
     progress: bool = True,
@@ -94,10 +94,11 @@ def fit(
 
     ``train`` and ``valid`` are a tensor ``(N, *data_shape)``, a tuple of such tensors, or a mapping of keywords.
     ``loss`` is any ELBO or its word. ``optimizer`` is a word (with ``lr``), a ``pyro.optim`` optimizer, or a callable
-    that takes parameters and returns a torch optimizer. ``transform(rows, generator)`` is applied to the first tensor
-    of each training batch (dynamic binarization). ``drop_last=None`` drops a last partial batch just where the loss
-    keeps something for each batch position. ``patience`` stops after that many epochs without a better ``valid_elbo``;
-    ``restore_best`` leaves the parameters of the best epoch rather than of the last.
+    that takes parameters and returns a torch optimizer. ``transform(batch, generator)`` makes of a training batch, in
+    the form ``train`` has, what the programs take (dynamic binarization, conditions from labels). ``drop_last=None``
+    drops a last partial batch just where the loss keeps something for each batch position. ``patience`` stops after
+    that many epochs without a better ``valid_elbo``; ``restore_best`` leaves the parameters of the best epoch rather
+    than of the last.
 
     Losses with a differentiable scalar run in torch's idiom; the others (stock TraceGraph_ELBO) as ``SVI.step`` does.
     Both run in a scope of the param store and under generators of their own: the store and the seeds stay as they are.
@@ -175,11 +176,7 @@ class _Batches:
     def _batch(self, index: torch.Tensor, generator: torch.Generator) -> Rows:
         batch = self.rows[index]
         if self.transform is not None:
-            if batch.args:
-                batch.args = (self.transform(batch.args[0], generator), *batch.args[1:])
-            else:
-                name = next(iter(batch.kwargs))
-                batch.kwargs[name] = self.transform(batch.kwargs[name], generator)
+            batch = Rows(self.transform(batch.data, generator), "transform's result")
         return batch.to(self.device)
 
 

@@ -53,6 +53,11 @@ class Rows:
                 )
         return self
 
+    @property
+    def data(self) -> object:
+        """The rows in the form they were given in."""
+        return self.kwargs or (self.args[0] if len(self.args) == 1 else self.args)
+
     def __len__(self) -> int:
         return self._length
 

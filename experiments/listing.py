@@ -1,0 +1,185 @@
+"""``gumbo list``: models, guides, estimators, and which combinations are valid, found by trying each."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gumbo.experiments._command import run_command
+
+DATA_SHAPE = (1, 8, 8)
+
+
+@dataclass
+class List:
+    """Show models, guides, estimators, and which combinations are valid.
+
+    Args:
+        json: everything as JSON.
+        reasons: also say why each other combination is not valid.
+    """
+
+    json: bool = False
+    reasons: bool = False
+
+
+def catalogue() -> dict[str, Any]:
+    """Models, guides, estimators and stock ELBOs with what they declare, and the grid of combinations."""
+    from gumbo.guides import guides
+    from gumbo.inference import stock_elbos
+    from gumbo.inference.estimators import estimators
+    from gumbo.models import models
+
+    return {
+        "models": {name: _model(cls) for name, cls in models.items()},
+        "guides": {
+            name: {"class": cls.__name__, "families": list(cls.families), "summary": _summary(cls)}
+            for name, cls in guides.items()
+        },
+        "estimators": {name: _estimator(make) for name, make in estimators.items()},
+        "stock": {name: {"class": cls.__name__, "summary": _summary(cls)} for name, cls in stock_elbos.items()},
+        "combinations": combinations(),
+    }
+
+
+def _summary(thing: Any) -> str:
+    return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+
+
+def _model(cls: type) -> dict[str, Any]:
+    import torch
+
+    with torch.random.fork_rng():
+        model = cls(DATA_SHAPE, **cls.variants[0])
+    latents = {site: {"family": latent.family, "shape": list(latent.shape)} for site, latent in model.latents.items()}
+    return {"class": cls.__name__, "summary": _summary(cls), "latents": latents}
+
+
+def _estimator(make: Any) -> dict[str, Any]:
+    estimator = make()
+    return {
+        "class": repr(estimator),
+        "unbiased": estimator.unbiased,
+        "min_particles": estimator.min_particles,
+        "evaluations": estimator.evaluations(estimator.min_particles),
+        "needs_relaxed_model": estimator.needs_relaxed_model,
+        "objectives": sorted(estimator.objectives),
+        "summary": _summary(type(estimator)),
+    }
+
+
+def combinations() -> list[dict[str, Any]]:
+    """Each model variant with each guide and each word: ``reason`` is empty where the combination is valid."""
+    import torch
+
+    from gumbo.guides import guides
+    from gumbo.inference import stock_elbos
+    from gumbo.inference.estimators import estimators
+    from gumbo.models import models
+
+    rows = []
+    words = [*stock_elbos, *estimators]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for model_name, cls in models.items():
+            for variant in cls.variants:
+                model = cls(DATA_SHAPE, **variant)
+                form = {"model": model_name, "variant": dict(variant)}
+                for guide_name, guide_cls in guides.items():
+                    row = {**form, "guide": guide_name}
+                    if reason := guide_cls.why_not(model):
+                        rows.append({**row, "estimator": "*", "reason": reason})
+                        continue
+                    guide = guide_cls(model)
+                    rows += [{**row, "estimator": word, "reason": why_not(model, guide, word)} for word in words]
+    return rows
+
+
+def why_not(model: Any, guide: Any, word: str) -> str:
+    """Why a loss refuses a pair, in one line; empty if it gives a gradient."""
+    import pyro
+    import torch
+
+    from gumbo.errors import GumboError
+
+    with pyro.get_param_store().scope(), torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            shapes = {"x": model.data_shape, **getattr(model, "conditions", {})}
+            inputs = {name: torch.zeros(2, *shape) for name, shape in shapes.items()}
+            loss_for(word).loss_and_grads(model, guide, **inputs)
+        except (GumboError, NotImplementedError, ValueError) as error:
+            # NotImplementedError and ValueError are Pyro's way to refuse; it appends the trace's shapes.
+            return " ".join(str(error).split("Trace Shapes")[0].split()) or f"Pyro refuses it ({type(error).__name__})"
+        finally:
+            for parameter in (*model.parameters(), *guide.parameters()):
+                parameter.grad = None
+    return ""
+
+
+def loss_for(word: str):
+    """A loss of that name, under the first objective that it is derived for."""
+    from gumbo.inference import make_loss
+    from gumbo.inference.estimators import estimators
+
+    if word not in estimators:
+        return make_loss(word, max_plate_nesting=1) if word == "trace-enum" else make_loss(word)
+    objectives = estimators[word]().objectives
+    return make_loss(word, **({} if "elbo" in objectives else {"objective": sorted(objectives)[0]}))
+
+
+def show(config: List) -> None:
+    found = catalogue()
+    if config.json:
+        print(json.dumps(found, indent=1))
+        return
+    print("models")
+    for name, model in found["models"].items():
+        latents = ", ".join(f"{site}: {latent['family']}" for site, latent in model["latents"].items())
+        print(f"  {name:24} {latents:28} {model['summary']}")
+    print("\nguides")
+    for name, guide in found["guides"].items():
+        print(f"  {name:24} {', '.join(guide['families']):28} {guide['summary']}")
+    print("\nestimators")
+    for name, estimator in found["estimators"].items():
+        said = "unbiased" if estimator["unbiased"] else "biased"
+        said += f", {estimator['min_particles']}+ particles" if estimator["min_particles"] > 1 else ""
+        said += ", relaxes the model" if estimator["needs_relaxed_model"] else ""
+        print(f"  {name:24} {said:36} {', '.join(estimator['objectives']):12} {estimator['class']}")
+    print("\nPyro's own")
+    for name, stock in found["stock"].items():
+        print(f"  {name:24} {stock['class']}")
+    print("\nvalid combinations")
+    pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in found["combinations"]:
+        pairs.setdefault((_form(row), row["guide"]), []).append(row)
+    for (form, guide), rows in pairs.items():
+        refused = {row["estimator"] for row in rows if row["reason"]}
+        valid = [word for word in dict.fromkeys(row["estimator"] for row in rows) if word not in refused]
+        if valid:
+            print(f"  {form} with guide {guide}\n      {', '.join(valid)}")
+        if config.reasons:
+            for row in rows:
+                if row["reason"]:
+                    what = f"guide {guide}" if row["estimator"] == "*" else f"guide {guide}, {row['estimator']}"
+                    print(f"    not {form} with {what}: {row['reason']}")
+    if not config.reasons:
+        print("\n`gumbo list --reasons` says why the others are not valid.")
+
+
+def _form(row: dict[str, Any]) -> str:
+    # Sizes only keep the trial small; what else a variant sets is another form of the model.
+    options = {key: value for key, value in row["variant"].items() if isinstance(value, (bool, str))}
+    return row["model"] + (f" ({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "gumbo list") -> None:
+    run_command(List, show, argv, prog)
+
+
+if __name__ == "__main__":
+    main()

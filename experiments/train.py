@@ -1,0 +1,223 @@
+"""``gumbo train``: any model, guide, estimator and data set, by name or by import path."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from gumbo.errors import BadInput
+from gumbo.experiments._command import run_command
+from gumbo.experiments._runs import RunFolder
+
+
+@dataclass
+class Train:
+    """Train a model with a guide and an estimator on a data set; `gumbo list` shows the names.
+
+    Args:
+        model: a model's name, or the import path of a class.
+        guide: a guide's name or import path; by default the first that fits the model.
+        estimator: how each random choice gets its gradient, one word; Pyro's own ELBOs are `trace`, `trace-graph`, ….
+        objective: what is estimated; elbo, iwae or rws.
+        particles: draws a step; by default the estimator's own minimum.
+        data: a data set's name.
+        binarize: static (at one half), dynamic (a draw an epoch), or null for grey levels.
+        model_options: the model's own arguments, as in `--model_options.latent_dim=10`.
+        guide_options: the guide's own arguments, as in `--guide_options.hidden=[64,32]`.
+        optimizer: adam, adamw, adamax, nadam, radam, rmsprop or sgd.
+        lr: learning rate.
+        epochs: how many epochs; with `--resume`, in all.
+        batch_size: images a step.
+        seed: initial weights, batches and noise.
+        patience: stop after so many epochs without a better validation ELBO, and keep the best parameters.
+        importance_samples: draws a datum behind the final log p(x).
+        resume: the folder of a run to go on with; its settings are the defaults.
+        folder: the run folder; by default ./runs/train-<time>.
+    """
+
+    model: str = "gaussian-vae"
+    guide: str | None = None
+    estimator: str = "default"
+    objective: str = "elbo"
+    particles: int | None = None
+    data: str = "digits"
+    binarize: str | None = "static"
+    model_options: dict[str, Any] = field(default_factory=dict)
+    guide_options: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    epochs: int = 50
+    batch_size: int = 128
+    seed: int = 0
+    patience: int | None = None
+    importance_samples: int = 100
+    resume: str | None = None
+    folder: str | None = None
+
+
+def train(config: Train) -> dict[str, Any]:
+    """Fit, judge on the test split, draw; returns what ``results.json`` holds."""
+    from gumbo.inference import evaluate, fit
+
+    data = load_data(config)
+    model, guide = build(config, data.data_shape)
+    loss = make_loss(config)
+    if config.resume is None:
+        run = RunFolder.create("train", config, config.folder)
+    else:
+        run = RunFolder(Path(config.resume).absolute())
+    print(f"gumbo train: {config.model} into {run.path}", file=sys.stderr)
+    result = fit(
+        model,
+        guide,
+        rows_of(data, "train"),
+        valid=inputs_of(model, data, "valid"),
+        loss=loss,
+        optimizer=config.optimizer,
+        lr=config.lr,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        run_dir=run.path,
+        resume=config.resume is not None,
+        patience=config.patience,
+        restore_best=config.patience is not None,
+        transform=lambda rows, generator: model.inputs(data.transform(rows["images"], generator), rows.get("labels")),
+        title="gumbo train",
+    )
+    test = inputs_of(model, data, "test")
+    found = evaluate(model, guide, test, num_samples=config.importance_samples, seed=config.seed)
+    results = {
+        "config": asdict(config),
+        "objective": result.objective_name,
+        "epochs": result.epochs,
+        "best_epoch": result.best_epoch,
+        "best_valid_elbo": result.best_elbo,
+        "ms_per_step": result.ms_per_step,
+        "test": found.as_dict(),
+    }
+    run.write_config({"experiment": "train", **asdict(config), "resume": None, "folder": None})
+    run.write_json("results.json", results)
+    draw(run, result, model, guide, test)
+    show("test", results["test"])
+    print(f"gumbo train: plots and numbers in {run.path}", file=sys.stderr)
+    return results
+
+
+def load_data(config: Train):
+    from gumbo.experiments.data import load
+
+    return load(config.data, binarize=config.binarize)
+
+
+def rows_of(data, split: str) -> dict[str, Any]:
+    """Images of a split, and their labels where there are any."""
+    labels = {"labels": data.labels[split]} if split in data.labels else {}
+    return {"images": getattr(data, split), **labels}
+
+
+def inputs_of(model, data, split: str, count: int | None = None) -> dict[str, Any]:
+    """What the programs take of the first ``count`` rows of a split."""
+    rows = {name: value[:count] for name, value in rows_of(data, split).items()}
+    return model.inputs(rows["images"], rows.get("labels"))
+
+
+def make_loss(config: Train):
+    from gumbo.inference import make_loss
+
+    options = {} if config.objective == "elbo" else {"objective": config.objective}
+    word = "default" if config.objective == "rws" else config.estimator
+    return make_loss(word, num_particles=config.particles, **options)
+
+
+def build(config: Train, data_shape: Sequence[int]):
+    """The pair, with weights drawn from the run's seed."""
+    import torch
+
+    from gumbo.guides import fitting, guides
+    from gumbo.models import models
+
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = construct(models[config.model], config.model, "model", (tuple(data_shape),), config.model_options)
+        name = config.guide
+        if name is None:
+            found = fitting(model)
+            if not found:
+                raise BadInput(f"no registered guide fits model {config.model!r}: name one with --guide")
+            # The plain guide of the latents' family, where there is one.
+            family = next(iter(model.latents.values())).family
+            name = family if family in found else found[0]
+        return model, construct(guides[name], name, "guide", (model,), config.guide_options)
+
+
+def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple, options: Mapping[str, Any]):
+    """An object from its options; an option that it does not have is named."""
+    known = [
+        p.name
+        for p in inspect.signature(make).parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    known = known[len(positional) :]
+    for option in options:
+        if option not in known:
+            raise BadInput(f"{kind} {name!r} has no option {option!r}; its options: {', '.join(known) or 'none'}")
+    return make(*positional, **options)
+
+
+def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> None:
+    """Learning curve, reconstructions, draws from the model."""
+    import numpy as np
+
+    from gumbo.experiments.plots import image_rows, learning_curves, prior_draws, reconstructions
+    from gumbo.inference.evaluation import exact_pair
+
+    curve = np.array([[numbers["valid_elbo"] for numbers in result.history]])
+    title = "true ELBO on validation data"
+    learning_curves(run.plots / "learning_curve.png", {title: {"valid": curve}}, "nats per datum")
+    model, guide = exact_pair(model, guide)
+    first = {name: value[:10] for name, value in inputs.items()}
+    rows = {"data": first["x"], "reconstruction": reconstructions(model, guide, first)}
+    image_rows(run.plots / "reconstructions.png", "test images and their reconstructions", rows)
+    image_rows(run.plots / "prior_draws.png", "draws from the model", {"": prior_draws(model, first)})
+
+
+def show(split: str, found: Mapping[str, float]) -> None:
+    """The numbers of an evaluation, on standard output."""
+    print(f"{split}: {found['num_data']} data, {found['num_samples']} draws each; nats per datum ± standard error")
+    for name, label in (("elbo", "ELBO"), ("log_evidence", "log p(x)"), ("rate", "rate"), ("distortion", "distortion")):
+        print(f"  {label:10} {found[name]:9.3f} ± {found[f'{name}_se']:.3f}")
+
+
+def settings_of(run: str) -> dict[str, Any]:
+    """The settings of a run of ``gumbo train``, from its ``config.yaml``."""
+    import yaml
+
+    path = Path(run) / "config.yaml"
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise BadInput(f"{run} is not a run folder: cannot read {path.name} ({type(error).__name__})") from error
+    if not isinstance(found, dict) or found.pop("experiment", None) != "train":
+        raise BadInput(f"{run} is not a run of gumbo train")
+    known = {item.name for item in fields(Train)}
+    if unknown := set(found) - known:
+        raise BadInput(f"{path} has an unknown setting {sorted(unknown)[0]!r}")
+    return found | {"folder": None, "resume": None}
+
+
+def resumed(run: str) -> dict[str, Any]:
+    """The defaults that ``--resume RUN`` stands for."""
+    return {name: value for name, value in settings_of(run).items() if name not in ("folder", "resume")}
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "gumbo train") -> None:
+    run_command(Train, train, argv, prog, presets={"resume": resumed})
+
+
+if __name__ == "__main__":
+    main()
