@@ -430,7 +430,8 @@ class Binding(nn.Module):
         return -value
 
     def _value(self, program: Program, layout: objectives.Layout, moving: bool, args, kwargs) -> Tensor:
-        groups = program.runs(args, kwargs)
+        doubly = any(estimator.together for estimator in self.chosen.values())
+        groups = program.runs(args, kwargs, with_model=not doubly)
         self._freeze_paths(program, groups, args, kwargs)
 
         def view(rows, log_prob, cost, bound) -> SiteView:
@@ -438,7 +439,7 @@ class Binding(nn.Module):
 
         if self.elbo.objective == "rws":
             value = objectives.rws_value(groups, layout)
-        elif any(estimator.together for estimator in self.chosen.values()):
+        elif doubly:
             value = objectives.dreg_value(groups, self._cut(program, groups, args, kwargs), layout)
         elif self.elbo.objective == "iwae":
             value = objectives.iwae_value(groups, layout, view)
@@ -456,7 +457,7 @@ class Binding(nn.Module):
                 if not sites:
                     continue
                 given = {site.name: site.draw for site in run.guide if site.latent}
-                with frozen([self.guide], run.params.values()):
+                with frozen([self.guide], run.guide_params.values()):
                     again = program.run(
                         args,
                         kwargs,
@@ -477,7 +478,7 @@ class Binding(nn.Module):
                 for site in run.guide
                 if site.latent
             }
-            with frozen([self.guide], run.params.values()):
+            with frozen([self.guide], run.guide_params.values()):
                 return program.run(args, kwargs, fixed=leaves, subsamples=run.subsamples)
 
         return [[again(run) for run in paths] for paths in groups]
@@ -548,7 +549,7 @@ class Binding(nn.Module):
             totals.append(total)
             return cost
 
-        frozen_all = frozen([self.model, self.guide], run.params.values())
+        frozen_all = frozen([self.model, self.guide], [*run.guide_params.values(), *run.model_params.values()])
         with frozen_all if differentiable else torch.no_grad():
             if not program.vectorized:
                 return torch.stack(

@@ -62,7 +62,8 @@ class Run:
     model: list[Site]
     choices: dict[str, int] = field(default_factory=dict)
     subsamples: dict[str, Tensor] = field(default_factory=dict)
-    params: dict[str, Tensor] = field(default_factory=dict)
+    guide_params: dict[str, Tensor] = field(default_factory=dict)
+    model_params: dict[str, Tensor] = field(default_factory=dict)
     partial_plates: Frames = frozenset()
 
     @property
@@ -236,12 +237,12 @@ class Program:
         self.joint = set() if joint is None else joint
         self.enum_dims = {} if enum_dims is None else enum_dims
 
-    def runs(self, args: tuple, kwargs: Mapping[str, Any]) -> list[list[Run]]:
+    def runs(self, args: tuple, kwargs: Mapping[str, Any], **options: Any) -> list[list[Run]]:
         """For each group of particles that ran together, its paths through enumerated values."""
         subsamples: dict[str, Tensor] = {}
         if self.vectorized:
-            return [[self.run(args, kwargs, subsamples=subsamples)]]
-        return [list(self.paths(args, kwargs, subsamples)) for _ in range(self.num_particles)]
+            return [[self.run(args, kwargs, subsamples=subsamples, **options)]]
+        return [list(self.paths(args, kwargs, subsamples, **options)) for _ in range(self.num_particles)]
 
     def paths(
         self,
@@ -283,7 +284,7 @@ class Program:
         draws = _Draws(self, fixed or {}, choices, fork, stand_in)
         guide = self._record(self.guide, args, kwargs, draws, subsamples)
         model = self._record(self.model, args, kwargs, _Replay(draws), subsamples) if with_model else _Recorder()
-        run = Run([], [], choices, subsamples, {**guide.params, **model.params})
+        run = Run([], [], choices, subsamples, guide.params, model.params)
         if self.max_plate_nesting is None:
             self.max_plate_nesting = max(
                 (
