@@ -5,6 +5,7 @@ Pyro wraps distributions (``.to_event``, ``.mask``, ``.expand_by``); every funct
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -191,6 +192,22 @@ def rewrap(fn: Distribution, change: Callable[[Distribution], Distribution]) -> 
     return change(fn)
 
 
+def unvalidated(fn: Distribution) -> Distribution:
+    """The same distribution, which scores any value that its formula takes, a count of 1.5 among them.
+
+    >>> import pyro.distributions as dist
+    >>> round(unvalidated(dist.Poisson(2.0)).log_prob(torch.tensor(1.5)).item(), 4)
+    -1.245
+    """
+
+    def change(base: Distribution) -> Distribution:
+        base = copy.copy(base)
+        base._validate_args = False
+        return base
+
+    return rewrap(fn, change)
+
+
 def logits_of(fn: Distribution) -> Tensor:
     """Logits of a Bernoulli or one-hot site, of shape ``batch_shape + event_shape``; normalised for one-hots."""
     logits = elementary(fn).logits
@@ -224,7 +241,7 @@ class LinearExtension(TorchDistribution):
     def expand(self, batch_shape, _instance=None):
         return LinearExtension(self.base_dist.expand(batch_shape))
 
-    def sample(self, sample_shape=torch.Size()):
+    def sample(self, sample_shape=()):
         return self.base_dist.sample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -278,7 +295,7 @@ class AtLogValue(TorchDistribution):
     def expand(self, batch_shape, _instance=None):
         return AtLogValue(self.base_dist.expand(batch_shape), self.unrounded)
 
-    def sample(self, sample_shape=torch.Size()):
+    def sample(self, sample_shape=()):
         return self.base_dist.sample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -304,4 +321,7 @@ def relaxed_draw(fn: Distribution) -> tuple[Tensor, Tensor]:
     missing = len(shape) - len(base.batch_shape) - len(base.event_shape)
     unrounded = base.base_dist.rsample(torch.Size(shape[:missing]))
     unrounded = unrounded.expand(shape)
+    if isinstance(base, torch.distributions.RelaxedOneHotCategorical):
+        # Normalising once more keeps the draw on the simplex where the logarithms are too large to be exact.
+        return unrounded.softmax(-1), unrounded
     return base.transforms[-1](unrounded), unrounded

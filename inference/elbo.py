@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -330,11 +331,12 @@ class Binding(nn.Module):
                     f"the estimators name a site {name!r} that the guide does not sample (its sites: {known})"
                 )
         chosen = {}
+        layout = objectives.Layout(1 + program.max_plate_nesting, 1, trust_plates=self.elbo.plates == "trust")
         for site in latent:
             if not is_deterministic(site.fn):
                 message = {"name": site.name, "fn": site.fn, "infer": site.infer}
                 chosen[site.name] = self.resolve(message)
-                inputs = partial(self._inputs, [seen], site, 1 + program.max_plate_nesting, args, kwargs)
+                inputs = partial(self._inputs, [seen], site, layout, args, kwargs)
                 state = chosen[site.name].make_state(message, inputs)
                 if state is not None:
                     self.states[_key(site.name)] = state.to(site.log_prob.device)
@@ -499,15 +501,20 @@ class Binding(nn.Module):
             state=self.states[key] if key in self.states else None,  # noqa: SIM401 (a ModuleDict has no get)
             training=moving,
             bound=bound,
-            inputs=lambda: self._inputs([row.run for row in rows], site, layout.room, args, kwargs),
+            inputs=lambda: self._inputs([row.run for row in rows], site, layout, args, kwargs),
             evaluate=partial(self._evaluate, rows, layout, args, kwargs),
             joined=objectives.joined_dims([row.run for row in rows], site.name, layout),
         )
 
-    def _inputs(self, runs: list[Run], site: Site, room: int, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    def _inputs(
+        self, runs: list[Run], site: Site, layout: objectives.Layout, args: tuple, kwargs: Mapping[str, Any]
+    ) -> list[Tensor]:
         """What is known before a site draws, laid out as ``(…, K or 1, *plates, features)``."""
+        room = layout.room
+        weighted = self.elbo.objective == "iwae"
+        frames = objectives.common_frames(runs, layout) if weighted else layout.frames(site)
         found = [torch.ones((1,) * room + (1,), dtype=site.log_prob.dtype, device=site.log_prob.device)]
-        sizes = {dim: size for _, dim, size in site.frames}
+        sizes = {dim: size for _, dim, size in frames}
         depth = max((-dim for dim in sizes), default=0)
         rows = tuple(sizes.get(dim, 1) for dim in range(-depth, 0))
         for item in (*args, *kwargs.values()):
@@ -515,7 +522,7 @@ class Binding(nn.Module):
                 found.append(pad_left(item.detach().reshape(rows + (-1,)), room + 1))
         for name in [other.name for other in runs[0].guide[: _index(runs[0], site.name)] if other.latent]:
             others = [run.guide_site(name) for run in runs]
-            if others[0].frames <= site.frames:
+            if others[0].frames <= frames:
                 values = [_features(_laid_out(other, room).value.detach(), other.fn.event_dim) for other in others]
                 found.append(values[0] if len(values) == 1 else torch.cat(values, dim=-room - 1))
         return [tensor.to(found[0].dtype) for tensor in found]
@@ -701,7 +708,10 @@ def frozen(programs: list[Any], params: Any) -> Iterator[None]:
     try:
         for leaf in thawed:
             leaf.requires_grad_(False)
-        yield
+        with warnings.catch_warnings():
+            # Pyro says of every frozen parameter that it does not register it, which is the point.
+            warnings.filterwarnings("ignore", message=".*was not registered in the param store")
+            yield
     finally:
         for leaf in thawed:
             leaf.requires_grad_(True)

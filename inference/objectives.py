@@ -245,6 +245,7 @@ def site_surrogate(rows: list[Row], layout: Layout, view: MakeView) -> Tensor:
     surrogate = site.estimator.surrogate(view(rows, log_prob, cost, None))
     if surrogate is None:
         return cost.new_zeros(())
+    check_shape(surrogate, cost, site, layout)
     if rows[0].weight is not None:
         return (layout.join([row.weight.reshape((1,) * layout.room) for row in rows]) * surrogate).sum()
     # Enumerated sites upstream weigh the term; those downstream are already summed over.
@@ -254,6 +255,15 @@ def site_surrogate(rows: list[Row], layout: Layout, view: MakeView) -> Tensor:
         if other.enum_dim is not None:
             costs.expect(other, probabilities(other, layout).detach(), layout.frames(other))
     return costs.scalar()
+
+
+def check_shape(surrogate: Tensor, cost: Tensor, site: Site, layout: Layout) -> None:
+    """A surrogate of another shape would be broadcast, and silently counted too often or too rarely."""
+    if surrogate.shape[-layout.room :] != cost.shape[-layout.room :]:
+        raise BadInput(
+            f"estimator {site.estimator.name!r} at site {site.name!r} returned a surrogate of shape"
+            f" {tuple(surrogate.shape)} where the cost has {tuple(cost.shape)}"
+        )
 
 
 @dataclass
@@ -348,6 +358,7 @@ def iwae_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
             rows = [Row(run, run.guide_site(site.name), signal) for run in runs]
             log_prob = layout.join([summed_to(r.site.score, r.site.frames, weights.frames) for r in rows])
             surrogate = site.estimator.surrogate(view(rows, log_prob, signal, fixed))
+            check_shape(surrogate, signal, site, layout)
             value = value + magic((weights.scale * surrogate).sum())
     return value
 

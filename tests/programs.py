@@ -24,8 +24,13 @@ class Params(PyroModule):
             setattr(self, name, nn.Parameter(torch.tensor(value, dtype=F64)))
 
 
-def normal(x, loc):
-    return dist.Normal(loc, torch.tensor(1.0, dtype=F64)).log_prob(x)
+def gradient(scalar, module):
+    """The gradient of a scalar with respect to all parameters of a module, in one vector."""
+    parameters = [p for p in torch.nn.Module.parameters(module) if p.requires_grad]
+    found = torch.autograd.grad(scalar, parameters, allow_unused=True)
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]
+    )
 
 
 class OneCoinGuide(Params):

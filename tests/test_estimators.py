@@ -5,20 +5,12 @@ from __future__ import annotations
 import pyro
 import pytest
 import torch
-from programs import DISCRETE
+from programs import DISCRETE, gradient
 
 from gumbo.inference import SiteELBO
 from gumbo.inference.exact import exact_elbo, mean_over_draws
 
 VALUE_ONLY = ["score", "score-average", "nvil", "rloo", "enumerate"]
-
-
-def gradient(scalar, module):
-    parameters = [p for p in torch.nn.Module.parameters(module) if p.requires_grad]
-    found = torch.autograd.grad(scalar, parameters, allow_unused=True)
-    return torch.cat(
-        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]
-    )
 
 
 def exact_gradient(model, guide):
