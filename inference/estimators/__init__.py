@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from ._base import Draw, Estimator, SiteView, estimators
 from .antithetic import ARM, DisARM
+from .control_variates import Rebar, Relax
 from .doubly import DoublyReparameterized
 from .enumeration import Enumerate
 from .local_expectation import LocalExpectation
 from .measure_valued import MeasureValued
+from .muprop import MuProp
 from .pathwise import Pathwise
+from .reinmax import ReinMax
 from .relaxation import Concrete, GumbelSoftmax
 from .score import Baseline, LeaveOneOut, MovingAverage, Neural, ScoreFunction
 
@@ -26,8 +29,12 @@ __all__ = [
     "LocalExpectation",
     "MeasureValued",
     "MovingAverage",
+    "MuProp",
     "Neural",
     "Pathwise",
+    "Rebar",
+    "ReinMax",
+    "Relax",
     "ScoreFunction",
     "SiteView",
     "estimators",

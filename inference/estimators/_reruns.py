@@ -1,0 +1,51 @@
+"""The cost of a site as a differentiable function of a value between the discrete ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedSite
+from ._base import Draw, SiteView
+
+
+def spread(tensor: Tensor, view: SiteView) -> Tensor:
+    """Something shaped like ``view.value``, with an element of its own for every particle and enumerated value."""
+    plates = -view.particle_dim - 1
+    lead = tuple(view.cost.shape[: view.cost.dim() - plates]) + (1,) * plates
+    batch = tensor.shape[: tensor.dim() - view.event_dim]
+    return tensor.expand(torch.broadcast_shapes(batch, lead) + tensor.shape[tensor.dim() - view.event_dim :])
+
+
+def share_shape(view: SiteView) -> torch.Size:
+    """The shape of cost × log q."""
+    return torch.broadcast_shapes(view.cost.shape, view.log_prob.shape)
+
+
+def slope(total: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
+    """The derivative of a sum; zero where it does not depend on ``at``."""
+    if not total.requires_grad:
+        return torch.zeros_like(at)
+    (found,) = torch.autograd.grad(total, at, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(at) if found is None else found
+
+
+def cost_between(view: SiteView, estimator: str, value: Tensor, downstream: str) -> tuple[Tensor, Tensor]:
+    """The cost at a relaxed or mean value, element by element, and summed with each term counted once.
+
+    Raises:
+        UnsupportedSite: if the programs do not take such a value.
+    """
+    try:
+        costs, total = view.evaluate(Draw(value[None]), downstream=downstream, differentiable=True)
+    except (UnsupportedSite, torch.cuda.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedSite(
+            view.name,
+            estimator,
+            f"the programs do not take a value between the discrete ones ({first})",
+            ("score", "rloo", "relax"),
+        ) from error
+    return costs[0], total

@@ -1,0 +1,341 @@
+"""REBAR and RELAX: score-function gradients with a control variate that sees the draw relaxed.
+
+A discrete draw b is read off perturbed logits, b = H(z), and z̃ is drawn from what z may have been given b, both
+reparameterized. For any smooth control variate c
+
+    [f(b) − c(z̃)] ∇log q(b) + ∇c(z) − ∇c(z̃)
+
+is unbiased; what parameters c has are trained to make the variance of this small.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import BadInput, UnsupportedSite
+from ..distributions import is_one_hot, logits_of
+from ._base import Draw, Estimator, SiteView, estimators
+from ._reruns import cost_between, share_shape, slope, spread
+from .relaxation import bounded_logits, conditional_scores, harden, noise, relaxable_why_not, squash
+from .score import features
+
+
+class Variate(nn.Module):
+    """What a control variate has learnt at one site: its temperature, its strength, its network, the cost's moments."""
+
+    def __init__(self, like: Tensor, temperature: float, strength: float | None, net: nn.Module | None):
+        super().__init__()
+        options = {"dtype": like.dtype, "device": like.device}
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), **options))
+        self.strength = None if strength is None else nn.Parameter(torch.tensor(float(strength), **options))
+        self.net = net
+        self.calls = 0
+        self.register_buffer("mean", torch.zeros((), **options))
+        self.register_buffer("variance", torch.ones((), **options))
+        self.register_buffer("seen", torch.zeros((), **options))
+
+    mean: Tensor
+    variance: Tensor
+    seen: Tensor
+
+    def temperature(self) -> Tensor:
+        return self.log_temperature.clamp(-20.0, 20.0).exp()
+
+    @torch.no_grad()
+    def observe(self, cost: Tensor, decay: float = 0.9) -> None:
+        mean, variance = cost.mean(), cost.var(unbiased=False)
+        keep = torch.where(self.seen > 0, decay, 0.0)
+        moved = (mean - self.mean).square() * keep
+        self.mean.copy_(keep * self.mean + (1 - keep) * mean)
+        self.variance.copy_(keep * self.variance + (1 - keep) * (variance + moved))
+        self.seen.add_(1)
+
+
+class ControlVariate(Estimator, ABC):
+    """What REBAR and RELAX share: the coupled relaxed draws, the gradient, and the training of c."""
+
+    log_q = "value"
+    lazy_parameters = True
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        return relaxable_why_not(site)
+
+    def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
+        one_hot = is_one_hot(fn)
+        logits = bounded_logits(fn).detach()
+        made_by, again = noise(logits, one_hot), noise(logits, one_hot)
+        return Draw(harden(logits + made_by, one_hot), {"made_by": made_by, "again": again})
+
+    @abstractmethod
+    def control(self, view: SiteView, relaxed: Tensor) -> tuple[Tensor, Tensor]:
+        """c at a relaxed value, broadcastable with ``view.cost``, and its sum with each term counted once."""
+
+    @abstractmethod
+    def observe(self, view: SiteView, control: Tensor) -> Tensor:
+        """Let running moments see this step; returns the square of the cost's own size."""
+
+    def free(self, view: SiteView, logits: Tensor) -> Tensor:
+        """z, the perturbed logits that made the draw."""
+        return logits + view.draw.extra["made_by"]
+
+    def tied(self, view: SiteView, logits: Tensor) -> Tensor:
+        """z̃, perturbed logits that would have made the same draw."""
+        return conditional_scores(logits, view.value, view.draw.extra["again"], is_one_hot(view.fns[0]))
+
+    def gradient_terms(self, view: SiteView, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c(z̃), ∂c/∂z and ∂c/∂z̃, differentiable with respect to the parameters of c while these are trained."""
+        one_hot = is_one_hot(view.fns[0])
+
+        def at(scores: Tensor) -> tuple[Tensor, Tensor]:
+            scores = spread(scores.detach(), view).clone().requires_grad_()
+            control, total = self.control(view, squash(scores, view.state.temperature(), one_hot))
+            return control, slope(total, scores, create_graph=view.training)
+
+        with same_noise_again(view):
+            control, tied_slope = at(self.tied(view, logits))
+        _, free_slope = at(self.free(view, logits))
+        return control, free_slope, tied_slope
+
+    def path(self, view: SiteView, logits: Tensor, free_slope: Tensor, tied_slope: Tensor) -> Tensor:
+        """What carries ∇c(z) − ∇c(z̃) to the logits; of no meaning in value."""
+        return free_slope * self.free(view, logits) - tied_slope * self.tied(view, logits)
+
+    def surrogate(self, view: SiteView) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        logits = view.parameter("logits").clamp(-1e4, 1e4)
+        control, *slopes = self.gradient_terms(view, logits.detach())
+        path = self.path(view, logits, *(tensor.detach() for tensor in slopes))
+        shape = share_shape(view)
+        share = (view.cost - control.detach()) * view.log_prob + view.sum_event(path).sum_to_size(shape)
+        if not view.training:
+            return share
+        return share - self.variance_loss(view, logits, control, *slopes) / math.prod(shape)
+
+    def variance_loss(
+        self, view: SiteView, logits: Tensor, control: Tensor, free_slope: Tensor, tied_slope: Tensor
+    ) -> Tensor:
+        """A scalar whose gradient, for the parameters of c alone, is that of the squared gradient of the logits."""
+        one_hot = is_one_hot(view.fns[0])
+        leaf = spread(logits.detach(), view).clone().requires_grad_()
+        own = leaf.log_softmax(-1) if one_hot else leaf
+        log_prob = view.sum_event(own * view.value if one_hot else log_prob_of_coin(own, view.value))
+        score = ((view.cost - control) * log_prob).sum()
+        (gradient,) = torch.autograd.grad(
+            score + self.path(view, own, free_slope, tied_slope).sum(), leaf, create_graph=True
+        )
+        # In units of the cost's own size, so that one learning rate serves all problems.
+        size = self.observe(view, control.detach())
+        loss = gradient.square().sum() / size.clamp(min=1e-12)
+        parameters = [p for p in view.state.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
+        # Linear in the parameters, so that nothing else that the loss passed through can receive a gradient.
+        pairs = [(p, g) for p, g in zip(parameters, found, strict=False) if g is not None]
+        return sum(((p * g).sum() for p, g in pairs), start=view.cost.new_zeros(()))
+
+
+def log_prob_of_coin(logits: Tensor, value: Tensor) -> Tensor:
+    logits, value = torch.broadcast_tensors(logits, value)
+    return -F.binary_cross_entropy_with_logits(logits, value, reduction="none")
+
+
+@contextmanager
+def same_noise_again(view: SiteView) -> Iterator[None]:
+    """What is drawn within is drawn again after: c(z̃) and c(z) share the noise downstream, which keeps them close."""
+    devices = [view.value.device.index or 0] if view.value.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+class Rebar(ControlVariate):
+    """The score of a draw with the relaxed program itself as a control variate (Tucker et al. 2017, arXiv 1703.07370).
+
+    c(z) is η times the cost of σ(z/τ), from a rerun in which everything downstream is relaxed as well, and the log pmf
+    is extended linearly. η (``strength``) and τ (``temperature``) start at the values given and are learnt, one pair a
+    site. The model must take relaxed values and be continuous in them: one that branches on them, or takes them out of
+    torch, would bias the gradient, which is checked in the first steps.
+
+    Raises:
+        UnsupportedSite: at the first gradient, if the programs do not take relaxed values, or jump between them.
+
+    >>> Rebar().unbiased, Rebar().evaluations(num_particles=1, num_sites=2)
+    (True, 5)
+    """
+
+    needs_relaxed_model = True
+
+    def __init__(self, temperature: float = 0.5, strength: float = 1.0):
+        self.temperature, self.strength = positive(temperature), float(strength)
+
+    def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
+        return num_particles * (1 + 2 * num_sites)
+
+    def make_state(self, site: Mapping[str, Any], inputs: Callable[[], list[Tensor]]) -> nn.Module:
+        return Variate(logits_of(site["fn"]), self.temperature, self.strength, None)
+
+    def control(self, view: SiteView, relaxed: Tensor) -> tuple[Tensor, Tensor]:
+        costs, total = cost_between(view, self.name, relaxed, downstream="soft")
+        return view.state.strength * costs, view.state.strength * total
+
+    def observe(self, view: SiteView, control: Tensor) -> Tensor:
+        view.state.observe(view.cost)
+        return view.state.variance + view.state.mean.square()
+
+    def surrogate(self, view: SiteView) -> Tensor | None:
+        if torch.is_grad_enabled():
+            check_continuous(view, self.name)
+        return super().surrogate(view)
+
+
+class Relax(ControlVariate):
+    """The score of a draw with a network as its control variate (Grathwohl et al. 2018, arXiv 1711.00123).
+
+    c(z) is a network of the relaxed draw σ(z/τ) and of what is known before it: the program's arguments and upstream
+    values, element by element of the plates. The model is run once and never sees a relaxed value.
+
+    Args:
+        net: a module from ``(…, features)`` to ``(…, 1)``, the relaxed draw first among the features; None builds a
+            perceptron of ``hidden`` units in the first run. One network serves one site: name several sites by a
+            mapping, each with its own.
+        inputs: which inputs it sees besides, ``inputs(list_of_tensors) -> list_of_tensors``; None: all.
+        hidden: units of the perceptron.
+        temperature: where τ starts; it is learnt.
+        rebar: also add REBAR's term, with all that it asks of the model.
+
+    >>> Relax().needs_relaxed_model, Relax(rebar=True).evaluations(num_particles=2)
+    (False, 6)
+    """
+
+    def __init__(
+        self,
+        net: nn.Module | None = None,
+        inputs: Callable[[list[Tensor]], Sequence[Tensor]] | None = None,
+        hidden: int = 50,
+        temperature: float = 0.5,
+        rebar: bool = False,
+    ):
+        self.net, self.inputs, self.hidden = net, inputs, int(hidden)
+        self.temperature, self.rebar = positive(temperature), bool(rebar)
+
+    @property
+    def needs_relaxed_model(self) -> bool:  # type: ignore[override]
+        return self.rebar
+
+    def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
+        return num_particles * (1 + 2 * num_sites * self.rebar)
+
+    def make_state(self, site: Mapping[str, Any], inputs: Callable[[], list[Tensor]]) -> nn.Module:
+        fn, net = site["fn"], self.net
+        if net is None:
+            known = features(self._inputs(inputs()))
+            width = math.prod(fn.event_shape) + known.shape[-1]
+            net = nn.Sequential(nn.Linear(width, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1)).to(known.dtype)
+            nn.init.zeros_(net[-1].weight)
+            nn.init.zeros_(net[-1].bias)
+        return Variate(logits_of(fn), self.temperature, 1.0 if self.rebar else None, net)
+
+    def _inputs(self, given: list[Tensor]) -> list[Tensor]:
+        return list(self.inputs(given)) if self.inputs is not None else given
+
+    def control(self, view: SiteView, relaxed: Tensor) -> tuple[Tensor, Tensor]:
+        state = view.state
+        known = features(self._inputs(view.inputs())).to(relaxed.dtype)
+        flat = relaxed.flatten(-view.event_dim) if view.event_dim else relaxed.unsqueeze(-1)
+        shape = torch.broadcast_shapes(flat.shape[:-1], known.shape[:-1])
+        seen = torch.cat([flat.expand(*shape, -1), known.expand(*shape, -1)], dim=-1)
+        dtype = next((p.dtype for p in state.net.parameters()), seen.dtype)
+        said = state.net(seen.to(dtype)).squeeze(-1).to(view.cost.dtype)
+        said = said * state.variance.clamp(min=1e-12).sqrt()
+        # Where the cost is no longer told apart along a plate, neither is c.
+        control, total = said.sum_to_size(view.cost.shape), said.sum()
+        if not self.rebar:
+            return state.mean + control, total
+        costs, relaxed_total = cost_between(view, self.name, relaxed, downstream="soft")
+        return control + state.strength * costs, total + state.strength * relaxed_total
+
+    def observe(self, view: SiteView, control: Tensor) -> Tensor:
+        view.state.observe(view.cost)
+        return view.state.variance + view.state.mean.square() * self.rebar
+
+    def surrogate(self, view: SiteView) -> Tensor | None:
+        if self.rebar and torch.is_grad_enabled():
+            check_continuous(view, self.name)
+        return super().surrogate(view)
+
+
+# Gauss and Legendre's five points, from which a polynomial of degree nine is integrated exactly.
+NODES = (0.0469100770306680, 0.2307653449471585, 0.5, 0.7692346550528415, 0.9530899229693320)
+WEIGHTS = (0.1184634425280945, 0.2393143352496832, 0.2844444444444444, 0.2393143352496832, 0.1184634425280945)
+
+
+def check_continuous(view: SiteView, estimator: str, tolerance: float = 3e-3, halvings: int = 14) -> None:
+    """Refuse programs whose relaxed cost is not the integral of its derivative: they jump, or lose the derivative.
+
+    Made at calls 1, 2, 4, …, 64: from the draw to another value of each element, on a straight line, the derivative is
+    integrated and compared with the difference, halving the interval that is farthest off. What is smooth but steep
+    agrees after some halvings; a jump never does.
+    """
+    view.state.calls += 1
+    calls = view.state.calls
+    if calls > 64 or calls & (calls - 1):
+        return
+    start = spread(view.value.detach(), view)
+    step = spread(another_value(view), view) - start
+
+    def cost(t: float, differentiate: bool = True) -> tuple[float, float]:
+        at = torch.tensor(t, dtype=start.dtype, device=start.device, requires_grad=True)
+        with same_noise_again(view):
+            _, total = cost_between(view, estimator, start + at * step, downstream="soft")
+        return total.item(), slope(total, at).item() if differentiate else 0.0
+
+    def interval(a: float, b: float, at_a: float, at_b: float) -> tuple[float, float, float, float, float, float]:
+        slopes = [(b - a) * weight * cost(a + (b - a) * node)[1] for node, weight in zip(NODES, WEIGHTS, strict=True)]
+        return abs(math.fsum(slopes) - (at_b - at_a)), math.fsum(map(abs, slopes)) + abs(at_b - at_a), a, b, at_a, at_b
+
+    intervals = [interval(0.0, 1.0, cost(0.0, False)[0], cost(1.0, False)[0])]
+    for _ in range(halvings):
+        rounding = 64 * torch.finfo(start.dtype).eps * max(abs(end) for part in intervals for end in part[4:])
+        error, moved = sum(part[0] for part in intervals), sum(part[1] for part in intervals)
+        if not math.isfinite(error) or error <= tolerance * moved + rounding * len(intervals):
+            return
+        worst = max(intervals)
+        intervals.remove(worst)
+        _, _, a, b, at_a, at_b = worst
+        middle = (a + b) / 2
+        at_middle = cost(middle, False)[0]
+        intervals += [interval(a, middle, at_a, at_middle), interval(middle, b, at_middle, at_b)]
+    raise UnsupportedSite(
+        view.name,
+        estimator,
+        "the cost is not continuous and differentiable in relaxed values (the programs branch on a draw, round it, or"
+        " take it out of torch), and its derivative is needed",
+        ("score", "rloo", "relax"),
+    )
+
+
+def another_value(view: SiteView) -> Tensor:
+    """For each element the likeliest value that it did not take."""
+    value = view.value.detach()
+    if not is_one_hot(view.fns[0]):
+        return 1 - value
+    others = view.parameter("logits").detach().masked_fill(value > 0, -math.inf)
+    other = torch.zeros_like(value).scatter_(-1, others.argmax(-1, keepdim=True), 1.0)
+    return torch.where(others.isneginf().all(-1, keepdim=True), value, other)
+
+
+def positive(temperature: float) -> float:
+    if callable(temperature) or not float(temperature) > 0:
+        raise BadInput(f"temperature is where a learnt one starts, a positive number; got {temperature!r}")
+    return float(temperature)
+
+
+estimators.register("rebar", Rebar)
+estimators.register("relax", Relax)
