@@ -178,8 +178,10 @@ class _Draws(Messenger):
                 self.choices[name] = 0
             return Draw(values[self.choices[name]]), None, True
         enum_dim = program.enum_dims.setdefault(name, -(2 + program.max_plate_nesting + len(program.enum_dims)))
-        batch = tuple(fn.batch_shape)
-        ones = (1,) * (-enum_dim - 1 - len(batch))
+        # Dimensions further left belong to alternatives of a site upstream: they take the same values.
+        excess = max(0, len(fn.batch_shape) + 1 + enum_dim)
+        values = values[(slice(None),) + (0,) * excess]
+        ones = (1,) * (-enum_dim - 1 - len(fn.batch_shape) + excess)
         return Draw(values.reshape(values.shape[:1] + ones + values.shape[1:])), enum_dim, joint
 
 
