@@ -106,8 +106,10 @@ class SiteView:
         return found[0] if len(found) == 1 else torch.cat(torch.broadcast_tensors(*found), dim=dim)
 
     def sum_event(self, tensor: Tensor) -> Tensor:
-        """Sum the event dimensions of something shaped like ``value``."""
-        return tensor.sum(list(range(-self.event_dim, 0))) if self.event_dim else tensor
+        """Sum the event dimensions of something shaped like ``value``, and plates that ``cost`` does not tell apart."""
+        tensor = tensor.sum(list(range(-self.event_dim, 0))) if self.event_dim else tensor
+        mixed = [dim for dim in range(self.particle_dim + 1, 0) if self.cost.shape[dim] == 1 < tensor.shape[dim]]
+        return tensor.sum(mixed, keepdim=True) if mixed else tensor
 
 
 def pad_left(tensor: Tensor, dims: int) -> Tensor:

@@ -42,7 +42,7 @@ def gains(view: SiteView, alternatives: Tensor, element_dim: int = 0) -> Tensor:
         change = view.evaluate(Draw(torch.stack(changed))) - view.cost
         change = change.reshape(change.shape + (1,) * coordinate_dim)
         for mask, gain, (j, _) in zip(here, change, part, strict=True):
-            mask = mask.flatten(-element_dim - 1) if element_dim else mask
+            mask = mask.squeeze(-1) if element_dim else mask
             before = found[j] if found[j] is not None else torch.zeros_like(gain)
             found[j] = torch.where(mask, gain, before)
     return torch.stack(found)  # type: ignore[arg-type]

@@ -47,12 +47,13 @@ class LocalExpectation(Estimator):
         picks = others(view.value, values, element_dim)
         gain = gains(view, values[picks], element_dim)
         log_q = coordinate_log_probs(view, values)
+        dims = max(gain.dim(), log_q.dim(), picks.dim())
+        gain, log_q, picks = (_with_dims(tensor, dims) for tensor in (gain, log_q, picks))
         shape = torch.broadcast_shapes(log_q.shape[1:], picks.shape[1:])
-        q = log_q.expand(log_q.shape[:1] + shape).gather(0, picks.expand(picks.shape[:1] + shape)).exp()
+        q = log_q.expand(len(values), *shape).gather(0, picks.expand(len(picks), *shape)).exp()
         # The gain over the value drawn will do for f, as the derivatives of q sum to zero over the values.
-        terms = q * torch.where(q > 0, gain, torch.zeros_like(gain))
-        coordinates = list(range(-(view.event_dim - element_dim), 0))
-        return terms.sum([0] + coordinates)
+        terms = (q * torch.where(q > 0, gain, torch.zeros_like(gain))).sum(0)
+        return view.sum_event(terms.reshape(terms.shape + (1,) * element_dim))
 
 
 def coordinate_values(fn: Any) -> Tensor | str:
@@ -75,6 +76,11 @@ def others(value: Tensor, values: Tensor, element_dim: int) -> Tensor:
     same = same.flatten(-element_dim).all(-1) if element_dim else same
     steps = torch.arange(1, len(values), device=value.device).reshape((-1,) + (1,) * (same.dim() - 1))
     return (same.int().argmax(0) + steps) % len(values)
+
+
+def _with_dims(tensor: Tensor, dims: int) -> Tensor:
+    """The same tensor with ``dims`` dimensions, the new ones after the first."""
+    return tensor.reshape(tensor.shape[:1] + (1,) * (dims - tensor.dim()) + tensor.shape[1:])
 
 
 def coordinate_log_probs(view: SiteView, values: Tensor) -> Tensor:
