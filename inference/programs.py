@@ -287,17 +287,20 @@ class Program:
         guide = self._record(self.guide, args, kwargs, draws, subsamples)
         model = self._record(self.model, args, kwargs, _Replay(draws), subsamples) if with_model else _Recorder()
         run = Run([], [], choices, subsamples, guide.params, model.params)
+        deepest = max(
+            (
+                -frame.dim
+                for recorder in (guide, model)
+                for msg in recorder.messages.values()
+                for frame in msg["cond_indep_stack"]
+                if frame.vectorized and frame.name != PARTICLES
+            ),
+            default=0,
+        )
         if self.max_plate_nesting is None:
-            self.max_plate_nesting = max(
-                (
-                    -frame.dim
-                    for recorder in (guide, model)
-                    for msg in recorder.messages.values()
-                    for frame in msg["cond_indep_stack"]
-                    if frame.vectorized
-                ),
-                default=0,
-            )
+            self.max_plate_nesting = deepest
+        elif deepest > self.max_plate_nesting:
+            raise BadInput(f"max_plate_nesting is {self.max_plate_nesting}, but the plates nest {deepest} deep")
         partial = set()
         for recorder, sites, is_guide in ((guide, run.guide, True), (model, run.model, False)):
             for msg in recorder.messages.values():

@@ -349,13 +349,18 @@ def test_marks_of_pyro_are_honoured_or_refused():
         (lambda: SiteELBO("score", plates="maybe"), UnknownName, "unknown plates 'maybe'"),
         (lambda: SiteELBO("score", num_particles=0), BadInput, "num_particles must be a positive integer"),
         (lambda: SiteELBO("score", kl_weight=-1.0), BadInput, "kl_weight must be"),
+        (
+            lambda: SiteELBO("score", max_plate_nesting=0).loss(*DISCRETE["nested plates"].make()),
+            BadInput,
+            "max_plate_nesting is 0, but the plates nest 2 deep",
+        ),
         (lambda: GumbelSoftmax(0.0), BadInput, "temperature must be a positive number"),
         (lambda: ScoreFunction(baseline="rloo"), BadInput, "takes MovingAverage"),
         (lambda: SiteELBO({"nope": "score"})(ChainModel(), ChainGuide())(), BadInput, "'nope'.*its sites: z1, z2"),
         (lambda: SiteELBO()(ChainModel(), ChainGuide())(), UnsupportedSite, "'z1'.*no estimator is the default"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(make, error, says):
+def test_what_cannot_be_meant_is_one_line(make, error, says, param_store):
     with pytest.raises(error, match=says) as caught:
         make()
     assert "\n" not in str(caught.value)
