@@ -12,7 +12,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 
 from gumbo.errors import BadInput, GumboError, UnknownName
 from gumbo.guides import CategoricalGuide, NormalGuide
-from gumbo.inference import fit, make_loss
+from gumbo.inference import fit
 from gumbo.inference.checkpoints import load_checkpoint
 from gumbo.models import CategoricalVAE, GaussianVAE
 
@@ -35,6 +35,10 @@ def pair(kind: str = "discrete", seed: int = 0):
 
 def parameters(*programs) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for program in programs for parameter in program.parameters()])
+
+
+def same(one, other) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 quiet = functools.partial(fit, progress=False, batch_size=16, lr=1e-2)
@@ -65,7 +69,7 @@ def test_a_resumed_run_gives_the_same_numbers(tmp_path, kind, word):
     states = [load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "parts")]
     assert states[0]["store"].keys() == states[1]["store"].keys()
     assert all(torch.equal(states[0]["store"][name], states[1]["store"][name]) for name in states[0]["store"])
-    assert all(torch.equal(states[0]["module"][name], states[1]["module"][name]) for name in states[0]["module"])
+    assert all(same(states[0]["module"][name], states[1]["module"][name]) for name in states[0]["module"])
     lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3, 4]
 
@@ -225,8 +229,8 @@ def test_a_loss_that_stops_being_finite_is_explained(word, tmp_path):
     one_line(error)
     model, guide = pair()
     with torch.no_grad():
-        guide.encoder[0].bias[0] = torch.nan
-    with pytest.raises(BadInput, match=r"parameter 'guide\.encoder\.0\.bias' is not finite before") as error:
+        guide.encoder_heads["y"].bias[0] = torch.nan
+    with pytest.raises(BadInput, match=r"parameter 'guide\.encoder_heads\.y\.bias' is not finite before") as error:
         quiet(model, guide, images(), loss=word, epochs=1)
 
 
@@ -245,10 +249,3 @@ def test_one_name_for_two_parameters_is_refused():
     model.decoder_extra, guide.decoder_extra = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     with pytest.raises(BadInput, match="decoder_extra"):
         quiet(model, guide, images(), loss="trace")
-
-
-def test_every_word_makes_a_loss_that_says_what_it_is():
-    for word in ("trace", "trace-graph", "trace-graph+baseline", "rloo"):
-        loss = make_loss(word)
-        assert loss.differentiable == (not word.startswith("trace-graph"))
-        assert isinstance(loss.objective_name, str)
