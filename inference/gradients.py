@@ -126,11 +126,11 @@ def gradient_draws(
     positional, keywords = arguments_of(args)
     with aside.entered(), modes_kept(model, guide):
         backward = _backward(model, guide, loss, positional, keywords)
-        parameters = _parameters(model, guide, positional, keywords, which)
+        parameters = parameters_of(model, guide, positional, keywords, which)
     for count in range(burn_in + num_samples):
-        with aside.entered(), _grads_aside(model, guide, parameters):
+        with aside.entered(), grads_aside(model, guide, parameters):
             backward()
-            draw = {name: _flat_gradient(parameter) for name, parameter in parameters.items()}
+            draw = {name: flat_gradient(parameter) for name, parameter in parameters.items()}
         if count >= burn_in:
             yield draw
 
@@ -149,7 +149,7 @@ def _backward(
     return lambda: loss(*positional, **keywords).backward()
 
 
-def _parameters(
+def parameters_of(
     model: Callable, guide: Callable, positional: tuple, keywords: dict, which: str
 ) -> dict[str, torch.Tensor]:
     """The programs' leaf parameters: the modules' own, then whatever else their runs ask the param store for."""
@@ -174,7 +174,7 @@ def _parameters(
 
 
 @contextmanager
-def _grads_aside(model: Callable, guide: Callable, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def grads_aside(model: Callable, guide: Callable, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Every ``.grad`` is empty inside and afterwards what it was."""
     leaves = [*owned_parameters(model, guide).values(), *parameters.values()]
     kept = [(leaf, leaf.grad) for leaf in leaves]
@@ -187,7 +187,7 @@ def _grads_aside(model: Callable, guide: Callable, parameters: Mapping[str, torc
             leaf.grad = grad
 
 
-def _flat_gradient(parameter: torch.Tensor) -> torch.Tensor:
+def flat_gradient(parameter: torch.Tensor) -> torch.Tensor:
     if parameter.grad is None:
         return torch.zeros(parameter.numel(), dtype=torch.float64, device=parameter.device)
     return parameter.grad.detach().double().flatten()

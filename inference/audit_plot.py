@@ -1,0 +1,117 @@
+"""The picture of an audit: bias with its error, and variance against time."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray
+
+_STYLES = {  # colour and marker by the first word of a verdict
+    "ok": ("tab:blue", "o", "declared unbiased, not flagged"),
+    "flagged": ("tab:red", "X", "declared unbiased, FLAGGED"),
+    "biased": ("tab:orange", "s", "biased, and says so"),
+    "no": ("tab:olive", "D", "does not claim to be unbiased, no bias seen"),
+}
+
+
+def figure(dataset: xarray.Dataset) -> Any:
+    """Two panels: the bias as a share of the gradient's length, and variance against seconds a step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = dataset.sel(estimator=np.isfinite(dataset["total_variance"].values))
+    count = shown.sizes["estimator"]
+    made = Figure(figsize=(13, max(4.2, 0.32 * count + 1.6)), layout="constrained")
+    FigureCanvasAgg(made)
+    left, right = made.subplots(1, 2, width_ratios=[1, 1.25])
+    _bias(left, shown)
+    _variance(right, shown)
+    kinds = [_kind(verdict) for verdict in shown["verdict"].values]
+    for kind, (colour, marker, words) in _STYLES.items():
+        if kind in kinds:
+            left.plot([], [], marker, color=colour, label=words)
+    made.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    made.suptitle(
+        f"{shown.attrs.get('num_samples')} gradients each, objective {shown.attrs.get('objective')}; reference: "
+        f"{_shortened(str(shown.attrs.get('reference')), 70)}",
+        fontsize=10,
+    )
+    return made
+
+
+def _kind(verdict: str) -> str:
+    return str(verdict).partition(":")[0].partition(" ")[0]
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _bias(axis: Any, shown: xarray.Dataset) -> None:
+    norm = shown.attrs["reference_total_norm"] or 1.0
+    bias, error = shown["total_bias"].values / norm, shown["total_bias_error"].values / norm
+    order = np.lexsort((error, bias))[::-1]
+    axis.axvline(0.0, color="black", linewidth=0.8)
+    for row, i in enumerate(order):
+        colour, marker, _ = _STYLES[_kind(shown["verdict"].values[i])]
+        axis.errorbar(bias[i], row, xerr=error[i], fmt=marker, color=colour, capsize=3, markersize=6)
+    axis.set_yticks(range(len(order)), [_shortened(str(shown["estimator"].values[i]), 34) for i in order], fontsize=9)
+    largest = max(float((bias + error).max(initial=0.0)), 1e-3)
+    if largest > 1.0:
+        # Linear where biases are small, logarithmic where one noisy estimator would hide the others.
+        axis.set_xscale("symlog", linthresh=0.1, linscale=1.0)
+    axis.set_xlim(-0.05 * min(largest, 1.0), largest * 1.15)
+    axis.set_xlabel("bias ± standard error, as a share of the gradient's length")
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _variance(axis: Any, shown: xarray.Dataset) -> None:
+    milliseconds, variance = 1e3 * shown["seconds"].values, shown["total_variance"].values
+    noisy = variance > 0
+    floor = variance[noisy].min() / 10 if noisy.any() else 1.0
+    height = np.where(noisy, variance, floor)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    for i, label in enumerate(shown["estimator"].values):
+        colour, marker, _ = _STYLES[_kind(shown["verdict"].values[i])]
+        axis.plot(milliseconds[i], height[i], marker, color=colour, markersize=7, zorder=3)
+        said = str(label) if noisy[i] else f"{label} (no variance)"
+        axis.annotate(
+            _shortened(said, 30), (milliseconds[i], height[i]), xytext=(6, 4), textcoords="offset points", fontsize=8
+        )
+    sound = [i for i, verdict in enumerate(shown["verdict"].values) if verdict == "ok"]
+    front = pareto_front(milliseconds[sound], height[sound]) if sound else []
+    if len(front) > 0:
+        chosen = np.array(sound)[front]
+        axis.step(
+            milliseconds[chosen],
+            height[chosen],
+            where="post",
+            color="tab:blue",
+            alpha=0.4,
+            label="Pareto front of the sound ones",
+        )
+        axis.legend(fontsize=8, loc="upper right")
+    axis.set_xlabel("milliseconds a step (median)")
+    axis.set_ylabel("total variance of the guide's gradient")
+    low, high = axis.get_xlim()
+    axis.set_xlim(low, high * (high / low) ** 0.18)  # room for names on the right
+    axis.grid(alpha=0.3, which="both", linewidth=0.4)
+
+
+def pareto_front(cost: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Indices of the points that no other beats in both, by rising cost.
+
+    >>> pareto_front(np.array([1.0, 2.0, 3.0]), np.array([5.0, 7.0, 1.0])).tolist()
+    [0, 2]
+    """
+    best, found = math.inf, []
+    for i in np.lexsort((variance, cost)):
+        if variance[i] < best:
+            best = variance[i]
+            found.append(int(i))
+    return np.array(found, dtype=int)
