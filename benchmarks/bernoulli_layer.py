@@ -1,6 +1,6 @@
 """Estimators on a layer of 200 coins: variance of the gradient, time a step, and their product, as training goes on.
 
-    GUMBO_DATA=… python benchmarks/bernoulli_layer.py [--steps 0 500 1500] [--settle 0] [--draws 100] [--out results.json]
+    GUMBO_DATA=… python benchmarks/bernoulli_layer.py [--steps 0 500 1500] [--settle 0] [--draws 100] [--out FILE]
 
 A nonlinear BernoulliVAE on binarized MNIST, batch 50. Model and guide are trained with leave-one-out gradients; all
 baselines and control variates live through the same training, see every batch and take their own optimizer steps, as
