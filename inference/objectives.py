@@ -161,8 +161,9 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
                 total = torch.where(weight > 0, weight * total, torch.zeros_like(total))
             value = value + total
             _share(paths, run, found, chosen, rows)
-    for members in rows.values():
-        value = value + magic(site_surrogate(members, layout, view))
+    if torch.is_grad_enabled():  # otherwise the runs that estimators add would be made for nothing
+        for members in rows.values():
+            value = value + magic(site_surrogate(members, layout, view))
     return value / layout.num_particles
 
 
