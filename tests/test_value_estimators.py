@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import DISCRETE, F64, DiceGuide, DiceModel, OneCoinModel, Params, PlateModel, X
+from programs import DISCRETE, F64, DiceGuide, DiceModel, Params, PlateModel, X
 from test_estimators import exact_gradient, gradient, mean_gradient
 from ztest import misses
 
@@ -470,13 +470,86 @@ def test_costs_and_declarations():
         assert estimator.unbiased and estimator.reruns and estimator.min_particles == 1
 
 
-def test_the_model_may_be_anything():
-    """No value between the discrete ones reaches a model, and no gradient is asked of it."""
-
-    class Strict(OneCoinModel):
+@pytest.mark.parametrize("word", ["local-expectation", "measure-valued", "arm", "disarm"])
+def test_the_model_sees_nothing_but_values_that_the_site_can_take(word):
+    class Strict(Params):
         def forward(self):
-            super().forward()
-            pyro.factor("f", torch.zeros((), dtype=F64))
+            with pyro.plate("data", 2):
+                z = pyro.sample("z", dist.Bernoulli(logits=torch.tensor(-0.3, dtype=F64)))
+                assert ((z == 0) | (z == 1)).all() and not z.requires_grad
+                pyro.sample("x", dist.Normal(z, 1.0), obs=X)
 
-    for word in ("local-expectation", "measure-valued"):
-        assert is_unbiased(word, Strict(), DISCRETE["one coin"].guide())
+    SiteELBO(word, num_particles=2)(Strict(), DISCRETE["plate"].guide())().backward()
+
+
+class RowsGuide(Params):
+    def __init__(self):
+        super().__init__(a=[0.4, -0.7])
+
+    def forward(self):
+        with pyro.plate("data", 2, subsample_size=1) as rows:
+            pyro.sample("z", dist.Bernoulli(logits=self.a[rows]))
+
+
+class RowsModel(Params):
+    def forward(self):
+        with pyro.plate("data", 2, subsample_size=1) as rows:
+            z = pyro.sample("z", dist.Bernoulli(logits=torch.tensor(-0.3, dtype=F64)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X[rows])
+
+
+@pytest.mark.parametrize("word", ["local-expectation", "measure-valued"])
+def test_alternatives_see_the_rows_that_were_drawn(word):
+    """One coin a row: its gradient is exact, so the row drawn has twice the full one (its scale) and the other none."""
+    full = exact_gradient(FullRowsModel(), DISCRETE["plate"].guide())
+    model, guide = RowsModel(), RowsGuide()
+    loss = SiteELBO(word)(model, guide)
+    seen = set()
+    for _ in range(20):
+        found = gradient(loss(), guide)
+        row = int(found[1] != 0)
+        seen.add(row)
+        expected = torch.zeros(2, dtype=F64)
+        expected[row] = 2 * full[row]
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    assert seen == {0, 1}
+
+
+class FullRowsModel(Params):
+    def forward(self):
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Bernoulli(logits=torch.tensor(-0.3, dtype=F64)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+
+
+@pytest.mark.parametrize("word", ["local-expectation", "measure-valued", "arm", "disarm"])
+def test_single_precision_stays_single(word):
+    class Guide(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.tensor([30.0, -30.0, 0.3]))
+
+        def forward(self):
+            pyro.sample("z", dist.Bernoulli(logits=self.a).to_event(1))
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.5)).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(0.3))
+
+    guide = Guide()
+    loss = SiteELBO(word, num_particles=4)(model, guide)()
+    loss.backward()
+    assert loss.dtype == guide.a.grad.dtype == torch.float32 and guide.a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("word", ["local-expectation", "measure-valued", "arm", "disarm"])
+def test_a_loss_without_gradients_costs_one_run(word):
+    runs = []
+    model, guide = DISCRETE["chain"].make()
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    loss = SiteELBO(word)(model, guide).initialize()
+    for context, expected in ((torch.no_grad(), 1), (torch.enable_grad(), 3)):
+        runs.clear()
+        with context:
+            loss()
+        assert len(runs) == expected
