@@ -316,12 +316,13 @@ def compare(moments: Moments, reference: Reference) -> dict[str, _Comparison]:
     never moved may owe its offset d to a draw that has not been met; if no draw is larger than the largest deviation M
     of its parameter, that has probability (1 − d/M)ⁿ at most, and if nothing moves at all, none.
     """
-    ours = {name: moments.central(name) for name in reference.gradient}
+    ours = moments.central()
+    reference_moments = reference.moments.central() if reference.moments else {}
     largest = {name: _largest_deviation(central) for name, central in ours.items()}
     anywhere = max(largest.values(), default=0.0)
     found = {}
     for name, central in ours.items():
-        theirs = reference.moments.central(name) if reference.moments else None
+        theirs = reference_moments.get(name)
         offset = central.mean - reference.gradient[name]
         rounding = _rounding(moments, reference, name)
         beyond = offset.sign() * (offset.abs() - rounding).clamp(min=0.0)
@@ -399,8 +400,9 @@ def _dataset(
         key: np.full((len(rows), len(names)), math.nan) for key in (*_PER_PARAMETER, "worst_element")
     }
     for i, row in enumerate(rows):
-        for j, name in enumerate(names if row.judged else []):
-            numbers = _parameter_numbers(row.moments.central(name), truth.gradient[name], judged[row.label][name])
+        central = row.moments.central() if row.judged else {}
+        for j, name in enumerate(central):
+            numbers = _parameter_numbers(central[name], truth.gradient[name], judged[row.label][name])
             numbers["p_value"] = next(adjusted)
             worst = int(numbers["p_value"].argmin()) if len(numbers["p_value"]) else 0
             for key, value in numbers.items():
@@ -409,8 +411,9 @@ def _dataset(
             table["worst_element"][i, j] = worst
     flagged = np.nan_to_num(table["p_value"], nan=1.0) < settings["alpha"]
     summary = [_summary(row, names, truth, table, i, flagged[i]) for i, row in enumerate(rows)]
+    theirs = truth.moments.central() if truth.moments else {}
     reference_error = [
-        0.0 if truth.exact else (c := truth.moments.central(n)).variance.sum().div(c.count).sqrt().item() for n in names
+        math.sqrt(theirs[name].variance.sum().item() / theirs[name].count) if theirs else 0.0 for name in names
     ]
     data = {key: (("estimator", "parameter"), value) for key, value in table.items()}
     data["flagged"] = (("estimator", "parameter"), flagged)
@@ -494,7 +497,7 @@ def _summary(row: _Row, names: list[str], truth: Reference, table: dict, i: int,
         totals["total_bias_error"] = math.hypot(*error)
         totals["relative_bias"] = _ratio(math.sqrt(squared), norm)
         totals["total_cosine"] = _cosine(
-            [row.moments.central(name).mean for name in names], [truth.gradient[name] for name in names]
+            [part.mean for part in row.moments.central().values()], [truth.gradient[name] for name in names]
         )
         totals["max_z"] = float(np.nanmax(np.abs(z)))
         totals["total_variance"] = float(table["variance"][i][own].sum())

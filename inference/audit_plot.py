@@ -64,7 +64,7 @@ def _bias(axis: Any, shown: xarray.Dataset) -> None:
     if largest > 1.0:
         # Linear where biases are small, logarithmic where one noisy estimator would hide the others.
         axis.set_xscale("symlog", linthresh=0.1, linscale=1.0)
-    axis.set_xlim(-0.05 * min(largest, 1.0), largest * 1.15)
+    axis.set_xlim(-0.07 * min(largest, 1.0), largest * 1.15)
     axis.set_xlabel("bias ± standard error, as a share of the gradient's length")
     axis.grid(axis="x", alpha=0.3)
 
@@ -76,13 +76,9 @@ def _variance(axis: Any, shown: xarray.Dataset) -> None:
     height = np.where(noisy, variance, floor)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    for i, label in enumerate(shown["estimator"].values):
-        colour, marker, _ = _STYLES[_kind(shown["verdict"].values[i])]
+    for i, verdict in enumerate(shown["verdict"].values):
+        colour, marker, _ = _STYLES[_kind(verdict)]
         axis.plot(milliseconds[i], height[i], marker, color=colour, markersize=7, zorder=3)
-        said = str(label) if noisy[i] else f"{label} (no variance)"
-        axis.annotate(
-            _shortened(said, 30), (milliseconds[i], height[i]), xytext=(6, 4), textcoords="offset points", fontsize=8
-        )
     sound = [i for i, verdict in enumerate(shown["verdict"].values) if verdict == "ok"]
     front = pareto_front(milliseconds[sound], height[sound]) if sound else []
     if len(front) > 0:
@@ -98,9 +94,40 @@ def _variance(axis: Any, shown: xarray.Dataset) -> None:
         axis.legend(fontsize=8, loc="upper right")
     axis.set_xlabel("milliseconds a step (median)")
     axis.set_ylabel("total variance of the guide's gradient")
-    low, high = axis.get_xlim()
-    axis.set_xlim(low, high * (high / low) ** 0.18)  # room for names on the right
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _leading(value) in (2, 5) else "")
     axis.grid(alpha=0.3, which="both", linewidth=0.4)
+    low, high = axis.get_xlim()
+    axis.set_xlim(low, high * (high / low) ** 0.3)  # room for names on the right
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high * (high / low) ** 0.1)  # and for the legend above
+    names = [
+        _shortened(str(label), 30) if noisy[i] else f"{_shortened(str(label), 18)} (no variance)"
+        for i, label in enumerate(shown["estimator"].values)
+    ]
+    _write_names(axis, milliseconds, height, names)
+
+
+def _leading(value: float) -> int:
+    return round(value / 10 ** math.floor(math.log10(value)))
+
+
+def _write_names(axis: Any, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
+    """Each name at its point, moved up or down until it covers no other."""
+    axis.figure.draw_without_rendering()  # settles the layout that places are measured in
+    points = axis.transData.transform(np.column_stack([x, y])) * 72 / axis.figure.dpi
+    taken: list[tuple[float, float, float]] = []  # left and right ends, and height, in points
+    for i in np.argsort(points[:, 1]):
+        left, base = points[i, 0] + 6, points[i, 1] - 3
+        right = left + 4.6 * len(names[i])
+        shift = next(
+            move
+            for step in range(len(names) + 1)
+            for move in (9.0 * step, -9.0 * step)
+            if not any(left < r and right > le and abs(base + move - h) < 9 for le, r, h in taken)
+        )
+        taken.append((left, right, base + shift))
+        axis.annotate(names[i], (x[i], y[i]), xytext=(6, shift - 3), textcoords="offset points", fontsize=8, zorder=4)
 
 
 def pareto_front(cost: np.ndarray, variance: np.ndarray) -> np.ndarray:

@@ -256,6 +256,6 @@ def run_long(stage: Stage, loss: ELBO, count: int, seed: int) -> Reference:
     moments = draws.moments(count)
     if not moments.count or moments.bad:
         raise BadInput(f"the reference {loss!r} gave {moments.bad} gradients of {count} that are not finite")
-    gradient = {name: moments.central(name).mean for name in stage.parameters}
+    gradient = {name: central.mean for name, central in moments.central().items()}
     said = repr(loss) if isinstance(loss, SiteELBO) else type(loss).__name__
     return Reference(f"long run of {count} draws of {said}", gradient, moments.loss / moments.count, moments)

@@ -204,8 +204,7 @@ class Draws:
 
     def moments(self, count: int) -> Moments:
         """Moments of ``count`` draws."""
-        found = Moments()
-        found.precision = {name: torch.finfo(leaf.dtype).eps for name, leaf in self.stage.parameters.items()}
+        found = Moments(self.stage)
         for _ in range(count):
             gradient, value, _ = self.draw()
             found.add(gradient, value)
@@ -219,7 +218,7 @@ def _synchronize(parameters: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Central:
-    """Mean and central moments of one parameter's gradient over ``count`` draws, element by element."""
+    """Mean and central moments of a gradient over ``count`` draws, element by element."""
 
     mean: Tensor
     variance: Tensor
@@ -231,34 +230,35 @@ class Central:
 class Moments:
     """Sums of powers of draws about the first of them: four moments, one draw in memory at a time."""
 
-    def __init__(self):
+    def __init__(self, stage: Stage):
+        self.parameters = {name: leaf.numel() for name, leaf in stage.parameters.items()}
+        self.precision = {name: torch.finfo(leaf.dtype).eps for name, leaf in stage.parameters.items()}
         self.count, self.bad, self.loss = 0, 0, 0.0
-        self.first: Gradient = {}
-        self.sums: dict[str, list[Tensor]] = {}
-        self.precision: dict[str, float] = {}  # of the arithmetic that each parameter is kept in
+        self.first: Tensor | None = None
+        self.sums: list[Tensor] = []
 
     def add(self, gradient: Gradient, loss: float = 0.0) -> None:
         """Count a draw; one that is not finite is only counted as bad."""
-        if not all(torch.isfinite(value).all() for value in gradient.values()):
+        draw = torch.cat([gradient[name] for name in self.parameters])
+        if not torch.isfinite(draw).all():
             self.bad += 1
             return
-        if not self.first:
-            self.first = gradient
-            self.sums = {name: [torch.zeros_like(value) for _ in range(4)] for name, value in gradient.items()}
+        if self.first is None:
+            self.first, self.sums = draw, [torch.zeros_like(draw) for _ in range(4)]
         self.count += 1
         self.loss += loss
-        for name, value in gradient.items():
-            step = value - self.first[name]
-            square = step * step
-            for total, power in zip(self.sums[name], (step, square, square * step, square * square), strict=True):
-                total += power
+        step = draw - self.first
+        square = step * step
+        for total, power in zip(self.sums, (step, square, square * step, square * square), strict=True):
+            total += power
 
-    def central(self, name: str) -> Central:
-        m1, m2, m3, m4 = (total / self.count for total in self.sums[name])
-        second = (m2 - m1**2).clamp(min=0.0)
-        # An element that never moved is told from one that moved by rounding only: its sums are exact zeros.
-        second = torch.where(m2 > 0, second, torch.zeros_like(second))
+    def central(self) -> dict[str, Central]:
+        """Moments by parameter."""
+        assert self.first is not None
+        m1, m2, m3, m4 = (total / self.count for total in self.sums)
+        variance = (m2 - m1**2).clamp(min=0.0) * self.count / max(self.count - 1, 1)
         third = m3 - 3 * m1 * m2 + 2 * m1**3
         fourth = (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4).clamp(min=0.0)
-        unbiased = second * self.count / max(self.count - 1, 1)
-        return Central(self.first[name] + m1, unbiased, third, fourth, self.count)
+        sizes = list(self.parameters.values())
+        parts = zip(*(moment.split(sizes) for moment in (self.first + m1, variance, third, fourth)), strict=True)
+        return {name: Central(*part, self.count) for name, part in zip(self.parameters, parts, strict=True)}
