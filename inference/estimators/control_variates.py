@@ -39,18 +39,26 @@ class Variate(nn.Module):
         self.net = net
         self.calls = 0
         self.register_buffer("mean", torch.zeros((), **options))
+        self.register_buffer("offset", torch.zeros((), **options))
         self.register_buffer("variance", torch.ones((), **options))
         self.register_buffer("seen", torch.zeros((), **options))
 
     mean: Tensor
+    offset: Tensor
     variance: Tensor
     seen: Tensor
 
     def temperature(self) -> Tensor:
         return self.log_temperature.clamp(-20.0, 20.0).exp()
 
+    def scale(self) -> Tensor:
+        return self.variance.clamp(min=1e-12).sqrt()
+
     @torch.no_grad()
-    def observe(self, cost: Tensor, decay: float = 0.9) -> None:
+    def observe(self, cost: Tensor, control: Tensor, decay: float = 0.9) -> None:
+        """Let running moments see a step: of the cost, and of what the control variate leaves of it."""
+        # The first control variate knew nothing of the mean, so that what it left says nothing.
+        self.offset.add_(torch.where(self.seen > 0, (1 - decay) * (cost - control).mean(), 0.0))
         mean, variance = cost.mean(), cost.var(unbiased=False)
         keep = torch.where(self.seen > 0, decay, 0.0)
         moved = (mean - self.mean).square() * keep
@@ -76,11 +84,7 @@ class ControlVariate(Estimator, ABC):
 
     @abstractmethod
     def control(self, view: SiteView, relaxed: Tensor) -> tuple[Tensor, Tensor]:
-        """c at a relaxed value, broadcastable with ``view.cost``, and its sum with each term counted once."""
-
-    @abstractmethod
-    def observe(self, view: SiteView, control: Tensor) -> Tensor:
-        """Let running moments see this step; returns the square of the cost's own size."""
+        """c at a relaxed value, but for a constant, and its sum with each term counted once."""
 
     def free(self, view: SiteView, logits: Tensor) -> Tensor:
         """z, the perturbed logits that made the draw."""
@@ -96,8 +100,9 @@ class ControlVariate(Estimator, ABC):
 
         def at(scores: Tensor) -> tuple[Tensor, Tensor]:
             scores = spread(scores.detach(), view).clone().requires_grad_()
-            control, total = self.control(view, squash(scores, view.state.temperature(), one_hot))
-            return control, slope(total, scores, create_graph=view.training)
+            state = view.state
+            control, total = self.control(view, squash(scores, state.temperature(), one_hot))
+            return state.mean + state.offset + control, slope(total, scores, create_graph=view.training)
 
         with same_noise_again(view):
             control, tied_slope = at(self.tied(view, logits))
@@ -133,8 +138,8 @@ class ControlVariate(Estimator, ABC):
             score + self.path(view, own, free_slope, tied_slope).sum(), leaf, create_graph=True
         )
         # In units of the cost's own size, so that one learning rate serves all problems.
-        size = self.observe(view, control.detach())
-        loss = gradient.square().sum() / size.clamp(min=1e-12)
+        view.state.observe(view.cost, control.detach())
+        loss = (gradient / view.state.scale()).square().sum()
         parameters = [p for p in view.state.parameters() if p.requires_grad]
         found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
         # Linear in the parameters, so that nothing else that the loss passed through can receive a gradient.
@@ -155,13 +160,20 @@ def same_noise_again(view: SiteView) -> Iterator[None]:
         yield
 
 
+def relaxed_cost(view: SiteView, estimator: str, relaxed: Tensor) -> tuple[Tensor, Tensor]:
+    """REBAR's term: η times the cost at a relaxed value, less that of an average draw, which is but a constant."""
+    costs, total = cost_between(view, estimator, relaxed, downstream="soft")
+    return view.state.strength * (costs - view.state.mean), view.state.strength * total
+
+
 class Rebar(ControlVariate):
     """The score of a draw with the relaxed program itself as a control variate (Tucker et al. 2017, arXiv 1703.07370).
 
-    c(z) is η times the cost of σ(z/τ), from a rerun in which everything downstream is relaxed as well, and the log pmf
-    is extended linearly. η (``strength``) and τ (``temperature``) start at the values given and are learnt, one pair a
-    site. The model must take relaxed values and be continuous in them: one that branches on them, or takes them out of
-    torch, would bias the gradient, which is checked in the first steps.
+    c(z) is η times the cost of σ(z/τ), from a rerun in which everything downstream is relaxed as well and the log pmf
+    is extended linearly, plus a running average of what that leaves of the cost. η (``strength``) and τ
+    (``temperature``) start at the values given and are learnt, one pair a site. The model must take relaxed values and
+    be continuous in them: one that branches on them, or takes them out of torch, would bias the gradient. The first
+    steps check that.
 
     Raises:
         UnsupportedSite: at the first gradient, if the programs do not take relaxed values, or jump between them.
@@ -182,12 +194,7 @@ class Rebar(ControlVariate):
         return Variate(logits_of(site["fn"]), self.temperature, self.strength, None)
 
     def control(self, view: SiteView, relaxed: Tensor) -> tuple[Tensor, Tensor]:
-        costs, total = cost_between(view, self.name, relaxed, downstream="soft")
-        return view.state.strength * costs, view.state.strength * total
-
-    def observe(self, view: SiteView, control: Tensor) -> Tensor:
-        view.state.observe(view.cost)
-        return view.state.variance + view.state.mean.square()
+        return relaxed_cost(view, self.name, relaxed)
 
     def surrogate(self, view: SiteView) -> Tensor | None:
         if torch.is_grad_enabled():
@@ -199,7 +206,8 @@ class Relax(ControlVariate):
     """The score of a draw with a network as its control variate (Grathwohl et al. 2018, arXiv 1711.00123).
 
     c(z) is a network of the relaxed draw σ(z/τ) and of what is known before it: the program's arguments and upstream
-    values, element by element of the plates. The model is run once and never sees a relaxed value.
+    values, element by element of the plates; a running average of the cost is added to it. The model is run once and
+    never sees a relaxed value.
 
     Args:
         net: a module from ``(…, features)`` to ``(…, 1)``, the relaxed draw first among the features; None builds a
@@ -253,17 +261,13 @@ class Relax(ControlVariate):
         seen = torch.cat([flat.expand(*shape, -1), known.expand(*shape, -1)], dim=-1)
         dtype = next((p.dtype for p in state.net.parameters()), seen.dtype)
         said = state.net(seen.to(dtype)).squeeze(-1).to(view.cost.dtype)
-        said = said * state.variance.clamp(min=1e-12).sqrt()
+        said = said * state.scale()
         # Where the cost is no longer told apart along a plate, neither is c.
         control, total = said.sum_to_size(view.cost.shape), said.sum()
         if not self.rebar:
-            return state.mean + control, total
-        costs, relaxed_total = cost_between(view, self.name, relaxed, downstream="soft")
-        return control + state.strength * costs, total + state.strength * relaxed_total
-
-    def observe(self, view: SiteView, control: Tensor) -> Tensor:
-        view.state.observe(view.cost)
-        return view.state.variance + view.state.mean.square() * self.rebar
+            return control, total
+        costs, relaxed_total = relaxed_cost(view, self.name, relaxed)
+        return control + costs, total + relaxed_total
 
     def surrogate(self, view: SiteView) -> Tensor | None:
         if self.rebar and torch.is_grad_enabled():
