@@ -284,11 +284,11 @@ def test_at_two_runs_disarm_varies_no_more_than_leave_one_out(listed_uniforms, l
 
 
 def test_arm_varies_as_its_closed_form_says_and_more_than_disarm():
-    """Δ² E[(½ − u)²] − (Δ/4)² = Δ²/48 at p = ½; 1,000 draws of 100 pairs know it to 5 %, and 25 % are allowed."""
+    """Δ² E[(½ − u)²] − (Δ/4)² = Δ²/48 at p = ½; 400 draws of 100 pairs know it to 7 %, and 30 % are allowed."""
     guide, gap = ToyGuide(), 0.1
     loss = SiteELBO("arm", num_particles=100)(toy(0.45), guide).initialize()
-    draws = torch.stack([gradient(loss(), guide) for _ in range(1000)])
-    assert (draws.var() * 100).item() == pytest.approx(gap**2 / 48, rel=0.25)
+    draws = torch.stack([gradient(loss(), guide) for _ in range(400)])
+    assert (draws.var() * 100).item() == pytest.approx(gap**2 / 48, rel=0.3)
 
 
 # Contract.
