@@ -109,9 +109,7 @@ def why_not(model: Any, guide: Any, word: str) -> str:
     with pyro.get_param_store().scope(), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            shapes = {"x": model.data_shape, **getattr(model, "conditions", {})}
-            inputs = {name: torch.zeros(2, *shape) for name, shape in shapes.items()}
-            loss_for(word).loss_and_grads(model, guide, **inputs)
+            loss_for(word).loss_and_grads(model, guide, **model.example(2))
         except (GumboError, NotImplementedError, ValueError) as error:
             # NotImplementedError and ValueError are Pyro's way to refuse; it appends the trace's shapes.
             return " ".join(str(error).split("Trace Shapes")[0].split()) or f"Pyro refuses it ({type(error).__name__})"

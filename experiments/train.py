@@ -150,7 +150,7 @@ def build(config: Train, data_shape: Sequence[int]):
             if not found:
                 raise BadInput(f"no registered guide fits model {config.model!r}: name one with --guide")
             # The plain guide of the latents' family, where there is one.
-            family = next(iter(model.latents.values())).family
+            family = next((latent.family for latent in model.latents.values()), None)
             name = family if family in found else found[0]
         return model, construct(guides[name], name, "guide", (model,), config.guide_options)
 

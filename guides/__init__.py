@@ -1,28 +1,35 @@
-"""Amortized guides q(z | x): one file per guide family."""
+"""Amortized guides q(z | x), and guides of global latents: one file per guide family."""
 
 from __future__ import annotations
 
-from ._base import Guide, fitting, guides
+from ._base import AnyGuide, Guide, fitting, guides
+from .auto import AutoGuide
 from .bernoulli import BernoulliGuide
 from .categorical import CategoricalGuide, RelaxedCategoricalGuide
 from .flow import FlowGuide
 from .label_conditional import LabelConditionalGuide
 from .layered import LayeredGuide
+from .none import NoGuide
 from .normal import NormalGuide
 from .top_down import TopDownNormalGuide
 from .triangular_normal import TriangularNormalGuide
+from .unconditional import UnconditionalGuide
 
 __all__ = [
+    "AnyGuide",
+    "AutoGuide",
     "BernoulliGuide",
     "CategoricalGuide",
     "FlowGuide",
     "Guide",
     "LabelConditionalGuide",
     "LayeredGuide",
+    "NoGuide",
     "NormalGuide",
     "RelaxedCategoricalGuide",
     "TopDownNormalGuide",
     "TriangularNormalGuide",
+    "UnconditionalGuide",
     "fitting",
     "guides",
 ]

@@ -13,31 +13,27 @@ from torch import nn
 
 from ..errors import BadInput
 from ..models._base import GenerativeModel, Latent, OverData
+from ..models._families import distribution, num_outputs
 from ..models._networks import Trunk
 from ..registry import Registry
-from ._families import distribution, num_outputs
 
-guides: Registry[type[Guide]] = Registry("guide")
+guides: Registry[type[AnyGuide]] = Registry("guide")
 
 
-class Guide(OverData):
-    """Base of the guides q(z | x): ``Guide(model)`` shapes itself from the latents that the model declares.
+class AnyGuide(OverData):
+    """Base of all guides: it shapes itself from the latents that the model declares, and refuses those it cannot serve.
 
     ``guide(x)`` is the Pyro program: it samples each declared latent under the model's name, in the model's plate, and
-    returns them as a dict. ``families`` are the latent families it serves. ``encoder`` makes features of the data;
-    where ``hidden``, ``channels`` or ``activation`` are None, they mirror the model's decoder.
+    returns them as a dict. ``families`` are the latent families it serves. ``auxiliary`` names further sites that it
+    samples, which no model knows; ``local`` says whether its latents are each datum's own, or one for all data.
     """
 
     families: ClassVar[tuple[str, ...]] = ()
+    local: ClassVar[bool] = True
+    auxiliary: tuple[str, ...] = ()
     _not_in_config = ("model",)
 
-    def __init__(
-        self,
-        model: GenerativeModel,
-        hidden: Sequence[int] | None = None,
-        channels: Sequence[int] | None = None,
-        activation: str | None = None,
-    ):
+    def __init__(self, model: GenerativeModel):
         if not isinstance(model, GenerativeModel):
             raise BadInput(f"{type(self).__name__} needs a GenerativeModel, not {type(model).__name__}")
         if reason := self.why_not(model):
@@ -49,20 +45,41 @@ class Guide(OverData):
         self.latents: dict[str, Latent] = dict(model.latents)
         self.conditions = dict(model.conditions)
         self.label_site = model.label_site
-        asked = {"hidden": hidden, "channels": channels, "activation": activation}
-        self.layout = {name: model.mirror[name] if value is None else value for name, value in asked.items()}
-        self.encoder = Trunk(self.data_shape, **self.layout, extra=sum(map(math.prod, self.conditions.values())))
 
     @classmethod
     def why_not(cls, model: GenerativeModel) -> str:
         """Why this guide cannot serve ``model``, in a few words; an empty string if it can."""
+        if not model.latents:
+            return "it has no latents"
         for site, latent in model.latents.items():
+            if latent.local != cls.local:
+                each = ("one for all data", "one for each datum")
+                return f"its latent {site!r} is {each[latent.local]}, and the guide draws {each[cls.local]}"
             if latent.family not in cls.families:
                 return f"its latent {site!r} is {latent.family}, and the guide serves {' and '.join(cls.families)}"
         return ""
 
     def forward(self, x: torch.Tensor, **conditions: torch.Tensor) -> dict[str, torch.Tensor]:
         raise TypeError(f"{type(self).__name__} must define forward(x)")
+
+
+class Guide(AnyGuide):
+    """Base of the amortized guides q(z | x): ``encoder`` makes features of the data, and of the conditions if any.
+
+    Where ``hidden``, ``channels`` or ``activation`` are None, they mirror the model's decoder.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        hidden: Sequence[int] | None = None,
+        channels: Sequence[int] | None = None,
+        activation: str | None = None,
+    ):
+        super().__init__(model)
+        asked = {"hidden": hidden, "channels": channels, "activation": activation}
+        self.layout = {name: model.mirror[name] if value is None else value for name, value in asked.items()}
+        self.encoder = Trunk(self.data_shape, **self.layout, extra=sum(map(math.prod, self.conditions.values())))
 
     def features(self, x: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's features of a batch and its conditions, ``(B, encoder.size)``."""
@@ -74,7 +91,7 @@ def fitting(model: GenerativeModel) -> list[str]:
 
     >>> from gumbo.models import CategoricalVAE
     >>> fitting(CategoricalVAE((1, 8, 8), hidden=(8,), relaxed=True))
-    ['relaxed-categorical']
+    ['relaxed-categorical', 'unconditional']
     """
     return [name for name, guide in guides.items() if not guide.why_not(model)]
 

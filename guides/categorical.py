@@ -8,8 +8,8 @@ import torch
 from pyro.distributions import TorchDistribution
 
 from ..models._base import GenerativeModel, Latent
+from ..models._families import TEMPERATURE, distribution
 from ._base import FactorizedGuide, guides
-from ._families import TEMPERATURE, distribution
 
 
 @guides.register("categorical")

@@ -10,9 +10,9 @@ from torch import nn
 
 from ..errors import BadInput
 from ..models._base import FAMILIES, GenerativeModel
+from ..models._families import MIN_SD, TEMPERATURE, distribution, num_outputs
 from ..models._networks import mlp
 from ._base import Guide, guides
-from ._families import MIN_SD, TEMPERATURE, distribution, num_outputs
 
 
 @guides.register("layered")

@@ -8,8 +8,8 @@ import pyro.distributions as dist
 import torch
 
 from ..models._base import GenerativeModel, Latent
+from ..models._families import MIN_SD, distribution
 from ._base import FactorizedGuide, guides
-from ._families import MIN_SD, distribution
 
 
 class UnreparameterizedNormal(dist.Normal):

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..models._base import GenerativeModel
+from ..models._families import MIN_SD, distribution, num_outputs
 from ..models._networks import mlp
 from ._base import Guide, guides
-from ._families import MIN_SD, distribution, num_outputs
 
 
 @guides.register("top-down-normal")

@@ -41,13 +41,13 @@ _SUPPORTS = {
 }
 
 
-def check_model(model: Module, x: Tensor, **conditions: Tensor) -> None:
+def check_model(model: Module, x: Tensor, /, **conditions: Tensor) -> None:
     """Hold a model to its contract; ``x`` is a valid batch ``(B, *data_shape)`` of at least two rows.
 
-    ``conditions`` are the keywords that the model takes beside x, tensors with B rows. Checked: the declared latents,
-    their families and shapes at B = 1 and B > 1, plates, prior draws, finite log-probabilities under validation,
-    particle dimensions, independent rows, gradients to every parameter, save and load, float64, devices, names, bad
-    input.
+    ``conditions`` are the keywords that the model takes beside x, its targets included, tensors with B rows. Checked:
+    the declared latents, their families and shapes at B = 1 and B > 1, plates, prior draws, finite log-probabilities
+    under validation, particle dimensions, independent rows, gradients to every parameter, save and load, float64,
+    devices, names, bad input.
     """
     who = type(model).__name__
     _require(len(x) > 1, who, "the check needs a batch of at least two rows")
@@ -58,13 +58,13 @@ def check_model(model: Module, x: Tensor, **conditions: Tensor) -> None:
             with _running(who, f"with {rows} rows"):
                 trace = _trace(model, x[:rows], **_first(conditions, rows))
             _check_sites(trace, model, rows, who)
-            _require(trace.nodes["x"]["is_observed"], who, "does not observe x at the site 'x'")
-        with _running(who, "unobserved, called with batch_size=2"):
-            prior = _trace(model, batch_size=2, **_first(conditions, 2))
-        _check_sites(prior, model, 2, who)
-        _require(prior.nodes["x"]["value"].shape == (2, *x.shape[1:]), who, "draws x of another shape than the data's")
+            for name in model.observed:
+                seen = name in trace.nodes and trace.nodes[name]["is_observed"]
+                _require(seen, who, f"does not observe {name} at the site {name!r}")
+        _check_unobserved(model, trace, x, conditions, who)
         _check_rows_and_particles(model, trace, x, conditions, who)
-        trace.log_prob_sum().backward()
+        if any(True for _ in model.parameters()):
+            trace.log_prob_sum().backward()
         _check_gradients({who: model})
         _check_save_and_load(model, [], trace, x, conditions, who)
         wide = copy.deepcopy(model).double()
@@ -76,7 +76,7 @@ def check_model(model: Module, x: Tensor, **conditions: Tensor) -> None:
         _check_bad_input(model, x, conditions, who)
 
 
-def check_guide(guide: Module, model: Module, x: Tensor, **conditions: Tensor) -> None:
+def check_guide(guide: Module, model: Module, x: Tensor, /, **conditions: Tensor) -> None:
     """Hold a guide to its contract beside the ``model`` it was built for; ``x``, ``conditions`` as in `check_model`.
 
     Checked: every declared latent is drawn with its shape at B = 1 and B > 1, in the model's plate and support, and is
@@ -93,7 +93,7 @@ def check_guide(guide: Module, model: Module, x: Tensor, **conditions: Tensor) -
         for rows in (1, len(x)):
             with _running(who, f"with {rows} rows"):
                 trace = _trace(guide, x[:rows], **_first(conditions, rows))
-            _check_sites(trace, model, rows, who)
+            _check_sites(trace, model, rows, who, guide.auxiliary)
             _check_returned(trace, model, who)
             with _running(type(model).__name__, f"at draws of {who}"):
                 _check_sites(_replay(model, trace, x[:rows], **_first(conditions, rows)), model, rows, who)
@@ -116,20 +116,38 @@ def _check_names(module: Module, prefix: str, who: str) -> None:
         _require(name.startswith(prefix), who, f"parameter {name!r} must be called {prefix}…, else names can collide")
 
 
-def _check_sites(trace: poutine.Trace, model: Module, rows: int, who: str) -> None:
-    """Declared sites exist with their shapes and supports, every site is in the plate, and all is finite."""
+def _check_unobserved(model: Module, trace: poutine.Trace, x: Tensor, conditions: dict, who: str) -> None:
+    """Without what it observes the model draws it, of the shape that the data have."""
+    free = {name: value for name, value in _first(conditions, 2).items() if name not in model.targets}
+    call = {"x": x[:2]} if model.x_is_given else {"batch_size": 2}
+    with _running(who, f"unobserved, called with {next(iter(call))} and no data"):
+        prior = _trace(model, **call, **free)
+    _check_sites(prior, model, 2, who)
+    for name in model.observed:
+        expected = (2, *trace.nodes[name]["value"].shape[1:])
+        _require(prior.nodes[name]["value"].shape == expected, who, f"draws {name} of another shape than the data's")
+
+
+def _check_sites(trace: poutine.Trace, model: Module, rows: int, who: str, auxiliary: tuple[str, ...] = ()) -> None:
+    """Declared sites exist with their shapes and supports, local ones are in the plate, and all is finite."""
     for name, latent in model.latents.items():
         _require(name in trace.nodes, who, f"never samples the declared latent {name!r}")
-        value, expected = trace.nodes[name]["value"], (rows, *latent.shape)
+        value, expected = trace.nodes[name]["value"], ((rows, *latent.shape) if latent.local else latent.shape)
         _require(value.shape == expected, who, f"site {name!r} has shape {tuple(value.shape)}, expected {expected}")
         _require(_in_support(latent.family, value), who, f"site {name!r} leaves the support of {latent.family} latents")
     for name, site in _sites(trace):
-        _require(name == "x" or name in model.latents, who, f"samples {name!r}, which the model does not declare")
-        plates = [(frame.name, frame.dim) for frame in site["cond_indep_stack"]]
-        _require(plates == [("data", -1)], who, f"site {name!r} must stand in the plate 'data' at dim -1 alone")
+        known = name in model.latents or name in model.observed or name in auxiliary
+        _require(known, who, f"samples {name!r}, which the model does not declare")
         log_prob = site["log_prob"]
-        _require(log_prob.shape == (rows,), who, f"log-probability at {name!r} has shape {tuple(log_prob.shape)}")
         _require(log_prob.isfinite().all(), who, f"log-probability at {name!r} is not finite")
+        if name in auxiliary:
+            continue
+        local = name not in model.latents or model.latents[name].local
+        plates = [(frame.name, frame.dim) for frame in site["cond_indep_stack"]]
+        where = "must stand in the plate 'data' at dim -1 alone" if local else "is global and must stand in no plate"
+        _require(plates == ([("data", -1)] if local else []), who, f"site {name!r} {where}")
+        expected = (rows,) if local else ()
+        _require(log_prob.shape == expected, who, f"log-probability at {name!r} has shape {tuple(log_prob.shape)}")
 
 
 def _in_support(family: str, value: Tensor) -> bool:
@@ -148,20 +166,21 @@ def _check_returned(trace: poutine.Trace, model: Module, who: str) -> None:
 
 def _check_rows_and_particles(module: Module, trace: poutine.Trace, x: Tensor, conditions: dict, who: str) -> None:
     """Each row's log-probability is the same alone, in the batch, and as one of several particles."""
+    local = {name for name, site in _sites(trace) if site["cond_indep_stack"]}
     batch = _log_probs(trace)
     with _running(who, "row by row"):
         alone = [
             _log_probs(_replay(module, _pick(trace, i, dim=0), x[i : i + 1], **_one(conditions, i)))
             for i in range(len(x))
         ]
-    for name, log_prob in batch.items():
+    for name in local:
         rows = torch.cat([one[name] for one in alone])
-        _require(_close(rows, log_prob), who, f"site {name!r}: a row's log-probability depends on the other rows")
+        _require(_close(rows, batch[name]), who, f"site {name!r}: a row's log-probability depends on the other rows")
     vectorized = _in_particles(module)
     with _running(who, f"with {PARTICLES} particles in a plate at dim -2"):
         several = _trace(vectorized, x, **conditions)
     for name, site in _sites(several):
-        shape, expected = tuple(site["log_prob"].shape), (PARTICLES, len(x))
+        shape, expected = tuple(site["log_prob"].shape), (PARTICLES, len(x) if name in local else 1)
         _require(shape == expected, who, f"site {name!r} has log-probabilities {shape} for particles, not {expected}")
     for k in range(PARTICLES):
         one = _log_probs(_replay(module, _pick(several, k, dim=0, keep=False), x, **conditions))
@@ -282,7 +301,9 @@ def _off_device() -> Iterator[None]:
 
 
 def _trace(program, *args, **kwargs) -> poutine.Trace:
-    trace = poutine.trace(program).get_trace(*args, **kwargs)
+    # A store of its own: a run in float64 shall not be given what a run in float32 has left there.
+    with pyro.get_param_store().scope():
+        trace = poutine.trace(program).get_trace(*args, **kwargs)
     trace.compute_log_prob()
     return trace
 
@@ -301,11 +322,12 @@ def _log_probs(trace: poutine.Trace) -> dict[str, Tensor]:
 
 
 def _pick(trace: poutine.Trace, index: int, dim: int, keep: bool = True) -> poutine.Trace:
-    """A trace of the latent values at one index of a leading dimension, for replays."""
+    """A trace of the latent values at one index of a leading dimension, for replays; a global value has no rows."""
     picked = poutine.Trace()
     for name, site in _sites(trace):
         if not site["is_observed"]:
-            value = site["value"].detach().narrow(dim, index, 1)
+            value = site["value"].detach()
+            value = value.narrow(dim, index, 1) if site["cond_indep_stack"] else value
             picked.add_node(name, **{**site, "value": value if keep else value.squeeze(dim)})
     return picked
 

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from ._base import GenerativeModel, Latent, models
+from .bayesian_regression import BayesianRegression
 from .bernoulli_vae import BernoulliVAE
 from .categorical_vae import CategoricalVAE
 from .conditional_vae import ConditionalVAE
 from .conv_vae import ConvVAE
+from .expectation import Expectation, rewards
 from .gaussian_mixture_vae import GaussianMixtureVAE
 from .gaussian_vae import GaussianVAE
+from .heteroscedastic_regression import HeteroscedasticRegression
 from .hierarchical_vae import HierarchicalVAE
+from .neural_bayes_net import NeuralBayesNet
+from .neural_classifier import NeuralClassifier
 from .semi_supervised_vae import SemiSupervisedVAE
 from .sigmoid_belief_network import SigmoidBeliefNetwork
 from .structured_prediction import StructuredPrediction
 
 __all__ = [
+    "BayesianRegression",
     "BernoulliVAE",
     "CategoricalVAE",
     "ConditionalVAE",
     "ConvVAE",
+    "Expectation",
     "GaussianMixtureVAE",
     "GaussianVAE",
     "GenerativeModel",
+    "HeteroscedasticRegression",
     "HierarchicalVAE",
     "Latent",
+    "NeuralBayesNet",
+    "NeuralClassifier",
     "SemiSupervisedVAE",
     "SigmoidBeliefNetwork",
     "StructuredPrediction",
     "models",
+    "rewards",
 ]

@@ -29,7 +29,8 @@ class Latent:
     """What a model says of one latent site: its family, and the shape of one datum's value.
 
     ``family`` is one of ``normal``, ``categorical`` (one-hot vectors), ``relaxed-categorical`` (points of the simplex)
-    and ``bernoulli``. For the two categorical families the last dimension of ``shape`` runs over classes.
+    and ``bernoulli``. For the two categorical families the last dimension of ``shape`` runs over classes. A latent that
+    is not ``local`` is global: one value for all data (a weight), drawn outside of the data plate.
 
     >>> Latent("categorical", (20, 10)).size
     200
@@ -37,6 +38,7 @@ class Latent:
 
     family: str
     shape: tuple[int, ...]
+    local: bool = True
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -90,9 +92,12 @@ class OverData(Configured):
             raise BadInput(f"{type(self).__name__}: data_shape {tuple(data_shape)} must hold positive sizes")
 
     conditions: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    x_is_given: bool = False
 
     def data_plate(self, x: torch.Tensor | None, batch_size: int = 1):
         """The plate ``data`` over the rows of ``x``, or over ``batch_size`` rows when there is no ``x``."""
+        if x is None and self.x_is_given:
+            raise BadInput(f"{type(self).__name__} says what follows from x, and nothing of x itself: give it x")
         like = next(chain(self.parameters(), self.buffers()), torch.empty(()))
         if x is None:
             return pyro.plate("data", batch_size, dim=-1, device=str(like.device))
@@ -127,12 +132,15 @@ class OverData(Configured):
             if name not in self.conditions:
                 raise BadInput(f"{who} takes no keyword {name!r} beside x (it takes {known})")
         for name, shape in self.conditions.items():
-            value, expected = given.get(name), (rows, *shape)
-            if value is None:
-                raise BadInput(f"{who} needs {name}=, a tensor of shape {expected}")
-            if tuple(value.shape) != expected:
-                raise BadInput(f"{who}: {name} has shape {tuple(value.shape)}, expected {expected}")
+            if given.get(name) is None:
+                raise BadInput(f"{who} needs {name}=, a tensor of shape {(rows, *shape)}")
+            self.check_shape(name, given[name], (rows, *shape))
         return [given[name] for name in self.conditions]
+
+    def check_shape(self, name: str, value: torch.Tensor, expected: tuple[int, ...]) -> None:
+        """Raise BadInput unless what is given beside ``x`` has the expected shape."""
+        if tuple(value.shape) != tuple(expected):
+            raise BadInput(f"{type(self).__name__}: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}")
 
     def check_values(self, x: torch.Tensor) -> None:
         """What must hold of the values; called only under Pyro's validation, since it reads the data."""
@@ -144,7 +152,10 @@ class OverData(Configured):
 class GenerativeModel(OverData):
     """Base of the models p(x, z): ``model(x)`` is the Pyro program, ``model(batch_size=B)`` the same without data.
 
-    ``latents`` maps the latent sites, in the order they are sampled, to what they are; the observed site is ``x``.
+    ``latents`` maps the latent sites, in the order they are sampled, to what they are; the observed site is ``x``,
+    unless ``observed`` names others. Where ``x_is_given`` it is no site but what the rest depends on, p(y, z | x):
+    ``model(x, y=y)`` observes the ``targets`` (keywords, with the shape of one datum each), ``model(x)`` draws them.
+
     Values may carry particle dimensions in front, ``(K, B, ...)``: networks accept any number of leading dimensions.
     ``mirror`` says what a guide's networks are by default, so that they mirror the decoder. ``guide_parents`` may say
     on which latents each latent's posterior should depend, and ``label_site`` which latent is a label that may be
@@ -152,6 +163,8 @@ class GenerativeModel(OverData):
     """
 
     latents: dict[str, Latent]
+    observed: tuple[str, ...] = ("x",)
+    targets: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     mirror: Mapping[str, Any] = MappingProxyType({"channels": (), "hidden": (256, 128), "activation": "relu"})
     guide_parents: Mapping[str, tuple[str, ...]] | None = None
     label_site: str | None = None
@@ -173,8 +186,25 @@ class GenerativeModel(OverData):
         """The keywords to call the model and its guides with, from images and, where they are used, their labels."""
         return {"x": images}
 
-    def sample_prior(self, num_samples: int = 1, **conditions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Draws of every latent and of ``x`` from the model, each ``(num_samples, *shape)``."""
+    def sample_prior(self, num_samples: int = 1, **given: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Draws of every latent and of what is observed, each ``(num_samples, *shape)``; a global latent has one value.
+
+        ``given`` are the conditions, and ``x`` where that is given: then there is a draw for each row of it.
+        """
+        rows = {} if self.x_is_given else {"batch_size": num_samples}
         with torch.no_grad(), pyro.get_param_store().scope():
-            trace = poutine.trace(self).get_trace(batch_size=num_samples, **conditions)
-        return {name: trace.nodes[name]["value"] for name in (*self.latents, "x")}
+            trace = poutine.trace(self).get_trace(**rows, **given)
+        return {name: trace.nodes[name]["value"] for name in (*self.latents, *self.observed)}
+
+    def example(self, rows: int = 2) -> dict[str, torch.Tensor]:
+        """A batch to try the programs on, as keywords: what is given is uniform noise, the rest the model's own draws.
+
+        >>> from gumbo.models import NeuralClassifier
+        >>> {name: tuple(value.shape) for name, value in NeuralClassifier((1, 8, 8)).example(5).items()}
+        {'x': (5, 1, 8, 8), 'y': (5, 10)}
+        """
+        like = next(chain(self.parameters(), self.buffers()), torch.empty(()))
+        shapes = ({"x": self.data_shape} if self.x_is_given else {}) | dict(self.conditions)
+        given = {name: like.new_empty((rows, *shape)).uniform_() for name, shape in shapes.items()}
+        draws = self.sample_prior(rows, **given)
+        return given | {name: draws[name] for name in (self.targets if self.x_is_given else ("x",))}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..models._base import Latent
-from ..models._relaxed import RelaxedOneHot
+from ._base import Latent
+from ._relaxed import RelaxedOneHot
 
 MIN_SD = 1e-4
 TEMPERATURE = 2 / 3

@@ -1,0 +1,66 @@
+"""Pyro's autoguides, for global latents."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+
+from ..errors import UnknownName
+from ..models._base import GenerativeModel
+from ._base import AnyGuide, guides
+
+KINDS = {
+    "normal": AutoNormal,
+    "diagonal-normal": AutoDiagonalNormal,
+    "multivariate-normal": AutoMultivariateNormal,
+    "low-rank-normal": AutoLowRankMultivariateNormal,
+    "delta": AutoDelta,
+}
+
+
+@guides.register("auto")
+class AutoGuide(AnyGuide):
+    """One of Pyro's autoguides over a model's global latents (the weights of a Bayesian regression).
+
+    ``kind`` is ``normal`` (a factor for each site), ``diagonal-normal``, ``multivariate-normal`` (full covariance over
+    all sites together), ``low-rank-normal``, or ``delta`` (the most probable values); ``init_scale`` the standard
+    deviation that the Normal ones start with, where None is Pyro's own. The autoguide is the attribute ``encoder``,
+    with everything Pyro gives it (``encoder.median()``, ``encoder.quantiles(...)``).
+
+    ``guide(x)`` takes whatever the model takes, and draws each site once, of the shape that the model declares. Raises
+    UnknownName for another kind, and BadInput for a model whose latents are each datum's own.
+
+    Kucukelbir et al. 2017, arXiv:1603.00788.
+
+    >>> from gumbo.models import BayesianRegression
+    >>> model = BayesianRegression((3,), hidden=(4,))
+    >>> {site: tuple(value.shape) for site, value in AutoGuide(model)(torch.zeros(10, 3)).items()}
+    {'weight1': (4, 3), 'bias1': (4,), 'weight2': (1, 4), 'bias2': (1,)}
+    """
+
+    families = ("normal", "relaxed-categorical")
+    local = False
+
+    def __init__(self, model: GenerativeModel, kind: str = "multivariate-normal", init_scale: float | None = None):
+        if kind not in KINDS:
+            raise UnknownName("kind of autoguide", kind, KINDS)
+        super().__init__(model)
+        options = {} if init_scale is None or kind == "delta" else {"init_scale": init_scale}
+        self.encoder = KINDS[kind](poutine.block(model, expose=list(model.latents)), **options)
+        # Its parameters are made in a first run, which nothing outside shall notice.
+        with torch.random.fork_rng(), torch.no_grad(), pyro.get_param_store().scope():
+            trace = poutine.trace(self.encoder).get_trace(**model.example(2))
+        sites = trace.nodes.items()
+        self.auxiliary = tuple(name for name, site in sites if site.get("infer", {}).get("is_auxiliary"))
+
+    def forward(self, x: torch.Tensor, **given: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.check_batch(x, next(self.parameters()))
+        return self.encoder(x, **given)

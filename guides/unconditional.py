@@ -1,0 +1,45 @@
+"""A guide that does not look at the data."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from torch import nn
+
+from ..models._base import FAMILIES, GenerativeModel
+from ..models._families import distribution, num_outputs
+from ._base import AnyGuide, guides
+
+
+@guides.register("unconditional")
+class UnconditionalGuide(AnyGuide):
+    r"""One distribution for every datum: :math:`q_\phi(z) = \prod_j q_{\phi_j}(z_j)`, whose parameters are φ itself.
+
+    It is the distribution under the expectation of an `Expectation` model (a bandit's policy, say); beside a model of
+    data it is what a collapsed guide comes down to. All parameters start at zero: means 0, logits 0, standard
+    deviations softplus(0).
+
+    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. Raises BadInput for a
+    model without latents, or with global ones.
+
+    >>> from gumbo.models import BernoulliVAE
+    >>> guide = UnconditionalGuide(BernoulliVAE((1, 8, 8), num_latents=6, hidden=(16,)))
+    >>> guide(torch.zeros(5, 1, 8, 8))["z"].shape, sum(p.numel() for p in guide.parameters())
+    (torch.Size([5, 6]), 6)
+    """
+
+    families = FAMILIES
+
+    def __init__(self, model: GenerativeModel):
+        super().__init__(model)
+        self.encoder_outputs = nn.ParameterDict(
+            {site: nn.Parameter(torch.zeros(num_outputs(latent))) for site, latent in self.latents.items()}
+        )
+
+    def forward(self, x: torch.Tensor, **conditions: torch.Tensor) -> dict[str, torch.Tensor]:
+        with self.data_plate(x):
+            self.check_conditions(conditions, len(x))
+            return {
+                site: pyro.sample(site, distribution(latent, self.encoder_outputs[site].expand(len(x), -1)))
+                for site, latent in self.latents.items()
+            }

@@ -1,0 +1,137 @@
+"""The expectation of somebody's function, to be maximised over the distribution that it is taken under."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+from ..errors import BadInput
+from ..registry import Registry
+from ._base import GenerativeModel, Latent, models
+from ._relaxed import RelaxedOneHot
+
+Reward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+rewards: Registry[Reward] = Registry("reward")
+
+
+@rewards.register("quadratic")
+def quadratic(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    r"""−Σ (z − 0.499)²: for coins the classical toy, whose two values hardly differ (Tucker et al. 2017)."""
+    return -(z - 0.499).square().sum(-1)
+
+
+@rewards.register("bandit")
+def bandit(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A contextual bandit: arm i, a one-hot z, pays what the context x shows at place i, say the ink of a pixel."""
+    return (z * x.flatten(1)[..., : z.shape[-1]]).sum(-1)
+
+
+@rewards.register("counting")
+def counting(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Of a sequence of tokens ``(..., length, vocabulary)``: how many follow their predecessor, 0 1 2 ... and round."""
+    return (z[..., 1:, :] * z[..., :-1, :].roll(1, -1)).sum((-1, -2))
+
+
+@models.register("expectation")
+class Expectation(GenerativeModel):
+    r""":math:`E_{p_\theta(z \mid x)}[f(z, x)]` as a Pyro pair: the guide is p_θ, and the model weighs its draws by f.
+
+    .. math:: z \sim p_0, \qquad \text{factor } e^{f(z, x)} \quad\Rightarrow\quad
+              \mathrm{ELBO} = E_{p_\theta}[f(z, x)] - \mathrm{KL}(p_\theta \| p_0)
+
+    ``SiteELBO(word, kl_weight=0)`` drops the KL, and with it the entropy of p_θ: what is maximised is E[f], and
+    ``score`` is the policy gradient. A weight α leaves α times the entropy in, as maximum-entropy reinforcement
+    learning does. p_0 is standard: N(0, 1), fair coins, equal classes.
+
+    ``f(z, x)`` maps values ``(..., B, *shape)`` to numbers ``(..., B)``: a function, its import path, or one of
+    ``quadratic``, ``bandit``, ``counting``. ``family`` and ``shape`` say what z is. With ``length=T`` z is a sequence
+    of T tokens, sites ``z1``, ``z2``, ... of that family and shape; f sees them stacked, ``(..., B, T, *shape)``, and
+    the guide ``layered`` draws each given those before it. x is a context ``(B, *data_shape)`` that is given; without
+    one give ones ``(B, 1)``, a row for each draw a step, and the guide ``unconditional``, whose parameters are θ.
+
+    Raises BadInput for a context of another shape, and for an f that gives anything but a number a row.
+
+    Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning".
+
+    >>> from gumbo.guides import UnconditionalGuide
+    >>> from gumbo.inference import SiteELBO
+    >>> def reward(z, x):  # a bandit of three arms
+    ...     return z @ torch.tensor([0.1, 0.9, 0.5])
+    >>> model = Expectation((1,), reward, family="categorical", shape=(3,))
+    >>> policy, draws = UnconditionalGuide(model), torch.ones(50, 1)
+    >>> loss = SiteELBO("score", kl_weight=0)(model, policy)
+    >>> optimizer = torch.optim.Adam(policy.parameters(), lr=0.5)
+    >>> for _ in range(20):
+    ...     optimizer.zero_grad()
+    ...     loss(draws).backward()
+    ...     optimizer.step()
+    >>> policy(draws)["z"].mean(0).argmax()
+    tensor(1)
+    >>> -SiteELBO("enumerate", kl_weight=0)(model, policy)(draws) / 50 > 0.8  # E[f], exactly
+    tensor(True)
+    """
+
+    variants = (
+        {},
+        {"f": "bandit", "family": "categorical", "shape": (64,)},
+        {"f": "counting", "family": "categorical", "shape": (4,), "length": 3},
+        {"f": "bandit", "family": "bernoulli", "shape": (64,)},
+    )
+    observed = ("reward",)
+    x_is_given = True
+
+    def __init__(
+        self,
+        data_shape: Sequence[int] = (1,),
+        f: str | Reward = "quadratic",
+        family: str = "normal",
+        shape: Sequence[int] = (1,),
+        length: int | None = None,
+        hidden: Sequence[int] = (),
+        activation: str = "tanh",
+        data_size: int | None = None,
+    ):
+        super().__init__(data_shape, data_size)
+        self.reward = rewards[f] if isinstance(f, str) else f
+        if not callable(self.reward):
+            raise BadInput(f"Expectation: f is {type(f).__name__}, expected a function f(z, x) or the name of one")
+        if length is not None and length < 1:
+            raise BadInput(f"Expectation: length={length} must be at least 1, or None for a single z")
+        names = ["z"] if length is None else [f"z{t}" for t in range(1, length + 1)]
+        self.latents = {name: Latent(family, tuple(shape)) for name in names}
+        self.length = length
+        self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        with self.data_plate(x):
+            draws = [pyro.sample(name, self.base(latent)) for name, latent in self.latents.items()]
+            reward = self.value(draws, x)
+            pyro.factor("reward", reward)
+        return reward
+
+    def value(self, draws: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """f of the draws of each site ``(..., B, *shape)``, a number for each row."""
+        rank = len(next(iter(self.latents.values())).shape)
+        z = draws[0] if self.length is None else torch.stack(torch.broadcast_tensors(*draws), -1 - rank)
+        expected = torch.Size(z.shape[: z.dim() - rank - (self.length is not None)])
+        reward = self.reward(z, x)
+        if not isinstance(reward, torch.Tensor) or reward.shape != torch.broadcast_shapes(expected, x.shape[:1]):
+            found = tuple(reward.shape) if isinstance(reward, torch.Tensor) else type(reward).__name__
+            raise BadInput(f"Expectation: f(z, x) is {found}, expected a number for each row, {tuple(expected)}")
+        return reward
+
+    def base(self, latent: Latent) -> dist.TorchDistribution:
+        """p_0 of one site."""
+        zeros, rank = self.zero.expand(latent.shape), len(latent.shape)
+        if latent.family == "normal":
+            return dist.Normal(zeros, torch.ones_like(zeros)).to_event(rank)
+        if latent.family == "bernoulli":
+            return dist.Bernoulli(logits=zeros).to_event(rank)
+        if latent.family == "categorical":
+            return dist.OneHotCategorical(logits=zeros).to_event(rank - 1)
+        return RelaxedOneHot(torch.ones_like(self.zero), logits=zeros).to_event(rank - 1)
