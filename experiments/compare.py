@@ -49,9 +49,9 @@ class Compare:
     data: str = "digits"
     families: list[str] = field(default_factory=lambda: ["continuous", "discrete"])
     seeds: int = 3
-    epochs: int = 60
-    batch_size: int = 128
-    lr: float = 1e-3
+    epochs: int = 40
+    batch_size: int = 64
+    lr: float = 3e-3
     hidden: list[int] = field(default_factory=lambda: [256, 128])
     latent_dim: int = 50
     num_latents: int = 20
@@ -72,7 +72,7 @@ QUICK = {
     "num_classes": 5,
     "seeds": 2,
     "epochs": 3,
-    "lr": 3e-3,
+    "batch_size": 128,
     "gradient_draws": 10,
     "burn_in": 40,
     "common_epochs": 3,

@@ -58,7 +58,7 @@ def learning_curves(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], 
                 error = values.std(0, ddof=1) / math.sqrt(len(values))
                 axis.fill_between(epochs, mean - error, mean + error, color=palette[name], alpha=0.2, linewidth=0)
             finals.append(mean[-1])
-            starts.append(mean[min(1, len(mean) - 1)])
+            starts.append(mean[max(1, len(mean) // 10) if len(mean) > 1 else 0])
         low, high = min(min(finals), np.median(starts)), max(finals)
         axis.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
         axis.set(title=title, xlabel="epoch", ylabel=ylabel)
@@ -82,12 +82,14 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, Sequence[flo
         everything = [v for by_group in names.values() for values in by_group.values() for v in values if v > 0]
         left = 10 ** math.floor(math.log10(min(everything)) - 0.3) if everything else 1e-3
         for g, group in enumerate(groups):
+            label: str | None = group
             for row, by_group in enumerate(names.values()):
                 values = [value for value in by_group[group] if value > 0]
                 if values:
                     y = row + (g - (len(groups) - 1) / 2) * height
                     mean = float(np.mean(values))
-                    axis.barh(y, mean - left, height * 0.9, left=left, color=shades[g], label=None if row else group)
+                    axis.barh(y, mean - left, height * 0.9, left=left, color=shades[g], label=label)
+                    label = None
                     axis.plot(values, [y] * len(values), ".", color="black", markersize=3)
         axis.set_xscale("log")
         axis.set_xlim(left=left)

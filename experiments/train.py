@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gumbo.errors import BadInput
+from gumbo.errors import BadInput, UnknownName
 from gumbo.experiments._command import run_command
 from gumbo.experiments._runs import RunFolder
 
@@ -62,7 +62,10 @@ class Train:
 def train(config: Train) -> dict[str, Any]:
     """Fit, judge on the test split, draw; returns what ``results.json`` holds."""
     from gumbo.inference import evaluate, fit
+    from gumbo.inference.fitting import OPTIMIZERS
 
+    if config.optimizer not in OPTIMIZERS:
+        raise UnknownName("optimizer", config.optimizer, OPTIMIZERS)
     data = load_data(config)
     model, guide = build(config, data.data_shape)
     loss = make_loss(config)

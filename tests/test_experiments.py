@@ -1,0 +1,281 @@
+"""The experiments, small: what they measure, what they write, and that a run can be gone on with and judged again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from gumbo.errors import BadInput, UnknownName
+from gumbo.experiments import compare, evaluate, listing, plots, train
+from gumbo.experiments._runs import RunFolder
+
+TINY = compare.Compare(
+    seeds=1,
+    epochs=1,
+    batch_size=400,
+    hidden=[8],
+    latent_dim=4,
+    num_latents=3,
+    num_classes=3,
+    gradient_draws=30,
+    burn_in=40,
+    common_epochs=1,
+    importance_samples=3,
+    jobs=1,
+)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "compare"
+    return folder, compare.compare(replace(TINY, folder=str(folder)))
+
+
+def test_every_arm_is_run_and_reported(comparison):
+    folder, results = comparison
+    trained = [(run["family"], run["arm"]) for run in results["runs"] if run["what"] == "training"]
+    assert sorted(trained) == sorted((arm.family, arm.name) for arm in compare.ARMS)
+    for row in results["table"]:
+        for column in ("elbo", "log_evidence", "variance_initial", "variance_trained", "signal_to_noise_trained"):
+            assert np.isfinite(row[column][0]), (row["arm"], column)
+        assert row["log_evidence"][0] >= row["elbo"][0]
+        assert row["ms_per_step"][0] > 0
+    text = (folder / "table.md").read_text()
+    assert all(f"| {arm.name}" in text for arm in compare.ARMS)
+
+
+def test_the_run_folder_holds_what_it_should(comparison):
+    folder, results = comparison
+    assert json.loads((folder / "results.json").read_text())["table"] == json.loads(json.dumps(results["table"]))
+    assert yaml.safe_load((folder / "config.yaml").read_text())["epochs"] == 1
+    assert json.loads((folder / "env.json").read_text())["torch"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * len(compare.ARMS) + 4
+    assert len(list((folder / "checkpoints").glob("*.pt"))) == len(compare.ARMS)
+    pictures = {path.name for path in (folder / "plots").glob("*.png") if path.stat().st_size > 5000}
+    assert pictures == {
+        "learning_curves.png",
+        "gradient_variance.png",
+        "continuous_reconstructions.png",
+        "continuous_prior_draws.png",
+        "discrete_reconstructions.png",
+        "discrete_prior_draws.png",
+    }
+
+
+def test_arms_of_a_family_start_from_the_same_weights(comparison):
+    _, results = comparison
+    for family in compare.FAMILIES:
+        starts = [run["valid_elbo"][0] for run in results["runs"] if run.get("valid_elbo") and run["family"] == family]
+        assert max(starts) - min(starts) < 1e-5  # the true bound, so the relaxed arms begin there as well
+
+
+def test_the_contrasts_show_in_the_table(comparison):
+    _, results = comparison
+    ratio = {(row["family"], row["arm"]): row["ratio_initial"][0] for row in results["table"]}
+    assert ratio["continuous", "trace (score)"] >= 100
+    assert ratio["continuous", "trace (pathwise)"] == 1
+    assert ratio["discrete", "trace"] >= 10
+    assert ratio["discrete", "trace-graph"] == pytest.approx(ratio["discrete", "trace"], rel=1e-3)
+    objectives = {row["arm"]: row["objective"] for row in results["table"] if row["family"] == "discrete"}
+    assert objectives["rloo"] == "elbo"
+    assert objectives["gumbel-softmax"] != "elbo"
+    assert objectives["concrete"] != "elbo"
+
+
+def test_forms_of_a_pair_hold_the_same_weights():
+    for one, other in (("reparameterized", "score"), ("discrete", "relaxed")):
+        for left, right in zip(
+            compare.build(TINY, (1, 8, 8), 3, one), compare.build(TINY, (1, 8, 8), 3, other), strict=True
+        ):
+            weights = dict(left.named_parameters())
+            assert all(torch.equal(weights[name], value) for name, value in right.named_parameters())
+    source = compare.build(TINY, (1, 8, 8), 4, "discrete")
+    target = compare.build(TINY, (1, 8, 8), 5, "relaxed")
+    compare.copy_weights(target, source)
+    assert torch.equal(target[0].decoder.state_dict()["0.weight"], source[0].decoder.state_dict()["0.weight"])
+
+
+@pytest.mark.slow
+def test_workers_find_what_one_process_finds(tmp_path):
+    small = replace(TINY, families=["discrete"], gradient_draws=2, burn_in=1)
+    one = compare.compare(replace(small, folder=str(tmp_path / "one")))
+    two = compare.compare(replace(small, jobs=2, folder=str(tmp_path / "two")))
+    for left, right in zip(one["table"], two["table"], strict=True):
+        assert left["elbo"][0] == pytest.approx(right["elbo"][0], rel=1e-5)
+        assert left["variance_initial"][0] == pytest.approx(right["variance_initial"][0], rel=1e-3)
+
+
+def test_compare_refuses_what_it_cannot_run(tmp_path):
+    for change, match in (
+        ({"seeds": 0}, "seeds is 0"),
+        ({"particles": 1}, "particles is 1: expected at least 2"),
+        ({"batch_size": 5000}, "1297 training images"),
+        ({"families": []}, "families is empty"),
+    ):
+        with pytest.raises(BadInput, match=match):
+            compare.compare(replace(TINY, folder=str(tmp_path / "new"), **change))
+    with pytest.raises(UnknownName, match="did you mean 'discrete'"):
+        compare.compare(replace(TINY, families=["discret"]))
+    assert not (tmp_path / "new").exists()
+
+
+def test_numbers_read_well():
+    assert [compare.digits(x) for x in (0.0123, 4.5678, 789.4, 12345.0, 45e6, 0.0)] == [
+        "0.0123",
+        "4.57",
+        "789",
+        "12,345",
+        "4.5e+07",
+        "0",
+    ]
+    assert compare.cell((1.234, 0.056), compare.decimals) == "1.23 ± 0.06"
+    assert compare.mean_and_error([1.0, 3.0]) == (2.0, 1.0)
+
+
+# --- run folders
+
+
+def test_a_run_folder_is_new(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gumbo.experiments._runs.time.strftime", lambda *_: "now")
+    first, second = (RunFolder.create("x", TINY) for _ in range(2))
+    assert [run.path.name for run in (first, second)] == ["x-now", "x-now-2"]
+    with pytest.raises(BadInput, match="not an empty folder"):
+        RunFolder.create("x", TINY, str(first.path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="not an empty folder"):
+        RunFolder.create("x", TINY, str(tmp_path / "file"))
+
+
+# --- train, evaluate
+
+
+def config_of(tmp_path: Path, name: str, **changes) -> train.Train:
+    settings = {"hidden": [8], "num_latents": 3, "num_classes": 3}
+    options = {"model": "categorical-vae", "estimator": "rloo", "model_options": settings, "batch_size": 300}
+    return train.Train(folder=str(tmp_path / name), importance_samples=5, **(options | changes))
+
+
+def test_training_in_two_parts_is_training_in_one(tmp_path):
+    whole = train.train(config_of(tmp_path, "whole", epochs=4))
+    train.train(config_of(tmp_path, "parts", epochs=2))
+    resumed = train.Train(**{**train.resumed(str(tmp_path / "parts")), "epochs": 4, "resume": str(tmp_path / "parts")})
+    parts = train.train(resumed)
+    assert whole["test"] == parts["test"]
+    assert yaml.safe_load((tmp_path / "parts" / "config.yaml").read_text())["epochs"] == 4
+    again = evaluate.evaluate(evaluate.Evaluate(str(tmp_path / "parts"), importance_samples=5))
+    assert again == parts["test"]
+    assert json.loads((tmp_path / "parts" / "evaluation-test.json").read_text())["elbo"] == again["elbo"]
+    pictures = {path.name for path in (tmp_path / "parts" / "plots").glob("*.png")}
+    assert pictures == {"learning_curve.png", "reconstructions.png", "prior_draws.png"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "gaussian-vae", "estimator": "default", "binarize": "dynamic", "model_options": {"hidden": [8]}},
+        {"model": "structured-prediction", "estimator": "trace-graph", "model_options": {}},
+        {"model": "conditional-vae", "estimator": "pathwise", "model_options": {"condition_shape": [10]}},
+        {"estimator": "trace", "model_options": {"relaxed": True, "hidden": [8], "num_latents": 2, "num_classes": 3}},
+        {"patience": 1, "epochs": 3, "lr": 0.5},
+    ],
+    ids=["dynamic", "halves", "labels", "relaxed", "patience"],
+)
+def test_other_models_train_through_the_same_door(tmp_path, changes):
+    results = train.train(config_of(tmp_path, "run", **({"epochs": 1} | changes)))
+    assert np.isfinite(results["test"]["elbo"])
+    assert (tmp_path / "run" / "plots" / "reconstructions.png").exists()
+    found = evaluate.evaluate(evaluate.Evaluate(str(tmp_path / "run"), importance_samples=5))
+    assert found == results["test"]
+
+
+GUIDE = '''
+import pyro, pyro.distributions as dist, torch
+from torch import nn
+
+class Flat(pyro.nn.PyroModule):
+    """q(z | x) by one linear layer, in nobody's registry."""
+    def __init__(self, model, width=3.0):
+        super().__init__()
+        self.latents, self.width = model.latents, width
+        self.encoder = nn.Linear(64, 2 * model.latents["z"].size)
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            loc, raw = self.encoder(x.flatten(1)).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, self.width * raw.sigmoid()).to_event(1))
+'''
+
+
+def test_a_guide_from_elsewhere_is_named_by_its_import_path(tmp_path, monkeypatch):
+    (tmp_path / "somebody.py").write_text(GUIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"model": "gaussian-vae", "estimator": "pathwise", "guide": "somebody.Flat", "epochs": 1}
+    results = train.train(
+        config_of(tmp_path, "run", **options, model_options={"hidden": [8]}, guide_options={"width": 2.0})
+    )
+    assert np.isfinite(results["test"]["elbo"])
+    with pytest.raises(BadInput, match="guide 'somebody.Flat' has no option 'wdth'; its options: width"):
+        train.train(config_of(tmp_path, "bad", **options, model_options={}, guide_options={"wdth": 2.0}))
+    with pytest.raises(BadInput, match="has no 'Flt'"):
+        train.train(config_of(tmp_path, "bad", **(options | {"guide": "somebody.Flt"}), model_options={}))
+
+
+def test_evaluate_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(BadInput, match="is not a run folder"):
+        evaluate.evaluate(evaluate.Evaluate(str(tmp_path)))
+    (tmp_path / "config.yaml").write_text("experiment: compare\n")
+    with pytest.raises(BadInput, match="not a run of gumbo train"):
+        evaluate.evaluate(evaluate.Evaluate(str(tmp_path)))
+    (tmp_path / "config.yaml").write_text("experiment: train\nlatent: 3\n")
+    with pytest.raises(BadInput, match="unknown setting 'latent'"):
+        evaluate.evaluate(evaluate.Evaluate(str(tmp_path)))
+    (tmp_path / "config.yaml").write_text("experiment: train\n")
+    with pytest.raises(BadInput, match="no checkpoint"):
+        evaluate.evaluate(evaluate.Evaluate(str(tmp_path)))
+    with pytest.raises(UnknownName, match="split"):
+        evaluate.evaluate(evaluate.Evaluate(str(tmp_path), split="tests"))
+
+
+# --- list
+
+
+def test_the_list_says_what_goes_with_what(monkeypatch):
+    from gumbo.guides import guides
+    from gumbo.models import models
+
+    few = {"gaussian-vae": models["gaussian-vae"], "categorical-vae": models["categorical-vae"]}
+    monkeypatch.setattr("gumbo.models.models", few)
+    monkeypatch.setattr("gumbo.guides.guides", {name: guides[name] for name in ("normal", "categorical")})
+    found = listing.catalogue()
+    json.dumps(found)
+    assert found["estimators"]["rloo"]["min_particles"] == 2
+    assert not found["estimators"]["gumbel-softmax"]["unbiased"]
+    assert found["models"]["gaussian-vae"]["latents"]["z"]["family"] == "normal"
+    rows = {(row["model"], row["guide"], row["estimator"]): row["reason"] for row in found["combinations"]}
+    assert rows["gaussian-vae", "normal", "pathwise"] == ""
+    assert rows["categorical-vae", "categorical", "rloo"] == ""
+    assert rows["categorical-vae", "categorical", "trace"] == ""
+    assert "no reparameterized sampler" in rows["categorical-vae", "categorical", "pathwise"]
+    assert "finite support" in rows["gaussian-vae", "normal", "enumerate"]
+    assert "reparameterized" in rows["categorical-vae", "categorical", "trace-meanfield"]
+    assert "latent 'z' is normal" in rows["gaussian-vae", "categorical", "*"]
+    assert all("\n" not in reason for reason in rows.values())
+
+
+# --- pictures
+
+
+def test_pictures_of_odd_sizes(tmp_path):
+    path = plots.image_rows(tmp_path / "a.png", "few", {"one": torch.rand(3, 1, 5, 4), "two": torch.rand(2, 1, 5, 4)})
+    assert path.stat().st_size > 1000
+    path = plots.learning_curves(tmp_path / "b.png", {"t": {"one": np.zeros((1, 1)), "two": np.ones((2, 1))}}, "nats")
+    assert path.stat().st_size > 1000
+    path = plots.bars(tmp_path / "c.png", {"t": {"one": {"g": [0.0]}, "two": {"g": [3.0, 4.0]}}}, "variance")
+    assert path.stat().st_size > 1000
