@@ -42,6 +42,8 @@ ARMS = {
     "disarm K=2": ("disarm", 2),
     "disarm K=4": ("disarm", 4),
     "arm": ("arm", 1),
+    "local-expectation": ("local-expectation", 1),
+    "measure-valued": ("measure-valued", 1),
     "muprop": ("muprop", 1),
     "rebar": ("rebar", 1),
     "relax": ("relax", 1),
