@@ -59,12 +59,15 @@ def evaluate(
     ``data`` is a tensor ``(N, *data_shape)``, a tuple of such tensors (positional arguments of both programs) or a
     mapping of keywords. Any Pyro pair will do whose sites stand in one data plate (``plate`` names it where more than
     one fits) and whose latents the guide all draws. Each datum's log-weight is summed over everything else; a plate's
-    subsampling scale does not enter. A relaxed pair that knows its exact counterpart is judged by that counterpart.
+    subsampling scale does not enter. Latents outside that plate are global (the weights of a regression): their KL is
+    spread evenly over the data, ``data_size`` of them where a subsampled plate says how many there are, and enters the
+    bound and the rate; ``log_evidence`` is then the log predictive density of each datum, averaged over the guide's
+    draws of them. A relaxed pair that knows its exact counterpart is judged by that counterpart.
     Networks run in evaluation mode without gradients; parameters, param store, seeds and training flags stay as they
     were, and the same ``seed`` gives the same numbers (``None`` draws from the current stream).
 
-    Raises :class:`~gumbo.errors.BadInput` for empty data, NaN, a site outside the data plate, or a latent that only one
-    of the two programs draws.
+    Raises :class:`~gumbo.errors.BadInput` for empty data, NaN, an observed site outside the data plate, or a latent
+    that only one of the two programs draws.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -83,11 +86,11 @@ def evaluate(
     parts = log_weights(model, guide, data, num_samples=num_samples, batch_size=batch_size, seed=seed, plate=plate)
     log_weight = parts["log_prior"] + parts["log_likelihood"] - parts["log_q"]
     evidence = torch.logsumexp(log_weight, 0) - math.log(num_samples)
-    rate = (parts["log_q"] - parts["log_prior"]).mean(0)
+    rate = (parts["log_q"] - parts["log_prior"] - parts["log_global"]).mean(0)
     distortion = -parts["log_likelihood"].mean(0)
     numbers: dict[str, float] = {}
     for name, value in (
-        ("elbo", log_weight.mean(0)),
+        ("elbo", (log_weight + parts["log_global"]).mean(0)),
         ("log_evidence", evidence),
         ("rate", rate),
         ("distortion", distortion),
@@ -106,7 +109,10 @@ def log_weights(
     seed: int | None = 0,
     plate: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """``log_prior``, ``log_likelihood`` and ``log_q`` in nats, each ``(num_samples, N)`` in float64."""
+    """``log_prior``, ``log_likelihood`` and ``log_q`` in nats, each ``(num_samples, N)`` in float64.
+
+    ``log_global`` of the same shape is log p - log q of the latents outside the data plate, each datum's share.
+    """
     rows = Rows(data).check("data")
     if num_samples < 1:
         raise BadInput(f"num_samples is {num_samples}: expected at least 1")
@@ -121,6 +127,9 @@ def log_weights(
             module.eval()
         for start in range(0, len(rows), batch_size):
             pieces.append(_batch(model, guide, rows[start : start + batch_size].to(device), num_samples, plate))
+    for piece in pieces:
+        # A plate that is no subsample of more stands for the data at hand, which here came in batches.
+        piece["log_global"] = piece["log_global"] / (piece.pop("data_size") or len(rows))
     return {name: torch.cat([piece[name] for piece in pieces], 1) for name in pieces[0]}
 
 
@@ -144,7 +153,7 @@ def _batch(
     model: Callable, guide: Callable, batch: Rows, num_samples: int, plate: str | None
 ) -> dict[str, torch.Tensor]:
     """All draws of one batch: copies of the rows in one run where the plate grows with them, else one by one."""
-    name, grows = _data_plate(model, guide, batch, plate)
+    name, grows, data_size = _data_plate(model, guide, batch, plate)
     per_run = max(1, min(num_samples, _ROWS_A_RUN // len(batch))) if grows else 1
     draws: list[dict[str, torch.Tensor]] = []
     left = num_samples
@@ -153,23 +162,27 @@ def _batch(
         parts = _run(model, guide, batch.repeated(now), name)
         draws.append({part: value.reshape(now, len(batch)) for part, value in parts.items()})
         left -= now
-    return {part: torch.cat([draw[part] for draw in draws]) for part in draws[0]}
+    return {part: torch.cat([draw[part] for draw in draws]) for part in draws[0]} | {"data_size": data_size}
 
 
-def _data_plate(model: Callable, guide: Callable, batch: Rows, plate: str | None) -> tuple[str, bool]:
-    """The plate over the data, and whether it is as long as whatever rows it is given."""
+def _data_plate(model: Callable, guide: Callable, batch: Rows, plate: str | None) -> tuple[str, bool, int | None]:
+    """The plate over the data, whether it grows with the rows it is given, and of how many it is a subsample."""
     with private_seed(None, model, guide):
         guide_trace, model_trace = _traces(model, guide, batch)
     _check_latents(guide_trace, model_trace)
     shared: dict | None = None
+    apart = False
     for trace in (guide_trace, model_trace):
         for name, site in _random_sites(trace):
-            frames = {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.size == len(batch)}
+            if not site["is_observed"] and not any(f.size == len(batch) for f in _frames(site)):
+                apart = True
+                continue
+            frames = {f.name: f for f in _frames(site) if f.size == len(batch)}
             shared = frames if shared is None else {key: f for key, f in shared.items() if key in frames}
             if not shared:
                 raise BadInput(
-                    f"site {name!r} stands outside the data plate: evaluate needs every site within one plate of "
-                    f"{len(batch)} rows, as long as the data's first axis"
+                    f"site {name!r} stands outside the data plate: evaluate needs what is observed within one plate "
+                    f"of {len(batch)} rows, as long as the data's first axis"
                 )
     if not shared:
         raise BadInput("neither program has a random site: there is nothing to evaluate")
@@ -180,7 +193,10 @@ def _data_plate(model: Callable, guide: Callable, batch: Rows, plate: str | None
     if plate is None and len(shared) > 1:
         raise BadInput(f"plates {', '.join(shared)} all fit the data: name one with plate=")
     frame = shared[plate] if plate is not None else next(iter(shared.values()))
-    return frame.name, frame.full_size == frame.size and _accepts_copies(model, guide, batch)
+    whole = frame.full_size == frame.size
+    # Copies of the rows would all see one draw of what stands outside the plate.
+    grows = whole and not apart and _accepts_copies(model, guide, batch)
+    return frame.name, grows, None if whole else frame.full_size
 
 
 def _accepts_copies(model: Callable, guide: Callable, batch: Rows) -> bool:
@@ -207,8 +223,16 @@ def _random_sites(trace: Trace) -> list[tuple[str, dict]]:
     ]
 
 
+def _frames(site: dict) -> list:
+    return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+
+
 def _check_latents(guide_trace: Trace, model_trace: Trace) -> None:
-    drawn = {name for name, site in _random_sites(guide_trace) if not site["is_observed"]}
+    drawn = {
+        name
+        for name, site in _random_sites(guide_trace)
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary")
+    }
     latent = {name for name, site in _random_sites(model_trace) if not site["is_observed"]}
     for name in sorted(latent - drawn):
         raise BadInput(f"site {name!r} is latent in the model but the guide does not draw it: add it to the guide")
@@ -219,18 +243,22 @@ def _check_latents(guide_trace: Trace, model_trace: Trace) -> None:
 def _run(model: Callable, guide: Callable, batch: Rows, plate: str) -> dict[str, torch.Tensor]:
     guide_trace, model_trace = _traces(model, guide, batch)
     zeros = torch.zeros(len(batch), dtype=torch.float64, device=device_of(model, guide))
-    parts = {"log_prior": zeros, "log_likelihood": zeros.clone(), "log_q": zeros.clone()}
+    parts = dict.fromkeys(("log_prior", "log_likelihood", "log_q", "log_global"), zeros)
     for trace, latent_part, observed_part in (
         (guide_trace, "log_q", "log_q"),
         (model_trace, "log_prior", "log_likelihood"),
     ):
         trace.compute_log_prob()
         for name, site in _random_sites(trace):
-            value = _per_datum(site, plate, len(batch))
+            apart = all(frame.name != plate for frame in site["cond_indep_stack"])
+            value = site["log_prob"].double().sum().expand(len(batch)) if apart else _per_datum(site, plate, len(batch))
             if torch.isnan(value).any():
                 raise BadInput(
                     f"site {name!r} has a log-probability of NaN: look at the parameters of its distribution"
                 )
+            if apart:
+                parts["log_global"] = parts["log_global"] + (-value if trace is guide_trace else value)
+                continue
             part = observed_part if site["is_observed"] else latent_part
             parts[part] = parts[part] + value
     return parts

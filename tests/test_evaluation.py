@@ -206,10 +206,15 @@ def test_what_cannot_be_judged_is_refused_in_one_line():
         pyro.sample("w", dist.Normal(0.0, 1.0))
         posterior()(x)
 
+    def no_plate(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(2), obs=x)
+
     bad = X.clone()
     bad[1, 0] = math.nan
     refused("'w' is latent in the model but the guide", model=global_latent)
-    refused("'w' stands outside the data plate", model=global_latent, guide=global_guide)
+    refused("'x' stands outside the data plate", model=no_plate, guide=posterior())
     refused("'w' is drawn by the guide but is no latent", guide=global_guide)
     refused("NaN or infinity in 1 of 3 rows", data=bad)
     refused("data is empty", data=X[:0])
@@ -220,6 +225,33 @@ def test_what_cannot_be_judged_is_refused_in_one_line():
     refused("data, pixels all fit the data: name one with plate=", model=model, guide=guide, data=X[:2])
     found = evaluate(model, guide, X[:2], plate="data")
     assert found.log_evidence == pytest.approx(log_evidence(X[:2]).mean().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("data_size, batch_size", [(None, 256), (None, 2), (7, 256)])
+def test_global_latents_are_spread_over_the_data(data_size, batch_size):
+    """y = w + noise under q(w) = N(m, s): bound, rate and predictive density have closed forms."""
+    y, loc, scale = X[:, 0], torch.tensor(0.4).double(), torch.tensor(0.3).double()
+
+    def plate(y):
+        rows = None if data_size is None else torch.arange(len(y))
+        return pyro.plate("data", data_size or len(y), subsample=rows)
+
+    def model(y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        with plate(y):
+            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("w", dist.Normal(loc, scale))
+
+    found = evaluate(model, guide, y, num_samples=400, batch_size=batch_size)
+    rate = torch.distributions.kl_divergence(dist.Normal(loc, scale), dist.Normal(0.0, 1.0)) / (data_size or 3)
+    distortion = -(dist.Normal(loc, 1.0).log_prob(y) - scale**2 / 2).mean()
+    assert found.rate == pytest.approx(rate.item(), abs=0.02)
+    assert found.distortion == pytest.approx(distortion.item(), abs=0.05)
+    assert found.elbo == pytest.approx(-found.rate - found.distortion, abs=1e-9)
+    predictive = dist.Normal(loc, (1 + scale**2).sqrt()).log_prob(y).mean()
+    assert found.log_evidence == pytest.approx(predictive.item(), abs=0.05)
 
 
 # --- gradients at fixed parameters
