@@ -21,6 +21,7 @@ VERBS = {
     "compare": Verb("compare", "contrast pathwise, score-function and relaxed gradients on one model"),
     "train": Verb("train", "train a model with a guide and an estimator on a data set"),
     "evaluate": Verb("evaluate", "judge a run of `gumbo train` on a split of its data"),
+    "audit": Verb("audit", "hold gradient estimators against the exact gradient, on any model and guide"),
     "list": Verb("listing", "show models, guides, estimators, and which combinations are valid"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -104,11 +105,13 @@ def _count_values(stage: Stage, jointly: bool) -> int | str:
 
 
 def _repeats_itself(stage: Stage) -> bool:
-    first = []
+    """Whether the first few joint values have the same probabilities in two runs."""
+    found = []
     for _ in range(2):
         with stage.held(), torch.no_grad():
-            first.append(next(outcomes(stage.model, stage.guide, stage.args, stage.kwargs)))
-    return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*first, strict=True))
+            first = islice(outcomes(stage.model, stage.guide, stage.args, stage.kwargs), 8)
+            found.append(torch.stack([torch.as_tensor(part).double() for terms in first for part in terms]))
+    return torch.equal(*found)
 
 
 class _Weighted(Messenger):
