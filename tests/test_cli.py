@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +122,20 @@ def test_print_config_can_be_given_back(tmp_path, capsys):
     path.write_text(printed)
     again = parse(compare.Compare, ["--config", str(path)], "gumbo compare", {"quick": compare.QUICK})
     assert again.quick
+
+
+def test_the_example_of_the_readme_runs(param_store, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "Evaluation(elbo=-" in capsys.readouterr().out
+
+
+def test_the_readme_names_verbs_and_options_that_exist():
+    lines = re.findall(r"^gumbo (\S+)(.*?)(?:\s{3}.*)?$", (ROOT / "README.md").read_text(), flags=re.M)
+    assert {"compare", "train", "evaluate", "list"} <= {verb for verb, _ in lines} <= set(cli.VERBS)
+    for verb, options in lines:
+        fields = importlib.import_module(f"gumbo.experiments.{cli.VERBS[verb].module}").__dict__[verb.capitalize()]
+        assert set(re.findall(r"--(\w+)", options)) <= set(fields.__dataclass_fields__)
 
 
 def test_a_run_from_a_shell(tmp_path):
