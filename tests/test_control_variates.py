@@ -65,6 +65,23 @@ def test_the_mean_of_muprop_over_every_tuple_of_draws_is_the_exact_gradient(name
     assert torch.allclose(mean, exact_gradient(model, guide), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vec", "seq"])
+@pytest.mark.parametrize("name", ["chain", "global then plate"])
+@pytest.mark.parametrize("words", [("muprop", "score"), ("enumerate", "muprop"), ("muprop", "enumerate")])
+def test_muprop_stands_beside_other_estimators(name, words, vectorize):
+    model, guide = DISCRETE[name].make()
+    sites = ("z1", "z2") if name == "chain" else ("g", "z")
+    mean = mean_gradient(dict(zip(sites, words, strict=True)), model, guide, vectorize_particles=vectorize)
+    assert torch.allclose(mean, exact_gradient(model, guide), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["plate", "plate then global"])
+def test_muprop_with_plates_that_mix_their_rows(name):
+    model, guide = DISCRETE[name].make()
+    mean = mean_gradient("muprop", model, guide, plates="ignore")
+    assert torch.allclose(mean, exact_gradient(model, guide), rtol=0, atol=1e-10)
+
+
 class OffsetMuProp(MuProp):
     """Wrong on purpose: forgets to add back what the linear term takes away."""
 
@@ -258,11 +275,13 @@ RESOLVES = 0.1  # in a gradient whose entries are some tenths, a factor of the l
 
 
 CELLS = [
-    pytest.param(name, word, steps, id=f"{name}-{word}-{steps}")
+    pytest.param(name, word, steps, id=f"{name}-{word if isinstance(word, str) else '+'.join(word)}-{steps}")
     for name, word, steps in [
         *((name, "rebar", steps) for name in COPIES for steps in (0, 15)),
         *((name, "relax", 15) for name in COPIES),
         ("chain", "relax", 0),
+        ("chain", ("enumerate", "rebar"), 0),
+        ("chain", ("rebar", "enumerate"), 0),
         ("die and coins", "relax+rebar", 15),
         ("plate then global", "relax+rebar", 15),
     ]
@@ -272,6 +291,8 @@ CELLS = [
 @pytest.mark.parametrize("name, word, steps", CELLS)
 def test_the_mean_gradient_is_the_exact_one(name, word, steps):
     estimator = Relax(rebar=True) if word == "relax+rebar" else word
+    if isinstance(word, tuple):
+        estimator = dict(zip(("z1", "z2"), word, strict=True))
     assert not misses(replicates(estimator, name, steps), truth(name), resolves=RESOLVES)
 
 

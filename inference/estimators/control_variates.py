@@ -306,7 +306,7 @@ def check_continuous(view: SiteView, estimator: str, tolerance: float = 3e-3, ha
 
     intervals = [interval(0.0, 1.0, cost(0.0, False)[0], cost(1.0, False)[0])]
     for _ in range(halvings):
-        rounding = 64 * torch.finfo(start.dtype).eps * max(abs(end) for part in intervals for end in part[4:])
+        rounding = 64 * coarsest_eps(start) * max(abs(end) for part in intervals for end in part[4:])
         error, moved = sum(part[0] for part in intervals), sum(part[1] for part in intervals)
         if not math.isfinite(error) or error <= tolerance * moved + rounding * len(intervals):
             return
@@ -323,6 +323,12 @@ def check_continuous(view: SiteView, estimator: str, tolerance: float = 3e-3, ha
         " take it out of torch), and its derivative is needed",
         ("score", "rloo", "relax"),
     )
+
+
+def coarsest_eps(like: Tensor) -> float:
+    kind = like.device.type
+    lowered = torch.is_autocast_enabled(kind)
+    return torch.finfo(torch.get_autocast_dtype(kind) if lowered else like.dtype).eps
 
 
 def another_value(view: SiteView) -> Tensor:
