@@ -335,17 +335,16 @@ class Binding(nn.Module):
         for site in latent:
             if not is_deterministic(site.fn):
                 message = {"name": site.name, "fn": site.fn, "infer": site.infer}
-                chosen[site.name] = self.resolve(message)
-                inputs = partial(self._inputs, [seen], site, layout, args, kwargs)
-                state = chosen[site.name].make_state(message, inputs)
-                if state is not None:
-                    self.states[_key(site.name)] = state.to(site.log_prob.device)
+                site.estimator = chosen[site.name] = self.resolve(message)
         for name, estimator in chosen.items():
             if any(other.together for other in chosen.values()) and not estimator.together:
                 word = next(other.name for other in chosen.values() if other.together)
                 raise UnsupportedSite(name, estimator.name, f"where one site takes {word!r}, every site must")
         needed = max([estimator.min_particles for estimator in chosen.values()], default=1)
         self.__dict__["chosen"] = chosen
+        for site in latent:
+            if site.name in chosen:
+                self._state(site, partial(self._inputs, [seen], site, layout, args, kwargs))
         self.max_plate_nesting = program.max_plate_nesting
         self.num_particles = self.elbo.requested_particles or needed
         leading = self.num_particles > 1 or any(e.enumerates or e.reruns for e in chosen.values())
@@ -487,7 +486,8 @@ class Binding(nn.Module):
 
     def _view(self, rows, log_prob, cost, bound, layout, moving, args, kwargs) -> SiteView:
         site = rows[0].site
-        key = _key(site.name)
+        runs = [row.run for row in rows]
+        inputs = partial(self._inputs, runs, site, layout, args, kwargs)
         draws = [_laid_out(row.site, layout.room) for row in rows]
         return SiteView(
             name=site.name,
@@ -498,13 +498,29 @@ class Binding(nn.Module):
             particle_dim=-layout.room,
             num_particles=cost.shape[-layout.room],
             step=self.steps,
-            state=self.states[key] if key in self.states else None,  # noqa: SIM401 (a ModuleDict has no get)
+            state=self._state(site, inputs),
             training=moving,
             bound=bound,
-            inputs=lambda: self._inputs([row.run for row in rows], site, layout, args, kwargs),
+            inputs=inputs,
             evaluate=partial(self._evaluate, rows, layout, args, kwargs),
-            joined=objectives.joined_dims([row.run for row in rows], site.name, layout),
+            find_joined=partial(objectives.joined_dims, runs, site.name, layout),
         )
+
+    def _state(self, site: Site, inputs: Callable[[], list[Tensor]]) -> nn.Module | None:
+        """The module of a site's estimator; one is made for a site that the first call did not meet."""
+        key = _key(site.name)
+        if key not in self.states:
+            state = site.estimator.make_state({"name": site.name, "fn": site.fn, "infer": site.infer}, inputs)
+            if state is None:
+                return None
+            if site.name not in self.chosen and any(True for _ in state.parameters()):
+                raise UnsupportedSite(
+                    site.name,
+                    site.estimator.name,
+                    "it has parameters to learn, and the site did not show in the first call, when optimizers ask",
+                )
+            self.states[key] = state.to(site.log_prob.device)
+        return self.states[key]
 
     def _inputs(
         self, runs: list[Run], site: Site, layout: objectives.Layout, args: tuple, kwargs: Mapping[str, Any]

@@ -251,10 +251,11 @@ def site_surrogate(rows: list[Row], layout: Layout, view: MakeView) -> Tensor:
         return (layout.join([row.weight.reshape((1,) * layout.room) for row in rows]) * surrogate).sum()
     # Enumerated sites upstream weigh the term; those downstream are already summed over.
     costs = CostToGo({frames: surrogate})
-    upstream = run.guide[: next(i for i, other in enumerate(run.guide) if other is site)]
-    for other in reversed(upstream):
-        if other.enum_dim is not None:
-            costs.expect(other, probabilities(other, layout).detach(), layout.frames(other))
+    if surrogate.dim() > layout.room:
+        upstream = run.guide[: next(i for i, other in enumerate(run.guide) if other is site)]
+        for other in reversed(upstream):
+            if other.enum_dim is not None:
+                costs.expect(other, probabilities(other, layout).detach(), layout.frames(other))
     return costs.scalar()
 
 

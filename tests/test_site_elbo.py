@@ -806,3 +806,47 @@ def test_a_leave_one_out_baseline_is_what_it_says():
         particle_dim, num_particles, bound = -2, 3, None
 
     assert torch.equal(LeaveOneOut()(View), torch.tensor([[5.5, 3.5], [4.5, 2.0], [2.0, 3.5]]))
+
+
+class Branching(Params):
+    """A second coin that only shows where the first one says so."""
+
+    def __init__(self, is_model):
+        super().__init__(**({"w": 0.7} if is_model else {"a": 0.4, "b": -0.3}))
+        self.is_model = is_model
+
+    def forward(self):
+        half = torch.tensor(0.0, dtype=F64)
+        z = pyro.sample("z", dist.Bernoulli(logits=half if self.is_model else self.a))
+        if z > 0.5:
+            y = pyro.sample("y", dist.Bernoulli(logits=half if self.is_model else self.b))
+        else:
+            y = torch.zeros((), dtype=F64)
+        if self.is_model:
+            pyro.sample("x", dist.Normal(self.w * z + 2 * y, 1.0), obs=X[0])
+
+
+@pytest.mark.parametrize("word", ["score", "score-average", "rloo", "enumerate", "disarm"])
+def test_sites_that_come_and_go(word):
+    """Particles whose programs took different branches; z-test for the antithetic one, |z| < 4.5 over 3 elements."""
+    model, guide = Branching(True), Branching(False)
+    loss = SiteELBO(word, vectorize_particles=False)(model, guide)
+    exact = exact_gradient(model, guide)
+    if word == "disarm":
+        torch.manual_seed(0)
+        assert z_scores(loss, both(model, guide), exact, 300).max() < 4.5
+        return
+    loss.initialize().eval()
+    mean = mean_over_draws(lambda: gradient(loss(), both(model, guide)))
+    assert torch.allclose(mean, exact, rtol=0, atol=1e-10)
+
+
+def test_a_learned_baseline_wants_its_site_in_the_first_call():
+    model, guide = Branching(True), Branching(False)
+    loss = SiteELBO({"z": "score", "*": "nvil"})(model, guide)
+    with pytest.raises((UnsupportedSite, BadInput), match="first call"):
+        loss.initialize()
+        while "y" in loss.binding.states:
+            loss = SiteELBO({"z": "score", "*": "nvil"})(model, guide).initialize()
+        for _ in range(50):
+            loss()

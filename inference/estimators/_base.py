@@ -80,7 +80,11 @@ class SiteView:
     bound: Any
     inputs: Callable[[], list[Tensor]]
     evaluate: Callable[..., Tensor]
-    joined: tuple[int, ...] = ()
+    find_joined: Callable[[], tuple[int, ...]] = tuple
+
+    @property
+    def joined(self) -> tuple[int, ...]:
+        return self.find_joined()
 
     @property
     def value(self) -> Tensor:
