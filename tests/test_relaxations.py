@@ -158,7 +158,7 @@ def test_gumbel_rao_has_the_mean_of_straight_through_and_less_variance(one_hot):
         error = ((plain.var(0) + averaged.var(0)) / count).sqrt()
         assert ((averaged.mean(0) - plain.mean(0)).abs() < 5 * error).all()
         variances.append(averaged.var(0))
-    assert torch.allclose(variances[0], variances[1], rtol=0.05)  # as the draw's own noise
+    assert torch.allclose(variances[0], variances[1], rtol=0.15)  # as the draw's own noise
     assert (variances[2] < 0.9 * variances[0]).all()
 
 
