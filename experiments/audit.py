@@ -223,9 +223,12 @@ def cells(report) -> list[list[str]]:
 
 
 def remarks(report) -> list[str]:
-    """What does not fit into the table: why estimators were flagged or refused."""
-    said = zip(report.estimator.values, report.verdict.values, strict=True)
-    return [f"{label}: {verdict}" for label, verdict in said if ":" in verdict]
+    """What does not fit into the table: why estimators were flagged or refused, those with one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for label, verdict in zip(report.estimator.values, report.verdict.values, strict=True):
+        if ":" in verdict:
+            by_reason.setdefault(str(verdict), []).append(str(label))
+    return [f"{', '.join(labels)}: {verdict}" for verdict, labels in by_reason.items()]
 
 
 def facts(report) -> str:

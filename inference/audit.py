@@ -264,7 +264,9 @@ def _attempt(row: _Row, action: Callable[[], None]) -> None:
         row.refused = f"refused: {error}"
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
-        row.refused = f"failed: {type(error).__name__}: {first}"
+        # Pyro refuses what it cannot do by a NotImplementedError.
+        is_refusal = isinstance(error, NotImplementedError) and first
+        row.refused = f"refused: {first}" if is_refusal else f"failed: {type(error).__name__}: {first}"
 
 
 def _settle(rows: list[_Row], burn_in: int, rounds: int, seed: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..errors import BadInput, CannotVectorize, GumboError, UnsupportedSite
 from .distributions import describe, finite_support, is_deterministic, score_log_prob
 from .elbo import SiteELBO
 from .estimators import LeaveOneOut, Pathwise, ScoreFunction
-from .exact import _advance, _turn, exact_elbo, exact_iwae, outcomes
+from .exact import _advance, _turn, exact_elbo, exact_iwae
 from .stage import Draws, Gradient, Moments, Stage
 
 ONE_BY_ONE = 2**10  # joint values of all sites: each is a run of both programs
@@ -105,13 +104,16 @@ def _count_values(stage: Stage, jointly: bool) -> int | str:
 
 
 def _repeats_itself(stage: Stage) -> bool:
-    """Whether the first few joint values have the same probabilities in two runs."""
+    """Whether the first few values have the same probabilities in two runs."""
     found = []
     for _ in range(2):
-        with stage.held(), torch.no_grad():
-            first = islice(outcomes(stage.model, stage.guide, stage.args, stage.kwargs), 8)
-            found.append(torch.stack([torch.as_tensor(part).double() for terms in first for part in terms]))
-    return torch.equal(*found)
+        script: list[list[int]] = []
+        for _ in range(8):
+            with stage.held(), torch.no_grad(), _ChooseAlike(script):
+                found.append([float(trace.log_prob_sum()) for trace in _traces(stage)])
+            if not _advance(script):
+                break
+    return found[: len(found) // 2] == found[len(found) // 2 :]
 
 
 class _Weighted(Messenger):
@@ -242,12 +244,14 @@ def long_run(
     if options["objective"] == "iwae":
         return run_long(stage, SiteELBO(words, num_particles=num_particles, **options), 4 * num_samples, seed)
     try:
-        loss = SiteELBO(words, num_particles=LONG_RUN_PARTICLES, **options)
-        return run_long(stage, loss, 2 * num_samples, seed)
+        if options["vectorize_particles"]:
+            loss = SiteELBO(words, num_particles=LONG_RUN_PARTICLES, **options)
+            return run_long(stage, loss, 2 * num_samples, seed)
     except CannotVectorize:
-        few = 2 if "rloo" in words.values() else 1
-        loss = SiteELBO(words, num_particles=few, **(options | {"vectorize_particles": False}))
-        return run_long(stage, loss, 8 * num_samples, seed)
+        options = options | {"vectorize_particles": False}
+    # One by one, many draws of few particles cost what few draws of many do.
+    few = 2 if "rloo" in words.values() else 1
+    return run_long(stage, SiteELBO(words, num_particles=few, **options), 4 * num_samples, seed)
 
 
 def run_long(stage: Stage, loss: ELBO, count: int, seed: int) -> Reference:

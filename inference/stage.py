@@ -261,4 +261,10 @@ class Moments:
         fourth = (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4).clamp(min=0.0)
         sizes = list(self.parameters.values())
         parts = zip(*(moment.split(sizes) for moment in (self.first + m1, variance, third, fourth)), strict=True)
-        return {name: Central(*part, self.count) for name, part in zip(self.parameters, parts, strict=True)}
+        found = {}
+        for name, (mean, *higher) in zip(self.parameters, parts, strict=True):
+            # What moves by the last digits only is the same sum in another order.
+            digits = 8 * self.precision[name] * mean.abs().max() if mean.numel() else 0.0
+            still = higher[0] <= digits**2
+            found[name] = Central(mean, *(moment.masked_fill(still, 0.0) for moment in higher), self.count)
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pyro
@@ -12,6 +13,7 @@ import torch
 from programs import DISCRETE, F64, Params, X
 
 from gumbo.errors import BadInput, UnknownName
+from gumbo.experiments.audit import main
 from gumbo.inference import SiteELBO, audit, plot_audit, recommend
 from gumbo.inference.audit import compare, holm
 from gumbo.inference.audit_plot import pareto_front
@@ -198,7 +200,7 @@ def test_estimators_that_are_wrong_on_purpose_are_flagged():
     ("name", "words"), [("control flow", ["trace-graph"]), ("plate then global", ["trace", "trace-enum"])]
 )
 def test_stock_estimators_are_flagged_where_they_are_biased(name, words):
-    report = run(name, *words, "score-average", num_samples=300)
+    report = run(name, *words, "score-average", num_samples=200)
     said = verdicts(report)
     assert said.pop("score-average") == "ok"
     assert all(verdict.startswith("flagged") for verdict in said.values()), said
@@ -479,6 +481,72 @@ def test_the_dataset_is_stored_and_drawn(tmp_path):
     label, reason = recommend(report)
     assert label == "enumerate" and "no variance" in reason
     assert report.evaluations.sel(estimator=["rloo", "enumerate", "trace"]).values.tolist() == [2.0, 2.0, 1.0]
+
+
+# The verb.
+
+
+def test_the_verb_on_a_users_programs(tmp_path, monkeypatch, capsys):
+    import xarray
+
+    (tmp_path / "coins_of_a_user.py").write_text(
+        "import pyro, torch, pyro.distributions as dist\n"
+        "def model(x):\n"
+        "    z = pyro.sample('z', dist.Bernoulli(torch.tensor(0.3)))\n"
+        "    pyro.sample('x', dist.Normal(1.0 if z > 0.5 else -1.0, 1.0), obs=x)\n"
+        "def guide(x):\n"
+        "    pyro.sample('z', dist.Bernoulli(logits=pyro.param('a', torch.tensor(0.4))))\n"
+        "def arguments():\n"
+        "    return {'x': torch.tensor(0.3)}\n"
+        "def broken(x):\n"
+        "    raise KeyError('no such thing')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    words = ["--estimators", "score-average", "trace-graph", "pathwise", "--num_samples", "200", "--one_by_one"]
+    pair = ["coins_of_a_user:model", "coins_of_a_user:guide", "--args", "coins_of_a_user:arguments"]
+    main([*pair, *words, "--folder", "found"])
+    said = capsys.readouterr().out
+    assert "reference: exact (every value)" in said and "recommended: score-average; " in said
+    assert "trace-graph: flagged: declared unbiased" in said and "pathwise: refused: site 'z'" in said
+    table = (tmp_path / "found" / "table.md").read_text()
+    assert "| score-average | ok |" in table and "## Variance by site" in table
+    assert (tmp_path / "found" / "plots" / "audit.png").exists() and (tmp_path / "found" / "config.yaml").exists()
+    with xarray.open_dataset(tmp_path / "found" / "audit.nc", engine="h5netcdf") as report:
+        assert report.verdict.sel(estimator="score-average") == "ok"
+    with pytest.raises(SystemExit) as stop:
+        main(["coins_of_a_user:broken", *pair[1:], *words, "--folder", "broken"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("gumbo audit: error: the programs fail") and "KeyError" in error
+
+
+def test_the_verb_on_the_collection(tmp_path, capsys):
+    options = ["--model_options.num_latents=3", "--model_options.hidden=[8]", "--data", "digits", "--batch_size", "3"]
+    words = ["--estimators", "rloo", "enumerate", "--num_samples", "60"]
+    main(["bernoulli-vae", "bernoulli", *options, *words, "--folder", str(tmp_path / "found")])
+    said = capsys.readouterr().out
+    assert "recommended: enumerate" in said and "flagged" not in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["bernoulli-vae", "bernoulli"], "give --data"),
+        (["bernoulli-vea", "bernoulli", "--data", "digits"], "did you mean 'bernoulli-vae'?"),
+        (["nowhere:model", "nowhere:guide"], "cannot import 'nowhere'"),
+        (["bernoulli-vae", "bernoulli", "--data", "digits", "--estimators", "rlo0"], "did you mean 'rloo'?"),
+        (["bernoulli-vae", "bernoulli", "--data", "digits", "--args", "m:f"], "give one of them"),
+        (["bernoulli-vae"], "guide"),
+    ],
+)
+def test_the_verb_tells_mistakes_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and words in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_pareto_front():
