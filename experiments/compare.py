@@ -49,7 +49,7 @@ class Compare:
     data: str = "digits"
     families: list[str] = field(default_factory=lambda: ["continuous", "discrete"])
     seeds: int = 3
-    epochs: int = 40
+    epochs: int = 30
     batch_size: int = 64
     lr: float = 3e-3
     hidden: list[int] = field(default_factory=lambda: [256, 128])
