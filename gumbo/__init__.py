@@ -8,9 +8,9 @@ from ._version import __version__
 
 # Loaded when used: `import gumbo` costs torch and pyro only once something that needs them is touched.
 _ROOMS = ("errors", "models", "guides", "inference", "experiments", "testing")
-_NAMES = {
-    name: "inference" for name in ("SiteELBO", "audit", "diagnose", "evaluate", "fit", "to_arviz", "summary")
-} | {name: "errors" for name in ("GumboError", "BadInput", "UnknownName", "UnsupportedSite")}
+_NAMES = dict.fromkeys(
+    ("SiteELBO", "audit", "diagnose", "evaluate", "fit", "to_arviz", "summary"), "inference"
+) | dict.fromkeys(("GumboError", "BadInput", "UnknownName", "UnsupportedSite"), "errors")
 
 __all__ = ["__version__", *_ROOMS, *_NAMES]
 
