@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 31  # timed steps of each estimator, in turns with the others; fewer where few gradients are drawn
 WARM_UP = 3
+COUNTED = 8  # steps whose model runs are counted
 
 
 @dataclass
@@ -102,7 +103,7 @@ def audit(
     - per estimator ``verdict``, ``unbiased`` (what it declares), ``any_flagged``, ``relative_bias`` (over the length of
       the reference), ``total_bias``, ``total_bias_error``, ``total_cosine``, ``max_z``, over all parameters, and
       ``total_variance``, ``total_signal_to_noise`` over the guide's, which is where estimators differ;
-    - ``evaluations`` (model runs a step, counted), ``seconds`` (median of a step, taken in turns),
+    - ``evaluations`` (model runs a step, counted, on average), ``seconds`` (median of a step, taken in turns),
       ``work_normalized_variance`` (total variance × seconds), ``evaluation_normalized_variance``;
     - ``warnings``, what the estimator warned of.
 
@@ -220,7 +221,7 @@ def _make_row(stage: Stage, label: str, entry: Any, num_particles: int | None, o
             chosen = binding.chosen.values()
             row.objective, row.num_particles = binding.objective_name(), binding.num_particles
             row.unbiased = all(e.unbiased and e.objective_name() == "elbo" for e in chosen)
-        row.evaluations = row.draws.evaluations()
+        row.draws.draw()
 
     _attempt(row, make)
     return row
@@ -273,11 +274,16 @@ def _settle(rows: list[_Row], burn_in: int, rounds: int, seed: int) -> None:
     """Let what learns learn, then time all in turns, in training mode, and freeze."""
     torch.manual_seed(seed + 2**33)
 
-    def times(row: _Row, count: int) -> list[float]:
-        return [row.draws.draw()[2] for _ in range(count)]
+    def times(row: _Row, steps: int) -> list[float]:
+        return [row.draws.draw()[2] for _ in range(steps)]
+
+    def count(row: _Row) -> None:
+        # Some estimators look at more values in one step than in the next.
+        row.evaluations = statistics.mean(row.draws.evaluations() for _ in range(COUNTED))
 
     for row in rows:
         _attempt(row, lambda row=row: times(row, burn_in if row.draws.has_state else WARM_UP))
+        _attempt(row, lambda row=row: count(row))
     for _ in range(rounds):
         for row in rows:
             _attempt(row, lambda row=row: row.seconds.extend(times(row, 1)))
@@ -482,7 +488,7 @@ def _summary(row: _Row, names: list[str], truth: Reference, table: dict, i: int,
         "objective_name": row.objective if row.refused is None else "",
         "num_particles": row.num_particles,
         "evaluations": row.evaluations,
-        "seconds": median(row.seconds) if row.judged and row.seconds else math.nan,
+        "seconds": statistics.median(row.seconds) if row.judged and row.seconds else math.nan,
         "nonfinite": row.moments.bad if row.moments else 0,
     }
     totals = dict.fromkeys(
@@ -548,7 +554,7 @@ def _storable(value: Any) -> Any:
 def _versions() -> dict[str, str]:
     import pyro
 
-    from .. import __version__
+    from .._version import __version__
 
     return {"gumbo": __version__, "torch": str(torch.__version__), "pyro": pyro.__version__}
 
