@@ -1,0 +1,80 @@
+"""The only file that knows which ArviZ is installed: 0.x with InferenceData, or 1.x with DataTree."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def arviz() -> Any:
+    """The package; 0.23 announces its successor whenever it is first imported, which is not the user's concern."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    return arviz
+
+
+def is_datatree() -> bool:
+    """Whether the installed ArviZ works on xarray's DataTree (1.x)."""
+    return int(arviz().__version__.split(".")[0]) >= 1
+
+
+def make(groups: Mapping[str, Any]) -> Any:
+    """An InferenceData or a DataTree of the datasets; nothing is copied."""
+    if is_datatree():
+        import xarray
+
+        return xarray.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
+    return arviz().InferenceData(warn_on_custom_groups=False, **groups)
+
+
+def groups_of(idata: Any) -> list[str]:
+    """The names of the groups, without any slash."""
+    return list(idata.children) if hasattr(idata, "children") else list(idata.groups())
+
+
+def dataset_of(idata: Any, group: str) -> Any:
+    """A group as an ``xarray.Dataset``."""
+    found = idata[group]
+    return found.to_dataset() if hasattr(found, "to_dataset") else found
+
+
+def save(idata: Any, path: str | Path) -> None:
+    """Write NetCDF through h5netcdf, which both versions can use."""
+    idata.to_netcdf(str(path), engine="h5netcdf")
+
+
+def load(path: str | Path) -> Any:
+    """Read what :func:`save` wrote."""
+    return arviz().from_netcdf(str(path), engine="h5netcdf")
+
+
+def pareto_k(log_weights: np.ndarray) -> np.ndarray:
+    """The shape k̂ of a generalized Pareto fit to the largest importance weights ``(…, S)`` (Vehtari et al. 2024).
+
+    ``log_weights`` are log p − log q. ArviZ 0.x takes them as they are; 1.x takes log-likelihoods, whose negatives are
+    the log-weights of leave-one-out.
+
+    >>> rng = np.random.default_rng(0)
+    >>> z = 0.5 * rng.standard_normal(100_000)
+    >>> narrow = -0.5 * z**2 + 0.5 * (z / 0.5) ** 2
+    >>> bool(0.6 < pareto_k(narrow) < 0.8), bool(pareto_k(-narrow) < 0.2)  # 0.75 is exact
+    (True, True)
+    """
+    log_weights = np.array(log_weights, dtype=np.float64)
+    # Bounded tails overflow inside the fit, which minds it not.
+    with np.errstate(all="ignore"):
+        if is_datatree():
+            from arviz_stats.base import array_stats
+
+            return np.asarray(array_stats.psislw(-log_weights, axis=-1)[1])
+        return np.asarray(arviz().psislw(log_weights)[1])
+
+
+def table(idata: Any, group: str, var_names: Sequence[str] | None, options: Mapping[str, Any]) -> Any:
+    """``az.summary`` of a group, as a DataFrame."""
+    return arviz().summary(idata, var_names=var_names, group=group, **options)

@@ -1,0 +1,575 @@
+"""Runs of any model and guide over all their rows, many draws at a time: sites laid out, nothing scaled or subsampled.
+
+The rows of a subsampled plate are visited block by block, so that every row is seen once and has its id.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+
+from ..errors import BadInput, GumboError
+from .isolation import device_of, modes_kept, modules_of, private_seed, private_store
+
+DRAWS = "_gumbo_draws"
+# Numbers that the sites of one run may hold: a bound on memory, large enough that Python's overhead does not count.
+_NUMBERS_A_RUN = 2**21
+
+# What programs raise when they cannot take one more dimension, or other rows than they were written for.
+_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the numbers of a site lie: dimensions ``(*batch, *event)``, those of size 1 outside plates left out.
+
+    ``dims`` are the batch dimensions that are kept, as negative numbers from the right of the program's batch shape;
+    ``names`` are their plates, None where a batch dimension stands in no plate.
+    """
+
+    name: str
+    kind: str
+    dims: tuple[int, ...]
+    names: tuple[str | None, ...]
+    sizes: tuple[int, ...]
+    event: tuple[int, ...]
+    depth: int
+    dtype: torch.dtype
+    point: bool = False
+    discrete: bool = False
+
+    @property
+    def plates(self) -> frozenset[str]:
+        return frozenset(name for name in self.names if name is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.sizes, *self.event)
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows: where they go (``at``) and which of those that a run returns are new (``take``), by plate."""
+
+    at: Mapping[str, slice] = field(default_factory=dict)
+    take: Mapping[str, slice] = field(default_factory=dict)
+    rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def index(self, names: Sequence[str | None]) -> tuple[slice, ...]:
+        return tuple(self.at.get(name, slice(None)) for name in names)
+
+    def fresh(self, names: Sequence[str | None]) -> tuple[slice, ...]:
+        return tuple(self.take.get(name, slice(None)) for name in names)
+
+
+class Pass:
+    """One run of a program: values ``(count, *batch, *event)`` and log-probabilities in float64, by site."""
+
+    def __init__(self, trace: Trace, sweep: Sweep, layouts: Mapping[str, Layout], count: int, block: Block):
+        self.trace, self.sweep, self.layouts, self.count, self.block = trace, sweep, layouts, count, block
+
+    def value(self, name: str) -> torch.Tensor:
+        """``(count, *batch, *event)``, with the block's new rows only."""
+        layout, site = self.layouts[name], self.trace.nodes[name]
+        laid = self.sweep.lay_out(site, layout, self.count)
+        return laid[(slice(None), *self.block.fresh(layout.names))]
+
+    def log_prob(self, name: str, keep: Sequence[str] | None = None) -> torch.Tensor:
+        """``(count, *keep)``: unscaled, in nats, summed over all but the plates ``keep``; None keeps the site's own."""
+        layout, site = self.layouts[name], self.trace.nodes[name]
+        laid = self.sweep.log_prob(site, layout, self.count)[(slice(None), *self.block.fresh(layout.names))]
+        if keep is None:
+            return laid
+        others = [1 + place for place, plate in enumerate(layout.names) if plate not in keep]
+        return laid.sum(others) if others else laid
+
+
+class _Subsamples(Messenger):
+    """Gives subsampled plates their rows, and notes which of them would have drawn them at random."""
+
+    def __init__(self, rows: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.rows = rows
+        self.random: set[str] = set()
+
+    def _pyro_sample(self, msg) -> None:
+        if not site_is_subsample(msg):
+            return
+        if msg["value"] is None and msg["fn"].subsample_size not in (None, msg["fn"].size):
+            self.random.add(msg["name"])
+        if msg["name"] in self.rows and msg["value"] is None:
+            msg["value"] = self.rows[msg["name"]].to(msg["fn"].device)
+            msg["done"] = True
+
+
+class _Fixed(Messenger):
+    """Latent sites take the values given; observed sites stay as they are."""
+
+    def __init__(self, values: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+
+class _Unobserve(Messenger):
+    """Observed sites are drawn instead."""
+
+    def __init__(self, names: set[str]):
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["name"] in self.names and msg["is_observed"]:
+            msg["is_observed"] = False
+            msg["value"] = None
+            msg["done"] = False
+
+
+def _kind(site: Mapping[str, Any]) -> str:
+    if site["infer"].get("_deterministic"):
+        return "deterministic"
+    fn = site["fn"]
+    while hasattr(fn, "base_dist") and not isinstance(fn, torch.distributions.TransformedDistribution):
+        fn = fn.base_dist
+    if isinstance(fn, dist.Unit):
+        return "factor"
+    if site["is_observed"]:
+        return "observed"
+    return "latent"
+
+
+def random_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            yield name, site
+
+
+class Sweep:
+    """A model and a guide, bound to their arguments, that can be run for any number of draws and block of rows.
+
+    ``batch_size`` passes so many rows of the arguments at a time; None passes them all. Raises
+    :class:`~gumbo.errors.BadInput` for programs without a latent or an observed site, for latents that only one of the
+    two draws, and where the arguments cannot be cut.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        *,
+        batch_size: int | None = None,
+        data_plates: str | Sequence[str] | None = None,
+    ):
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
+        self.device = device_of(model, guide)
+        self.row_ids: dict[str, torch.Tensor] = {}
+        self.sizes: dict[str, int] = {}
+        self.swept: dict[str, int] = {}
+        self.sliced: str | None = None
+        self.depth = 0
+        with quietly(model, guide, None):
+            self._discover()
+        self._structure(data_plates)
+        if batch_size is not None:
+            self._cut(batch_size)
+        with quietly(model, guide, None):
+            self.vectorized = self._vectorizes()
+
+    # --- what the programs are ----------------------------------------------------------------------------------------
+
+    def _discover(self) -> None:
+        subsamples = _Subsamples({})
+        try:
+            with subsamples:
+                guide = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+            rows = {
+                name: site["value"]
+                for name, site in guide.nodes.items()
+                if site["type"] == "sample" and site_is_subsample(site)
+            }
+            subsamples.rows = rows
+            with subsamples, _Fixed({name: site["value"] for name, site in random_sites(guide)}):
+                model = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        except GumboError:
+            raise
+        except _REFUSALS as error:
+            raise BadInput(f"the programs fail on these arguments: {_first_line(error)}") from error
+        for trace in (guide, model):
+            for name, site in trace.nodes.items():
+                if site["type"] == "sample" and site_is_subsample(site):
+                    self.row_ids[name] = site["value"].detach().cpu()
+            for _, site in random_sites(trace):
+                batch = len(site["fn"].batch_shape)
+                frames = [-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
+                deterministic = _kind(site) == "deterministic"
+                self.depth = max(self.depth, 0 if deterministic else batch, *frames, 0)
+                for frame in site["cond_indep_stack"]:
+                    if frame.vectorized:
+                        swept = frame.name in subsamples.random
+                        self.sizes[frame.name] = frame.full_size if swept else frame.size
+                        if swept:
+                            self.swept[frame.name] = frame.size
+                            self.row_ids[frame.name] = torch.arange(frame.full_size)
+        self.guide_sites = {name: self._layout(name, site) for name, site in random_sites(guide)}
+        self.model_sites = {name: self._layout(name, site) for name, site in random_sites(model)}
+        self._check(guide, model)
+        self.observed_values = {
+            name: model.nodes[name]["value"].detach()
+            for name, layout in self.model_sites.items()
+            if layout.kind == "observed"
+        }
+
+    def _check(self, guide: Trace, model: Trace) -> None:
+        latent = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]
+        drawn = [name for name, layout in self.guide_sites.items() if layout.kind == "latent"]
+        for name in latent:
+            if name not in drawn:
+                raise BadInput(
+                    f"site {name!r} is latent in the model but the guide does not draw it: add it to the guide"
+                )
+        for name in drawn:
+            auxiliary = guide.nodes[name]["infer"].get("is_auxiliary") or name in self.model_sites
+            if name not in latent and not auxiliary:
+                raise BadInput(
+                    f"site {name!r} is drawn by the guide but is no latent of the model: remove it, rename it, or mark"
+                    " it infer={'is_auxiliary': True}"
+                )
+        if not latent:
+            raise BadInput("the model has no latent site, so that there is no posterior")
+
+    def _layout(self, name: str, site: Mapping[str, Any]) -> Layout:
+        kind, fn, value = _kind(site), site["fn"], site["value"]
+        frames = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+        if kind == "deterministic":
+            batch = self._deterministic_batch(value, fn.event_dim, frames)
+            event_dim = value.dim() - len(batch)
+        elif kind == "factor":
+            event_dim, batch = 1, tuple(fn.batch_shape)
+        else:
+            event_dim = fn.event_dim
+            batch = tuple(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - event_dim]))
+        depth = len(batch)
+        dims = [dim for dim in range(-depth, 0) if dim in frames or batch[dim] > 1]
+        names = tuple(frames[dim].name if dim in frames else None for dim in dims)
+        return Layout(
+            name,
+            kind,
+            tuple(dims),
+            names,
+            tuple(self.sizes.get(plate, batch[dim]) for plate, dim in zip(names, dims, strict=True)),
+            tuple(value.shape[value.dim() - event_dim :]),
+            depth,
+            value.dtype,
+            isinstance(fn, dist.Delta) and kind == "latent",
+            kind in ("latent", "observed") and bool(fn.support.is_discrete),
+        )
+
+    @staticmethod
+    def _deterministic_batch(value: torch.Tensor, event_dim: int, frames: Mapping[int, Any]) -> tuple[int, ...]:
+        """The leading dimensions that are the plates', since ``pyro.deterministic`` calls all of them event."""
+        if event_dim < value.dim():
+            return tuple(value.shape[: value.dim() - event_dim])
+        depth = max((-dim for dim in frames), default=0)
+        leading = value.shape[:depth]
+        fits = len(leading) == depth and all(leading[depth + dim] == frame.size for dim, frame in frames.items())
+        return tuple(leading) if fits else ()
+
+    def _structure(self, data_plates: str | Sequence[str] | None) -> None:
+        """Which plates make a datum, and which latents belong to one datum alone."""
+        observed = [layout for layout in self.model_sites.values() if layout.kind == "observed"]
+        # Where nothing is observed, factors are what the model says of a datum.
+        observed = observed or [layout for layout in self.model_sites.values() if layout.kind == "factor"]
+        self.latents = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]
+        self.observed = [layout.name for layout in observed if layout.kind == "observed"]
+        self.evidence = "+".join(layout.name for layout in observed)
+        common = frozenset.intersection(*[layout.plates for layout in observed]) if observed else frozenset()
+        depth_of = {
+            plate: dim
+            for layout in observed
+            for plate, dim in zip(layout.names, layout.dims, strict=True)
+            if plate is not None
+        }
+        if data_plates is None:
+            with_latents = common & frozenset().union(*[self.model_sites[name].plates for name in self.latents])
+            chosen = with_latents or common
+        else:
+            asked = (data_plates,) if isinstance(data_plates, str) else tuple(data_plates)
+            for plate in asked:
+                if plate not in common:
+                    raise BadInput(
+                        f"no plate {plate!r} encloses every observed site; those that do: "
+                        f"{', '.join(sorted(common)) or 'none'}"
+                    )
+            chosen = frozenset(asked)
+        self.data_plates = tuple(sorted(chosen, key=depth_of.__getitem__))
+        wanted = set(self.data_plates)
+        candidates = [name for name in self.latents if wanted and wanted <= self.model_sites[name].plates]
+        self.local = [name for name in candidates if wanted <= self.guide_sites[name].plates]
+        # Latents of single data whose draws the guide ties together: no weight of one datum can be formed.
+        self.tied = len(self.local) < len(candidates) or (bool(candidates) and self._tied(candidates, wanted))
+        if self.tied:
+            self.local = []
+        self.shared = [name for name in self.latents if name not in self.local]
+        self.weight_plates = self.data_plates if self.local else ()
+        shared = [self.model_sites[name] for name in self.shared]
+        inside = frozenset.intersection(*[layout.plates for layout in shared]) if shared else frozenset()
+        self.shared_plates = tuple(plate for plate in self.data_plates if plate in inside)
+
+    def _tied(self, candidates: list[str], wanted: set[str]) -> bool:
+        """Whether latents of single data get their values from one draw for all, or a factor joins them."""
+        auxiliary = [layout for name, layout in self.guide_sites.items() if name not in self.model_sites]
+        inside = [layout for layout in auxiliary if wanted <= layout.plates]
+        points = [name for name in candidates if self.guide_sites[name].point]
+        factors = [layout for layout in self.model_sites.values() if layout.kind == "factor"]
+        joined = any(not wanted <= layout.plates for layout in factors)
+        return joined or len(inside) < len(auxiliary) and len(inside) < len(points)
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def _cut(self, batch_size: int) -> None:
+        if batch_size < 1:
+            raise BadInput(f"batch_size is {batch_size}: expected at least 1")
+        plates = [plate for plate in self.data_plates if plate not in self.swept]
+        for plate in plates:
+            size = self.sizes[plate]
+            tensors = [value for value in (*self.args, *self.kwargs.values()) if _has_rows(value, size)]
+            if not tensors or batch_size >= size:
+                continue
+            self.sliced = plate
+            self.swept[plate] = batch_size
+            try:
+                with quietly(self.model, self.guide, None):
+                    for block in (self._block({plate: slice(0, batch_size)}), list(self.blocks())[-1]):
+                        self.run(1, block, vectorized=False)
+            except GumboError:
+                raise
+            except _REFUSALS as error:
+                raise BadInput(
+                    f"the programs do not take {batch_size} of their {size} rows ({_first_line(error)}): leave out"
+                    " batch_size, or let plate sizes follow the data"
+                ) from error
+            return
+        if not self.swept and all(batch_size < self.sizes[plate] for plate in plates) and plates:
+            raise BadInput(f"no argument has as many rows as plate {plates[0]!r}: leave out batch_size")
+
+    def blocks(self) -> Iterator[Block]:
+        """Blocks of rows that together hold every row once."""
+        names = list(self.swept)
+        spans = [
+            [slice(s, min(s + self.swept[n], self.sizes[n])) for s in range(0, self.sizes[n], self.swept[n])]
+            for n in names
+        ]
+        for chosen in itertools.product(*spans):
+            yield self._block(dict(zip(names, chosen, strict=True)))
+
+    def _block(self, at: dict[str, slice]) -> Block:
+        take, rows = {}, {}
+        for plate, span in at.items():
+            start = span.start
+            if plate != self.sliced:
+                # A plate that subsamples wants exactly so many rows: the last block repeats some.
+                start = max(0, span.stop - self.swept[plate])
+            rows[plate] = torch.arange(start, span.stop)
+            take[plate] = slice(span.start - start, span.stop - start)
+        return Block(at, take, rows)
+
+    def whole(self) -> Block | None:
+        """The only block, if all rows fit in one."""
+        blocks = list(itertools.islice(self.blocks(), 2))
+        return blocks[0] if len(blocks) == 1 else None
+
+    def _arguments(self, block: Block) -> tuple[tuple, dict]:
+        if self.sliced is None or self.sliced not in block.at:
+            return self.args, self.kwargs
+        rows, size = block.at[self.sliced], self.sizes[self.sliced]
+
+        def cut(value):
+            return value[rows] if _has_rows(value, size) else value
+
+        return tuple(cut(value) for value in self.args), {name: cut(value) for name, value in self.kwargs.items()}
+
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        count: int,
+        block: Block | None = None,
+        fixed: Mapping[str, torch.Tensor] | None = None,
+        *,
+        vectorized: bool | None = None,
+        arguments: tuple[tuple, dict] | None = None,
+    ) -> tuple[Pass, Pass]:
+        """Guide and model at ``count`` draws; ``fixed`` gives latents ``(count, *batch, *event)`` of the block."""
+        block = block or Block()
+        guide = self._pass(self.guide, self.guide_sites, count, block, fixed or {}, set(), vectorized, arguments)
+        drawn = {name: guide.trace.nodes[name]["value"] for name in self.latents}
+        trace = self._trace(self.model, count, block, drawn, set(), vectorized, arguments)
+        return guide, Pass(trace, self, self.model_sites, count, block)
+
+    def model_run(
+        self,
+        count: int,
+        block: Block | None = None,
+        fixed: Mapping[str, torch.Tensor] | None = None,
+        *,
+        observe: bool = True,
+        arguments: tuple[tuple, dict] | None = None,
+    ) -> Pass:
+        """The model alone at the latents given, others drawn from it; ``observe=False`` draws the data too."""
+        hidden = set() if observe else set(self.observed)
+        return self._pass(self.model, self.model_sites, count, block or Block(), fixed or {}, hidden, None, arguments)
+
+    def _pass(self, program, layouts, count, block, fixed, hidden, vectorized=None, arguments=None) -> Pass:
+        laid = {
+            name: self._placed(value, layouts[name], count, block, vectorized)
+            for name, value in fixed.items()
+            if name in layouts
+        }
+        trace = self._trace(program, count, block, laid, hidden, vectorized, arguments)
+        return Pass(trace, self, layouts, count, block)
+
+    def _trace(self, program, count, block, values, hidden, vectorized=None, arguments=None) -> Trace:
+        vectorized = self.vectorized if vectorized is None else vectorized
+        args, kwargs = arguments or self._arguments(block)
+        rows = {name: index for name, index in block.rows.items() if name != self.sliced}
+        with ExitStack() as stack:
+            for handler in (_Subsamples(rows), _Unobserve(hidden), _Fixed(values)):
+                stack.enter_context(handler)
+            if vectorized:
+                stack.enter_context(pyro.plate(DRAWS, count, dim=-1 - self.depth, device=str(self.device)))
+            trace = poutine.trace(program).get_trace(*args, **kwargs)
+        known = self.model_sites if program is self.model else self.guide_sites
+        found = {name for name, _ in random_sites(trace)}
+        if found != set(known):
+            odd = sorted(found ^ set(known))[0]
+            raise BadInput(
+                f"site {odd!r} is there in some runs and not in others: programs whose sites change from draw to draw"
+                " have no array of draws"
+            )
+        return trace
+
+    def _vectorizes(self) -> bool:
+        """Whether two draws at once mean what they mean one by one; where not, draws run one by one."""
+        block = next(iter(self.blocks()))
+        try:
+            together = self.run(2, block, vectorized=True)
+            for draw in range(2):
+                fixed = {name: self._whole_value(together[0], name)[draw : draw + 1] for name in self.guide_sites}
+                alone = self.run(1, block, fixed, vectorized=False)
+                for many, one in zip(together, alone, strict=True):
+                    for name, layout in many.layouts.items():
+                        if layout.kind == "deterministic":
+                            a, b = many.value(name)[draw].double(), one.value(name)[0].double()
+                        else:
+                            a, b = many.log_prob(name)[draw], one.log_prob(name)[0]
+                        if a.shape != b.shape or not _agree(a, b, layout.dtype):
+                            return False
+        except GumboError:
+            raise
+        except _REFUSALS:
+            return False
+        return True
+
+    def _whole_value(self, run: Pass, name: str) -> torch.Tensor:
+        return self.lay_out(run.trace.nodes[name], run.layouts[name], run.count)
+
+    def held(self, run: Pass, name: str) -> torch.Tensor:
+        """A latent's values in all rows that the run saw, repeated ones included, as ``fixed`` wants them."""
+        return self._whole_value(run, name)
+
+    def draws_a_run(self, block: Block | None = None) -> int:
+        """How many draws of a block fit in one run."""
+        block = block or next(iter(self.blocks()))
+        numbers = 0
+        for layout in (*self.guide_sites.values(), *self.model_sites.values()):
+            size = layout.numel
+            for plate in layout.plates & set(block.rows):
+                size = size * len(block.rows[plate]) // self.sizes[plate]
+            numbers += max(1, size)
+        return max(1, _NUMBERS_A_RUN // numbers) if self.vectorized else 1
+
+    # --- shapes -------------------------------------------------------------------------------------------------------
+
+    def _sizes_in(self, layout: Layout, block: Block) -> tuple[int, ...]:
+        return tuple(
+            len(block.rows[name]) if name in block.rows else size
+            for name, size in zip(layout.names, layout.sizes, strict=True)
+        )
+
+    def _placed(self, value, layout: Layout, count: int, block: Block, vectorized: bool | None) -> torch.Tensor:
+        """``(count, *batch, *event)`` as the program has it."""
+        vectorized = self.vectorized if vectorized is None else vectorized
+        sizes = dict(zip(layout.dims, self._sizes_in(layout, block), strict=True))
+        depth = self.depth if vectorized else layout.depth
+        batch = [sizes.get(dim, 1) for dim in range(-depth, 0)]
+        return value.reshape([*([count] if vectorized else []), *batch, *layout.event])
+
+    def lay_out(self, site: Mapping[str, Any], layout: Layout, count: int) -> torch.Tensor:
+        value = site["value"].detach()
+        batch = value.dim() - len(layout.event)
+        return self._picked(value, value.shape[:batch], site, layout, count)
+
+    def log_prob(self, site: Mapping[str, Any], layout: Layout, count: int) -> torch.Tensor:
+        found = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        found = scale_and_mask(found, 1.0, site["mask"]) if site["mask"] is not None else found
+        return self._picked(found.detach().double(), found.shape, site, layout, count)
+
+    def _picked(self, value, batch, site, layout: Layout, count: int) -> torch.Tensor:
+        """Left-padded to ``(count, depth…)``, spread over the plates, and only the dimensions of the layout kept."""
+        event = tuple(value.shape[len(batch) :])
+        room = 1 + self.depth
+        value = value.reshape((1,) * (room - len(batch)) + tuple(batch) + event)
+        sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+        target = [count] + [
+            (sizes.get(dim, value.shape[dim - len(event)])) if dim in layout.dims else 1
+            for dim in range(-self.depth, 0)
+        ]
+        value = value.expand(*target, *event)
+        drop = [1 + self.depth + dim for dim in range(-self.depth, 0) if dim not in layout.dims]
+        return value.squeeze(drop) if drop else value
+
+
+def _has_rows(value: object, size: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
+    tolerance = 1e-9 if dtype == torch.float64 else (2e-3 if a.is_cuda else 5e-5)
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance * (1 + size), equal_nan=True)
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
+@contextmanager
+def quietly(model: Callable, guide: Callable, seed: int | None) -> Iterator[None]:
+    """No gradients, evaluation mode, and a param store and random stream of our own."""
+    with private_store(model, guide), private_seed(seed, model, guide), modes_kept(model, guide), torch.no_grad():
+        for module in modules_of(model, guide):
+            module.eval()
+        yield
