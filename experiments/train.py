@@ -24,6 +24,9 @@ class Train:
         estimator: how each random choice gets its gradient, one word; Pyro's own ELBOs are `trace`, `trace-graph`, ….
         objective: what is estimated; elbo, iwae or rws.
         particles: draws a step; by default the estimator's own minimum.
+        kl_weight: the weight of the KL in training, a number or a schedule of the step, as in `linear(1000)` or
+            `cyclical(4000, 4)`; what is reported is always the bound at weight 1.
+        temperature: of a relaxed estimator, a number or a schedule, as in `exponential(1.0, 0.5, 1e-3)`.
         data: a data set's name.
         binarize: static (at one half), dynamic (a draw an epoch), or null for grey levels.
         model_options: the model's own arguments, as in `--model_options.latent_dim=10`.
@@ -44,6 +47,8 @@ class Train:
     estimator: str = "default"
     objective: str = "elbo"
     particles: int | None = None
+    kl_weight: str = "1.0"
+    temperature: str | None = None
     data: str = "digits"
     binarize: str | None = "static"
     model_options: dict[str, Any] = field(default_factory=dict)
@@ -130,10 +135,18 @@ def inputs_of(model, data, split: str, count: int | None = None) -> dict[str, An
 
 
 def make_loss(config: Train):
-    from gumbo.inference import make_loss
+    from gumbo.inference import make_loss, parse_schedule
+    from gumbo.inference.elbo import as_estimator
 
-    options = {} if config.objective == "elbo" else {"objective": config.objective}
-    word = "default" if config.objective == "rws" else config.estimator
+    options: dict[str, Any] = {} if config.objective == "elbo" else {"objective": config.objective}
+    if str(config.kl_weight) not in ("1", "1.0"):
+        options["kl_weight"] = parse_schedule(config.kl_weight)
+    word: Any = "default" if config.objective == "rws" else config.estimator
+    if config.temperature is not None:
+        word = as_estimator(word)
+        if not hasattr(word, "temperature"):
+            raise BadInput(f"estimator {config.estimator!r} has no temperature: leave --temperature out")
+        word.temperature = parse_schedule(config.temperature)
     return make_loss(word, num_particles=config.particles, **options)
 
 
@@ -182,6 +195,8 @@ def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> Non
     curve = np.array([[numbers["valid_elbo"] for numbers in result.history]])
     title = "true ELBO on validation data"
     learning_curves(run.plots / "learning_curve.png", {title: {"valid": curve}}, "nats per datum")
+    if model.x_is_given or model.observed != ("x",):
+        return  # what is observed is no image
     model, guide = exact_pair(model, guide)
     first = {name: value[:10] for name, value in inputs.items()}
     rows = {"data": first["x"], "reconstruction": reconstructions(model, guide, first)}
