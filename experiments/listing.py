@@ -1,4 +1,4 @@
-"""``gumbo list``: models, guides, estimators, and which combinations are valid, found by trying each."""
+"""``gumbo list``: models, guides, estimators, and which combinations are valid."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ def combinations() -> list[dict[str, Any]]:
 
     from gumbo.guides import guides
     from gumbo.inference import stock_elbos
+    from gumbo.inference.elbo import refusals
     from gumbo.inference.estimators import estimators
     from gumbo.models import models
 
@@ -95,12 +96,20 @@ def combinations() -> list[dict[str, Any]]:
                         rows.append({**row, "estimator": "*", "reason": reason})
                         continue
                     guide = guide_cls(model)
-                    rows += [{**row, "estimator": word, "reason": why_not(model, guide, word)} for word in words]
+                    ours = refusals(model, guide, **model.example(2))
+                    rows += [
+                        {
+                            **row,
+                            "estimator": word,
+                            "reason": ours[word] if word in ours else why_not(model, guide, word),
+                        }
+                        for word in words
+                    ]
     return rows
 
 
 def why_not(model: Any, guide: Any, word: str) -> str:
-    """Why a loss refuses a pair, in one line; empty if it gives a gradient."""
+    """Why a loss refuses a pair, in one line, found by trying; empty if it gives a gradient."""
     import pyro
     import torch
 

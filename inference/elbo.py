@@ -302,20 +302,8 @@ class Binding(nn.Module):
             raise BadInput(
                 "a guide that runs the model itself (AutoMessenger) cannot be given estimators; use stock ELBOs"
             )
-        # Gradients are recorded even where the caller has none, since only they show a support that moves.
-        with (
-            forked_rng(self.model, self.guide, *args),
-            kept_buffers(self.model, self.guide),
-            torch.enable_grad(),
-        ):
-            program = Program(
-                self.model,
-                self.guide,
-                resolve=lambda msg: None,
-                num_particles=1,
-                max_plate_nesting=self.elbo.requested_nesting,
-                vectorized=False,
-            )
+        with looking(self.model, self.guide, *args):
+            program = one_particle(self.model, self.guide, self.elbo.requested_nesting)
             seen = program.run(args, kwargs)
             self._study(program, seen, args, kwargs)
 
@@ -616,6 +604,49 @@ class Binding(nn.Module):
         name = "+".join(own) or "elbo"
         weight = self.elbo.kl_weight
         return name if not callable(weight) and float(weight) == 1.0 else f"weighted-{name}"
+
+
+@contextmanager
+def looking(model: Callable, guide: Callable, *args: Any) -> Iterator[None]:
+    """A run that is only looked at: random streams and buffers are as they were before.
+
+    Gradients are recorded even where the caller has none, since only they show a support that moves.
+    """
+    with forked_rng(model, guide, *args), kept_buffers(model, guide), torch.enable_grad():
+        yield
+
+
+def one_particle(model: Callable, guide: Callable, max_plate_nesting: int | None = None) -> Program:
+    """A model and a guide as they were written, without estimators."""
+    return Program(
+        model,
+        guide,
+        resolve=lambda msg: None,
+        num_particles=1,
+        max_plate_nesting=max_plate_nesting,
+        vectorized=False,
+    )
+
+
+def refusals(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """For each estimator's word why it cannot serve all sites of a pair, empty if it can; one run of the programs.
+
+    >>> import pyro.distributions as dist
+    >>> program = lambda: pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> refusals(program, program)["arm"]
+    "site 'z': antithetic pairs need a Bernoulli site, this one is Normal"
+    >>> refusals(program, program)["rloo"]
+    ''
+    """
+    with pyro.get_param_store().scope(), looking(model, guide, *args):
+        seen = one_particle(model, guide).run(args, kwargs)
+    sites = [site for site in seen.guide if site.latent and not is_deterministic(site.fn)]
+    found = {}
+    for word, make in estimators.items():
+        estimator = make()
+        reasons = ((site.name, estimator.why_not({"name": site.name, "fn": site.fn})) for site in sites)
+        found[word] = next((f"site {name!r}: {reason}" for name, reason in reasons if reason), "")
+    return found
 
 
 class SiteELBOModule(ELBOModule):
