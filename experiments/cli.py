@@ -21,7 +21,9 @@ VERBS = {
     "compare": Verb("compare", "contrast pathwise, score-function and relaxed gradients on one model"),
     "train": Verb("train", "train a model with a guide and an estimator on a data set"),
     "evaluate": Verb("evaluate", "judge a run of `gumbo train` on a split of its data"),
+    "inspect": Verb("inspect_posterior", "the posterior of a run for ArviZ, in pictures and verdicts"),
     "audit": Verb("audit", "hold gradient estimators against the exact gradient, on any model and guide"),
+    "system": Verb("systems", "one of the small demonstrations: a picture and its numbers"),
     "list": Verb("listing", "show models, guides, estimators, and which combinations are valid"),
 }
 
