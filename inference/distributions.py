@@ -146,6 +146,23 @@ def _learnable(transform: object) -> bool:
     )
 
 
+def coordinate_values(fn: Distribution) -> Tensor | str:
+    """The values of one coordinate, ``(V, *element)``, or the reason why they cannot be had.
+
+    >>> import pyro.distributions as dist
+    >>> coordinate_values(dist.OneHotCategorical(logits=torch.zeros(2, 3)).to_event(1)).shape
+    torch.Size([3, 3])
+    """
+    base = elementary(fn)
+    if not getattr(base, "has_enumerate_support", False):
+        return f"{describe(fn)} has no finite support"
+    try:
+        values = base.enumerate_support(expand=False)
+    except (NotImplementedError, ValueError) as error:
+        return f"its support cannot be listed ({error})"
+    return values.reshape(values.shape[:1] + tuple(base.event_shape))
+
+
 def finite_support(fn: Distribution, *, joint: int, limit: int) -> Tensor | str:
     """Every value that ``fn`` can take, along a new leftmost dimension, or the reason why that cannot be had.
 
@@ -159,15 +176,10 @@ def finite_support(fn: Distribution, *, joint: int, limit: int) -> Tensor | str:
     >>> finite_support(coin.to_event(1), joint=0, limit=99).shape
     torch.Size([8, 3])
     """
-    base = elementary(fn)
-    if not getattr(base, "has_enumerate_support", False):
-        return f"{describe(fn)} has no finite support"
-    try:
-        values = base.enumerate_support(expand=False)
-    except (NotImplementedError, ValueError) as error:
-        return f"its support cannot be listed ({error})"
-    size, one = values.shape[0], base.event_shape
-    values = values.reshape((size,) + tuple(one))
+    values = coordinate_values(fn)
+    if isinstance(values, str):
+        return values
+    size, one = values.shape[0], values.shape[1:]
     batch, event = tuple(fn.batch_shape), tuple(fn.event_shape)
     together = batch[len(batch) - joint :] if joint else ()
     coordinates = math.prod(together) * math.prod(event[: len(event) - len(one)])

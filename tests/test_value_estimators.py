@@ -115,7 +115,7 @@ def changed_together(monkeypatch):
     kept = _coordinates.gains
 
     def gains(view, *rest):
-        view.joined = ()
+        view.find_joined = tuple
         return kept(view, *rest)
 
     monkeypatch.setattr(measure_valued, "gains", gains)

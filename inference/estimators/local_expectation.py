@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributions import describe, elementary
+from ..distributions import coordinate_values, elementary
 from ._base import Draw, Estimator, SiteView, detached_draw, estimators, pad_left
 from ._coordinates import gains
 
@@ -54,18 +54,6 @@ class LocalExpectation(Estimator):
         # The gain over the value drawn will do for f, as the derivatives of q sum to zero over the values.
         terms = (q * torch.where(q > 0, gain, torch.zeros_like(gain))).sum(0)
         return view.sum_event(terms.reshape(terms.shape + (1,) * element_dim))
-
-
-def coordinate_values(fn: Any) -> Tensor | str:
-    """The values of one coordinate, ``(V, *element)``, or the reason why they cannot be had."""
-    base = elementary(fn)
-    if not getattr(base, "has_enumerate_support", False):
-        return f"{describe(fn)} has no finite support"
-    try:
-        values = base.enumerate_support(expand=False)
-    except (NotImplementedError, ValueError) as error:
-        return f"its support cannot be listed ({error})"
-    return values.reshape(values.shape[:1] + tuple(base.event_shape))
 
 
 def others(value: Tensor, values: Tensor, element_dim: int) -> Tensor:
