@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -19,7 +20,7 @@ from torch.distributions import constraints, transform_to
 from ..errors import BadInput
 from .distributions import is_deterministic
 from .elbo import SiteELBO
-from .isolation import modules_of, private_seed, private_store
+from .isolation import modes_kept, modules_of, private_seed, private_store
 from .sweeps import Sweep, random_sites
 
 
@@ -141,7 +142,7 @@ def refine(
 
     Neither model nor guide is changed. Sites without a pathwise gradient take leave-one-out score-function gradients.
     """
-    with private_store(model, guide), private_seed(seed, model, guide), frozen_parameters(model, guide):
+    with private_store(model, guide), private_seed(seed, model, guide), evaluated(model, guide):
         refined = Refined(guide, args, kwargs)
         _train(
             SiteELBO(words(guide, args, kwargs), num_particles=num_particles), model, refined, args, kwargs, steps, lr
@@ -176,19 +177,20 @@ def words(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, 
     }
 
 
-class frozen_parameters:
-    """No parameter of the programs asks for a gradient inside."""
-
-    def __init__(self, *programs: Any):
-        self.thawed = [p for module in modules_of(*programs) for p in module.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.thawed:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *error: object) -> None:
-        for parameter in self.thawed:
-            parameter.requires_grad_(True)
+@contextmanager
+def evaluated(*programs: Any) -> Iterator[None]:
+    """Programs in evaluation mode, none of whose parameters asks for a gradient."""
+    thawed = [p for module in modules_of(*programs) for p in module.parameters() if p.requires_grad]
+    with modes_kept(*programs):
+        for module in modules_of(*programs):
+            module.eval()
+        try:
+            for parameter in thawed:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in thawed:
+                parameter.requires_grad_(True)
 
 
 def refitted(
@@ -211,7 +213,7 @@ def refitted(
             "num_refits fits guides that are modules with parameters; for any other give refit=, a function from a"
             " seed to a fitted guide, or pass a sequence of fitted guides"
         )
-    with private_store(model, guide), private_seed(seed, model, guide), frozen_parameters(model):
+    with private_store(model, guide), private_seed(seed, model, guide), evaluated(model):
         with torch.no_grad():
             guide(*args, **kwargs)  # a lazily built guide has parameters only now
         again = copy.deepcopy(guide)

@@ -1,0 +1,104 @@
+"""``gumbo inspect RUN``: the posterior of a run of ``gumbo train``, in ArviZ's format, in pictures and in verdicts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gumbo.errors import BadInput, UnknownName
+from gumbo.experiments._command import run_command
+from gumbo.experiments._runs import RunFolder
+from gumbo.experiments.evaluate import load_parameters
+from gumbo.experiments.train import Train, build, inputs_of, load_data, settings_of
+
+
+@dataclass
+class Inspect:
+    """Draw the posterior of a run of `gumbo train`, say what to think of it, and plot it.
+
+    Args:
+        run: the run's folder.
+        split: train, valid or test.
+        num_data: rows of the split to look at, from its beginning.
+        num_samples: draws of the guide.
+        num_simulations: data sets or data that the model draws, to calibrate the guide on.
+        refine_steps: optimisation steps a datum, to tell the amortization gap from the approximation gap.
+        seed: of all draws.
+        best: take the parameters of the best epoch rather than of the last.
+    """
+
+    run: str
+    split: str = "test"
+    num_data: int = 100
+    num_samples: int = 500
+    num_simulations: int = 400
+    refine_steps: int = 200
+    seed: int = 0
+    best: bool = False
+
+
+def inspect(config: Inspect) -> dict[str, Any]:
+    """Writes ``posterior.nc``, ``diagnosis.txt``, ``diagnosis.json`` and pictures into the run's folder."""
+    from gumbo.experiments.posterior_plots import everything
+    from gumbo.inference import _arviz, diagnose, to_arviz
+
+    if config.split not in ("train", "valid", "test"):
+        raise UnknownName("split", config.split, ("train", "valid", "test"))
+    if config.num_data < 2:
+        raise BadInput(f"num_data is {config.num_data}: expected at least 2")
+    settings = Train(**settings_of(config.run))
+    run = RunFolder(Path(config.run))
+    data = load_data(settings)
+    model, guide = build(settings, data.data_shape)
+    load_parameters(model, guide, run, best=config.best or settings.patience is not None)
+    if config.split == "train" and settings.binarize == "dynamic":
+        raise BadInput("the train split is drawn anew each epoch under dynamic binarization: inspect valid or test")
+    if not model.latents:
+        raise BadInput(f"{settings.model} has no latents, so that there is no posterior to inspect")
+    inputs = inputs_of(model, data, config.split, config.num_data)
+    images = max(1, config.num_samples // 50)
+    idata = to_arviz(
+        model,
+        guide,
+        num_samples=config.num_samples,
+        thin={"posterior_predictive": images, "prior_predictive": images},
+        seed=config.seed,
+        **inputs,
+    )
+    report = diagnose(
+        model,
+        guide,
+        num_samples=max(config.num_samples, 500),
+        num_simulations=config.num_simulations,
+        refine_steps=config.refine_steps,
+        seed=config.seed,
+        **inputs,
+    )
+    _arviz.save(idata, run.path / "posterior.nc")
+    (run.path / "diagnosis.txt").write_text(f"{report}\n")
+    found = {
+        "config": asdict(config),
+        "ok": report.ok,
+        "alarms": report.alarms,
+        "verdicts": {one.name: {"fired": one.fired, "text": one.text} for one in report.verdicts},
+        "skipped": dict(report.skipped),
+    }
+    run.write_json("diagnosis.json", found)
+    labels = data.labels.get(config.split)
+    labels = None if labels is None else labels[: config.num_data].numpy()
+    groups = {name: _arviz.dataset_of(idata, name) for name in _arviz.groups_of(idata)}
+    pictures = everything(run.plots, groups, report, labels)
+    print(report)
+    print(f"gumbo inspect: posterior.nc, diagnosis.txt and {len(pictures)} pictures in {run.path}", file=sys.stderr)
+    return found | {"pictures": [str(path) for path in pictures]}
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "gumbo inspect") -> None:
+    run_command(Inspect, inspect, argv, prog)
+
+
+if __name__ == "__main__":
+    main()

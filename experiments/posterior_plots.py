@@ -1,0 +1,197 @@
+"""Pictures of a posterior that `to_arviz` drew and of what `diagnose` found, for either version of ArviZ."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gumbo.experiments.plots import figure, save
+
+# As many coordinates as a reader can tell apart in one picture.
+_FOREST, _TRACES, _PAIRS = 20, 4, 4
+
+
+def coordinates(posterior: Any, most: int) -> dict[str, np.ndarray]:
+    """Up to ``most`` single numbers of the posterior by name, each ``(chain, draw)``: those that vary most."""
+    found: dict[str, np.ndarray] = {}
+    for name, values in posterior.data_vars.items():
+        names = values.dims[2:]
+        flat = np.asarray(values).reshape(*values.shape[:2], -1).astype(float)
+        places = itertools.product(
+            *(
+                posterior[dim].values if dim in posterior else range(n)
+                for dim, n in zip(names, values.shape[2:], strict=True)
+            )
+        )
+        for column, place in enumerate(itertools.islice(places, 400)):
+            found[f"{name}[{', '.join(map(str, place))}]" if place else str(name)] = flat[..., column]
+    spread = sorted(found, key=lambda name: -found[name].std())[:most]
+    return {name: found[name] for name in found if name in spread}
+
+
+def one_datum(posterior: Any) -> Any:
+    """The global latents, and the local ones of the first datum: what can depend on each other."""
+    if not posterior.attrs.get("local"):
+        return posterior
+    first = {dim: slice(0, 1) for dim in posterior.attrs["data_plates"].split(",") if dim in posterior.dims}
+    return posterior.isel(first)
+
+
+def forest(path: Path, posterior: Any) -> Path:
+    """Means with intervals that hold 50 and 94 % of the draws, a row for each number and chain."""
+    shown = coordinates(one_datum(posterior), _FOREST)
+    made, axis = figure(figsize=(6.4, 1.2 + 0.28 * len(shown)))
+    for row, values in enumerate(shown.values()):
+        for chain, draws in enumerate(values):
+            height = row + 0.15 * (chain - (len(values) - 1) / 2)
+            for width, inside in ((1.2, 94), (3.5, 50)):
+                low, high = np.percentile(draws, (50 - inside / 2, 50 + inside / 2))
+                axis.plot((low, high), (height, height), color=f"C{chain}", linewidth=width)
+            axis.plot(draws.mean(), height, "o", color=f"C{chain}", markersize=4)
+    axis.set_yticks(range(len(shown)), list(shown), fontsize=8)
+    axis.invert_yaxis()
+    axis.set(title="posterior by the guide: means, 50 % and 94 % intervals")
+    axis.grid(axis="x", alpha=0.3)
+    return save(made, path)
+
+
+def traces(path: Path, posterior: Any) -> Path:
+    """Draws in their order, beside their histogram: independent draws of a guide show no pattern."""
+    shown = coordinates(one_datum(posterior), _TRACES)
+    made, axes = figure(len(shown), 2, figsize=(8.0, 0.6 + 1.6 * len(shown)), squeeze=False, width_ratios=(1, 2))
+    for (left, right), (name, values) in zip(axes, shown.items(), strict=True):
+        for chain, draws in enumerate(values):
+            left.hist(draws, bins=30, histtype="step", density=True, color=f"C{chain}")
+            right.plot(draws, linewidth=0.4, color=f"C{chain}")
+        left.set_title(name, fontsize=9)
+        right.set_xlabel("draw", fontsize=8)
+    return save(made, path)
+
+
+def pairs(path: Path, posterior: Any) -> Path:
+    """Draws of each pair of a few numbers."""
+    shown = coordinates(one_datum(posterior), _PAIRS)
+    names, count = list(shown), len(shown)
+    made, axes = figure(count, count, figsize=(1.0 + 2.0 * count, 1.0 + 2.0 * count), squeeze=False)
+    for (row, down), (column, across) in itertools.product(enumerate(names), enumerate(names)):
+        axis = axes[row, column]
+        if row == column:
+            axis.hist(shown[down].ravel(), bins=30, color="tab:blue")
+        elif row > column:
+            axis.plot(shown[across].ravel(), shown[down].ravel(), ".", markersize=2, alpha=0.4)
+        else:
+            axis.set_axis_off()
+        axis.tick_params(labelsize=7)
+        if row == count - 1:
+            axis.set_xlabel(across, fontsize=8)
+        if column == 0 and row:
+            axis.set_ylabel(down, fontsize=8)
+    return save(made, path)
+
+
+def predictive(path: Path, observed: Any, drawn: Any) -> Path:
+    """What the data are against data drawn at the posterior: of each datum, the mean over its numbers."""
+    names = list(observed.data_vars)
+    made, axes = figure(1, len(names), figsize=(5.6 * len(names), 4.0), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        data = np.asarray(observed[name]).astype(float)
+        draws = np.asarray(drawn[name]).astype(float)
+        event = tuple(range(1, data.ndim))
+        seen = data.mean(event) if event else np.atleast_1d(data)
+        made_up = draws.mean(tuple(range(3, draws.ndim))) if draws.ndim > 3 else draws
+        made_up = made_up.reshape(made_up.shape[0] * made_up.shape[1], -1)
+        edges = np.histogram_bin_edges(np.concatenate([seen.ravel(), made_up.ravel()]), 30)
+        for some in made_up[:: max(1, len(made_up) // 50)]:
+            axis.hist(some, bins=edges, histtype="step", density=True, color="tab:gray", alpha=0.2, linewidth=0.6)
+        axis.hist(made_up.ravel(), bins=edges, histtype="step", density=True, color="tab:blue", label="predicted")
+        axis.hist(
+            seen.ravel(), bins=edges, histtype="step", density=True, color="black", linewidth=1.6, label="observed"
+        )
+        axis.set(title=f"posterior predictive of {name}", xlabel="mean over a datum" if event else str(name))
+        axis.legend(fontsize=8)
+    return save(made, path)
+
+
+def pareto(path: Path, stats: Any) -> Path:
+    """k̂ of each datum, or of the whole, with the thresholds 0.5 and 0.7."""
+    values = np.asarray(stats["khat"]).reshape(-1)
+    made, axis = figure(figsize=(6.4, 3.6))
+    finite = np.isfinite(values)
+    axis.plot(np.flatnonzero(finite), values[finite], "+", color="tab:blue")
+    for level, style in ((0.5, ":"), (0.7, "--")):
+        axis.axhline(level, color="tab:red", linestyle=style, linewidth=1.0)
+    high, missing = int((values > 0.7).sum()), int((~finite).sum())
+    unknown = f", {missing} without a fit" if missing else ""
+    axis.set(
+        title=f"k̂: {high} of {len(values)} above 0.7{unknown}", xlabel="datum", ylabel="k̂ of the importance weights"
+    )
+    return save(made, path)
+
+
+def calibration(path: Path, ranks: Mapping[str, np.ndarray]) -> Path:
+    """ECDF of ranks minus that of uniform ones, and a band that holds 99 % of each point under uniformity."""
+    from scipy.stats import binom
+
+    count = min(len(found) for found in ranks.values())
+    top = max(int(found.max()) for found in ranks.values()) + 1
+    at = np.arange(top) / top
+    made, axis = figure(figsize=(6.4, 4.0))
+    for level, shade in ((0.99, 0.15), (0.9, 0.3)):
+        low, high = (binom.ppf(tail, count, at) / count - at for tail in ((1 - level) / 2, (1 + level) / 2))
+        axis.fill_between(at, low, high, color="tab:gray", alpha=shade, linewidth=0)
+    for index, (name, found) in enumerate(itertools.islice(ranks.items(), 12)):
+        ecdf = (found[:, None] < np.arange(top)).mean(0)
+        dark = name.startswith("log p")
+        axis.plot(
+            at, ecdf - at, linewidth=1.8 if dark else 0.9, color="black" if dark else f"C{index % 10}", label=name
+        )
+    axis.axhline(0.0, color="black", linewidth=0.5)
+    axis.set(title="simulation-based calibration", xlabel="fractional rank", ylabel="ECDF − uniform")
+    axis.legend(fontsize=6, ncols=2)
+    return save(made, path)
+
+
+def latent_space(path: Path, posterior: Any, names: Sequence[str], labels: np.ndarray | None) -> Path:
+    """Posterior means of each datum's latents on their two first principal components."""
+    means = [np.asarray(posterior[name].mean(("chain", "draw"))) for name in names]
+    joined = np.concatenate([mean.reshape(len(mean), -1) for mean in means], 1).astype(float)
+    centred = joined - joined.mean(0)
+    _, lengths, directions = np.linalg.svd(centred, full_matrices=False)
+    share = lengths**2 / max((lengths**2).sum(), 1e-300)
+    flat = centred @ directions[:2].T
+    flat = np.pad(flat, ((0, 0), (0, max(0, 2 - flat.shape[1]))))
+    made, axis = figure(figsize=(6.0, 5.2))
+    drawn = axis.scatter(*flat.T, s=14, c=labels if labels is not None else "tab:blue", cmap="tab10")
+    if labels is not None:
+        made.colorbar(drawn, ax=axis, label="label")
+    title = " and ".join(f"{part:.0%}" for part in share[:2])
+    axis.set(title=f"posterior means of {', '.join(names)}: {title} of their variance", xlabel="1", ylabel="2")
+    return save(made, path)
+
+
+def everything(folder: Path, groups: Mapping[str, Any], report: Any, labels: np.ndarray | None) -> list[Path]:
+    """All pictures that the groups allow."""
+    posterior = groups["posterior"]
+    made = [
+        forest(folder / "forest.png", posterior),
+        traces(folder / "trace.png", posterior),
+        pairs(folder / "pair.png", posterior),
+        pareto(folder / "khat.png", groups["vi_stats"]),
+    ]
+    if "observed_data" in groups and "posterior_predictive" in groups:
+        made.append(
+            predictive(folder / "posterior_predictive.png", groups["observed_data"], groups["posterior_predictive"])
+        )
+    if report.ranks:
+        made.append(calibration(folder / "calibration.png", report.ranks))
+    local = [name for name in posterior.attrs.get("local", "").split(",") if name]
+    if local and math.prod(posterior[local[0]].shape[2:3]) > 1:
+        rows = len(posterior[local[0]][0, 0])
+        known = labels if labels is not None and len(labels) == rows else None
+        made.append(latent_space(folder / "latent_space.png", posterior, local, known))
+    return made
