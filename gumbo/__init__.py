@@ -1,4 +1,4 @@
-"""gumbo (Gumbel + ELBO): deep generative models and amortized guides in Pyro, and a choice of gradient at every site."""
+"""gumbo (Gumbel + ELBO): deep generative models and amortized guides in Pyro, a choice of gradient at every site."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ class GumboError(Exception):
     """Any error that gumbo raises on purpose; ``str(error)`` is one line."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        # Pyro makes errors that pass through a trace anew, from their message and a table of shapes.
+        super().__init__(" ".join(message.split("Trace Shapes:")[0].split()))
 
 
 class BadInput(GumboError, ValueError):
@@ -25,24 +26,42 @@ class UnknownName(GumboError, ValueError):
     gumbo.errors.UnknownName: unknown estimator 'rlo0': did you mean 'rloo'? (known: rloo, score)
     """
 
-    def __init__(self, kind: str, name: object, known: Iterable[str]):
+    def __init__(self, kind: str, name: object = None, known: Iterable[str] = ()):
+        if not known:
+            super().__init__(kind)
+            return
         known = sorted(known)
         close = difflib.get_close_matches(str(name), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         super().__init__(f"unknown {kind} {name!r}: {hint}(known: {', '.join(known)})")
 
 
+PROGRAM = "(program)"  # stands for a site where the whole program is refused
+ANY = "any"  # stands for an estimator where every one would be refused
+
+
 class UnsupportedSite(GumboError, ValueError):
     """A site that an estimator or an objective cannot serve.
 
     Attributes: ``site``, ``estimator`` and ``reason`` as strings; ``alternatives``, the estimators that would do.
+
+    >>> raise UnsupportedSite("z", "arm", "it needs a Bernoulli site", ["pathwise"])
+    Traceback (most recent call last):
+    gumbo.errors.UnsupportedSite: site 'z' cannot take estimator 'arm': it needs a Bernoulli site; would do: pathwise
     """
 
-    def __init__(self, site: str, estimator: str, reason: str, alternatives: Iterable[str] = ()):
+    def __init__(self, site: str, estimator: str = ANY, reason: str = "", alternatives: Iterable[str] = ()):
+        if not reason:
+            site, reason = PROGRAM, site
         self.site, self.estimator, self.reason = site, estimator, reason
         self.alternatives = tuple(alternatives)
+        what = f"site {site!r}" if estimator == ANY else f"site {site!r} cannot take estimator {estimator!r}"
         advice = f"; would do: {', '.join(self.alternatives)}" if self.alternatives else ""
-        super().__init__(f"site {site!r} cannot take estimator {estimator!r}: {reason}{advice}")
+        super().__init__(f"{reason}{advice}" if site == PROGRAM else f"{what}: {reason}{advice}")
+
+
+class TooFewParticles(UnsupportedSite, BadInput):
+    """An estimator that compares particles, and too few of them."""
 
 
 class CannotVectorize(UnsupportedSite):

@@ -13,7 +13,7 @@ import torch
 from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
 
-from ..errors import BadInput, CannotVectorize, GumboError, UnknownName, UnsupportedSite
+from ..errors import PROGRAM, BadInput, CannotVectorize, GumboError, TooFewParticles, UnknownName, UnsupportedSite
 from . import objectives
 from .distributions import describe, is_deterministic
 from .estimators import (
@@ -138,9 +138,10 @@ class SiteELBO(ELBO):
             raise UnknownName("plates", plates, ("trust", "ignore"))
         if num_particles is not None and (not isinstance(num_particles, int) or num_particles < 1):
             raise BadInput(f"num_particles must be a positive integer or None, got {num_particles!r}")
-        if max_plate_nesting is not None and max_plate_nesting != float("inf") and int(max_plate_nesting) < 0:
-            raise BadInput(f"max_plate_nesting must be at least 0, got {max_plate_nesting!r}")
-        if not callable(kl_weight) and not float(kl_weight) >= 0:
+        nesting = 0 if max_plate_nesting in (None, float("inf")) else max_plate_nesting
+        if not isinstance(nesting, int) or nesting < 0:
+            raise BadInput(f"max_plate_nesting must be an integer of at least 0 or None, got {max_plate_nesting!r}")
+        if not callable(kl_weight) and not (isinstance(kl_weight, (int, float)) and kl_weight >= 0):
             raise BadInput(f"kl_weight must be a number ≥ 0 or a schedule, got {kl_weight!r}")
         self.objective, self.plates, self.kl_weight = objective, plates, kl_weight
         self.given: dict[str, Estimator] = {}
@@ -153,8 +154,8 @@ class SiteELBO(ELBO):
         named = [*self.given.values(), *([self.otherwise] if self.otherwise else [])]
         if objective == "rws" and named:
             raise BadInput(f"objective 'rws' draws without gradients and takes no estimator, got {named[0].name!r}")
-        for estimator in named:
-            _check_particles(estimator, num_particles)
+        for site, estimator in [*self.given.items(), *([("*", self.otherwise)] if self.otherwise else [])]:
+            _check_particles(site, estimator, num_particles)
         self.requested_particles = num_particles
         self.requested_nesting = None if max_plate_nesting == float("inf") else max_plate_nesting
         self._bindings: list[Binding] = []
@@ -214,10 +215,13 @@ class SiteELBO(ELBO):
             return self._binding(model, guide).loss(args, kwargs).item()
 
 
-def _check_particles(estimator: Estimator, num_particles: int | None) -> None:
+def _check_particles(site: str, estimator: Estimator, num_particles: int | None) -> None:
     if num_particles is not None and num_particles < estimator.min_particles:
-        raise BadInput(
-            f"estimator {estimator.name!r} needs num_particles ≥ {estimator.min_particles}, got {num_particles}"
+        raise TooFewParticles(
+            site,
+            estimator.name,
+            f"it needs num_particles ≥ {estimator.min_particles}, got {num_particles}",
+            [word for word, make in estimators.items() if make().min_particles <= num_particles],
         )
 
 
@@ -276,7 +280,7 @@ class Binding(nn.Module):
         if reason is not None:
             word = "default" if isinstance(estimator, _Default) else estimator.name
             raise UnsupportedSite(name, word, reason, self.alternatives(msg))
-        _check_particles(estimator, elbo.requested_particles)
+        _check_particles(name, estimator, elbo.requested_particles)
         if estimator.enumerates and elbo.plates == "ignore":
             self.joint.add(name)
         return estimator
@@ -327,7 +331,7 @@ class Binding(nn.Module):
         for name, estimator in chosen.items():
             if any(other.together for other in chosen.values()) and not estimator.together:
                 word = next(other.name for other in chosen.values() if other.together)
-                raise UnsupportedSite(name, estimator.name, f"where one site takes {word!r}, every site must")
+                raise UnsupportedSite(name, estimator.name, f"where one site takes {word!r}, every site must", [word])
         needed = max([estimator.min_particles for estimator in chosen.values()], default=1)
         self.__dict__["chosen"] = chosen
         for site in latent:
@@ -361,7 +365,7 @@ class Binding(nn.Module):
                     check_vectorized(program, run, seen, args, kwargs)
                 except NoisyProgram:
                     raise does_not_vectorize(
-                        "(program)", "two runs on the same draws differ, so that nothing can be compared"
+                        PROGRAM, "two runs on the same draws differ, so that nothing can be compared"
                     ) from None
 
     @property
@@ -445,16 +449,15 @@ class Binding(nn.Module):
                 sites = [site for site in run.guide if site.estimator is not None and site.estimator.log_q == "path"]
                 if not sites:
                     continue
-                given = {site.name: site.draw for site in run.guide if site.latent}
-                with frozen([self.guide], run.guide_params.values()):
-                    again = program.run(
-                        args,
-                        kwargs,
-                        fixed=given,
-                        subsamples=run.subsamples,
-                        choices=dict(run.choices),
-                        with_model=False,
-                    )
+                again = program.run(
+                    args,
+                    kwargs,
+                    fixed={site.name: site.draw for site in run.guide if site.latent},
+                    subsamples=run.subsamples,
+                    choices=dict(run.choices),
+                    with_model=False,
+                    around_guide=frozen([self.guide], run.guide_params.values()),
+                )
                 for site in sites:
                     site.log_prob = again.guide_site(site.name).log_prob
 
@@ -467,8 +470,8 @@ class Binding(nn.Module):
                 for site in run.guide
                 if site.latent
             }
-            with frozen([self.guide], run.guide_params.values()):
-                return program.run(args, kwargs, fixed=leaves, subsamples=run.subsamples)
+            still = frozen([self.guide], run.guide_params.values())
+            return program.run(args, kwargs, fixed=leaves, subsamples=run.subsamples, around_guide=still)
 
         return [[again(run) for run in paths] for paths in groups]
 
@@ -680,6 +683,14 @@ class SiteELBOModule(ELBOModule):
             raise BadInput("this loss builds networks when it sees data: call loss.initialize(x) before .parameters()")
         return super().named_parameters(prefix, recurse, remove_duplicate)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        if not self.binding.ready() and any(key.startswith("binding.states.") for key in state_dict):
+            raise BadInput(
+                "this loss keeps baselines that it builds when it sees data: call loss.initialize(x) before"
+                " .load_state_dict(…)"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
     def _lazy(self) -> bool:
         named = [*self.elbo.given.values(), *([self.elbo.otherwise] if self.elbo.otherwise else [])]
         return any(getattr(estimator, "lazy_parameters", False) for estimator in named)
@@ -805,4 +816,4 @@ def _key(site: str) -> str:
 
 def _fails_vectorized(error: Exception) -> CannotVectorize:
     first = str(error).splitlines()[0] if str(error) else ""
-    return does_not_vectorize("(program)", f"with a leading dimension it fails with {type(error).__name__}: {first}")
+    return does_not_vectorize(PROGRAM, f"with a leading dimension it fails with {type(error).__name__}: {first}")

@@ -355,14 +355,30 @@ def iwae_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
     fixed = Bound(bound.log_weight.detach(), bound.dim)
     signal = fixed.value().expand_as(fixed.log_weight)
     runs = [run for paths in groups for run in paths]
-    for site in runs[0].guide:
-        if site.drawn and site.score is not None:
-            rows = [Row(run, run.guide_site(site.name), signal) for run in runs]
-            log_prob = layout.join([summed_to(r.site.score, r.site.frames, weights.frames) for r in rows])
-            surrogate = site.estimator.surrogate(view(rows, log_prob, signal, fixed))
-            check_shape(surrogate, signal, site, layout)
-            value = value + magic((weights.scale * surrogate).sum())
+    for name in dict.fromkeys(site.name for run in runs for site in run.guide if site.drawn and site.score is not None):
+        value = value + magic(
+            (weights.scale * _bound_surrogate(name, runs, weights, signal, fixed, layout, view)).sum()
+        )
     return value
+
+
+def _bound_surrogate(
+    name: str, runs: list[Run], weights: Weights, signal: Tensor, bound: Bound, layout: Layout, view: MakeView
+) -> Tensor:
+    """One site's share of the gradient of the bound; particles that did not come by the site have none."""
+    found = {i: site for i, run in enumerate(runs) for site in run.guide if site.name == name}
+    rows = [Row(runs[i], site, signal) for i, site in found.items()]
+    site = rows[0].site
+    scores = {i: summed_to(s.score, s.frames, weights.frames) for i, s in found.items()}
+    none = torch.zeros_like(next(iter(scores.values())))
+    if len(found) < len(runs) and site.estimator.lazy_parameters:
+        raise UnsupportedSite(
+            name, site.estimator.name, "it shows in some particles only, and its baseline wants inputs from all"
+        )
+    log_prob = layout.join([scores.get(i, none) for i in range(len(runs))])
+    surrogate = site.estimator.surrogate(view(rows, log_prob, signal, bound))
+    check_shape(surrogate, signal, site, layout)
+    return surrogate
 
 
 def dreg_value(drawn: list[list[Run]], groups: list[list[Run]], layout: Layout) -> Tensor:

@@ -8,7 +8,7 @@ own to the left of that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..errors import BadInput, CannotVectorize, UnsupportedSite
+from ..errors import ANY, BadInput, CannotVectorize, UnsupportedSite
 from .distributions import describe, finite_support, has_own_mask, is_deterministic, is_discrete, score_log_prob
 from .estimators._base import Draw, Estimator
 
@@ -211,7 +211,7 @@ class _Replay(Messenger):
             reason = "it is enumerated in the model, which only the stock 'trace-enum' does"
         else:
             reason = "it is latent in the model and has no site in the guide; sample it there too, or observe it"
-        raise UnsupportedSite(name, "any", reason)
+        raise UnsupportedSite(name, ANY, reason)
 
 
 class Program:
@@ -279,51 +279,52 @@ class Program:
         fork: Callable | None = None,
         with_model: bool = True,
         stand_in: StandIn | None = None,
+        around_guide: AbstractContextManager | None = None,
     ) -> Run:
-        """Execute the guide, then the model against it; ``stand_in`` may put one estimator in place of another."""
+        """Execute the guide, then the model against it.
+
+        ``stand_in`` may put one estimator in place of another; ``around_guide`` is entered while the guide is run and
+        its draws are scored.
+        """
         choices = {} if choices is None else choices
         subsamples = {} if subsamples is None else subsamples
         draws = _Draws(self, fixed or {}, choices, fork, stand_in)
-        guide = self._record(self.guide, args, kwargs, draws, subsamples)
+        with around_guide or nullcontext():
+            guide = self._record(self.guide, args, kwargs, draws, subsamples)
+            self._check_nesting(guide)
+            guide_sites = self._sites(guide, draws) if self.max_plate_nesting is not None else []
         model = self._record(self.model, args, kwargs, _Replay(draws), subsamples) if with_model else _Recorder()
-        run = Run([], [], choices, subsamples, guide.params, model.params)
-        deepest = max(
-            (
-                -frame.dim
-                for recorder in (guide, model)
-                for msg in recorder.messages.values()
-                for frame in msg["cond_indep_stack"]
-                if frame.vectorized and frame.name != PARTICLES
-            ),
-            default=0,
-        )
+        self._check_nesting(model)
         if self.max_plate_nesting is None:
-            self.max_plate_nesting = deepest
-        elif deepest > self.max_plate_nesting:
-            raise BadInput(f"max_plate_nesting is {self.max_plate_nesting}, but the plates nest {deepest} deep")
-        partial = set()
-        for recorder, sites, is_guide in ((guide, run.guide, True), (model, run.model, False)):
-            for msg in recorder.messages.values():
-                if site_is_subsample(msg):
-                    continue
-                sites.append(self._site(msg, draws if is_guide else None))
-                partial |= {
-                    (f.name, f.dim, f.size)
-                    for f in msg["cond_indep_stack"]
-                    if f.vectorized and f.name != PARTICLES and f.full_size not in (None, f.size)
-                }
-        run.partial_plates = frozenset(partial)
+            self.max_plate_nesting = max(_nesting(guide), _nesting(model))
+            guide_sites = self._sites(guide, draws)
+        run = Run(guide_sites, self._sites(model, None), choices, subsamples, guide.params, model.params)
+        run.partial_plates = frozenset(
+            (f.name, f.dim, f.size)
+            for recorder in (guide, model)
+            for msg in recorder.messages.values()
+            for f in msg["cond_indep_stack"]
+            if f.vectorized and f.name != PARTICLES and f.full_size not in (None, f.size)
+        )
         if with_model:
             model_names = set(model.messages)
             for site in run.guide:
                 if site.latent and site.name not in model_names and not site.infer.get("is_auxiliary"):
                     raise UnsupportedSite(
                         site.name,
-                        "any",
+                        ANY,
                         "it is sampled in the guide and nowhere in the model; if that is meant, mark it"
                         " infer={'is_auxiliary': True}",
                     )
         return run
+
+    def _check_nesting(self, recorder: _Recorder) -> None:
+        deepest = _nesting(recorder)
+        if self.max_plate_nesting is not None and deepest > self.max_plate_nesting:
+            raise BadInput(f"max_plate_nesting is {self.max_plate_nesting}, but the plates nest {deepest} deep")
+
+    def _sites(self, recorder: _Recorder, draws: _Draws | None) -> list[Site]:
+        return [self._site(msg, draws) for msg in recorder.messages.values() if not site_is_subsample(msg)]
 
     def _record(self, fn: Callable, args, kwargs, handler: Messenger, subsamples: dict[str, Tensor]) -> _Recorder:
         recorder = _Recorder()
@@ -381,11 +382,24 @@ class Program:
         if loose:
             raise UnsupportedSite(
                 name,
-                "any",
+                ANY,
                 f"its batch shape {tuple(log_prob.shape)} has dimension {loose[0]} outside any plate;"
                 " declare it with pyro.plate or make it part of the event with .to_event",
             )
         return log_prob
+
+
+def _nesting(recorder: _Recorder) -> int:
+    """How many plates deep the statements of one program stand."""
+    return max(
+        (
+            -frame.dim
+            for msg in recorder.messages.values()
+            for frame in msg["cond_indep_stack"]
+            if frame.vectorized and frame.name != PARTICLES
+        ),
+        default=0,
+    )
 
 
 def is_settled(msg) -> bool:
@@ -419,7 +433,7 @@ def check_same_kind(run: Run) -> None:
             guide_is, model_is = ("a pmf", "a density") if is_discrete(site.fn) else ("a density", "a pmf")
             raise UnsupportedSite(
                 site.name,
-                "any",
+                ANY,
                 f"the guide has {guide_is} ({describe(site.fn)}) where the model has {model_is}"
                 f" ({describe(other.fn)}), and their ratio means nothing",
             )
@@ -499,7 +513,7 @@ def _tolerance(like: Tensor) -> float:
 def does_not_vectorize(site: str, reason: str) -> CannotVectorize:
     return CannotVectorize(
         site,
-        "any",
+        ANY,
         f"the program does not vectorize over particles: {reason}; pass vectorize_particles=False,"
         " or let its layers accept leading dimensions",
     )

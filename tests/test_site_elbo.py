@@ -26,7 +26,7 @@ from gumbo.inference.estimators import (
     MovingAverage,
     ScoreFunction,
 )
-from gumbo.inference.exact import exact_elbo, mean_over_draws
+from gumbo.inference.exact import exact_elbo, exact_iwae, mean_over_draws
 from gumbo.models import CategoricalVAE, GaussianVAE
 
 
@@ -344,11 +344,14 @@ def test_marks_of_pyro_are_honoured_or_refused():
     "make, error, says",
     [
         (lambda: SiteELBO("rlo0"), UnknownName, "unknown estimator 'rlo0': did you mean 'rloo'"),
-        (lambda: SiteELBO("rloo", num_particles=1), BadInput, "'rloo' needs num_particles ≥ 2, got 1"),
+        (lambda: SiteELBO("rloo", num_particles=1), UnsupportedSite, "'rloo': it needs num_particles ≥ 2, got 1"),
+        (lambda: SiteELBO("rloo", num_particles=1), BadInput, "would do: .*score"),
         (lambda: SiteELBO({"z1": 3}), BadInput, "an estimator is a word or an Estimator, got 3"),
         (lambda: SiteELBO("score", plates="maybe"), UnknownName, "unknown plates 'maybe'"),
         (lambda: SiteELBO("score", num_particles=0), BadInput, "num_particles must be a positive integer"),
         (lambda: SiteELBO("score", kl_weight=-1.0), BadInput, "kl_weight must be"),
+        (lambda: SiteELBO("score", kl_weight="linear"), BadInput, "kl_weight must be"),
+        (lambda: SiteELBO("score", max_plate_nesting="1"), BadInput, "max_plate_nesting must be an integer"),
         (
             lambda: SiteELBO("score", max_plate_nesting=0).loss(*DISCRETE["nested plates"].make()),
             BadInput,
@@ -397,6 +400,38 @@ def test_parameter_dependent_support_is_refused():
         SiteELBO("score")(Model(), Guide())()
     with torch.no_grad(), pytest.raises(UnsupportedSite, match="support of Uniform depends on parameters"):
         SiteELBO("score")(Model(), Guide())()
+
+
+@pytest.mark.parametrize("word, objective", [("stl", "elbo"), ("dreg", "iwae")])
+def test_a_score_with_a_mean_is_not_dropped(word, objective):
+    class Guide(Params):
+        def __init__(self):
+            super().__init__(low=0.5)
+
+        def forward(self):
+            base = dist.Exponential(torch.tensor(1.0, dtype=F64))
+            pyro.sample("z", dist.TransformedDistribution(base, [dist.transforms.AffineTransform(self.low, 1.0)]))
+
+    class Model(Params):
+        def forward(self):
+            pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+
+    with pytest.raises(UnsupportedSite, match="support .* depends on parameters"):
+        SiteELBO(word, objective=objective, num_particles=2)(Model(), Guide())()
+    assert SiteELBO("pathwise", objective=objective, num_particles=2)(Model(), Guide())().isfinite()
+
+
+def test_errors_survive_a_trace_of_pyro(param_store):
+    """Pyro makes errors that pass through a trace anew, from their message alone."""
+    error = UnsupportedSite("z", "arm", "it needs a Bernoulli site", ["pathwise"])
+    again = type(error)(f"{error}\nTrace Shapes:\n Param Sites:\n")
+    assert (
+        str(again)
+        == str(error)
+        == "site 'z' cannot take estimator 'arm': it needs a Bernoulli site; would do: pathwise"
+    )
+    with pytest.raises(UnsupportedSite, match="more than the limit of 4"):
+        exact_elbo(DISCRETE["nested plates"].make()[0], DISCRETE["nested plates"].make()[1], limit=4)
 
 
 def test_pmf_is_not_compared_with_density():
@@ -679,6 +714,8 @@ def test_state_moves_only_while_training_and_travels_in_the_state_dict(x):
     assert not moved()
     loss.eval()(x)
     assert not moved()
+    with pytest.raises(BadInput, match=r"loss\.initialize\(x\) before"):
+        SiteELBO("score-average")(model, guide).load_state_dict(loss.state_dict())
     other = SiteELBO("score-average")(model, guide).initialize(x)
     other.load_state_dict(loss.state_dict())
     torch.manual_seed(0)
@@ -836,6 +873,17 @@ def test_sites_that_come_and_go(word):
         torch.manual_seed(0)
         assert z_scores(loss, both(model, guide), exact, 300).max() < 4.5
         return
+    loss.initialize().eval()
+    mean = mean_over_draws(lambda: gradient(loss(), both(model, guide)))
+    assert torch.allclose(mean, exact, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("word", ["score", "score-average", "rloo"])
+def test_sites_that_come_and_go_under_the_importance_weighted_bound(word):
+    model, guide = Branching(True), Branching(False)
+    with pyro.get_param_store().scope():
+        exact = gradient(-exact_iwae(model, guide, num_particles=2), both(model, guide))
+    loss = SiteELBO(word, objective="iwae", num_particles=2, vectorize_particles=False)(model, guide)
     loss.initialize().eval()
     mean = mean_over_draws(lambda: gradient(loss(), both(model, guide)))
     assert torch.allclose(mean, exact, rtol=0, atol=1e-10)

@@ -22,7 +22,7 @@ class DoublyReparameterized(Pathwise):
     together = True
 
     def __init__(self):
-        super().__init__()
+        super().__init__(drop_score=True)
 
     def __repr__(self) -> str:
         return "DoublyReparameterized()"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..distributions import describe, is_straight_through
+from ..distributions import describe, is_straight_through, support_moves
 from ._base import Draw, Estimator, estimators
 
 
@@ -14,7 +14,8 @@ class Pathwise(Estimator):
 
     With ``drop_score`` the direct derivative of log q with respect to its own parameters, whose expectation is zero,
     is left out ("sticking the landing", Roeder et al. 2017, arXiv 1703.09194): at the exact posterior the gradient
-    then has no variance at all.
+    then has no variance at all. Transforms that keep their inverse in a cache (Pyro's IAF autoguides) keep the score
+    term too: the gradient is then the plain pathwise one.
 
     >>> Pathwise().unbiased, Pathwise(drop_score=True).name
     (True, 'stl')
@@ -37,6 +38,8 @@ class Pathwise(Estimator):
             return f"the rsample of {describe(fn)} is a straight-through one, whose gradient is biased"
         if not getattr(fn, "has_rsample", False):
             return f"{describe(fn)} has no reparameterized sampler (rsample)"
+        if self.drop_score and support_moves(fn):
+            return f"the support of {describe(fn)} depends on parameters, so that the score it drops has a mean"
         return None
 
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
