@@ -101,24 +101,28 @@ def test_scripts_and_tests_import_as_a_user_would(path):
     assert not {name for name, _ in imports(parse(path), "") if name.split(".")[0] in rooms}
 
 
-def registrations(tree: ast.AST) -> list[str]:
-    """The names given to `<registry>.register("name")` in a source."""
+def registrations(tree: ast.AST, registry: str) -> list[str]:
+    """The names given to `registry.register("name")` in a source."""
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
     return [
         call.args[0].value
         for call in calls
-        if call.func.attr == "register" and call.args and isinstance(call.args[0], ast.Constant)
+        if call.func.attr == "register"
+        and isinstance(call.func.value, ast.Name)
+        and call.func.value.id == registry
+        and call.args
+        and isinstance(call.args[0], ast.Constant)
     ]
 
 
 @pytest.mark.parametrize("room", ["models", "guides", "inference/estimators"])
 def test_every_registered_class_is_imported_by_its_folder(room):
-    package = ROOMS[room]
-    registry = getattr(importlib.import_module(package), room.split("/")[-1])
+    package, word = ROOMS[room], room.split("/")[-1]
+    registry = getattr(importlib.import_module(package), word)
     imported = {
         name.rpartition(".")[2] for name, level in imports(parse(ROOT / room / "__init__.py"), package) if level == 1
     }
-    declared = {path.stem: registrations(parse(path)) for path in sources(room)}
+    declared = {path.stem: registrations(parse(path), word) for path in sources(room)}
     assert any(declared.values()), f"nothing in {room} registers anything"
     for stem, names in declared.items():
         if names and stem not in ("_base", "__init__"):
