@@ -265,6 +265,7 @@ def warm_up(config: System, run: RunFolder) -> dict[str, Any]:
         axis.semilogy(range(1, 21), spread, "o-", markersize=3, color=palette[name], label=name)
     axis.axhline(0.01, color="black", linewidth=0.8, linestyle=":", label="threshold of an active unit")
     axis.set(title="units in use", xlabel="latent dimension, by rank", ylabel="Var over x of E[z given x]")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(fontsize=8)
     save(made, run.plots / "warm_up.png")
     return found
@@ -310,7 +311,7 @@ def regression(config: System, run: RunFolder) -> dict[str, Any]:
         judged = evaluate(model, guide, test, num_samples=500)
         found[name] = {"test log p(y given x) (nats)": judged.log_evidence}
         with torch.no_grad():
-            draws = _predictive(model, guide, grid, 400)
+            draws = _predictive(model, guide, grid, 200 if config.quick else 2000)
         mean, sd = draws.mean(0), draws.std(0)
         axis.plot(train["x"], train["y"], ".", color="gray", markersize=3)
         axis.plot(grid, mean, color="tab:blue")
@@ -390,7 +391,7 @@ def natural_gradient(config: System, run: RunFolder) -> dict[str, Any]:
     return found
 
 
-METHODS = {"natural gradient": None, "Adam, lr 0.01": 0.01, "Adam, lr 0.03": 0.03, "Adam, lr 0.1": 0.1}
+METHODS = {"natural gradient": None, "Adam, lr 0.03": 0.03, "Adam, lr 0.1": 0.1, "Adam, lr 0.3": 0.3}
 
 
 def mean_field():
