@@ -14,7 +14,7 @@ from gumbo.experiments.train import Train, build, inputs_of, load_data, settings
 
 @dataclass
 class Evaluate:
-    """Judge a run of `gumbo train`: ELBO, importance-weighted log p(x), rate and distortion, in nats per datum.
+    """Judge a run of `gumbo train`: bound, evidence and what latents know, in nats per datum.
 
     Args:
         run: the run's folder.
@@ -46,12 +46,34 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     load_parameters(model, guide, run, best=config.best or settings.patience is not None)
     if config.split == "train" and settings.binarize == "dynamic":
         raise BadInput("the train split is drawn anew each epoch under dynamic binarization: evaluate valid or test")
-    found = judge(
+    judged = judge(
         model, guide, inputs_of(model, data, config.split), num_samples=config.importance_samples, seed=config.seed
-    ).as_dict()
+    )
+    found = judged.as_dict()
     show(config.split, found)
-    run.write_json(f"evaluation-{config.split}.json", {"config": asdict(config), **found})
+    more = {}
+    if model.latents:
+        more = judged.information.as_dict()
+        show_information(more)
+    run.write_json(f"evaluation-{config.split}.json", {"config": asdict(config), **found, **more})
     return found
+
+
+def show_information(found: dict[str, Any]) -> None:
+    """What the latents know of the data, on standard output."""
+    for site, kl in found["kl"].items():
+        numbers = flat(kl)
+        active = f", {found['active_units'][site]} active" if site in found["active_units"] else ""
+        shown = " ".join(f"{value:.2f}" for value in sorted(numbers, reverse=True)[:10])
+        rest = " …" if len(numbers) > 10 else ""
+        print(f"  KL of {site}  {sum(numbers):9.3f} in {len(numbers)} dimensions{active}: {shown}{rest}")
+    if found["mutual_information"] is not None:
+        print(f"  I(x; z)    {found['mutual_information']:9.3f}")
+
+
+def flat(numbers: Any) -> list[float]:
+    """The numbers of nested lists."""
+    return [one for part in numbers for one in flat(part)] if isinstance(numbers, list) else [numbers]
 
 
 def load_parameters(model, guide, run: RunFolder, best: bool) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import pyro.poutine as poutine
 import torch
@@ -14,6 +16,9 @@ from pyro.poutine.util import prune_subsample_sites
 from ..errors import BadInput
 from .isolation import device_of, modes_kept, modules_of, private_seed, private_store
 from .rows import Rows
+
+if TYPE_CHECKING:
+    from .information import Information
 
 # Rows (data times draws) that one run of the programs holds: a bound on memory.
 _ROWS_A_RUN = 8192
@@ -26,7 +31,7 @@ class Evaluation:
     ``elbo`` is ``-(rate + distortion)``; ``log_evidence`` is the importance-weighted estimate of log p(x) over
     ``num_samples`` draws, a lower bound in expectation that tightens with the number of draws (Burda et al. 2015,
     arXiv:1509.00519); ``rate`` is E[log q(z | x) - log p(z)] and ``distortion`` is -E[log p(x | z)] (Alemi et al. 2018,
-    arXiv:1711.00464).
+    arXiv:1711.00464). ``kl``, ``active_units`` and ``mutual_information`` are found when asked for.
     """
 
     elbo: float
@@ -39,9 +44,36 @@ class Evaluation:
     distortion_se: float
     num_data: int
     num_samples: int
+    _ask: Callable[[], Information] | None = field(default=None, compare=False, repr=False)
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        """The means, errors and counts; `information` has the rest."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "_ask"}
+
+    @cached_property
+    def information(self) -> Information:
+        """KL, activity and mutual information, see :func:`~gumbo.inference.information.information`.
+
+        They cost runs of their own and are found when first asked for, with the parameters as they then are.
+        """
+        if self._ask is None:
+            raise BadInput("this evaluation does not know its programs: call gumbo.inference.information.information")
+        return self._ask()
+
+    @property
+    def kl(self) -> dict[str, torch.Tensor]:
+        """KL of the guide to the prior, in nats, by latent site and dimension."""
+        return self.information.kl
+
+    @property
+    def active_units(self) -> dict[str, torch.Tensor]:
+        """Which latent dimensions vary with the data, by site."""
+        return self.information.active_units
+
+    @property
+    def mutual_information(self) -> float | None:
+        """Nats that the latents know of the data; None where the guide's density cannot be had."""
+        return self.information.mutual_information
 
 
 def evaluate(
@@ -96,7 +128,15 @@ def evaluate(
         ("distortion", distortion),
     ):
         numbers[name], numbers[f"{name}_se"] = _mean_and_error(value)
-    return Evaluation(**numbers, num_data=log_weight.shape[1], num_samples=num_samples)
+
+    def ask() -> Information:
+        from .information import information
+
+        with private_seed(None, model, guide):
+            pair = exact_pair(model, guide)
+        return information(*pair, data, seed=seed, plate=plate)
+
+    return Evaluation(**numbers, num_data=log_weight.shape[1], num_samples=num_samples, _ask=ask)
 
 
 def log_weights(

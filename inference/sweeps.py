@@ -428,6 +428,18 @@ class Sweep:
         trace = self._trace(self.model, count, block, drawn, set(), vectorized, arguments)
         return guide, Pass(trace, self, self.model_sites, count, block)
 
+    def guide_run(
+        self,
+        count: int,
+        block: Block | None = None,
+        fixed: Mapping[str, torch.Tensor] | None = None,
+        *,
+        arguments: tuple[tuple, dict] | None = None,
+    ) -> Pass:
+        """The guide alone, some of its latents given."""
+        block = block or Block()
+        return self._pass(self.guide, self.guide_sites, count, block, fixed or {}, set(), None, arguments)
+
     def model_run(
         self,
         count: int,

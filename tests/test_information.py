@@ -1,0 +1,85 @@
+"""KL by dimension, active units and mutual information against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+from gumbo.errors import BadInput
+from gumbo.guides import CategoricalGuide, RelaxedCategoricalGuide
+from gumbo.inference import active_units, evaluate
+from gumbo.inference.evaluation import Evaluation
+from gumbo.inference.information import information
+from gumbo.models import CategoricalVAE
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+
+def guide_of(slope, scale):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = torch.stack([slope * x, torch.zeros_like(x)], -1)
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    return guide
+
+
+X = torch.linspace(-3, 3, 80).double()
+
+
+def test_kl_of_each_dimension_is_the_closed_form():
+    found = evaluate(model, guide_of(0.5, 0.7), X, num_samples=10).information
+    q = dist.Normal(torch.stack([0.5 * X, torch.zeros_like(X)], -1), 0.7)
+    exact = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(2).double(), 1.0)).mean(0)
+    assert torch.allclose(found.kl["z"], exact, atol=0.03)
+    assert found.active_units["z"].tolist() == [True, False] == active_units(guide_of(0.5, 0.7), X)["z"].tolist()
+
+
+@pytest.mark.parametrize(("slope", "scale"), [(0.5, 0.7), (0.0, 1.0), (100.0, 0.01)])
+def test_mutual_information_is_that_of_the_mixture_over_rows(slope, scale):
+    found = information(model, guide_of(slope, scale), X).mutual_information
+    grid = torch.linspace(-3 * slope - 8 * scale, 3 * slope + 8 * scale, 40_001).double()
+    mixture = torch.logsumexp(dist.Normal(slope * X[:, None], scale).log_prob(grid), 0) - math.log(len(X))
+    entropy = -torch.trapezoid(mixture.exp() * mixture, grid)
+    exact = entropy - 0.5 * math.log(2 * math.pi * math.e * scale**2)
+    assert found == pytest.approx(float(exact), abs=0.15)
+    assert found < math.log(len(X)) + 1e-9
+
+
+def test_discrete_latents_and_a_relaxed_pair_judged_by_its_discrete_form():
+    relaxed = CategoricalVAE((1, 2, 2), num_latents=2, num_classes=3, hidden=(5,), relaxed=True)
+    relaxed_guide = RelaxedCategoricalGuide(relaxed, hidden=(5,))
+    exact = CategoricalVAE((1, 2, 2), num_latents=2, num_classes=3, hidden=(5,))
+    guide = CategoricalGuide(exact, hidden=(5,))
+    exact.load_state_dict(relaxed.state_dict(), strict=False)
+    guide.load_state_dict(relaxed_guide.state_dict(), strict=False)
+    x = torch.bernoulli(torch.full((20, 1, 2, 2), 0.5))
+    one, two = evaluate(relaxed, relaxed_guide, x).information, evaluate(exact, guide, x).information
+    assert one.kl["y"].shape == (2,) and torch.equal(one.kl["y"], two.kl["y"])
+    assert one.mutual_information == two.mutual_information
+    assert one.as_dict()["kl"]["y"] == one.kl["y"].tolist()
+
+
+def test_nothing_is_asked_of_guides_without_a_density_of_their_own():
+    found = information(model, AutoNormal(model), X)
+    assert found.mutual_information is None and found.kl == {}
+
+
+def test_it_is_found_once_and_only_when_asked():
+    judged = evaluate(model, guide_of(0.5, 0.7), X, num_samples=2)
+    assert "information" not in vars(judged) and "_ask" not in judged.as_dict()
+    assert judged.information is judged.information
+    assert judged.mutual_information == judged.information.mutual_information
+    numbers = dict(judged.as_dict().items())
+    assert Evaluation(**numbers) == judged
+    with pytest.raises(BadInput, match="does not know its programs"):
+        _ = Evaluation(**numbers).kl
