@@ -1,4 +1,4 @@
-"""The contracts of models and guides as functions, for this package's classes and for anybody's.
+"""The contracts of models, guides and estimators as functions, for this package's classes and for anybody's.
 
 Each check takes a built object and a batch, and raises AssertionError with a one-line reason at the first fault. They
 work on copies: the objects, the param store and the random stream are left as they were.
@@ -29,7 +29,10 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import Module
 
+from ._check_estimator import check_estimator
 from .errors import BadInput
+
+__all__ = ["check_estimator", "check_guide", "check_model"]
 
 PARTICLES = 3
 
