@@ -170,11 +170,20 @@ class SiteELBO(ELBO):
         return SiteELBOModule(model, guide, self)
 
     def __repr__(self) -> str:
-        words = {name: estimator.name for name, estimator in self.given.items()}
+        words = {name: _said(estimator) for name, estimator in self.given.items()}
         if self.otherwise is not None:
-            words["*"] = self.otherwise.name
-        said = words.get("*", "default") if len(words) <= 1 and not self.given else words
-        return f"SiteELBO({said!r}, objective={self.objective!r}, num_particles={self.requested_particles})"
+            words["*"] = _said(self.otherwise)
+        said = words if self.given else words.get("*", "default")
+        parts = [repr(said), f"objective={self.objective!r}", f"num_particles={self.requested_particles}"]
+        for name, value, usual in (
+            ("vectorize_particles", self.vectorize_particles, True),
+            ("max_plate_nesting", self.requested_nesting, None),
+            ("kl_weight", self.kl_weight, 1.0),
+            ("plates", self.plates, "trust"),
+        ):
+            if value != usual:
+                parts.append(f"{name}={value!r}")
+        return f"SiteELBO({', '.join(parts)})"
 
     def _get_trace(self, model, guide, args, kwargs):
         raise BadInput("SiteELBO keeps its own records; use differentiable_loss, loss or loss_and_grads")
@@ -213,6 +222,11 @@ class SiteELBO(ELBO):
         """The loss as a number, without gradients; no statistics move."""
         with torch.no_grad():
             return self._binding(model, guide).loss(args, kwargs).item()
+
+
+def _said(estimator: Estimator) -> str:
+    """The word of an estimator as the word makes it, and otherwise all that it was given."""
+    return estimator.name if estimator.name in estimators else repr(estimator)
 
 
 def _check_particles(site: str, estimator: Estimator, num_particles: int | None) -> None:

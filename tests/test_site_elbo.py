@@ -745,6 +745,13 @@ def test_a_baseline_reaches_nothing_but_its_own_parameters(x):
     assert torch.equal(a, gradient(loss(x), both(model, guide)))
 
 
+def test_a_loss_says_how_it_was_made():
+    assert repr(SiteELBO("rloo")) == "SiteELBO('rloo', objective='elbo', num_particles=None)"
+    one, other = (repr(SiteELBO(GumbelSoftmax(t), kl_weight=w)) for t, w in ((0.5, 1.0), (0.6, 0.5)))
+    assert "temperature=0.5" in one and "kl_weight" not in one
+    assert "temperature=0.6" in other and "kl_weight=0.5" in other
+
+
 def test_a_loss_with_state_is_bound_to_one_pair(x):
     elbo = SiteELBO("score-average")
     elbo.loss(lambda: pyro.sample("z", dist.Bernoulli(0.5)), lambda: pyro.sample("z", dist.Bernoulli(0.4)))
