@@ -63,7 +63,7 @@ class Target:
                     -1,
                 )
             )
-        return torch.cat(parts)
+        return torch.cat(parts).cpu()
 
     def __call__(self, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log prior (with the Jacobian) and log-likelihood, each ``(particles, units)``."""
@@ -82,10 +82,11 @@ class Target:
         start = 0
         for name in self.sites:
             layout, size = self.sweep.model_sites[name], self.sizes[name]
-            laid = from_units(free[..., start : start + size], layout, self.plates, self.events[name]).to(layout.dtype)
+            laid = from_units(free[..., start : start + size], layout, self.plates, self.events[name])
+            laid = laid.to(self.sweep.device, layout.dtype)
             start += size
             values[name] = self.maps[name](laid)
-            slope = self.maps[name].log_abs_det_jacobian(laid, values[name]).double()
+            slope = self.maps[name].log_abs_det_jacobian(laid, values[name]).double().cpu()
             jacobian = jacobian + to_units(slope, layout, self.plates).sum(-1)
         run = self.sweep.model_run(len(free), self.block, values)
         prior = self._sum(run, lambda name: name in self.sites, len(free)) + jacobian
@@ -96,7 +97,8 @@ class Target:
         for name, layout in run.layouts.items():
             if layout.kind != "deterministic" and chosen(name) and set(self.plates) <= layout.plates:
                 total = (
-                    total + to_units(run.log_prob(name, self.plates), _kept(layout, self.plates), self.plates)[..., 0]
+                    total
+                    + to_units(run.log_prob(name, self.plates).cpu(), _kept(layout, self.plates), self.plates)[..., 0]
                 )
         return total
 

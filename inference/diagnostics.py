@@ -68,12 +68,13 @@ def weight_statistics(
     sweep = collection.sweep
     rounding = _rounding(collection)
     weight = np.moveaxis(collection.log_weight(), 1, -1)
+    relative = np.moveaxis(collection.unit_log_weight(), 1, -1)
     evidence, error = log_evidence(weight)
     found: dict[str, tuple[Sequence[str], np.ndarray]] = {
         name: (sweep.weight_plates, value)
         for name, value in (
-            ("khat", khat(weight, rounding)),
-            ("ess", importance_ess(weight)),
+            ("khat", khat(relative, rounding)),
+            ("ess", importance_ess(relative)),
             ("log_evidence", evidence),
             ("log_evidence_se", error),
             ("elbo", weight.mean(-1)),

@@ -321,6 +321,17 @@ class Collection:
         """log p − log q, ``(chain, draw, *weight plates)``."""
         return self.array("sample_stats", "log_p") - self.array("sample_stats", "log_q")
 
+    def unit_log_weight(self) -> np.ndarray:
+        """Log-weights whose spread is the guide's fault, ``(chain, draw, *weight plates)``.
+
+        Of local latents given global ones, each is taken relative to the evidence given its draw of the global ones,
+        which differs between draws under an exact guide too.
+        """
+        if not self.nested:
+            return self.log_weight()
+        array = self.arrays["log_likelihood", self.sweep.evidence]
+        return self.log_weight()[:, :: array.every] - array.data
+
     def global_log_weight(self) -> np.ndarray | None:
         """Of the global latents, the local ones integrated out, ``(chain, draw, *shared plates)``."""
         if not self.nested or not self.globals_known:

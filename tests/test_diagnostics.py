@@ -138,6 +138,37 @@ def test_an_exact_guide_raises_no_alarm(name):
     np.testing.assert_allclose(stats["log_evidence"], stats["elbo"], atol=1e-8)
 
 
+FEW = torch.tensor([-2.0, 0.5, 1.5]).double()
+
+
+def groups(x):
+    """A mean that few data tell little of, so that evidences given it differ much between its draws."""
+    mu = pyro.sample("mu", dist.Normal(ZERO, 5.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def groups_guide(scale=1.0, local_scale=1.0):
+    def guide(x):
+        var = 1 / (1 / 25 + len(x) / 1.25)
+        mu = pyro.sample("mu", dist.Normal(var * x.sum() / 1.25, scale * var**0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((mu + 4 * x) / 5, local_scale * 0.2**0.5))
+
+    return guide
+
+
+def test_local_latents_are_judged_given_the_global_ones():
+    report = diagnose(groups, groups_guide(), FEW, **QUICK)
+    assert report.ok and float(report.vi_stats["khat"].max()) == 0.0, str(report)
+    assert float(report.vi_stats["ess_global"][0]) == pytest.approx(QUICK["num_samples"], rel=1e-6)
+    wrong = diagnose(groups, groups_guide(scale=0.4), FEW, **QUICK)
+    assert "width" in wrong.alarms and "at mu" in wrong["width"].text
+    wrong = diagnose(groups, groups_guide(local_scale=0.5), FEW, **QUICK)
+    assert {"gap", "width"} <= set(wrong.alarms)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_no_alarm_over_twenty_seeds(name):
@@ -203,6 +234,12 @@ def one_mode(x):
     pyro.sample("z", dist.Normal(0.98 * ONE, sd))
 
 
+def squared_one_by_one(x):
+    z = pyro.sample("z", dist.Normal(ZERO, ONE))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z.item() ** 2 * ONE, 0.3), obs=x)
+
+
 def two_modes(x):
     sd = 0.3 / math.sqrt(4 * len(x) * 0.96)
     modes = dist.Normal(torch.tensor([-0.98, 0.98]).double(), sd)
@@ -223,6 +260,9 @@ ONES = torch.ones(10).double() * 0.98
         pytest.param(correlated, correlated_guide("marginals"), PAIRS, {"gap", "correlation"}, id="uncorrelated"),
         pytest.param(correlated, correlated_guide("mean-field"), PAIRS, {"khat", "width"}, id="mean-field"),
         pytest.param(squared, one_mode, ONES, {"missed-mass"}, id="one-mode"),
+        pytest.param(
+            squared_one_by_one, one_mode, ONES, {"missed-mass"}, id="one-mode, one by one", marks=pytest.mark.slow
+        ),
         pytest.param(mixture, mixture_guide(3.0), X, {"gap", "shift"}, id="discrete-sharp"),
         pytest.param(local_model, local_guide(1.0, 0.4), X, {"shift"}, id="shifted"),
         pytest.param(normal_normal, lambda y: pyro.sample("m", dist.Delta(ONE / 2)), Y, {"point"}, id="point"),
