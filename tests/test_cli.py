@@ -151,4 +151,4 @@ def test_a_run_from_a_shell(tmp_path):
     assert again.stderr.count("\n") == 1
     judged = run("-m", "gumbo", "evaluate", "out", "--importance_samples", "2", cwd=tmp_path)
     assert judged.returncode == 0
-    assert judged.stdout == done.stdout
+    assert judged.stdout.startswith(done.stdout)
