@@ -681,8 +681,8 @@ class Naming:
             values = self.coords.get(name, np.arange(size))
             if len(values) != size:
                 raise BadInput(f"coords for {name!r} has {len(values)} values, but the dimension has {size}")
-            coords[name] = values
-        return xarray.DataArray(data, dims=[*head, *names], coords=coords)
+            coords[_free(name)] = values
+        return xarray.DataArray(data, dims=[*head, *map(_free, names)], coords=coords)
 
     def _names(self, variable: str, plates: Sequence[str | None], shape: Sequence[int]) -> list[str]:
         """Plates by their names; the others by the user's, or ``variable_dim_0``, ``variable_dim_1``, …"""
@@ -707,7 +707,9 @@ class Naming:
                 continue
             plates = [p for p in self.sweep.data_plates if value.dim() and self.sweep.sizes[p] == len(value)][:1]
             names = self._names(name, [*plates], tuple(value.shape))
-            found[name] = self._made(value.detach().cpu().numpy(), names, {})
+            # A variable cannot bear the name of one of its own dimensions.
+            label = f"{name}_argument" if name in self.sweep.sizes else name
+            found[label] = self._made(value.detach().cpu().numpy(), names, {})
         return found
 
     def statistics(self, found: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> dict[str, Any]:
@@ -722,6 +724,11 @@ class Naming:
         layout = self.sweep.model_sites[site]
         names = self._names(site, layout.names, layout.shape)
         return names[len(layout.names) : len(layout.names) + count]
+
+
+def _free(name: str) -> str:
+    """A plate's name as a dimension's: ArviZ has its own draws and chains."""
+    return f"{name}_plate" if name in ("chain", "draw") else name
 
 
 def _arguments(program: Callable, args: tuple, kwargs: Mapping) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -420,3 +422,11 @@ def test_many_rows_are_judged_by_some_of_them():
     many = torch.linspace(-2, 2, 900).double()
     report = diagnose(local_model, local_guide(), many, num_data=30, **QUICK)
     assert report.vi_stats.sizes["data"] == 30
+
+
+def test_the_example_of_the_page_runs(capsys):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "posteriors.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    exec(compile(code, "docs/posteriors.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "z[0]" in said and "ALARM khat" in said

@@ -267,6 +267,21 @@ def test_constant_data_and_coordinates():
     assert list(group(idata, "log_likelihood")["rows"].values) == list("abcd")
 
 
+def test_plates_and_arguments_of_awkward_names():
+    def model(data, draw):
+        with pyro.plate("data", len(data), dim=-2), pyro.plate("draw", 2, dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z + data, 1.0), obs=draw)
+
+    def guide(data, draw):
+        with pyro.plate("data", len(data), dim=-2), pyro.plate("draw", 2, dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    idata = to_arviz(model, guide, torch.ones(3, 1).double(), torch.zeros(3, 2).double(), num_samples=10)
+    assert group(idata, "posterior")["z"].dims == ("chain", "draw", "data", "draw_plate")
+    assert list(group(idata, "constant_data")) == ["data_argument"]
+
+
 def test_programs_that_do_not_vectorize_run_draw_by_draw():
     def model(x):
         z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
