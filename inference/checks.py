@@ -159,12 +159,12 @@ def _units(what: str, sites: Sequence[str], plates: Sequence[str], log_weight: n
     draws = len(log_weight)
     for site in sites:
         drawn = torch.from_numpy(collection.array("posterior", site)[0][:draws])
-        flat = to_units(drawn, layouts[site], plates).double().numpy()
+        flat = to_units(drawn, layouts[site], plates).numpy()
         values.append(flat)
         names += [site] if flat.shape[-1] == 1 else [f"{site}[{place}]" for place in range(flat.shape[-1])]
         discrete += [layouts[site].discrete] * flat.shape[-1]
     joined = np.moveaxis(np.concatenate(values, -1), 0, 1)
-    binary = np.array(discrete) & np.isin(joined, (0, 1)).all((0, 1))
+    binary = np.array(discrete) & ((joined == 0) | (joined == 1)).all((0, 1))
     return Units(
         what, list(sites), tuple(plates), log_weight.reshape(draws, -1).T, joined, names, np.array(discrete), binary
     )
@@ -261,7 +261,7 @@ def _gap(units: Units, collection: Collection) -> Verdict:
 def _moments(units: Units) -> list[Verdict]:
     """Means, standard deviations and correlations of the guide's draws, against those of the weighted draws."""
     picked = np.unique(np.linspace(0, len(units.names) - 1, min(_COORDINATES, len(units.names))).round().astype(int))
-    values, names = units.values[..., picked], [units.names[place] for place in picked]
+    values, names = units.values[..., picked].astype(np.float64), [units.names[place] for place in picked]
     continuous, binary = ~units.discrete[picked], units.binary[picked]
     weight = _normal(units.log_weight)
     flat = np.full_like(weight, 1 / weight.shape[1])
