@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +44,7 @@ class Target:
         self.maps, self.events, self.sizes = {}, {}, {}
         for name in self.sites:
             layout = sweep.model_sites[name]
-            self.maps[name] = biject_to(run.trace.nodes[name]["fn"].support)
+            self.maps[name] = biject_to(_plain(run.trace.nodes[name]["fn"].support))
             free = self.maps[name].inv(run.value(name))
             self.events[name] = tuple(free.shape[1 + len(layout.names) :])
             self.sizes[name] = to_units(free, layout, self.plates).shape[-1]
@@ -103,9 +105,14 @@ class Target:
         return total
 
 
-def _kept(layout: Layout, plates: Sequence[str]) -> Layout:
-    from dataclasses import replace
+def _plain(support: Any) -> Any:
+    """A mixture has its components' support, under a wrapper that no map knows."""
+    while type(support).__name__ == "MixtureSameFamilyConstraint":
+        support = support.base_constraint
+    return support
 
+
+def _kept(layout: Layout, plates: Sequence[str]) -> Layout:
     names = tuple(name for name in layout.names if name in plates)
     return replace(layout, names=names)
 

@@ -30,7 +30,8 @@ PROBABILITY = 0.05
 CORRELATION = 0.25
 COLLAPSED = 0.01
 LEVEL = 1e-3
-MASS = 0.4
+# Nats of evidence: in up to two dimensions, and in more, where the particles are less sure.
+MASS = (0.25, 0.4)
 RHAT = 1.05
 # Beyond so many dimensions random-walk particles do not find their way from the prior.
 _SEARCHED = 20
@@ -634,13 +635,14 @@ def _missed_mass(
                 return {}
             # One draw at a time the search is slow: fewer particles have to do.
             size = {} if fewer.vectorized else {"particles": 300, "moves": 5}
+            limit = MASS[0] if target.dimension <= 2 and fewer.vectorized else MASS[1]
             annealed = np.minimum(annealed_evidence(target, **size), annealed_evidence(target, **size))
         own, error = log_evidence(_weights(fewer, max(num_samples, 1000), seed, given))
     except (GumboError, *_REFUSALS) as error:
         skipped["missed-mass"] = f"the search failed ({_first_line(error)})"
         return {}
     missed = annealed - own
-    count = int(((missed > MASS) & (missed > 4 * error)).sum())
+    count = int(((missed > limit) & (missed > 4 * error)).sum())
     many = _allowed(len(missed))
     what = "all latents together" if not fewer.local else f"{len(missed)} data"
     return {
@@ -648,10 +650,10 @@ def _missed_mass(
             "missed-mass",
             count > many,
             f"{what}: particles annealed from the prior find {missed.max():.2f} nats more evidence than the guide's "
-            f"draws at most, above {MASS} in {count}; {many} may be: there is posterior mass where the guide "
+            f"draws at most, above {limit} in {count}; {many} may be: there is posterior mass where the guide "
             "has none (Neal 2001; Del Moral et al. 2006)",
             float(missed.max()),
-            MASS,
+            limit,
         )
     }
 

@@ -236,6 +236,19 @@ def one_mode(x):
     pyro.sample("z", dist.Normal(0.98 * ONE, sd))
 
 
+def lopsided(x):
+    """The lower mode has three tenths of the posterior."""
+    weights = torch.tensor([0.3, 0.7]).double()
+    modes = dist.Normal(torch.tensor([-3.0, 3.0]).double(), 0.5)
+    z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(weights), modes))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x)
+
+
+def upper_mode(x):
+    pyro.sample("z", dist.Normal(3 * ONE, 0.5))
+
+
 def squared_one_by_one(x):
     z = pyro.sample("z", dist.Normal(ZERO, ONE))
     with pyro.plate("data", len(x)):
@@ -262,6 +275,7 @@ ONES = torch.ones(10).double() * 0.98
         pytest.param(correlated, correlated_guide("marginals"), PAIRS, {"gap", "correlation"}, id="uncorrelated"),
         pytest.param(correlated, correlated_guide("mean-field"), PAIRS, {"khat", "width"}, id="mean-field"),
         pytest.param(squared, one_mode, ONES, {"missed-mass"}, id="one-mode"),
+        pytest.param(lopsided, upper_mode, ONES, {"missed-mass"}, id="larger-mode"),
         pytest.param(
             squared_one_by_one, one_mode, ONES, {"missed-mass"}, id="one-mode, one by one", marks=pytest.mark.slow
         ),
