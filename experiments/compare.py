@@ -49,12 +49,12 @@ class Compare:
     data: str = "digits"
     families: list[str] = field(default_factory=lambda: ["continuous", "discrete"])
     seeds: int = 3
-    epochs: int = 30
+    epochs: int = 50
     batch_size: int = 64
     lr: float = 3e-3
-    hidden: list[int] = field(default_factory=lambda: [256, 128])
-    latent_dim: int = 50
-    num_latents: int = 20
+    hidden: list[int] = field(default_factory=lambda: [128])
+    latent_dim: int = 20
+    num_latents: int = 10
     num_classes: int = 10
     particles: int = 4
     gradient_draws: int = 60
