@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from gumbo.experiments import systems
 from gumbo.experiments.systems import SYSTEMS, System, system
@@ -42,6 +43,13 @@ def shows_regression(found):
     assert all(value > -1.35 for value in numbers(found))
 
 
+def shows_semi_supervised(found):
+    # Chance gives 0.1. Six epochs are too few for what the unlabelled images add.
+    assert found["labelled"] == 100 and found["labelled"] + found["unlabelled"] == 1497
+    for name in ("supervised", "enumerate", "gumbel-softmax", "rloo"):
+        assert found[name]["test accuracy"] == found[name]["seed 0"] > 0.5
+
+
 def shows_nothing_yet(found):
     """Two epochs are too few for what these show; that they run and draw is what is tested."""
 
@@ -54,6 +62,7 @@ SHOWN = {
     "regression": shows_regression,
     "manifold": shows_nothing_yet,
     "warm-up": shows_nothing_yet,
+    "semi-supervised": shows_semi_supervised,
 }
 
 
@@ -66,6 +75,30 @@ def test_system(name, tmp_path):
     (picture,) = (folder / "plots").glob("*.png")
     assert picture.stat().st_size > 5_000
     SHOWN[name](found)
+
+
+def test_labelled_images_are_balanced():
+    y = torch.arange(10).repeat(20)
+    chosen, others = systems.choose_labelled(y, 50, seed=0)
+    assert y[chosen].bincount().tolist() == [5] * 10
+    assert torch.cat([chosen, others]).sort().values.equal(torch.arange(200))
+    assert not systems.choose_labelled(y, 50, seed=1)[0].equal(chosen)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--labels", "55"], "multiple of 10"),
+        (["--labels", "100000"], "multiple of 10"),
+        (["--seeds", "0"], "at least 1"),
+    ],
+)
+def test_semi_supervised_refuses(options, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        systems.main(["semi-supervised", "--folder", str(tmp_path / "run"), *options])
+    assert caught.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower() or said in line]
+    assert said in line
 
 
 def test_mistakes_are_one_line(capsys):
