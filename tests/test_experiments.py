@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from gumbo.errors import BadInput, UnknownName
-from gumbo.experiments import compare, evaluate, listing, plots, train
+from gumbo.experiments import cli, compare, evaluate, listing, plots, train
 from gumbo.experiments._runs import RunFolder
 
 TINY = compare.Compare(
@@ -225,6 +225,16 @@ def test_a_guide_from_elsewhere_is_named_by_its_import_path(tmp_path, monkeypatc
         train.train(config_of(tmp_path, "bad", **options, model_options={}, guide_options={"wdth": 2.0}))
     with pytest.raises(BadInput, match="has no 'Flt'"):
         train.train(config_of(tmp_path, "bad", **(options | {"guide": "somebody.Flt"}), model_options={}))
+
+
+def test_a_guide_from_elsewhere_trains_from_the_command_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "elsewhere.py").write_text(GUIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["train", "--guide", "elsewhere.Flat", "--guide_options.width=2.0", "--model_options.hidden=[8]"]
+    cli.main([*words, "--epochs", "3", "--importance_samples", "5", "--folder", str(tmp_path / "run")])
+    curve = [json.loads(line)["valid_elbo"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1] > curve[0] + 1.0
+    assert "ELBO" in capsys.readouterr().out
 
 
 def test_evaluate_refuses_what_is_no_run(tmp_path):
