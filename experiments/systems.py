@@ -519,12 +519,12 @@ class Recipe:
 
     first: int
     epochs: int
-    ramp: int = 8
-    hidden: tuple[int, ...] = (128, 128)
+    ramp: int = 2
+    hidden: tuple[int, ...] = (256, 128)
     latent_dim: int = 5
     batch_size: int = 200
-    lr: float = 2e-3
-    alpha: float = 50.0
+    lr: float = 3e-3
+    alpha: float = 10.0
     temperature: float = 0.3
 
 
@@ -534,9 +534,9 @@ def semi_supervised(config: System, run: RunFolder) -> dict[str, Any]:
 
     from gumbo.experiments.plots import colours, figure, save
 
-    recipe = Recipe(first=8, epochs=config.epochs or 16)
+    recipe = Recipe(first=8, epochs=config.epochs or 30)
     if config.quick:
-        recipe = Recipe(first=3, epochs=config.epochs or 6, ramp=2, hidden=(64,), batch_size=100)
+        recipe = Recipe(first=3, epochs=config.epochs or 6, hidden=(64,), batch_size=100)
     seeds = (1 if config.quick else 3) if config.seeds is None else config.seeds
     if seeds < 1:
         raise BadInput(f"seeds must be at least 1, got {seeds}")
@@ -614,7 +614,7 @@ def learn_labels(name: str, x, y, unlabelled, test, recipe: Recipe, seed: int) -
     guide = LabelConditionalGuide(model)
     seen = SiteELBO()(model, guide)
     word = {"supervised": "enumerate", "gumbel-softmax": GumbelSoftmax(recipe.temperature)}.get(name, name)
-    unseen = SiteELBO({"y": word, "z": "pathwise"})(model, guide)
+    unseen = SiteELBO({"y": word, "z": "pathwise"}, num_particles=4 if name == "rloo" else None)(model, guide)
     optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=recipe.lr)
     accuracy = []
     for epoch in range(recipe.epochs):
