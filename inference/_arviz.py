@@ -77,4 +77,6 @@ def pareto_k(log_weights: np.ndarray) -> np.ndarray:
 
 def table(idata: Any, group: str, var_names: Sequence[str] | None, options: Mapping[str, Any]) -> Any:
     """``az.summary`` of a group, as a DataFrame."""
-    return arviz().summary(idata, var_names=var_names, group=group, **options)
+    # A value that never varies has no R̂, which ArviZ says by dividing zero by zero.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return arviz().summary(idata, var_names=var_names, group=group, **options)

@@ -671,7 +671,7 @@ class Naming:
         head = {"chain": np.arange(collection.chains)} if array.by_draw else {}
         if array.by_draw:
             head["draw"] = np.arange(0, collection.num_samples, array.every)
-        return self._made(array.data, names, head)
+        return self._made(_counted(array), names, head)
 
     def _made(self, data: np.ndarray, names: Sequence[str], head: Mapping[str, np.ndarray]) -> Any:
         import xarray
@@ -724,6 +724,15 @@ class Naming:
         layout = self.sweep.model_sites[site]
         names = self._names(site, layout.names, layout.shape)
         return names[len(layout.names) : len(layout.names) + count]
+
+
+def _counted(array: Array) -> np.ndarray:
+    """The numbers of a variable, those of a discrete site as integers: ArviZ draws counts as counts only then."""
+    data = array.data
+    if array.layout is None or not array.layout.discrete or data.dtype.kind != "f":
+        return data
+    counts = data.astype(np.int32)
+    return counts if np.array_equal(counts, data) else data
 
 
 def _free(name: str) -> str:

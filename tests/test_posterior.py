@@ -455,6 +455,42 @@ def test_plots(line_draws, quiet):
 # --- what cannot be ---------------------------------------------------------------------------------------------------
 
 
+def coins(x):
+    p = pyro.sample("p", dist.Beta(torch.tensor(1.0), torch.tensor(1.0)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Bernoulli(p), obs=x)
+
+
+def coins_guide(x):
+    pyro.sample("p", dist.Beta(1 + x.sum(), 1 + len(x) - x.sum()))
+
+
+@pytest.mark.parametrize("ones", [0, 5, 14])
+def test_counts_are_integers_and_drawn_as_such(ones, quiet):
+    x = torch.zeros(15)
+    x[:ones] = 1
+    idata = to_arviz(coins, coins_guide, x, num_samples=100, seed=0)
+    for name in ("observed_data", "posterior_predictive", "prior_predictive"):
+        assert group(idata, name)["x"].dtype.kind == "i"
+    assert group(idata, "posterior")["p"].dtype.kind == "f"
+    az = _arviz.arviz()
+    warnings.filterwarnings("ignore", message=".*look binary")  # its advice to take another plot
+    (az.plot_ppc_dist if _arviz.is_datatree() else az.plot_ppc)(idata)
+
+
+def test_a_value_that_never_varies_has_a_summary_without_a_warning():
+    def model(x):
+        b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("b", dist.Bernoulli(torch.tensor(1.0)))
+
+    idata = to_arviz(model, guide, torch.tensor(0.4), num_samples=20, num_refits=2, refit=lambda *_: guide)
+    found = summary(idata)
+    assert found.loc["b", "mean"] == 1
+
+
 def test_bad_input_is_one_line():
     def undrawn(x):
         with pyro.plate("data", len(x)):
