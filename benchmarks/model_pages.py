@@ -1,0 +1,318 @@
+"""The pages of docs/models, one for each registered model: written from the registry, with an example that was run.
+
+    python benchmarks/model_pages.py [--models gaussian-vae …] [--keep-examples]
+
+What a page says of process, latents, guides and estimators comes from the class and from trying the programs. Its
+example is a run of `gumbo train`, whose numbers and pictures are copied in; `--keep-examples` leaves those of pages
+that have one as they are, and takes seconds. A model without an entry in `EXAMPLES` is trained with its
+defaults. Runs on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import shlex
+import shutil
+import tempfile
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from _timing import machine
+
+from gumbo.experiments import cli
+from gumbo.experiments.audit import markdown_table
+from gumbo.experiments.listing import DATA_SHAPE, combinations
+from gumbo.inference.estimators import estimators
+from gumbo.models import GenerativeModel, models
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "models"
+START, END = "<!-- example: a run of gumbo train -->", "<!-- end of the example -->"
+PICTURES = {"reconstructions": "test digits and their reconstructions", "prior_draws": "draws from the model"}
+NUMBERS = {"elbo": "ELBO", "log_evidence": "log p", "rate": "rate", "distortion": "distortion"}
+
+# What `gumbo train` is given beside the model, and what its numbers mean where that is not plain.
+EXAMPLES: dict[str, tuple[str, str]] = {
+    "gaussian-vae": ("--guide normal --estimator pathwise --kl_weight 'linear(500)' --lr 3e-3 --epochs 60", ""),
+    "conv-vae": ("--guide normal --estimator pathwise --kl_weight 'linear(100)' --lr 3e-3 --epochs 25", ""),
+    "categorical-vae": (
+        "--guide categorical --estimator rloo --particles 4 --kl_weight 'linear(500)' --lr 3e-3 --epochs 60",
+        "",
+    ),
+    "bernoulli-vae": (
+        "--model_options.num_latents=50 --guide bernoulli --estimator disarm --kl_weight 'linear(500)' "
+        "--lr 3e-3 --epochs 60",
+        "",
+    ),
+    "sigmoid-belief-network": (
+        "--model_options.layers='[50, 20]' --guide layered --estimator rloo --particles 4 --lr 1e-2 --epochs 25",
+        "",
+    ),
+    "structured-prediction": (
+        "--model_options.layers='[50, 20]' --guide layered --estimator rloo --particles 4 --lr 1e-2 --epochs 25",
+        "The model sees upper halves and gives lower ones: those are what the pictures show.",
+    ),
+    "semi-supervised-vae": (
+        "--model_options.latent_dim=10 --guide label-conditional --estimator rloo "
+        "--kl_weight 'linear(500)' --lr 3e-3 --epochs 60",
+        "`gumbo train` gives the label of every digit, so that this bounds log p(x, y), the label's log 1/10 included.",
+    ),
+    "gaussian-mixture-vae": (
+        "--guide layered --estimator rloo --kl_weight 'linear(300)' --lr 3e-3 --epochs 40",
+        "",
+    ),
+    "hierarchical-vae": (
+        "--guide top-down-normal --estimator pathwise --kl_weight 'linear(500)' --lr 3e-3 --epochs 60",
+        "",
+    ),
+    "conditional-vae": (
+        "--guide normal --estimator pathwise --kl_weight 'linear(100)' --lr 3e-3 --epochs 25",
+        "The condition is the digit's label, and each draw from the model is given the label of the test digit in its "
+        "column.",
+    ),
+    "heteroscedastic-regression": (
+        "--guide none --lr 3e-3 --epochs 25",
+        "The label, as a number, is predicted from the image. Nothing is latent: the ELBO is log p(y given x).",
+    ),
+    "neural-classifier": (
+        "--guide none --epochs 20",
+        "Nothing is latent: the ELBO is log p(y given x), minus the cross-entropy.",
+    ),
+    "bayesian-regression": (
+        "--model_options.hidden=[] --guide auto --estimator pathwise --batch_size 1297 --lr 3e-2 --epochs 100 "
+        "--importance_samples 10",
+        "The label, as a number, is predicted from the image. A batch is all the training data, as the weights' "
+        "posterior needs it; for smaller ones give `data_size`.",
+    ),
+    "neural-bayes-net": (
+        "--guide layered --estimator rloo --particles 4 --lr 3e-3 --epochs 25",
+        "The network is label → style → image, of which data give the image alone.",
+    ),
+    "expectation": (
+        "--model_options.f=bandit --model_options.family=categorical --model_options.shape='[64]' "
+        "--guide categorical --estimator rloo --particles 4 --kl_weight 0 --lr 1e-2 --epochs 25",
+        "A policy points at one of 64 pixels and is paid if there is ink: the expected reward is minus the distortion. "
+        "It was trained at KL weight 0, so that the ELBO, at weight 1, counts what it was not asked for.",
+    ),
+}
+
+
+def page(name: str, rows: list[dict[str, Any]], example: str) -> str:
+    """The page of one model; ``rows`` are its part of the grid of combinations."""
+    cls = models[name]
+    text, doctest = split_docstring(cls)
+    lines = [
+        f"# {cls.__name__}",
+        "",
+        f"`{name}` in `gumbo.models`, [{source_path(cls)}](../../{source_path(cls)})",
+        "",
+        markdown(text),
+        "",
+        "## The process in code",
+        "",
+        "```python",
+        textwrap.dedent(inspect.getsource(cls.forward)).rstrip(),
+        "```",
+        "",
+        "## Latents",
+        "",
+        *latents(cls),
+        "",
+        "## Guides that fit, and estimators",
+        "",
+        *fits(rows),
+        "",
+        "## An example",
+        "",
+        START,
+        "",
+        example,
+        "",
+        END,
+        "",
+        "In Python:",
+        "",
+        "```pycon",
+        ">>> import torch",
+        f">>> from gumbo.models import {cls.__name__}",
+        doctest,
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def source_path(cls: type) -> str:
+    return str(Path(inspect.getfile(cls)).resolve().relative_to(ROOT))
+
+
+def split_docstring(cls: type) -> tuple[str, str]:
+    """The words of a class's docstring, and its doctest."""
+    words, prompt, rest = (inspect.getdoc(cls) or "").partition(">>> ")
+    return words.rstrip(), prompt + rest
+
+
+def markdown(text: str) -> str:
+    """Docstrings are reStructuredText; a paragraph of them as Markdown that GitHub shows with its formulas."""
+    paragraphs = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith(".. math::"):
+            formula = textwrap.dedent(paragraph.removeprefix(".. math::").strip())
+            paragraphs.append(f"```math\n{' '.join(line.strip() for line in formula.splitlines())}\n```")
+        else:
+            paragraph = re.sub(r":math:`([^`]*)`", r"$`\1`$", paragraph)
+            paragraphs.append(paragraph.replace("``", "`"))
+    return "\n\n".join(paragraphs)
+
+
+def latents(cls: type[GenerativeModel]) -> list[str]:
+    """The latent sites of the model with its default sizes, on digits."""
+    model = cls(DATA_SHAPE)
+    if not model.latents:
+        return ["None: the evidence lower bound is the likelihood itself."]
+    rows = [
+        [f"`{site}`", latent.family, f"`{tuple(latent.shape)}`", "each datum" if latent.local else "all data"]
+        for site, latent in model.latents.items()
+    ]
+    return [
+        "With the default sizes, on images of 8 × 8:",
+        "",
+        *markdown_table(["site", "family", "shape", "one value for"], rows),
+    ]
+
+
+def fits(rows: list[dict[str, Any]]) -> list[str]:
+    """A part for each form of the model: its guides, each with the words that serve it; then why others do not."""
+    forms: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        forms.setdefault(describe(row["variant"]), []).append(row)
+    tables: dict[tuple, list[str]] = {}
+    for form, members in forms.items():
+        fitting = dict.fromkeys(row["guide"] for row in members if row["estimator"] != "*")
+        table = tuple((guide, tuple(row_of(members, guide))) for guide in fitting)
+        tables.setdefault(table, []).append(form)
+    lines = []
+    for table, named in tables.items():
+        if len(tables) > 1:
+            lines += ["", f"With {' or with '.join(named)}:", ""]
+        lines += markdown_table(["guide", "estimators", "Pyro's own"], [[f"`{g}`", *cells] for g, cells in table])
+    reasons = refused(rows)
+    return [*lines, *(["", "Not with these guides:", "", *reasons] if reasons else [])]
+
+
+def describe(variant: Mapping[str, Any]) -> str:
+    if not variant:
+        return "the defaults"
+    if "nodes" in variant:  # a whole graph, of which it matters what is observed
+        return f"observed {', '.join(variant.get('observed', ['all']))} of {' → '.join(variant['nodes'])}"
+    return "`" + ", ".join(f"{option}={value!r}" for option, value in variant.items()) + "`"
+
+
+def row_of(rows: Iterable[dict[str, Any]], guide: str) -> list[str]:
+    """The estimators, and Pyro's own losses, that serve a guide."""
+    words = [row["estimator"] for row in rows if row["guide"] == guide and not row["reason"]]
+    ours, stock = [w for w in words if w in estimators], [w for w in words if w not in estimators]
+    if set(ours) == set(estimators):
+        return ["every one", spoken(stock)]
+    return [spoken(ours), spoken(stock)]
+
+
+def spoken(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words) or "none"
+
+
+def refused(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Each reason for which an estimator of ours does not serve a guide that fits, with those that it bars."""
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        if row["reason"] and row["estimator"] in estimators:
+            words = by_reason.setdefault(row["reason"], [])
+            if row["estimator"] not in words:
+                words.append(row["estimator"])
+    return [f"- {spoken(words)}: {reason}" for reason, words in by_reason.items()]
+
+
+def run_example(name: str) -> str:
+    """Train the model as its command says; the command, the numbers, and the pictures, which are copied."""
+    options, note = EXAMPLES.get(name, ("--epochs 25", ""))
+    command = f"gumbo train --model {name} {options}"
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        cli.main([*shlex.split(command)[1:], "--folder", str(run)])
+        found = json.loads((run / "results.json").read_text())
+        drawn = [picture for picture in PICTURES if (run / "plots" / f"{picture}.png").exists()]
+        for picture in drawn or ["learning_curve"]:
+            shutil.copy(run / "plots" / f"{picture}.png", DOCS / "figures" / f"{name}-{picture}.png")
+    test = found["test"]
+    lines = [
+        "```",
+        command,
+        "```",
+        "",
+        f"On the {test['num_data']} test digits, in nats per datum, after {found['epochs']} epochs of "
+        f"{found['ms_per_step']:.1f} ms a step ({machine()}):",
+        "",
+        *markdown_table(list(NUMBERS.values()), [[f"{test[key]:.2f} ± {test[f'{key}_se']:.2f}" for key in NUMBERS]]),
+        "",
+        f"The value of log p is a lower bound, from {test['num_samples']} draws a datum. {note}".rstrip(),
+    ]
+    for picture in drawn:
+        lines += ["", f"![{PICTURES[picture]}](figures/{name}-{picture}.png)"]
+    if not drawn:
+        lines += ["", f"![the ELBO of validation data by epoch](figures/{name}-learning_curve.png)"]
+    return "\n".join(lines)
+
+
+def kept_example(name: str) -> str | None:
+    """The example that the page has, if there is one."""
+    path = DOCS / f"{name}.md"
+    before, found, rest = path.read_text().partition(START) if path.exists() else ("", "", "")
+    return rest.partition(END)[0].strip() if found else None
+
+
+def index() -> str:
+    """The list of all pages."""
+    rows = []
+    for name, cls in models.items():
+        model = cls(DATA_SHAPE)
+        sites = ", ".join(f"`{site}` {latent.family}" for site, latent in model.latents.items()) or "none"
+        summary = markdown(split_docstring(cls)[0].split("\n\n")[0].replace("\n", " "))
+        rows.append([f"[{cls.__name__}]({name}.md)", f"`{name}`", sites, summary])
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            "A page for each registered model: its process in formulas and in code, its latents, the guides that fit,",
+            "the estimators that serve each guide, and an example that was run. `gumbo list` shows the same grid for",
+            "all. The pages are written by `python benchmarks/model_pages.py`.",
+            "",
+            *markdown_table(["model", "name", "latents", ""], rows),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(models), choices=list(models))
+    parser.add_argument("--keep-examples", action="store_true", help="do not train again what has an example")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    (DOCS / "figures").mkdir(parents=True, exist_ok=True)
+    grid = combinations()
+    for name in given.models:
+        example = kept_example(name) if given.keep_examples else None
+        rows = [row for row in grid if row["model"] == name]
+        (DOCS / f"{name}.md").write_text(page(name, rows, example or run_example(name)))
+        print(name, flush=True)
+    (DOCS / "README.md").write_text(index())
+
+
+if __name__ == "__main__":
+    main()
