@@ -474,7 +474,7 @@ def test_counts_are_integers_and_drawn_as_such(ones, quiet):
         assert group(idata, name)["x"].dtype.kind == "i"
     assert group(idata, "posterior")["p"].dtype.kind == "f"
     az = _arviz.arviz()
-    warnings.filterwarnings("ignore", message=".*look binary")  # its advice to take another plot
+    warnings.filterwarnings("ignore", message=".*look (binary|discrete)")  # advice to take another plot
     (az.plot_ppc_dist if _arviz.is_datatree() else az.plot_ppc)(idata)
 
 
