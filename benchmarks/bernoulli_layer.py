@@ -199,11 +199,11 @@ def main():
         done = stop
         found[stop] = measure(arms, fresh, options.draws, options.rounds)
         print(f"\nafter {stop} steps ({options.data}, batch {options.batch_size}; {machine()})")
-        print(f"{'estimator':<22}{'variance':>12}{'SNR':>9}{'ms':>9}{'var x ms':>12}{'x better':>10}")
+        print(f"{'estimator':<22}{'variance':>12}{'SNR':>9}{'ms':>9}{'var x ms':>12}{'x better':>12}")
         for row in found[stop]:
             print(
                 f"{row['estimator']:<22}{row['variance']:>12.4g}{row['snr']:>9.3f}{row['ms']:>9.2f}"
-                f"{row['variance x ms']:>12.4g}{row['better than stock']:>10.1f}",
+                f"{row['variance x ms']:>12.4g}{row['better than stock']:>12.4g}",
                 flush=True,
             )
         if options.out:
