@@ -676,6 +676,7 @@ class SiteELBOModule(ELBOModule):
     def __init__(self, model: Callable, guide: Callable, elbo: SiteELBO):
         super().__init__(model, guide, elbo)
         self.binding = Binding(elbo, model, guide)
+        self.__dict__["_own"] = {}  # parameters by identity, held so that no identity is given to another tensor
 
     def initialize(self, *args, **kwargs) -> SiteELBOModule:
         """Build what is built lazily, without touching random streams; returns itself."""
@@ -715,9 +716,12 @@ class SiteELBOModule(ELBOModule):
         store = pyro.get_param_store()
         with store.scope({"params": {}, "constraints": {}}):
             yield
-            own = {id(parameter) for parameter in nn.Module.parameters(self)}
+            if all(id(parameter) in self._own for parameter in store._params.values()):
+                return
+            # The identities are looked up again only when something unknown shows: this runs at every call.
+            self.__dict__["_own"] = {id(parameter): parameter for parameter in nn.Module.parameters(self)}
             for name, parameter in store._params.items():
-                if id(parameter) not in own:
+                if id(parameter) not in self._own:
                     raise BadInput(
                         f"pyro.param {name!r} is not a parameter of model or guide as modules, and loss.parameters()"
                         " would miss it: make it a PyroParam of a PyroModule, or train through pyro.infer.SVI"
