@@ -31,21 +31,28 @@ class Evaluate:
     best: bool = False
 
 
+def reopened(folder: str, split: str, best: bool, verb: str) -> tuple[Train, RunFolder, Any, Any, Any]:
+    """A run of ``gumbo train``: its settings, folder, data, and the model and guide as they were trained."""
+    from pathlib import Path
+
+    if split not in ("train", "valid", "test"):
+        raise UnknownName("split", split, ("train", "valid", "test"))
+    settings = Train(**settings_of(folder))
+    run = RunFolder(Path(folder))
+    data = load_data(settings)
+    model, guide = build(settings, data.data_shape)
+    load_parameters(model, guide, run, best=best or settings.patience is not None)
+    if split == "train" and settings.binarize == "dynamic":
+        raise BadInput(f"the train split is drawn anew each epoch under dynamic binarization: {verb} valid or test")
+    return settings, run, data, model, guide
+
+
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """The numbers, also written to ``evaluation-<split>.json`` in the run's folder."""
-    from pathlib import Path
 
     from gumbo.inference import evaluate as judge
 
-    if config.split not in ("train", "valid", "test"):
-        raise UnknownName("split", config.split, ("train", "valid", "test"))
-    settings = Train(**settings_of(config.run))
-    run = RunFolder(Path(config.run))
-    data = load_data(settings)
-    model, guide = build(settings, data.data_shape)
-    load_parameters(model, guide, run, best=config.best or settings.patience is not None)
-    if config.split == "train" and settings.binarize == "dynamic":
-        raise BadInput("the train split is drawn anew each epoch under dynamic binarization: evaluate valid or test")
+    settings, run, data, model, guide = reopened(config.run, config.split, config.best, "evaluate")
     judged = judge(
         model, guide, inputs_of(model, data, config.split), num_samples=config.importance_samples, seed=config.seed
     )

@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from gumbo.errors import BadInput, UnknownName
+from gumbo.errors import BadInput
 from gumbo.experiments._command import run_command
-from gumbo.experiments._runs import RunFolder
-from gumbo.experiments.evaluate import load_parameters
-from gumbo.experiments.train import Train, build, inputs_of, load_data, settings_of
+from gumbo.experiments.evaluate import reopened
+from gumbo.experiments.train import inputs_of
 
 
 @dataclass
@@ -45,17 +43,9 @@ def inspect(config: Inspect) -> dict[str, Any]:
     from gumbo.experiments.posterior_plots import everything
     from gumbo.inference import _arviz, diagnose, to_arviz
 
-    if config.split not in ("train", "valid", "test"):
-        raise UnknownName("split", config.split, ("train", "valid", "test"))
     if config.num_data < 2:
         raise BadInput(f"num_data is {config.num_data}: expected at least 2")
-    settings = Train(**settings_of(config.run))
-    run = RunFolder(Path(config.run))
-    data = load_data(settings)
-    model, guide = build(settings, data.data_shape)
-    load_parameters(model, guide, run, best=config.best or settings.patience is not None)
-    if config.split == "train" and settings.binarize == "dynamic":
-        raise BadInput("the train split is drawn anew each epoch under dynamic binarization: inspect valid or test")
+    settings, run, data, model, guide = reopened(config.run, config.split, config.best, "inspect")
     if not model.latents:
         raise BadInput(f"{settings.model} has no latents, so that there is no posterior to inspect")
     inputs = inputs_of(model, data, config.split, config.num_data)

@@ -663,7 +663,6 @@ class Naming:
         self.sweep, self.dims = sweep, dict(dims)
         self.coords = {plate: sweep.row_ids[plate].numpy() for plate in sweep.row_ids if plate in sweep.sizes}
         self.coords |= {name: np.asarray(values) for name, values in coords.items()}
-        self.used: set[str] = set()
 
     def variable(self, array: Array, collection: Collection) -> Any:
         """An ``xarray.DataArray`` around the numbers."""

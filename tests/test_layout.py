@@ -163,4 +163,4 @@ def test_no_tracked_file_names_a_path_of_one_machine():
 def test_paths_of_one_machine_are_seen():
     assert foreign_paths("data = '/" + "home/someone/mnist.npz'")
     assert foreign_paths(f"see {ROOT}/notes")
-    assert not foreign_paths("https://example.org/home/page and runs/work/now and ~/work/x")
+    assert not foreign_paths("https://example.org/home/page and runs/" + "work/now and ~/" + "work/x")
