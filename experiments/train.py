@@ -67,7 +67,7 @@ class Train:
 def train(config: Train) -> dict[str, Any]:
     """Fit, judge on the test split, draw; returns what ``results.json`` holds."""
     from gumbo.inference import evaluate, fit
-    from gumbo.inference.fitting import OPTIMIZERS
+    from gumbo.inference.optimizers import OPTIMIZERS
 
     if config.optimizer not in OPTIMIZERS:
         raise UnknownName("optimizer", config.optimizer, OPTIMIZERS)

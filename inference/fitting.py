@@ -7,7 +7,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
 
-from ..errors import BadInput, GumboError, UnknownName
+from ..errors import BadInput, GumboError
 from .checkpoints import load_checkpoint, save_checkpoint, write_whole
 from .evaluation import evaluate
 from .gradients import is_differentiable
@@ -31,18 +31,10 @@ from .isolation import (
     private_seed,
     shared_names,
 )
+from .optimizers import make_optimizer
 from .progress import make_progress
 from .rows import Rows
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamax": torch.optim.Adamax,
-    "adamw": torch.optim.AdamW,
-    "nadam": torch.optim.NAdam,
-    "radam": torch.optim.RAdam,
-    "rmsprop": torch.optim.RMSprop,
-    "sgd": torch.optim.SGD,
-}
+from .steps import StoreStep, TorchStep
 
 
 @dataclass
@@ -138,7 +130,7 @@ def fit(
         raise BadInput(
             f"train has {len(rows)} rows: with drop_last, a batch of {batch_size} is never full; lower batch_size"
         )
-    make_optimizer, optimizer_name = _make_optimizer(optimizer, lr)
+    make, optimizer_name = make_optimizer(optimizer, lr)
     batches = _Batches(rows, batch_size, seed, drop_last, transform, device_of(model, guide))
     settings = {
         "loss": loss_name,
@@ -150,7 +142,7 @@ def fit(
         "valid": None if valid_rows is None else _fingerprint(valid_rows),
     }
     with pyro.get_param_store().scope(), private_seed(seed, model, guide), modes_kept(model, guide):
-        run = _Run(model, guide, loss, make_optimizer, batches, valid_rows, valid_samples, settings, run_dir)
+        run = _Run(model, guide, loss, make, batches, valid_rows, valid_samples, settings, run_dir)
         run.begin(resume)
         return run.go(epochs, patience, restore_best, checkpoint_every, progress, title, on_epoch)
 
@@ -180,77 +172,6 @@ class _Batches:
         return batch.to(self.device)
 
 
-class _TorchStep:
-    """One step in torch's idiom: the loss is a module, and its ``state_dict`` is all there is to keep."""
-
-    def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
-        self.module = loss(model, guide)
-        with private_seed(None, model, guide):
-            if hasattr(self.module, "initialize"):
-                self.module.initialize(*batch.args, **batch.kwargs)
-            else:
-                self.module(*batch.args, **batch.kwargs)
-        self.module.train()
-        self.parameters = dict(self.module.named_parameters())
-        _refuse_store_parameters(self.parameters.values())
-        self.optimizer = make_optimizer([p for p in self.parameters.values() if p.requires_grad])
-
-    def __call__(self, batch: Rows) -> float:
-        self.optimizer.zero_grad(set_to_none=True)
-        value = self.module(*batch.args, **batch.kwargs)
-        if math.isfinite(number := value.item()):
-            value.backward()
-            self.optimizer.step()
-        return number
-
-    def state(self) -> dict[str, Any]:
-        return {"module": self.module.state_dict(), "store": {}}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.module.load_state_dict(state["module"])
-
-
-class _StoreStep:
-    """One step as ``SVI.step`` makes it, for losses that take gradients themselves and keep state in the param store.
-
-    The optimizer is one over the programs' own parameters: through ``SVI``, each rewriting of TraceGraph's decaying
-    average counts as a new parameter and leaves another optimizer behind.
-    """
-
-    def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
-        self.model, self.guide, self.loss = model, guide, loss
-        with private_seed(None, model, guide), torch.no_grad(), poutine.trace(param_only=True):
-            guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
-            poutine.replay(model, trace=guide_trace)(*batch.args, **batch.kwargs)
-        model.train()
-        guide.train()
-        self.parameters = owned_parameters(model, guide)
-        _refuse_store_parameters(self.parameters.values())
-        self.optimizer = make_optimizer([p for p in self.parameters.values() if p.requires_grad])
-
-    def __call__(self, batch: Rows) -> float:
-        self.optimizer.zero_grad(set_to_none=True)
-        number = float(self.loss.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs))
-        if math.isfinite(number):
-            self.optimizer.step()
-        return number
-
-    def state(self) -> dict[str, Any]:
-        owned = {id(parameter) for parameter in self.parameters.values()}
-        kept = {name: value for name, value in pyro.get_param_store().named_parameters() if id(value) not in owned}
-        module = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        module |= {f"guide.{name}": value for name, value in self.guide.state_dict().items()}
-        return {"module": module, "store": {name: value.detach().clone() for name, value in kept.items()}}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        for prefix, program in (("model.", self.model), ("guide.", self.guide)):
-            program.load_state_dict(
-                {key.removeprefix(prefix): value for key, value in state["module"].items() if key.startswith(prefix)}
-            )
-        for name, value in state["store"].items():
-            pyro.get_param_store()[name] = value
-
-
 class _Run:
     """The loop and what it must remember: everything here that changes is in the checkpoint."""
 
@@ -266,7 +187,7 @@ class _Run:
         for name, parameter in owned_parameters(model, guide).items():
             if not torch.nn.parameter.is_lazy(parameter) and not torch.isfinite(parameter).all():
                 raise BadInput(f"parameter {name!r} is not finite before the first step")
-        kind = _TorchStep if is_differentiable(loss) else _StoreStep
+        kind = TorchStep if is_differentiable(loss) else StoreStep
         self.step = kind(model, guide, loss, make_optimizer, batches.first())
         shapes = {name: list(parameter.shape) for name, parameter in self.step.parameters.items()}
         self.settings = settings | {"parameters": zlib.crc32(json.dumps(shapes).encode())}
@@ -441,42 +362,12 @@ def _make_loss(loss: ELBO | str) -> tuple[ELBO, str]:
     return loss, f"{type(loss).__name__}(num_particles={loss.num_particles})"
 
 
-def _make_optimizer(optimizer, lr: float) -> tuple[Callable[..., torch.optim.Optimizer], str]:
-    if isinstance(optimizer, str):
-        if optimizer not in OPTIMIZERS:
-            raise UnknownName("optimizer", optimizer, OPTIMIZERS)
-        if not lr > 0:
-            raise BadInput(f"lr is {lr}: expected a positive number")
-        return lambda parameters: OPTIMIZERS[optimizer](parameters, lr=lr), f"{optimizer}(lr={lr})"
-    if isinstance(optimizer, pyro.optim.PyroOptim):
-        make, options = optimizer.pt_optim_constructor, optimizer.pt_optim_args
-        if not isinstance(options, dict):
-            raise BadInput("a pyro.optim optimizer whose arguments are a function of the parameter is for SVI, not fit")
-        return lambda parameters: make(parameters, **options), f"{make.__name__}({options})"
-    if callable(optimizer):
-        keywords = getattr(optimizer, "keywords", {})
-        return optimizer, f"{getattr(getattr(optimizer, 'func', optimizer), '__name__', 'optimizer')}({keywords})"
-    raise BadInput(
-        f"optimizer is {type(optimizer).__name__}: expected a word ({', '.join(OPTIMIZERS)}) or an optimizer"
-    )
-
-
 def _fingerprint(rows: Rows) -> str:
     tensors = [*rows.args, *rows.kwargs.values()]
     checksum = 0
     for tensor in tensors:
         checksum = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), checksum)
     return f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} {checksum:08x}"
-
-
-def _refuse_store_parameters(owned) -> None:
-    ids = {id(parameter) for parameter in owned}
-    for name, value in pyro.get_param_store().named_parameters():
-        if id(value) not in ids:
-            raise BadInput(
-                f"pyro.param {name!r} belongs to no module, so its training would be lost with the run: make it a "
-                "PyroParam of the model or the guide"
-            )
 
 
 def _broken_site(model: Callable, guide: Callable, batch: Rows) -> str | None:

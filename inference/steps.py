@@ -1,0 +1,97 @@
+"""One training step of a loss: in torch's idiom, or as ``SVI.step`` makes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO
+
+from ..errors import BadInput
+from .isolation import owned_parameters, private_seed
+from .rows import Rows
+
+
+class TorchStep:
+    """One step in torch's idiom: the loss is a module, and its ``state_dict`` is all there is to keep."""
+
+    def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
+        self.module = loss(model, guide)
+        with private_seed(None, model, guide):
+            if hasattr(self.module, "initialize"):
+                self.module.initialize(*batch.args, **batch.kwargs)
+            else:
+                self.module(*batch.args, **batch.kwargs)
+        self.module.train()
+        self.parameters = dict(self.module.named_parameters())
+        _refuse_store_parameters(self.parameters.values())
+        self.optimizer = make_optimizer([p for p in self.parameters.values() if p.requires_grad])
+
+    def __call__(self, batch: Rows) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        value = self.module(*batch.args, **batch.kwargs)
+        if math.isfinite(number := value.item()):
+            value.backward()
+            self.optimizer.step()
+        return number
+
+    def state(self) -> dict[str, Any]:
+        return {"module": self.module.state_dict(), "store": {}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+
+
+class StoreStep:
+    """One step as ``SVI.step`` makes it, for losses that take gradients themselves and keep state in the param store.
+
+    The optimizer is one over the programs' own parameters: through ``SVI``, each rewriting of TraceGraph's decaying
+    average counts as a new parameter and leaves another optimizer behind.
+    """
+
+    def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
+        self.model, self.guide, self.loss = model, guide, loss
+        with private_seed(None, model, guide), torch.no_grad(), poutine.trace(param_only=True):
+            guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+            poutine.replay(model, trace=guide_trace)(*batch.args, **batch.kwargs)
+        model.train()
+        guide.train()
+        self.parameters = owned_parameters(model, guide)
+        _refuse_store_parameters(self.parameters.values())
+        self.optimizer = make_optimizer([p for p in self.parameters.values() if p.requires_grad])
+
+    def __call__(self, batch: Rows) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        number = float(self.loss.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs))
+        if math.isfinite(number):
+            self.optimizer.step()
+        return number
+
+    def state(self) -> dict[str, Any]:
+        owned = {id(parameter) for parameter in self.parameters.values()}
+        kept = {name: value for name, value in pyro.get_param_store().named_parameters() if id(value) not in owned}
+        module = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        module |= {f"guide.{name}": value for name, value in self.guide.state_dict().items()}
+        return {"module": module, "store": {name: value.detach().clone() for name, value in kept.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for prefix, program in (("model.", self.model), ("guide.", self.guide)):
+            program.load_state_dict(
+                {key.removeprefix(prefix): value for key, value in state["module"].items() if key.startswith(prefix)}
+            )
+        for name, value in state["store"].items():
+            pyro.get_param_store()[name] = value
+
+
+def _refuse_store_parameters(owned) -> None:
+    ids = {id(parameter) for parameter in owned}
+    for name, value in pyro.get_param_store().named_parameters():
+        if id(value) not in ids:
+            raise BadInput(
+                f"pyro.param {name!r} belongs to no module, so its training would be lost with the run: make it a "
+                "PyroParam of the model or the guide"
+            )
