@@ -677,6 +677,7 @@ class SiteELBOModule(ELBOModule):
         super().__init__(model, guide, elbo)
         self.binding = Binding(elbo, model, guide)
         self.__dict__["_own"] = {}  # parameters by identity, held so that no identity is given to another tensor
+        self.__dict__.update(_kept=None, _keeps=False)
 
     def initialize(self, *args, **kwargs) -> SiteELBOModule:
         """Build what is built lazily, without touching random streams; returns itself."""
@@ -714,18 +715,24 @@ class SiteELBOModule(ELBOModule):
     def _own_store(self) -> Iterator[None]:
         """A param store of its own for the duration of a call: modules hold the parameters, names cannot clash."""
         store = pyro.get_param_store()
-        with store.scope({"params": {}, "constraints": {}}):
+        with store.scope(self._kept or {"params": {}, "constraints": {}}) as state:
             yield
-            if all(id(parameter) in self._own for parameter in store._params.values()):
-                return
-            # The identities are looked up again only when something unknown shows: this runs at every call.
-            self.__dict__["_own"] = {id(parameter): parameter for parameter in nn.Module.parameters(self)}
-            for name, parameter in store._params.items():
-                if id(parameter) not in self._own:
-                    raise BadInput(
-                        f"pyro.param {name!r} is not a parameter of model or guide as modules, and loss.parameters()"
-                        " would miss it: make it a PyroParam of a PyroModule, or train through pyro.infer.SVI"
-                    )
+            if not all(id(parameter) in self._own for parameter in store._params.values()):
+                self._look_up(store._params)
+        self.__dict__["_kept"] = state if self._keeps else None
+
+    def _look_up(self, stored: Mapping[str, Tensor]) -> None:
+        """Whose parameters the store holds; called only when something unknown shows, since a step is short."""
+        self.__dict__["_own"] = {id(parameter): parameter for parameter in nn.Module.parameters(self)}
+        # Registering every parameter anew at each call costs as much as a small layer. But a PyroParam takes the
+        # store's value over its own, so that where there is one, a value replaced in between would come back.
+        self.__dict__["_keeps"] = not any(getattr(module, "_pyro_params", None) for module in self.modules())
+        for name, parameter in stored.items():
+            if id(parameter) not in self._own:
+                raise BadInput(
+                    f"pyro.param {name!r} is not a parameter of model or guide as modules, and loss.parameters()"
+                    " would miss it: make it a PyroParam of a PyroModule, or train through pyro.infer.SVI"
+                )
 
 
 def _stand_in(name: str, downstream: str, msg: Mapping[str, Any], estimator: Estimator, fixed: bool) -> Estimator:

@@ -24,6 +24,7 @@ from .checkpoints import load_checkpoint, save_checkpoint, write_whole
 from .evaluation import evaluate
 from .gradients import is_differentiable
 from .isolation import (
+    denormals_flushed,
     device_of,
     devices_of,
     modes_kept,
@@ -78,6 +79,7 @@ def fit(
     transform: Callable[[Any, torch.Generator], Any] | None = None,
     valid_samples: int = 10,
     checkpoint_every: int = 1,
+    validate: bool = False,
     progress: bool = True,
     title: str = "fit",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -91,6 +93,9 @@ def fit(
     drops a last partial batch just where the loss keeps something for each batch position. ``patience`` stops after
     that many epochs without a better ``valid_elbo``; ``restore_best`` leaves the parameters of the best epoch rather
     than of the last.
+
+    The first batch runs under Pyro's validation, and every row is held against its site's support once (in each epoch
+    where ``transform`` or ``drop_last`` shows other rows); ``validate=True`` keeps all of Pyro's validation on.
 
     Losses with a differentiable scalar run in torch's idiom; the others (stock TraceGraph_ELBO) as ``SVI.step`` does.
     Both run in a scope of the param store and under generators of their own: the store and the seeds stay as they are.
@@ -141,8 +146,14 @@ def fit(
         "train": _fingerprint(rows),
         "valid": None if valid_rows is None else _fingerprint(valid_rows),
     }
-    with pyro.get_param_store().scope(), private_seed(seed, model, guide), modes_kept(model, guide):
+    with (
+        pyro.get_param_store().scope(),
+        private_seed(seed, model, guide),
+        modes_kept(model, guide),
+        denormals_flushed(),
+    ):
         run = _Run(model, guide, loss, make, batches, valid_rows, valid_samples, settings, run_dir)
+        run.step.validate = validate
         run.begin(resume)
         return run.go(epochs, patience, restore_best, checkpoint_every, progress, title, on_epoch)
 
@@ -154,6 +165,11 @@ class _Batches:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.transform, self.device = transform, device
         self.per_epoch = len(rows) // batch_size if drop_last else math.ceil(len(rows) / batch_size)
+
+    @property
+    def show_other_rows(self) -> bool:
+        """Whether a later epoch may hold values that the first did not."""
+        return self.transform is not None or self.per_epoch * self.batch_size < len(self.rows)
 
     def of_epoch(self, epoch: int):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
@@ -247,6 +263,7 @@ class _Run:
     def _epoch(self, epoch: int, shown) -> dict[str, float]:
         began, total, seen, took = time.perf_counter(), 0.0, 0, []
         before = (epoch - 1) * self.batches.per_epoch
+        self.step.check_data = epoch == 1 or self.batches.show_other_rows
         for number, batch in enumerate(self.batches.of_epoch(epoch), start=1):
             start = time.perf_counter()
             try:

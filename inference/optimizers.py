@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 
 import pyro.optim
 import torch
@@ -26,7 +27,7 @@ def make_optimizer(optimizer, lr: float) -> tuple[Callable[..., torch.optim.Opti
             raise UnknownName("optimizer", optimizer, OPTIMIZERS)
         if not lr > 0:
             raise BadInput(f"lr is {lr}: expected a positive number")
-        return lambda parameters: OPTIMIZERS[optimizer](parameters, lr=lr), f"{optimizer}(lr={lr})"
+        return lambda parameters: _fused(OPTIMIZERS[optimizer], parameters, lr), f"{optimizer}(lr={lr})"
     if isinstance(optimizer, pyro.optim.PyroOptim):
         make, options = optimizer.pt_optim_constructor, optimizer.pt_optim_args
         if not isinstance(options, dict):
@@ -38,3 +39,14 @@ def make_optimizer(optimizer, lr: float) -> tuple[Callable[..., torch.optim.Opti
     raise BadInput(
         f"optimizer is {type(optimizer).__name__}: expected a word ({', '.join(OPTIMIZERS)}) or an optimizer"
     )
+
+
+def _fused(kind: type[torch.optim.Optimizer], parameters: Iterable[torch.nn.Parameter], lr: float):
+    """One kernel for all parameters where torch has it: on a small network many kernels cost as much as a layer."""
+    parameters = list(parameters)
+    if "fused" in inspect.signature(kind).parameters:
+        try:
+            return kind(parameters, lr=lr, fused=True)
+        except RuntimeError:  # not for this device or dtype
+            pass
+    return kind(parameters, lr=lr)

@@ -3,20 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 
 from ..errors import BadInput
+from .distributions import describe
 from .isolation import owned_parameters, private_seed
 from .rows import Rows
 
 
-class TorchStep:
+class _ObservedInSupport(Messenger):
+    """Refuses data that a distribution cannot have produced: it gets a finite density and trains to nonsense."""
+
+    def _pyro_post_sample(self, msg) -> None:
+        if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
+            return
+        fn, name = msg["fn"], msg["name"]
+        try:
+            inside = fn.support.check(msg["value"])
+        except (NotImplementedError, AttributeError, ValueError):  # a support that cannot be told
+            return
+        if not inside.all():
+            raise BadInput(
+                f"site {name!r}: the data hold values outside the support of {describe(fn)}; mend them, or take a "
+                "likelihood that allows them"
+            )
+
+
+class Step:
+    """What the kinds of step share: what is checked on the way.
+
+    Pyro's own validation looks at every value of every step and costs a tenth of it and more. The first batch is
+    run under it, as the caller has set it; after that ``check_data`` has the data looked at, and a loss that is not
+    finite is left to who runs the steps. ``validate`` keeps Pyro's validation on.
+    """
+
+    validate = False
+    check_data = True
+
+    @contextmanager
+    def checks(self) -> Iterator[None]:
+        if self.validate:
+            yield
+            return
+        look = _ObservedInSupport() if self.check_data and pyro.infer.util.is_validation_enabled() else nullcontext()
+        with pyro.validation_enabled(False), look:
+            yield
+
+
+class TorchStep(Step):
     """One step in torch's idiom: the loss is a module, and its ``state_dict`` is all there is to keep."""
 
     def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
@@ -33,7 +76,8 @@ class TorchStep:
 
     def __call__(self, batch: Rows) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        value = self.module(*batch.args, **batch.kwargs)
+        with self.checks():
+            value = self.module(*batch.args, **batch.kwargs)
         if math.isfinite(number := value.item()):
             value.backward()
             self.optimizer.step()
@@ -46,7 +90,7 @@ class TorchStep:
         self.module.load_state_dict(state["module"])
 
 
-class StoreStep:
+class StoreStep(Step):
     """One step as ``SVI.step`` makes it, for losses that take gradients themselves and keep state in the param store.
 
     The optimizer is one over the programs' own parameters: through ``SVI``, each rewriting of TraceGraph's decaying
@@ -66,7 +110,8 @@ class StoreStep:
 
     def __call__(self, batch: Rows) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        number = float(self.loss.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs))
+        with self.checks():
+            number = float(self.loss.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs))
         if math.isfinite(number):
             self.optimizer.step()
         return number
