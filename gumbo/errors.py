@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -66,3 +67,21 @@ class TooFewParticles(UnsupportedSite, BadInput):
 
 class CannotVectorize(UnsupportedSite):
     """A program that does not mean the same for K particles at once as for one."""
+
+
+class GumboWarning(UserWarning):
+    """What gumbo warns of; ``str(warning)`` is one line."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that a signal has stopped, after it was saved; ``str(error)`` is one line that says how to go on with it.
+
+    Attributes: ``signal``, the signal's number; ``status``, what a process that ends by it should return.
+
+    >>> Interrupted(signal.SIGTERM, "stopped").status
+    143
+    """
+
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message or f"interrupted by {signal.Signals(number).name}")
+        self.signal, self.status = number, 128 + number

@@ -1,14 +1,23 @@
-"""Optimizers by word, by Pyro's classes, or by a callable."""
+"""Optimizers by word, by Pyro's classes, or by a callable, with gradient clipping and learning-rate schedules."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import pyro.optim
 import torch
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from ..errors import BadInput, UnknownName
+from .schedules import Schedule
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -20,28 +29,144 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 
+Named = Mapping[str, Parameter]
 
-def make_optimizer(optimizer, lr: float) -> tuple[Callable[..., torch.optim.Optimizer], str]:
+
+class Updates:
+    """A torch optimizer with what surrounds its step: gradients are clipped before, the learning rate moves after.
+
+    Attributes: ``optimizer``; ``scheduler`` and ``clip``, which are None where there is none.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        clip: Callable[[], object] | None = None,
+        scheduler: LRScheduler | ReduceLROnPlateau | None = None,
+        every_step: bool = False,
+    ):
+        self.optimizer, self.clip, self.scheduler, self.every_step = optimizer, clip, scheduler, every_step
+        self.started_as = "" if scheduler is None else f"{type(scheduler).__name__}({_plain(scheduler.state_dict())})"
+        self.zero_grad = optimizer.zero_grad
+
+    def step(self) -> None:
+        if self.clip is not None:
+            self.clip()
+        self.optimizer.step()
+        if self.every_step:
+            self.scheduler.step()
+
+    def end_epoch(self, loss: float) -> None:
+        """Move a learning rate that changes by the epoch; ``loss`` is what ReduceLROnPlateau judges by."""
+        if self.scheduler is None or self.every_step:
+            return
+        with warnings.catch_warnings():
+            # A run that goes on from the end of an epoch has made no step yet in this process.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step(*([loss] if isinstance(self.scheduler, ReduceLROnPlateau) else []))
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate of the first parameters, where one is scheduled."""
+        return None if self.scheduler is None else float(self.optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+
+def make_optimizer(
+    optimizer: object,
+    lr: float | Schedule,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    scheduler_every: str = "epoch",
+) -> tuple[Callable[[Named], Updates], str]:
+    """A function from named parameters to their :class:`Updates`, and words that tell these from others.
+
+    Raises UnknownName for an unknown word, and BadInput for what is no optimizer, or no number that can be meant.
+    """
+    for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+        if value is not None and not value > 0:
+            raise BadInput(f"{name} is {value}: expected a positive number")
+    if scheduler_every not in ("epoch", "step"):
+        raise UnknownName("scheduler_every", scheduler_every, ("epoch", "step"))
+    if callable(lr):
+        if scheduler is not None:
+            raise BadInput("lr is a schedule and scheduler= is given as well: leave one of them out")
+        # A base of 1, so that the factor that LambdaLR multiplies it by is the learning rate.
+        scheduler, scheduler_every, base = functools.partial(LambdaLR, lr_lambda=lr), "step", 1.0
+    elif not lr > 0:
+        raise BadInput(f"lr is {lr}: expected a positive number, or a schedule of the step")
+    else:
+        base = lr
+    if inspect.isfunction(optimizer) and optimizer.__module__.startswith("pyro.optim"):
+        optimizer = _built(lambda: optimizer({"lr": base}))  # the function pyro.optim.Adam, not what it makes
+    make, words = _maker(optimizer, base)
+    if callable(lr):
+        words = f"{words}, lr {without_addresses(lr)}"
+    if isinstance(optimizer, PyroLRScheduler):
+        if scheduler is not None:
+            raise BadInput(f"{words} has a schedule of its own: leave scheduler= and a scheduled lr out")
+        scheduler = functools.partial(optimizer.pt_scheduler_constructor, **optimizer.kwargs)
+    single = optimizer.pt_clip_args if isinstance(optimizer, pyro.optim.PyroOptim) else {}
+    if callable(single):
+        raise BadInput("fit does not take a pyro.optim optimizer whose clip_args are a function: pass a dictionary")
+
+    def updates(parameters: Named) -> Updates:
+        made = _built(lambda: make(parameters))
+        _refuse_arguments(made)
+        scheduled = None if scheduler is None else _built(lambda: scheduler(made))
+        if scheduled is not None and not isinstance(scheduled, (LRScheduler, ReduceLROnPlateau)):
+            raise BadInput(f"scheduler made a {type(scheduled).__name__}: expected one of torch.optim.lr_scheduler")
+        if scheduler_every == "step" and isinstance(scheduled, ReduceLROnPlateau):
+            raise BadInput("ReduceLROnPlateau judges by epochs: pass scheduler_every='epoch'")
+        every_step = scheduled is not None and scheduler_every == "step"
+        return Updates(made, _clip(list(parameters.values()), clip_norm, clip_value, single), scheduled, every_step)
+
+    clips = {"clip_norm": clip_norm, "clip_value": clip_value} | ({"of each parameter": single} if single else {})
+    return updates, words + "".join(f", {name} {value}" for name, value in clips.items() if value is not None)
+
+
+def _maker(optimizer: Any, lr: float) -> tuple[Callable[[Named], Any], str]:
+    """A function from named parameters to a torch optimizer, and its name."""
     if isinstance(optimizer, str):
         if optimizer not in OPTIMIZERS:
             raise UnknownName("optimizer", optimizer, OPTIMIZERS)
-        if not lr > 0:
-            raise BadInput(f"lr is {lr}: expected a positive number")
-        return lambda parameters: _fused(OPTIMIZERS[optimizer], parameters, lr), f"{optimizer}(lr={lr})"
+        return lambda named: _fused(OPTIMIZERS[optimizer], named.values(), lr), f"{optimizer}(lr={lr})"
     if isinstance(optimizer, pyro.optim.PyroOptim):
         make, options = optimizer.pt_optim_constructor, optimizer.pt_optim_args
-        if not isinstance(options, dict):
-            raise BadInput("a pyro.optim optimizer whose arguments are a function of the parameter is for SVI, not fit")
-        return lambda parameters: make(parameters, **options), f"{make.__name__}({options})"
+        if callable(options):
+            return lambda named: make(_groups(optimizer, named)), f"{make.__name__}({without_addresses(options)})"
+        return lambda named: make(list(named.values()), **options), f"{make.__name__}({options})"
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+        options = {"lr": lr} if "lr" in inspect.signature(optimizer).parameters else {}
+        return lambda named: optimizer(list(named.values()), **options), f"{optimizer.__name__}({options})"
     if callable(optimizer):
         keywords = getattr(optimizer, "keywords", {})
-        return optimizer, f"{getattr(getattr(optimizer, 'func', optimizer), '__name__', 'optimizer')}({keywords})"
+        name = getattr(getattr(optimizer, "func", optimizer), "__name__", "optimizer")
+        return lambda named: optimizer(list(named.values())), f"{name}({keywords})"
     raise BadInput(
-        f"optimizer is {type(optimizer).__name__}: expected a word ({', '.join(OPTIMIZERS)}) or an optimizer"
+        f"optimizer is {type(optimizer).__name__}: expected a word ({', '.join(OPTIMIZERS)}), a torch optimizer's "
+        "class, a function of the parameters that makes one, or a pyro.optim optimizer"
     )
 
 
-def _fused(kind: type[torch.optim.Optimizer], parameters: Iterable[torch.nn.Parameter], lr: float):
+def _groups(optimizer: pyro.optim.PyroOptim, named: Named) -> list[dict[str, Any]]:
+    """A group for each parameter, with the arguments that Pyro would give it by its name in the param store."""
+    if optimizer.pt_optim_args_argc != 1:
+        raise BadInput("a pyro.optim optimizer's function of the parameter must take one argument, the name")
+    plain = {name: re.sub(r"^(model|guide)\.|_unconstrained$", "", name) for name in named}
+    return [{"params": [parameter], **optimizer.pt_optim_args(plain[name])} for name, parameter in named.items()]
+
+
+def _fused(kind: type[torch.optim.Optimizer], parameters: Iterable[Parameter], lr: float):
     """One kernel for all parameters where torch has it: on a small network many kernels cost as much as a layer."""
     parameters = list(parameters)
     if "fused" in inspect.signature(kind).parameters:
@@ -50,3 +175,45 @@ def _fused(kind: type[torch.optim.Optimizer], parameters: Iterable[torch.nn.Para
         except RuntimeError:  # not for this device or dtype
             pass
     return kind(parameters, lr=lr)
+
+
+def _clip(
+    parameters: list[Parameter], norm: float | None, value: float | None, single: Mapping[str, float]
+) -> Callable[[], object] | None:
+    """What is done to the gradients before a step; ``single`` to each parameter alone, as Pyro does."""
+    if norm is None and value is None and not single:
+        return None
+
+    def clip() -> None:
+        for parameter in parameters if single else ():
+            pyro.optim.PyroOptim._clip_grad(parameter, **single)
+        if norm is not None:
+            clip_grad_norm_(parameters, norm)
+        if value is not None:
+            clip_grad_value_(parameters, value)
+
+    return clip
+
+
+def _built(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
+        raise BadInput(f"the optimizer or its schedule cannot be made: {error}") from error
+
+
+def _refuse_arguments(made: object) -> None:
+    if not isinstance(made, torch.optim.Optimizer):
+        raise BadInput(f"optimizer made a {type(made).__name__}: expected a torch optimizer")
+    for name, parameter in inspect.signature(made.step).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            raise BadInput(f"{type(made).__name__}'s step needs {name!r}, which fit does not give: take another")
+
+
+def _plain(state: Mapping[str, Any]) -> str:
+    return without_addresses(dict(sorted(state.items())))
+
+
+def without_addresses(value: object) -> str:
+    """``repr``, without what differs from one process to the next."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

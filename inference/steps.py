@@ -72,7 +72,7 @@ class TorchStep(Step):
         self.module.train()
         self.parameters = dict(self.module.named_parameters())
         _refuse_store_parameters(self.parameters.values())
-        self.optimizer = make_optimizer([p for p in self.parameters.values() if p.requires_grad])
+        self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
 
     def __call__(self, batch: Rows) -> float:
         self.optimizer.zero_grad(set_to_none=True)
@@ -106,7 +106,7 @@ class StoreStep(Step):
         guide.train()
         self.parameters = owned_parameters(model, guide)
         _refuse_store_parameters(self.parameters.values())
-        self.optimizer = make_optimizer([p for p in self.parameters.values() if p.requires_grad])
+        self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
 
     def __call__(self, batch: Rows) -> float:
         self.optimizer.zero_grad(set_to_none=True)
