@@ -250,6 +250,7 @@ class Binding(nn.Module):
         self.steps = 0
         self.num_particles: int | None = None
         self.max_plate_nesting: int | None = None
+        self.make_layout: Callable[..., objectives.Layout] = objectives.Layout
 
     def has_state(self) -> bool:
         return len(self.states) > 0
@@ -408,7 +409,7 @@ class Binding(nn.Module):
 
     def layout(self) -> objectives.Layout:
         weight = self.elbo.kl_weight
-        return objectives.Layout(
+        return self.make_layout(
             room=1 + self.max_plate_nesting,
             num_particles=self.num_particles,
             kl_weight=float(weight(self.steps)) if callable(weight) else float(weight),
@@ -509,6 +510,7 @@ class Binding(nn.Module):
             inputs=inputs,
             evaluate=partial(self._evaluate, rows, layout, args, kwargs),
             find_joined=partial(objectives.joined_dims, runs, site.name, layout),
+            mean=partial(layout.mean, site),
         )
 
     def _state(self, site: Site, inputs: Callable[[], list[Tensor]]) -> nn.Module | None:

@@ -48,6 +48,24 @@ class Layout:
         """Tensors of single particles, side by side."""
         return tensors[0] if len(tensors) == 1 else torch.cat(torch.broadcast_tensors(*tensors), dim=-self.room)
 
+    # Where the rows of a batch are split over processes, these four know of the other rows.
+
+    def cost(self, site: Site, costs: CostToGo) -> Tensor:
+        """The cost-to-go at a site, element by element of its plates."""
+        return costs.total()
+
+    def cost_once(self, site: Site, costs: CostToGo) -> Tensor:
+        """The cost-to-go at a site with each term counted once."""
+        return costs.scalar()
+
+    def surrogate(self, site: Site, view: SiteView) -> Tensor | None:
+        """What the site's estimator adds to the objective."""
+        return site.estimator.surrogate(view)
+
+    def mean(self, site: Site, tensor: Tensor) -> Tensor:
+        """The mean of something shaped like a site's cost, over all of its elements."""
+        return tensor.mean()
+
 
 def magic(surrogate: Tensor) -> Tensor:
     """Zero in value, ``surrogate`` in gradient."""
@@ -153,7 +171,7 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
         for run in paths:
             found: list[tuple[Site, Tensor]] = []
             total = walk_back(
-                run, layout, lambda site, costs, found=found: found.append((site, costs.total().detach()))
+                run, layout, lambda site, costs, found=found: found.append((site, layout.cost(site, costs).detach()))
             ).scalar()
             chosen = [(site.name, site.score.sum().exp()) for site in run.guide if site.name in run.choices]
             if chosen:
@@ -199,7 +217,7 @@ def cost_at(name: str, paths: list[Run], layout: Layout) -> tuple[Tensor, Tensor
 
         def visit(site: Site, costs: CostToGo, found: dict = found) -> None:
             if site.name == name:
-                found[name] = costs.total(), costs.scalar()
+                found[name] = layout.cost(site, costs), layout.cost_once(site, costs)
 
         walk_back(run, layout, visit)
         order = [site.name for site in run.guide]
@@ -243,7 +261,7 @@ def site_surrogate(rows: list[Row], layout: Layout, view: MakeView) -> Tensor:
         cost = layout.join([row.cost for row in rows])
     except RuntimeError as error:
         raise BadInput(f"site {site.name!r} has another shape in every particle, so they cannot be compared") from error
-    surrogate = site.estimator.surrogate(view(rows, log_prob, cost, None))
+    surrogate = layout.surrogate(site, view(rows, log_prob, cost, None))
     if surrogate is None:
         return cost.new_zeros(())
     check_shape(surrogate, cost, site, layout)

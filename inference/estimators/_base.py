@@ -63,6 +63,8 @@ class SiteView:
             (``"soft"``), or take their means (``"mean"``). Returns the costs, ``(A, …)`` and otherwise broadcastable
             with ``cost``, detached. With ``differentiable`` it returns the costs and their sum with each term counted
             once, to be differentiated with respect to the draw: all parameters are frozen.
+        mean: ``mean(tensor)`` of something shaped like ``cost``, over the whole batch: what running statistics use,
+            since several processes may hold a part of the rows each.
         joined: the plate dimensions whose elements something after this site may join, so that ``cost`` tells them
             apart no longer: alternatives for one element at a time must be evaluated one element at a time.
     """
@@ -81,6 +83,7 @@ class SiteView:
     inputs: Callable[[], list[Tensor]]
     evaluate: Callable[..., Tensor]
     find_joined: Callable[[], tuple[int, ...]] = tuple
+    mean: Callable[[Tensor], Tensor] = torch.mean
 
     @property
     def joined(self) -> tuple[int, ...]:

@@ -55,11 +55,14 @@ class Variate(nn.Module):
         return self.variance.clamp(min=1e-12).sqrt()
 
     @torch.no_grad()
-    def observe(self, cost: Tensor, control: Tensor, decay: float = 0.9) -> None:
+    def observe(
+        self, cost: Tensor, control: Tensor, average: Callable[[Tensor], Tensor] = torch.mean, decay: float = 0.9
+    ) -> None:
         """Let running moments see a step: of the cost, and of what the control variate leaves of it."""
         # The first control variate knew nothing of the mean, so that what it left says nothing.
-        self.offset.add_(torch.where(self.seen > 0, (1 - decay) * (cost - control).mean(), 0.0))
-        mean, variance = cost.mean(), cost.var(unbiased=False)
+        self.offset.add_(torch.where(self.seen > 0, (1 - decay) * average(cost - control), 0.0))
+        mean = average(cost)
+        variance = average((cost - mean).square())
         keep = torch.where(self.seen > 0, decay, 0.0)
         moved = (mean - self.mean).square() * keep
         self.mean.copy_(keep * self.mean + (1 - keep) * mean)
@@ -138,7 +141,7 @@ class ControlVariate(Estimator, ABC):
             score + self.path(view, own, free_slope, tied_slope).sum(), leaf, create_graph=True
         )
         # In units of the cost's own size, so that one learning rate serves all problems.
-        view.state.observe(view.cost, control.detach())
+        view.state.observe(view.cost, control.detach(), view.mean)
         loss = (gradient / view.state.scale()).square().sum()
         parameters = [p for p in view.state.parameters() if p.requires_grad]
         found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()

@@ -64,7 +64,7 @@ class MovingAverage(Baseline):
         baseline = (state.mean / state.weight.clamp(min=1e-12)).to(view.cost.dtype)
         if view.training:
             with torch.no_grad():
-                state.mean.mul_(self.decay).add_((1 - self.decay) * view.cost.mean().to(state.mean.dtype))
+                state.mean.mul_(self.decay).add_((1 - self.decay) * view.mean(view.cost).to(state.mean.dtype))
                 state.weight.mul_(self.decay).add_(1 - self.decay)
         return baseline
 
@@ -105,8 +105,10 @@ class _Network(nn.Module):
         )
 
     @torch.no_grad()
-    def observe(self, cost: Tensor) -> None:
-        mean, variance = cost.mean().to(self.mean.dtype), cost.var(unbiased=False).to(self.mean.dtype)
+    def observe(self, cost: Tensor, average: Callable[[Tensor], Tensor]) -> None:
+        mean = average(cost)
+        variance = average((cost - mean).square()).to(self.mean.dtype)
+        mean = mean.to(self.mean.dtype)
         keep = torch.where(self.seen > 0, self.decay, 0.0)
         moved = (mean - self.mean).square() * keep
         self.mean.mul_(keep).add_((1 - keep) * mean)
@@ -160,7 +162,7 @@ class Neural(Baseline):
 
     def loss(self, view: SiteView, prediction: Tensor) -> Tensor:
         if view.training:
-            view.state.observe(view.cost)
+            view.state.observe(view.cost, view.mean)
         # In units of the cost's own spread, so that one learning rate serves all problems.
         return (view.cost - prediction).square() / view.state.variance.clamp(min=1e-12).to(view.cost.dtype)
 
