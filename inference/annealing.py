@@ -44,7 +44,7 @@ class Target:
         self.maps, self.events, self.sizes = {}, {}, {}
         for name in self.sites:
             layout = sweep.model_sites[name]
-            self.maps[name] = biject_to(_plain(run.trace.nodes[name]["fn"].support))
+            self.maps[name] = biject_to(_plain(sweep.supports[name]))
             free = self.maps[name].inv(run.value(name))
             self.events[name] = tuple(free.shape[1 + len(layout.names) :])
             self.sizes[name] = to_units(free, layout, self.plates).shape[-1]

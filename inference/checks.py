@@ -204,7 +204,7 @@ def judge(units: Units, collection: Collection, rounding: float) -> list[Verdict
     ]
     points = [
         name
-        for name, spread, discrete in zip(units.names, units.values.std(1).max(0), units.discrete, strict=True)
+        for name, spread, discrete in zip(units.names, np.ptp(units.values, 1).max(0), units.discrete, strict=True)
         if not discrete and spread == 0
     ]
     verdicts.append(
@@ -540,7 +540,7 @@ def _argument_places(sweep: Sweep) -> dict[str, int | str]:
 def _replaced(sweep: Sweep, places: Mapping[str, int | str], run) -> tuple[tuple, dict]:
     args, kwargs = list(sweep.args), dict(sweep.kwargs)
     for site, place in places.items():
-        value = run.trace.nodes[site]["value"].detach().reshape(sweep.observed_values[site].shape)
+        value = run.raw(site).reshape(sweep.observed_values[site].shape)
         if isinstance(place, int):
             args[place] = value
         else:
@@ -628,7 +628,7 @@ def _missed_mass(
             given = {}
             if fewer.local and fewer.shared:
                 run, _ = fewer.run(1)
-                given = {name: fewer.held(run, name) for name in fewer.shared}
+                given = fewer.given(run)
             target = Target(fewer, sites, fewer.weight_plates, given)
             if target.dimension > _SEARCHED:
                 skipped["missed-mass"] = f"{target.dimension} dimensions are too many to search from the prior"

@@ -401,7 +401,7 @@ class Collection:
         picks, where = self._kept(array, start, stop)
         if not len(picks):
             return
-        given = {name: sweep.held(guide, name)[torch.as_tensor(picks)] for name in sweep.shared}
+        given = {name: value[torch.as_tensor(picks)] for name, value in sweep.given(guide).items()}
         found, known = integrated(sweep, block, given, self.num_local_samples, guide, picks)
         self.globals_known &= known
         array.data[(chain, where, *block.index(array.plates))] = found.cpu().numpy()
@@ -419,8 +419,7 @@ class Collection:
                 value = model.value(name).double()
                 for power in (1, 2):
                     self.means[name][power - 1][index] += (value**power).sum(0).cpu().numpy() / self.num_samples
-            ratio = _elementwise(guide.trace.nodes[name], layout.event)
-            other = _elementwise(model.trace.nodes[name], layout.event)
+            ratio, other = guide.coordinates(name), model.coordinates(name)
             total = self.kl.setdefault(name, [0.0] * self.chains)
             if ratio is None or other is None or ratio[1] != other[1]:
                 total[chain] = None
@@ -497,7 +496,7 @@ def integrated(
             now = min(inner, left)
             repeated = {name: value.repeat_interleave(now, 0) for name, value in some.items()}
             guide, model = sweep.run(size * now, block, repeated)
-            for name in sweep.shared:
+            for name in given:
                 density = guide.log_prob(name).unflatten(0, (size, now))
                 before = seen.log_prob(name)[torch.as_tensor(picks[start : start + outer])].unsqueeze(1)
                 known &= bool(torch.allclose(density, before.expand_as(density), rtol=1e-4, atol=1e-4))
@@ -519,24 +518,6 @@ def _aligned(value: torch.Tensor, have: Sequence[str], plates: Sequence[str | No
         if plate not in have:
             value = value.unsqueeze(1 + place)
     return value
-
-
-def _elementwise(site: Mapping[str, Any], event: tuple[int, ...]) -> tuple[torch.Tensor, int] | None:
-    """The log-probabilities of a site's coordinates and how many event dimensions they have; None if they are tied."""
-    fn, value = site["fn"], site["value"]
-    depth = 0
-    while isinstance(fn, (torch.distributions.Independent, pyro.distributions.MaskedDistribution)):
-        if isinstance(fn, torch.distributions.Independent):
-            depth += fn.reinterpreted_batch_ndims
-        fn = fn.base_dist
-    tied = len(event) - depth
-    if isinstance(fn, pyro.distributions.Delta) or (tied and not _categorical(fn)):
-        return None
-    return fn.log_prob(value).detach(), depth
-
-
-def _categorical(fn: Any) -> bool:
-    return isinstance(fn, (torch.distributions.OneHotCategorical,))
 
 
 def _log_mean_exp(log_weight: np.ndarray, axis: int = 0) -> np.ndarray:

@@ -15,13 +15,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
 from ..errors import BadInput, GumboError
 from .isolation import device_of, modes_kept, modules_of, private_seed, private_store
+from .lanes import Lane, Seen, outside, random_sites, run_lanes
 
 DRAWS = "_gumbo_draws"
 # Numbers that the sites of one run may hold: a bound on memory, large enough that Python's overhead does not count.
@@ -81,23 +81,46 @@ class Block:
 class Pass:
     """One run of a program: values ``(count, *batch, *event)`` and log-probabilities in float64, by site."""
 
-    def __init__(self, trace: Trace, sweep: Sweep, layouts: Mapping[str, Layout], count: int, block: Block):
-        self.trace, self.sweep, self.layouts, self.count, self.block = trace, sweep, layouts, count, block
+    def __init__(self, seen: Mapping[str, Seen], sweep: Sweep, layouts: Mapping[str, Layout], count: int, block: Block):
+        self.seen, self.sweep, self.layouts, self.count, self.block = seen, sweep, layouts, count, block
+
+    def raw(self, name: str) -> torch.Tensor:
+        """The value as the program has it."""
+        return self.seen[name].value
 
     def value(self, name: str) -> torch.Tensor:
         """``(count, *batch, *event)``, with the block's new rows only."""
-        layout, site = self.layouts[name], self.trace.nodes[name]
-        laid = self.sweep.lay_out(site, layout, self.count)
-        return laid[(slice(None), *self.block.fresh(layout.names))]
+        layout = self.layouts[name]
+        return self.whole_value(name)[(slice(None), *self.block.fresh(layout.names))]
 
-    def log_prob(self, name: str, keep: Sequence[str] | None = None) -> torch.Tensor:
-        """``(count, *keep)``: unscaled, in nats, summed over all but the plates ``keep``; None keeps the site's own."""
-        layout, site = self.layouts[name], self.trace.nodes[name]
-        laid = self.sweep.log_prob(site, layout, self.count)[(slice(None), *self.block.fresh(layout.names))]
+    def whole_value(self, name: str) -> torch.Tensor:
+        """The same in all rows that the run saw, repeated ones included: as ``fixed`` wants it."""
+        layout, seen = self.layouts[name], self.seen[name]
+        batch = seen.value.dim() - len(layout.event)
+        return self.sweep.picked(seen.value, seen.value.shape[:batch], seen, layout, self.count)
+
+    def log_prob(self, name: str, keep: Sequence[str] | None = None, *, scaled: bool = False) -> torch.Tensor:
+        """``(count, *keep)`` in nats, summed over all but the plates ``keep``; None keeps the site's own.
+
+        Unscaled; ``scaled`` brings in the scales that are not a plate's for its subsampling.
+        """
+        layout, seen = self.layouts[name], self.seen[name]
+        try:
+            found = seen.scaled_log_prob if scaled else seen.log_prob
+        except ValueError as error:
+            if "within the support" in str(error):
+                raise outside(name) from error
+            raise
+        laid = self.sweep.picked(found.double(), found.shape, seen, layout, self.count)
+        laid = laid[(slice(None), *self.block.fresh(layout.names))]
         if keep is None:
             return laid
         others = [1 + place for place, plate in enumerate(layout.names) if plate not in keep]
         return laid.sum(others) if others else laid
+
+    def coordinates(self, name: str) -> tuple[torch.Tensor, int] | None:
+        """Log-probabilities of a site's coordinates ``(…, *coordinates)`` and how many dimensions these have."""
+        return self.seen[name].coordinates(self.layouts[name].event)
 
 
 class _Subsamples(Messenger):
@@ -158,12 +181,6 @@ def _kind(site: Mapping[str, Any]) -> str:
     return "latent"
 
 
-def random_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not site_is_subsample(site):
-            yield name, site
-
-
 class Sweep:
     """A model and a guide, bound to their arguments, that can be run for any number of draws and block of rows.
 
@@ -181,21 +198,30 @@ class Sweep:
         *,
         batch_size: int | None = None,
         data_plates: str | Sequence[str] | None = None,
+        mode: str | None = None,
     ):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
         self.device = device_of(model, guide)
         self.row_ids: dict[str, torch.Tensor] = {}
         self.sizes: dict[str, int] = {}
+        self.full_sizes: dict[str, int] = {}
         self.swept: dict[str, int] = {}
+        self.at_hand: dict[str, torch.Tensor] = {}
         self.sliced: str | None = None
         self.depth = 0
+        self.reason = ""
         with quietly(model, guide, None):
             self._discover()
-        self._structure(data_plates)
+        self.divide(data_plates)
         if batch_size is not None:
             self._cut(batch_size)
         with quietly(model, guide, None):
-            self.vectorized = self._vectorizes()
+            self.mode = mode or self._fastest()
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether many draws fit in one run."""
+        return self.mode != "single"
 
     # --- what the programs are ----------------------------------------------------------------------------------------
 
@@ -216,18 +242,24 @@ class Sweep:
             raise
         except _REFUSALS as error:
             raise BadInput(f"the programs fail on these arguments: {_first_line(error)}") from error
+        held = {name: site["value"] for name, site in random_sites(guide)}
         for trace in (guide, model):
             for name, site in trace.nodes.items():
                 if site["type"] == "sample" and site_is_subsample(site):
                     self.row_ids[name] = site["value"].detach().cpu()
+                    if name in subsamples.random and name not in self.at_hand:
+                        self._look_for_rows(name, site["fn"], rows | {name: site["value"]}, held, model)
             for _, site in random_sites(trace):
                 batch = len(site["fn"].batch_shape)
                 frames = [-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
-                deterministic = _kind(site) == "deterministic"
-                self.depth = max(self.depth, 0 if deterministic else batch, *frames, 0)
+                if _kind(site) == "deterministic":
+                    stack = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+                    batch = len(self._deterministic_batch(site["value"], site["fn"].event_dim, stack))
+                self.depth = max(self.depth, batch, *frames, 0)
                 for frame in site["cond_indep_stack"]:
                     if frame.vectorized:
-                        swept = frame.name in subsamples.random
+                        swept = frame.name in subsamples.random and frame.name not in self.at_hand
+                        self.full_sizes[frame.name] = frame.full_size or frame.size
                         self.sizes[frame.name] = frame.full_size if swept else frame.size
                         if swept:
                             self.swept[frame.name] = frame.size
@@ -235,11 +267,38 @@ class Sweep:
         self.guide_sites = {name: self._layout(name, site) for name, site in random_sites(guide)}
         self.model_sites = {name: self._layout(name, site) for name, site in random_sites(model)}
         self._check(guide, model)
+        self.supports = {
+            name: model.nodes[name]["fn"].support
+            for name, layout in self.model_sites.items()
+            if layout.kind == "latent"
+        }
         self.observed_values = {
             name: model.nodes[name]["value"].detach()
             for name, layout in self.model_sites.items()
             if layout.kind == "observed"
         }
+
+    def _look_for_rows(self, plate: str, subsample: Any, rows: Mapping, held: Mapping, model: Trace) -> None:
+        """Whether a plate that would draw its rows is given a batch instead: then these are the rows there are.
+
+        So it is with programs that are called with a batch under ``plate(size=…, subsample_size=len(batch))``: no
+        argument has all rows, one has as many as are drawn, and other numbers of rows bring the same data.
+        """
+        full, size = subsample.size, subsample.subsample_size
+        values = (*self.args, *self.kwargs.values())
+        if any(_has_rows(value, full) for value in values) or not any(_has_rows(value, size) for value in values):
+            return
+        others = {**rows, plate: (rows[plate] + 1) % full}
+        with _Subsamples(others), _Fixed(held):
+            again = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        same = [
+            torch.equal(site["value"], model.nodes[name]["value"])
+            for name, site in random_sites(again)
+            if site["is_observed"] and name in model.nodes
+        ]
+        if all(same):
+            self.at_hand[plate] = torch.arange(size)
+            self.row_ids[plate] = torch.arange(size)
 
     def _check(self, guide: Trace, model: Trace) -> None:
         latent = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]
@@ -296,7 +355,7 @@ class Sweep:
         fits = len(leading) == depth and all(leading[depth + dim] == frame.size for dim, frame in frames.items())
         return tuple(leading) if fits else ()
 
-    def _structure(self, data_plates: str | Sequence[str] | None) -> None:
+    def divide(self, data_plates: str | Sequence[str] | None) -> None:
         """Which plates make a datum, and which latents belong to one datum alone."""
         observed = [layout for layout in self.model_sites.values() if layout.kind == "observed"]
         # Where nothing is observed, factors are what the model says of a datum.
@@ -362,7 +421,7 @@ class Sweep:
             try:
                 with quietly(self.model, self.guide, None):
                     for block in (self._block({plate: slice(0, batch_size)}), list(self.blocks())[-1]):
-                        self.run(1, block, vectorized=False)
+                        self.run(1, block, mode="single")
             except GumboError:
                 raise
             except _REFUSALS as error:
@@ -418,15 +477,15 @@ class Sweep:
         block: Block | None = None,
         fixed: Mapping[str, torch.Tensor] | None = None,
         *,
-        vectorized: bool | None = None,
+        mode: str | None = None,
         arguments: tuple[tuple, dict] | None = None,
     ) -> tuple[Pass, Pass]:
         """Guide and model at ``count`` draws; ``fixed`` gives latents ``(count, *batch, *event)`` of the block."""
         block = block or Block()
-        guide = self._pass(self.guide, self.guide_sites, count, block, fixed or {}, set(), vectorized, arguments)
-        drawn = {name: guide.trace.nodes[name]["value"] for name in self.latents}
-        trace = self._trace(self.model, count, block, drawn, set(), vectorized, arguments)
-        return guide, Pass(trace, self, self.model_sites, count, block)
+        guide = self._pass(self.guide, self.guide_sites, count, block, fixed or {}, set(), mode, arguments)
+        drawn = {name: guide.raw(name) for name in self.latents}
+        seen = self._seen(self.model, self.model_sites, count, block, drawn, set(), mode, arguments)
+        return guide, Pass(seen, self, self.model_sites, count, block)
 
     def guide_run(
         self,
@@ -453,43 +512,61 @@ class Sweep:
         hidden = set() if observe else set(self.observed)
         return self._pass(self.model, self.model_sites, count, block or Block(), fixed or {}, hidden, None, arguments)
 
-    def _pass(self, program, layouts, count, block, fixed, hidden, vectorized=None, arguments=None) -> Pass:
+    def _pass(self, program, layouts, count, block, fixed, hidden, mode=None, arguments=None) -> Pass:
         laid = {
-            name: self._placed(value, layouts[name], count, block, vectorized)
+            name: self._placed(value, layouts[name], count, block, mode or self.mode)
             for name, value in fixed.items()
             if name in layouts
         }
-        trace = self._trace(program, count, block, laid, hidden, vectorized, arguments)
-        return Pass(trace, self, layouts, count, block)
+        seen = self._seen(program, layouts, count, block, laid, hidden, mode, arguments)
+        return Pass(seen, self, layouts, count, block)
 
-    def _trace(self, program, count, block, values, hidden, vectorized=None, arguments=None) -> Trace:
-        vectorized = self.vectorized if vectorized is None else vectorized
+    def _seen(self, program, layouts, count, block, values, hidden, mode=None, arguments=None) -> Mapping[str, Seen]:
+        """The sites of a run at ``values``, which lie as the program has them."""
+        mode = mode or self.mode
+
+        def once(given: Mapping[str, torch.Tensor]) -> Trace:
+            return self._trace(program, layouts, count, block, given, hidden, mode, arguments)
+
+        if mode == "lanes":
+            return run_lanes(once, values, count, {name: layout.event for name, layout in layouts.items()}, self.device)
+        return {name: Seen(site) for name, site in random_sites(once(values))}
+
+    def _trace(self, program, layouts, count, block, values, hidden, mode, arguments=None) -> Trace:
         args, kwargs = arguments or self._arguments(block)
-        rows = {name: index for name, index in block.rows.items() if name != self.sliced}
+        rows = self.at_hand | {name: index for name, index in block.rows.items() if name != self.sliced}
         with ExitStack() as stack:
             for handler in (_Subsamples(rows), _Unobserve(hidden), _Fixed(values)):
                 stack.enter_context(handler)
-            if vectorized:
+            if mode == "plates":
                 stack.enter_context(pyro.plate(DRAWS, count, dim=-1 - self.depth, device=str(self.device)))
             trace = poutine.trace(program).get_trace(*args, **kwargs)
-        known = self.model_sites if program is self.model else self.guide_sites
         found = {name for name, _ in random_sites(trace)}
-        if found != set(known):
-            odd = sorted(found ^ set(known))[0]
+        if found != set(layouts):
+            odd = sorted(found ^ set(layouts))[0]
             raise BadInput(
                 f"site {odd!r} is there in some runs and not in others: programs whose sites change from draw to draw"
                 " have no array of draws"
             )
         return trace
 
-    def _vectorizes(self) -> bool:
-        """Whether two draws at once mean what they mean one by one; where not, draws run one by one."""
+    def _fastest(self) -> str:
+        """How many draws run at once: along a plate, along torch's vmap, or not at all.
+
+        Two draws at once must mean what they mean one by one.
+        """
+        for mode in ("plates", "lanes"):
+            if self._agrees(mode):
+                return mode
+        return "single"
+
+    def _agrees(self, mode: str) -> bool:
         block = next(iter(self.blocks()))
         try:
-            together = self.run(2, block, vectorized=True)
+            together = self.run(2, block, mode=mode)
             for draw in range(2):
-                fixed = {name: self._whole_value(together[0], name)[draw : draw + 1] for name in self.guide_sites}
-                alone = self.run(1, block, fixed, vectorized=False)
+                fixed = {name: together[0].whole_value(name)[draw : draw + 1] for name in self.guide_sites}
+                alone = self.run(1, block, fixed, mode="single")
                 for many, one in zip(together, alone, strict=True):
                     for name, layout in many.layouts.items():
                         if layout.kind == "deterministic":
@@ -497,19 +574,27 @@ class Sweep:
                         else:
                             a, b = many.log_prob(name)[draw], one.log_prob(name)[0]
                         if a.shape != b.shape or not _agree(a, b, layout.dtype):
+                            self.reason = f"site {name!r} has other numbers when draws run together"
                             return False
         except GumboError:
             raise
-        except _REFUSALS:
+        except (*_REFUSALS, Warning) as error:
+            self.reason = _first_line(error)
             return False
         return True
 
-    def _whole_value(self, run: Pass, name: str) -> torch.Tensor:
-        return self.lay_out(run.trace.nodes[name], run.layouts[name], run.count)
-
     def held(self, run: Pass, name: str) -> torch.Tensor:
         """A latent's values in all rows that the run saw, repeated ones included, as ``fixed`` wants them."""
-        return self._whole_value(run, name)
+        return run.whole_value(name)
+
+    def given(self, guide: Pass) -> dict[str, torch.Tensor]:
+        """All that a run of the guide drew outside the data's plates, auxiliary draws included."""
+        wanted = set(self.data_plates)
+        return {
+            name: guide.whole_value(name)
+            for name, layout in self.guide_sites.items()
+            if layout.kind == "latent" and not (wanted and wanted <= layout.plates)
+        }
 
     def draws_a_run(self, block: Block | None = None) -> int:
         """How many draws of a block fit in one run."""
@@ -530,32 +615,22 @@ class Sweep:
             for name, size in zip(layout.names, layout.sizes, strict=True)
         )
 
-    def _placed(self, value, layout: Layout, count: int, block: Block, vectorized: bool | None) -> torch.Tensor:
+    def _placed(self, value, layout: Layout, count: int, block: Block, mode: str) -> torch.Tensor:
         """``(count, *batch, *event)`` as the program has it."""
-        vectorized = self.vectorized if vectorized is None else vectorized
         sizes = dict(zip(layout.dims, self._sizes_in(layout, block), strict=True))
-        depth = self.depth if vectorized else layout.depth
+        depth = self.depth if mode == "plates" else layout.depth
         batch = [sizes.get(dim, 1) for dim in range(-depth, 0)]
-        return value.reshape([*([count] if vectorized else []), *batch, *layout.event])
+        return value.reshape([*([] if mode == "single" else [count]), *batch, *layout.event])
 
-    def lay_out(self, site: Mapping[str, Any], layout: Layout, count: int) -> torch.Tensor:
-        value = site["value"].detach()
-        batch = value.dim() - len(layout.event)
-        return self._picked(value, value.shape[:batch], site, layout, count)
-
-    def log_prob(self, site: Mapping[str, Any], layout: Layout, count: int) -> torch.Tensor:
-        found = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        found = scale_and_mask(found, 1.0, site["mask"]) if site["mask"] is not None else found
-        return self._picked(found.detach().double(), found.shape, site, layout, count)
-
-    def _picked(self, value, batch, site, layout: Layout, count: int) -> torch.Tensor:
+    def picked(self, value, batch, seen: Seen, layout: Layout, count: int) -> torch.Tensor:
         """Left-padded to ``(count, depth…)``, spread over the plates, and only the dimensions of the layout kept."""
         event = tuple(value.shape[len(batch) :])
-        room = 1 + self.depth
-        value = value.reshape((1,) * (room - len(batch)) + tuple(batch) + event)
-        sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+        if isinstance(seen, Lane):
+            value = value.reshape((batch[0],) + (1,) * (1 + self.depth - len(batch)) + tuple(batch[1:]) + event)
+        else:
+            value = value.reshape((1,) * (1 + self.depth - len(batch)) + tuple(batch) + event)
         target = [count] + [
-            (sizes.get(dim, value.shape[dim - len(event)])) if dim in layout.dims else 1
+            (seen.sizes.get(dim, value.shape[dim - len(event)])) if dim in layout.dims else 1
             for dim in range(-self.depth, 0)
         ]
         value = value.expand(*target, *event)

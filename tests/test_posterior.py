@@ -300,7 +300,7 @@ def test_programs_that_do_not_vectorize_run_draw_by_draw():
     np.testing.assert_allclose(group(idata, "log_likelihood")["x"][0], exact, atol=1e-6)
 
 
-def test_a_program_that_mixes_draws_is_not_run_on_many_at_once():
+def test_a_program_that_would_mix_draws_along_a_plate_keeps_them_apart():
     def model(x):
         z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
         with pyro.plate("data", len(x)):
@@ -309,7 +309,112 @@ def test_a_program_that_mixes_draws_is_not_run_on_many_at_once():
     def guide(x):
         pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
 
-    assert not Sweep(model, guide, (X,), {}).vectorized
+    assert Sweep(model, guide, (X,), {}).mode == "lanes"
+    idata = to_arviz(model, guide, X, num_samples=30)
+    exact = dist.Normal(0.0, 1.0).log_prob(X).expand(30, -1)
+    np.testing.assert_allclose(group(idata, "log_likelihood")["x"][0], exact, atol=1e-9)
+
+
+COLUMNS = torch.linspace(-1, 1, 36).reshape(12, 3).double()
+
+
+def columns_model(x):
+    """``COLUMNS @ w`` takes one w at a time, a buffer is written in place, and a Beta has a draw of its own."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+    p = pyro.sample("p", dist.Beta(torch.tensor(2.0).double(), 3.0))
+    loc = torch.zeros(len(x)).double()
+    for row in range(len(x)):
+        loc[row] = COLUMNS[row] @ w
+    pyro.deterministic("loc", loc)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z + p, NOISE), obs=x)
+
+
+def columns_guide(x):
+    w = pyro.sample("w", dist.Normal(torch.ones(3).double(), 0.3).to_event(1))
+    pyro.sample("p", dist.Beta(torch.tensor(4.0).double(), 3.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(COLUMNS @ w + x / 2, 0.4))
+
+
+def test_programs_of_one_draw_at_a_time_run_on_many_at_once_by_vmap():
+    sweep = Sweep(columns_model, columns_guide, (X,), {})
+    assert sweep.mode == "lanes" and Sweep(columns_model, columns_guide, (X,), {}, mode="single").vectorized is False
+    idata = to_arviz(columns_model, columns_guide, X, num_samples=60, num_local_samples=7)
+    found, stats = group(idata, "posterior"), group(idata, "sample_stats")
+    w, p, z = (torch.from_numpy(found[name].values[0]) for name in ("w", "p", "z"))
+    assert len(torch.unique(w)) == w.numel() and len(torch.unique(p)) == 60 and len(torch.unique(z)) == z.numel()
+    np.testing.assert_allclose(found["loc"].values[0], w @ COLUMNS.T, atol=1e-12)
+    exact = dist.Normal(w @ COLUMNS.T, 1.0).log_prob(z) + dist.Normal(z + p[:, None], NOISE).log_prob(X)
+    np.testing.assert_allclose(stats["log_p"][0], exact, atol=1e-9)
+    exact = dist.Normal(w @ COLUMNS.T + X / 2, 0.4).log_prob(z)
+    np.testing.assert_allclose(stats["log_q"][0], exact, atol=1e-9)
+    exact = dist.Normal(torch.ones(3).double(), 0.3).log_prob(w).sum(-1)
+    exact = exact + dist.Beta(torch.tensor(4.0).double(), 3.0).log_prob(p)
+    np.testing.assert_allclose(stats["log_q_global"][0], exact, atol=1e-9)
+    assert float(abs(found["p"].mean() - 4 / 7)) < 0.1
+
+
+FAMILIES = {
+    "normal": lambda w: dist.Normal(w, 1.0),
+    "gamma": lambda w: dist.Gamma(w.exp(), 1.0),
+    "beta": lambda w: dist.Beta(w.exp(), torch.tensor(2.0)),
+    "dirichlet": lambda w: dist.Dirichlet(torch.ones(3) + w.exp()),
+    "poisson": lambda w: dist.Poisson(5 * w.exp()),
+    "categorical": lambda w: dist.Categorical(logits=torch.ones(40) + w),
+    "one-hot": lambda w: dist.OneHotCategorical(logits=torch.ones(40) + w),
+    "binomial": lambda w: dist.Binomial(40, logits=w),
+    "multinomial": lambda w: dist.Multinomial(40, logits=torch.ones(3) + w),
+    "lognormal": lambda w: dist.LogNormal(w, 1.0),
+    "student": lambda w: dist.StudentT(4.0, w, 1.0),
+    "cauchy": lambda w: dist.HalfCauchy(w.exp()),
+    "exponential": lambda w: dist.Exponential(w.exp()),
+    "laplace": lambda w: dist.Laplace(w, 1.0),
+    "uniform": lambda w: dist.Uniform(-w.exp(), 1.0),
+    "mvn": lambda w: dist.MultivariateNormal(w.expand(2), torch.eye(2)),
+    "mixture": lambda w: dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(w.expand(2), 1.0)),
+    "von-mises": lambda w: dist.VonMises(w, 3.0),
+    "lkj": lambda w: dist.LKJCholesky(3, w.exp()),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_draws_anew_in_every_lane_with_its_own_density(name):
+    family = FAMILIES[name]
+
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()), 0.1))
+        assert w.dim() == 0  # takes no plate of draws
+        pyro.sample("u", family(w))
+        pyro.sample("x", dist.Normal(w, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    def guide(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()), 0.1))
+        pyro.sample("u", family(w))
+
+    x = X.float()
+    assert Sweep(model, guide, (x,), {}).mode == ("single" if name in ("von-mises", "lkj") else "lanes")
+    idata = to_arviz(model, guide, x, num_samples=60, groups=["posterior", "sample_stats"])
+    u, w = (torch.from_numpy(group(idata, "posterior")[name].values[0]) for name in ("u", "w"))
+    flat = u.double().reshape(60, -1)
+    assert len(torch.unique(flat, dim=0)) > 10
+    exact = torch.stack([family(one).log_prob(value).sum() for one, value in zip(w, u, strict=True)])
+    found = torch.from_numpy(group(idata, "sample_stats")["log_q"].values[0]) - dist.Normal(0.0, 0.1).log_prob(w)
+    np.testing.assert_allclose(found, exact, atol=1e-3)
+
+
+def test_draws_outside_the_support_are_named():
+    def model(x):
+        w = pyro.sample("w", dist.HalfNormal(torch.ones(3)).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(COLUMNS.float() @ w, 1.0), obs=x.float())
+
+    def guide(x):
+        pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    with pytest.raises(BadInput, match="'w' has a value outside the support"):
+        to_arviz(model, guide, X, num_samples=50)
 
 
 @pytest.mark.parametrize("auto", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoDelta])
