@@ -212,11 +212,12 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         quiet(*pair("normal"), images(), loss="trace", epochs=2, run_dir=tmp_path, resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def test_damaged_checkpoints_are_named(tmp_path):
     quiet(*pair(), images(), loss="trace", epochs=1, run_dir=tmp_path)
-    path = tmp_path / "checkpoints" / "last.pt"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(BadInput, match="last.pt"):
+    for name in ("last.pt", "previous.pt"):
+        path = tmp_path / "checkpoints" / name
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BadInput, match=r"last\.pt is damaged.*, and .*previous\.pt is damaged"):
         quiet(*pair(), images(), loss="trace", epochs=2, run_dir=tmp_path, resume=True)
 
 
