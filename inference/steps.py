@@ -11,6 +11,7 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
@@ -121,7 +122,8 @@ class StoreStep(Step):
         kept = {name: value for name, value in pyro.get_param_store().named_parameters() if id(value) not in owned}
         module = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         module |= {f"guide.{name}": value for name, value in self.guide.state_dict().items()}
-        return {"module": module, "store": {name: value.detach().clone() for name, value in kept.items()}}
+        # TraceGraph's averages come wrapped in what they depend on.
+        return {"module": module, "store": {name: detach_provenance(v).detach().clone() for name, v in kept.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         for prefix, program in (("model.", self.model), ("guide.", self.guide)):
