@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 5) -> dict[str, list[float]]:
     """Milliseconds of each step, one after the other in every round, so that the machine's moods hit all alike."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(warm_up + rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn >= warm_up:
-                times[name].append(1e3 * (time.perf_counter() - start))
+    rivals = {name: Rival(lambda n, step=step: step()) for name, step in steps.items()}
+    return interleaved_turns(rivals, rounds, 1, warm_up)
+
+
+@dataclass
+class Rival:
+    """``steps(n)`` makes n steps and waits for the device; ``around`` is entered outside of the clock.
+
+    ``forget`` drops what a step leaves behind for the next one to drop: the gradients.
+    """
+
+    steps: Callable[[int], object]
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    forget: Callable[[], object] = bool
+
+
+def interleaved_turns(rivals: Mapping[str, Rival], rounds: int, turn: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Milliseconds a step of each rival, ``turn`` steps at a time, one rival after the other in every round."""
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for number in range(warm_up + rounds):
+        for name, rival in rivals.items():
+            with rival.around():
+                start = time.perf_counter()
+                rival.steps(turn)
+                took = time.perf_counter() - start
+            if number >= warm_up:
+                times[name].append(1e3 * took / turn)
     return times
 
 
@@ -26,5 +53,33 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles, fastest, and how many there are."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": median(values), "q25": low, "q75": high, "fastest": min(values), "rounds": len(values)}
+
+
+def use_cores(number: int) -> None:
+    """Run on so many cores: torch by its own setting, libraries loaded later (JAX) by the process's affinity."""
+    if hasattr(os, "sched_setaffinity") and number < len(allowed := sorted(os.sched_getaffinity(0))):
+        os.sched_setaffinity(0, allowed[-number:])
+    torch.set_num_threads(number)
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def write_json(path: Path, found: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")

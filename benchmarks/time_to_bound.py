@@ -1,0 +1,272 @@
+"""Wall-clock to a test bound: the best estimator here against stock TraceGraph_ELBO with a baseline.
+
+    GUMBO_DATA=… python benchmarks/time_to_bound.py [--epochs 40] [--seeds 0 1 2] [--threads 2] [--data digits]
+    GUMBO_DATA=… python benchmarks/time_to_bound.py --tune
+
+A sigmoid belief network of 200 coins (one linear layer each way) on binarized MNIST, batches of 100. Both rivals start
+from the same weights, see the same batches, take their gradients in float32 with one fused Adam and with Pyro's
+validation off, and are judged by the same evaluation on the test images. The stock's step is thereby lighter than
+``SVI.step``, which keeps one optimizer for each parameter.
+
+The rule, set beforehand: the target of a seed is the test bound that the stock run has reached after ``--epochs``
+epochs (the best of its evaluations, one an epoch). What counts is the time that each spent in training steps until an
+evaluation, interpolated between two, is at the target. The two take turns, an epoch of the stock against a fifth of
+one of ours, so that the machine's moods hit both; ours goes on alone if it has not arrived by the end.
+
+``--tune`` tries learning rates and baselines for the stock (bound on the validation images after ``--tune-epochs``
+epochs) and estimators, particles and learning rates for ours (time to the stock's best), with a seed of its own. The
+settings below are those it chose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from _timing import RESULTS, device_name, machine, use_cores, write_json
+from pyro.infer import TraceGraph_ELBO
+from torch import Tensor, nn
+
+from gumbo.experiments.data import load
+from gumbo.guides import BernoulliGuide
+from gumbo.inference import SiteELBO, evaluate
+from gumbo.inference.isolation import denormals_flushed
+from gumbo.inference.optimizers import make_optimizer
+from gumbo.inference.rows import Rows
+from gumbo.inference.steps import TorchStep
+from gumbo.models import SigmoidBeliefNetwork
+
+BATCH, SHARE, TUNING_SEED = 100, 5, 100
+STOCK = {"baseline": "decaying average", "beta": 0.9, "lr": 1e-3}
+OURS = {"estimator": "disarm", "particles": 1, "lr": 3e-3}
+STOCK_CHOICES = [
+    {"baseline": baseline, "beta": beta, "lr": lr}
+    for baseline, beta in (("decaying average", 0.9), ("decaying average", 0.99), ("network", 0.9))
+    for lr in (3e-4, 1e-3, 3e-3)
+]
+OUR_CHOICES = [
+    {"estimator": word, "particles": particles, "lr": lr}
+    for word, particles in (("rloo", 2), ("rloo", 4), ("rloo", 8), ("disarm", 1), ("disarm", 2), ("nvil", 1))
+    for lr in (1e-3, 3e-3, 1e-2)
+]
+
+
+class StockStep:
+    """TraceGraph_ELBO with its decaying average, or with a network that sees the image, as Pyro's tutorial has it."""
+
+    def __init__(self, model: nn.Module, guide: nn.Module, settings: dict[str, Any]):
+        self.model, self.guide, self.loss = model, guide, TraceGraph_ELBO()
+        self.options = {"use_decaying_avg_baseline": True, "baseline_beta": settings["beta"]}
+        self.network = None
+        parameters = [*model.parameters(), *guide.parameters()]
+        if settings["baseline"] == "network":
+            pixels = math.prod(model.data_shape)
+            self.network = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 100), nn.Tanh(), nn.Linear(100, 1))
+            self.network.append(nn.Flatten(0))
+            parameters += self.network.parameters()
+        self.optimizer = torch.optim.Adam(parameters, lr=settings["lr"], fused=True)
+        self.store: dict[str, dict] = {"params": {}, "constraints": {}}
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        with pyro.get_param_store().scope(self.store), pyro.validation_enabled(False), denormals_flushed():
+            yield
+
+    def __call__(self, x: Tensor) -> None:
+        baseline = dict(self.options)
+        if self.network is not None:
+            baseline |= {"nn_baseline": self.network, "nn_baseline_input": x}
+        self.optimizer.zero_grad(set_to_none=True)
+        guide = poutine.infer_config(
+            self.guide, config_fn=lambda site: {} if site["is_observed"] else {"baseline": baseline}
+        )
+        self.loss.loss_and_grads(self.model, guide, x)
+        self.optimizer.step()
+
+
+class OurStep:
+    """The step that ``fit`` makes."""
+
+    def __init__(self, model: nn.Module, guide: nn.Module, settings: dict[str, Any], x: Tensor):
+        loss = SiteELBO(settings["estimator"], num_particles=settings["particles"])
+        self.step = TorchStep(model, guide, loss, make_optimizer("adam", settings["lr"])[0], Rows(x))
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        with pyro.get_param_store().scope(), pyro.validation_enabled(False), denormals_flushed():
+            yield
+
+    def __call__(self, x: Tensor) -> None:
+        self.step(Rows(x))
+
+
+@dataclass
+class Runner:
+    """One rival along its training: steps made, seconds spent in them, and the bound at each evaluation."""
+
+    model: nn.Module
+    guide: nn.Module
+    step: Any
+    train: Tensor
+    judge: Tensor
+    seed: int
+    steps: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.order = torch.empty(0)
+        self.random = torch.Generator().manual_seed(self.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            self.noise = torch.get_rng_state()
+        self.look()
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self.train) // BATCH
+
+    def go(self, steps: int) -> float:
+        """So many steps, then an evaluation, which the clock does not see; returns the bound."""
+        with torch.random.fork_rng(), self.step.around():
+            torch.set_rng_state(self.noise)
+            for _ in range(steps):
+                position = self.steps % self.per_epoch
+                if position == 0:
+                    self.order = torch.randperm(len(self.train), generator=self.random)
+                batch = self.train[self.order[position * BATCH : (position + 1) * BATCH]]
+                start = time.perf_counter()
+                self.step(batch)
+                self.seconds += time.perf_counter() - start
+                self.steps += 1
+            self.noise = torch.get_rng_state()
+        return self.look()
+
+    def look(self) -> float:
+        bound = evaluate(self.model, self.guide, self.judge, num_samples=1, batch_size=2000).elbo
+        self.curve.append({"steps": self.steps, "seconds": self.seconds, "bound": bound})
+        return bound
+
+    @property
+    def best(self) -> float:
+        return max(point["bound"] for point in self.curve)
+
+    def seconds_to(self, target: float) -> float | None:
+        """Seconds of training until the bound was first at the target, between two evaluations by a straight line."""
+        for before, after in zip(self.curve[:-1], self.curve[1:], strict=True):
+            if after["bound"] >= target:
+                part = (target - before["bound"]) / (after["bound"] - before["bound"])
+                return before["seconds"] + max(part, 0.0) * (after["seconds"] - before["seconds"])
+        return None
+
+
+def make_runner(kind: str, settings: dict[str, Any], train: Tensor, judge: Tensor, seed: int, latents: int) -> Runner:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = SigmoidBeliefNetwork(tuple(train.shape[1:]), layers=(latents,))
+        guide = BernoulliGuide(model)
+        if kind == "stock":
+            step = StockStep(model, guide, settings)
+        else:
+            step = OurStep(model, guide, settings, train[:BATCH])
+    return Runner(model, guide, step, train, judge, seed)
+
+
+def race(stock: Runner, ours: Runner, epochs: int) -> dict[str, Any]:
+    """Both by turns until the stock has had its epochs and ours is at the stock's bound (or has had as many)."""
+    for epoch in range(1, epochs + 1):
+        there, here = stock.go(stock.per_epoch), ours.go(max(1, ours.per_epoch // SHARE))
+        if epoch % 5 == 0 or epoch == epochs:
+            print(
+                f"    stock: {epoch} epochs, {stock.seconds:.1f} s, {there:.2f} nats;"
+                f" ours: {ours.steps / ours.per_epoch:.1f} epochs, {ours.seconds:.1f} s, {here:.2f}",
+                flush=True,
+            )
+    target = stock.best
+    while ours.best < target and ours.steps < stock.steps:
+        ours.go(max(1, ours.per_epoch // SHARE))
+    theirs, mine = stock.seconds_to(target), ours.seconds_to(target)
+    return {
+        "target": target,
+        "stock_seconds": theirs,
+        "our_seconds": mine,
+        "times_faster": None if mine is None else theirs / mine,
+        "stock_ms": 1e3 * stock.seconds / stock.steps,
+        "our_ms": 1e3 * ours.seconds / ours.steps,
+        "our_best": ours.best,
+        "stock_curve": stock.curve,
+        "our_curve": ours.curve,
+    }
+
+
+def tune(train: Tensor, valid: Tensor, epochs: int, latents: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"epochs": epochs, "stock": [], "ours": []}
+    for settings in STOCK_CHOICES:
+        runner = make_runner("stock", settings, train, valid, TUNING_SEED, latents)
+        for _ in range(epochs):
+            runner.go(runner.per_epoch)
+        found["stock"].append(settings | {"bound": runner.best, "seconds": runner.seconds})
+        print(f"  stock {settings}: {runner.best:.2f} nats in {runner.seconds:.1f} s", flush=True)
+    target = max(entry["bound"] for entry in found["stock"])
+    for settings in OUR_CHOICES:
+        runner = make_runner("ours", settings, train, valid, TUNING_SEED, latents)
+        while runner.best < target and runner.steps < runner.per_epoch * epochs / 2:
+            runner.go(max(1, runner.per_epoch // SHARE))
+        seconds = runner.seconds_to(target)
+        found["ours"].append(settings | {"bound": runner.best, "seconds": seconds, "steps": runner.steps})
+        said = "not reached" if seconds is None else f"{seconds:.2f} s"
+        print(f"  ours {settings}: {said} to {target:.2f} ({runner.best:.2f}, {runner.steps} steps)", flush=True)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="binarized-mnist")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--latents", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune-epochs", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="the folder of the JSON files")
+    options = parser.parse_args(arguments)
+    use_cores(options.threads)
+    images = load(options.data, binarize="static")
+    facts = {"device": device_name("cpu"), "machine": machine(), "data": options.data, "latents": options.latents}
+    folder = options.out or RESULTS
+    if options.tune:
+        found = tune(images.train, images.valid, options.tune_epochs, options.latents)
+        write_json(folder / "time-to-bound-tuning.json", facts | found)
+        return
+    runs: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        print(f"  seed {seed}", flush=True)
+        stock, ours = (
+            make_runner(kind, settings, images.train, images.test, seed, options.latents)
+            for kind, settings in (("stock", STOCK), ("ours", OURS))
+        )
+        runs.append({"seed": seed} | race(stock, ours, options.epochs))
+        write_json(
+            folder / "time-to-bound.json",
+            facts | {"stock": STOCK, "ours": OURS, "epochs": options.epochs, "batch": BATCH, "runs": runs},
+        )
+        run = runs[-1]
+        reached = "not reached" if run["our_seconds"] is None else f"{run['our_seconds']:.2f} s"
+        print(
+            f"  seed {seed}: target {run['target']:.2f} nats; stock {run['stock_seconds']:.1f} s, ours {reached}"
+            + (f": {run['times_faster']:.1f} times faster" if run["times_faster"] else ""),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
