@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, TypeVar
 
-from gumbo.errors import BadInput, GumboError, UnknownName
+from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName
 
 Config = TypeVar("Config")
 Presets = Mapping[str, "Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]"]
@@ -32,18 +36,59 @@ def run_command(
     """Parse ``argv`` (by default the process's) into the dataclass and call ``action`` with it.
 
     ``presets`` maps a field to the defaults that it stands for when it is given, or to a function that finds them from
-    its value; what is given explicitly wins over them. Mistakes of the caller end in one line and status 2.
+    its value; what is given explicitly wins over them. Mistakes of the caller end in one line and status 2; an
+    interruption in one line and, as shells have it, status 128 + the signal's number.
     """
     try:
-        action(parse(config_class, sys.argv[1:] if argv is None else argv, prog, presets or {}))
+        with _terminated_as_interrupted(), _warnings_in_one_line(prog):
+            action(parse(config_class, sys.argv[1:] if argv is None else argv, prog, presets or {}))
     except GumboError as error:
         fail(prog, error, USAGE if isinstance(error, (BadInput, UnknownName)) else 1)
-    except KeyboardInterrupt:
-        fail(prog, "interrupted", 130)
+    except KeyboardInterrupt as error:
+        print(f"{prog}: {error if isinstance(error, Interrupted) else 'interrupted'}", file=sys.stderr)
+        raise SystemExit(getattr(error, "status", 128 + signal.SIGINT)) from None
     except BrokenPipeError:
         # The reader went away, as with `| head`; nobody is left to tell.
         sys.stderr.close()
         raise SystemExit(1) from None
+    except OSError as error:
+        # A full disk, a folder that went away: what a run had saved is still there.
+        if error.filename is None or error.strerror is None:
+            raise
+        fail(prog, f"{error.filename}: {error.strerror}", 1)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM unwinds the command as Ctrl-C does, so that worker processes are stopped as well."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise Interrupted(number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _warnings_in_one_line(prog: str) -> Iterator[None]:
+    """What gumbo warns of, without the line of code that it comes from."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def in_one_line(message, category, *rest, **options) -> None:
+            if issubclass(category, GumboWarning):
+                print(f"{prog}: warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *rest, **options)
+
+        warnings.showwarning = in_one_line
+        yield
 
 
 def parse(config_class: type[Config], argv: Sequence[str], prog: str, presets: Presets) -> Config:

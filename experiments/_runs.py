@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,14 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gumbo.errors import BadInput
+from gumbo.errors import BadInput, GumboError
 
 
 class RunFolder:
     """``config.yaml`` (resolved), ``env.json``, ``metrics.jsonl``, ``checkpoints/`` and ``plots/`` of one run."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, made: bool = False):
+        self.path, self.made = path, made
         self.plots = path / "plots"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
@@ -33,34 +34,65 @@ class RunFolder:
             chosen = Path(path)
             if chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
                 raise BadInput(f"{chosen} exists and is not an empty folder: name another one")
+            stood = chosen.exists()
             _make(chosen)
         else:
-            chosen = _new(Path("runs") / f"{experiment}-{time.strftime('%Y%m%d-%H%M%S')}")
-        run = cls(chosen.absolute())
-        run.plots.mkdir(exist_ok=True)
-        run.checkpoints.mkdir(exist_ok=True)
-        run.write_config({"experiment": experiment, **asdict(config)})
-        run.write_json("env.json", environment())
+            chosen, stood = _new(Path("runs") / f"{experiment}-{time.strftime('%Y%m%d-%H%M%S')}"), False
+        run = cls(chosen.absolute(), made=not stood)
+        try:
+            _make(run.plots)
+            _make(run.checkpoints)
+            run.write_config({"experiment": experiment, **asdict(config)})
+            run.write_json("env.json", environment())
+        except BaseException:
+            run.empty()
+            raise
         return run
+
+    def saved(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return any(self.checkpoints.glob("*.pt"))
+
+    def empty(self) -> None:
+        """Take away what :meth:`create` has made, in a run that came to nothing."""
+        for made in (self.plots, self.checkpoints):
+            shutil.rmtree(made, ignore_errors=True)
+        for name in ("config.yaml", "env.json", "metrics.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+        if self.made and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         import yaml
 
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        self._write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
     def write_json(self, name: str, content: Any) -> None:
-        """Replaced as a whole, so that a reader never sees half of it."""
+        self._write(name, json.dumps(content, indent=1) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """Replaced as a whole, so that a reader never sees half of it, and a full disk leaves what was there."""
         partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, self.path / name)
+        try:
+            partial.write_text(text)
+            os.replace(partial, self.path / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise GumboError(f"cannot write {self.path / name}: {error.strerror}") from error
 
     def append_metrics(self, numbers: Mapping[str, Any]) -> None:
         """One line, in one write, so that lines of several processes do not mix."""
-        handle = os.open(self.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        line = (json.dumps(numbers) + "\n").encode()
         try:
-            os.write(handle, (json.dumps(numbers) + "\n").encode())
-        finally:
-            os.close(handle)
+            handle = os.open(self.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                written = os.write(handle, line)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise GumboError(f"cannot write {self.metrics}: {error.strerror}") from error
+        if written < len(line):
+            raise GumboError(f"cannot write {self.metrics}: no space left")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():

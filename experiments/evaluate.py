@@ -85,9 +85,9 @@ def flat(numbers: Any) -> list[float]:
 
 def load_parameters(model, guide, run: RunFolder, best: bool) -> None:
     """Give the pair what the run's checkpoint holds."""
-    from gumbo.inference.checkpoints import load_checkpoint
+    from gumbo.inference.checkpoints import Checkpoints
 
-    state = load_checkpoint(run.checkpoints / "last.pt")
+    state = Checkpoints(run.checkpoints).load()
     module = state["best"]["module"] if best else state["module"]
     for prefix, program in (("model.", model), ("guide.", guide)):
         weights = {key.removeprefix(prefix): value for key, value in module.items() if key.startswith(prefix)}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gumbo.errors import BadInput, UnknownName
+from gumbo.errors import BadInput, Interrupted, UnknownName
 from gumbo.experiments._command import run_command
 from gumbo.experiments._runs import RunFolder
 
@@ -32,12 +35,16 @@ class Train:
         model_options: the model's own arguments, as in `--model_options.latent_dim=10`.
         guide_options: the guide's own arguments, as in `--guide_options.hidden=[64,32]`.
         optimizer: adam, adamw, adamax, nadam, radam, rmsprop or sgd.
-        lr: learning rate.
+        lr: learning rate, a number or a schedule of the step, as in `cosine(10000, 1e-3, 1e-5)`.
+        clip_norm: bound on the norm of the gradients of all parameters together.
         epochs: how many epochs; with `--resume`, in all.
         batch_size: images a step.
         seed: initial weights, batches and noise.
         patience: stop after so many epochs without a better validation ELBO, and keep the best parameters.
         importance_samples: draws a datum behind the final log p(x).
+        checkpoint_steps: also save every so many steps, and not only at every epoch's end.
+        checkpoint_minutes: also save after so many minutes.
+        tensorboard: also write scalars under tensorboard/ in the run folder.
         resume: the folder of a run to go on with; its settings are the defaults.
         folder: the run folder; by default ./runs/train-<time>.
     """
@@ -54,19 +61,22 @@ class Train:
     model_options: dict[str, Any] = field(default_factory=dict)
     guide_options: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "adam"
-    lr: float = 1e-3
+    lr: float | str = 1e-3
+    clip_norm: float | None = None
     epochs: int = 50
     batch_size: int = 128
     seed: int = 0
     patience: int | None = None
     importance_samples: int = 100
+    checkpoint_steps: int | None = None
+    checkpoint_minutes: float | None = None
+    tensorboard: bool = False
     resume: str | None = None
     folder: str | None = None
 
 
 def train(config: Train) -> dict[str, Any]:
     """Fit, judge on the test split, draw; returns what ``results.json`` holds."""
-    from gumbo.inference import evaluate, fit
     from gumbo.inference.optimizers import OPTIMIZERS
 
     if config.optimizer not in OPTIMIZERS:
@@ -78,6 +88,13 @@ def train(config: Train) -> dict[str, Any]:
         run = RunFolder.create("train", config, config.folder)
     else:
         run = RunFolder(Path(config.resume).absolute())
+    with resumable(run, config):
+        return train_into(run, config, data, model, guide, loss)
+
+
+def train_into(run: RunFolder, config: Train, data, model, guide, loss) -> dict[str, Any]:
+    from gumbo.inference import evaluate, fit
+
     print(f"gumbo train: {config.model} into {run.path}", file=sys.stderr)
     result = fit(
         model,
@@ -86,7 +103,8 @@ def train(config: Train) -> dict[str, Any]:
         valid=inputs_of(model, data, "valid"),
         loss=loss,
         optimizer=config.optimizer,
-        lr=config.lr,
+        lr=learning_rate(config),
+        clip_norm=config.clip_norm,
         epochs=config.epochs,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -94,6 +112,9 @@ def train(config: Train) -> dict[str, Any]:
         resume=config.resume is not None,
         patience=config.patience,
         restore_best=config.patience is not None,
+        checkpoint_steps=config.checkpoint_steps,
+        checkpoint_minutes=config.checkpoint_minutes,
+        tensorboard=config.tensorboard,
         transform=lambda rows, generator: model.inputs(data.transform(rows["images"], generator), rows.get("labels")),
         title="gumbo train",
     )
@@ -114,6 +135,31 @@ def train(config: Train) -> dict[str, Any]:
     show("test", results["test"])
     print(f"gumbo train: plots and numbers in {run.path}", file=sys.stderr)
     return results
+
+
+@contextmanager
+def resumable(run: RunFolder, config: Train) -> Iterator[None]:
+    """A run that is interrupted says how to go on with it; one that has saved nothing leaves no folder behind."""
+    try:
+        yield
+    except BaseException as error:
+        if not run.saved():
+            if config.resume is None:
+                run.empty()
+            raise
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        how = f"; go on with: gumbo train --resume {os.path.relpath(run.path)} --epochs {config.epochs}"
+        raise Interrupted(getattr(error, "signal", signal.SIGINT), getattr(error, "where", ""), how) from None
+
+
+def learning_rate(config: Train):
+    from gumbo.inference import parse_schedule
+
+    try:
+        return float(config.lr)
+    except ValueError:
+        return parse_schedule(config.lr)
 
 
 def load_data(config: Train):

@@ -76,12 +76,14 @@ class GumboWarning(UserWarning):
 class Interrupted(KeyboardInterrupt):
     """A run that a signal has stopped, after it was saved; ``str(error)`` is one line that says how to go on with it.
 
-    Attributes: ``signal``, the signal's number; ``status``, what a process that ends by it should return.
+    Attributes: ``signal``, the signal's number; ``where``, the epoch and step in words; ``status``, what a process
+    that ends by it should return.
 
-    >>> Interrupted(signal.SIGTERM, "stopped").status
-    143
+    >>> error = Interrupted(signal.SIGTERM, "epoch 3, step 120", "; saved")
+    >>> str(error), error.status
+    ('interrupted by SIGTERM at epoch 3, step 120; saved', 143)
     """
 
-    def __init__(self, number: int, message: str = ""):
-        super().__init__(message or f"interrupted by {signal.Signals(number).name}")
-        self.signal, self.status = number, 128 + number
+    def __init__(self, number: int, where: str = "", advice: str = ""):
+        super().__init__(f"interrupted by {signal.Signals(number).name}{where and f' at {where}'}{advice}")
+        self.signal, self.where, self.status = number, where, 128 + number

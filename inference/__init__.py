@@ -12,11 +12,12 @@ from .fitting import fit
 from .natural_gradient import NaturalGradient
 from .posterior import summary, to_arviz
 from .refinement import refine, refinement_gap
-from .schedules import Constant, Cyclical, Exponential, Linear, parse_schedule, schedules
+from .schedules import Constant, Cosine, Cyclical, Exponential, Linear, parse_schedule, schedules
 from .stock import make_loss, stock_elbos
 
 __all__ = [
     "Constant",
+    "Cosine",
     "Cyclical",
     "Exponential",
     "FreeBits",

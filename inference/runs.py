@@ -144,10 +144,8 @@ class Run:
             except Interrupted as error:
                 with interrupts.ignored():
                     self._save()
-                raise Interrupted(
-                    error.signal,
-                    f"{error} at {self._where()}; saved in {self.folder}: the same call with resume=True goes on",
-                ) from None
+                advice = f"; saved in {self.folder}: the same call with resume=True goes on from there"
+                raise Interrupted(error.signal, self._where(), advice) from None
         stopped = self._out_of_patience(plan.patience)
         if plan.restore_best and self.best["module"]:
             self.step.load({"module": self.best["module"], "store": {}})

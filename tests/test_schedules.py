@@ -15,11 +15,18 @@ from gumbo.guides import BernoulliGuide, FlowGuide, LayeredGuide, NormalGuide
 from gumbo.inference import SiteELBO, fit
 from gumbo.inference.collapse import FreeBits, active_units
 from gumbo.inference.estimators import GumbelSoftmax
-from gumbo.inference.schedules import Constant, Cyclical, Exponential, Linear, parse_schedule, schedules
+from gumbo.inference.schedules import Constant, Cosine, Cyclical, Exponential, Linear, parse_schedule, schedules
 from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE, HierarchicalVAE
 
 SHAPE = (1, 4, 4)
-EXAMPLES = [Constant(0.3), Exponential(1.0, 0.5, 1e-4), Linear(1000), Linear(10, 2.0, 0.5), Cyclical(100, 3, 0.7, 0.9)]
+EXAMPLES = [
+    Constant(0.3),
+    Exponential(1.0, 0.5, 1e-4),
+    Linear(1000),
+    Linear(10, 2.0, 0.5),
+    Cyclical(100, 3, 0.7, 0.9),
+    Cosine(100, 2.0, 0.5),
+]
 
 
 def images(rows=20):
@@ -36,6 +43,12 @@ def test_annealing_follows_the_formula_and_keeps_its_floor():
 def test_linear_reaches_its_end_and_stays():
     assert [Linear(4)(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert [Linear(2, 2.0, 0.5)(step) for step in range(4)] == [2.0, 1.25, 0.5, 0.5]
+
+
+def test_a_cosine_goes_down_along_half_a_period():
+    assert [Cosine(4, 3.0, 1.0)(step) for step in range(7)] == pytest.approx(
+        [3.0, 2 + math.sqrt(0.5), 2.0, 2 - math.sqrt(0.5), 1.0, 1.0, 1.0]
+    )
 
 
 def test_cycles_start_anew_and_the_last_one_stays_up():
