@@ -1,0 +1,315 @@
+"""Programs, and a worker that fits them as one of several processes; ``test_processes.py`` starts two of it.
+
+    python tests/several.py JOB OUTPUT      with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
+
+Every job is a function of this file; what it returns is written to OUTPUT by the process of rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gumbo.inference import SiteELBO
+from gumbo.inference.estimators import GumbelSoftmax
+from gumbo.inference.optimizers import make_optimizer
+from gumbo.inference.processes import Processes
+from gumbo.inference.rows import Rows
+from gumbo.inference.schedules import Linear
+from gumbo.inference.split_rows import ProcessStep
+from gumbo.inference.steps import TorchStep
+from gumbo.inference.stock import TraceEnumELBO
+
+F64 = torch.float64
+WIDTH, LATENT, ALL = 3, 2, 40  # ALL is how much data a subsampled plate stands for
+
+
+class Program(PyroModule):
+    """What the programs share: parameters of their own in float64, and the plate over the rows."""
+
+    def __init__(self, scaled: bool = False, **shapes: tuple[int, ...]):
+        super().__init__()
+        self.scaled = scaled
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(0.5 * torch.randn(shape, dtype=F64)))
+
+    def rows(self, x):
+        if self.scaled:
+            return pyro.plate("rows", ALL, subsample=x, dim=-1)
+        return pyro.plate("rows", len(x), dim=-1)
+
+
+class NormalModel(Program):
+    """z ~ N(0, 1), x ~ N(z A + b, 1), row by row."""
+
+    def __init__(self, scaled=False):
+        super().__init__(scaled, decoder=(LATENT, WIDTH), shift=(WIDTH,))
+
+    def forward(self, x):
+        with self.rows(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENT, dtype=F64), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.decoder + self.shift, 1.0).to_event(1), obs=x)
+
+
+class NormalGuide(Program):
+    def __init__(self, scaled=False):
+        super().__init__(scaled, encoder=(WIDTH, LATENT), log_scale=(LATENT,))
+
+    def forward(self, x):
+        with self.rows(x):
+            pyro.sample("z", dist.Normal(x @ self.encoder, self.log_scale.exp()).to_event(1))
+
+
+class CoinModel(Program):
+    """Coins, and a Normal around what they say, row by row."""
+
+    def __init__(self, scaled=False):
+        super().__init__(scaled, prior=(LATENT,), decoder=(LATENT, WIDTH))
+
+    def forward(self, x):
+        with self.rows(x):
+            z = pyro.sample("z", dist.Bernoulli(logits=self.prior).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.decoder, 1.0).to_event(1), obs=x)
+
+
+class CoinGuide(Program):
+    def __init__(self, scaled=False):
+        super().__init__(scaled, encoder=(WIDTH, LATENT))
+
+    def forward(self, x):
+        with self.rows(x):
+            pyro.sample("z", dist.Bernoulli(logits=x @ self.encoder).to_event(1))
+
+
+class LayeredModel(Program):
+    """Coins below coins, row by row."""
+
+    def __init__(self, scaled=False):
+        super().__init__(scaled, prior=(LATENT,), between=(LATENT, LATENT), decoder=(LATENT, WIDTH))
+
+    def forward(self, x):
+        with self.rows(x):
+            top = pyro.sample("top", dist.Bernoulli(logits=self.prior).to_event(1))
+            z = pyro.sample("z", dist.Bernoulli(logits=top @ self.between).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.decoder, 1.0).to_event(1), obs=x)
+
+
+class LayeredGuide(Program):
+    def __init__(self, scaled=False):
+        super().__init__(scaled, encoder=(WIDTH, LATENT), encoder_top=(LATENT, LATENT))
+
+    def forward(self, x):
+        with self.rows(x):
+            z = pyro.sample("z", dist.Bernoulli(logits=x @ self.encoder).to_event(1))
+            pyro.sample("top", dist.Bernoulli(logits=z @ self.encoder_top).to_event(1))
+
+
+class SharedModel(Program):
+    """A Normal and coins that all rows share, then coins of each row; a term outside the plate that is observed."""
+
+    def __init__(self, scaled=False):
+        super().__init__(scaled, decoder=(LATENT, WIDTH), prior=(LATENT,))
+
+    def forward(self, x):
+        g = pyro.sample("g", dist.Normal(torch.zeros(WIDTH, dtype=F64), 1.0).to_event(1))
+        c = pyro.sample("c", dist.Bernoulli(logits=self.prior).to_event(1))
+        pyro.sample("seen", dist.Normal(g.sum(-1) + c.sum(-1), 1.0), obs=torch.tensor(0.7, dtype=F64))
+        with self.rows(x):
+            z = pyro.sample("z", dist.Bernoulli(logits=self.prior + 0 * c).to_event(1))
+            pyro.sample("x", dist.Normal((z + c) @ self.decoder + g, 1.0).to_event(1), obs=x)
+
+
+class SharedGuide(Program):
+    def __init__(self, scaled=False):
+        super().__init__(scaled, loc=(WIDTH,), log_scale=(WIDTH,), coin=(LATENT,), encoder=(WIDTH, LATENT))
+
+    def forward(self, x):
+        pyro.sample("g", dist.Normal(self.loc, self.log_scale.exp()).to_event(1))
+        c = pyro.sample("c", dist.Bernoulli(logits=self.coin).to_event(1))
+        with self.rows(x):
+            pyro.sample("z", dist.Bernoulli(logits=x @ self.encoder + 0.3 * c).to_event(1))
+
+
+NORMAL, COINS, LAYERS, SHARED = (
+    (NormalModel, NormalGuide),
+    (CoinModel, CoinGuide),
+    (LayeredModel, LayeredGuide),
+    (SharedModel, SharedGuide),
+)
+
+
+def shared(c, z="score", **options):
+    return SiteELBO({"g": "pathwise", "c": c, "z": z}, **options)
+
+
+# name: the pair, whether the plate is a subsample of more, and the loss (each process and the reference make their own)
+CASES = {
+    "pathwise": (NORMAL, False, lambda: SiteELBO("pathwise")),
+    "pathwise, K = 3, subsample": (NORMAL, True, lambda: SiteELBO("pathwise", num_particles=3)),
+    "stl": (NORMAL, False, lambda: SiteELBO("stl", num_particles=2)),
+    "pathwise, KL weight": (NORMAL, True, lambda: SiteELBO("pathwise", kl_weight=Linear(10))),
+    "trace": (NORMAL, True, Trace_ELBO),
+    "trace-meanfield": (NORMAL, True, TraceMeanField_ELBO),
+    "iwae pathwise": (NORMAL, False, lambda: SiteELBO("pathwise", objective="iwae", num_particles=3)),
+    "iwae pathwise, subsample": (NORMAL, True, lambda: SiteELBO("pathwise", objective="iwae", num_particles=3)),
+    "dreg": (NORMAL, True, lambda: SiteELBO("dreg", objective="iwae", num_particles=3)),
+    "rws": (NORMAL, False, lambda: SiteELBO(objective="rws", num_particles=3)),
+    "VIMCO": (COINS, True, lambda: SiteELBO("rloo", objective="iwae", num_particles=3)),
+    "iwae nvil": (COINS, True, lambda: SiteELBO("nvil", objective="iwae", num_particles=4)),
+    "trace, coins": (COINS, True, Trace_ELBO),
+    "trace-enum": (COINS, True, lambda: TraceEnumELBO(max_plate_nesting=1)),
+    **{
+        f"coins {word}": (COINS, scaled, lambda word=word: SiteELBO(word))
+        for scaled, words in (
+            (False, ("score", "rloo", "nvil", "arm", "muprop", "relax", "gumbel-softmax", "enumerate")),
+            (True, ("score-average", "disarm", "rebar", "straight-through", "local-expectation", "measure-valued")),
+        )
+        for word in words
+    },
+    "layers rloo": (LAYERS, True, lambda: SiteELBO("rloo", num_particles=3)),
+    "layers nvil": (LAYERS, False, lambda: SiteELBO("nvil")),
+    "layers, particle by particle": (LAYERS, True, lambda: SiteELBO("rloo", vectorize_particles=False)),
+    "shared score": (SHARED, False, lambda: shared("score")),
+    "shared score, subsample": (SHARED, True, lambda: shared("score")),
+    "shared rloo": (SHARED, True, lambda: shared("rloo", "rloo", num_particles=3)),
+    "shared rloo, particle by particle": (SHARED, False, lambda: shared("rloo", "rloo", vectorize_particles=False)),
+    "shared score-average": (SHARED, True, lambda: shared("score-average", "score-average")),
+    "shared nvil": (SHARED, True, lambda: shared("nvil", "nvil", num_particles=3)),
+    "shared nvil, all rows": (SHARED, False, lambda: shared("nvil", "nvil", num_particles=2)),
+    "shared relax": (SHARED, True, lambda: shared("relax", "relax", num_particles=3)),
+    "shared arm": (SHARED, True, lambda: shared("arm", "disarm")),
+    "shared local-expectation": (SHARED, False, lambda: shared("local-expectation", "rebar")),
+    "shared measure-valued": (SHARED, True, lambda: shared("measure-valued", "muprop")),
+    "shared relaxed": (SHARED, True, lambda: shared(GumbelSoftmax(hard=True), "gumbel-softmax")),
+    "shared enumerate": (SHARED, True, lambda: shared("enumerate", "rloo", num_particles=2)),
+    "shared, rows enumerated": (SHARED, False, lambda: shared("rloo", "enumerate", num_particles=2)),
+}
+SHORT = (
+    "pathwise, K = 3, subsample",
+    "iwae pathwise, subsample",
+    "dreg",
+    "VIMCO",
+    "coins rloo",
+    "coins nvil",
+    "coins relax",
+    "shared rloo",
+    "shared nvil",
+)
+BATCHES = (9, 8, 1)  # five rows and four; four and four; one and none
+
+
+class ByRow(TorchDispatchMode):
+    """Every random number from a table: of the rows at hand where a tensor has rows, and otherwise the same for all.
+
+    A tensor has rows if its second dimension from the right is as long as the batch at hand.
+    """
+
+    def __init__(self, seed: int, rows: slice, count: int):
+        super().__init__()
+        self.seed, self.rows, self.count, self.calls = seed, rows, count, 0
+
+    def uniform(self, like):
+        self.calls += 1
+        here = len(range(*self.rows.indices(self.count)))
+        by_row = like.dim() > 1 and like.shape[-2] == here
+        shape = (*like.shape[:-2], self.count, like.shape[-1]) if by_row else tuple(like.shape)
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.calls)
+        table = torch.rand(shape, generator=generator, dtype=F64)
+        return (table[..., self.rows, :] if by_row else table).clamp(1e-12, 1 - 1e-12)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded not in func.tags or (kwargs or {}).get("generator") is not None:
+            return func(*args, **(kwargs or {}))
+        name, like = func.overloadpacket.__name__, args[0]
+        with torch.utils._python_dispatch._disable_current_modes():
+            u = self.uniform(like)
+        if name == "normal_":
+            return like.copy_(2**0.5 * torch.erfinv(2 * u - 1))
+        if name == "normal":
+            return like + args[1] * 2**0.5 * torch.erfinv(2 * u - 1)
+        if name == "exponential_":
+            return like.copy_(-torch.log(u))
+        if name in ("uniform_", "rand_like"):
+            return like.copy_(u) if name == "uniform_" else u.to(like.dtype)
+        if name == "bernoulli":
+            return (u < like).to(like.dtype)
+        raise NotImplementedError(name)
+
+
+def data(count: int) -> torch.Tensor:
+    return torch.randn(count, WIDTH, dtype=F64, generator=torch.Generator().manual_seed(count))
+
+
+def pair_of(classes, scaled):
+    torch.manual_seed(1)
+    model, guide = (make(scaled) for make in classes)
+    return model, guide
+
+
+def difference(found: dict, wanted: dict) -> float:
+    assert set(found) == set(wanted), set(found) ^ set(wanted)
+    return max((float((found[name] - wanted[name]).abs().max()) for name in found), default=0.0)
+
+
+def gradients_of(step) -> dict:
+    return {name: p.grad.clone() for name, p in step.parameters.items() if p.grad is not None}
+
+
+def buffers_of(step) -> dict:
+    return {name: value.clone().double() for name, value in step.module.named_buffers()}
+
+
+def compare(name: str, processes: Processes) -> dict[str, float]:
+    """Largest differences between this process of several and one process alone, over three steps on each batch."""
+    classes, scaled, make_loss = CASES[name]
+    make = make_optimizer("sgd", 0.001)[0]
+    store = pyro.get_param_store()
+    with store.scope() as one:
+        alone = TorchStep(*pair_of(classes, scaled), make_loss(), make, Rows(data(9)))
+    with store.scope() as many:
+        several = ProcessStep(*pair_of(classes, scaled), make_loss(), make, Rows(data(9)), processes, seed=0)
+    worst = {"gradient": 0.0, "loss": 0.0, "buffers": 0.0, "size": 0.0}
+    for turn in range(3):
+        for count in BATCHES:
+            batch, seed = Rows(data(count)), 100 * turn + count
+            with ByRow(seed, slice(0, count), count), store.scope(one) as one:
+                loss = alone(batch)
+            with ByRow(seed, several.split.take(count).rows, count), store.scope(many) as many:
+                found = several(batch)
+            wanted = gradients_of(alone)
+            worst["loss"] = max(worst["loss"], abs(loss - found))
+            worst["gradient"] = max(worst["gradient"], difference(gradients_of(several), wanted))
+            worst["buffers"] = max(worst["buffers"], difference(buffers_of(several), buffers_of(alone)))
+            worst["size"] = max(worst["size"], *(float(value.abs().max()) for value in wanted.values()))
+    return worst
+
+
+def gradients(names=tuple(CASES)) -> dict:
+    processes = Processes.join("cpu")
+    return {name: compare(name, processes) for name in names}
+
+
+def short_gradients() -> dict:
+    return gradients(SHORT)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    job, output = sys.argv[1:]
+    found = globals()[job]()
+    if os.environ["RANK"] == "0":
+        Path(output).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
