@@ -26,7 +26,7 @@ from .estimators import (
     SiteView,
     estimators,
 )
-from .estimators._base import Draw, detached_draw, pad_left
+from .estimators._base import Draw, at_step, detached_draw, pad_left
 from .estimators.relaxation import Mean
 from .programs import (
     NoisyProgram,
@@ -246,6 +246,7 @@ class Binding(nn.Module):
         super().__init__()
         # Kept outside of torch's registration: whoever owns the binding owns the programs' parameters.
         self.__dict__.update(elbo=elbo, model=model, guide=guide, known={}, joint=set(), enum_dims={}, chosen={})
+        self.stand_ins: dict[Any, Estimator] = {}
         self.states = nn.ModuleDict()
         self.steps = 0
         self.num_particles: int | None = None
@@ -408,11 +409,10 @@ class Binding(nn.Module):
         return any(estimator.enumerates for estimator in self.chosen.values())
 
     def layout(self) -> objectives.Layout:
-        weight = self.elbo.kl_weight
         return self.make_layout(
             room=1 + self.max_plate_nesting,
             num_particles=self.num_particles,
-            kl_weight=float(weight(self.steps)) if callable(weight) else float(weight),
+            kl_weight=at_step(self.elbo.kl_weight, self.steps),
             trust_plates=self.elbo.plates == "trust",
         )
 
@@ -564,7 +564,7 @@ class Binding(nn.Module):
         run, site = rows[0].run, rows[0].site
         program = self.program()
         count = draw.value.shape[0]
-        stand_in = partial(_stand_in, site.name, downstream)
+        stand_in = partial(_stand_in, site.name, downstream, self.stand_ins)
         event_dim = site.fn.event_dim
 
         def costs(run: Run, alternative: Draw) -> Tensor:
@@ -737,13 +737,19 @@ class SiteELBOModule(ELBOModule):
                 )
 
 
-def _stand_in(name: str, downstream: str, msg: Mapping[str, Any], estimator: Estimator, fixed: bool) -> Estimator:
-    """The estimator that a site takes in a second run: its own, a relaxation, or its mean."""
+def _stand_in(
+    name: str, downstream: str, known: dict[Any, Estimator], msg: Mapping[str, Any], estimator: Estimator, fixed: bool
+) -> Estimator:
+    """The estimator that a site takes in a second run: its own, a relaxation, or its mean; ``known`` once found."""
     if downstream == "draw" or (fixed and msg["name"] != name):
         return estimator
+    key = (msg["name"], describe(msg["fn"]), downstream)
+    if key in known:
+        return known[key]
     site = {"name": msg["name"], "fn": msg["fn"]}
     for other in (GumbelSoftmax(), Pathwise()) if downstream == "soft" else (Mean(),):
         if other.supports(site):
+            known[key] = other
             return other
     raise UnsupportedSite(
         msg["name"],

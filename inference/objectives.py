@@ -125,13 +125,14 @@ def probabilities(site: Site, layout: Layout) -> Tensor:
 def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] | None = None) -> CostToGo:
     """Gather the terms of the ELBO from last to first; ``visit`` sees each drawn site with its cost-to-go."""
     costs, beta = CostToGo(), layout.kl_weight
+    plain = not isinstance(beta, Tensor) and beta == 1.0
     above: list[Frames] = []  # for each model site, the plates of the latent sites that ran before it
     met: Frames = NO_FRAMES
     for site in run.model:
         above.append(met)
         met = met | site.frames if site.latent else met
     for site, before in zip(reversed(run.model), reversed(above), strict=True):
-        costs.add(site.frames, beta * site.log_prob if site.latent and beta != 1.0 else site.log_prob)
+        costs.add(site.frames, site.log_prob if plain or not site.latent else beta * site.log_prob)
         if site.settled and not site.latent and before - site.frames:
             # A deterministic value outside a plate may mix what the plate keeps apart.
             costs.sum_out(lambda own, mixed=before - site.frames: own & mixed)

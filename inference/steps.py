@@ -21,6 +21,13 @@ from .isolation import owned_parameters, private_seed
 from .rows import Rows
 
 
+def outside_support(site: str, distribution: str) -> BadInput:
+    return BadInput(
+        f"site {site!r}: the data hold values outside the support of {distribution}; mend them, or take a likelihood "
+        "that allows them"
+    )
+
+
 class _ObservedInSupport(Messenger):
     """Refuses data that a distribution cannot have produced: it gets a finite density and trains to nonsense."""
 
@@ -29,14 +36,14 @@ class _ObservedInSupport(Messenger):
             return
         fn, name = msg["fn"], msg["name"]
         try:
-            inside = fn.support.check(msg["value"])
+            support = fn.support
+            while isinstance(support, torch.distributions.constraints.independent):
+                support = support.base_constraint  # all must hold, so that nothing need be gathered by event
+            inside = support.check(msg["value"])
         except (NotImplementedError, AttributeError, ValueError):  # a support that cannot be told
             return
         if not inside.all():
-            raise BadInput(
-                f"site {name!r}: the data hold values outside the support of {describe(fn)}; mend them, or take a "
-                "likelihood that allows them"
-            )
+            raise outside_support(name, describe(fn))
 
 
 class Step:

@@ -221,9 +221,11 @@ def score_why_not(site: Mapping[str, Any]) -> str | None:
     return None
 
 
-def at_step(value: float | Schedule, step: int) -> float:
-    """A number, or what a schedule says at this step."""
-    return float(value(step)) if callable(value) else float(value)
+def at_step(value: float | Schedule, step: Any) -> Any:
+    """A number, or what a schedule says at this step; a tensor while a graph is captured, which outlives the step."""
+    if not callable(value):
+        return float(value)
+    return step.at(value) if hasattr(step, "at") else float(value(step))
 
 
 def check_temperature(temperature: float | Schedule) -> float | Schedule:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...errors import BadInput, UnsupportedSite
 from ..distributions import is_one_hot, logits_of
+from ..noise import drawn_twice
 from ._base import Draw, Estimator, SiteView, estimators
 from ._reruns import cost_between, share_shape, slope, spread
 from .relaxation import bounded_logits, conditional_scores, harden, noise, relaxable_why_not, squash
@@ -29,7 +30,12 @@ from .score import features
 
 
 class Variate(nn.Module):
-    """What a control variate has learnt at one site: its temperature, its strength, its network, the cost's moments."""
+    """What a control variate has learnt at one site: its temperature, its strength, its network, the cost's moments.
+
+    ``calls`` are counted where the programs are probed for jumps; no probe comes after ``last_probe`` of them.
+    """
+
+    last_probe = 64
 
     def __init__(self, like: Tensor, temperature: float, strength: float | None, net: nn.Module | None):
         super().__init__()
@@ -47,6 +53,11 @@ class Variate(nn.Module):
     offset: Tensor
     variance: Tensor
     seen: Tensor
+
+    @property
+    def probed(self) -> bool:
+        """Whether the programs are run at relaxed values, so that jumps between them matter."""
+        return self.strength is not None
 
     def temperature(self) -> Tensor:
         return self.log_temperature.clamp(-20.0, 20.0).exp()
@@ -159,7 +170,7 @@ def log_prob_of_coin(logits: Tensor, value: Tensor) -> Tensor:
 def same_noise_again(view: SiteView) -> Iterator[None]:
     """What is drawn within is drawn again after: c(z̃) and c(z) share the noise downstream, which keeps them close."""
     devices = [view.value.device.index or 0] if view.value.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with drawn_twice(devices):
         yield
 
 
@@ -292,7 +303,7 @@ def check_continuous(view: SiteView, estimator: str, tolerance: float = 3e-3, ha
     """
     view.state.calls += 1
     calls = view.state.calls
-    if calls > 64 or calls & (calls - 1):
+    if calls > view.state.last_probe or calls & (calls - 1):
         return
     start = spread(view.value.detach(), view)
     step = spread(another_value(view), view) - start

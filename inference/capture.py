@@ -1,0 +1,307 @@
+"""From a loss to one graph of tensor operations: what a call computes, without the Python that says so.
+
+A graph holds whatever Python decided while it was captured. So everything that may change from call to call is made an
+input (parameters, buffers, the batch, noise, schedules), and what cannot be made one is refused.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..errors import BadInput, GumboError
+from .distributions import describe
+from .elbo import SiteELBOModule
+from .noise import Noise, Tape
+from .rows import Rows
+from .schedules import Schedule
+
+ADVICE = "pass compile=False"
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Outcome:
+    """What one call of a loss gives: its value, the buffers that moved, and which observed sites lie in support."""
+
+    loss: Tensor
+    buffers: Tensors
+    inside: Tensors
+
+
+class TrainingStep:
+    """Stands for the number of steps made: schedules of it are inputs of the graph, and nothing else may read it."""
+
+    def __init__(self, value_of: Callable[[Schedule], Tensor]):
+        self._value_of = value_of
+
+    def at(self, schedule: Schedule) -> Tensor:
+        """The schedule's value at whatever step the graph is run."""
+        return self._value_of(schedule)
+
+    def __add__(self, more: int) -> TrainingStep:
+        return self
+
+    def _refuse(self, *_: Any) -> Any:
+        raise BadInput(
+            f"an estimator uses the number of the step in a way that a captured graph would freeze; {ADVICE}"
+        )
+
+    __int__ = __float__ = __index__ = __bool__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __radd__ = _refuse
+    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __rpow__ = __neg__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Support(Messenger):
+    """Notes whether the observed values are ones that their distributions can have produced."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside: Tensors = {}
+
+    def _pyro_post_sample(self, msg) -> None:
+        if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
+            return
+        try:
+            support = msg["fn"].support
+            while isinstance(support, torch.distributions.constraints.independent):
+                support = support.base_constraint
+            inside = support.check(msg["value"])
+        except (NotImplementedError, AttributeError, ValueError):  # a support that cannot be told
+            return
+        self.inside[f"{msg['name']}\n{describe(msg['fn'])}"] = torch.as_tensor(inside).all()
+
+
+class Program:
+    """A bound loss as a function of everything that it depends on.
+
+    Args:
+        module: the loss, in training mode.
+        batch: rows of the shape that will be captured.
+
+    Attributes:
+        noise: the noise that one call needs.
+        schedules: the schedules that it reads, in their order.
+        used: the names of the parameters that get a gradient.
+        moving: the names of the buffers that it changes.
+        checked: the observed sites (and their distributions) whose support can be checked.
+    """
+
+    def __init__(self, module: SiteELBOModule, batch: Rows):
+        self.module = module
+        self.batch_spec = tree_flatten((batch.args, batch.kwargs))[1]
+        self.batch_size = len(flat(batch))  # tensors
+        self.schedules: list[Schedule] = []
+        self.noise = Noise(())
+        before = _python_randomness()
+        tape = Tape()
+        outcome, gradients = self.call_and_differentiate(self.parameters(), self.buffers(), flat(batch), tape)
+        if before != _python_randomness():
+            raise BadInput(
+                "the program draws from Python's or NumPy's random numbers, and a captured graph would repeat the first"
+                f" draws for ever: draw from torch, or {ADVICE}"
+            )
+        self.noise = Noise(tape.requests)
+        self.used = [name for name, gradient in gradients.items() if gradient is not None]
+        self.moving = list(outcome.buffers)
+        self.checked = list(outcome.inside)
+
+    def parameters(self) -> Tensors:
+        return dict(self.module.named_parameters())
+
+    def buffers(self) -> Tensors:
+        return dict(self.module.named_buffers())
+
+    @property
+    def step(self) -> int:
+        return self.module.binding.steps
+
+    def scheduled(self) -> list[float]:
+        """What the schedules say at the present step."""
+        return [float(schedule(self.step)) for schedule in self.schedules]
+
+    def call(
+        self,
+        parameters: Tensors,
+        buffers: Tensors,
+        batch: Sequence[Tensor],
+        tape: Tape,
+        scalars: Sequence[Tensor] | None = None,
+    ) -> Outcome:
+        """The loss, without touching the module; ``scalars`` are what schedules say, by default at this step."""
+        args, kwargs = tree_unflatten(list(batch), self.batch_spec)
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        versions = {name: copy._version for name, copy in copies.items()}
+        swapped = {**parameters, **copies}
+        support = _Support()
+        step = TrainingStep(lambda schedule: self._value_of(schedule, scalars))
+        with undisturbed(self.module, step), pyro.validation_enabled(False), tape, support:
+            loss = torch.func.functional_call(self.module, swapped, args, kwargs)
+        moved = {
+            name: swapped[name].detach()
+            for name, copy in copies.items()
+            if swapped[name] is not copy or copy._version != versions[name]
+        }
+        return Outcome(loss, moved, support.inside)
+
+    def call_and_differentiate(
+        self, parameters: Tensors, buffers: Tensors, batch: Sequence[Tensor], tape: Tape, scalars=None
+    ) -> tuple[Outcome, dict[str, Tensor | None]]:
+        """The loss and its gradients, None where the loss does not depend on a parameter."""
+        learns = {name for name, parameter in self.parameters().items() if parameter.requires_grad}
+        leaves = {name: value.detach().requires_grad_(name in learns) for name, value in parameters.items()}
+        outcome = self.call(leaves, buffers, batch, tape, scalars)
+        wanted = {name: leaf for name, leaf in leaves.items() if name in learns}
+        if not outcome.loss.requires_grad:
+            return outcome, dict.fromkeys(wanted)
+        gradients = torch.autograd.grad(outcome.loss, list(wanted.values()), allow_unused=True)
+        outcome.loss = outcome.loss.detach()
+        return outcome, dict(zip(wanted, gradients, strict=True))
+
+    def _value_of(self, schedule: Schedule, scalars: Sequence[Tensor] | None) -> Tensor:
+        number = next((i for i, other in enumerate(self.schedules) if other is schedule), None)
+        if number is None:
+            self.schedules.append(schedule)
+            number = len(self.schedules) - 1
+        if scalars is not None:
+            return scalars[number]
+        return self.tensor(float(schedule(self.step)))
+
+    def tensor(self, values: float | list[float]) -> Tensor:
+        """Numbers in the precision and on the device of the parameters."""
+        like = next(iter(self.module.parameters()), torch.empty(()))
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
+def flat(batch: Rows) -> list[Tensor]:
+    return [*batch.args, *tree_flatten(batch.kwargs)[0]]
+
+
+def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """The graph of what a function of tensors computes, captured without computing it.
+
+    Raises BadInput, naming the line, where Python asks for the value of a tensor to decide something.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about how it captures
+            graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    except Exception as error:
+        raise _explained(error) from error
+    for name, value in vars(graph).items():
+        if isinstance(value, nn.Parameter):
+            raise BadInput(f"the graph holds a parameter {name!r} as a constant, so that it would not train; {ADVICE}")
+    return graph
+
+
+_ASKED = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    UnsupportedFakeTensorException,
+)
+
+
+def _explained(error: BaseException) -> BaseException:
+    """The error as one line, where it comes of capturing; otherwise as it is."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, _ASKED):
+        found = found.__cause__ or found.__context__
+    if found is None and isinstance(error, GumboError):
+        return error
+    first = (str(error).splitlines() or [""])[0]
+    reason = f"fails without values ({type(error).__name__}: {first})"
+    if isinstance(found, _ASKED):
+        reason = "asks for the value of a tensor, and a captured graph would decide the same for ever"
+    return BadInput(f"compile: the program {reason}, at {_line_of(found or error)}; {ADVICE}")
+
+
+def _line_of(error: BaseException) -> str:
+    """The innermost line that is neither torch's nor Pyro's."""
+    ours = [Path(module.__file__).parent for module in (torch, pyro) if module.__file__]
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in ours)]
+    if not outside:
+        return "an unknown line"
+    frame = outside[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} `{frame.line}`"
+
+
+@contextmanager
+def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
+    """A call that leaves no trace in the modules; one that would change a plain attribute of theirs is refused."""
+    modules = list(module.modules())
+    before = [dict(vars(one)) for one in modules]
+    module.__dict__.update(_kept=None, _own={}, _keeps=False)
+    module.binding.steps = step
+    for state in module.binding.states.values():
+        if hasattr(state, "calls"):
+            state.calls = state.last_probe
+    try:
+        yield
+        for one, kept in zip(modules, before, strict=True):
+            changed = [key for key in plain_attributes(one) | plain_attributes(one, kept) if _changed(one, kept, key)]
+            if changed:
+                raise BadInput(
+                    f"{type(one).__name__}.{changed[0]} changes as the program runs, and a captured graph would not see"
+                    f" it: keep it in a buffer, or {ADVICE}"
+                )
+    finally:
+        for one, kept in zip(modules, before, strict=True):
+            vars(one).clear()
+            vars(one).update(kept)
+
+
+# What the loss itself changes as it runs, and who drives the graph takes care of.
+_OWN = {"steps", "calls", "_kept", "_own", "_keeps"}
+_INTERNAL = set(vars(nn.Module())) - {"training"}
+
+
+def plain_attributes(module: nn.Module, values: Mapping[str, Any] | None = None) -> set[str]:
+    """Names of attributes that a graph takes for constants: numbers, words, and tensors that are no buffers."""
+    values = vars(module) if values is None else values
+    plain = (int, float, complex, str, tuple, type(None), Tensor)
+    return {
+        name
+        for name, value in values.items()
+        if isinstance(value, plain) and name not in _INTERNAL and name not in _OWN and not name.startswith("_pyro_")
+    }
+
+
+def _changed(module: nn.Module, before: Mapping[str, Any], name: str) -> bool:
+    return differs(vars(module).get(name), before.get(name)) or (name in vars(module)) != (name in before)
+
+
+def differs(a: Any, b: Any) -> bool:
+    """Whether two values of a plain attribute are different ones."""
+    if a is b:
+        return False
+    return isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b)
+
+
+def _python_randomness() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    state = () if numpy is None else numpy.random.get_state()
+    return random.getstate(), *(item.tobytes() if hasattr(item, "tobytes") else item for item in state)
