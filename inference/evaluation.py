@@ -8,20 +8,19 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import pyro.poutine as poutine
 import torch
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 
 from ..errors import BadInput
-from .isolation import device_of, modes_kept, modules_of, private_seed, private_store
+from .isolation import device_of, private_seed
 from .rows import Rows
+from .sweeps import _REFUSALS, Sweep, quietly
 
 if TYPE_CHECKING:
     from .information import Information
 
 # Rows (data times draws) that one run of the programs holds: a bound on memory.
 _ROWS_A_RUN = 8192
+PARTS = ("log_prior", "log_likelihood", "log_q", "log_global")
 
 
 @dataclass(frozen=True)
@@ -89,17 +88,23 @@ def evaluate(
     """The true bound and the importance-weighted evidence of a model and guide on ``data``, in nats per datum.
 
     ``data`` is a tensor ``(N, *data_shape)``, a tuple of such tensors (positional arguments of both programs) or a
-    mapping of keywords. Any Pyro pair will do whose sites stand in one data plate (``plate`` names it where more than
-    one fits) and whose latents the guide all draws. Each datum's log-weight is summed over everything else; a plate's
-    subsampling scale does not enter. Latents outside that plate are global (the weights of a regression): their KL is
-    spread evenly over the data, ``data_size`` of them where a subsampled plate says how many there are, and enters the
-    bound and the rate; ``log_evidence`` is then the log predictive density of each datum, averaged over the guide's
-    draws of them. A relaxed pair that knows its exact counterpart is judged by that counterpart.
+    mapping of keywords. Any Pyro pair will do whose latents the guide all draws. The *data plate* is the one of N rows
+    that encloses all that is observed (``plate`` names it where more than one fits); one that subsamples is visited in
+    full. Each datum's log-weight is summed over everything else; a plate's subsampling scale does not enter.
+
+    Latents outside that plate are global (the weights of a regression): their KL is spread evenly over the data (where
+    the rows are a batch under a plate of more, over all that it counts) and enters the bound and the rate;
+    ``log_evidence`` is then the log predictive density of each datum, averaged over the guide's draws of them. All rows
+    are then passed at once; else ``batch_size`` of them, where the programs take so few. Where the guide draws the
+    latents of all data jointly, or no plate encloses the data, there is one weight for all: ``log_evidence`` is that of
+    all data over N, and its error (without a plate, every error) is that of the draws. A relaxed pair that knows its
+    exact counterpart is judged by that counterpart.
+
     Networks run in evaluation mode without gradients; parameters, param store, seeds and training flags stay as they
     were, and the same ``seed`` gives the same numbers (``None`` draws from the current stream).
 
-    Raises :class:`~gumbo.errors.BadInput` for empty data, NaN, an observed site outside the data plate, or a latent
-    that only one of the two programs draws.
+    Raises :class:`~gumbo.errors.BadInput` for empty data, NaN, a latent that only one of the two programs draws, or a
+    draw outside a prior's support.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -115,19 +120,23 @@ def evaluate(
     >>> bool(torch.isclose(torch.tensor(found.log_evidence), truth)), abs(found.elbo - found.log_evidence) < 1e-5
     (True, True)
     """
-    parts = log_weights(model, guide, data, num_samples=num_samples, batch_size=batch_size, seed=seed, plate=plate)
+    parts, whole = _drawn(model, guide, data, num_samples, batch_size, seed, plate)
     log_weight = parts["log_prior"] + parts["log_likelihood"] - parts["log_q"]
-    evidence = torch.logsumexp(log_weight, 0) - math.log(num_samples)
-    rate = (parts["log_q"] - parts["log_prior"] - parts["log_global"]).mean(0)
-    distortion = -parts["log_likelihood"].mean(0)
+    found = {
+        "elbo": log_weight + parts["log_global"],
+        "rate": parts["log_q"] - parts["log_prior"] - parts["log_global"],
+        "distortion": -parts["log_likelihood"],
+    }
     numbers: dict[str, float] = {}
-    for name, value in (
-        ("elbo", (log_weight + parts["log_global"]).mean(0)),
-        ("log_evidence", evidence),
-        ("rate", rate),
-        ("distortion", distortion),
-    ):
-        numbers[name], numbers[f"{name}_se"] = _mean_and_error(value)
+    for name, value in found.items():
+        # By datum over draws; where no datum can be told from the others, by draw.
+        numbers[name], numbers[f"{name}_se"] = _mean_and_error(value.mean(0 if whole != "all" else 1))
+    if whole:
+        evidence = _evidence_together(found["elbo"].sum(1))
+        numbers["log_evidence"], numbers["log_evidence_se"] = (one / log_weight.shape[1] for one in evidence)
+    else:
+        each = torch.logsumexp(log_weight, 0) - math.log(num_samples)
+        numbers["log_evidence"], numbers["log_evidence_se"] = _mean_and_error(each)
 
     def ask() -> Information:
         from .information import information
@@ -153,6 +162,19 @@ def log_weights(
 
     ``log_global`` of the same shape is log p - log q of the latents outside the data plate, each datum's share.
     """
+    return _drawn(model, guide, data, num_samples, batch_size, seed, plate)[0]
+
+
+def _drawn(
+    model: Callable,
+    guide: Callable,
+    data: object,
+    num_samples: int,
+    batch_size: int,
+    seed: int | None,
+    plate: str | None,
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The parts of all log-weights, and what has one weight only: "" if nothing, the "latents", or "all"."""
     rows = Rows(data).check("data")
     if num_samples < 1:
         raise BadInput(f"num_samples is {num_samples}: expected at least 1")
@@ -160,17 +182,24 @@ def log_weights(
         raise BadInput(f"batch_size is {batch_size}: expected at least 1")
     with private_seed(None, model, guide):
         model, guide = exact_pair(model, guide)
-    device = device_of(model, guide)
+    rows = rows.to(device_of(model, guide))
+    sweep, name, size = _first_sweep(model, guide, rows, batch_size, plate)
     pieces: list[dict[str, torch.Tensor]] = []
-    with private_store(model, guide), private_seed(seed, model, guide), modes_kept(model, guide), torch.no_grad():
-        for module in modules_of(model, guide):
-            module.eval()
-        for start in range(0, len(rows), batch_size):
-            pieces.append(_batch(model, guide, rows[start : start + batch_size].to(device), num_samples, plate))
-    for piece in pieces:
-        # A plate that is no subsample of more stands for the data at hand, which here came in batches.
-        piece["log_global"] = piece["log_global"] / (piece.pop("data_size") or len(rows))
-    return {name: torch.cat([piece[name] for piece in pieces], 1) for name in pieces[0]}
+    with quietly(model, guide, seed):
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            if len(batch) < min(size, len(rows)):
+                sweep, name = _sweep(model, guide, batch, plate, sweep.mode)
+            pieces.append(_batch(sweep, name, batch, num_samples, len(rows)))
+    whole = "all" if name is None else "latents" if sweep.tied else ""
+    return {part: torch.cat([piece[part] for piece in pieces], 1) for part in pieces[0]}, whole
+
+
+def _evidence_together(log_weight: torch.Tensor) -> tuple[float, float]:
+    """log p(x) of everything from joint weights ``(S,)``, and its standard error by the delta method."""
+    weight = (log_weight - log_weight.max()).exp()
+    error = weight.std().item() / math.sqrt(len(weight)) / weight.mean().item() if len(weight) > 1 else math.nan
+    return (weight.mean().log() + log_weight.max()).item(), error
 
 
 def exact_pair(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
@@ -189,129 +218,74 @@ def exact_pair(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
     return discrete, guide.exact(discrete)
 
 
-def _batch(
-    model: Callable, guide: Callable, batch: Rows, num_samples: int, plate: str | None
-) -> dict[str, torch.Tensor]:
-    """All draws of one batch: copies of the rows in one run where the plate grows with them, else one by one."""
-    name, grows, data_size = _data_plate(model, guide, batch, plate)
-    per_run = max(1, min(num_samples, _ROWS_A_RUN // len(batch))) if grows else 1
-    draws: list[dict[str, torch.Tensor]] = []
-    left = num_samples
-    while left:
-        now = min(left, per_run)
-        parts = _run(model, guide, batch.repeated(now), name)
-        draws.append({part: value.reshape(now, len(batch)) for part, value in parts.items()})
-        left -= now
-    return {part: torch.cat([draw[part] for draw in draws]) for part in draws[0]} | {"data_size": data_size}
+def _first_sweep(
+    model: Callable, guide: Callable, rows: Rows, batch_size: int, plate: str | None
+) -> tuple[Sweep, str | None, int]:
+    """The programs on a batch of rows, the data plate, and how many rows a batch has.
+
+    They see all rows at once where something depends on all of them: latents outside the data plate, a joint draw, a
+    plate that is written for so many rows.
+    """
+    if batch_size < len(rows):
+        try:
+            sweep, name = _sweep(model, guide, rows[:batch_size], plate)
+            last, also = _sweep(model, guide, rows[-(len(rows) % batch_size or batch_size) :], plate, sweep.mode)
+            if name is not None and name == also and not sweep.outside_data():
+                return sweep, name, batch_size
+        except (BadInput, *_REFUSALS):
+            pass  # said again below, if it is not for want of rows
+    sweep, name = _sweep(model, guide, rows, plate)
+    return sweep, name, len(rows)
 
 
-def _data_plate(model: Callable, guide: Callable, batch: Rows, plate: str | None) -> tuple[str, bool, int | None]:
-    """The plate over the data, whether it grows with the rows it is given, and of how many it is a subsample."""
-    with private_seed(None, model, guide):
-        guide_trace, model_trace = _traces(model, guide, batch)
-    _check_latents(guide_trace, model_trace)
-    shared: dict | None = None
-    apart = False
-    for trace in (guide_trace, model_trace):
-        for name, site in _random_sites(trace):
-            if not site["is_observed"] and not any(f.size == len(batch) for f in _frames(site)):
-                apart = True
-                continue
-            frames = {f.name: f for f in _frames(site) if f.size == len(batch)}
-            shared = frames if shared is None else {key: f for key, f in shared.items() if key in frames}
-            if not shared:
-                raise BadInput(
-                    f"site {name!r} stands outside the data plate: evaluate needs what is observed within one plate "
-                    f"of {len(batch)} rows, as long as the data's first axis"
-                )
-    if not shared:
-        raise BadInput("neither program has a random site: there is nothing to evaluate")
-    if plate is not None and plate not in shared:
+def _sweep(
+    model: Callable, guide: Callable, rows: Rows, plate: str | None, mode: str | None = None
+) -> tuple[Sweep, str | None]:
+    """The programs on these rows, and the plate over the data: None if nothing encloses all that is observed."""
+    sweep = Sweep(model, guide, rows.args, rows.kwargs, mode=mode)
+    fitting = [name for name in sweep.sizes if name in sweep.around_data and sweep.sizes[name] == len(rows)]
+    if plate is not None and plate not in fitting:
         raise BadInput(
-            f"no plate {plate!r} of {len(batch)} rows encloses every site; those that do: {', '.join(shared)}"
+            f"no plate {plate!r} of {len(rows)} rows encloses every observed site; those that do: "
+            f"{', '.join(fitting) or 'none'}"
         )
-    if plate is None and len(shared) > 1:
-        raise BadInput(f"plates {', '.join(shared)} all fit the data: name one with plate=")
-    frame = shared[plate] if plate is not None else next(iter(shared.values()))
-    whole = frame.full_size == frame.size
-    # Copies of the rows would all see one draw of what stands outside the plate.
-    grows = whole and not apart and _accepts_copies(model, guide, batch)
-    return frame.name, grows, None if whole else frame.full_size
+    if plate is None and len(fitting) > 1:
+        raise BadInput(f"plates {', '.join(fitting)} all fit the data: name one with plate=")
+    name = plate or (fitting[0] if fitting else None)
+    sweep.divide(name or ())
+    return sweep, name
 
 
-def _accepts_copies(model: Callable, guide: Callable, batch: Rows) -> bool:
-    """Whether the plate follows the number of rows; one of a fixed size refuses another number of them."""
-    try:
-        with private_seed(None, model, guide):
-            _traces(model, guide, batch[:1].repeated(1 if len(batch) == 2 else 2))
-    except (RuntimeError, ValueError):
-        return False
-    return True
-
-
-def _traces(model: Callable, guide: Callable, batch: Rows) -> tuple[Trace, Trace]:
-    guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch.args, **batch.kwargs)
-    return prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
-
-
-def _random_sites(trace: Trace) -> list[tuple[str, dict]]:
-    return [
-        (name, site)
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["infer"].get("_deterministic")
-    ]
-
-
-def _frames(site: dict) -> list:
-    return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
-
-
-def _check_latents(guide_trace: Trace, model_trace: Trace) -> None:
-    drawn = {
-        name
-        for name, site in _random_sites(guide_trace)
-        if not site["is_observed"] and not site["infer"].get("is_auxiliary")
-    }
-    latent = {name for name, site in _random_sites(model_trace) if not site["is_observed"]}
-    for name in sorted(latent - drawn):
-        raise BadInput(f"site {name!r} is latent in the model but the guide does not draw it: add it to the guide")
-    for name in sorted(drawn - latent):
-        raise BadInput(f"site {name!r} is drawn by the guide but is no latent of the model: remove it or rename it")
-
-
-def _run(model: Callable, guide: Callable, batch: Rows, plate: str) -> dict[str, torch.Tensor]:
-    guide_trace, model_trace = _traces(model, guide, batch)
-    zeros = torch.zeros(len(batch), dtype=torch.float64, device=device_of(model, guide))
-    parts = dict.fromkeys(("log_prior", "log_likelihood", "log_q", "log_global"), zeros)
-    for trace, latent_part, observed_part in (
-        (guide_trace, "log_q", "log_q"),
-        (model_trace, "log_prior", "log_likelihood"),
-    ):
-        trace.compute_log_prob()
-        for name, site in _random_sites(trace):
-            apart = all(frame.name != plate for frame in site["cond_indep_stack"])
-            value = site["log_prob"].double().sum().expand(len(batch)) if apart else _per_datum(site, plate, len(batch))
-            if torch.isnan(value).any():
-                raise BadInput(
-                    f"site {name!r} has a log-probability of NaN: look at the parameters of its distribution"
-                )
-            if apart:
-                parts["log_global"] = parts["log_global"] + (-value if trace is guide_trace else value)
-                continue
-            part = observed_part if site["is_observed"] else latent_part
-            parts[part] = parts[part] + value
+def _batch(sweep: Sweep, name: str | None, batch: Rows, num_samples: int, num_data: int) -> dict[str, torch.Tensor]:
+    """All draws of one batch, each part ``(num_samples, B)``."""
+    size = len(batch)
+    parts = {part: torch.zeros(num_samples, size, dtype=torch.float64) for part in PARTS}
+    # A plate that is no subsample of more stands for the data at hand, which may come in batches.
+    at_hand = name is None or name not in sweep.at_hand
+    data_size = num_data if at_hand and sweep.full_sizes.get(name, size) == size else sweep.full_sizes[name]
+    per_run = max(1, min(num_samples, sweep.draws_a_run(), _ROWS_A_RUN // size))
+    for start in range(0, num_samples, per_run if sweep.vectorized else 1):
+        count = min(per_run if sweep.vectorized else 1, num_samples - start)
+        where = slice(start, start + count)
+        for block, guide, model in sweep.over_rows(count, (batch.args, batch.kwargs)):
+            for run in (guide, model):
+                for site, layout in run.layouts.items():
+                    if layout.kind == "deterministic" or not block.first(layout):
+                        continue
+                    keep = (name,) if name in layout.plates else ()
+                    value = run.log_prob(site, keep, scaled=True).cpu()
+                    if torch.isnan(value).any():
+                        raise BadInput(
+                            f"site {site!r} has a log-probability of NaN: look at the parameters of its distribution"
+                        )
+                    part = "log_q" if run is guide else "log_prior" if layout.kind == "latent" else "log_likelihood"
+                    if keep:
+                        parts[part][where, block.index(keep)[0]] += value
+                    elif name is None:
+                        parts[part][where] += value[:, None] / size
+                    else:
+                        parts["log_global"][where] += (-value if run is guide else value)[:, None] / data_size
     return parts
-
-
-def _per_datum(site: dict, plate: str, num_rows: int) -> torch.Tensor:
-    """The site's log-probability of each datum ``(B,)``, summed over everything else, without any subsampling scale."""
-    frame = next(frame for frame in site["cond_indep_stack"] if frame.name == plate)
-    log_prob = site["log_prob"].double() * (frame.size / frame.full_size)
-    if log_prob.dim() < -frame.dim:
-        log_prob = log_prob.expand(num_rows, *[1] * (-frame.dim - 1))
-    others = [dim for dim in range(-log_prob.dim(), 0) if dim != frame.dim]
-    return (log_prob.sum(others) if others else log_prob).expand(num_rows)
 
 
 def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:

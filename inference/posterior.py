@@ -303,11 +303,10 @@ class Collection:
         with quietly(sweep.model, sweep.guide, seed):
             for start, stop in self._chunks(sweep):
                 held: dict[tuple, torch.Tensor] = {}
-                held_prior: dict[tuple, torch.Tensor] = {}
-                for block in sweep.blocks():
-                    self._posterior(chain, sweep, start, stop, block, held)
+                for block, guide, model in sweep.over_rows(stop - start):
+                    self._posterior(chain, sweep, start, stop, block, guide, model)
                     if self.groups & {"prior", "prior_predictive"}:
-                        self._prior(chain, sweep, start, stop, block, held_prior)
+                        self._prior(chain, sweep, start, stop, block, held)
                     done += 1
                     progress.step(done)
                     progress.epoch(done, {})
@@ -354,13 +353,10 @@ class Collection:
             picked = values if len(picks) == stop - start else values[torch.as_tensor(picks)]
             array.data[(chain, where, *block.index(array.plates))] = picked.cpu().numpy()
 
-    def _posterior(self, chain: int, sweep: Sweep, start: int, stop: int, block: Block, held: dict) -> None:
+    def _posterior(
+        self, chain: int, sweep: Sweep, start: int, stop: int, block: Block, guide: Pass, model: Pass
+    ) -> None:
         count = stop - start
-        fixed, new = self._held(sweep, held, block, sweep.guide_sites)
-        guide, model = sweep.run(count, block, fixed)
-        for name in new:
-            held[self._key(sweep.guide_sites[name], block)] = sweep.held(guide, name)
-        self._check_held(sweep, guide, fixed, held, block)
         for (group, name), array in self.arrays.items():
             if group == "posterior":
                 self._write(chain, array, start, stop, block, model.value(name))
@@ -368,7 +364,7 @@ class Collection:
                 self._write(chain, array, start, stop, block, model.log_prob(name))
             elif group == "observed_data" and start == 0 and chain == 0:
                 array.data[block.index(array.plates)] = model.value(name)[0].cpu().numpy()
-        self._weights(chain, sweep, start, stop, block, guide, model, set(fixed))
+        self._weights(chain, sweep, start, stop, block, guide, model)
         if "posterior_predictive" in self.groups:
             values = {name: sweep.held(model, name) for name in sweep.latents}
             again = sweep.model_run(count, block, values, observe=False)
@@ -380,11 +376,11 @@ class Collection:
         if "vi_stats" in self.groups:
             self._by_dimension(chain, sweep, block, guide, model)
 
-    def _weights(self, chain, sweep, start, stop, block, guide: Pass, model: Pass, seen: set[str]) -> None:
+    def _weights(self, chain, sweep, start, stop, block, guide: Pass, model: Pass) -> None:
         """Add each site to the log-probabilities of its datum, or of the global latents."""
         for part, run in (("log_p", model), ("log_q", guide)):
             for name, layout in run.layouts.items():
-                if layout.kind == "deterministic" or name in seen:
+                if layout.kind == "deterministic" or not block.first(layout):
                     continue
                 inside = set(sweep.data_plates) <= layout.plates
                 if sweep.local and not self.nested and not inside:
@@ -441,35 +437,10 @@ class Collection:
                 share *= 1.0 if span.start == 0 else 0.0
         return share
 
-    def _held(self, sweep: Sweep, held: dict, block: Block, layouts: Mapping[str, Layout]) -> tuple[dict, list[str]]:
-        """Latents that an earlier block has drawn already, and those of this one that a later block will meet again."""
-        names = [name for name, layout in layouts.items() if layout.kind == "latent" and set(block.at) - layout.plates]
-        fixed = {n: held[self._key(layouts[n], block)] for n in names if self._key(layouts[n], block) in held}
-        return fixed, [name for name in names if name not in fixed]
-
-    @staticmethod
-    def _key(layout: Layout, block: Block) -> tuple:
-        return (layout.name, *((plate, span.start) for plate, span in block.at.items() if plate in layout.plates))
-
-    def _check_held(self, sweep: Sweep, guide: Pass, fixed: Mapping, held: dict, block: Block) -> None:
-        """A global latent's q must be the same whatever rows the program is given."""
-        for name, layout in guide.layouts.items():
-            if layout.kind != "latent" or not set(block.at) - layout.plates:
-                continue
-            key = ("log_q", *self._key(layout, block))
-            now = guide.log_prob(name)
-            before = held.setdefault(key, now)
-            if name in fixed and not torch.allclose(now, before, rtol=1e-3, atol=1e-3):
-                raise BadInput(
-                    f"the guide's distribution of {name!r} depends on the rows it is given, and these come in blocks: "
-                    "leave out batch_size, or do not subsample"
-                )
-
     def _prior(self, chain: int, sweep: Sweep, start: int, stop: int, block: Block, held: dict) -> None:
-        fixed, new = self._held(sweep, held, block, sweep.model_sites)
+        fixed, new = sweep.known(held, block, sweep.model_sites)
         run = sweep.model_run(stop - start, block, fixed, observe=False)
-        for name in new:
-            held[self._key(sweep.model_sites[name], block)] = sweep.held(run, name)
+        sweep.keep(held, run, new, sweep.model_sites)
         for (group, name), array in self.arrays.items():
             if group in ("prior", "prior_predictive"):
                 self._write(chain, array, start, stop, block, run.value(name))

@@ -71,6 +71,10 @@ class Block:
     take: Mapping[str, slice] = field(default_factory=dict)
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    def first(self, layout: Layout) -> bool:
+        """Whether no block before this one has seen the site's numbers, or those of its rows."""
+        return all(span.start == 0 for plate, span in self.at.items() if plate not in layout.plates)
+
     def index(self, names: Sequence[str | None]) -> tuple[slice, ...]:
         return tuple(self.at.get(name, slice(None)) for name in names)
 
@@ -364,6 +368,7 @@ class Sweep:
         self.observed = [layout.name for layout in observed if layout.kind == "observed"]
         self.evidence = "+".join(layout.name for layout in observed)
         common = frozenset.intersection(*[layout.plates for layout in observed]) if observed else frozenset()
+        self.around_data = common
         depth_of = {
             plate: dim
             for layout in observed
@@ -487,6 +492,41 @@ class Sweep:
         seen = self._seen(self.model, self.model_sites, count, block, drawn, set(), mode, arguments)
         return guide, Pass(seen, self, self.model_sites, count, block)
 
+    def over_rows(self, count: int, arguments: tuple[tuple, dict] | None = None) -> Iterator[tuple[Block, Pass, Pass]]:
+        """Guide and model on every block of rows, what stands outside the rows at one and the same draws throughout."""
+        held: dict[tuple, torch.Tensor] = {}
+        for block in self.blocks():
+            fixed, new = self.known(held, block, self.guide_sites)
+            guide, model = self.run(count, block, fixed, arguments=arguments)
+            self.keep(held, guide, new, self.guide_sites)
+            self._check_held(guide, fixed, held, block)
+            yield block, guide, model
+
+    def known(self, held: dict, block: Block, layouts: Mapping[str, Layout]) -> tuple[dict, list[str]]:
+        """Latents that an earlier block has drawn already, and those of this one that a later block will meet again."""
+        names = [name for name, layout in layouts.items() if layout.kind == "latent" and set(block.at) - layout.plates]
+        fixed = {n: held[_key(layouts[n], block)] for n in names if _key(layouts[n], block) in held}
+        return fixed, [name for name in names if name not in fixed]
+
+    def keep(self, held: dict, run: Pass, new: Sequence[str], layouts: Mapping[str, Layout]) -> None:
+        """Remember what a block drew for the blocks to come."""
+        for name in new:
+            held[_key(layouts[name], run.block)] = run.whole_value(name)
+
+    @staticmethod
+    def _check_held(guide: Pass, fixed: Mapping, held: dict, block: Block) -> None:
+        """A global latent's q must be the same whatever rows the program is given."""
+        for name, layout in guide.layouts.items():
+            if layout.kind != "latent" or not set(block.at) - layout.plates:
+                continue
+            now = guide.log_prob(name)
+            before = held.setdefault(("log_q", *_key(layout, block)), now)
+            if name in fixed and not torch.allclose(now, before, rtol=1e-3, atol=1e-3):
+                raise BadInput(
+                    f"the guide's distribution of {name!r} depends on the rows it is given, and these come in blocks: "
+                    "leave out batch_size, or do not subsample"
+                )
+
     def guide_run(
         self,
         count: int,
@@ -589,12 +629,16 @@ class Sweep:
 
     def given(self, guide: Pass) -> dict[str, torch.Tensor]:
         """All that a run of the guide drew outside the data's plates, auxiliary draws included."""
+        return {name: guide.whole_value(name) for name in self.outside_data()}
+
+    def outside_data(self) -> list[str]:
+        """What the guide draws outside the data's plates."""
         wanted = set(self.data_plates)
-        return {
-            name: guide.whole_value(name)
+        return [
+            name
             for name, layout in self.guide_sites.items()
             if layout.kind == "latent" and not (wanted and wanted <= layout.plates)
-        }
+        ]
 
     def draws_a_run(self, block: Block | None = None) -> int:
         """How many draws of a block fit in one run."""
@@ -636,6 +680,10 @@ class Sweep:
         value = value.expand(*target, *event)
         drop = [1 + self.depth + dim for dim in range(-self.depth, 0) if dim not in layout.dims]
         return value.squeeze(drop) if drop else value
+
+
+def _key(layout: Layout, block: Block) -> tuple:
+    return (layout.name, *((plate, span.start) for plate, span in block.at.items() if plate in layout.plates))
 
 
 def _has_rows(value: object, size: int) -> bool:

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal
 
 from gumbo.errors import BadInput
 from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
@@ -206,15 +207,9 @@ def test_what_cannot_be_judged_is_refused_in_one_line():
         pyro.sample("w", dist.Normal(0.0, 1.0))
         posterior()(x)
 
-    def no_plate(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z, 1.0).to_event(2), obs=x)
-
     bad = X.clone()
     bad[1, 0] = math.nan
     refused("'w' is latent in the model but the guide", model=global_latent)
-    refused("'x' stands outside the data plate", model=no_plate, guide=posterior())
     refused("'w' is drawn by the guide but is no latent", guide=global_guide)
     refused("NaN or infinity in 1 of 3 rows", data=bad)
     refused("data is empty", data=X[:0])
@@ -252,6 +247,112 @@ def test_global_latents_are_spread_over_the_data(data_size, batch_size):
     assert found.elbo == pytest.approx(-found.rate - found.distortion, abs=1e-9)
     predictive = dist.Normal(loc, (1 + scale**2).sqrt()).log_prob(y).mean()
     assert found.log_evidence == pytest.approx(predictive.item(), abs=0.05)
+
+
+def subsampling(size, own=True):
+    """mu ~ N(0, 1), z_i ~ N(mu, 1), x_i ~ N(z_i, 1/2), seven rows at a time; q(mu) is exact, q(z_i | mu) nearly so."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0)) if own else torch.zeros(()).double()
+        with pyro.plate("data", len(x), subsample_size=size) as rows:
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x[rows])
+
+    def guide(x):
+        variance = 1 / (1 + len(x) / 1.25)
+        loc = dist.Normal(variance * x.sum() / 1.25, variance**0.5)
+        mu = pyro.sample("mu", loc) if own else torch.zeros(()).double()
+        with pyro.plate("data", len(x), subsample_size=size) as rows:
+            pyro.sample("z", dist.Normal(0.2 * (mu + 4 * x[rows]), 0.2**0.5))
+
+    return model, guide
+
+
+ROWS = torch.linspace(-2, 2, 33).double()
+
+
+def test_a_subsampled_plate_is_visited_in_full():
+    model, guide = subsampling(7, own=False)
+    found = evaluate(model, guide, ROWS, num_samples=3)
+    truth = dist.Normal(0.0, torch.tensor(1.25).double().sqrt()).log_prob(ROWS)
+    assert found.num_data == 33
+    assert found.log_evidence == pytest.approx(truth.mean().item(), abs=1e-9)
+    assert found.elbo == pytest.approx(found.log_evidence, abs=1e-9)
+    covariance = 1.25 * torch.eye(33).double() + 1
+    whole = dist.MultivariateNormal(torch.zeros(33).double(), covariance).log_prob(ROWS).item()
+    for size, batch_size in ((7, 256), (33, 256), (7, 10)):  # batches would change q(mu): all rows are seen at once
+        found = evaluate(*subsampling(size), ROWS, num_samples=50, batch_size=batch_size)
+        # The guide is exact: the bound of all data is the evidence, whatever is drawn.
+        assert 33 * found.elbo == pytest.approx(whole, abs=1e-8)
+        assert found.elbo == pytest.approx(-found.rate - found.distortion, abs=1e-9)
+    kl = found.kl
+    assert kl["z"].shape == () and float(kl["mu"]) > 1
+
+
+def test_a_batch_under_a_plate_of_more_rows_is_a_batch():
+    def model(x):
+        with pyro.plate("data", 500, subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 500, subsample_size=len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5).to_event(1))
+
+    found = evaluate(model, guide, X, num_samples=3)
+    assert found.num_data == 3 and found.log_evidence == pytest.approx(log_evidence(X).mean().item(), abs=1e-12)
+
+
+def whole_model(x):
+    """The observations are one site: no plate tells the data apart."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+    pyro.sample("x", dist.Normal(z, 1.0).to_event(2), obs=x)
+
+
+def one_by_one_model(x):
+    for i in pyro.plate("data", len(x)):
+        z = pyro.sample(f"z{i}", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        pyro.sample(f"x{i}", dist.Normal(z, 1.0).to_event(1), obs=x[i])
+
+
+def one_by_one_guide(x):
+    for i in pyro.plate("data", len(x)):
+        pyro.sample(f"z{i}", dist.Normal(x[i] / 2, 0.5**0.5).to_event(1))
+
+
+@pytest.mark.parametrize(
+    "model, guide", [(whole_model, posterior()), (one_by_one_model, one_by_one_guide)], ids=["event", "sequential"]
+)
+def test_without_a_data_plate_the_whole_is_spread_over_the_rows(model, guide):
+    found = evaluate(model, guide, X, num_samples=4)
+    assert found.log_evidence == pytest.approx(log_evidence(X).mean().item(), abs=1e-12)
+    assert found.elbo == pytest.approx(found.log_evidence, abs=1e-12)
+    assert found.num_data == 3 and found.log_evidence_se < 1e-12 > found.elbo_se
+
+
+def test_a_joint_draw_of_all_latents_has_one_weight():
+    guide = AutoMultivariateNormal(linear_model, init_scale=0.9)
+    found = evaluate(linear_model, guide, X, num_samples=4000)
+    error = found.log_evidence_se
+    assert found.elbo + 0.01 < found.log_evidence
+    assert abs(found.log_evidence - log_evidence(X).mean().item()) < 4 * error < 0.3
+
+
+def test_rows_that_the_guide_reads_together_are_not_cut_into_batches():
+    x = torch.linspace(-1, 2, 300).double()
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(x.sum() / (1 + len(x)), (1 + len(x)) ** -0.5))
+
+    covariance = torch.eye(300).double() + 1
+    whole = dist.MultivariateNormal(torch.zeros(300).double(), covariance).log_prob(x).item()
+    assert 300 * evaluate(model, guide, x, num_samples=20).elbo == pytest.approx(whole, abs=1e-8)
 
 
 # --- gradients at fixed parameters

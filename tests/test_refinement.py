@@ -72,7 +72,7 @@ def test_a_discrete_latent_is_refined_to_its_posterior(param_store):
             joint.append(sum(s["log_prob"] for s in trace.nodes.values() if s["type"] == "sample" and "log_prob" in s))
     truth = torch.stack(joint).logsumexp(0)
     exact = SiteELBO("enumerate")
-    refined = refine(model, guide, x, steps=80, lr=0.2, estimator="enumerate")
+    refined = refine(model, guide, x, steps=150, lr=0.2, estimator="enumerate")
     assert -exact.loss(model, refined, x) == pytest.approx(truth.sum().item(), abs=5e-3)
     assert -exact.loss(model, guide, x) < truth.sum() - 0.05
 
@@ -104,7 +104,7 @@ def test_relaxed_pairs_are_judged_by_their_discrete_form():
     x = torch.randint(2, (3, *SHAPE)).float()
     found = refinement_gap(model, guide, x, steps=3, estimator="rloo", num_samples=50)
     exact = model.exact()
-    bound = evaluate(exact, guide.exact(exact), x, num_samples=50, batch_size=3, seed=0).elbo
+    bound = evaluate(exact, guide.exact(exact), x, num_samples=50, batch_size=3, seed=1).elbo
     assert found.amortized.mean().item() == pytest.approx(bound, abs=1e-5)
     refined = refine(model, guide, x, steps=3)  # the relaxed guide itself can be refined too
     assert set(refined.offsets) == {"y/logits"} and all(o.any() for o in refined.offsets.values())
