@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from gumbo.errors import BadInput, GumboError
 class RunFolder:
     """``config.yaml`` (resolved), ``env.json``, ``metrics.jsonl``, ``checkpoints/`` and ``plots/`` of one run."""
 
-    def __init__(self, path: Path, made: bool = False):
+    def __init__(self, path: Path, made: Sequence[Path] = ()):
         self.path, self.made = path, made
         self.plots = path / "plots"
         self.checkpoints = path / "checkpoints"
@@ -34,11 +34,14 @@ class RunFolder:
             chosen = Path(path)
             if chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
                 raise BadInput(f"{chosen} exists and is not an empty folder: name another one")
-            stood = chosen.exists()
+            stood = {folder for folder in (chosen, *chosen.parents) if folder.exists()}
             _make(chosen)
         else:
-            chosen, stood = _new(Path("runs") / f"{experiment}-{time.strftime('%Y%m%d-%H%M%S')}"), False
-        run = cls(chosen.absolute(), made=not stood)
+            chosen = Path("runs") / f"{experiment}-{time.strftime('%Y%m%d-%H%M%S')}"
+            stood = {folder for folder in chosen.parents if folder.exists()}
+            chosen = _new(chosen)
+        made = [folder.absolute() for folder in (chosen, *chosen.parents) if folder not in stood]
+        run = cls(chosen.absolute(), made)
         try:
             _make(run.plots)
             _make(run.checkpoints)
@@ -55,12 +58,14 @@ class RunFolder:
 
     def empty(self) -> None:
         """Take away what :meth:`create` has made, in a run that came to nothing."""
-        for made in (self.plots, self.checkpoints):
-            shutil.rmtree(made, ignore_errors=True)
+        for folder in (self.plots, self.checkpoints):
+            shutil.rmtree(folder, ignore_errors=True)
         for name in ("config.yaml", "env.json", "metrics.jsonl"):
             (self.path / name).unlink(missing_ok=True)
-        if self.made and not any(self.path.iterdir()):
-            self.path.rmdir()
+        for folder in self.made:
+            if any(folder.iterdir()):
+                return
+            folder.rmdir()
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         import yaml

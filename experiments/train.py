@@ -45,6 +45,7 @@ class Train:
         checkpoint_steps: also save every so many steps, and not only at every epoch's end.
         checkpoint_minutes: also save after so many minutes.
         tensorboard: also write scalars under tensorboard/ in the run folder.
+        compile: make machine code of the training step, which takes some seconds and then saves time at every step.
         resume: the folder of a run to go on with; its settings are the defaults.
         folder: the run folder; by default ./runs/train-<time>.
     """
@@ -71,6 +72,7 @@ class Train:
     checkpoint_steps: int | None = None
     checkpoint_minutes: float | None = None
     tensorboard: bool = False
+    compile: bool = False
     resume: str | None = None
     folder: str | None = None
 
@@ -95,7 +97,6 @@ def train(config: Train) -> dict[str, Any]:
 def train_into(run: RunFolder, config: Train, data, model, guide, loss) -> dict[str, Any]:
     from gumbo.inference import evaluate, fit
 
-    print(f"gumbo train: {config.model} into {run.path}", file=sys.stderr)
     result = fit(
         model,
         guide,
@@ -115,6 +116,7 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss) -> dict[
         checkpoint_steps=config.checkpoint_steps,
         checkpoint_minutes=config.checkpoint_minutes,
         tensorboard=config.tensorboard,
+        compile=config.compile,
         transform=lambda rows, generator: model.inputs(data.transform(rows["images"], generator), rows.get("labels")),
         title="gumbo train",
     )

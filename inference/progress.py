@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 
 # How many lines a run of any length prints where there is no terminal.
@@ -16,6 +17,9 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None: ...
+
+    def begin(self, words: str) -> None:
+        """The run is about to go on."""
 
     def step(self, done: int) -> None:
         """``done`` steps are behind us."""
@@ -42,6 +46,9 @@ class _Lines(Progress):
         self.title, self.epochs = title, epochs
         self.every = max(1, epochs // _PLAIN_LINES)
 
+    def begin(self, words: str) -> None:
+        print(f"{self.title}: {words}", file=sys.stderr, flush=True)
+
     def epoch(self, number: int, numbers: Mapping[str, float]) -> None:
         if number % self.every == 0 or number == self.epochs:
             print(f"{self.title} epoch {number}/{self.epochs}  {in_words(numbers)}", file=sys.stderr, flush=True)
@@ -62,6 +69,7 @@ class _Bar(Progress):
             console=Console(stderr=True),
         )
         self.task = self.bar.add_task(title, total=steps, words="")
+        self.shown = 0.0
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -70,8 +78,14 @@ class _Bar(Progress):
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
+    def begin(self, words: str) -> None:
+        self.bar.console.print(f"{self.bar.tasks[0].description}: {words}", highlight=False, soft_wrap=True)
+
     def step(self, done: int) -> None:
-        self.bar.update(self.task, completed=done)
+        # The bar is drawn ten times a second; to tell it more often costs more than a small step.
+        if (now := time.monotonic()) - self.shown > 0.1:
+            self.bar.update(self.task, completed=done)
+            self.shown = now
 
     def epoch(self, number: int, numbers: Mapping[str, float]) -> None:
-        self.bar.update(self.task, words=in_words(numbers))
+        self.bar.update(self.task, completed=int(numbers["step"]), words=in_words(numbers))

@@ -134,6 +134,10 @@ class Run:
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts(self.folder is not None))
             shown = stack.enter_context(make_progress(plan.progress, plan.title, plan.epochs, steps))
+            if self.step.note:
+                shown.begin(self.step.note)
+            if self.folder is not None:
+                shown.begin(f"into {self.folder} from {self._where()}")
             scalars = None
             if plan.tensorboard and self.folder is not None:
                 scalars = Scalars(self.folder, int(self.history[-1]["step"]) if self.history else None)
