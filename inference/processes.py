@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import BadInput, GumboError
+from ..errors import BadInput, GumboError, Interrupted
+from .interrupts import Interrupts
 
 Found = TypeVar("Found")
 
@@ -99,6 +100,13 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def largest(self, number: float) -> float:
+        """The largest of the numbers that the processes bring."""
+        found = torch.tensor(number, dtype=torch.float64, device=self.device)
+        with self._speaking():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.item()
+
     def gather(self, thing: Found) -> list[Found]:
         """What each process brings, in the order of the processes."""
         found: list[Any] = [None] * self.number
@@ -162,6 +170,43 @@ class Processes:
                 "see what it said"
             )
             raise alone(lost, self.index) from error
+
+
+class OnMain:
+    """A thing of the main process: all processes call its methods together, one carries them out, all get the result."""
+
+    def __init__(self, processes: Processes, thing: Any):
+        self._processes, self._thing = processes, thing
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._thing, name)
+        if not callable(found):
+            return found
+        return lambda *args, **kwargs: self._processes.from_main(lambda: found(*args, **kwargs))
+
+
+class SharedInterrupts(Interrupts):
+    """A signal to one process is one to all, heeded where they all are at the same place.
+
+    A second signal does nothing more: launchers pass on what the terminal has sent already, and kill in the end.
+    """
+
+    def __init__(self, processes: Processes, enabled: bool = True):
+        super().__init__(enabled)
+        self.processes, self.agreed = processes, enabled
+
+    def check(self) -> None:
+        """Raise Interrupted in all processes if a signal has come to one; all of them must ask."""
+        if self.agreed and (number := int(self.processes.largest(self.pending or 0))):
+            raise Interrupted(number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        self.check()
+        yield
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.pending = self.pending or number
 
 
 def alone(error: GumboError, index: int) -> GumboError:

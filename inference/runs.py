@@ -24,6 +24,7 @@ from .evaluation import evaluate
 from .guards import Guard
 from .interrupts import Interrupts
 from .isolation import devices_of
+from .processes import OnMain, Processes, SharedInterrupts
 from .progress import Progress, make_progress
 from .records import Metrics, Scalars
 from .rows import Rows
@@ -83,7 +84,8 @@ class _Epoch:
 class Run:
     """Steps, validation, checkpoints. Everything here that changes is in the checkpoint, at every step's end.
 
-    ``settings`` are what tells this run from another: a folder that holds other ones is refused.
+    ``settings`` are what tells this run from another: a folder that holds other ones is refused. Of several
+    ``processes`` all make the same run; the main one writes and speaks.
     """
 
     def __init__(
@@ -97,10 +99,11 @@ class Run:
         settings: dict[str, Any],
         folder: Path | None,
         objective_name: str,
+        processes: Processes | None = None,
     ):
         self.model, self.guide, self.step, self.batches = model, guide, step, batches
         self.valid, self.valid_samples, self.folder = valid, valid_samples, folder
-        self.objective_name = objective_name
+        self.objective_name, self.processes = objective_name, processes
         shapes = {name: list(parameter.shape) for name, parameter in step.parameters.items()}
         self.settings = settings | {"parameters": zlib.crc32(json.dumps(shapes).encode())}
         if step.optimizer.started_as:
@@ -111,7 +114,12 @@ class Run:
         self.now = _Epoch()
         self.made_on = {"threads": torch.get_num_threads(), "device": batches.device.type}
         if folder is not None:
-            self.checkpoints, self.metrics = Checkpoints(folder / "checkpoints"), Metrics(folder)
+            self.checkpoints: Any = Checkpoints(folder / "checkpoints")
+            self.metrics: Any = Metrics(folder)
+            if processes is not None:
+                self.checkpoints = OnMain(processes, self.checkpoints)
+                self.metrics = OnMain(processes, self.metrics)
+        self.speaks = processes is None or processes.main
         self._best_is_saved = True
         self._saved_at = self._began = time.perf_counter()
 
@@ -132,14 +140,14 @@ class Run:
     def go(self, plan: Plan) -> FitResult:
         steps = plan.epochs * self.batches.per_epoch
         with ExitStack() as stack:
-            interrupts = stack.enter_context(Interrupts(self.folder is not None))
-            shown = stack.enter_context(make_progress(plan.progress, plan.title, plan.epochs, steps))
+            interrupts = stack.enter_context(self._interrupts())
+            shown = stack.enter_context(make_progress(plan.progress and self.speaks, plan.title, plan.epochs, steps))
             if self.step.note:
                 shown.begin(self.step.note)
             if self.folder is not None:
                 shown.begin(f"into {self.folder} from {self._where()}")
             scalars = None
-            if plan.tensorboard and self.folder is not None:
+            if plan.tensorboard and self.folder is not None and self.speaks:
                 scalars = Scalars(self.folder, int(self.history[-1]["step"]) if self.history else None)
                 stack.callback(scalars.close)
             try:
@@ -163,6 +171,10 @@ class Run:
             stopped,
         )
 
+    def _interrupts(self) -> Interrupts:
+        kept = self.folder is not None
+        return Interrupts(kept) if self.processes is None else SharedInterrupts(self.processes, kept)
+
     def _epochs(self, plan: Plan, interrupts: Interrupts, shown: Progress, scalars: Scalars | None) -> None:
         if self.valid is not None and not self.history:
             with interrupts.at_once():
@@ -181,7 +193,7 @@ class Run:
             ):
                 self._save()
             shown.epoch(epoch, numbers)
-            if plan.on_epoch is not None:
+            if plan.on_epoch is not None and self.speaks:
                 plan.on_epoch(numbers)
 
     def _steps(self, plan: Plan, interrupts: Interrupts, shown: Progress) -> None:
@@ -215,9 +227,10 @@ class Run:
         """Whether a checkpoint is due within the epoch."""
         if plan.checkpoint_steps is not None and step % plan.checkpoint_steps == 0:
             return self.folder is not None
-        if plan.checkpoint_minutes is not None and moment - self._saved_at >= 60 * plan.checkpoint_minutes:
-            return self.folder is not None
-        return False
+        if plan.checkpoint_minutes is None or self.folder is None:
+            return False
+        due = moment - self._saved_at >= 60 * plan.checkpoint_minutes
+        return due if self.processes is None else bool(self.processes.largest(due and self.speaks))
 
     def _where(self) -> str:
         return f"epoch {self.now.number}, step {(self.now.number - 1) * self.batches.per_epoch + self.now.done}"
@@ -277,7 +290,8 @@ class Run:
         self.guard.advice = f"; {self.checkpoints.last} still holds it at {self._where()}"
 
     def _load(self) -> None:
-        state = self.checkpoints.load(self.batches.device)
+        # From the main process it comes through the CPU: another one may have another device.
+        state = self.checkpoints.load(self.batches.device if self.processes is None else "cpu")
         there = state["settings"]
         differing = sorted(key for key in {*there, *self.settings} if there.get(key) != self.settings.get(key))
         if differing:

@@ -563,6 +563,15 @@ class ProcessStep(TorchStep):
             for member, piece in zip(members, pieces, strict=True):
                 member.grad = piece.reshape(member.shape).clone()
 
+    def state(self) -> dict[str, Any]:
+        """What one process has, and where the own random stream of each process stands; all must ask together."""
+        return super().state() | {"streams": self.processes.gather(self.split.streams.state())}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        if "streams" in state:
+            self.split.streams.load(state["streams"][self.processes.index])
+
     def check_same_state(self) -> None:
         """Every process must hold the same parameters, baselines and buffers.
 
