@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .isolation import (
     shared_names,
 )
 from .optimizers import make_optimizer, without_addresses
+from .processes import Processes
 from .records import require_tensorboard
 from .rows import Rows
 from .runs import FitResult, Plan, Run
@@ -93,6 +95,10 @@ def fit(
     unchanged; a damaged one is warned of, and the one before it taken. With a ``run_dir``, SIGINT and SIGTERM stop the
     run at the next step's end: it is saved, and :class:`~gumbo.errors.Interrupted` (a KeyboardInterrupt) is raised.
 
+    Started by ``torchrun`` or ``accelerate launch``, the processes fit one model together: each batch is split by rows,
+    gradients are added up to those of one process, and the main process writes, shows progress and calls ``on_epoch``
+    (see docs/several-processes.md for what is refused).
+
     Raises :class:`~gumbo.errors.BadInput` for data or settings that cannot be used, and for a run folder that holds
     another run; :class:`~gumbo.errors.GumboError` naming the parameter or site when the loss stops being finite, and
     naming the file where it cannot be written.
@@ -133,6 +139,7 @@ def fit(
         raise BadInput(
             f"train has {len(rows)} rows: with drop_last, a batch of {batch_size} is never full; lower batch_size"
         )
+    processes = Processes.join(device_of(model, guide))
     make, optimizer_name = make_optimizer(optimizer, lr, clip_norm, clip_value, scheduler, scheduler_every)
     batches = Batches(rows, batch_size, seed, drop_last, transform, device_of(model, guide))
     settings = {
@@ -145,6 +152,7 @@ def fit(
         "train": _fingerprint(rows),
         "valid": None if valid_rows is None else _fingerprint(valid_rows),
         "valid_samples": valid_samples,
+        "processes": 1 if processes is None else processes.number,
     }
     plan = Plan(
         epochs=epochs,
@@ -164,11 +172,11 @@ def fit(
         modes_kept(model, guide),
         denormals_flushed(),
     ):
-        step = _make_step(model, guide, loss, make, batches.first())
+        step = _make_step(model, guide, loss, make, batches.first(), processes, seed)
         step.validate = validate
         objective = getattr(getattr(step, "module", loss), "objective_name", "elbo")
         folder = None if run_dir is None else Path(run_dir)
-        run = Run(model, guide, step, batches, valid_rows, valid_samples, settings, folder, objective)
+        run = Run(model, guide, step, batches, valid_rows, valid_samples, settings, folder, objective, processes)
         run.begin(resume)
         return run.go(plan)
 
@@ -228,9 +236,17 @@ def _refuse_programs(model: torch.nn.Module, guide: torch.nn.Module) -> None:
             raise BadInput(f"parameter {name!r} is not finite before the first step")
 
 
-def _make_step(model, guide, loss: ELBO, make: Callable, batch: Rows) -> Step:
+def _make_step(
+    model, guide, loss: ELBO, make: Callable, batch: Rows, processes: Processes | None = None, seed: int = 0
+) -> Step:
     """The kind of step that the loss needs; programs that cannot run on the data are refused in one line."""
-    kind = TorchStep if is_differentiable(loss) else StoreStep
+    kind: Callable[..., Step] = TorchStep if is_differentiable(loss) else StoreStep
+    if processes is not None:
+        from .split_rows import ProcessStep
+
+        if kind is StoreStep:
+            raise BadInput(f"{type(loss).__name__} takes gradients itself, in one process only: use SiteELBO's words")
+        kind = partial(ProcessStep, processes=processes, seed=seed)
     try:
         return kind(model, guide, loss, make, batch)
     except GumboError:
