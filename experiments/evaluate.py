@@ -74,6 +74,8 @@ def show_information(found: dict[str, Any]) -> None:
         shown = " ".join(f"{value:.2f}" for value in sorted(numbers, reverse=True)[:10])
         rest = " …" if len(numbers) > 10 else ""
         print(f"  KL of {site}  {sum(numbers):9.3f} in {len(numbers)} dimensions{active}: {shown}{rest}")
+    for site, note in found["notes"].items():
+        print(f"  {site}: {note}")
     if found["mutual_information"] is not None:
         print(f"  I(x; z)    {found['mutual_information']:9.3f}")
 

@@ -233,7 +233,8 @@ def _numbers(units: Units, collection: Collection) -> int:
     """How many latent dimensions a unit has; a one-hot vector counts as one."""
     total = 0
     for site in units.sites:
-        known = collection.kl.get(site, [None])[0]
+        by_dimension = collection.kl_kinds.get(site) in ("each", "marginal")
+        known = collection.kl[site][0] if by_dimension else None
         size = np.size(known) if known is not None else collection.sweep.model_sites[site].event
         per_site = size if isinstance(size, int) else math.prod(size)
         layout = collection.sweep.model_sites[site]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,23 @@ from ..errors import BadInput
 from .diagnostics import weight_statistics
 from .posterior import Collection, Naming
 from .rows import Rows
-from .sweeps import Sweep, quietly
+from .sweeps import _REFUSALS, Sweep, quietly
+
+_NOTES = {
+    "marginal": "KL of each dimension's marginal: the guide or the prior ties them together",
+    "point": "the guide is a point, whose KL is infinite",
+    "joint": "one KL for the site: the guide or the prior ties its dimensions together",
+}
 
 
 @dataclass(frozen=True)
 class Information:
-    """``kl``: E[log q − log p] by latent site, nats for each dimension (coordinates that q or p ties together are one).
+    """``kl``: E[log q − log p] by latent site, in nats, averaged over draws and data; ``notes`` say where it is less.
+
+    Each dimension has its own where guide and prior have independent coordinates, or are Normal, so that each
+    coordinate's marginal is known: their sum is then below the KL of the site by what the coordinates share. Otherwise
+    there is one number for the site. Latents that the guide computes from one joint draw have one number together,
+    under their names joined by ``+``, over all data. A point has none.
 
     ``active_units``: by local site, whether each dimension's posterior mean varies over the data (Burda et al. 2015,
     arXiv:1509.00519). ``mutual_information``: between data and local latents under the guide, in nats; None where the
@@ -29,6 +40,7 @@ class Information:
     kl: dict[str, Any]
     active_units: dict[str, Any]
     mutual_information: float | None
+    notes: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers and lists, as JSON takes them."""
@@ -36,6 +48,7 @@ class Information:
             "kl": {name: value.tolist() for name, value in self.kl.items()},
             "active_units": {name: int(value.sum()) for name, value in self.active_units.items()},
             "mutual_information": self.mutual_information,
+            "notes": dict(self.notes),
         }
 
 
@@ -76,21 +89,24 @@ def information(
     collection.fill(0, sweep, seed)
     found = weight_statistics(collection, Naming(sweep, {}, {}).event_names)
     kl = {name: torch.as_tensor(np.asarray(by[0])) for name, by in collection.kl.items() if by[0] is not None}
+    kl |= {name: torch.tensor(by[0], dtype=torch.float64) for name, by in collection.kl_together.items()}
+    notes = {name: _NOTES[kind] for name, kind in collection.kl_kinds.items() if kind in _NOTES}
+    notes |= dict.fromkeys(collection.kl_together, "the guide computes them from a joint draw: one KL for all data")
     active = {name: torch.as_tensor(found[f"active_{name}"][1][0]) for name in sweep.local if f"active_{name}" in found}
-    return Information(kl, active, _mutual(_sweep(model, guide, rows, num_pairs, plate), seed))
+    return Information(kl, active, _mutual(_sweep(model, guide, rows, num_pairs, plate), seed), notes)
 
 
 def _sweep(model: Callable, guide: Callable, rows: Rows, count: int, plate: str | None) -> Sweep:
-    few = rows
     if count < len(rows):
         few = rows[torch.linspace(0, len(rows) - 1, count).round().long()]
-    try:
-        return Sweep(model, guide, few.args, few.kwargs, data_plates=plate)
-    except (BadInput, ValueError, RuntimeError):
-        if few is rows:
-            raise
-        # Programs that were written for so many rows take all or none.
-        return Sweep(model, guide, rows.args, rows.kwargs, data_plates=plate)
+        try:
+            sweep = Sweep(model, guide, few.args, few.kwargs, data_plates=plate)
+            if sweep.local and not sweep.outside_data():
+                return sweep
+        except (BadInput, *_REFUSALS):
+            pass
+    # Programs that were written for so many rows, and latents of all rows together, take all or none.
+    return Sweep(model, guide, rows.args, rows.kwargs, data_plates=plate)
 
 
 def _mutual(sweep: Sweep, seed: int | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,18 @@ def random_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site):
             yield name, site
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Log-probabilities ``(…, *coordinates)`` of a site's coordinates, ``depth`` dimensions of them.
+
+    ``exact`` says that they sum to the site's; where they do not, they are those of its marginals.
+    """
+
+    log_prob: torch.Tensor
+    depth: int
+    exact: bool
 
 
 class Seen:
@@ -53,36 +66,47 @@ class Seen:
                 scale = scale * (frame.size / frame.full_size)
         return self.log_prob if isinstance(scale, (int, float)) and scale == 1 else self.log_prob * scale
 
-    def coordinates(self, event: tuple[int, ...]) -> tuple[torch.Tensor, int] | None:
-        """Log-probabilities of the site's coordinates and how many dimensions these have; None if they are tied."""
+    def coordinates(self, event: tuple[int, ...]) -> Coordinates | None:
+        """Of the site's coordinates; None if they are tied."""
         split = coordinatewise(self.site["fn"], event)
-        return None if split is None else (split[0].log_prob(self.site["value"]).detach(), split[1])
+        if split is None:
+            return None
+        single, depth, exact = split
+        return Coordinates(single.log_prob(self.site["value"]).detach(), depth, exact)
 
 
 class Lane(Seen):
     """A site as a vmapped run left it: all numbers ``(count, …)`` and found in that run."""
 
-    def __init__(self, site: Mapping[str, Any], found: Mapping[str, torch.Tensor], depth: int | None):
+    def __init__(self, site: Mapping[str, Any], found: Mapping[str, torch.Tensor], split: tuple[int, bool] | None):
         super().__init__(site)
         self.value, self.log_prob = found["value"], found["log_prob"]
         self.scaled_log_prob = found.get("scaled", self.log_prob)
-        self._coordinates = None if depth is None else (found["coordinates"], depth)
+        self._coordinates = None if split is None else Coordinates(found["coordinates"], *split)
 
-    def coordinates(self, event: tuple[int, ...]) -> tuple[torch.Tensor, int] | None:
+    def coordinates(self, event: tuple[int, ...]) -> Coordinates | None:
         return self._coordinates
 
 
-def coordinatewise(fn: Any, event: tuple[int, ...]) -> tuple[Any, int] | None:
-    """The distribution of a site's single coordinates and how many event dimensions they have; None if tied."""
+def coordinatewise(fn: Any, event: tuple[int, ...]) -> tuple[Any, int, bool] | None:
+    """The distribution of a site's coordinates, how many event dimensions they have, whether they are independent.
+
+    None if they are tied and their marginals are unknown.
+    """
     depth = 0
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
         if isinstance(fn, torch.distributions.Independent):
             depth += fn.reinterpreted_batch_ndims
         fn = fn.base_dist
     tied = len(event) - depth
+    if tied == 1 and isinstance(fn, _JOINTLY_NORMAL):
+        return dist.Normal(fn.loc, fn.variance.sqrt()), depth + 1, False
     if isinstance(fn, dist.Delta) or (tied and not isinstance(fn, torch.distributions.OneHotCategorical)):
         return None
-    return fn, depth
+    return fn, depth, True
+
+
+_JOINTLY_NORMAL = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
 
 
 def outside(name: str) -> BadInput:
@@ -157,7 +181,7 @@ def run_lanes(
     Raises whatever vmap raises for a program that it cannot run.
     """
     sites: dict[str, Any] = {}
-    depths: dict[str, int | None] = {}
+    splits: dict[str, tuple[int, bool] | None] = {}
     checked = torch.distributions.Distribution._validate_args
 
     def lane(number: torch.Tensor, given: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -171,9 +195,9 @@ def run_lanes(
                 if seen.scaled_log_prob is not seen.log_prob:
                     numbers["scaled"] = seen.scaled_log_prob
                 split = seen.coordinates(events[name])
-                depths[name] = None if split is None else split[1]
+                splits[name] = None if split is None else (split.depth, split.exact)
                 if split is not None:
-                    numbers["coordinates"] = split[0]
+                    numbers["coordinates"] = split.log_prob
                 if checked and _checks(site["fn"]):
                     numbers["inside"] = site["fn"].support.check(site["value"])
                 sites[name] = site
@@ -188,7 +212,7 @@ def run_lanes(
     for name, of_site in found.items():
         if "inside" in of_site and not bool(of_site["inside"].all()):
             raise outside(name)
-    return {name: Lane(sites[name], of_site, depths[name]) for name, of_site in found.items()}
+    return {name: Lane(sites[name], of_site, splits[name]) for name, of_site in found.items()}
 
 
 def _checks(fn: Any) -> bool:

@@ -288,6 +288,8 @@ class Collection:
             layout.name: np.zeros((2, self.chains, *layout.shape)) for layout in latents if "vi_stats" in self.groups
         }
         self.kl: dict[str, list[np.ndarray | float | None]] = {}
+        self.kl_kinds: dict[str, str] = {}
+        self.kl_together: dict[str, list[float]] = {}
 
     def steps(self, sweep: Sweep) -> int:
         blocks = len(list(sweep.blocks()))
@@ -415,17 +417,28 @@ class Collection:
                 value = model.value(name).double()
                 for power in (1, 2):
                     self.means[name][power - 1][index] += (value**power).sum(0).cpu().numpy() / self.num_samples
-            ratio, other = guide.coordinates(name), model.coordinates(name)
+            found, kind = _divergence(guide, model, name)
+            self.kl_kinds[name] = kind
             total = self.kl.setdefault(name, [0.0] * self.chains)
-            if ratio is None or other is None or ratio[1] != other[1]:
+            if found is None:
                 total[chain] = None
-            if total[chain] is None:
                 continue
-            difference = torch.as_tensor(ratio[0] - other[0]).double()
-            trailing = ratio[1]
-            rows = difference.reshape(-1, *difference.shape[difference.dim() - trailing :])
-            part = (rows.mean(0) * self._share(block, layout)).cpu().numpy() * (guide.count / self.num_samples)
+            part = (found * self._share(block, layout)).cpu().numpy() * (guide.count / self.num_samples)
             total[chain] = total[chain] + part
+        if "together" in self.kl_kinds.values():
+            self._together(chain, block, guide, model)
+
+    def _together(self, chain: int, block: Block, guide: Pass, model: Pass) -> None:
+        """KL of all that the guide draws through other draws, over all rows."""
+        sites = [name for name, kind in self.kl_kinds.items() if kind == "together"]
+        others = {name for name in self.sweep.latents if name not in sites}
+        total: Any = 0.0
+        for run, sign, names in ((guide, 1.0, set(guide.layouts) - others), (model, -1.0, sites)):
+            for name in names:
+                if block.first(run.layouts[name]) and run.layouts[name].kind != "deterministic":
+                    total = total + sign * run.log_prob(name, ())
+        by_chain = self.kl_together.setdefault("+".join(sites), [0.0] * self.chains)
+        by_chain[chain] += float(total.mean()) * guide.count / self.num_samples
 
     def _share(self, block: Block, layout: Layout) -> float:
         """What part of a site's rows a block brings."""
@@ -481,6 +494,27 @@ def integrated(
             left -= now
         found.append(total - np.log(draws))
     return torch.cat(found), known
+
+
+def _divergence(guide: Pass, model: Pass, name: str) -> tuple[torch.Tensor | None, str]:
+    """Mean of log q − log p over draws and rows: by dimension, of each dimension's marginal, of the site, or unknown.
+
+    A latent that is a point given one auxiliary draw (``z`` and ``z_unconstrained``) has that draw's density.
+    """
+    point = guide.layouts[name].point
+    partners = [n for n in guide.layouts if n.startswith(f"{name}_") and n not in model.layouts] if point else [name]
+    if len(partners) != 1:
+        return None, "together" if set(guide.layouts) - set(model.layouts) else "point"
+    (partner,) = partners
+    stretch = guide.log_prob(name) if point else None
+    ratio, other = guide.coordinates(partner), model.coordinates(name)
+    same = ratio is not None and other is not None and ratio.depth == other.depth
+    if same and ratio.log_prob.shape == other.log_prob.shape and (stretch is None or not stretch.any()):
+        difference = (ratio.log_prob - other.log_prob).double()
+        rows = difference.reshape(-1, *difference.shape[difference.dim() - ratio.depth :])
+        return rows.mean(0), "each" if ratio.exact and other.exact else "marginal"
+    whole = guide.log_prob(partner).mean() - model.log_prob(name).mean()
+    return whole + (stretch.mean() if stretch is not None else 0.0), "joint"
 
 
 def _aligned(value: torch.Tensor, have: Sequence[str], plates: Sequence[str | None]) -> torch.Tensor:
@@ -600,6 +634,9 @@ def _attrs(sweep: Sweep) -> dict[str, Any]:
 
 
 def _group_attrs(group: str, collection: Collection) -> dict[str, Any]:
+    if group == "vi_stats":
+        kinds = {"marginal": "of each dimension's marginal", "joint": "of the site"}
+        return {f"kl_{name}": kinds[kind] for name, kind in collection.kl_kinds.items() if kind in kinds}
     if group != "log_likelihood":
         return {}
     return {

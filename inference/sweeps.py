@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 
 from ..errors import BadInput, GumboError
 from .isolation import device_of, modes_kept, modules_of, private_seed, private_store
-from .lanes import Lane, Seen, outside, random_sites, run_lanes
+from .lanes import Coordinates, Lane, Seen, outside, random_sites, run_lanes
 
 DRAWS = "_gumbo_draws"
 # Numbers that the sites of one run may hold: a bound on memory, large enough that Python's overhead does not count.
@@ -122,8 +122,8 @@ class Pass:
         others = [1 + place for place, plate in enumerate(layout.names) if plate not in keep]
         return laid.sum(others) if others else laid
 
-    def coordinates(self, name: str) -> tuple[torch.Tensor, int] | None:
-        """Log-probabilities of a site's coordinates ``(…, *coordinates)`` and how many dimensions these have."""
+    def coordinates(self, name: str) -> Coordinates | None:
+        """Log-probabilities of a site's coordinates; None if they are tied."""
         return self.seen[name].coordinates(self.layouts[name].event)
 
 

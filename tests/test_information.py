@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from gumbo.errors import BadInput
 from gumbo.guides import CategoricalGuide, RelaxedCategoricalGuide
@@ -69,9 +69,54 @@ def test_discrete_latents_and_a_relaxed_pair_judged_by_its_discrete_form():
     assert one.as_dict()["kl"]["y"] == one.kl["y"].tolist()
 
 
-def test_nothing_is_asked_of_guides_without_a_density_of_their_own():
-    found = information(model, AutoNormal(model), X)
-    assert found.mutual_information is None and found.kl == {}
+def test_an_autoguide_has_the_kl_of_its_auxiliary_draws():
+    guide = AutoNormal(model, init_scale=0.5)
+    found = information(model, guide, X, num_samples=400)
+    assert found.mutual_information is None and found.notes == {}
+    loc, scale = guide.locs.z.detach(), guide.scales.z.detach()
+    exact = torch.distributions.kl_divergence(dist.Normal(loc, scale), dist.Normal(torch.zeros(2).double(), 1.0))
+    assert torch.allclose(found.kl["z"], exact.mean(0), atol=0.02)
+
+
+def test_jointly_normal_guides_have_the_kl_of_their_marginals_and_say_so():
+    spread = torch.tensor([[0.5, 0.3], [0.3, 0.4]]).double()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = torch.stack([x / 2, torch.zeros_like(x)], -1)
+            pyro.sample("z", dist.MultivariateNormal(loc, spread))
+
+    judged = evaluate(model, guide, X, num_samples=200)
+    q = dist.Normal(torch.stack([X / 2, torch.zeros_like(X)], -1), spread.diagonal().sqrt())
+    exact = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(2).double(), 1.0)).mean(0)
+    assert torch.allclose(judged.kl["z"], exact, atol=0.03)
+    assert "marginal" in judged.information.notes["z"]
+    assert judged.kl["z"].sum() < judged.rate - 0.1  # what the two share is in the rate alone
+
+
+def test_tied_coordinates_have_one_kl_and_joint_draws_one_for_all():
+    def flow(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(2).double(), 1.0).expand([len(x), 2]).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [dist.transforms.LowerCholeskyAffine(loc, tril)]))
+
+    loc, tril = torch.zeros(2).double(), torch.tensor([[0.5, 0.0], [0.3, 0.4]]).double()
+    exact = torch.distributions.kl_divergence(
+        dist.MultivariateNormal(loc, scale_tril=tril), dist.MultivariateNormal(loc, torch.eye(2).double())
+    )
+    judged = evaluate(model, flow, X, num_samples=200)
+    assert float(judged.kl["z"]) == pytest.approx(exact.item(), abs=0.03) == pytest.approx(judged.rate, abs=0.05)
+    assert "one KL for the site" in judged.information.notes["z"]
+
+    def two(x):
+        a = pyro.sample("a", dist.Normal(torch.zeros(()).double(), 1.0))
+        b = pyro.sample("b", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+    judged = evaluate(two, AutoMultivariateNormal(two, init_scale=0.5), X, num_samples=1000)
+    assert list(judged.kl) == ["a+b"] and "joint draw" in judged.information.notes["a+b"]
+    assert float(judged.kl["a+b"]) / len(X) == pytest.approx(judged.rate, abs=0.01)
 
 
 def test_it_is_found_once_and_only_when_asked():
