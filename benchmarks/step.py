@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide
 from gumbo.inference import SiteELBO
+from gumbo.inference.compiled import CompiledStep
 from gumbo.inference.isolation import denormals_flushed
 from gumbo.inference.optimizers import make_optimizer
 from gumbo.inference.rows import Rows
@@ -205,9 +206,11 @@ def gumbo_rival(workload: Workload, x: Tensor, device: str) -> Rival:
     return Rival(waiting(lambda: step(rows), device), denormals_flushed)
 
 
-def compiled_rival(workload: Workload, x: Tensor, device: str) -> Rival | None:
-    """The compiled step that ``fit(compile=True)`` makes; None where this version of gumbo has none."""
-    return None
+def compiled_rival(workload: Workload, x: Tensor, device: str) -> Rival:
+    """The step that ``fit(compile=True)`` makes."""
+    rows = Rows(x)
+    step = CompiledStep(*make_pair(workload, device), workload.ours(), make_optimizer("adam", LR)[0], rows)
+    return Rival(waiting(lambda: step(rows), device), denormals_flushed)
 
 
 def jax_twin(name: str, batch_size: int, shape: tuple[int, ...] = SHAPE) -> tuple[nn.Module, Any, Any]:
@@ -247,8 +250,8 @@ def rivals_of(name: str, batch_size: int, device: str, without: tuple[str, ...] 
     rivals[STOCK] = stock_rival(workload, x, device, validate=True)
     rivals[STOCK_UNCHECKED] = stock_rival(workload, x, device, validate=False)
     rivals[EAGER] = gumbo_rival(workload, x, device)
-    if "compile" not in without and (compiled := compiled_rival(workload, x, device)):
-        rivals[COMPILED] = compiled
+    if "compile" not in without:
+        rivals[COMPILED] = compiled_rival(workload, x, device)
     if has_jax(device, without):
         rivals |= jax_rivals(name, x)
     return rivals

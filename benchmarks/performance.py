@@ -1,0 +1,377 @@
+"""docs/performance.md from what the benchmarks have written to benchmarks/results.
+
+    python benchmarks/performance.py [--check]
+
+Tables, ratios and verdicts come from the JSON files alone; a part whose file is missing says that it was not measured.
+``--check`` writes nothing and fails if the page is not what the files give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from _timing import RESULTS
+
+PAGE = RESULTS.parent.parent / "docs" / "performance.md"
+Facts = dict[str, Any]
+NOT_MEASURED = "Not measured: `benchmarks/results/{file}` is missing."
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table; all columns but the first are numbers."""
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return ["", *("| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows)), ""]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}g}" if abs(value) < 10 ** (digits - 1) else f"{value:,.0f}"
+
+
+def unique(values: Iterable) -> list:
+    return list(dict.fromkeys(values))
+
+
+def where(facts: Facts) -> str:
+    return f"{facts['device']}; {facts['machine']}"
+
+
+# A step.
+
+SAID = {
+    "gaussian": "GaussianVAE 784–400–50–400–784, pathwise",
+    "categorical": "CategoricalVAE, 20 latents of 10 classes, `rloo`, K = 4",
+    "belief": "SigmoidBeliefNetwork, 200 coins, `disarm`",
+}
+RATIOS = (
+    ("gumbo", "PyTorch by hand"),
+    ("gumbo", "Pyro SVI"),
+    ("gumbo", "Pyro SVI, no validation"),
+    ("gumbo, compiled", "PyTorch by hand"),
+    ("gumbo, compiled", "PyTorch by hand, torch.compile"),
+    ("gumbo, compiled", "Pyro SVI"),
+    ("gumbo, compiled", "NumPyro, lax.scan"),
+    ("gumbo, compiled", "JAX by hand, lax.scan"),
+)
+CLAIMS = (  # workload, ours, theirs, batch, at most
+    ("gaussian", "gumbo, compiled", "PyTorch by hand", 32, 0.8),
+    ("gaussian", "gumbo, compiled", "PyTorch by hand", 128, 0.95),
+    ("gaussian", "gumbo, compiled", "PyTorch by hand", 512, 0.95),
+    ("gaussian", "gumbo", "Pyro SVI", 32, 0.7),
+    ("gaussian", "gumbo", "Pyro SVI", 128, 0.7),
+)
+
+
+class Steps:
+    """The rows of step.json, by workload, rival and batch."""
+
+    def __init__(self, facts: Facts):
+        self.facts = facts
+        self.rows = {(row["workload"], row["rival"], row["batch"]): row for row in facts["rows"]}
+
+    def batches(self, workload: str) -> list[int]:
+        return unique(row["batch"] for row in self.facts["rows"] if row["workload"] == workload)
+
+    def rivals(self, workload: str) -> list[str]:
+        return unique(row["rival"] for row in self.facts["rows"] if row["workload"] == workload)
+
+    def ratio(self, workload: str, ours: str, theirs: str, batch: int) -> float | None:
+        pair = [self.rows.get((workload, rival, batch)) for rival in (ours, theirs)]
+        return None if None in pair else pair[0]["median"] / pair[1]["median"]
+
+    def table(self, workload: str) -> list[str]:
+        batches = self.batches(workload)
+
+        def cell(rival: str, batch: int) -> str:
+            row = self.rows.get((workload, rival, batch))
+            return "–" if row is None else f"{row['median']:.2f} ({row['q25']:.2f}–{row['q75']:.2f})"
+
+        heads = ["ms a step", *(f"batch {batch}" for batch in batches)]
+        return table(heads, [[rival, *(cell(rival, b) for b in batches)] for rival in self.rivals(workload)])
+
+    def ratios(self, workload: str) -> list[str]:
+        batches = self.batches(workload)
+        rows = []
+        for ours, theirs in RATIOS:
+            found = [self.ratio(workload, ours, theirs, batch) for batch in batches]
+            if any(value is not None for value in found):
+                rows.append([f"{ours} ÷ {theirs}", *("–" if v is None else f"{v:.2f}" for v in found)])
+        return table(["ratio of medians", *(f"batch {batch}" for batch in batches)], rows)
+
+    def compiling(self) -> str:
+        seconds = [row["first_turn_s"] for key, row in self.rows.items() if "compile" in key[1]]
+        return f"{min(seconds):.0f}–{max(seconds):.0f} s" if seconds else ""
+
+
+def verdicts(rows: Iterable[tuple[str, float | None, str, bool | None]]) -> list[str]:
+    """What was asked, what was found, whether it holds."""
+    said = {True: "yes", False: "**no**", None: "not measured"}
+    return table(
+        ["asked", "found", "holds"],
+        [
+            [asked + f" {bound}", "–" if found is None else f"{found:.2f}", said[holds]]
+            for asked, found, bound, holds in rows
+        ],
+    )
+
+
+def step_section(facts: Facts | None) -> list[str]:
+    lines = ["## A step", ""]
+    if facts is None:
+        return [*lines, NOT_MEASURED.format(file="step.json"), ""]
+    steps = Steps(facts)
+    lines += [f"`python benchmarks/step.py --threads {facts['threads']}` on {where(facts)}.", "", STEP_PROSE, ""]
+    for workload in unique(row["workload"] for row in facts["rows"]):
+        lines += [f"### {SAID[workload]}", *steps.table(workload), *steps.ratios(workload)[1:]]
+    asked = []
+    for workload, ours, theirs, batch, most in CLAIMS:
+        found = steps.ratio(workload, ours, theirs, batch)
+        holds = None if found is None else found <= most
+        asked.append((f"{workload}, batch {batch}: {ours} ÷ {theirs}", found, f"≤ {most}", holds))
+    lines += ["### What was asked", *verdicts(asked)]
+    if steps.compiling():
+        lines += [f"First turn of what is compiled (capture, compile, a few steps): {steps.compiling()}.", ""]
+    return lines
+
+
+STEP_PROSE = """\
+Each cell is the median over the rounds, with quartiles. All rivals of a row of batches live in one process and take
+turns, a few steps each, in every round, so that the machine's moods hit all alike; compare within a table rather than
+between tables. All use the same cores: torch's threads are as many as the cores, JAX's pool takes the cores that the
+process may use. Every rival takes the same batch again and again.
+
+- *PyTorch by hand*: the same networks and the same estimator without Pyro (`benchmarks/_by_hand.py`),
+  `Adam(fused=True)`, no look at the loss. Its gradients are compared with gumbo's on the same noise before anything
+  is timed. *torch.compile*: the loss of the same, compiled for its shape.
+- *Pyro SVI*: `SVI.step` with `pyro.optim.Adam` on the same programs. It has no leave-one-out baseline and no
+  antithetic pairs, so the discrete rows run what it has: TraceGraph_ELBO, with 4 particles in parallel for the
+  categorical model (as many runs of the decoder), with 1 for the belief network (DisARM runs the decoder twice).
+- *gumbo*: the step that `fit` makes, which reads the loss as a number at each step and looks at the data's support;
+  *compiled*: `fit(compile=True)`.
+- *NumPyro*: its own SVI, step by step under `jit`, or whole turns under `lax.scan`; Trace_ELBO, and TraceGraph_ELBO
+  (without a baseline) for the discrete models. *JAX by hand*: `rloo` and `disarm`, which NumPyro lacks, with
+  gradients equal to the PyTorch version's for equal noise."""
+
+
+# Where the time goes.
+
+
+def profile_section(facts: Facts | None) -> list[str]:
+    lines = ["## The gap to NumPyro", ""]
+    if facts is None:
+        return [*lines, NOT_MEASURED.format(file="profile.json"), ""]
+    lines += [f"`python benchmarks/step.py --profile` on {where(facts)}; GaussianVAE.", "", PROFILE_PROSE]
+    for one in facts["profiles"]:
+        for rival, found in one["rivals"].items():
+            lines += [
+                "",
+                f"Batch {one['batch']}, {rival}: {found['ms']:.2f} ms a step without the profiler, "
+                f"{found['operations']:.0f} operations. The largest, under the profiler:",
+                *table(
+                    ["operation", "ms a step", "calls a step"],
+                    [[f"`{e['operation'][:70]}`", f"{e['ms']:.3f}", number(e["calls"])] for e in found["top"][:5]],
+                )[:-1],
+            ]
+        if one.get("matmuls"):
+            rows = [[said, f"{ms:.2f}"] for said, ms in one["matmuls"].items()]
+            lines += [
+                "",
+                f"Batch {one['batch']}: the step's matrix products alone",
+                *table(["library", "ms"], rows)[:-1],
+            ]
+    return [*lines, ""]
+
+
+PROFILE_PROSE = ""
+
+
+# How it grows.
+
+
+def scaling_section(facts: Facts | None) -> list[str]:
+    lines = ["## How time and memory grow", ""]
+    if facts is None:
+        return [*lines, NOT_MEASURED.format(file="scaling.json"), ""]
+    lines += [f"`python benchmarks/scaling.py` on {where(facts)}.", "", SCALING_PROSE, ""]
+    for series in facts["series"].values():
+        lines += [f"### {series['said'][0].upper()}{series['said'][1:]}"]
+        sizes = unique(size for row in series["rivals"].values() for size in row["sizes"])
+        rows = []
+        for rival, row in series["rivals"].items():
+            ms = dict(zip(row["sizes"], row["ms"], strict=True))
+            mib = dict(zip(row["sizes"], row["mib"], strict=True))
+            times = [number(ms[size]["median"]) if size in ms else "–" for size in sizes]
+            rows.append([f"{rival}, ms", *times, number(row["exponent"], 2)])
+            held = [number(mib.get(size)) for size in sizes]
+            rows.append([f"{rival}, MiB", *held, number(row["memory_exponent"], 2)])
+        lines += table(["", *map(str, sizes), "exponent"], rows)
+    if sites := facts["series"].get("sites"):
+        asked = []
+        for rival, row in sites["rivals"].items():
+            if "stock" not in rival:
+                asked.append(
+                    (f"{row['sizes'][-1]} sequential sites, {rival}: exponent of time", row["exponent"], "≤ 1.1")
+                )
+        lines += ["### What was asked", *verdicts([(a, found, bound, found <= 1.1) for a, found, bound in asked])]
+    if processes := facts.get("processes"):
+        first = processes["seconds"][0]
+        rows = [
+            [str(jobs), f"{seconds:.1f}", f"{first / seconds:.2f}"]
+            for jobs, seconds in zip(processes["jobs"], processes["seconds"], strict=True)
+        ]
+        lines += [f"### {processes['said'][0].upper()}{processes['said'][1:]}"]
+        lines += table(["processes", "seconds", "times faster"], rows)
+    return lines
+
+
+SCALING_PROSE = """\
+Milliseconds are medians of a step; the points of a table took turns. The exponent is the slope of log time, or log
+memory, against log size over the larger half of the sizes. Memory is what one step adds to the process at its peak,
+gradients included (Linux; an allocator set to give back at once what is freed); a step of more than two seconds is
+taken once, and its memory is not looked at."""
+
+
+# Time to a bound.
+
+
+def bound_section(facts: Facts | None, tuning: Facts | None) -> list[str]:
+    lines = ["## Time to a bound", ""]
+    if facts is None:
+        return [*lines, NOT_MEASURED.format(file="time-to-bound.json"), ""]
+    command = "python benchmarks/time_to_bound.py" + (
+        "" if facts["data"] == "binarized-mnist" else f" --data {facts['data']}"
+    )
+    lines += [f"`GUMBO_DATA=… {command} --epochs {facts['epochs']}` on {where(facts)}.", ""]
+    prose = BOUND_PROSE.format(
+        latents=facts["latents"], data=facts["data"], batch=facts["batch"], epochs=facts["epochs"]
+    )
+    lines += [prose, "", f"Settings, as tuned: stock {settings(facts['stock'])}; ours {settings(facts['ours'])}."]
+    rows = []
+    for run in facts["runs"]:
+        faster = run["times_faster"]
+        rows.append(
+            [
+                str(run["seed"]),
+                f"{run['target']:.2f}",
+                f"{run['stock_seconds']:.1f}",
+                "not reached" if run["our_seconds"] is None else f"{run['our_seconds']:.2f}",
+                "–" if faster is None else f"{faster:.1f}",
+                f"{run['stock_ms']:.2f}",
+                f"{run['our_ms']:.2f}",
+                f"{run['our_best']:.2f}",
+            ]
+        )
+    heads = [
+        "seed",
+        "target, nats",
+        "stock, s",
+        "ours, s",
+        "times faster",
+        "stock, ms a step",
+        "ours, ms a step",
+        "ours at its end",
+    ]
+    lines += table(heads, rows)
+    found = [run["times_faster"] for run in facts["runs"]]
+    least = None if None in found else min(found)
+    lines += verdicts([("least of the seeds: times faster than stock", least, "≥ 5", least is not None and least >= 5)])
+    if None not in found:
+        lines += [f"Median of the seeds: {statistics.median(found):.1f} times.", ""]
+    if tuning:
+        lines += ["### Tuning", "", TUNING_PROSE.format(epochs=tuning["epochs"])]
+        best = sorted(tuning["stock"], key=lambda entry: -entry["bound"])
+        lines += table(["stock", "validation bound, nats"], [[settings(e), f"{e['bound']:.2f}"] for e in best])
+        reached = [entry for entry in tuning["ours"] if entry["seconds"] is not None]
+        reached.sort(key=lambda entry: entry["seconds"])
+        rows = [[settings(e), f"{e['seconds']:.2f}", str(e["steps"])] for e in reached]
+        lines += table(["ours", "seconds to the stock's best", "steps"], rows)
+    return lines
+
+
+def settings(entry: Facts) -> str:
+    if "baseline" in entry:
+        return f"{entry['baseline']} (decay {entry['beta']:g}), lr {entry['lr']:g}"
+    return f"`{entry['estimator']}`, K = {entry['particles']}, lr {entry['lr']:g}"
+
+
+BOUND_PROSE = """\
+A sigmoid belief network of {latents} coins, one linear layer each way, on {data}, batches of {batch}; our best
+against stock TraceGraph_ELBO with a baseline. Both start from the same weights, take one fused Adam (lighter than
+`SVI.step`, which keeps an optimizer for each parameter), have Pyro's validation off, and are judged by the same
+evaluation on the test images. The rule, set beforehand: the target of a seed is the best test bound of the stock's
+first {epochs} epochs, looked at once an epoch; what counts is the time spent in training steps until an evaluation is
+at the target. The two take turns all along."""
+TUNING_PROSE = """\
+Learning rates and baselines for the stock by the bound on validation images after {epochs} epochs; estimators,
+particles and learning rates for ours by the time to the stock's best. A seed of its own."""
+
+
+# A GPU.
+
+
+NO_GPU = """\
+Not measured: no GPU was at hand. `python benchmarks/step.py --device cuda` writes `benchmarks/results/step-cuda.json`,
+and this page then shows it."""
+
+
+def cuda_section(facts: Facts | None) -> list[str]:
+    lines = ["## On a GPU", ""]
+    if facts is None:
+        return [*lines, NO_GPU, ""]
+    steps = Steps(facts)
+    lines += [f"`python benchmarks/step.py --device cuda` on {where(facts)}.", ""]
+    for workload in unique(row["workload"] for row in facts["rows"]):
+        lines += [f"### {SAID[workload]}, on the GPU", *steps.table(workload), *steps.ratios(workload)[1:]]
+    found = steps.ratio("gaussian", "Pyro SVI", "gumbo, compiled", 128)
+    holds = None if found is None else found >= 10
+    return [*lines, *verdicts([("gaussian, batch 128: Pyro SVI ÷ gumbo, compiled", found, "≥ 10", holds)])]
+
+
+HEAD = """\
+# Performance
+
+Made by `python benchmarks/performance.py` from the files in `benchmarks/results`, which the commands below write.
+Times are of one machine on one day; what carries over are the ratios, of rivals that took turns in one process."""
+
+
+def page(folder: Path = RESULTS) -> str:
+    def read(name: str) -> Facts | None:
+        path = folder / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    sections = [
+        [HEAD, ""],
+        step_section(read("step.json")),
+        profile_section(read("profile.json")),
+        scaling_section(read("scaling.json")),
+        bound_section(read("time-to-bound.json"), read("time-to-bound-tuning.json")),
+        cuda_section(read("step-cuda.json")),
+    ]
+    text = "\n".join(line for section in sections for line in section)
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.rstrip() + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the JSON files")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args(arguments)
+    text = page(options.results)
+    if not options.check:
+        options.page.write_text(text)
+    elif not options.page.exists() or options.page.read_text() != text:
+        sys.exit(f"{options.page} is not what {options.results} gives: run python benchmarks/performance.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""The benchmarks at tiny settings: they run, rivals have the same gradients, and the page is what the numbers give."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+SHAPE = (1, 6, 6)
+WORKLOADS = ("gaussian", "categorical", "belief")
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The scripts find each other as they do when one of them is run."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def script(name: str):
+    return importlib.import_module(name)
+
+
+def run(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# step.py
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_the_version_by_hand_has_gumbos_gradients(name):
+    step = script("step")
+    step.check_same_gradients(step.WORKLOADS[name], shape=SHAPE)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_wrong_version_by_hand_is_found(name):
+    step = script("step")
+
+    def wrong(model, guide):
+        hand = step.WORKLOADS[name].by_hand(model, guide)
+        with torch.no_grad():
+            hand.encoder[-1].bias[::3].add_(0.01)
+        return hand
+
+    with pytest.raises(AssertionError):
+        step.check_same_gradients(dataclasses.replace(step.WORKLOADS[name], by_hand=wrong), shape=SHAPE)
+
+
+def test_a_baseline_that_includes_its_own_draw_is_found():
+    step = script("step")
+
+    class Biased(step._by_hand.Categorical):
+        def forward(self, x, noise):
+            value, objective = super().forward(x, noise)
+            return value, objective * (self.particles - 1) / self.particles
+
+    biased = dataclasses.replace(step.WORKLOADS["categorical"], by_hand=lambda m, g: Biased(m, g, step.PARTICLES))
+    with pytest.raises(AssertionError, match="parameter"):
+        step.check_same_gradients(biased, shape=SHAPE)
+
+
+def test_the_jax_version_has_the_same_gradients():
+    if importlib.util.find_spec("numpyro") is None:
+        pytest.skip("NumPyro is not installed")
+    # In a process of its own: JAX starts threads, and warns of things that are not ours.
+    checks = f"[step.check_same_gradients_in_jax(name, shape={SHAPE}) for name in {WORKLOADS}]"
+    run("-c", f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import step; {checks}")
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_step_is_measured(name, capsys):
+    step = script("step")
+    rows = step.measure(name, 256, "cpu", rounds=2, without=("compile", "jax"))
+    assert [row["rival"] for row in rows] == [step.HAND, step.STOCK, step.STOCK_UNCHECKED, step.EAGER]
+    assert all(0 < row["fastest"] <= row["q25"] <= row["median"] <= row["q75"] for row in rows)
+    step.show(rows)
+    assert "gumbo ÷ PyTorch by hand" in capsys.readouterr().out
+
+
+def test_rivals_start_alike_and_train():
+    step = script("step")
+    workload = step.WORKLOADS["belief"]
+    x = step.make_batch(8)
+    hand = workload.by_hand(*step.make_pair(workload))
+    before = [parameter.clone() for parameter in hand.parameters()]
+    model, guide = step.make_pair(workload)
+    assert torch.equal(before[0], model.decoder["x"][0].weight) or torch.equal(before[0], model.decoder_prior_logits)
+    step.hand_step(hand, x, compiled=False)()
+    assert not any(torch.equal(old, new) for old, new in zip(before, hand.parameters(), strict=True))
+
+
+def test_the_profile_names_operations():
+    step = script("step")
+    found = step.profile("belief", 16, steps=2, without=("compile",))
+    assert any("mm" in entry["operation"] for entry in found["rivals"][step.EAGER]["top"])
+
+
+# scaling.py
+
+
+def test_the_exponent_is_that_of_the_larger_half():
+    scaling = script("scaling")
+    sizes = [1, 2, 4, 8, 16, 32]
+    assert scaling.exponent(sizes, [100 if size < 8 else size**2 for size in sizes]) == pytest.approx(2)
+    assert scaling.exponent([3], [1.0]) is None
+
+
+def test_a_series_is_measured_point_by_point(capsys):
+    scaling = script("scaling")
+    series = dataclasses.replace(scaling.SERIES["sites"], up_to={"stock TraceGraph_ELBO": 4})
+    found = scaling.measure(series, rounds=2, sizes=(2, 4, 6), patience=60.0)
+    assert found["rivals"]["score"]["sizes"] == [2, 4, 6]
+    assert found["rivals"]["stock TraceGraph_ELBO"]["sizes"] == [2, 4]
+    mib = {rival: [1.0] * len(row["sizes"]) for rival, row in found["rivals"].items()}
+    scaling.show(scaling.with_memory(found, mib))
+    assert "rloo, K = 4" in capsys.readouterr().out
+
+
+def test_a_slow_step_is_taken_once():
+    scaling = script("scaling")
+    found = scaling.measure(scaling.SERIES["sites"], rounds=3, sizes=(2, 3), patience=0.0)
+    assert [one["rounds"] for one in found["rivals"]["score"]["ms"]] == [1, 1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_memory_grows_with_what_a_step_holds():
+    scaling = script("scaling")
+    timing = script("_timing")
+
+    def holds(mib):
+        return timing.Rival(lambda n: torch.ones(mib, 2**18))
+
+    small, large = scaling.peak_growth(holds(8)), scaling.peak_growth(holds(64))
+    if small is None:
+        pytest.skip("the peak cannot be reset here")
+    assert 7 < small < 24 and 60 < large < 80
+
+
+def test_the_chain_is_one_site_a_coin(param_store):
+    import pyro
+
+    model, guide = script("scaling").chain(5)
+    assert [name for name in pyro.poutine.trace(model).get_trace().nodes if name.startswith("z")] == [
+        f"z{i}" for i in range(5)
+    ]
+    assert not {name for name, _ in model.named_parameters()} & {name for name, _ in guide.named_parameters()}
+
+
+# time_to_bound.py
+
+
+def test_the_race_on_digits():
+    bound = script("time_to_bound")
+    images = bound.load("digits", binarize="static")
+    rivals = {
+        kind: bound.make_runner(kind, settings, images.train, images.test, seed=0, latents=8)
+        for kind, settings in (("stock", bound.STOCK), ("ours", bound.OURS))
+    }
+    start = [runner.curve[0]["bound"] for runner in rivals.values()]
+    assert start[0] == start[1]
+    found = bound.race(rivals["stock"], rivals["ours"], epochs=2)
+    assert found["target"] > start[0]
+    assert found["target"] == max(point["bound"] for point in found["stock_curve"])
+    assert found["stock_seconds"] <= rivals["stock"].seconds
+    assert rivals["stock"].steps == 2 * rivals["stock"].per_epoch
+    assert found["times_faster"] is None or found["times_faster"] > 0
+
+
+@pytest.mark.parametrize("baseline", ["decaying average", "network"])
+def test_each_baseline_of_the_stock_trains(baseline):
+    bound = script("time_to_bound")
+    images = bound.load("digits", binarize="static")
+    settings = {"baseline": baseline, "beta": 0.9, "lr": 3e-3}
+    runner = bound.make_runner("stock", settings, images.train[:300], images.test, seed=0, latents=8)
+    network = [] if runner.step.network is None else list(runner.step.network.parameters())
+    before = [parameter.clone() for parameter in network]
+    assert runner.go(12) > runner.curve[0]["bound"]
+    assert not any(torch.equal(old, new) for old, new in zip(before, network, strict=True))
+    assert any("avg" in name for name in runner.step.store["params"]), "its average is not kept from step to step"
+
+
+def test_the_two_see_the_same_batches():
+    bound = script("time_to_bound")
+    seen: dict[str, list] = {"stock": [], "ours": []}
+    rows = torch.bernoulli(torch.full((300, 1, 4, 4), 0.5))
+    for kind, settings in (("stock", bound.STOCK), ("ours", bound.OURS)):
+        runner = bound.make_runner(kind, settings, rows, rows[:50], seed=3, latents=4)
+        step = runner.step
+
+        class Watching:
+            around = step.around
+
+            def __call__(self, x, step=step, kind=kind):
+                seen[kind].append(x)
+                step(x)
+
+        runner.step = Watching()
+        runner.go(2)
+        runner.go(2)
+    assert len(seen["ours"]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(seen["stock"], seen["ours"], strict=True))
+
+
+def test_the_time_to_a_target_is_interpolated():
+    bound = script("time_to_bound")
+    runner = bound.Runner.__new__(bound.Runner)
+    runner.curve = [
+        {"steps": 0, "seconds": 0.0, "bound": -100.0},
+        {"steps": 5, "seconds": 1.0, "bound": -90.0},
+        {"steps": 10, "seconds": 2.0, "bound": -80.0},
+    ]
+    assert runner.seconds_to(-85.0) == pytest.approx(1.5)
+    assert runner.seconds_to(-90.0) == pytest.approx(1.0)
+    assert runner.seconds_to(-79.0) is None
+
+
+# performance.py
+
+
+def rows_of(workload: str, **medians: float) -> list[dict]:
+    names = {"hand": "PyTorch by hand", "stock": "Pyro SVI", "eager": "gumbo", "compiled": "gumbo, compiled"}
+    numbers = {"q25": 1.0, "q75": 1.0, "fastest": 1.0, "rounds": 3, "turn": 5, "first_turn_s": 1.0}
+    return [
+        {"workload": workload, "batch": 32, "rival": names[key], "median": value} | numbers
+        for key, value in medians.items()
+    ]
+
+
+def test_the_page_takes_its_verdicts_from_the_numbers(tmp_path):
+    performance = script("performance")
+    facts = {"device": "a machine", "machine": "2 threads", "threads": 2}
+    for compiled, said in ((0.79, "yes"), (0.81, "**no**")):
+        rows = rows_of("gaussian", hand=1.0, stock=2.0, eager=1.5, compiled=compiled)
+        (tmp_path / "step.json").write_text(json.dumps(facts | {"rows": rows}))
+        text = performance.page(tmp_path)
+        assert f"gumbo, compiled ÷ PyTorch by hand ≤ 0.8 | {compiled:.2f} | {said} |" in text
+        assert "gumbo ÷ Pyro SVI ≤ 0.7 | 0.75 | **no** |" in text
+        assert "batch 128: gumbo ÷ Pyro SVI ≤ 0.7 | – | not measured |" in text
+
+
+def test_the_page_says_what_was_not_measured(tmp_path):
+    text = script("performance").page(tmp_path)
+    for file in ("step.json", "scaling.json", "time-to-bound.json", "step-cuda.json"):
+        assert f"benchmarks/results/{file}`" in text
+    assert "no GPU was at hand" in text
+
+
+def test_the_page_shows_the_gpu_by_its_name(tmp_path):
+    rows = rows_of("gaussian", stock=20.0, compiled=1.0)
+    for row in rows:
+        row["batch"] = 128
+    (tmp_path / "step-cuda.json").write_text(json.dumps({"device": "Card 9000", "machine": "m", "rows": rows}))
+    text = script("performance").page(tmp_path)
+    assert "Card 9000" in text and "≥ 10 | 20.00 | yes |" in text
+
+
+def test_an_unreached_bound_is_no_success(tmp_path):
+    run_of = {"seed": 0, "target": -100.0, "stock_seconds": 50.0, "stock_ms": 5.0, "our_ms": 5.0, "our_best": -101.0}
+    facts = {"device": "a machine", "machine": "2 threads", "data": "digits", "latents": 8, "epochs": 2, "batch": 100}
+    settings = {"stock": {"baseline": "network", "beta": 0.9, "lr": 1e-3}}
+    settings["ours"] = {"estimator": "rloo", "particles": 4, "lr": 1e-3}
+    runs = [run_of | {"our_seconds": None, "times_faster": None}]
+    (tmp_path / "time-to-bound.json").write_text(json.dumps(facts | settings | {"runs": runs}))
+    text = script("performance").page(tmp_path)
+    assert "not reached" in text and "≥ 5 | – | **no** |" in text
+
+
+def test_the_committed_page_is_what_the_committed_numbers_give():
+    assert run(str(FOLDER / "performance.py"), "--check") == ""
+
+
+def test_the_committed_numbers_are_small():
+    for path in (FOLDER / "results").glob("*"):
+        assert path.suffix == ".json" and path.stat().st_size < 200_000
+        assert all(math.isfinite(value) for value in numbers_in(json.loads(path.read_text())))
+
+
+def numbers_in(found):
+    if isinstance(found, (dict, list)):
+        for one in found.values() if isinstance(found, dict) else found:
+            yield from numbers_in(one)
+    elif isinstance(found, float):
+        yield found
