@@ -78,6 +78,7 @@ class CompiledStep(TorchStep):
             self._compare(batch)
         self._watched = self._watch()
         self.seconds += time.perf_counter() - start
+        self.note = f"compiled in {self.seconds:.1f} s"
 
     # One step.
 

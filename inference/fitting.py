@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def fit(
     checkpoint_minutes: float | None = None,
     tensorboard: bool = False,
     validate: bool = False,
+    compile: bool = False,
     progress: bool = True,
     title: str = "fit",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
@@ -83,6 +85,10 @@ def fit(
 
     The first batch runs under Pyro's validation, and every row is held against its site's support once (in each epoch
     where ``transform`` or ``drop_last`` shows other rows); ``validate=True`` keeps all of Pyro's validation on.
+
+    ``compile=True`` makes one graph of the loss, its gradient and Adam, and machine code of the graph: it takes some
+    seconds at the start, needs a C++ compiler, and pays on long runs of small networks. Programs that decide by values
+    are refused; batches of another size than ``batch_size`` run without it.
 
     Losses with a differentiable scalar run in torch's idiom; the others (stock TraceGraph_ELBO) as ``SVI.step`` does.
     Both run in a scope of the param store and under generators of their own: the store and the seeds stay as they are.
@@ -117,10 +123,16 @@ def fit(
     (3, True)
     """
     _refuse_programs(model, guide)
-    least = {"epochs": epochs, "batch_size": batch_size, "checkpoint_every": checkpoint_every}
-    for name, value in (least | {"checkpoint_steps": checkpoint_steps, "valid_samples": valid_samples}).items():
-        if value is not None and value < 1:
-            raise BadInput(f"{name} is {value}: expected at least 1")
+    counts = {"epochs": epochs, "batch_size": batch_size, "checkpoint_every": checkpoint_every}
+    counts |= {"checkpoint_steps": checkpoint_steps, "valid_samples": valid_samples, "patience": patience}
+    for name, value in counts.items():
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise BadInput(f"{name} is {value!r}: expected at least 1, a whole number")
+    if not isinstance(seed, Integral):
+        raise BadInput(f"seed is {seed!r}: expected a whole number")
+    for name, value in (("transform", transform), ("on_epoch", on_epoch)):
+        if value is not None and not callable(value):
+            raise BadInput(f"{name} is {type(value).__name__}: expected a function")
     if (patience is not None or restore_best) and valid is None:
         raise BadInput("patience and restore_best choose by validation data: pass valid=")
     if (resume or tensorboard) and run_dir is None:
@@ -130,6 +142,8 @@ def fit(
         raise BadInput(what)
     if tensorboard:
         require_tensorboard()
+    if compile and validate:
+        raise BadInput("validate=True looks at values, which compile=True cannot: leave one of them out")
     rows = Rows(train, "train").check("train")
     valid_rows = None if valid is None else Rows(valid, "valid").check("valid")
     loss, loss_name = _make_loss(loss)
@@ -152,6 +166,7 @@ def fit(
         "train": _fingerprint(rows),
         "valid": None if valid_rows is None else _fingerprint(valid_rows),
         "valid_samples": valid_samples,
+        "compile": compile,
         "processes": 1 if processes is None else processes.number,
     }
     plan = Plan(
@@ -172,7 +187,7 @@ def fit(
         modes_kept(model, guide),
         denormals_flushed(),
     ):
-        step = _make_step(model, guide, loss, make, batches.first(), processes, seed)
+        step = _make_step(model, guide, loss, make, batches.first(), compile, processes, seed)
         step.validate = validate
         objective = getattr(getattr(step, "module", loss), "objective_name", "elbo")
         folder = None if run_dir is None else Path(run_dir)
@@ -237,15 +252,18 @@ def _refuse_programs(model: torch.nn.Module, guide: torch.nn.Module) -> None:
 
 
 def _make_step(
-    model, guide, loss: ELBO, make: Callable, batch: Rows, processes: Processes | None = None, seed: int = 0
+    model, guide, loss: ELBO, make: Callable, batch: Rows, compile: bool, processes: Processes | None, seed: int
 ) -> Step:
     """The kind of step that the loss needs; programs that cannot run on the data are refused in one line."""
     kind: Callable[..., Step] = TorchStep if is_differentiable(loss) else StoreStep
+    if compile:
+        from .compiled import CompiledStep as kind  # what it imports takes a while to load
     if processes is not None:
         from .split_rows import ProcessStep
 
-        if kind is StoreStep:
-            raise BadInput(f"{type(loss).__name__} takes gradients itself, in one process only: use SiteELBO's words")
+        if compile or kind is StoreStep:
+            what = "a compiled step" if compile else f"{type(loss).__name__}, which takes gradients itself,"
+            raise BadInput(f"{what} runs in one process only: leave compile out, and take one of SiteELBO's words")
         kind = partial(ProcessStep, processes=processes, seed=seed)
     try:
         return kind(model, guide, loss, make, batch)

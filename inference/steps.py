@@ -56,6 +56,7 @@ class Step:
 
     validate = False
     check_data = True
+    note = ""  # what a reader of the progress lines should know of it
 
     @contextmanager
     def checks(self) -> Iterator[None]:
