@@ -1,0 +1,71 @@
+"""Products handed to oneDNN are the same products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from gumbo.inference.products import SMALLEST, through_onednn
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+def captured(function, *inputs):
+    graph = make_fx(function, tracing_mode="fake")(*inputs)
+    return through_onednn(graph), [str(node.target) for node in graph.graph.nodes]
+
+
+def loss_and_gradients(x, weight, bias):
+    """A layer and its backward pass: every layout that training meets."""
+    weight, bias = weight.detach().requires_grad_(), bias.detach().requires_grad_()
+    x = x.detach().requires_grad_()
+    loss = torch.nn.functional.linear(x, weight, bias).square().sum()
+    return [loss.detach(), *torch.autograd.grad(loss, [x, weight, bias])]
+
+
+def layer(rows, inputs, outputs, dtype=torch.float32):
+    return torch.randn(rows, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype) / 9, torch.randn(outputs)
+
+
+def test_large_products_are_handed_over_and_equal():
+    inputs = layer(64, 160, 130)
+    graph, targets = captured(loss_and_gradients, *inputs)
+    assert targets.count("gumbo.linear.default") == 3
+    assert not {"aten.mm.default", "aten.addmm.default"} & set(targets)
+    for ours, torchs in zip(graph(*inputs), loss_and_gradients(*inputs), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
+
+
+def test_columns_and_slices_are_read_where_they_lie():
+    a, b = torch.randn(300, 70), torch.randn(140, 300)
+
+    def products(a, b):
+        return a.T @ b.T, a[:, 3:67] @ b[::2, :64].T, a[::2].T @ b.T[1::2]
+
+    graph, targets = captured(products, a, b)
+    assert targets.count("gumbo.linear.default") == 3
+    for ours, torchs in zip(graph(a, b), products(a, b), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes, dtype", [((8, 16, 4), torch.float32), ((64, 160, 130), torch.float64)])
+def test_small_and_double_products_stay(sizes, dtype):
+    x, weight, _ = layer(*sizes, dtype=dtype)
+    assert dtype is torch.float64 or x.numel() * len(weight) < SMALLEST
+    _, targets = captured(lambda x, w: x @ w.T, x, weight)
+    assert "aten.mm.default" in targets and "gumbo.linear.default" not in targets
+
+
+def test_a_bias_that_is_no_vector_stays():
+    x, weight, _ = layer(64, 160, 130)
+    _, targets = captured(torch.addmm, torch.randn(64, 130), x, weight.T)
+    assert "aten.addmm.default" in targets
+
+
+def test_shapes_are_known_to_the_compiler():
+    x, weight, bias = layer(64, 160, 130)
+    through_onednn(make_fx(torch.nn.functional.linear)(x, weight, bias))
+    torch.library.opcheck(
+        torch.ops.gumbo.linear.default, (x, weight, bias), test_utils=["test_schema", "test_faketensor"]
+    )
