@@ -7,6 +7,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import pyro.optim
@@ -93,8 +94,8 @@ def make_optimizer(
     Raises UnknownName for an unknown word, and BadInput for what is no optimizer, or no number that can be meant.
     """
     for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-        if value is not None and not value > 0:
-            raise BadInput(f"{name} is {value}: expected a positive number")
+        if value is not None and not (isinstance(value, Real) and value > 0):
+            raise BadInput(f"{name} is {value!r}: expected a positive number")
     if scheduler_every not in ("epoch", "step"):
         raise UnknownName("scheduler_every", scheduler_every, ("epoch", "step"))
     if callable(lr):
@@ -102,8 +103,8 @@ def make_optimizer(
             raise BadInput("lr is a schedule and scheduler= is given as well: leave one of them out")
         # A base of 1, so that the factor that LambdaLR multiplies it by is the learning rate.
         scheduler, scheduler_every, base = functools.partial(LambdaLR, lr_lambda=lr), "step", 1.0
-    elif not lr > 0:
-        raise BadInput(f"lr is {lr}: expected a positive number, or a schedule of the step")
+    elif not (isinstance(lr, Real) and lr > 0):
+        raise BadInput(f"lr is {lr!r}: expected a positive number, or a schedule of the step")
     else:
         base = lr
     if inspect.isfunction(optimizer) and optimizer.__module__.startswith("pyro.optim"):
@@ -198,6 +199,8 @@ def _clip(
 def _built(make: Callable[[], Any]) -> Any:
     try:
         return make()
+    except BadInput:
+        raise
     except (TypeError, ValueError, AssertionError, KeyError) as error:
         raise BadInput(f"the optimizer or its schedule cannot be made: {error}") from error
 

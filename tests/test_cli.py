@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +90,86 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, capsys, tmp_path, monke
     assert words in said
     assert said.startswith(f"gumbo {argv[0]}: error: " if argv[0] in cli.VERBS else "gumbo: error: ")
     assert status == 2
+
+
+@pytest.mark.parametrize("folder", [[], ["--folder", "deep/er"]], ids=["by time", "by name"])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--batch_size", "0"], "batch_size is 0"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--lr", "-1"], "lr is -1.0"),
+        (["--lr", "fast(3)"], "unknown schedule 'fast'"),
+        (["--clip_norm", "0"], "clip_norm is 0"),
+        (["--patience", "0"], "patience is 0"),
+        (["--estimator", "rebar"], "cannot take estimator 'rebar'"),
+    ],
+)
+def test_a_run_that_comes_to_nothing_leaves_nothing(option, words, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said, status = one_line_and_status(capsys, ["train", *option, *folder])
+    assert words in said and status == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_stood_is_left_standing(capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    one_line_and_status(capsys, ["train", "--batch_size", "0", "--folder", str(tmp_path / "mine")])
+    assert (tmp_path / "mine").is_dir() and not list((tmp_path / "mine").iterdir())
+
+
+def test_a_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    said, status = one_line_and_status(capsys, ["train", "--folder", str(tmp_path / "new")])
+    assert "cannot write" in said and "No space left on device" in said
+    assert status == 1 and not (tmp_path / "new").exists()
+
+
+def children(pid: int) -> set[int]:
+    """Processes below this one, and below those."""
+    found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in found.splitlines()]
+    below, new = set(), {pid}
+    while new := {child for child, parent in pairs if parent in new} - below:
+        below |= new
+    return below
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_no_worker_outlives_a_comparison(number, tmp_path):
+    options = ["--quick", "--jobs", "2", "--epochs", "500", "--folder", "out"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "gumbo", "compare", *options],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics, limit = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 100
+    while not metrics.exists():
+        assert started.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    workers = children(started.pid)
+    assert len(workers) >= 2
+    started.send_signal(number)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 128 + number
+    assert said.splitlines()[-1] == f"gumbo compare: interrupted by {signal.Signals(number).name}"
+    assert "Traceback" not in said
+    for _ in range(100):
+        alive = {pid for pid in workers if Path(f"/proc/{pid}").exists() and "Z" not in state(pid)}
+        if not alive:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{len(alive)} workers are still there")
+
+
+def state(pid: int) -> str:
+    return subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
 
 
 def test_unknown_keys_of_a_file_are_refused(capsys, tmp_path):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
+import sys
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 
 from gumbo.errors import BadInput, GumboError, UnknownName
 from gumbo.guides import CategoricalGuide, NormalGuide
-from gumbo.inference import fit
+from gumbo.inference import Linear, fit
 from gumbo.inference.checkpoints import load_checkpoint
 from gumbo.models import CategoricalVAE, GaussianVAE
 
@@ -250,3 +253,210 @@ def test_one_name_for_two_parameters_is_refused():
     model.decoder_extra, guide.decoder_extra = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     with pytest.raises(BadInput, match="decoder_extra"):
         quiet(model, guide, images(), loss="trace")
+
+
+def scalars(folder):
+    """What TensorBoard shows of a folder, by name: the values over steps."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(folder))
+    found.Reload()
+    return {name: {e.step: e.value for e in found.Scalars(name)} for name in found.Tags()["scalars"]}, found
+
+
+def test_tensorboard_shows_every_number_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    options = {"loss": "trace", "valid": images(10, 1), "valid_samples": 2, "tensorboard": True, "run_dir": tmp_path}
+    options |= {"lr": Linear(20, 1e-2, 1e-3)}
+    quiet(*pair(), images(), epochs=3, **options)
+    # As if the run had been killed after its second epoch: what came later is written again.
+    shutil.copy(tmp_path / "checkpoints" / "previous.pt", tmp_path / "checkpoints" / "last.pt")
+    result = quiet(*pair(seed=1), images(), epochs=4, resume=True, **options)
+    shown, found = scalars(tmp_path / "tensorboard")
+    assert shown.keys() == {"elbo", "valid_elbo", "lr", "ms_per_step", "seconds"}
+    for name, values in shown.items():
+        assert values == pytest.approx({h["step"]: h[name] for h in result.history if name in h}, rel=1e-6)
+        assert [event.step for event in found.Scalars(name)] == sorted(values)  # none of them twice
+
+
+def test_tensorboard_that_is_missing_is_told_before_any_step(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BadInput, match=r'pip install "gumbo-ppl\[tensorboard\]"') as error:
+        quiet(*pair(), images(), loss="trace", run_dir=tmp_path / "run", tensorboard=True)
+    one_line(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_clipping_bounds_the_step():
+    moved = {}
+    for name, options in (
+        ("free", {}),
+        ("norm", {"clip_norm": 0.1}),
+        ("value", {"clip_value": 1e-3}),
+        ("pyro", {"optimizer": pyro.optim.SGD({"lr": 1.0}, {"clip_norm": 0.1})}),
+    ):
+        programs = pair("normal")
+        before = parameters(*programs)
+        quiet(*programs, images(16), loss="trace", epochs=1, **{"optimizer": "sgd", "lr": 1.0} | options)
+        moved[name] = parameters(*programs) - before
+    assert moved["free"].norm() > 1
+    assert moved["norm"].norm() == pytest.approx(0.1, rel=1e-3)
+    assert torch.allclose(moved["norm"] / 0.1, moved["free"] / moved["free"].norm(), atol=1e-4)
+    assert moved["value"].abs().max() == pytest.approx(1e-3, rel=1e-3)
+    assert moved["pyro"].norm() > 0.11  # each parameter by itself, as Pyro clips
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: pyro.optim.ClippedAdam({"lr": 1e-2, "clip_norm": 0.01, "lrd": 0.5}),
+        lambda: pyro.optim.Adam(lambda name: {"lr": 1e-2 if "decoder" in name else 1e-3}),
+        lambda: pyro.optim.SGD({"lr": 1e-2}, {"clip_norm": 0.1}),
+        lambda: pyro.optim.StepLR(
+            {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1e-2}, "step_size": 1, "gamma": 0.1}
+        ),
+    ],
+    ids=["clipped", "by name", "clip_args", "schedule"],
+)
+def test_pyro_s_optimizers_do_what_they_do_under_svi(make):
+    ours, theirs = pair("normal"), pair("normal")
+    x = images(16)
+    quiet(*ours, x, loss="trace", optimizer=make(), epochs=3, seed=5)
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        torch.manual_seed(5)
+        optimizer = make()
+        svi = SVI(*theirs, optimizer, loss=Trace_ELBO())
+        for epoch in range(1, 4):
+            order = torch.randperm(16, generator=torch.Generator().manual_seed(5 * 1_000_003 + epoch))
+            svi.step(x[order])
+            if hasattr(optimizer, "step"):
+                optimizer.step()
+    start = parameters(*pair("normal"))
+    assert (parameters(*ours) - start).norm() > 1e-3
+    assert torch.allclose(parameters(*ours), parameters(*theirs), atol=1e-6)
+
+
+def test_a_schedule_of_lr_is_that_of_the_step():
+    moved = [parameters(*pair("normal"))]
+    result = quiet(
+        *(programs := pair("normal")),
+        images(16),
+        loss="trace",
+        optimizer="sgd",
+        lr=Linear(2, 1e-2, 0.0),
+        epochs=4,
+        on_epoch=lambda _: moved.append(parameters(*programs)),
+    )
+    assert [h["lr"] for h in result.history] == pytest.approx([5e-3, 0.0, 0.0, 0.0])  # what the next step takes
+    steps = [float((b - a).norm()) for a, b in zip(moved, moved[1:], strict=False)]
+    assert steps[0] > 0 and steps[1] > 0 and steps[2:] == [0.0, 0.0]
+
+
+def test_schedulers_move_by_the_epoch_or_by_the_step():
+    rates = {}
+    for every in ("epoch", "step"):
+        result = quiet(
+            *pair("normal"),
+            images(),
+            loss="trace",
+            scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
+            scheduler_every=every,
+            epochs=2,
+        )
+        rates[every] = [h["lr"] for h in result.history]
+    assert rates["epoch"] == pytest.approx([1e-2, 5e-3])
+    assert rates["step"] == pytest.approx([1e-2 / 2**3, 1e-2 / 2**6])
+
+
+def test_plateau_judges_by_the_validation_loss():
+    result = quiet(
+        *pair("normal"),
+        images(),
+        valid=images(10, 1),
+        loss="trace",
+        lr=0.5,
+        scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, factor=0.1, patience=0, threshold=0.0),
+        epochs=12,
+    )
+    rate, best = 0.5, float("inf")
+    for numbers in result.history[1:]:
+        assert numbers["lr"] == pytest.approx(rate)
+        if -numbers["valid_elbo"] < best:
+            best = -numbers["valid_elbo"]
+        else:
+            rate *= 0.1
+    assert rate < 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optimizer": torch.optim.LBFGS}, "'closure'"),
+        ({"optimizer": pyro.optim.Adam({"lrr": 1.0})}, "'lrr'"),
+        ({"optimizer": torch.nn.Linear}, "made a|cannot be made"),
+        ({"optimizer": lambda parameters: 3}, "made a int"),
+        ({"optimizer": 3}, "expected a word"),
+        ({"optimizer": pyro.optim.SGD({"lr": 1.0}, lambda module, name: {})}, "clip_args"),
+        ({"optimizer": pyro.optim.Adam(lambda module, name: {})}, "one argument"),
+        ({"scheduler": lambda o: 3}, "made a int"),
+        ({"scheduler": torch.optim.lr_scheduler.StepLR}, "step_size"),
+        ({"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau, "scheduler_every": "step"}, "epochs"),
+        ({"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau, "lr": Linear(3)}, "leave one"),
+        ({"scheduler_every": "batch"}, "scheduler_every"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"clip_value": "1"}, "clip_value is '1'"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"lr": "fast"}, "lr is 'fast'"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"epochs": "3"}, "epochs is '3'"),
+        ({"seed": "x"}, "seed is 'x'"),
+        ({"patience": 0, "valid": images(4)}, "patience is 0"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps is 0"),
+        ({"tensorboard": True}, "run_dir"),
+        ({"transform": 3}, "transform is int"),
+        ({"transform": lambda rows, generator: 3}, "transform's result"),
+        ({"valid": images(0)}, "valid is empty"),
+        ({"valid": torch.zeros(4, 2, 2)}, "shape"),
+        ({"valid": images(4) / 0}, "valid: argument 0 holds NaN or infinity"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_one_line_and_nothing_is_written(change, words, tmp_path):
+    folder = {} if "tensorboard" in change else {"run_dir": tmp_path / "run"}
+    with pytest.raises((BadInput, UnknownName), match=words) as error:
+        quiet(*pair(), images(), **{"loss": "trace", "epochs": 1} | folder | change)
+    one_line(error)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or "valid" in change
+
+
+@pytest.mark.parametrize(
+    "data",
+    [images().long(), images().double(), {"y": images()}, (images(), images())],
+    ids=["int", "double", "y", "two"],
+)
+def test_data_that_the_programs_cannot_take_are_one_line(data):
+    class Model(pyro.nn.PyroModule):
+        """Checks nothing itself."""
+
+        def __init__(self):
+            super().__init__()
+            self.decoder = torch.nn.Linear(1, 9)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x.flatten(1))
+
+    class Guide(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.encoder = torch.nn.Linear(9, 1)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(self.encoder(x.flatten(1)), 1).to_event(1))
+
+    for loss in ("trace", "pathwise", "trace-graph"):
+        assert quiet(Model(), Guide(), images(), loss=loss, epochs=1).epochs == 1
+        with pytest.raises(BadInput, match=r"cannot run on a batch of train, \(16, 1, 3, 3\)") as error:
+            quiet(Model(), Guide(), data, loss=loss, epochs=1)
+        one_line(error)
