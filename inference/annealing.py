@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.distributions import biject_to
 
+from .progress import Progress
 from .sweeps import Block, Layout, Pass, Sweep
 
 
@@ -117,7 +118,9 @@ def _kept(layout: Layout, plates: Sequence[str]) -> Layout:
     return replace(layout, names=names)
 
 
-def annealed_evidence(target: Target, particles: int = 500, moves: int = 6, most: int = 80) -> np.ndarray:
+def annealed_evidence(
+    target: Target, particles: int = 500, moves: int = 6, most: int = 80, progress: Progress | None = None
+) -> np.ndarray:
     """log p(x) of each unit ``(units,)`` by sequential Monte Carlo from the prior to the posterior.
 
     Each unit's temperature falls so that half of the particles count; between temperatures they take random-walk
@@ -129,7 +132,7 @@ def annealed_evidence(target: Target, particles: int = 500, moves: int = 6, most
     inverse = torch.zeros(units, dtype=torch.float64)
     evidence = torch.zeros(units, dtype=torch.float64)
     step = torch.full((units,), 2.38 / math.sqrt(size), dtype=torch.float64)
-    for _ in range(most):
+    for temperature in range(most):
         higher = _next(inverse, likelihood)
         gain = (higher - inverse) * likelihood
         gain = gain.masked_fill((higher == inverse).expand_as(gain), 0.0)
@@ -141,7 +144,9 @@ def annealed_evidence(target: Target, particles: int = 500, moves: int = 6, most
         free = free.gather(0, picked.unsqueeze(-1).expand_as(free))
         prior, likelihood = prior.gather(0, picked), likelihood.gather(0, picked)
         root = _root_covariance(free)
-        for _ in range(moves):
+        for move in range(moves):
+            if progress is not None:
+                progress.step(temperature * moves + move)
             noise = torch.randn_like(free)
             proposed = free + step[:, None] * torch.einsum("uij,puj->pui", root, noise)
             new_prior, new_likelihood = target(proposed)

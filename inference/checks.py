@@ -16,6 +16,7 @@ from .diagnostics import Report, Verdict, _rounding, importance_ess, khat, log_e
 from .evaluation import exact_pair
 from .isolation import private_seed
 from .posterior import Collection, Naming, _afford, _refits
+from .progress import Stages
 from .refits import can_refine, refine
 from .sweeps import _REFUSALS, Block, Sweep, _first_line, _has_rows, quietly
 
@@ -69,6 +70,7 @@ def examine(
     refine_steps: int,
     num_refits: int | None,
     seed: int | None,
+    say: Stages,
 ) -> Report:
     """All diagnostics of a pair; see :func:`~gumbo.inference.diagnose`."""
     import xarray
@@ -86,6 +88,7 @@ def examine(
         pairs = [exact_pair(model, one) for one in guides]
     model, guides = pairs[0][0], [pair[1] for pair in pairs]
     if num_refits is not None:
+        say.stage("fitting guides once more")
         guides += _refits(model, guides, args, kwargs, num_refits, seed, None)
     options: dict[str, Any] = {"batch_size": batch_size, "data_plates": data_plates}
     sweep, args, kwargs = few_rows(Sweep(model, guides[0], args, kwargs, **options), num_data, options)
@@ -95,7 +98,9 @@ def examine(
     _afford(collection.bytes_needed(), 4.0)
     collection.allocate()
     for chain, one in enumerate(sweeps):
-        collection.fill(chain, one, None if seed is None else seed + chain)
+        say.stage(f"drawing from the guide{one.slowly()}", collection.steps(one))
+        collection.fill(chain, one, None if seed is None else seed + chain, say)
+    say.stage("weighing the draws")
     found = weight_statistics(collection, Naming(sweep, {}, {}).event_names)
     skipped: dict[str, str] = {}
     units = units_of(collection, skipped)
@@ -104,11 +109,11 @@ def examine(
     merged = _merged([one for some in verdicts for one in some])
     extra: dict[str, tuple[Sequence[str], np.ndarray]] = {}
     if "gap" in merged:
-        merged["gap"] = _with_parts(merged["gap"], sweep, refine_steps, seed, skipped, extra, options)
+        merged["gap"] = _with_parts(merged["gap"], sweep, refine_steps, seed, skipped, extra, options, say)
     ranks: dict[str, np.ndarray] = {}
     if "point" not in merged or not merged["point"].fired:
-        merged |= _calibration(sweep, num_simulations, seed, skipped, ranks)
-        merged |= _missed_mass(sweep, num_samples, seed, skipped, options)
+        merged |= _calibration(sweep, num_simulations, seed, skipped, ranks, say)
+        merged |= _missed_mass(sweep, num_samples, seed, skipped, options, say)
     merged |= _between_refits(collection)
     made = Naming(sweep, {}, {}).statistics(found | extra)
     return Report(tuple(merged.values()), xarray.Dataset(made), skipped, ranks)
@@ -408,6 +413,7 @@ def _with_parts(
     skipped: dict[str, str],
     extra: dict[str, tuple[Sequence[str], np.ndarray]],
     options: Mapping[str, Any],
+    say: Stages,
 ) -> Verdict:
     """The gap split in two by refining the guide's parameters for each datum."""
     reason = ""
@@ -423,8 +429,9 @@ def _with_parts(
         skipped["amortization gap"] = reason
         return verdict
     fewer, args, kwargs = few_rows(sweep, 32, options)
+    say.stage("refining the guide for each datum", steps)
     try:
-        better = refine(sweep.model, sweep.guide, args, kwargs, steps=steps, seed=seed)
+        better = refine(sweep.model, sweep.guide, args, kwargs, steps=steps, seed=seed, progress=say)
         before = _weights(fewer, 1000, seed)
         after = _weights(Sweep(sweep.model, better, args, kwargs, **options), 1000, seed)
     except (GumboError, *_REFUSALS) as error:
@@ -467,11 +474,16 @@ def _weights(sweep: Sweep, draws: int, seed: int | None, given: Mapping[str, tor
 
 
 def _calibration(
-    sweep: Sweep, simulations: int, seed: int | None, skipped: dict[str, str], ranks: dict[str, np.ndarray]
+    sweep: Sweep,
+    simulations: int,
+    seed: int | None,
+    skipped: dict[str, str],
+    ranks: dict[str, np.ndarray],
+    say: Stages,
 ) -> dict[str, Verdict]:
     try:
         with quietly(sweep.model, sweep.guide, None if seed is None else seed + 1):
-            found, draws = simulated_ranks(sweep, simulations)
+            found, draws = simulated_ranks(sweep, simulations, say)
     except (GumboError, *_REFUSALS) as error:
         skipped["calibration"] = str(error) if isinstance(error, GumboError) else f"it failed ({_first_line(error)})"
         return {}
@@ -492,7 +504,7 @@ def _calibration(
     }
 
 
-def simulated_ranks(sweep: Sweep, simulations: int) -> tuple[dict[str, np.ndarray], int]:
+def simulated_ranks(sweep: Sweep, simulations: int, say: Stages | None = None) -> tuple[dict[str, np.ndarray], int]:
     """Ranks of latents that the model drew among the guide's draws, by coordinate; and how many draws these are."""
     if sweep.swept:
         raise BadInput("rows come in blocks, and simulating data needs them at once")
@@ -507,7 +519,10 @@ def simulated_ranks(sweep: Sweep, simulations: int) -> tuple[dict[str, np.ndarra
     rounds = max(2, math.ceil(simulations / units)) if own and set(sweep.shared) <= set(given) else simulations
     rounds = rounds if sweep.vectorized else min(rounds, 60)
     found: dict[str, list[np.ndarray]] = {}
-    for _ in range(rounds):
+    say = say or Stages("", False)
+    say.stage(f"calibrating on simulated data{sweep.slowly()}", rounds)
+    for done in range(rounds):
+        say.step(done)
         held = {}
         if given:
             guide, _model = sweep.run(1)
@@ -614,7 +629,12 @@ def uniformity(ranks: np.ndarray, draws: int, points: int = 20) -> float:
 
 
 def _missed_mass(
-    sweep: Sweep, num_samples: int, seed: int | None, skipped: dict[str, str], options: Mapping[str, Any]
+    sweep: Sweep,
+    num_samples: int,
+    seed: int | None,
+    skipped: dict[str, str],
+    options: Mapping[str, Any],
+    say: Stages,
 ) -> dict[str, Verdict]:
     sites = sweep.local or sweep.latents
     if any(sweep.model_sites[name].discrete for name in sites):
@@ -635,8 +655,10 @@ def _missed_mass(
                 skipped["missed-mass"] = f"{target.dimension} dimensions are too many to search from the prior"
                 return {}
             # One draw at a time the search is slow: fewer particles have to do.
-            size = {} if fewer.vectorized else {"particles": 300, "moves": 5}
+            size: dict[str, Any] = {} if fewer.vectorized else {"particles": 300, "moves": 5}
             limit = MASS[0] if target.dimension <= 2 and fewer.vectorized else MASS[1]
+            size["progress"] = say
+            say.stage(f"searching for mass that the guide misses{sweep.slowly()}")
             annealed = np.minimum(annealed_evidence(target, **size), annealed_evidence(target, **size))
         own, error = log_evidence(_weights(fewer, max(num_samples, 1000), seed, given))
     except (GumboError, *_REFUSALS) as error:

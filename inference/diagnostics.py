@@ -166,6 +166,7 @@ def diagnose(
     refine_steps: int = 200,
     num_refits: int | None = None,
     seed: int | None = 0,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> Report:
     """Whether ``guide`` can be trusted as the posterior of ``model`` on ``(*args, **kwargs)``, in words and numbers.
@@ -191,7 +192,9 @@ def diagnose(
 
     ``num_data`` rows at most are looked at where the programs take a part of them and no latent is global. What cannot
     be had is in ``report.skipped`` with the reason; an exact guide raises no alarm but for ``calibration``, in one run
-    of a thousand. Networks run in evaluation mode; no global state is touched.
+    of a thousand. Draws run many at a time where that gives the numbers of single ones, and else one by one, which is
+    slow. Standard error says what is being done once it takes seconds (``progress`` True: at once; False: never).
+    Networks run in evaluation mode; no global state is touched.
 
     Raises :class:`~gumbo.errors.BadInput` as :func:`~gumbo.inference.to_arviz` does.
 
@@ -208,6 +211,7 @@ def diagnose(
     False
     """
     from .checks import examine
+    from .progress import Stages
 
     return examine(
         model,
@@ -222,4 +226,5 @@ def diagnose(
         refine_steps=refine_steps,
         num_refits=num_refits,
         seed=seed,
+        say=Stages("diagnose", progress),
     )

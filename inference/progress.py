@@ -28,6 +28,37 @@ class Progress:
         """An epoch is over; ``numbers`` are what it found."""
 
 
+class Stages(Progress):
+    """Lines that say what is being done, once it takes longer than anybody waits in silence.
+
+    ``enabled`` None speaks after ``patience`` seconds, True from the start, False never.
+    """
+
+    def __init__(self, title: str, enabled: bool | None, patience: float = 2.0, every: float = 5.0):
+        self.title, self.enabled, self.patience, self.every = title, enabled, patience, every
+        self.began = self.last = time.monotonic()
+        self.words, self.steps, self.said = "", 0, True
+
+    def stage(self, words: str, steps: int = 0) -> None:
+        """What is done from now on, in so many steps."""
+        self.words, self.steps, self.said = words, steps, False
+        if self.enabled or self._impatient():
+            self._say(words)
+
+    def step(self, done: int) -> None:
+        now = time.monotonic()
+        if (not self.said and self._impatient()) or (self.said and now - self.last > self.every):
+            self._say(f"{self.words} {done}/{self.steps}" if self.steps else f"{self.words} {done}")
+
+    def _impatient(self) -> bool:
+        return self.enabled is not False and time.monotonic() - self.began > self.patience
+
+    def _say(self, words: str) -> None:
+        self.said, self.last = True, time.monotonic()
+        if self.enabled is not False:
+            print(f"{self.title}: {words}", file=sys.stderr, flush=True)
+
+
 def make_progress(enabled: bool, title: str, epochs: int, steps: int) -> Progress:
     """A bar if standard error is a terminal, plain lines if not, silence if not ``enabled``."""
     if not enabled:

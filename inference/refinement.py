@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, transform_to
 
 from ..errors import BadInput, UnsupportedSite
-from .elbo import SiteELBO
 from .estimators import Estimator
 from .evaluation import exact_pair, log_weights
 from .isolation import device_of, modes_kept, modules_of, private_seed, private_store
+from .refits import loss_of
 from .rows import Rows
 
 # What a family is refined in; of two ways to say the same, logits.
@@ -107,7 +107,7 @@ def refine(
     with private_store(model, refined), private_seed(seed, model, guide), modes_kept(model, guide):
         for module in modules_of(model, guide):
             module.eval()
-        loss = SiteELBO(estimator, num_particles=num_particles)(model, refined)
+        loss = loss_of(estimator, num_particles, model, refined, rows.args, rows.kwargs)
         for _ in range(steps):
             # Only the offsets: nothing is added to the gradients of the model's and the guide's parameters.
             slopes = torch.autograd.grad(loss(*rows.args, **rows.kwargs), offsets, allow_unused=True)

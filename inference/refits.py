@@ -17,10 +17,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import nn
 from torch.distributions import constraints, transform_to
 
-from ..errors import BadInput
+from ..errors import BadInput, CannotVectorize
 from .distributions import is_deterministic
 from .elbo import SiteELBO
 from .isolation import modes_kept, modules_of, private_seed, private_store
+from .progress import Progress
 from .sweeps import Sweep, random_sites
 
 
@@ -137,6 +138,7 @@ def refine(
     lr: float = 0.05,
     num_particles: int = 8,
     seed: int | None = 0,
+    progress: Progress | None = None,
 ) -> Refined:
     """The best guide of its family for these very data, found from ``guide`` by ``steps`` of Adam on the ELBO.
 
@@ -144,19 +146,27 @@ def refine(
     """
     with private_store(model, guide), private_seed(seed, model, guide), evaluated(model, guide):
         refined = Refined(guide, args, kwargs)
-        _train(
-            SiteELBO(words(guide, args, kwargs), num_particles=num_particles), model, refined, args, kwargs, steps, lr
-        )
+        loss = loss_of(words(guide, args, kwargs), num_particles, model, refined, args, kwargs)
+        _train(loss, refined, args, kwargs, steps, lr, progress)
     return refined
 
 
-def _train(elbo: SiteELBO, model, guide, args, kwargs, steps: int, lr: float) -> None:
-    loss = elbo(model, guide)
+def loss_of(estimators: Any, num_particles: int | None, model, guide, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """A loss with its particles at once, or one by one for programs that take no particle dimension."""
+    try:
+        return SiteELBO(estimators, num_particles=num_particles)(model, guide).initialize(*args, **kwargs)
+    except CannotVectorize:
+        elbo = SiteELBO(estimators, num_particles=num_particles, vectorize_particles=False)
+        return elbo(model, guide).initialize(*args, **kwargs)
+
+
+def _train(loss, guide, args, kwargs, steps: int, lr: float, progress: Progress | None = None) -> None:
     trainable = [parameter for parameter in guide.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with torch.enable_grad():
-        for _ in range(steps):
+        for step in range(steps):
+            (progress or Progress()).step(step)
             optimizer.zero_grad()
             value = loss(*args, **kwargs)
             if not torch.isfinite(value):
@@ -208,14 +218,14 @@ def refitted(
     Layers draw their weights anew; parameters that are not a layer's start where they stand plus N(0, 1/4) noise.
     Raises BadInput for a guide that is not a module, whose parameters cannot be told from the model's.
     """
-    if not isinstance(guide, nn.Module) or not any(True for _ in guide.parameters()):
-        raise BadInput(
-            "num_refits fits guides that are modules with parameters; for any other give refit=, a function from a"
-            " seed to a fitted guide, or pass a sequence of fitted guides"
-        )
     with private_store(model, guide), private_seed(seed, model, guide), evaluated(model):
         with torch.no_grad():
             guide(*args, **kwargs)  # a lazily built guide has parameters only now
+        if not isinstance(guide, nn.Module) or not any(True for _ in guide.parameters()):
+            raise BadInput(
+                "num_refits fits guides that are modules with parameters; for any other give refit=, a function from a"
+                " seed to a fitted guide, or pass a sequence of fitted guides"
+            )
         again = copy.deepcopy(guide)
         with torch.no_grad():
             reset = {id(p) for module in again.modules() for p in _reset(module)}
@@ -224,7 +234,8 @@ def refitted(
                     parameter.add_(0.5 * torch.randn_like(parameter))
         store = pyro.get_param_store()
         with store.scope({"params": {}, "constraints": {}}):
-            _train(SiteELBO(words(again, args, kwargs), num_particles=4), model, again, args, kwargs, steps, lr)
+            loss = loss_of(words(again, args, kwargs), 4, model, again, args, kwargs)
+            _train(loss, again, args, kwargs, steps, lr)
     return again
 
 

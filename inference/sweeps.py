@@ -227,6 +227,10 @@ class Sweep:
         """Whether many draws fit in one run."""
         return self.mode != "single"
 
+    def slowly(self) -> str:
+        """What there is to say of the pace."""
+        return "" if self.vectorized else f", one by one, since they do not run together ({self.reason})"
+
     # --- what the programs are ----------------------------------------------------------------------------------------
 
     def _discover(self) -> None:

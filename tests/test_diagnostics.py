@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 
 from gumbo.errors import BadInput
 from gumbo.inference import _arviz, diagnose, evaluate, to_arviz
@@ -444,3 +445,50 @@ def test_the_example_of_the_page_runs(capsys):
     exec(compile(code, "docs/posteriors.md", "exec"), {})
     said = capsys.readouterr().out
     assert "z[0]" in said and "ALARM khat" in said
+
+
+def columns(x):
+    """Takes one w at a time."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(DESIGN @ w, 0.5), obs=x)
+
+
+DESIGN = torch.randn(15, 3, generator=torch.Generator().manual_seed(5)).double()
+DESIGN[:, 1] = DESIGN[:, 0] + 0.2 * DESIGN[:, 1]
+TILT = torch.linalg.inv(torch.eye(3).double() + DESIGN.T @ DESIGN / 0.25)
+
+
+def columns_guide(exact):
+    covariance = TILT if exact else TILT.diagonal().diag()
+    return lambda x: pyro.sample("w", dist.MultivariateNormal(TILT @ DESIGN.T @ x / 0.25, covariance))
+
+
+def test_programs_of_one_draw_at_a_time_are_judged_as_any_others(capsys):
+    assert Sweep(columns, columns_guide(True), (X,), {}).mode == "lanes"
+    report = diagnose(columns, columns_guide(True), X, **QUICK, progress=True)
+    assert report.ok and float(report.vi_stats["khat"].max()) < 1e-9, str(report)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "diagnose: drawing from the guide" and any("calibrating" in line for line in said)
+    assert {"correlation", "gap"} <= set(diagnose(columns, columns_guide(False), X, **QUICK, progress=False).alarms)
+    assert capsys.readouterr().err == ""
+
+
+def test_draws_that_run_one_by_one_are_announced_with_the_reason(capsys):
+    diagnose(squared_one_by_one, one_mode, ONES, num_samples=100, num_simulations=20, refine_steps=0, progress=True)
+    assert "one by one, since they do not run together (RuntimeError: vmap" in capsys.readouterr().err
+
+
+def test_a_point_is_a_point_in_single_precision_too():
+    def model(y):
+        m = pyro.sample("m", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(m.sum(-1), 1.0), obs=y)
+
+    report = diagnose(model, lambda y: pyro.sample("m", dist.Delta(torch.full((3,), 0.612), event_dim=1)), Y.float())
+    assert report.alarms == ["point"]
+
+
+def test_no_program_needs_its_particles_together_to_be_fitted_again():
+    report = diagnose(columns, AutoNormal(columns), X, num_samples=200, num_refits=2, refine_steps=0)
+    assert "refits" in report.alarms
