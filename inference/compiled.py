@@ -17,6 +17,7 @@ from .capture import ADVICE, Program, capture, differs, flat, plain_attributes
 from .elbo import SiteELBO
 from .isolation import private_seed
 from .noise import Tape
+from .products import mkl_is_slow, through_onednn
 from .rows import Rows
 from .steps import TorchStep, outside_support
 
@@ -379,6 +380,8 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch's own, about how it compiles
+            if mkl_is_slow():
+                graph = through_onednn(graph)
             run = compile_graph(graph, list(inputs), options=OPTIONS)
             run(*[tensor.clone() for tensor in inputs])  # what is built late is built now
     except Exception as error:
