@@ -92,8 +92,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     Raises GumboError where the file cannot be written.
     """
-    content = _sealed(state)
-    write_whole(path, lambda file: file.write(content))
+    parts = _sealed(state)
+    write_whole(path, lambda file: file.writelines(parts))
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -121,13 +121,14 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return state
 
 
-def _sealed(state: dict[str, Any]) -> bytes:
+def _sealed(state: dict[str, Any]) -> tuple[memoryview, bytes]:
+    """The parts of the file."""
     _refuse_objects(state, "state")
     buffer = io.BytesIO()
     torch.save({**state, "gumbo": {"format": FORMAT, "version": __version__}}, buffer)
-    content = bytearray(buffer.getvalue())
+    content = buffer.getbuffer()
     content[-2:] = _SEALED.to_bytes(2, "little")  # the length of the archive's comment
-    return bytes(content) + _SEAL + hashlib.sha256(content).hexdigest().encode()
+    return content, _SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
 def _refuse_objects(value: Any, name: str) -> None:
@@ -187,9 +188,9 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write ``last.pt``; what it was becomes ``previous.pt``. At every moment one of them is whole."""
-        content, partial = _sealed(state), _partial(self.last)
+        parts, partial = _sealed(state), _partial(self.last)
         try:
-            _write_partial(partial, lambda file: file.write(content))
+            _write_partial(partial, lambda file: file.writelines(parts))
             if self._last_is_good and self.last.exists():
                 os.replace(self.last, self.previous)
             os.replace(partial, self.last)
