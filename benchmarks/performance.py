@@ -252,62 +252,69 @@ def bound_section(facts: Facts | None, tuning: Facts | None) -> list[str]:
     prose = BOUND_PROSE.format(
         latents=facts["latents"], data=facts["data"], batch=facts["batch"], epochs=facts["epochs"]
     )
-    lines += [prose, "", f"Settings, as tuned: stock {settings(facts['stock'])}; ours {settings(facts['ours'])}."]
-    rows = []
-    for run in facts["runs"]:
-        faster = run["times_faster"]
-        rows.append(
+    compiled = "compiled" if facts["compiled"] else "not compiled"
+    lines += [prose, "", f"Ours, as tuned: {settings(facts['ours'])}; {compiled}."]
+    asked = []
+    for name in facts["stocks"]:
+        runs = [(run, run["stocks"][name]) for run in facts["runs"]]
+        rows = [
             [
                 str(run["seed"]),
-                f"{run['target']:.2f}",
-                f"{run['stock_seconds']:.1f}",
-                "not reached" if run["our_seconds"] is None else f"{run['our_seconds']:.2f}",
-                "–" if faster is None else f"{faster:.1f}",
-                f"{run['stock_ms']:.2f}",
-                f"{run['our_ms']:.2f}",
-                f"{run['our_best']:.2f}",
+                f"{stock['best']:.2f}",
+                f"{stock['seconds']:.1f}",
+                "not reached" if stock["our_seconds"] is None else f"{stock['our_seconds']:.2f}",
+                "–" if stock["times_faster"] is None else f"{stock['times_faster']:.1f}",
+                f"{stock['ms']:.2f}",
+                f"{run['ours']['ms']:.2f}",
+                f"{run['ours']['best']:.2f}",
             ]
-        )
-    heads = [
-        "seed",
-        "target, nats",
-        "stock, s",
-        "ours, s",
-        "times faster",
-        "stock, ms a step",
-        "ours, ms a step",
-        "ours at its end",
-    ]
-    lines += table(heads, rows)
-    found = [run["times_faster"] for run in facts["runs"]]
-    least = None if None in found else min(found)
-    lines += verdicts([("least of the seeds: times faster than stock", least, "≥ 5", least is not None and least >= 5)])
-    if None not in found:
-        lines += [f"Median of the seeds: {statistics.median(found):.1f} times.", ""]
+            for run, stock in runs
+        ]
+        heads = ["seed", "target, nats", "stock, s", "ours, s", "times faster"]
+        heads += ["stock, ms a step", "ours, ms a step", "our best"]
+        lines += ["", f"Against TraceGraph_ELBO, {settings(facts['stocks'][name])}:", *table(heads, rows)[:-1]]
+        found = [stock["times_faster"] for _, stock in runs]
+        least = None if None in found else min(found)
+        if name == "decaying average":
+            holds = least is not None and least >= 5
+            asked.append(
+                ("times faster than stock with its decaying average, least of the seeds:", least, "≥ 5", holds)
+            )
+        if least is not None:
+            lines += ["", f"Median of the seeds: {statistics.median(found):.1f} times faster."]
+    if facts["compiled"]:
+        seconds = ", ".join(f"{run['ours']['compiling']:.1f}" for run in facts["runs"])
+        lines += ["", f"Capturing and compiling our step took {seconds} s more, once; it is not in these times."]
+    lines += verdicts(asked)
     if tuning:
         lines += ["### Tuning", "", TUNING_PROSE.format(epochs=tuning["epochs"])]
         best = sorted(tuning["stock"], key=lambda entry: -entry["bound"])
         lines += table(["stock", "validation bound, nats"], [[settings(e), f"{e['bound']:.2f}"] for e in best])
         reached = [entry for entry in tuning["ours"] if entry["seconds"] is not None]
         reached.sort(key=lambda entry: entry["seconds"])
+        others = [settings(entry) for entry in tuning["ours"] if entry["seconds"] is None]
         rows = [[settings(e), f"{e['seconds']:.2f}", str(e["steps"])] for e in reached]
         lines += table(["ours", "seconds to the stock's best", "steps"], rows)
+        if others:
+            lines += [f"Given up at three times the fastest so far: {'; '.join(others)}.", ""]
     return lines
 
 
 def settings(entry: Facts) -> str:
     if "baseline" in entry:
-        return f"{entry['baseline']} (decay {entry['beta']:g}), lr {entry['lr']:g}"
+        network = " and a network that sees the image" if entry["baseline"] == "network" else ""
+        return f"decaying average{network}, lr {entry['lr']:g}"
     return f"`{entry['estimator']}`, K = {entry['particles']}, lr {entry['lr']:g}"
 
 
 BOUND_PROSE = """\
-A sigmoid belief network of {latents} coins, one linear layer each way, on {data}, batches of {batch}; our best
-against stock TraceGraph_ELBO with a baseline. Both start from the same weights, take one fused Adam (lighter than
-`SVI.step`, which keeps an optimizer for each parameter), have Pyro's validation off, and are judged by the same
-evaluation on the test images. The rule, set beforehand: the target of a seed is the best test bound of the stock's
-first {epochs} epochs, looked at once an epoch; what counts is the time spent in training steps until an evaluation is
-at the target. The two take turns all along."""
+A sigmoid belief network of {latents} coins, one linear layer each way, on {data}, batches of {batch}; our best against
+stock TraceGraph_ELBO with a baseline: its decaying average, and besides with a network that sees the image, as Pyro
+lets one bring one's own. All start from the same weights, take one fused Adam (lighter than `SVI.step`, which keeps an
+optimizer for each parameter), have Pyro's validation off, and are judged by the same evaluation on the test images. The
+rule, set beforehand: a target is the best test bound of a stock run's first {epochs} epochs, looked at once an epoch;
+what counts is the time spent in training steps until an evaluation is at the target. The rivals take turns all along.
+"""
 TUNING_PROSE = """\
 Learning rates and baselines for the stock by the bound on validation images after {epochs} epochs; estimators,
 particles and learning rates for ours by the time to the stock's best. A seed of its own."""
