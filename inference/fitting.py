@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,8 @@ def fit(
     for name, value in counts.items():
         if value is not None and not (isinstance(value, Integral) and value >= 1):
             raise BadInput(f"{name} is {value!r}: expected at least 1, a whole number")
+    if checkpoint_minutes is not None and not (isinstance(checkpoint_minutes, Real) and checkpoint_minutes > 0):
+        raise BadInput(f"checkpoint_minutes is {checkpoint_minutes!r}: expected a positive number")
     if not isinstance(seed, Integral):
         raise BadInput(f"seed is {seed!r}: expected a whole number")
     for name, value in (("transform", transform), ("on_epoch", on_epoch)):

@@ -20,7 +20,7 @@ from resuming import After, assert_alike, images, pair, quiet, weights
 from torch.optim import lr_scheduler
 
 from gumbo.errors import BadInput, GumboWarning, Interrupted
-from gumbo.inference import Cosine, Exponential, Linear, SiteELBO, fit, make_loss
+from gumbo.inference import Cosine, Exponential, Linear, SiteELBO, checkpoints, fit, make_loss, runs
 from gumbo.inference.checkpoints import load_checkpoint
 from gumbo.inference.estimators import Concrete, GumbelSoftmax
 from gumbo.inference.stock import stock_elbos
@@ -185,8 +185,6 @@ def test_patience_and_the_best_parameters_go_on_too(word, tmp_path):
 def test_a_signal_during_validation_stops_at_once_and_nothing_is_lost(tmp_path, monkeypatch):
     options = {"loss": "trace", "epochs": 3, "valid": images(10, 1), "valid_samples": 2}
     quiet(*pair(), images(), run_dir=tmp_path / "whole", **options)
-    import gumbo.inference.runs as runs
-
     judge, calls = runs.evaluate, iter(range(99))
 
     def slow(*args, **keywords):
@@ -284,6 +282,46 @@ def test_settings_that_change_the_numbers_are_compared(tmp_path):
             quiet(*pair(), images(), run_dir=tmp_path, resume=True, **options | {"epochs": 2} | change)
         assert "\n" not in str(error.value)
     assert quiet(*pair(), images(), run_dir=tmp_path, resume=True, loss="trace", epochs=2).epochs == 2
+
+
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    written = []
+    save = checkpoints.Checkpoints.save
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", lambda self, state: (written.append(state), save(self, state)))
+
+    def moments(**options):
+        written.clear()
+        quiet(*pair(), images(), loss="trace", epochs=2, run_dir=tmp_path / str(options), **options)
+        return [(state["now"]["number"], state["now"]["done"]) for state in written]
+
+    assert moments() == moments(checkpoint_minutes=60.0) == [(1, 0), (2, 0), (3, 0)]
+    every_step = [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0)]
+    assert moments(checkpoint_minutes=1e-9) == moments(checkpoint_steps=1) == every_step
+    assert moments(checkpoint_every=2) == [(1, 0), (3, 0)]
+    with pytest.raises(BadInput, match="checkpoint_minutes is 0"):
+        moments(checkpoint_minutes=0)
+
+
+def test_generators_of_devices_go_on_too(tmp_path, monkeypatch):
+    """The bookkeeping alone, with a device that only this test has; what draws from it is torch's."""
+    device, stream = torch.device("cuda:0"), {"now": 0}
+
+    def draw(numbers):
+        stream["now"] += 1
+
+    def restore(state, where):
+        assert where == device
+        stream["now"] = int(state)
+
+    monkeypatch.setattr(runs, "devices_of", lambda *programs: [device])
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda where: torch.tensor(stream["now"]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restore)
+    options = {"loss": "trace", "run_dir": tmp_path, "on_epoch": draw}
+    quiet(*pair(), images(), epochs=2, **options)
+    assert stream["now"] == 2
+    stream["now"] = 99
+    quiet(*pair(), images(), epochs=3, resume=True, **options)
+    assert stream["now"] == 2  # as it was saved after one epoch's draw, and one more
 
 
 # --- runs that are killed
