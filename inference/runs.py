@@ -292,6 +292,8 @@ class Run:
     def _load(self) -> None:
         # From the main process it comes through the CPU: another one may have another device.
         state = self.checkpoints.load(self.batches.device if self.processes is None else "cpu")
+        if "settings" not in state:
+            raise BadInput(f"{self.checkpoints.last} is a checkpoint of something else than fit; use another run_dir")
         there = state["settings"]
         differing = sorted(key for key in {*there, *self.settings} if there.get(key) != self.settings.get(key))
         if differing:
@@ -308,8 +310,13 @@ class Run:
                     GumboWarning,
                     stacklevel=2,
                 )
-        self.step.load(state)
-        self.step.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.step.load(state)
+            self.step.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise BadInput(
+                f"{self.folder} holds a run of other programs: what it saved does not fit these ({error})"
+            ) from error
         self.history, self.best, self.now = state["history"], state["best"], _Epoch(**state["now"])
         torch.set_rng_state(state["random"][0].cpu())
         for device, random in zip(devices_of(self.model, self.guide), state["random"][1:], strict=False):

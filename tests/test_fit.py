@@ -16,7 +16,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from gumbo.errors import BadInput, GumboError, UnknownName
 from gumbo.guides import CategoricalGuide, NormalGuide
 from gumbo.inference import Linear, fit
-from gumbo.inference.checkpoints import load_checkpoint
+from gumbo.inference.checkpoints import load_checkpoint, save_checkpoint
 from gumbo.models import CategoricalVAE, GaussianVAE
 
 SHAPE = (1, 3, 3)
@@ -222,6 +222,21 @@ def test_damaged_checkpoints_are_named(tmp_path):
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BadInput, match=r"last\.pt is damaged.*, and .*previous\.pt is damaged"):
         quiet(*pair(), images(), loss="trace", epochs=2, run_dir=tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_something_else_is_told_apart(tmp_path):
+    quiet(*pair(), images(), loss="trace", epochs=1, run_dir=tmp_path)
+    path = tmp_path / "checkpoints" / "last.pt"
+    state = load_checkpoint(path)
+    model, guide = pair()
+    model.register_buffer("another", torch.zeros(1))
+    with pytest.raises(BadInput, match="of other programs: .*another") as error:
+        quiet(model, guide, images(), loss="trace", epochs=2, run_dir=tmp_path, resume=True)
+    one_line(error)
+    save_checkpoint(path, {"model": state["module"]})
+    with pytest.raises(BadInput, match="something else than fit") as error:
+        quiet(*pair(), images(), loss="trace", epochs=2, run_dir=tmp_path, resume=True)
+    one_line(error)
 
 
 @pytest.mark.parametrize("word", ["trace", "trace-graph", "rloo"])
@@ -460,3 +475,31 @@ def test_data_that_the_programs_cannot_take_are_one_line(data):
         with pytest.raises(BadInput, match=r"cannot run on a batch of train, \(16, 1, 3, 3\)") as error:
             quiet(Model(), Guide(), data, loss=loss, epochs=1)
         one_line(error)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_broken_run_keeps_its_last_good_checkpoint(tmp_path):
+    """One step of this length is too much: it is found before it is saved, and the state before it stays."""
+    with pytest.raises(
+        GumboError, match=r"no longer finite; .*; .*last\.pt still holds it at epoch 1, step 0"
+    ) as error:
+        quiet(*pair(), images(), loss="rloo", epochs=3, optimizer="sgd", lr=1e38, run_dir=tmp_path, checkpoint_steps=1)
+    one_line(error)
+    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    assert state["now"]["done"] == 0
+    assert all(value.isfinite().all() for value in state["module"].values() if isinstance(value, torch.Tensor))
+
+
+def test_parameters_that_break_between_epochs_are_not_saved(tmp_path):
+    model, guide = pair()
+
+    def spoil(numbers):
+        if numbers["epoch"] == 2:
+            with torch.no_grad():
+                guide.encoder_heads["y"].bias[0] = torch.nan
+
+    options = {"loss": "rloo", "epochs": 4, "run_dir": tmp_path}
+    with pytest.raises(GumboError, match=r"parameter 'guide\.encoder_heads\.y\.bias' .* at epoch 3, step 6") as error:
+        quiet(model, guide, images(), on_epoch=spoil, **options)
+    one_line(error)
+    assert quiet(*pair(seed=1), images(), resume=True, **options).epochs == 4
