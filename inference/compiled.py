@@ -85,6 +85,8 @@ class CompiledStep(TorchStep):
 
     def __call__(self, batch: Rows) -> float:
         if self._probes() or _shape(batch) != self.shape:
+            if self.inside is not None:
+                self.inside.forget()
             return super().__call__(batch)
         if self._has_changed():
             self._compile(batch)
@@ -103,6 +105,7 @@ class CompiledStep(TorchStep):
     def _follow(self, gradients: Sequence[Tensor]) -> None:
         """What of the optimizer's step is not in the graph."""
         if self.inside is not None:
+            self.inside.count()
             if getattr(self.optimizer, "every_step", False):
                 self.optimizer.scheduler.step()
             return
@@ -134,7 +137,7 @@ class CompiledStep(TorchStep):
         return [tensor.detach() for tensor in (*self.parameters.values(), *state, *self.program.buffers().values())]
 
     def _numbers(self) -> Tensor:
-        values = self.program.scheduled() + ([] if self.inside is None else self.inside.learning_rates())
+        values = self.program.scheduled() + ([] if self.inside is None else self.inside.numbers())
         if self._scalars[1] is None:
             self._scalars = (values, self.program.tensor(values))
         elif values != self._scalars[0]:
@@ -256,11 +259,13 @@ class Adam:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]):
         self.optimizer, self.parameters = optimizer, list(parameters)
+        self._held: list[Tensor] = []
+        self._steps: list[int] = []
         groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.group_of = [groups[id(parameter)] for parameter in self.parameters]
         for parameter, number in zip(self.parameters, self.group_of, strict=True):
             state, group = optimizer.state[parameter], optimizer.param_groups[number]
-            if not state:
+            if not state:  # as torch's own first step would
                 on_device = group["fused"] or group["capturable"]
                 where = parameter.device if on_device else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=where)
@@ -284,21 +289,44 @@ class Adam:
         states = [self.optimizer.state[parameter] for parameter in self.parameters]
         return [state[name] for name in ("step", "exp_avg", "exp_avg_sq") for state in states]
 
-    def learning_rates(self) -> list[float]:
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+    def forget(self) -> None:
+        """Torch's optimizer is about to make a step of its own."""
+        self._steps = []
+
+    def count(self) -> None:
+        """The graph has made a step."""
+        self._steps = [number + 1 for number in self._steps]
+
+    def numbers(self) -> list[float]:
+        """For each parameter the length of the coming step and the scale of the root of its second moment.
+
+        They come from outside the graph, where they would be computed once for every vector of numbers.
+        """
+        held = [self.optimizer.state[parameter]["step"] for parameter in self.parameters]
+        if not self._steps or any(a is not b for a, b in zip(held, self._held, strict=True)):
+            self._held, self._steps = held, [int(step) for step in held]
+        found: dict[tuple[int, int], list[float]] = {}
+        for key in set(zip(self.group_of, self._steps, strict=True)):
+            group, step = self.optimizer.param_groups[key[0]], key[1] + 1
+            beta1, beta2 = group["betas"]
+            found[key] = [float(group["lr"]) / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), float(group["lr"])]
+        return [number for key in zip(self.group_of, self._steps, strict=True) for number in found[key]]
 
     def update(
         self,
         parameters: Sequence[Tensor],
         gradients: Sequence[Tensor],
         state: Sequence[Tensor],
-        rates: Tensor,
+        numbers: Tensor,
         good: Tensor,
     ) -> None:
         """One step in place, unless the loss was not a finite number."""
         steps, means, squares = _parts(state, [len(parameters)] * 3)
         for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-            group, rate = self.optimizer.param_groups[self.group_of[i]], rates[self.group_of[i]]
+            group, (length, scale, rate) = (
+                self.optimizer.param_groups[self.group_of[i]],
+                numbers[3 * i : 3 * i + 3].unbind(),
+            )
             (beta1, beta2), decay = group["betas"], group["weight_decay"]
             gradient = -gradient if group["maximize"] else gradient
             value = parameter
@@ -306,13 +334,10 @@ class Adam:
                 value = value * (1 - rate * decay)
             elif decay:
                 gradient = gradient + decay * value
-            step = steps[i] + 1
             mean = torch.lerp(means[i], gradient, 1 - beta1)
             square = beta2 * squares[i] + (1 - beta2) * gradient * gradient
-            length = (rate.double() / (1 - beta1 ** step.double())).to(value.dtype)
-            scale = (1 - beta2 ** step.double()).sqrt().to(value.dtype)
-            value = value - length * mean / (square.sqrt() / scale + group["eps"])
-            for place, new in ((parameter, value), (means[i], mean), (squares[i], square), (steps[i], step)):
+            value = value - length * mean / (square.sqrt() * scale + group["eps"])
+            for place, new in ((parameter, value), (means[i], mean), (squares[i], square), (steps[i], steps[i] + 1)):
                 place.copy_(torch.where(good, new, place))
 
     def gradients(self, parameters: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
