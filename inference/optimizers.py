@@ -109,12 +109,12 @@ def make_optimizer(
         base = lr
     if inspect.isfunction(optimizer) and optimizer.__module__.startswith("pyro.optim"):
         optimizer = _built(lambda: optimizer({"lr": base}))  # the function pyro.optim.Adam, not what it makes
-    make, words = _maker(optimizer, base)
-    if callable(lr):
-        words = f"{words}, lr {without_addresses(lr)}"
+    make, words = _maker(optimizer, base, without_addresses(lr))
+    if callable(lr) and not isinstance(optimizer, (str, type)):
+        raise BadInput(f"{words} brings a learning rate of its own, which lr= cannot schedule: use scheduler=")
     if isinstance(optimizer, PyroLRScheduler):
         if scheduler is not None:
-            raise BadInput(f"{words} has a schedule of its own: leave scheduler= and a scheduled lr out")
+            raise BadInput(f"{words} has a schedule of its own: leave scheduler= out")
         scheduler = functools.partial(optimizer.pt_scheduler_constructor, **optimizer.kwargs)
     single = optimizer.pt_clip_args if isinstance(optimizer, pyro.optim.PyroOptim) else {}
     if callable(single):
@@ -135,20 +135,22 @@ def make_optimizer(
     return updates, words + "".join(f", {name} {value}" for name, value in clips.items() if value is not None)
 
 
-def _maker(optimizer: Any, lr: float) -> tuple[Callable[[Named], Any], str]:
-    """A function from named parameters to a torch optimizer, and its name."""
+def _maker(optimizer: Any, lr: float, lr_said: str) -> tuple[Callable[[Named], Any], str]:
+    """A function from named parameters to a torch optimizer, and words for it."""
     if isinstance(optimizer, str):
         if optimizer not in OPTIMIZERS:
             raise UnknownName("optimizer", optimizer, OPTIMIZERS)
-        return lambda named: _fused(OPTIMIZERS[optimizer], named.values(), lr), f"{optimizer}(lr={lr})"
+        return lambda named: _fused(OPTIMIZERS[optimizer], named.values(), lr), f"{optimizer}(lr={lr_said})"
     if isinstance(optimizer, pyro.optim.PyroOptim):
         make, options = optimizer.pt_optim_constructor, optimizer.pt_optim_args
         if callable(options):
             return lambda named: make(_groups(optimizer, named)), f"{make.__name__}({without_addresses(options)})"
         return lambda named: make(list(named.values()), **options), f"{make.__name__}({options})"
     if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
-        options = {"lr": lr} if "lr" in inspect.signature(optimizer).parameters else {}
-        return lambda named: optimizer(list(named.values()), **options), f"{optimizer.__name__}({options})"
+        takes_lr = "lr" in inspect.signature(optimizer).parameters
+        options = {"lr": lr} if takes_lr else {}
+        words = f"{optimizer.__name__}({f'lr={lr_said}' if takes_lr else ''})"
+        return lambda named: optimizer(list(named.values()), **options), words
     if callable(optimizer):
         keywords = getattr(optimizer, "keywords", {})
         name = getattr(getattr(optimizer, "func", optimizer), "__name__", "optimizer")

@@ -69,7 +69,9 @@ def make_progress(enabled: bool, title: str, epochs: int, steps: int) -> Progres
 def in_words(numbers: Mapping[str, float]) -> str:
     """``elbo -21.30  valid_elbo -22.01``: the numbers that a reader wants to see move."""
     hidden = ("epoch", "step", "seconds")
-    return "  ".join(f"{name} {value:.2f}" for name, value in numbers.items() if name not in hidden)
+    return "  ".join(
+        f"{name} {value:{'.2g' if name == 'lr' else '.2f'}}" for name, value in numbers.items() if name not in hidden
+    )
 
 
 class _Lines(Progress):

@@ -417,6 +417,8 @@ def test_plateau_judges_by_the_validation_loss():
         ({"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau, "scheduler_every": "step"}, "epochs"),
         ({"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau, "lr": Linear(3)}, "leave one"),
         ({"scheduler_every": "batch"}, "scheduler_every"),
+        ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1), "lr": Linear(3)}, "use scheduler="),
+        ({"optimizer": pyro.optim.Adam({"lr": 0.1}), "lr": Linear(3)}, "use scheduler="),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
         ({"clip_value": "1"}, "clip_value is '1'"),
         ({"lr": 0.0}, "lr is 0.0"),

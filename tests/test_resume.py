@@ -272,7 +272,7 @@ def test_settings_that_change_the_numbers_are_compared(tmp_path):
     for change, match in (
         ({"clip_norm": 1.0}, "optimizer: .* clip_norm 1.0"),
         ({"lr": 0.5}, "optimizer"),
-        ({"lr": Linear(10, 1.0, 0.1)}, r"lr Linear\(steps=10"),
+        ({"lr": Linear(10, 1.0, 0.1)}, r"adam\(lr=Linear\(steps=10"),
         ({"scheduler": lambda o: lr_scheduler.StepLR(o, 3)}, "scheduler: None there, StepLR"),
         ({"transform": After(0, stop)}, "transform: None there, After here"),
         ({"loss": SiteELBO(GumbelSoftmax(0.7))}, "temperature=0.7"),
