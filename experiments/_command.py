@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -22,8 +23,20 @@ USAGE = 2  # exit status for what the caller got wrong; 1 is for what failed und
 
 def fail(prog: str, message: object, status: int = USAGE) -> NoReturn:
     """One line on standard error, and out."""
-    print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    if speaks(message):
+        print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def launched() -> int:
+    """How many processes a launcher (torchrun, accelerate) started, this one among them."""
+    number = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
+    return int(number) if number.isdigit() else 1
+
+
+def speaks(error: object = None) -> bool:
+    """Whether this process is the one that says (this error): of several the main one, unless another failed alone."""
+    return launched() == 1 or int(os.environ["RANK"]) == getattr(error, "process", 0)
 
 
 def run_command(
@@ -32,20 +45,25 @@ def run_command(
     argv: Sequence[str] | None,
     prog: str,
     presets: Presets | None = None,
+    several: bool = False,
 ) -> None:
     """Parse ``argv`` (by default the process's) into the dataclass and call ``action`` with it.
 
     ``presets`` maps a field to the defaults that it stands for when it is given, or to a function that finds them from
     its value; what is given explicitly wins over them. Mistakes of the caller end in one line and status 2; an
-    interruption in one line and, as shells have it, status 128 + the signal's number.
+    interruption in one line and, as shells have it, status 128 + the signal's number. ``several`` says that the action
+    knows of the other processes that a launcher starts.
     """
+    if launched() > 1 and not several:
+        fail(prog, f"it runs in one process, and a launcher started {launched()}: only gumbo train runs on several")
     try:
         with _terminated_as_interrupted(), _warnings_in_one_line(prog):
             action(parse(config_class, sys.argv[1:] if argv is None else argv, prog, presets or {}))
     except GumboError as error:
         fail(prog, error, USAGE if isinstance(error, (BadInput, UnknownName)) else 1)
     except KeyboardInterrupt as error:
-        print(f"{prog}: {error if isinstance(error, Interrupted) else 'interrupted'}", file=sys.stderr)
+        if speaks():
+            print(f"{prog}: {error if isinstance(error, Interrupted) else 'interrupted'}", file=sys.stderr)
         raise SystemExit(getattr(error, "status", 128 + signal.SIGINT)) from None
     except BrokenPipeError:
         # The reader went away, as with `| head`; nobody is left to tell.

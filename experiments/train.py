@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gumbo.errors import BadInput, Interrupted, UnknownName
-from gumbo.experiments._command import run_command
+from gumbo.experiments._command import launched, run_command, speaks
 from gumbo.experiments._runs import RunFolder
 
 
@@ -48,6 +48,7 @@ class Train:
         compile: make machine code of the training step, which takes some seconds and then saves time at every step.
         resume: the folder of a run to go on with; its settings are the defaults.
         folder: the run folder; by default ./runs/train-<time>.
+        device: where to compute: cpu, cuda, cuda:1, …; of several processes, each has a GPU of its own under cuda.
     """
 
     model: str = "gaussian-vae"
@@ -75,6 +76,7 @@ class Train:
     compile: bool = False
     resume: str | None = None
     folder: str | None = None
+    device: str = "cpu"
 
 
 def train(config: Train) -> dict[str, Any]:
@@ -83,15 +85,37 @@ def train(config: Train) -> dict[str, Any]:
 
     if config.optimizer not in OPTIMIZERS:
         raise UnknownName("optimizer", config.optimizer, OPTIMIZERS)
+    device, processes = place(config)
+    if processes is not None:
+        processes.from_main(lambda: load_data(config) is None)  # one downloads what the others then find
     data = load_data(config)
-    model, guide = build(config, data.data_shape)
+    model, guide = (program.to(device) for program in build(config, data.data_shape))
     loss = make_loss(config)
-    if config.resume is None:
-        run = RunFolder.create("train", config, config.folder)
-    else:
-        run = RunFolder(Path(config.resume).absolute())
+
+    def folder() -> RunFolder:
+        if config.resume is None:
+            return RunFolder.create("train", config, config.folder)
+        return RunFolder(Path(config.resume).absolute())
+
+    run = folder() if processes is None else processes.from_main(folder)
     with resumable(run, config):
         return train_into(run, config, data, model, guide, loss)
+
+
+def place(config: Train):
+    """The device to compute on, and the processes that a launcher started: None where there is but this one."""
+    import torch
+
+    from gumbo.inference.processes import Processes
+
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise BadInput(f"device {config.device!r} is unknown: expected cpu, cuda, cuda:1, …") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"device {config.device!r}: torch finds no GPU here")
+    processes = Processes.join(device)
+    return device if processes is None else processes.device, processes
 
 
 def train_into(run: RunFolder, config: Train, data, model, guide, loss) -> dict[str, Any]:
@@ -120,6 +144,8 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss) -> dict[
         transform=lambda rows, generator: model.inputs(data.transform(rows["images"], generator), rows.get("labels")),
         title="gumbo train",
     )
+    if not speaks():
+        return {}  # the main process judges and draws
     test = inputs_of(model, data, "test")
     found = evaluate(model, guide, test, num_samples=config.importance_samples, seed=config.seed)
     results = {
@@ -133,7 +159,7 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss) -> dict[
     }
     run.write_config({"experiment": "train", **asdict(config), "resume": None, "folder": None})
     run.write_json("results.json", results)
-    draw(run, result, model, guide, test)
+    draw(run, result, model.cpu(), guide.cpu(), test)
     show("test", results["test"])
     print(f"gumbo train: plots and numbers in {run.path}", file=sys.stderr)
     return results
@@ -145,13 +171,16 @@ def resumable(run: RunFolder, config: Train) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if not speaks():
+            raise
         if not run.saved():
             if config.resume is None:
                 run.empty()
             raise
         if not isinstance(error, KeyboardInterrupt):
             raise
-        how = f"; go on with: gumbo train --resume {os.path.relpath(run.path)} --epochs {config.epochs}"
+        command = "gumbo train" if launched() == 1 else f"the same launcher of {launched()} processes, -m gumbo train"
+        how = f"; go on with: {command} --resume {os.path.relpath(run.path)} --epochs {config.epochs}"
         raise Interrupted(getattr(error, "signal", signal.SIGINT), getattr(error, "where", ""), how) from None
 
 
@@ -282,7 +311,7 @@ def resumed(run: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "gumbo train") -> None:
-    run_command(Train, train, argv, prog, presets={"resume": resumed})
+    run_command(Train, train, argv, prog, presets={"resume": resumed}, several=True)
 
 
 if __name__ == "__main__":
