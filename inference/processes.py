@@ -8,8 +8,10 @@ sum of their gradients is the gradient of one process, stands in ``split_rows.py
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +27,8 @@ Found = TypeVar("Found")
 
 # Longer than any step or evaluation should take: whoever waits for a process that is gone gives up after this.
 PATIENCE = timedelta(minutes=10)
+
+_failed_alone: list[GumboError] = []  # what this process raised while the others were at work
 
 
 def launched() -> int:
@@ -173,7 +177,7 @@ class Processes:
 
 
 class OnMain:
-    """A thing of the main process: all processes call its methods together, one carries them out, all get the result."""
+    """A thing of the main process: all processes call its methods together, it carries them out, all get the result."""
 
     def __init__(self, processes: Processes, thing: Any):
         self._processes, self._thing = processes, thing
@@ -212,15 +216,8 @@ class SharedInterrupts(Interrupts):
 def alone(error: GumboError, index: int) -> GumboError:
     """The error marked as one that this process raises by itself, so that it and not the main process reports it."""
     error.process = index  # type: ignore[attr-defined]
+    _failed_alone.append(error)
     return error
-
-
-def speaks(error: BaseException | None = None) -> bool:
-    """Whether this process is the one that reports (an error): the main one, unless another failed by itself."""
-    if launched() == 1:
-        return True
-    index = dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    return index == getattr(error, "process", 0)
 
 
 def first_line(error: BaseException) -> str:
@@ -238,5 +235,14 @@ def _retold(words: tuple[bool, str], who: str = "") -> GumboError:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
+    """Wait for the others before the connections go, unless this process has failed by itself: they wait elsewhere."""
+    if not dist.is_initialized():
+        return
+    store, me = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    # A process that ends while another still holds its connections is aborted by gloo now and then.
+    with contextlib.suppress(RuntimeError):
+        store.set(f"gumbo/left/{me}", "")
+        if not (_failed_alone or hasattr(sys, "last_type")):
+            store.wait([f"gumbo/left/{index}" for index in range(dist.get_world_size())], PATIENCE)
+    with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
