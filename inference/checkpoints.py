@@ -76,6 +76,19 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _keep(path: Path, name: Path) -> None:
+    """Give a file a second name; where the system has no such thing, the file loses its first."""
+    second = _partial(name)
+    second.unlink(missing_ok=True)
+    try:
+        os.link(path, second)
+    except OSError:
+        os.replace(path, name)
+    else:
+        os.replace(second, name)
+        second.unlink(missing_ok=True)  # it stays where both were the same file already
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a renaming last through a power cut, where the system can."""
     if not hasattr(os, "O_DIRECTORY"):
@@ -192,7 +205,7 @@ class Checkpoints:
         try:
             _write_partial(partial, lambda file: file.writelines(parts))
             if self._last_is_good and self.last.exists():
-                os.replace(self.last, self.previous)
+                _keep(self.last, self.previous)
             os.replace(partial, self.last)
             _sync_folder(self.last.parent)
         except OSError as error:

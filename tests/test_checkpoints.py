@@ -175,6 +175,16 @@ def test_a_crash_between_two_renamings_loses_nothing(half, runs):
     assert sorted(path.name for path in (half / "checkpoints").iterdir()) == ["best.pt", "last.pt", "previous.pt"]
 
 
+def test_a_crash_between_a_second_name_and_the_new_file_leaves_no_trace(half):
+    folder = Checkpoints(half / "checkpoints")
+    folder.previous.unlink()
+    os.link(folder.last, folder.previous)
+    state = folder.load()
+    folder.save(state)
+    assert sorted(path.name for path in (half / "checkpoints").iterdir()) == ["best.pt", "last.pt", "previous.pt"]
+    assert difference(load_checkpoint(folder.previous), state) is None
+
+
 def test_where_both_are_damaged_it_is_said(half):
     kept = {}
     for name in ("last", "previous"):
@@ -389,9 +399,16 @@ def test_a_folder_without_permission_is_told_before_any_step(tmp_path, monkeypat
     one_line(error.value)
 
 
-@pytest.mark.parametrize("call", range(1, 6))
-def test_a_crash_at_any_renaming_leaves_a_whole_checkpoint(call, tmp_path, runs, monkeypatch):
+@pytest.mark.parametrize("call", range(1, 8))
+@pytest.mark.parametrize("links", [True, False])
+def test_a_crash_at_any_renaming_leaves_a_whole_checkpoint(call, links, tmp_path, runs, monkeypatch):
     replace, calls = os.replace, iter(range(1, 99))
+
+    def no_link(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_link)
 
     def crash(*arguments):
         if next(calls) == call:
@@ -404,7 +421,8 @@ def test_a_crash_at_any_renaming_leaves_a_whole_checkpoint(call, tmp_path, runs,
         with pytest.raises(KeyboardInterrupt):
             quiet(*pair(), images(), epochs=4, run_dir=folder, **OPTIONS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GumboWarning)
+        if not links:  # with them, there is always a last one
+            warnings.simplefilter("ignore", GumboWarning)
         go_on(folder)
     if call > 1:  # before that there was nothing to go on from, and this pair has other weights
         assert_alike(runs / "whole", folder)
