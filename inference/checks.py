@@ -93,7 +93,7 @@ def examine(
     options: dict[str, Any] = {"batch_size": batch_size, "data_plates": data_plates}
     sweep, args, kwargs = few_rows(Sweep(model, guides[0], args, kwargs, **options), num_data, options)
     sweeps = [sweep, *(Sweep(model, one, args, kwargs, **options) for one in guides[1:])]
-    groups = frozenset({"posterior", "log_likelihood", "sample_stats", "vi_stats"})
+    groups = frozenset({"posterior", "log_likelihood", "vi_stats"})
     collection = Collection(sweep, len(sweeps), num_samples, groups)
     _afford(collection.bytes_needed(), 4.0)
     collection.allocate()

@@ -61,6 +61,17 @@ def log_evidence(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.log(mean) + top[..., 0], error
 
 
+def by_piece(statistic: Callable[[np.ndarray], np.ndarray], log_weights: np.ndarray) -> np.ndarray:
+    """A statistic of weights ``(chain, *units, S)``, a few units at a time, so that its copies take little memory."""
+    from .posterior import pieces
+
+    found = np.empty(log_weights.shape[:-1])
+    for chain in range(len(log_weights)):
+        for piece in pieces(log_weights.shape[1:-1], log_weights.shape[-1]):
+            found[(chain, *piece)] = statistic(log_weights[(chain, *piece)])
+    return found
+
+
 def weight_statistics(
     collection: Collection, event_names: Callable[[str, int], list[str]]
 ) -> dict[str, tuple[Sequence[str], np.ndarray]]:
@@ -69,12 +80,13 @@ def weight_statistics(
     rounding = _rounding(collection)
     weight = np.moveaxis(collection.log_weight(), 1, -1)
     relative = np.moveaxis(collection.unit_log_weight(), 1, -1)
-    evidence, error = log_evidence(weight)
+    evidence = by_piece(lambda part: log_evidence(part)[0], weight)
+    error = by_piece(lambda part: log_evidence(part)[1], weight)
     found: dict[str, tuple[Sequence[str], np.ndarray]] = {
         name: (sweep.weight_plates, value)
         for name, value in (
-            ("khat", khat(relative, rounding)),
-            ("ess", importance_ess(relative)),
+            ("khat", by_piece(lambda part: khat(part, rounding), relative)),
+            ("ess", by_piece(importance_ess, relative)),
             ("log_evidence", evidence),
             ("log_evidence_se", error),
             ("elbo", weight.mean(-1)),
@@ -94,7 +106,8 @@ def weight_statistics(
         rows, squares = means.reshape(2, means.shape[1], -1, *layout.event)
         if rows.shape[1] > 1:
             # Means over draws vary by themselves, by the draws' variance over their number.
-            noise = (squares - rows**2).clip(0).mean(1) / collection.num_samples
+            noise = (squares.mean(1) - np.einsum("cr...,cr...->c...", rows, rows) / rows.shape[1]).clip(0)
+            noise = noise / collection.num_samples
             names = event_names(name, len(layout.event))
             found[f"active_{name}"] = (names, rows.var(1, ddof=1) - noise > ACTIVE)
     return found
@@ -106,7 +119,7 @@ def _rounding(collection: Collection) -> float:
         layout.dtype.itemsize for layout in collection.sweep.model_sites.values() if layout.dtype.is_floating_point
     ]
     precision = 1e-6 if min(sizes, default=8) < 8 else 1e-14
-    return _ROUNDING + precision * float(np.abs(collection.array("sample_stats", "log_p")).max())
+    return _ROUNDING + precision * collection.largest_log_p
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------

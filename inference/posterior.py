@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ GROUPS = (
 _GIB = 2**30
 # Below this size nobody waits, and nothing needs to be said.
 _QUIET_BYTES = 2**28
+_NUMBERS_A_PIECE = 2**20
 
 
 def to_arviz(
@@ -191,13 +193,15 @@ class Array:
     dtype: torch.dtype
     every: int = 1
     by_draw: bool = True
+    constant: bool = False
     data: np.ndarray = field(default=None, repr=False)  # type: ignore[assignment]
 
 
 class Collection:
     """All that is drawn for the groups asked for, over chains, draws and blocks of rows.
 
-    ``log_p``, ``log_q`` (and ``…_global``) are always kept, in float64: k̂ and the integrals come from them.
+    ``log_weight`` (and ``log_p_global``, ``log_q_global``) are always kept, in float64: k̂ and the integrals come from
+    them.
     """
 
     def __init__(
@@ -246,11 +250,16 @@ class Collection:
         if self.nested or "log_likelihood" in self.groups:
             if sweep.local:
                 self._put("log_likelihood", sweep.evidence, sweep.data_plates, self._sizes(sweep.data_plates), every)
+                # Integrated over all draws it is one number a datum, which is kept once.
+                self.arrays["log_likelihood", sweep.evidence].constant = not self.nested
             elif not sweep.tied:
                 for name in sweep.observed:
                     self._put("log_likelihood", name, model[name].names, model[name].sizes, every)
+        sizes = self._sizes(sweep.weight_plates)
+        self._put("sample_stats", "log_weight", sweep.weight_plates, sizes, 1)
         for name in ("log_p", "log_q"):
-            self._put("sample_stats", name, sweep.weight_plates, self._sizes(sweep.weight_plates), 1)
+            if "sample_stats" in self.groups:
+                self._put("sample_stats", name, sweep.weight_plates, sizes, 1, self._precision())
             if self.nested:
                 self._put("sample_stats", f"{name}_global", sweep.shared_plates, self._sizes(sweep.shared_plates), 1)
 
@@ -260,32 +269,50 @@ class Collection:
     def _add(self, group: str, name: str, layout: Layout, every: int, by_draw: bool = True) -> None:
         self.arrays[group, name] = Array(group, name, layout, layout.names, layout.shape, layout.dtype, every, by_draw)
 
-    def _put(self, group: str, name: str, plates: Sequence[str | None], shape: tuple[int, ...], every: int) -> None:
-        self.arrays[group, name] = Array(group, name, None, tuple(plates), tuple(shape), torch.float64, every)
+    def _put(
+        self,
+        group: str,
+        name: str,
+        plates: Sequence[str | None],
+        shape: tuple[int, ...],
+        every: int,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.arrays[group, name] = Array(group, name, None, tuple(plates), tuple(shape), dtype, every)
 
-    def _full_shape(self, array: Array) -> tuple[int, ...]:
+    def _precision(self) -> torch.dtype:
+        """What the programs compute in: sums of their log-probabilities are no finer."""
+        known = [layout.dtype for layout in self.sweep.model_sites.values() if layout.dtype.is_floating_point]
+        return torch.float32 if known and all(dtype.itemsize <= 4 for dtype in known) else torch.float64
+
+    def full_shape(self, array: Array, kept: bool = False) -> tuple[int, ...]:
+        """``(chain, draw, …)``; ``kept`` as it is in memory."""
         if not array.by_draw:
             return array.shape
-        return (self.chains, -(-self.num_samples // array.every), *array.shape)
+        draws = 1 if kept and array.constant else -(-self.num_samples // array.every)
+        return (self.chains, draws, *array.shape)
 
     def bytes_needed(self) -> dict[str, int]:
         """By group."""
         need: dict[str, int] = {}
         for array in self.arrays.values():
-            size = int(np.prod(self._full_shape(array), dtype=np.int64)) * array.dtype.itemsize
-            # log_weight is made of two of the others.
-            size = size * 3 // 2 if array.group == "sample_stats" and "sample_stats" in self.groups else size
+            size = math.prod(self.full_shape(array, kept=True)) * array.dtype.itemsize
             need[array.group] = need.get(array.group, 0) + size
+        if "vi_stats" in self.groups:
+            latents = [self.sweep.model_sites[name] for name in self.sweep.local]
+            need["vi_stats"] = sum(2 * self.chains * one.numel * _sums(one).itemsize for one in latents)
         return need
 
     def allocate(self) -> None:
         for array in self.arrays.values():
-            kind = torch.empty(0, dtype=array.dtype).numpy().dtype
-            array.data = np.zeros(self._full_shape(array), dtype=kind)
+            array.data = np.zeros(self.full_shape(array, kept=True), dtype=_kind_of(array.dtype))
+        self.largest_log_p = 0.0
         latents = [self.sweep.model_sites[name] for name in self.sweep.local]
         # Means and mean squares of each datum's latents.
         self.means = {
-            layout.name: np.zeros((2, self.chains, *layout.shape)) for layout in latents if "vi_stats" in self.groups
+            layout.name: np.zeros((2, self.chains, *layout.shape), dtype=_sums(layout))
+            for layout in latents
+            if "vi_stats" in self.groups
         }
         self.kl: dict[str, list[np.ndarray | float | None]] = {}
         self.kl_kinds: dict[str, str] = {}
@@ -320,7 +347,7 @@ class Collection:
 
     def log_weight(self) -> np.ndarray:
         """log p − log q, ``(chain, draw, *weight plates)``."""
-        return self.array("sample_stats", "log_p") - self.array("sample_stats", "log_q")
+        return self.array("sample_stats", "log_weight")
 
     def unit_log_weight(self) -> np.ndarray:
         """Log-weights whose spread is the guide's fault, ``(chain, draw, *weight plates)``.
@@ -380,7 +407,8 @@ class Collection:
 
     def _weights(self, chain, sweep, start, stop, block, guide: Pass, model: Pass) -> None:
         """Add each site to the log-probabilities of its datum, or of the global latents."""
-        for part, run in (("log_p", model), ("log_q", guide)):
+        for part, run, sign in (("log_p", model, 1), ("log_q", guide, -1)):
+            largest = 0.0
             for name, layout in run.layouts.items():
                 if layout.kind == "deterministic" or not block.first(layout):
                     continue
@@ -388,11 +416,16 @@ class Collection:
                 if sweep.local and not self.nested and not inside:
                     continue  # an auxiliary draw of the guide: given it, the weights of the data are right as they are
                 local = not self.nested or inside
-                array = self.arrays["sample_stats", part if local else f"{part}_global"]
+                array = self.arrays["sample_stats", "log_weight" if local else f"{part}_global"]
                 value = run.log_prob(name, array.plates)
-                value = _aligned(value, [n for n in layout.names if n in array.plates], array.plates)
+                value = _aligned(value, [n for n in layout.names if n in array.plates], array.plates).cpu().numpy()
                 where = (chain, slice(start, stop), *block.index(array.plates))
-                array.data[where] += value.cpu().numpy()
+                array.data[where] += sign * value if local else value
+                if local and ("sample_stats", part) in self.arrays:
+                    self.array("sample_stats", part)[where] += value
+                largest += float(np.abs(value).max())
+            if run is model:
+                self.largest_log_p = max(self.largest_log_p, largest)
 
     def _integrate(self, chain: int, sweep: Sweep, start: int, stop: int, block: Block, guide: Pass) -> None:
         array = self.arrays["log_likelihood", sweep.evidence]
@@ -405,9 +438,10 @@ class Collection:
         array.data[(chain, where, *block.index(array.plates))] = found.cpu().numpy()
 
     def _over_all_draws(self, chain: int) -> None:
-        weight = self.array("sample_stats", "log_p")[chain] - self.array("sample_stats", "log_q")[chain]
         array = self.arrays["log_likelihood", self.sweep.evidence]
-        array.data[chain] = _log_mean_exp(weight)
+        weight = self.log_weight()[chain]
+        for piece in pieces(weight.shape[1:], weight.shape[0]):
+            array.data[(chain, 0, *piece)] = _log_mean_exp(weight[(slice(None), *piece)])
 
     def _by_dimension(self, chain: int, sweep: Sweep, block: Block, guide: Pass, model: Pass) -> None:
         for name in sweep.latents:
@@ -457,6 +491,25 @@ class Collection:
         for (group, name), array in self.arrays.items():
             if group in ("prior", "prior_predictive"):
                 self._write(chain, array, start, stop, block, run.value(name))
+
+
+def _kind_of(dtype: torch.dtype) -> np.dtype:
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _sums(layout: Layout) -> np.dtype:
+    """What to add a site's values up in."""
+    return np.dtype(np.float32 if layout.dtype == torch.float32 else np.float64)
+
+
+def pieces(shape: Sequence[int], draws: int) -> Iterator[tuple[slice, ...]]:
+    """Parts of an array of units, so small that a few copies of ``draws`` numbers for each of them do not count."""
+    if not shape:
+        yield ()
+        return
+    step = max(1, _NUMBERS_A_PIECE // (draws * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield (slice(start, start + step),)
 
 
 def integrated(
@@ -601,11 +654,6 @@ def _assembled(collection: Collection, args: tuple, kwargs: Mapping, coords: Map
     for (group, name), array in collection.arrays.items():
         if group in collection.groups:
             groups.setdefault(group, {})[name] = naming.variable(array, collection)
-    if "sample_stats" in groups:
-        like = collection.arrays["sample_stats", "log_p"]
-        weight = Array("sample_stats", "log_weight", None, like.plates, like.shape, torch.float64)
-        weight.data = collection.log_weight()
-        groups["sample_stats"]["log_weight"] = naming.variable(weight, collection)
     if "constant_data" in collection.groups and (constants := naming.constants(args, kwargs)):
         groups["constant_data"] = constants
     if "vi_stats" in collection.groups:
@@ -659,7 +707,12 @@ class Naming:
         head = {"chain": np.arange(collection.chains)} if array.by_draw else {}
         if array.by_draw:
             head["draw"] = np.arange(0, collection.num_samples, array.every)
-        return self._made(_counted(array), names, head)
+        data = _counted(array)
+        if array.constant:
+            data = np.broadcast_to(data, collection.full_shape(array))
+            # A view that cannot be written to, only where memory counts.
+            data = data.copy() if data.nbytes < _QUIET_BYTES // 8 else data
+        return self._made(data, names, head)
 
     def _made(self, data: np.ndarray, names: Sequence[str], head: Mapping[str, np.ndarray]) -> Any:
         import xarray

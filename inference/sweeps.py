@@ -25,7 +25,7 @@ from .lanes import Coordinates, Lane, Seen, outside, random_sites, run_lanes
 
 DRAWS = "_gumbo_draws"
 # Numbers that the sites of one run may hold: a bound on memory, large enough that Python's overhead does not count.
-_NUMBERS_A_RUN = 2**21
+_NUMBERS_A_RUN = 2**20
 
 # What programs raise when they cannot take one more dimension, or other rows than they were written for.
 _REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
