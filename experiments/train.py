@@ -99,7 +99,7 @@ def train(config: Train) -> dict[str, Any]:
 
     run = folder() if processes is None else processes.from_main(folder)
     with resumable(run, config):
-        return train_into(run, config, data, model, guide, loss)
+        return train_into(run, config, data, model, guide, loss, processes)
 
 
 def place(config: Train):
@@ -118,7 +118,7 @@ def place(config: Train):
     return device if processes is None else processes.device, processes
 
 
-def train_into(run: RunFolder, config: Train, data, model, guide, loss) -> dict[str, Any]:
+def train_into(run: RunFolder, config: Train, data, model, guide, loss, processes) -> dict[str, Any]:
     from gumbo.inference import evaluate, fit
 
     result = fit(
@@ -144,10 +144,11 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss) -> dict[
         transform=lambda rows, generator: model.inputs(data.transform(rows["images"], generator), rows.get("labels")),
         title="gumbo train",
     )
-    if not speaks():
-        return {}  # the main process judges and draws
     test = inputs_of(model, data, "test")
-    found = evaluate(model, guide, test, num_samples=config.importance_samples, seed=config.seed)
+    options = {"num_samples": config.importance_samples, "seed": config.seed}
+    found = evaluate(model, guide, test, **options, processes=processes)
+    if not speaks():
+        return {}  # the main process writes and draws
     results = {
         "config": asdict(config),
         "objective": result.objective_name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,9 +18,11 @@ from .sweeps import _REFUSALS, Sweep, quietly
 
 if TYPE_CHECKING:
     from .information import Information
+    from .processes import Processes
 
 # Rows (data times draws) that one run of the programs holds: a bound on memory.
 _ROWS_A_RUN = 8192
+_PRIME = 1_000_003  # keeps the random streams of a seed's batches apart from those of its neighbours
 PARTS = ("log_prior", "log_likelihood", "log_q", "log_global")
 
 
@@ -84,6 +87,7 @@ def evaluate(
     batch_size: int = 256,
     seed: int | None = 0,
     plate: str | None = None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """The true bound and the importance-weighted evidence of a model and guide on ``data``, in nats per datum.
 
@@ -101,7 +105,8 @@ def evaluate(
     exact counterpart is judged by that counterpart.
 
     Networks run in evaluation mode without gradients; parameters, param store, seeds and training flags stay as they
-    were, and the same ``seed`` gives the same numbers (``None`` draws from the current stream).
+    were, and the same ``seed`` gives the same numbers (``None`` draws from the current stream). Several ``processes``,
+    which must all call it alike, take every so-manieth batch each and all get the numbers that one would have found.
 
     Raises :class:`~gumbo.errors.BadInput` for empty data, NaN, a latent that only one of the two programs draws, or a
     draw outside a prior's support.
@@ -120,7 +125,9 @@ def evaluate(
     >>> bool(torch.isclose(torch.tensor(found.log_evidence), truth)), abs(found.elbo - found.log_evidence) < 1e-5
     (True, True)
     """
-    parts, whole = _drawn(model, guide, data, num_samples, batch_size, seed, plate)
+    if processes is not None and seed is None:
+        raise BadInput("several processes draw what one would from a seed: pass seed=")
+    parts, whole = _drawn(model, guide, data, num_samples, batch_size, seed, plate, processes)
     log_weight = parts["log_prior"] + parts["log_likelihood"] - parts["log_q"]
     found = {
         "elbo": log_weight + parts["log_global"],
@@ -173,6 +180,7 @@ def _drawn(
     batch_size: int,
     seed: int | None,
     plate: str | None,
+    processes: Processes | None = None,
 ) -> tuple[dict[str, torch.Tensor], str]:
     """The parts of all log-weights, and what has one weight only: "" if nothing, the "latents", or "all"."""
     rows = Rows(data).check("data")
@@ -184,13 +192,26 @@ def _drawn(
         model, guide = exact_pair(model, guide)
     rows = rows.to(device_of(model, guide))
     sweep, name, size = _first_sweep(model, guide, rows, batch_size, plate)
-    pieces: list[dict[str, torch.Tensor]] = []
-    with quietly(model, guide, seed):
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            if len(batch) < min(size, len(rows)):
-                sweep, name = _sweep(model, guide, batch, plate, sweep.mode)
-            pieces.append(_batch(sweep, name, batch, num_samples, len(rows)))
+
+    def piece(number: int) -> dict[str, torch.Tensor]:
+        batch, here = rows[number * size : (number + 1) * size], (sweep, name)
+        if len(batch) < min(size, len(rows)):
+            here = _sweep(model, guide, batch, plate, sweep.mode)
+        # A seed of its own for each batch: whoever evaluates it draws the same.
+        with nullcontext() if seed is None else private_seed(seed + _PRIME * number, model, guide):
+            return _batch(*here, batch, num_samples, len(rows))
+
+    def pieces_of(numbers: range) -> list[dict[str, torch.Tensor]]:
+        with quietly(model, guide, seed):
+            return [piece(number) for number in numbers]
+
+    count = math.ceil(len(rows) / size)
+    if processes is None:
+        pieces = pieces_of(range(count))
+    else:
+        mine = range(processes.index, count, processes.number)
+        shares = processes.gather(processes.together(lambda: pieces_of(mine)))
+        pieces = [shares[number % processes.number][number // processes.number] for number in range(count)]
     whole = "all" if name is None else "latents" if sweep.tied else ""
     return {part: torch.cat([piece[part] for piece in pieces], 1) for part in pieces[0]}, whole
 

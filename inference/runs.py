@@ -247,7 +247,8 @@ class Run:
         return numbers | {"ms_per_step": median(now.took), "seconds": time.perf_counter() - self._began}
 
     def _validate(self) -> dict[str, float]:
-        found = evaluate(self.model, self.guide, self.valid, num_samples=self.valid_samples, seed=self.batches.seed)
+        options: dict[str, Any] = {"num_samples": self.valid_samples, "seed": self.batches.seed}
+        found = evaluate(self.model, self.guide, self.valid, **options, processes=self.processes)
         return {"valid_elbo": found.elbo}
 
     def _record(self, numbers: dict[str, float], scalars: Scalars | None) -> None:
