@@ -138,7 +138,16 @@ def children(pid: int) -> set[int]:
     return below
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as at a terminal: the tests may run in a background job, which ignores it, as its children do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_no_worker_outlives_a_comparison(number, tmp_path):
     options = ["--quick", "--jobs", "2", "--epochs", "500", "--folder", "out"]

@@ -45,6 +45,14 @@ LOSSES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """SIGINT as at a terminal: the tests may run in a background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def stop(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
