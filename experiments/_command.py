@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, TypeVar
 
-from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName
+from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName, UnsupportedSite
 
 Config = TypeVar("Config")
 Presets = Mapping[str, "Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]"]
@@ -60,20 +60,21 @@ def run_command(
         with _terminated_as_interrupted(), _warnings_in_one_line(prog):
             action(parse(config_class, sys.argv[1:] if argv is None else argv, prog, presets or {}))
     except GumboError as error:
-        fail(prog, error, USAGE if isinstance(error, (BadInput, UnknownName)) else 1)
+        fail(prog, error, USAGE if isinstance(error, (BadInput, UnknownName, UnsupportedSite)) else 1)
     except KeyboardInterrupt as error:
+        interruption = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
         if speaks():
-            print(f"{prog}: {error if isinstance(error, Interrupted) else 'interrupted'}", file=sys.stderr)
-        raise SystemExit(getattr(error, "status", 128 + signal.SIGINT)) from None
+            print(f"{prog}: {interruption}", file=sys.stderr)
+        raise SystemExit(interruption.status) from None
     except BrokenPipeError:
         # The reader went away, as with `| head`; nobody is left to tell.
         sys.stderr.close()
         raise SystemExit(1) from None
     except OSError as error:
         # A full disk, a folder that went away: what a run had saved is still there.
-        if error.filename is None or error.strerror is None:
+        if error.strerror is None:
             raise
-        fail(prog, f"{error.filename}: {error.strerror}", 1)
+        fail(prog, f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
 
 
 @contextmanager
