@@ -27,12 +27,14 @@ def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, warm_up:
 class Rival:
     """``steps(n)`` makes n steps and waits for the device; ``around`` is entered outside of the clock.
 
-    ``forget`` drops what a step leaves behind for the next one to drop: the gradients.
+    ``forget`` drops what a step leaves behind for the next one to drop: the gradients. ``seconds`` were spent before
+    the first step, compiling.
     """
 
     steps: Callable[[int], object]
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     forget: Callable[[], object] = bool
+    seconds: float = 0.0
 
 
 def interleaved_turns(rivals: Mapping[str, Rival], rounds: int, turn: int, warm_up: int = 2) -> dict[str, list[float]]:

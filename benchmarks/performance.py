@@ -137,7 +137,8 @@ def step_section(facts: Facts | None) -> list[str]:
         asked.append((f"{workload}, batch {batch}: {ours} ÷ {theirs}", found, f"≤ {most}", holds))
     lines += ["### What was asked", *verdicts(asked)]
     if steps.compiling():
-        lines += [f"First turn of what is compiled (capture, compile, a few steps): {steps.compiling()}.", ""]
+        said = "To the end of the first turn of what torch compiles, from nothing (capture, compile, a few steps)"
+        lines += [f"{said}: {steps.compiling()}.", ""]
     return lines
 
 
@@ -168,28 +169,39 @@ def profile_section(facts: Facts | None) -> list[str]:
     if facts is None:
         return [*lines, NOT_MEASURED.format(file="profile.json"), ""]
     lines += [f"`python benchmarks/step.py --profile` on {where(facts)}; GaussianVAE.", "", PROFILE_PROSE]
+    rows = []
+    kinds = unique(kind for one in facts["profiles"] for rival in one["rivals"].values() for kind in rival["kinds"])
     for one in facts["profiles"]:
         for rival, found in one["rivals"].items():
-            lines += [
-                "",
-                f"Batch {one['batch']}, {rival}: {found['ms']:.2f} ms a step without the profiler, "
-                f"{found['operations']:.0f} operations. The largest, under the profiler:",
-                *table(
-                    ["operation", "ms a step", "calls a step"],
-                    [[f"`{e['operation'][:70]}`", f"{e['ms']:.3f}", number(e["calls"])] for e in found["top"][:5]],
-                )[:-1],
-            ]
-        if one.get("matmuls"):
-            rows = [[said, f"{ms:.2f}"] for said, ms in one["matmuls"].items()]
-            lines += [
-                "",
-                f"Batch {one['batch']}: the step's matrix products alone",
-                *table(["library", "ms"], rows)[:-1],
-            ]
-    return [*lines, ""]
+            cells = [f"{found['kinds'][kind]:.2f}" if kind in found["kinds"] else "–" for kind in kinds]
+            rows.append([f"{rival}, batch {one['batch']}", f"{found['ms']:.2f}", *cells, number(found["operations"])])
+    lines += table(["ms a step", "all", *kinds, "torch's operations"], rows)
+    libraries = unique(said for one in facts["profiles"] for said in one["products"])
+    rows = [
+        [
+            f"batch {one['batch']}",
+            *(f"{one['products'][said]:.2f}" if said in one["products"] else "–" for said in libraries),
+        ]
+        for one in facts["profiles"]
+    ]
+    return [*lines, "The step's matrix products alone, by library:", *table(["ms", *libraries], rows), TRIED, ""]
 
 
-PROFILE_PROSE = ""
+PROFILE_PROSE = """\
+The times of a kind are those of its operations under torch's profiler; *Python and dispatch* is what is left of a step
+without the profiler. A compiled step has its gradients and Adam's update in the same loops."""
+TRIED = """\
+What was tried, and what it gave:
+
+- On processors that are not Intel's, MKL, which `torch.mm` calls, takes its slower paths; oneDNN, which torch has with
+  it, is about twice as fast on the same float32 products. The compiled step hands its large products to oneDNN there.
+  This is most of the distance to NumPyro at large batches, and why a compiled step can be faster than eager code that
+  spends nearly all of its time in products.
+- Adam inside of the graph, with its corrections computed outside: computed within, they are powers in double precision,
+  once for every vector of the loop, and cost more than the whole of the fused eager Adam.
+- What remains at small batches is mostly in the column *Python and dispatch*: the call around the compiled step, which
+  gathers its inputs, draws the noise by torch's own generators (so that runs resume bit for bit), reads the loss and
+  checks it. `lax.scan` pays its call once for many steps, and looks at no loss in between."""
 
 
 # How it grows.

@@ -24,6 +24,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ import _by_hand
 import numpy as np
 import pyro
 import torch
-from _timing import RESULTS, Rival, device_name, interleaved_turns, machine, spread, use_cores, write_json
+from _timing import RESULTS, Rival, device_name, interleaved_turns, machine, median, spread, use_cores, write_json
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 
@@ -210,7 +212,7 @@ def compiled_rival(workload: Workload, x: Tensor, device: str) -> Rival:
     """The step that ``fit(compile=True)`` makes."""
     rows = Rows(x)
     step = CompiledStep(*make_pair(workload, device), workload.ours(), make_optimizer("adam", LR)[0], rows)
-    return Rival(waiting(lambda: step(rows), device), denormals_flushed)
+    return Rival(waiting(lambda: step(rows), device), denormals_flushed, seconds=step.seconds)
 
 
 def jax_twin(name: str, batch_size: int, shape: tuple[int, ...] = SHAPE) -> tuple[nn.Module, Any, Any]:
@@ -262,13 +264,13 @@ def has_jax(device: str, without: Sequence[str]) -> bool:
 
 
 def first_turns(rivals: dict[str, Rival], turn: int) -> dict[str, float]:
-    """Seconds of the first turn of each: tracing and compiling, where there is any."""
+    """Seconds to the end of the first turn of each: tracing and compiling, where there is any."""
     seconds = {}
     for name, rival in rivals.items():
         with rival.around():
             start = time.perf_counter()
             rival.steps(turn)
-            seconds[name] = time.perf_counter() - start
+            seconds[name] = rival.seconds + time.perf_counter() - start
     return seconds
 
 
@@ -311,38 +313,85 @@ def show(rows: list[dict]) -> None:
 # Where the time goes.
 
 
-def profile(name: str, batch_size: int, steps: int = 30, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """For each of torch's rivals: milliseconds a step, those inside of torch's operations, and the largest of them."""
+def kind_of(operation: str) -> str:
+    """What an operation of the profiler is part of."""
+    if operation in ("aten::mm", "aten::addmm", "aten::bmm", "gumbo::linear") or "_linear_pointwise" in operation:
+        return "matrix products"
+    if "_fused_adam" in operation:
+        return "Adam"
+    if "cpp_fused" in operation:
+        return "compiled loops with Adam's update" if "sqrt" in operation else "other compiled loops"
+    return "other operations"
+
+
+def profile(batch_size: int, steps: int = 30, rounds: int = 20, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The Gaussian workload: milliseconds a step by kind of operation, and those of its matrix products alone."""
+    from torch._inductor import config
     from torch.profiler import ProfilerActivity, profile
 
-    rivals = rivals_of(name, batch_size, "cpu", (*without, "jax"))
-    found: dict[str, Any] = {"workload": name, "batch": batch_size, "rivals": {}}
-    for said, rival in rivals.items():
+    found: dict[str, Any] = {"batch": batch_size, "rivals": {}}
+    with config.patch({"cpp.enable_kernel_profile": True}):
+        rivals = rivals_of("gaussian", batch_size, "cpu", (*without, "jax"))
+    for said in (HAND, EAGER, COMPILED):
+        if said not in rivals:
+            continue
+        rival = rivals[said]
         with rival.around():
             rival.steps(10)
-            start = time.perf_counter()
-            rival.steps(steps)
-            took = 1e3 * (time.perf_counter() - start) / steps
+            took = spread(interleaved_turns({said: rival}, rounds, 3)[said])["median"]
             with profile(activities=[ProfilerActivity.CPU]) as seen:
                 rival.steps(steps)
-        own = [
-            (event.key, event.self_cpu_time_total / 1e3 / steps, event.count / steps) for event in seen.key_averages()
-        ]
-        top = sorted(own, key=lambda entry: -entry[1])[:8]
-        found["rivals"][said] = {
-            "ms": took,
-            "operations": sum(count for *_, count in own),
-            "top": [{"operation": key, "ms": ms, "calls": count} for key, ms, count in top],
-        }
+        kinds: dict[str, float] = {}
+        events = seen.key_averages()
+        for event in events:
+            if event.key.startswith(("aten::", "gumbo::", "mkldnn::")) or "cpp_fused" in event.key:
+                kind = kind_of(event.key)
+                kinds[kind] = kinds.get(kind, 0.0) + event.self_cpu_time_total / 1e3 / steps
+        kinds["Python and dispatch"] = max(took - sum(kinds.values()), 0.0)
+        operations = sum(event.count for event in events if event.key.startswith("aten::")) / steps
+        found["rivals"][said] = {"ms": took, "operations": operations, "kinds": kinds}
+    times = interleaved_turns(products(batch_size, without), rounds, 3)
+    found["products"] = {said: median(values) for said, values in times.items()}
+    return found
+
+
+def products(batch_size: int, without: Sequence[str] = ()) -> dict[str, Rival]:
+    """The matrix products of a step of the Gaussian workload, forwards and backwards, by the libraries there are."""
+    sizes = [(784, 400), (400, 100), (50, 400), (400, 784)]
+    weights = [torch.randn(outputs, inputs) for inputs, outputs in sizes]
+    ins = [torch.randn(batch_size, inputs) for inputs, _ in sizes]
+    outs = [torch.randn(batch_size, outputs) for _, outputs in sizes]
+
+    def every(product, x, w, g):
+        layers = list(zip(x, w, g, strict=True))
+        found = [product(x, w.T) for x, w, _ in layers] + [product(g.T, x) for x, _, g in layers]
+        return found + [product(g, w) for _, w, g in layers[1:]]
+
+    def by_onednn(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+
+    def turns(product):
+        return Rival(waiting(lambda: every(product, ins, weights, outs), "cpu"))
+
+    found = {"torch": turns(torch.mm)}
+    if torch.backends.mkldnn.is_available():
+        found["oneDNN"] = turns(by_onednn)
+    if has_jax("cpu", without):
+        import jax
+        import jax.numpy as jnp
+
+        arrays = [[jnp.array(tensor.numpy()) for tensor in tensors] for tensors in (ins, weights, outs)]
+        compiled = jax.jit(lambda x, w, g: every(jnp.matmul, x, w, g))
+        found["XLA"] = Rival(waiting(lambda: jax.block_until_ready(compiled(*arrays)), "cpu"))
     return found
 
 
 def show_profile(found: dict[str, Any]) -> None:
-    print(f"\n{found['workload']}, batch {found['batch']}: the largest operations (ms a step, under the profiler)")
+    print(f"\nWhere the time goes: gaussian, batch {found['batch']}, ms a step")
     for said, rival in found["rivals"].items():
-        print(f"  {said}: {rival['ms']:.2f} ms a step without the profiler, {rival['operations']:.0f} operations")
-        for entry in rival["top"]:
-            print(f"    {entry['operation'][:60]:<62}{entry['ms']:>8.3f} ms{entry['calls']:>7.1f} calls")
+        kinds = "; ".join(f"{kind} {ms:.2f}" for kind, ms in sorted(rival["kinds"].items(), key=lambda k: -k[1]))
+        print(f"  {said}: {rival['ms']:.2f}, of it {kinds} ({rival['operations']:.0f} of torch's operations)")
+    print("  the matrix products alone: " + "; ".join(f"{said} {ms:.2f}" for said, ms in found["products"].items()))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -360,6 +409,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         options.batch, options.rounds, options.without = [32], min(options.rounds, 3), ["compile", *options.without]
     use_cores(options.threads)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="step-")  # what is compiled is compiled now
     rows: list[dict] = []
     facts = {
         "device": device_name(options.device),
@@ -378,7 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
             show(found)
             write_json(folder / ("step-cuda.json" if "cuda" in options.device else "step.json"), facts | {"rows": rows})
     if options.profile:
-        found = [profile(options.workloads[0], size, without=tuple(options.without)) for size in options.batch]
+        found = [profile(size, without=tuple(options.without)) for size in options.batch]
         write_json(folder / "profile.json", facts | {"profiles": found})
         for one in found:
             show_profile(one)

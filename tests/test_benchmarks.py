@@ -106,10 +106,15 @@ def test_rivals_start_alike_and_train():
     assert not any(torch.equal(old, new) for old, new in zip(before, hand.parameters(), strict=True))
 
 
-def test_the_profile_names_operations():
+def test_the_profile_tells_products_from_the_rest(capsys):
     step = script("step")
-    found = step.profile("belief", 16, steps=2, without=("compile",))
-    assert any("mm" in entry["operation"] for entry in found["rivals"][step.EAGER]["top"])
+    found = step.profile(256, steps=2, rounds=2, without=("compile", "jax"))
+    for rival in (step.HAND, step.EAGER):
+        kinds = found["rivals"][rival]["kinds"]
+        assert kinds["matrix products"] > 0 and kinds["Adam"] > 0
+    assert step.kind_of("graph_0_cpp_fused_sqrt_sub_1") != step.kind_of("graph_0_cpp_fused_relu_2")
+    step.show_profile(found)
+    assert "matrix products alone: torch" in capsys.readouterr().out
 
 
 # scaling.py
