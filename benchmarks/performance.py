@@ -301,7 +301,8 @@ def bound_section(facts: Facts | None, tuning: Facts | None) -> list[str]:
     if tuning:
         lines += ["### Tuning", "", TUNING_PROSE.format(epochs=tuning["epochs"])]
         best = sorted(tuning["stock"], key=lambda entry: -entry["bound"])
-        lines += table(["stock", "validation bound, nats"], [[settings(e), f"{e['bound']:.2f}"] for e in best])
+        rows = [[settings(e), f"{e['bound']:.2f}", str(e["epochs"])] for e in best]
+        lines += table(["stock", "validation bound, nats", "epochs"], rows)
         reached = [entry for entry in tuning["ours"] if entry["seconds"] is not None]
         reached.sort(key=lambda entry: entry["seconds"])
         others = [settings(entry) for entry in tuning["ours"] if entry["seconds"] is None]
@@ -328,8 +329,9 @@ rule, set beforehand: a target is the best test bound of a stock run's first {ep
 what counts is the time spent in training steps until an evaluation is at the target. The rivals take turns all along.
 """
 TUNING_PROSE = """\
-Learning rates and baselines for the stock by the bound on validation images after {epochs} epochs; estimators,
-particles and learning rates for ours by the time to the stock's best. A seed of its own."""
+Learning rates for both baselines of the stock by the bound on the validation images after {epochs} epochs (the worst
+dropped after a third of them); estimators, particles and learning rates for ours by the time to the stock's best there.
+A seed of its own; the race above takes the winners."""
 
 
 # A GPU.

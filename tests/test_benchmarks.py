@@ -187,6 +187,22 @@ def test_the_race_on_digits():
         assert (told["times_faster"] is None) == (ours.best < told["best"])
 
 
+def test_the_race_takes_the_winners_of_the_tuning(tmp_path, monkeypatch):
+    bound = script("time_to_bound")
+    assert bound.chosen(tmp_path) == (bound.STOCKS, bound.OURS)
+    images = bound.load("digits", binarize="static")
+    monkeypatch.setattr(bound, "OUR_CHOICES", [{"estimator": "rloo", "particles": 2, "lr": 3e-2}])
+    found = bound.tune(images.train[:300], images.valid, epochs=3, latents=6, compiled=False)
+    assert sorted(entry["epochs"] for entry in found["stock"]) == [1, 1, 3, 3, 3, 3]
+    (tmp_path / "time-to-bound-tuning.json").write_text(json.dumps(found))
+    stocks, ours = bound.chosen(tmp_path)
+    for baseline, settings in stocks.items():
+        bounds = {e["lr"]: e["bound"] for e in found["stock"] if e["baseline"] == baseline}
+        assert settings == {"baseline": baseline, "lr": max(bounds, key=bounds.get)}
+    reached = found["ours"][0]["seconds"] is not None
+    assert ours == ({"estimator": "rloo", "particles": 2, "lr": 3e-2} if reached else bound.OURS)
+
+
 @pytest.mark.parametrize("baseline", ["decaying average", "network"])
 def test_each_baseline_of_the_stock_trains(baseline):
     bound = script("time_to_bound")
@@ -284,7 +300,13 @@ def test_the_page_judges_the_time_to_the_bound(tmp_path, ours, said):
     stock = {"best": -100.0, "ms": 5.0, "seconds": 50.0, "our_seconds": ours, "times_faster": faster}
     run_of = {"seed": 0, "stocks": {"decaying average": stock}, "ours": {"ms": 1.0, "best": -101.0, "compiling": 9.0}}
     (tmp_path / "time-to-bound.json").write_text(json.dumps(facts | {"runs": [run_of]}))
+    tuned = [{"estimator": "rloo", "particles": k, "lr": 1e-3, "seconds": 2.5, "steps": 70} for k in (0, 4)]
+    tuned[0]["seconds"] = None
+    stock_tuned = [{"baseline": "network", "lr": 1e-3, "bound": -98.5, "epochs": 24}]
+    (tmp_path / "time-to-bound-tuning.json").write_text(json.dumps({"epochs": 24, "stock": stock_tuned, "ours": tuned}))
     text = script("performance").page(tmp_path)
+    assert "| `rloo`, K = 4, lr 0.001 | 2.50 | 70 |" in text and "| -98.50 | 24 |" in text
+    assert "Given up at three times the fastest so far: `rloo`, K = 0, lr 0.001." in text
     assert f"≥ 5 | {said}" in text
     assert ("not reached" in text) == (ours is None)
 
