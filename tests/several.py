@@ -20,8 +20,10 @@ from pyro.nn import PyroModule
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gumbo.inference import SiteELBO
-from gumbo.inference.estimators import GumbelSoftmax
+from gumbo.errors import BadInput, GumboError
+from gumbo.inference import SiteELBO, evaluate, fit
+from gumbo.inference.estimators import GumbelSoftmax, ScoreFunction
+from gumbo.inference.estimators.score import Baseline
 from gumbo.inference.optimizers import make_optimizer
 from gumbo.inference.processes import Processes
 from gumbo.inference.rows import Rows
@@ -272,7 +274,7 @@ def buffers_of(step) -> dict:
 def compare(name: str, processes: Processes) -> dict[str, float]:
     """Largest differences between this process of several and one process alone, over three steps on each batch."""
     classes, scaled, make_loss = CASES[name]
-    make = make_optimizer("sgd", 0.001)[0]
+    make = make_optimizer("sgd", 1e-5)[0]
     store = pyro.get_param_store()
     with store.scope() as one:
         alone = TorchStep(*pair_of(classes, scaled), make_loss(), make, Rows(data(9)))
@@ -299,14 +301,158 @@ def gradients(names=tuple(CASES)) -> dict:
     return {name: compare(name, processes) for name in names}
 
 
-def short_gradients() -> dict:
-    return gradients(SHORT)
+def everything_short(folder: Path) -> dict:
+    """One job for all that needs two processes, since starting them takes longer than the work."""
+    processes = Processes.join("cpu")
+    return {
+        "gradients": gradients(SHORT),
+        "draws": draws(processes),
+        "evaluation": evaluation(processes),
+        "resumed": resumed(processes, folder),
+        "one fails": one_fails(processes),
+        "statistics of its own": said_by(processes, lambda: own_statistics(processes)),
+        "depends on rows later": said_by(processes, lambda: depends_on_rows_later(processes)),
+        "main fails": said_by(processes, lambda: processes.from_main(refused)),
+    }
+
+
+def step_of(processes: Processes, pair, loss, seed: int = 0):
+    make = make_optimizer("sgd", 1e-3)[0]
+    return ProcessStep(*pair, loss, make, Rows(data(9)), processes, seed=seed)
+
+
+def draws(processes: Processes) -> dict:
+    """What two processes draw outside the plate and in it, from torch's own generators, in two steps."""
+    found: dict[str, list] = {"g": [], "c": [], "z": []}
+    with pyro.get_param_store().scope():
+        model, guide = pair_of(SHARED, False)
+        step = step_of(processes, (model, guide), shared("rloo", "rloo", num_particles=2))
+        before = torch.get_rng_state()
+        run = step.module.binding._value
+
+        def watched(program, layout, moving, args, kwargs):
+            runs = program.runs
+
+            def kept(*inputs, **options):
+                groups = runs(*inputs, **options)
+                for site in groups[0][0].guide:
+                    found[site.name].append(site.value.detach().flatten().tolist())
+                return groups
+
+            program.runs = kept
+            return run(program, layout, moving, args, kwargs)
+
+        step.module.binding._value = watched
+        for _ in range(2):
+            step(Rows(data(8)))
+        common = [float(value) for value in torch.rand(3)]
+        torch.set_rng_state(before)
+    return {"drawn": processes.gather(found), "common": processes.gather(common)}
+
+
+def evaluation(processes: Processes) -> list:
+    """What each process finds of 600 rows together with the other, and what it finds alone."""
+    model, guide = pair_of(COINS, False)
+    found = [evaluate(model, guide, data(600), num_samples=3, processes=every).as_dict() for every in (processes, None)]
+    return processes.gather(found)
+
+
+def resumed(processes: Processes, folder: Path) -> dict:
+    """A whole run, and one that stops after an epoch and goes on: parameters, history, random streams."""
+    found = {}
+    for name, epochs in (("whole", (3,)), ("in parts", (1, 3))):
+        model, guide = pair_of(COINS, True)
+        for index, count in enumerate(epochs):
+            options = {"loss": "nvil", "batch_size": 7, "epochs": count, "progress": False, "valid": data(30)}
+            result = fit(model, guide, data(33), run_dir=folder / name, resume=index > 0, **options)
+        timeless = [{key: v for key, v in one.items() if key[:2] not in ("ms", "se")} for one in result.history]
+        digits = [value.flatten().tolist() for module in (model, guide) for value in module.state_dict().values()]
+        found[name] = processes.gather([timeless, digits])
+    return found
+
+
+class Sentinel(NormalModel):
+    """Fails on rows of nines."""
+
+    def forward(self, x):
+        if (x == 9.0).any():
+            raise RuntimeError("nines")
+        super().forward(x)
+
+
+def said_by(processes: Processes, action) -> list[str]:
+    said = "nothing"
+    try:
+        action()
+    except GumboError as error:
+        said = f"{type(error).__name__}: {error}"
+    return processes.gather(said)
+
+
+def one_fails(processes: Processes) -> list[str]:
+    torch.manual_seed(1)
+    with pyro.get_param_store().scope():
+        step = step_of(processes, (Sentinel(), NormalGuide()), SiteELBO("pathwise"))
+        batch = data(9)
+        batch[-1] = 9.0
+        said = []
+        try:
+            step(Rows(batch))
+        except (GumboError, RuntimeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+        step(Rows(data(9)))  # nobody is left waiting
+    return processes.gather(said)
+
+
+class OwnMean(Baseline):
+    """Keeps statistics of the rows at hand, whoever else there is."""
+
+    def make_state(self, inputs):
+        state = nn.Module()
+        state.register_buffer("mean", torch.zeros((), dtype=F64))
+        return state
+
+    def __call__(self, view):
+        baseline = view.state.mean.clone()
+        view.state.mean.copy_(view.cost.mean())
+        return baseline
+
+
+def own_statistics(processes: Processes) -> None:
+    with pyro.get_param_store().scope():
+        step = step_of(processes, pair_of(COINS, False), SiteELBO(ScoreFunction(baseline=OwnMean())))
+        for _ in range(3):
+            step(Rows(data(9)))
+
+
+class SharedByRows(SharedGuide):
+    """What all rows share depends on the rows, once the weight is no longer zero."""
+
+    weight = 0.0
+
+    def forward(self, x):
+        self.loc.data.fill_(self.weight * x.mean())
+        super().forward(x)
+
+
+def depends_on_rows_later(processes: Processes) -> None:
+    torch.manual_seed(1)
+    with pyro.get_param_store().scope():
+        guide = SharedByRows()
+        step = step_of(processes, (SharedModel(), guide), shared("rloo", "rloo"))
+        step(Rows(data(9)))
+        guide.weight = 1.0
+        step(Rows(data(9)))
+
+
+def refused():
+    raise BadInput("the main process says no")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     job, output = sys.argv[1:]
-    found = globals()[job]()
+    found = globals()[job](*([Path(output).parent] if job == "everything_short" else []))
     if os.environ["RANK"] == "0":
         Path(output).write_text(json.dumps(found))
 
