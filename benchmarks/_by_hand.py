@@ -7,6 +7,7 @@ and what to differentiate. Parameters are copied from the pair of programs, in t
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ class Categorical(nn.Module):
             y = F.one_hot((log_pi.exp() / noise).argmax(-1), classes).to(x.dtype)
         log_q = (log_pi * y).sum((-2, -1))
         log_x = log_bernoulli(self.decoder(y.flatten(-2)), x.expand(self.particles, *x.shape))
-        bound = (log_x - log_q).detach() - latents * torch.log(torch.tensor(float(classes)))
+        bound = (log_x - log_q).detach() - latents * math.log(classes)
         baseline = (bound.sum(0) - bound) / (self.particles - 1)
         surrogate = log_x + (bound - baseline) * log_q
         return -bound.sum() / self.particles, -surrogate.sum() / self.particles

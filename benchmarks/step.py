@@ -130,18 +130,19 @@ def check_same_gradients(workload: Workload, device: str = "cpu", shape: tuple[i
     loss.backward()
     objective.backward()
     torch.testing.assert_close(loss, value, rtol=1e-5, atol=0)
-    prior = [getattr(model, "decoder_prior_logits", None), getattr(hand, "prior", None)]
-    pairs = [
-        *zip(
-            parameters(model.decoder, guide.encoder, guide.encoder_heads),
-            parameters(hand.decoder, hand.encoder),
-            strict=True,
-        )
-    ]
-    for number, (ours, theirs) in enumerate([*pairs, prior] if None not in prior else pairs):
-        torch.testing.assert_close(
-            theirs.grad, ours.grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=number: f"parameter {n}: {m}"
-        )
+    programs, by_hand = (
+        parameters(model.decoder, guide.encoder, guide.encoder_heads),
+        parameters(hand.decoder, hand.encoder),
+    )
+    if hasattr(model, "decoder_prior_logits"):
+        programs, by_hand = [*programs, model.decoder_prior_logits], [*by_hand, hand.prior]
+    for number, (ours, theirs) in enumerate(zip(programs, by_hand, strict=True)):
+        assert same(ours.grad, theirs.grad), f"parameter {number} has another gradient by hand"
+
+
+def same(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal up to rounding, in units of the whole."""
+    return bool((ours - theirs).norm() <= 1e-3 * ours.norm())
 
 
 def check_same_gradients_in_jax(name: str, shape: tuple[int, ...] = SHAPE) -> None:
@@ -157,7 +158,7 @@ def check_same_gradients_in_jax(name: str, shape: tuple[int, ...] = SHAPE) -> No
     pairs = [*zip(layers, [*found["encoder"], *found["decoder"]], strict=True)]
     for layer, (weight, bias) in pairs:
         for ours, theirs in ((layer.weight.grad, weight), (layer.bias.grad, bias)):
-            torch.testing.assert_close(torch.from_numpy(np.array(theirs)), ours, rtol=1e-3, atol=1e-3)
+            assert same(ours, torch.from_numpy(np.array(theirs))), "JAX has another gradient"
 
 
 def parameters(*networks: nn.Module) -> list[Tensor]:
@@ -276,7 +277,7 @@ def first_turns(rivals: dict[str, Rival], turn: int) -> dict[str, float]:
 
 def measure(name: str, batch_size: int, device: str, rounds: int, without: tuple[str, ...] = ()) -> list[dict]:
     rivals = rivals_of(name, batch_size, device, without)
-    turn = max(3, 640 // batch_size)
+    turn = max(3, 640 // batch_size) * (1 if device == "cpu" else 5)
     first = first_turns(rivals, turn)
     times = interleaved_turns(rivals, rounds, turn)
     return [
@@ -403,7 +404,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--without", nargs="*", choices=["compile", "jax"], default=[], help="rivals to leave out")
     parser.add_argument("--quick", action="store_true", help="batch 32, 3 rounds, nothing compiled")
-    parser.add_argument("--profile", action="store_true", help="also say where the time goes")
+    parser.add_argument("--profile", action="store_true", help="also say where the time goes, on the CPU")
     parser.add_argument("--out", type=Path, help="the folder of the JSON files")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -427,7 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows += (found := measure(name, batch_size, options.device, options.rounds, tuple(options.without)))
             show(found)
             write_json(folder / ("step-cuda.json" if "cuda" in options.device else "step.json"), facts | {"rows": rows})
-    if options.profile:
+    if options.profile and options.device == "cpu":
         found = [profile(size, without=tuple(options.without)) for size in options.batch]
         write_json(folder / "profile.json", facts | {"profiles": found})
         for one in found:
