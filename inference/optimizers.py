@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-import pyro.optim
 import torch
 from pyro.optim.lr_scheduler import PyroLRScheduler
+from pyro.optim.optim import PyroOptim
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
@@ -96,43 +96,54 @@ def make_optimizer(
     for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
         if value is not None and not (isinstance(value, Real) and value > 0):
             raise BadInput(f"{name} is {value!r}: expected a positive number")
-    if scheduler_every not in ("epoch", "step"):
-        raise UnknownName("scheduler_every", scheduler_every, ("epoch", "step"))
-    if callable(lr):
-        if scheduler is not None:
-            raise BadInput("lr is a schedule and scheduler= is given as well: leave one of them out")
-        # A base of 1, so that the factor that LambdaLR multiplies it by is the learning rate.
-        scheduler, scheduler_every, base = functools.partial(LambdaLR, lr_lambda=lr), "step", 1.0
-    elif not (isinstance(lr, Real) and lr > 0):
+    if not callable(lr) and not (isinstance(lr, Real) and lr > 0):
         raise BadInput(f"lr is {lr!r}: expected a positive number, or a schedule of the step")
-    else:
-        base = lr
+    base = 1.0 if callable(lr) else lr
     if inspect.isfunction(optimizer) and optimizer.__module__.startswith("pyro.optim"):
-        optimizer = _built(lambda: optimizer({"lr": base}))  # the function pyro.optim.Adam, not what it makes
+        function = optimizer  # pyro.optim.Adam itself, not what it makes
+        optimizer = _built(lambda: function({"lr": base}))
     make, words = _maker(optimizer, base, without_addresses(lr))
-    if callable(lr) and not isinstance(optimizer, (str, type)):
-        raise BadInput(f"{words} brings a learning rate of its own, which lr= cannot schedule: use scheduler=")
-    if isinstance(optimizer, PyroLRScheduler):
-        if scheduler is not None:
-            raise BadInput(f"{words} has a schedule of its own: leave scheduler= out")
-        scheduler = functools.partial(optimizer.pt_scheduler_constructor, **optimizer.kwargs)
-    single = optimizer.pt_clip_args if isinstance(optimizer, pyro.optim.PyroOptim) else {}
+    schedule = _scheduler(optimizer, lr, scheduler, scheduler_every, words)
+    single = optimizer.pt_clip_args if isinstance(optimizer, PyroOptim) else {}
     if callable(single):
         raise BadInput("fit does not take a pyro.optim optimizer whose clip_args are a function: pass a dictionary")
 
     def updates(parameters: Named) -> Updates:
         made = _built(lambda: make(parameters))
         _refuse_arguments(made)
-        scheduled = None if scheduler is None else _built(lambda: scheduler(made))
-        if scheduled is not None and not isinstance(scheduled, (LRScheduler, ReduceLROnPlateau)):
-            raise BadInput(f"scheduler made a {type(scheduled).__name__}: expected one of torch.optim.lr_scheduler")
-        if scheduler_every == "step" and isinstance(scheduled, ReduceLROnPlateau):
-            raise BadInput("ReduceLROnPlateau judges by epochs: pass scheduler_every='epoch'")
-        every_step = scheduled is not None and scheduler_every == "step"
-        return Updates(made, _clip(list(parameters.values()), clip_norm, clip_value, single), scheduled, every_step)
+        return Updates(made, _clip(list(parameters.values()), clip_norm, clip_value, single), *schedule(made))
 
     clips = {"clip_norm": clip_norm, "clip_value": clip_value} | ({"of each parameter": single} if single else {})
     return updates, words + "".join(f", {name} {value}" for name, value in clips.items() if value is not None)
+
+
+def _scheduler(
+    optimizer: object, lr: float | Schedule, scheduler: Callable | None, every: str, words: str
+) -> Callable[[torch.optim.Optimizer], tuple[Any, bool]]:
+    """A function from the torch optimizer to what moves its learning rate, and whether that moves at every step."""
+    if every not in ("epoch", "step"):
+        raise UnknownName("scheduler_every", every, ("epoch", "step"))
+    if scheduler is not None and (callable(lr) or isinstance(optimizer, PyroLRScheduler)):
+        raise BadInput(f"{words} has a schedule, and scheduler= is given as well: leave one of them out")
+    if callable(lr):
+        if not isinstance(optimizer, (str, type)):
+            raise BadInput(f"{words} brings a learning rate of its own, which lr= cannot schedule: use scheduler=")
+        # The optimizer's own rate is 1, so that the factor that LambdaLR multiplies it by is the rate.
+        scheduler, every = functools.partial(LambdaLR, lr_lambda=lr), "step"
+    elif isinstance(optimizer, PyroLRScheduler):
+        scheduler = functools.partial(optimizer.pt_scheduler_constructor, **optimizer.kwargs)
+    if scheduler is None:
+        return lambda made: (None, False)
+
+    def schedule(made: torch.optim.Optimizer) -> tuple[Any, bool]:
+        scheduled = _built(lambda: scheduler(made))
+        if not isinstance(scheduled, (LRScheduler, ReduceLROnPlateau)):
+            raise BadInput(f"scheduler made a {type(scheduled).__name__}: expected one of torch.optim.lr_scheduler")
+        if every == "step" and isinstance(scheduled, ReduceLROnPlateau):
+            raise BadInput("ReduceLROnPlateau judges by epochs: pass scheduler_every='epoch'")
+        return scheduled, every == "step"
+
+    return schedule
 
 
 def _maker(optimizer: Any, lr: float, lr_said: str) -> tuple[Callable[[Named], Any], str]:
@@ -141,7 +152,7 @@ def _maker(optimizer: Any, lr: float, lr_said: str) -> tuple[Callable[[Named], A
         if optimizer not in OPTIMIZERS:
             raise UnknownName("optimizer", optimizer, OPTIMIZERS)
         return lambda named: _fused(OPTIMIZERS[optimizer], named.values(), lr), f"{optimizer}(lr={lr_said})"
-    if isinstance(optimizer, pyro.optim.PyroOptim):
+    if isinstance(optimizer, PyroOptim):
         make, options = optimizer.pt_optim_constructor, optimizer.pt_optim_args
         if callable(options):
             return lambda named: make(_groups(optimizer, named)), f"{make.__name__}({without_addresses(options)})"
@@ -161,7 +172,7 @@ def _maker(optimizer: Any, lr: float, lr_said: str) -> tuple[Callable[[Named], A
     )
 
 
-def _groups(optimizer: pyro.optim.PyroOptim, named: Named) -> list[dict[str, Any]]:
+def _groups(optimizer: PyroOptim, named: Named) -> list[dict[str, Any]]:
     """A group for each parameter, with the arguments that Pyro would give it by its name in the param store."""
     if optimizer.pt_optim_args_argc != 1:
         raise BadInput("a pyro.optim optimizer's function of the parameter must take one argument, the name")
@@ -189,7 +200,7 @@ def _clip(
 
     def clip() -> None:
         for parameter in parameters if single else ():
-            pyro.optim.PyroOptim._clip_grad(parameter, **single)
+            PyroOptim._clip_grad(parameter, **single)
         if norm is not None:
             clip_grad_norm_(parameters, norm)
         if value is not None:

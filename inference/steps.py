@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from ..errors import BadInput
 from .distributions import describe
 from .isolation import owned_parameters, private_seed
+from .optimizers import Updates
 from .rows import Rows
 
 
@@ -46,8 +48,11 @@ class _ObservedInSupport(Messenger):
             raise outside_support(name, describe(fn))
 
 
-class Step:
-    """What the kinds of step share: what is checked on the way.
+class Step(ABC):
+    """One training step, called with a batch; it returns the loss, which may not be finite: then nothing has moved.
+
+    Attributes: ``parameters`` by name, ``optimizer``. ``state()`` is all that steps change, apart from the optimizer
+    and torch's generators, as tensors and plain values; after ``load(state)`` a step made anew goes on as this one.
 
     Pyro's own validation looks at every value of every step and costs a tenth of it and more. The first batch is
     run under it, as the caller has set it; after that ``check_data`` has the data looked at, and a loss that is not
@@ -57,6 +62,17 @@ class Step:
     validate = False
     check_data = True
     note = ""  # what a reader of the progress lines should know of it
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: Updates
+
+    @abstractmethod
+    def __call__(self, batch: Rows) -> float: ...
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Any]) -> None: ...
 
     @contextmanager
     def checks(self) -> Iterator[None]:
