@@ -28,7 +28,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import BadInput, GumboError
 from .distributions import describe
@@ -111,10 +110,10 @@ class Program:
 
     def __init__(self, module: SiteELBOModule, batch: Rows):
         self.module = module
-        self.batch_spec = tree_flatten((batch.args, batch.kwargs))[1]
-        self.batch_size = len(flat(batch))  # tensors
+        self.batch_names = [None] * len(batch.args) + sorted(batch.kwargs)
         self.schedules: list[Schedule] = []
-        self.noise = Noise(())
+        self._places = self._find_buffers()
+        self._like = next(iter(self.parameters().values()), torch.empty(()))
         before = _python_randomness()
         tape = Tape()
         outcome, gradients = self.call_and_differentiate(self.parameters(), self.buffers(), flat(batch), tape)
@@ -132,7 +131,16 @@ class Program:
         return dict(self.module.named_parameters())
 
     def buffers(self) -> Tensors:
-        return dict(self.module.named_buffers())
+        """The buffers as they stand now; where they stand is looked up once, since every step asks."""
+        return {name: places[key] for name, (places, key) in self._places.items()}
+
+    def _find_buffers(self) -> dict[str, tuple[dict[str, Tensor], str]]:
+        found = {}
+        modules = dict(self.module.named_modules())
+        for name, _ in self.module.named_buffers():
+            path, _, key = name.rpartition(".")
+            found[name] = (modules[path]._buffers, key)
+        return found
 
     @property
     def step(self) -> int:
@@ -151,14 +159,17 @@ class Program:
         scalars: Sequence[Tensor] | None = None,
     ) -> Outcome:
         """The loss, without touching the module; ``scalars`` are what schedules say, by default at this step."""
-        args, kwargs = tree_unflatten(list(batch), self.batch_spec)
+        named = list(zip(self.batch_names, batch, strict=True))
+        args = [tensor for name, tensor in named if name is None]
+        kwargs = {name: tensor for name, tensor in named if name is not None}
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         versions = {name: copy._version for name, copy in copies.items()}
         swapped = {**parameters, **copies}
         support = _Support()
-        step = TrainingStep(lambda schedule: self._value_of(schedule, scalars))
+        now = self.step
+        step = TrainingStep(lambda schedule: self._value_of(schedule, scalars, now))
         with undisturbed(self.module, step), pyro.validation_enabled(False), tape, support:
-            loss = torch.func.functional_call(self.module, swapped, args, kwargs)
+            loss = torch.func.functional_call(self.module, swapped, tuple(args), kwargs)
         moved = {
             name: swapped[name].detach()
             for name, copy in copies.items()
@@ -180,23 +191,23 @@ class Program:
         outcome.loss = outcome.loss.detach()
         return outcome, dict(zip(wanted, gradients, strict=True))
 
-    def _value_of(self, schedule: Schedule, scalars: Sequence[Tensor] | None) -> Tensor:
+    def _value_of(self, schedule: Schedule, scalars: Sequence[Tensor] | None, now: int) -> Tensor:
         number = next((i for i, other in enumerate(self.schedules) if other is schedule), None)
         if number is None:
             self.schedules.append(schedule)
             number = len(self.schedules) - 1
         if scalars is not None:
             return scalars[number]
-        return self.tensor(float(schedule(self.step)))
+        return self.tensor(float(schedule(now)))
 
     def tensor(self, values: float | list[float]) -> Tensor:
         """Numbers in the precision and on the device of the parameters."""
-        like = next(iter(self.module.parameters()), torch.empty(()))
-        return torch.tensor(values, dtype=like.dtype, device=like.device)
+        return torch.tensor(values, dtype=self._like.dtype, device=self._like.device)
 
 
 def flat(batch: Rows) -> list[Tensor]:
-    return [*batch.args, *tree_flatten(batch.kwargs)[0]]
+    """The tensors of a batch, keywords in the order of their names."""
+    return [*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs))]
 
 
 def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:

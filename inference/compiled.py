@@ -153,7 +153,7 @@ class CompiledStep(TorchStep):
         program, inside = self.program, self.inside
         names, buffers = list(self.parameters), list(program.buffers())
         counts = [len(names), 0 if inside is None else len(inside.state()), len(buffers)]
-        counts += [program.batch_size, len(self.noise.buffers), 1]
+        counts += [len(program.batch_names), len(self.noise.buffers), 1]
 
         def step(*inputs: Tensor) -> list[Tensor]:
             parameters, state, buffer, batch, noise, (numbers,) = _parts(inputs, counts)
@@ -296,6 +296,7 @@ class Adam:
     def count(self) -> None:
         """The graph has made a step."""
         self._steps = [number + 1 for number in self._steps]
+        self.optimizer._opt_called = True  # schedulers look at it, and warn of steps that were not made
 
     def numbers(self) -> list[float]:
         """For each parameter the length of the coming step and the scale of the root of its second moment.

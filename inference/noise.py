@@ -113,14 +113,19 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if kwargs.pop("generator", None) is not None:
+            raise BadInput(
+                f"the program draws ({func}) from a generator of its own, which no graph holds; pass compile=False"
+            )
         if (write := _WRITTEN.get(func)) is not None:
-            return write(self, *args, **_without_generator(func, kwargs))
+            return write(self, *args, **kwargs)
         if self._repeating or self._repeat:
             raise BadInput(
                 f"the program draws with {func} where a control variate has to see the same draw twice, which a"
                 " captured graph cannot do; pass compile=False"
             )
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def take(self, kind: str, shape: Sequence[int], dtype: torch.dtype, device: Any) -> Tensor:
         """The next noise."""
@@ -290,12 +295,3 @@ _WRITTEN: dict[Any, Callable] = {
     aten.randint.low: _integers,
     aten.native_dropout.default: _dropout,
 }
-
-
-def _without_generator(func: Any, kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    kwargs = dict(kwargs or {})
-    if kwargs.pop("generator", None) is not None:
-        raise BadInput(
-            f"the program draws ({func}) from a generator of its own, which no graph holds; pass compile=False"
-        )
-    return kwargs
