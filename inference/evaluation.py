@@ -263,7 +263,7 @@ def _sweep(
     model: Callable, guide: Callable, rows: Rows, plate: str | None, mode: str | None = None
 ) -> tuple[Sweep, str | None]:
     """The programs on these rows, and the plate over the data: None if nothing encloses all that is observed."""
-    sweep = Sweep(model, guide, rows.args, rows.kwargs, mode=mode)
+    sweep = Sweep(model, guide, rows.args, rows.kwargs, mode=mode, latents_needed=False)
     fitting = [name for name in sweep.sizes if name in sweep.around_data and sweep.sizes[name] == len(rows)]
     if plate is not None and plate not in fitting:
         raise BadInput(

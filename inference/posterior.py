@@ -316,6 +316,7 @@ class Collection:
         }
         self.kl: dict[str, list[np.ndarray | float | None]] = {}
         self.kl_kinds: dict[str, str] = {}
+        self.partners: dict[str, str | None] = {}
         self.kl_together: dict[str, list[float]] = {}
 
     def steps(self, sweep: Sweep) -> int:
@@ -451,28 +452,48 @@ class Collection:
                 value = model.value(name).double()
                 for power in (1, 2):
                     self.means[name][power - 1][index] += (value**power).sum(0).cpu().numpy() / self.num_samples
-            found, kind = _divergence(guide, model, name)
-            self.kl_kinds[name] = kind
+            partner = self._partner(guide, name)
+            found, kind = _divergence(guide, model, name, partner)
+            self.kl_kinds[name], self.partners[name] = kind, partner
             total = self.kl.setdefault(name, [0.0] * self.chains)
             if found is None:
                 total[chain] = None
                 continue
             part = (found * self._share(block, layout)).cpu().numpy() * (guide.count / self.num_samples)
             total[chain] = total[chain] + part
-        if "together" in self.kl_kinds.values():
-            self._together(chain, block, guide, model)
+        self._together(chain, block, guide, model)
+
+    @staticmethod
+    def _partner(guide: Pass, name: str) -> str | None:
+        """The guide's site that has the latent's density: itself, or the one auxiliary draw it is a point given."""
+        layout = guide.layouts[name]
+        if not layout.point:
+            return name
+        own = [
+            other
+            for other, one in guide.layouts.items()
+            if other.startswith(f"{name}_")
+            and (one.kind, one.point, one.names) == ("latent", False, layout.names)
+            and other not in guide.sweep.model_sites
+        ]
+        return own[0] if len(own) == 1 else None
 
     def _together(self, chain: int, block: Block, guide: Pass, model: Pass) -> None:
         """KL of all that the guide draws through other draws, over all rows."""
-        sites = [name for name, kind in self.kl_kinds.items() if kind == "together"]
-        others = {name for name in self.sweep.latents if name not in sites}
+        sites = [name for name, partner in self.partners.items() if partner is None]
+        rest = set(guide.layouts) - set(self.partners) - set(self.partners.values())
+        drawn = [name for name in rest if guide.layouts[name].kind == "latent" and not guide.layouts[name].point]
+        for name in sites:
+            self.kl_kinds[name] = "together" if drawn else "point"
+        if not sites or not drawn:
+            return
         total: Any = 0.0
-        for run, sign, names in ((guide, 1.0, set(guide.layouts) - others), (model, -1.0, sites)):
+        for run, sign, names in ((guide, 1.0, [*rest, *sites]), (model, -1.0, sites)):
             for name in names:
                 if block.first(run.layouts[name]) and run.layouts[name].kind != "deterministic":
                     total = total + sign * run.log_prob(name, ())
         by_chain = self.kl_together.setdefault("+".join(sites), [0.0] * self.chains)
-        by_chain[chain] += float(total.mean()) * guide.count / self.num_samples
+        by_chain[chain] += float(torch.as_tensor(total).mean()) * guide.count / self.num_samples
 
     def _share(self, block: Block, layout: Layout) -> float:
         """What part of a site's rows a block brings."""
@@ -549,17 +570,14 @@ def integrated(
     return torch.cat(found), known
 
 
-def _divergence(guide: Pass, model: Pass, name: str) -> tuple[torch.Tensor | None, str]:
+def _divergence(guide: Pass, model: Pass, name: str, partner: str | None) -> tuple[torch.Tensor | None, str]:
     """Mean of log q − log p over draws and rows: by dimension, of each dimension's marginal, of the site, or unknown.
 
     A latent that is a point given one auxiliary draw (``z`` and ``z_unconstrained``) has that draw's density.
     """
-    point = guide.layouts[name].point
-    partners = [n for n in guide.layouts if n.startswith(f"{name}_") and n not in model.layouts] if point else [name]
-    if len(partners) != 1:
-        return None, "together" if set(guide.layouts) - set(model.layouts) else "point"
-    (partner,) = partners
-    stretch = guide.log_prob(name) if point else None
+    if partner is None:
+        return None, "together"
+    stretch = guide.log_prob(name) if partner != name else None
     ratio, other = guide.coordinates(partner), model.coordinates(name)
     same = ratio is not None and other is not None and ratio.depth == other.depth
     if same and ratio.log_prob.shape == other.log_prob.shape and (stretch is None or not stretch.any()):
@@ -567,7 +585,8 @@ def _divergence(guide: Pass, model: Pass, name: str) -> tuple[torch.Tensor | Non
         rows = difference.reshape(-1, *difference.shape[difference.dim() - ratio.depth :])
         return rows.mean(0), "each" if ratio.exact and other.exact else "marginal"
     whole = guide.log_prob(partner).mean() - model.log_prob(name).mean()
-    return whole + (stretch.mean() if stretch is not None else 0.0), "joint"
+    one = math.prod(model.layouts[name].event) == 1
+    return whole + (stretch.mean() if stretch is not None else 0.0), "each" if one else "joint"
 
 
 def _aligned(value: torch.Tensor, have: Sequence[str], plates: Sequence[str | None]) -> torch.Tensor:

@@ -172,6 +172,12 @@ class _Unobserve(Messenger):
             msg["done"] = False
 
 
+def _innermost(fn: Any) -> Any:
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
 def _kind(site: Mapping[str, Any]) -> str:
     if site["infer"].get("_deterministic"):
         return "deterministic"
@@ -203,7 +209,9 @@ class Sweep:
         batch_size: int | None = None,
         data_plates: str | Sequence[str] | None = None,
         mode: str | None = None,
+        latents_needed: bool = True,
     ):
+        self.latents_needed = latents_needed
         self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
         self.device = device_of(model, guide)
         self.row_ids: dict[str, torch.Tensor] = {}
@@ -275,6 +283,10 @@ class Sweep:
         self.guide_sites = {name: self._layout(name, site) for name, site in random_sites(guide)}
         self.model_sites = {name: self._layout(name, site) for name, site in random_sites(model)}
         self._check(guide, model)
+        # What the guide computes from auxiliary draws it computes again from them: were it fixed as well, a value that
+        # is off by rounding would have no density.
+        auxiliary = self.guide_sites.keys() - self.model_sites.keys()
+        self.computed = {name for name, layout in self.guide_sites.items() if layout.point and auxiliary}
         self.supports = {
             name: model.nodes[name]["fn"].support
             for name, layout in self.model_sites.items()
@@ -323,7 +335,7 @@ class Sweep:
                     f"site {name!r} is drawn by the guide but is no latent of the model: remove it, rename it, or mark"
                     " it infer={'is_auxiliary': True}"
                 )
-        if not latent:
+        if not latent and self.latents_needed:
             raise BadInput("the model has no latent site, so that there is no posterior")
 
     def _layout(self, name: str, site: Mapping[str, Any]) -> Layout:
@@ -349,7 +361,7 @@ class Sweep:
             tuple(value.shape[value.dim() - event_dim :]),
             depth,
             value.dtype,
-            isinstance(fn, dist.Delta) and kind == "latent",
+            isinstance(_innermost(fn), dist.Delta) and kind == "latent",
             kind in ("latent", "observed") and bool(fn.support.is_discrete),
         )
 
@@ -560,7 +572,7 @@ class Sweep:
         laid = {
             name: self._placed(value, layouts[name], count, block, mode or self.mode)
             for name, value in fixed.items()
-            if name in layouts
+            if name in layouts and not (program is self.guide and name in self.computed)
         }
         seen = self._seen(program, layouts, count, block, laid, hidden, mode, arguments)
         return Pass(seen, self, layouts, count, block)
@@ -613,7 +625,7 @@ class Sweep:
                 alone = self.run(1, block, fixed, mode="single")
                 for many, one in zip(together, alone, strict=True):
                     for name, layout in many.layouts.items():
-                        if layout.kind == "deterministic":
+                        if layout.kind == "deterministic" or layout.point:
                             a, b = many.value(name)[draw].double(), one.value(name)[0].double()
                         else:
                             a, b = many.log_prob(name)[draw], one.log_prob(name)[0]

@@ -303,6 +303,17 @@ def test_a_batch_under_a_plate_of_more_rows_is_a_batch():
     assert found.num_data == 3 and found.log_evidence == pytest.approx(log_evidence(X).mean().item(), abs=1e-12)
 
 
+def test_a_model_without_latents_has_its_likelihood():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1), obs=x)
+
+    found = evaluate(model, lambda x: None, X, num_samples=2)
+    truth = dist.Normal(torch.zeros(2).double(), 1.0).log_prob(X).sum(-1).mean().item()
+    assert found.elbo == pytest.approx(truth, abs=1e-12) and found.log_evidence == pytest.approx(truth, abs=1e-12)
+    assert found.rate == 0.0
+
+
 def whole_model(x):
     """The observations are one site: no plate tells the data apart."""
     with pyro.plate("data", len(x)):

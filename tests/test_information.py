@@ -8,7 +8,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuideList,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+)
 
 from gumbo.errors import BadInput
 from gumbo.guides import CategoricalGuide, RelaxedCategoricalGuide
@@ -128,3 +135,27 @@ def test_it_is_found_once_and_only_when_asked():
     assert Evaluation(**numbers) == judged
     with pytest.raises(BadInput, match="does not know its programs"):
         _ = Evaluation(**numbers).kl
+
+
+def test_points_beside_a_distribution_have_no_kl():
+    def two(x):
+        a = pyro.sample("a", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(a.sum(-1) + b, 1.0), obs=x)
+
+    guide = AutoGuideList(two)
+    guide.append(AutoNormal(pyro.poutine.block(two, expose=["a"])))
+    guide.append(AutoDelta(pyro.poutine.block(two, expose=["b"])))
+    found = information(two, guide, X)
+    assert list(found.kl) == ["a"] and found.kl["a"].shape == (2,)
+    assert found.notes == {"b": "the guide is a point, whose KL is infinite"}
+    laplace = information(two, AutoLaplaceApproximation(two), X)
+    assert laplace.kl == {} and set(laplace.notes) == {"a", "b"}
+
+
+def test_a_structured_guide_has_the_kl_of_what_it_draws_together():
+    guide = AutoStructured(model)
+    judged = evaluate(model, guide, X[:5], num_samples=500)
+    assert list(judged.kl) == ["z"] and "joint draw" in judged.information.notes["z"]
+    assert float(judged.kl["z"]) / 5 == pytest.approx(judged.rate, abs=0.1)
