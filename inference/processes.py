@@ -86,6 +86,9 @@ class Processes:
         options: dict[str, Any] = {"cpu": True, "backend": "gloo"} if kind == "cpu" else {}
         try:
             state = PartialState(timeout=timeout, **options)
+            if not dist.is_initialized():
+                # A PartialState that was made before, on a machine without GPUs, took this process for the only one.
+                dist.init_process_group("gloo" if kind == "cpu" else "nccl", timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise BadInput(f"the {launched()} processes cannot be joined ({first_line(error)})") from error
         if ours:
