@@ -325,12 +325,24 @@ TRAIN = ["-m", "gumbo", "train", "--model", "bernoulli-vae", "--estimator", "nvi
 TRAIN += ["--importance_samples", "3", "--folder"]
 
 
-def torchrun(*arguments: str, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), *arguments]
-    said = open(folder / "said.txt", "a")  # noqa: SIM115
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=said, stderr=subprocess.STDOUT)
+@pytest.fixture
+def torchrun(tmp_path):
+    """Starts two processes; what they say is added to ``said.txt``; none is left at the end."""
+    launchers: list[subprocess.Popen] = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--master-port", str(free_port()), *arguments]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(tmp_path / "said.txt", "a") as said:
+            launchers.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=said, stderr=subprocess.STDOUT))
+        return launchers[-1]
+
+    yield start
+    for launcher in launchers:
+        for process in [*workers_of(launcher.pid), *([launcher.pid] if launcher.poll() is None else [])]:
+            os.kill(process, signal.SIGKILL)
+        launcher.wait()
 
 
 def wait_for_epochs(run: Path, count: int) -> None:
@@ -353,29 +365,29 @@ def without_times(run: Path) -> list[dict]:
 
 @several_processes
 @pytest.mark.slow
-def test_train_on_two_processes_ended_by_a_signal_and_by_a_death_is_the_whole_run(tmp_path):
+def test_train_on_two_processes_ended_by_a_signal_and_by_a_death_is_the_whole_run(tmp_path, torchrun):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert torchrun(*TRAIN, str(whole), folder=tmp_path).wait(300) == 0
+    assert torchrun(*TRAIN, str(whole)).wait(300) == 0
     said = (tmp_path / "said.txt").read_text()
     assert said.count("plots and numbers in") == said.count("log p(x)") == 1, said
     for name in ("config.yaml", "results.json", "plots/learning_curve.png", "plots/reconstructions.png"):
         assert (whole / name).exists(), name
 
-    first = torchrun(*TRAIN, str(parts), folder=tmp_path)
+    first = torchrun(*TRAIN, str(parts))
     wait_for_epochs(parts, 5)
     first.send_signal(signal.SIGTERM)
     first.wait(60)
     said = (tmp_path / "said.txt").read_text()
     assert said.count("interrupted by SIGTERM at epoch") == 1 and "the same launcher of 2 processes" in said, said
 
-    second = torchrun("-m", "gumbo", "train", "--resume", str(parts), folder=tmp_path)
+    second = torchrun("-m", "gumbo", "train", "--resume", str(parts))
     wait_for_epochs(parts, 20)
     os.kill(workers_of(second.pid)[-1], signal.SIGKILL)
     began = time.monotonic()
     assert second.wait(120) != 0
     assert time.monotonic() - began < 60, "the others were left waiting"
 
-    assert torchrun("-m", "gumbo", "train", "--resume", str(parts), folder=tmp_path).wait(300) == 0
+    assert torchrun("-m", "gumbo", "train", "--resume", str(parts)).wait(300) == 0
     assert without_times(parts) == without_times(whole)
     ends = [torch.load(run / "checkpoints" / "last.pt", weights_only=True) for run in (whole, parts)]
     assert ends[0]["module"].keys() == ends[1]["module"].keys()
@@ -389,6 +401,6 @@ def test_train_on_two_processes_ended_by_a_signal_and_by_a_death_is_the_whole_ru
         [sys.executable, "-m", "gumbo", "train", "--resume", str(parts)], capture_output=True, text=True, timeout=120
     )
     assert alone.returncode == 2 and "processes differ (processes: 2 there, 1 here)" in alone.stderr
-    other = torchrun("-m", "gumbo", "list", folder=tmp_path)
+    other = torchrun("-m", "gumbo", "list")
     assert other.wait(60) != 0
     assert (tmp_path / "said.txt").read_text().count("only gumbo train runs on several") == 1
