@@ -14,7 +14,7 @@ from pyro.nn import PyroModule
 
 from gumbo.errors import BadInput, UnsupportedSite
 from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide, guides
-from gumbo.inference import SiteELBO
+from gumbo.inference import SiteELBO, fit
 from gumbo.inference.compiled import CompiledStep, uncompiled
 from gumbo.inference.estimators import (
     Concrete,
@@ -575,3 +575,59 @@ def test_machine_code_of_every_estimator(word, name, objective):
         pytest.skip(f"{word} does not serve these sites")
     loss = SiteELBO(word, objective=objective, num_particles=max(2, estimators[word]().min_particles))
     agree(*steps_of(PAIRS[name], loss, backend=None), [data(dtype=F64), 1 - data(dtype=F64)], 1e-8)
+
+
+def fitted(epochs, run_dir=None, resume=False, word="score-average", **options):
+    torch.manual_seed(0)
+    model, guide = coin_pair()
+    x = data(30)
+    settings = {
+        "loss": SiteELBO(word, kl_weight=Linear(20), num_particles=2),
+        "batch_size": 8,
+        "lr": 1e-2,
+        "progress": False,
+    }
+    result = fit(
+        model, guide, x, valid=x[:5], epochs=epochs, compile=True, run_dir=run_dir, resume=resume, **settings, **options
+    )
+    return result, [parameter.detach().clone() for parameter in (*model.parameters(), *guide.parameters())]
+
+
+def same_numbers(result):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "ms_per_step")} for line in result.history]
+
+
+def resumes(tmp_path, word):
+    whole, expected = fitted(4, word=word)
+    fitted(2, tmp_path / word, word=word)
+    found, parameters = fitted(4, tmp_path / word, resume=True, word=word)
+    assert same_numbers(found) == same_numbers(whole)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
+
+
+@pytest.mark.parametrize("word", ["score-average", "rebar", "enumerate"])
+def test_a_captured_run_resumes_to_the_same_bits(word, tmp_path, monkeypatch):
+    monkeypatch.setattr("gumbo.inference.compiled.inductor", uncompiled)
+    resumes(tmp_path, word)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["score-average", "rebar"])
+def test_a_compiled_run_resumes_to_the_same_bits(word, tmp_path):
+    resumes(tmp_path, word)
+
+
+def test_fit_says_how_long_it_compiled(monkeypatch, capsys):
+    monkeypatch.setattr("gumbo.inference.compiled.inductor", uncompiled)
+    fit(*normal_pair(), data(8), batch_size=4, epochs=1, compile=True)
+    assert "compiled in" in capsys.readouterr().err
+
+
+def test_fit_refuses_what_a_compiled_step_cannot_do():
+    with pytest.raises(BadInput, match="validate and compile|leave one of them out"):
+        fit(*normal_pair(), data(8), epochs=1, compile=True, validate=True)
+    with pytest.raises(BadInput, match="gumbo's own ELBOs"):
+        fit(*normal_pair(), data(8), epochs=1, compile=True, loss="trace")
+    with pytest.raises(BadInput, match="asks for the value of a tensor"):
+        model = Changed(branches)
+        fit(model, NormalGuide(model), data(8), epochs=1, compile=True)
