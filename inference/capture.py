@@ -206,8 +206,12 @@ class Program:
 
 
 def flat(batch: Rows) -> list[Tensor]:
-    """The tensors of a batch, keywords in the order of their names."""
-    return [*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs))]
+    """The tensors of a batch, keywords in the order of their names.
+
+    Contiguous, whatever they are a view of: machine code reads where the strides of the captured batch say.
+    """
+    tensors = [*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs))]
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
@@ -265,6 +269,7 @@ def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
     """A call that leaves no trace in the modules; one that would change a plain attribute of theirs is refused."""
     modules = list(module.modules())
     before = [dict(vars(one)) for one in modules]
+    written = {id(t): t._version for kept in before for t in kept.values() if isinstance(t, Tensor)}
     module.__dict__.update(_kept=None, _own={}, _keeps=False)
     module.binding.steps = step
     for state in module.binding.states.values():
@@ -273,7 +278,8 @@ def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
     try:
         yield
         for one, kept in zip(modules, before, strict=True):
-            changed = [key for key in plain_attributes(one) | plain_attributes(one, kept) if _changed(one, kept, key)]
+            names = plain_attributes(one) | plain_attributes(one, kept)
+            changed = sorted(name for name in names if _changed(one, kept, name, written))
             if changed:
                 raise BadInput(
                     f"{type(one).__name__}.{changed[0]} changes as the program runs, and a captured graph would not see"
@@ -301,8 +307,11 @@ def plain_attributes(module: nn.Module, values: Mapping[str, Any] | None = None)
     }
 
 
-def _changed(module: nn.Module, before: Mapping[str, Any], name: str) -> bool:
-    return differs(vars(module).get(name), before.get(name)) or (name in vars(module)) != (name in before)
+def _changed(module: nn.Module, before: Mapping[str, Any], name: str, written: Mapping[int, int]) -> bool:
+    now = vars(module).get(name)
+    if differs(now, before.get(name)) or (name in vars(module)) != (name in before):
+        return True
+    return isinstance(now, Tensor) and now._version != written[id(now)]
 
 
 def differs(a: Any, b: Any) -> bool:

@@ -65,6 +65,9 @@ class CompiledStep(TorchStep):
             )
         with private_seed(None, self.module):
             self.program = Program(self.module, batch)
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            self.program.used = [name for name in self.program.used if id(self.parameters[name]) in owned]
             self.noise = self.program.noise
             self.inside = Adam.serving(self.optimizer, [self.parameters[name] for name in self.program.used])
             self.shape = _shape(batch)
@@ -230,22 +233,28 @@ class CompiledStep(TorchStep):
         parameters = [before[names.index(name)] for name in self.program.used]
         return self.inside.gradients(parameters, before[len(names) :])
 
-    def _watch(self) -> list[tuple[Any, str, Any]]:
-        """What the graph holds for constant."""
+    def _watch(self) -> list[tuple[Any, str, Any, int]]:
+        """What the graph holds for constant: where it stands, what it is, and how often it had been written to."""
         modules = list(self.module.modules())
-        watched = [(vars(module), name, vars(module)[name]) for module in modules for name in plain_attributes(module)]
+        watched = [(vars(module), name) for module in modules for name in plain_attributes(module)]
         if self.inside is not None:
-            groups = self.inside.optimizer.param_groups
-            watched += [(group, name, value) for group in groups for name, value in group.items() if name in BAKED]
+            watched += [
+                (group, name) for group in self.inside.optimizer.param_groups for name in group if name in BAKED
+            ]
         self._learning = [parameter.requires_grad for parameter in self.parameters.values()]
-        return watched
+        return [(values, name, values[name], _version(values[name])) for values, name in watched]
 
     def _has_changed(self) -> bool:
-        for values, name, value in self._watched:
+        for values, name, value, version in self._watched:
             now = values.get(name)
-            if now is not value and differs(now, value):
+            if (now is not value and differs(now, value)) or (version and now._version + 1 != version):
                 return True
         return [parameter.requires_grad for parameter in self.parameters.values()] != self._learning
+
+
+def _version(value: Any) -> int:
+    """How often a tensor has been written to, plus one; 0 for anything else."""
+    return value._version + 1 if isinstance(value, Tensor) else 0
 
 
 BAKED = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")

@@ -324,6 +324,7 @@ class Changed(GaussianVAE):
     def __init__(self, trick):
         super().__init__(SHAPE, latent_dim=2, hidden=(5,))
         self.trick, self.factor, self.calls_made = trick, 1.0, 0
+        self.table = torch.ones(())
 
     def likelihood(self, z):
         return self.trick(self, z, super().likelihood)
@@ -345,6 +346,11 @@ def counts(model, z, likelihood):
 def keeps(model, z, likelihood):
     model.last = z
     return likelihood(z)
+
+
+def writes(model, z, likelihood):
+    model.table.mul_(0.5)
+    return likelihood(z * model.table)
 
 
 def rolls_python(model, z, likelihood):
@@ -375,6 +381,7 @@ REFUSED = {
     branches: "asks for the value of a tensor.*z if z.sum\\(\\) > 0",
     reads: "asks for the value of a tensor.*item\\(\\) > 1",
     counts: "Changed.calls_made changes as the program runs",
+    writes: "Changed.table changes as the program runs",
     keeps: "Changed.last changes as the program runs",
     rolls_python: "random numbers",
     rolls_numpy: "random numbers",
@@ -430,7 +437,7 @@ def test_nothing_is_left_of_capturing():
 
 
 def scaled(model, z, likelihood):
-    return likelihood(z * model.factor)
+    return likelihood(z * model.factor * model.table)
 
 
 def test_a_changed_attribute_is_captured_anew():
@@ -447,10 +454,13 @@ def test_a_changed_attribute_is_captured_anew():
     moments["exp_avg"].zero_()
     step(Rows(data(), "x"))  # z is multiplied by zero, so that this weight has no gradient
     assert torch.equal(before, model.decoder[0].weight)
-    for number in range(9):
+    model.table.fill_(0.5)  # written in place
+    step(Rows(data(), "x"))
+    assert step.captures == 3
+    for number in range(5):
         model.factor = float(number + 2)
-        if number < 6:
-            step(Rows(data(), "x"))
+        step(Rows(data(), "x"))
+    model.factor = 99.0
     with pytest.raises(BadInput, match="change so often"):
         step(Rows(data(), "x"))
 
