@@ -184,8 +184,8 @@ def _why_not(path: Path, content: bytes) -> BadInput:
     if isinstance(state, dict) and "gumbo" in state:
         return damaged
     return BadInput(
-        f"{path} was written by a gumbo before 0.2, or by something else: it has no format number and no checksum; "
-        "start anew in another folder"
+        f"{path} has no format number and no checksum: it was written by an earlier gumbo than any whose checkpoints "
+        "can be read, or by something else; start anew in another folder"
     )
 
 
