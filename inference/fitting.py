@@ -263,9 +263,13 @@ def _make_step(
     if processes is not None:
         from .split_rows import ProcessStep
 
-        if compile or kind is StoreStep:
-            what = "a compiled step" if compile else f"{type(loss).__name__}, which takes gradients itself,"
-            raise BadInput(f"{what} runs in one process only: leave compile out, and take one of SiteELBO's words")
+        if compile:
+            raise BadInput("a compiled step runs in one process: leave compile out, or start one process")
+        if kind is StoreStep:
+            raise BadInput(
+                f"{type(loss).__name__} takes gradients itself, in one process: take one of SiteELBO's words, or start "
+                "one process"
+            )
         kind = partial(ProcessStep, processes=processes, seed=seed)
     try:
         return kind(model, guide, loss, make, batch)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pyro
@@ -443,6 +445,20 @@ def depends_on_rows_later(processes: Processes) -> None:
         step(Rows(data(9)))
         guide.weight = 1.0
         step(Rows(data(9)))
+
+
+def hangs() -> dict:
+    """The second process does not come to the sum; the first gives up after the timeout."""
+    processes = Processes.join("cpu", timeout=timedelta(seconds=3))
+    if not processes.main:
+        time.sleep(8)
+        return {}
+    began = time.monotonic()
+    try:
+        processes.sum(torch.ones(3))
+    except GumboError as error:
+        return {"said": str(error), "seconds": time.monotonic() - began}
+    return {"said": "nothing", "seconds": 0.0}
 
 
 def refused():

@@ -23,7 +23,9 @@ from several import F64, NormalGuide, NormalModel, Program, data, pair_of, share
 from torch import nn
 
 from gumbo.errors import BadInput, UnsupportedSite
-from gumbo.inference import FreeBits, SiteELBO, fit
+from gumbo.inference import FreeBits, SiteELBO, evaluate, fit, make_loss
+from gumbo.inference.fitting import _make_step
+from gumbo.inference.optimizers import make_optimizer
 from gumbo.inference.processes import Processes
 from gumbo.inference.rows import Rows
 from gumbo.inference.split_rows import Streams, refuse, share_of, study
@@ -123,6 +125,14 @@ def test_what_comes_apart_is_noticed(found):
         assert "'binding.states.z.mean'" in said and "moved by each process's own rows" in said
     for said in found["depends on rows later"]:
         assert said.startswith("UnsupportedSite: site 'g'") and "drew it differently" in said
+
+
+@several_processes
+@pytest.mark.slow
+def test_a_process_that_hangs_is_not_waited_for_without_end(tmp_path):
+    found = on_two("hangs", tmp_path)
+    assert found["said"].startswith("process 0 lost touch with the others") and "\n" not in found["said"]
+    assert found["seconds"] < 7
 
 
 # Splitting ------------------------------------------------------------------------------------------------------------
@@ -301,6 +311,22 @@ def test_what_is_a_sum_over_rows_is_not_refused(loss, param_store):
     model, guide = pair_of(several.NORMAL, False)
     loss = loss()
     refuse(loss, loss(model, guide), study(model, guide, Rows(data(9))))
+
+
+@pytest.mark.parametrize(
+    ("loss", "compile", "words"),
+    [("trace-graph", False, "TraceGraph_ELBO takes gradients itself"), ("rloo", True, "a compiled step runs in one")],
+)
+def test_kinds_of_step_for_one_process_are_refused(loss, compile, words):
+    model, guide = pair_of(several.COINS, False)
+    two = Processes(0, 2, torch.device("cpu"))
+    with pytest.raises(BadInput, match=words):
+        _make_step(model, guide, make_loss(loss), make_optimizer("adam", 1e-3)[0], Rows(data(9)), compile, two, 0)
+
+
+def test_evaluation_on_several_needs_a_seed():
+    with pytest.raises(BadInput, match="pass seed="):
+        evaluate(*pair_of(several.COINS, False), data(9), seed=None, processes=Processes(0, 2, torch.device("cpu")))
 
 
 def test_without_accelerate_one_line_says_what_to_install(monkeypatch):
