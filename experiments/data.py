@@ -94,7 +94,7 @@ def load(
     read = datasets[name](Path(root) if root is not None else data_folder(), splits)
     shape = next(iter(read.values()))[0].shape[1:]
     images = {split: torch.zeros(0, 1, *shape, dtype=dtype) for split in SPLITS}
-    images |= {split: torch.from_numpy(pixels).to(dtype).unsqueeze(1) for split, (pixels, _) in read.items()}
+    images |= {split: _rows(pixels).to(dtype).unsqueeze(1) for split, (pixels, _) in read.items()}
     labels = {split: torch.from_numpy(label).long() for split, (_, label) in read.items() if label is not None}
     if binarize == "static":
         images = {split: (pixels >= 0.5).to(dtype) for split, pixels in images.items()}
@@ -102,6 +102,11 @@ def load(
         _refuse_binary(name, images)
         images |= {split: _fixed_draw(images[split], seed) for seed, split in enumerate(("valid", "test"))}
     return ImageData(name, **images, labels=labels, binarize=binarize)
+
+
+def _rows(pixels: np.ndarray) -> Tensor:
+    """Images one after the other in memory, whatever order the file has: batches are gathered by row."""
+    return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
 def data_folder() -> Path:

@@ -170,6 +170,14 @@ def test_binarized_mnist_is_unpacked(tmp_path):
         load("binarized-mnist", root=tmp_path, binarize="dynamic")
 
 
+def test_images_lie_one_after_the_other(tmp_path):
+    columns = np.asfortranarray(np.packbits(np.eye(9, 784, dtype=np.uint8), axis=1))
+    np.savez(tmp_path / "binarized_mnist.npz", train=columns, valid=columns[:2], test=columns[:2])
+    images = load("binarized-mnist", root=tmp_path)
+    assert images.train.is_contiguous() and images.valid.is_contiguous()
+    assert torch.equal(images.train.flatten(1), torch.eye(9, 784))
+
+
 def test_binarized_mnist_download_is_checked_and_kept(tmp_path, monkeypatch):
     import hashlib
     import io
