@@ -1,6 +1,6 @@
 """Milliseconds a training step: gumbo beside hand-written PyTorch, stock Pyro, and NumPyro.
 
-    python benchmarks/step.py [--threads 2] [--rounds 15] [--batch 32 128 512] [--device cuda] [--quick] [--profile]
+    python benchmarks/step.py [--threads 2] [--rounds 12] [--batch 32 128 512] [--device cuda] [--quick] [--profile]
 
 Three workloads on 28 × 28 binary images, the same batch at every step, Adam everywhere:
 
@@ -398,7 +398,7 @@ def show_profile(found: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="cores that all rivals get")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--device", default="cpu")
