@@ -448,7 +448,7 @@ def test_autoguides(auto):
     assert ("log_likelihood" in _arviz.groups_of(idata)) == (not joint)
 
 
-def test_what_a_guide_computes_from_auxiliary_draws_keeps_its_density():
+def test_what_a_guide_computes_from_auxiliary_draws_keeps_its_density(param_store):
     """A matrix product may round otherwise for one draw than for many, and a point's density is 0 beside the point."""
 
     def model(x):
@@ -678,6 +678,21 @@ def test_what_is_needed_is_said_before_the_start(capsys):
     assert "the draws need" in said.splitlines()[0] and "posterior" in said and "to_arviz 1/1" in said
     to_arviz(normal_model, normal_guide(), X, num_samples=20)
     assert capsys.readouterr().err == ""
+
+
+def test_a_seed_does_not_bring_back_the_noise_of_training():
+    torch.manual_seed(0)
+    trained_on = torch.randn(12)
+    idata = to_arviz(
+        prior_like, pyro.poutine.block(prior_like, hide=["x"]), X, num_samples=5, seed=0, groups=["posterior"]
+    )
+    assert not np.isin(group(idata, "posterior")["z"].values, trained_on.numpy()).any()
+
+
+def prior_like(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x.float())
 
 
 def test_nothing_is_left_behind_and_the_seed_decides():
