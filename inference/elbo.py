@@ -681,6 +681,10 @@ class SiteELBOModule(ELBOModule):
         self.__dict__["_own"] = {}  # parameters by identity, held so that no identity is given to another tensor
         self.__dict__.update(_kept=None, _keeps=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other parameters than the store that is kept here, or shares its programs with the original.
+        return {**self.__dict__, "_kept": None, "_own": {}}
+
     def initialize(self, *args, **kwargs) -> SiteELBOModule:
         """Build what is built lazily, without touching random streams; returns itself."""
         with self._own_store():
