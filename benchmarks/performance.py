@@ -265,7 +265,7 @@ def bound_section(facts: Facts | None, tuning: Facts | None) -> list[str]:
         latents=facts["latents"], data=facts["data"], batch=facts["batch"], epochs=facts["epochs"]
     )
     compiled = "compiled" if facts["compiled"] else "not compiled"
-    lines += [prose, "", f"Ours, as tuned: {settings(facts['ours'])}; {compiled}."]
+    lines += [prose, "", f"Ours: {settings(facts['ours'])}, {compiled}."]
     asked = []
     for name in facts["stocks"]:
         runs = [(run, run["stocks"][name]) for run in facts["runs"]]
@@ -297,6 +297,8 @@ def bound_section(facts: Facts | None, tuning: Facts | None) -> list[str]:
     if facts["compiled"]:
         seconds = ", ".join(f"{run['ours']['compiling']:.1f}" for run in facts["runs"])
         lines += ["", f"Capturing and compiling our step took {seconds} s more, once; it is not in these times."]
+        if counted := with_compiling(facts):
+            lines[-1] += f" With it counted, the least of all the factors above is {min(counted):.1f}."
     lines += verdicts(asked)
     if tuning:
         lines += ["### Tuning", "", TUNING_PROSE.format(epochs=tuning["epochs"])]
@@ -311,6 +313,14 @@ def bound_section(facts: Facts | None, tuning: Facts | None) -> list[str]:
         if others:
             lines += [f"Given up at three times the fastest so far: {'; '.join(others)}.", ""]
     return lines
+
+
+def with_compiling(facts: Facts) -> list[float]:
+    """How many times faster ours is with the compiling counted; empty if a target was not reached."""
+    pairs = [(run["ours"]["compiling"], stock) for run in facts["runs"] for stock in run["stocks"].values()]
+    if any(stock["our_seconds"] is None for _, stock in pairs):
+        return []
+    return [stock["seconds"] / (stock["our_seconds"] + compiling) for compiling, stock in pairs]
 
 
 def settings(entry: Facts) -> str:

@@ -309,6 +309,7 @@ def test_the_page_judges_the_time_to_the_bound(tmp_path, ours, said):
     assert "Given up at three times the fastest so far: `rloo`, K = 0, lr 0.001." in text
     assert f"≥ 5 | {said}" in text
     assert ("not reached" in text) == (ours is None)
+    assert ("With it counted, the least of all the factors above is 3.6." in text) == (ours == 5.0)
 
 
 def test_the_committed_page_is_what_the_committed_numbers_give():
