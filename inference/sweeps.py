@@ -261,9 +261,9 @@ class Sweep:
         held = {name: site["value"] for name, site in random_sites(guide)}
         for trace in (guide, model):
             for name, site in trace.nodes.items():
-                if site["type"] == "sample" and site_is_subsample(site):
+                if site["type"] == "sample" and site_is_subsample(site) and name not in self.at_hand:
                     self.row_ids[name] = site["value"].detach().cpu()
-                    if name in subsamples.random and name not in self.at_hand:
+                    if name in subsamples.random:
                         self._look_for_rows(name, site["fn"], rows | {name: site["value"]}, held, model)
             for _, site in random_sites(trace):
                 batch = len(site["fn"].batch_shape)

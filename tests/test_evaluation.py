@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 from gumbo.errors import BadInput
 from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
-from gumbo.inference import evaluate, make_loss
+from gumbo.inference import _arviz, evaluate, make_loss, to_arviz
 from gumbo.inference.evaluation import log_weights
 from gumbo.inference.gradients import gradient_draws, gradient_moments
 from gumbo.models import CategoricalVAE, GaussianVAE
@@ -301,6 +301,8 @@ def test_a_batch_under_a_plate_of_more_rows_is_a_batch():
 
     found = evaluate(model, guide, X, num_samples=3)
     assert found.num_data == 3 and found.log_evidence == pytest.approx(log_evidence(X).mean().item(), abs=1e-12)
+    posterior_draws = _arviz.dataset_of(to_arviz(model, guide, X, num_samples=5), "posterior")
+    assert list(posterior_draws["data"].values) == [0, 1, 2]
 
 
 def test_a_model_without_latents_has_its_likelihood():
