@@ -82,6 +82,12 @@ def machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def surroundings(device: str = "cpu") -> dict[str, object]:
+    """What a result must be read with: the device, the machine, and how busy others kept it at the start."""
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return {"device": device_name(device), "machine": machine(), "load": load}
+
+
 def write_json(path: Path, found: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -40,7 +40,11 @@ def unique(values: Iterable) -> list:
 
 
 def where(facts: Facts) -> str:
-    return f"{facts['device']}; {facts['machine']}"
+    load = facts.get("load")
+    busy = (
+        "" if load is None else f"; load average {load} at the start" + (" (others were at work)" if load >= 1 else "")
+    )
+    return f"{facts['device']}; {facts['machine']}{busy}"
 
 
 # A step.

@@ -36,7 +36,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from _timing import RESULTS, Rival, device_name, interleaved_turns, machine, spread, use_cores, write_json
+from _timing import RESULTS, Rival, interleaved_turns, spread, surroundings, use_cores, write_json
 from pyro.infer import SVI, TraceGraph_ELBO
 from torch import nn
 
@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.memory:
         print(json.dumps(memory(SERIES[options.only[0]], sizes(options.only[0]), PATIENCE)))
         return
-    found: dict[str, Any] = {"device": device_name("cpu"), "machine": machine(), "series": {}}
+    found: dict[str, Any] = surroundings() | {"series": {}}
     print(f"{found['device']}; {found['machine']}")
     for name in options.only:
         if name in SERIES:

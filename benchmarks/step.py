@@ -36,7 +36,7 @@ import _by_hand
 import numpy as np
 import pyro
 import torch
-from _timing import RESULTS, Rival, device_name, interleaved_turns, machine, median, spread, use_cores, write_json
+from _timing import RESULTS, Rival, interleaved_turns, median, spread, surroundings, use_cores, write_json
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 
@@ -412,12 +412,7 @@ def main(arguments: list[str] | None = None) -> None:
     use_cores(options.threads)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="step-")  # what is compiled is compiled now
     rows: list[dict] = []
-    facts = {
-        "device": device_name(options.device),
-        "machine": machine(),
-        "threads": options.threads,
-        "rounds": options.rounds,
-    }
+    facts = surroundings(options.device) | {"threads": options.threads, "rounds": options.rounds}
     print(f"{facts['device']}; {facts['machine']}")
     folder = options.out or RESULTS
     for name in options.workloads:

@@ -37,7 +37,7 @@ from typing import Any
 import pyro
 import pyro.poutine as poutine
 import torch
-from _timing import RESULTS, device_name, machine, use_cores, write_json
+from _timing import RESULTS, surroundings, use_cores, write_json
 from pyro.infer import TraceGraph_ELBO
 from torch import Tensor, nn
 
@@ -287,13 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     use_cores(options.threads)
     images = load(options.data, binarize="static")
-    facts = {
-        "device": device_name("cpu"),
-        "machine": machine(),
-        "data": options.data,
-        "latents": options.latents,
-        "compiled": not options.eager,
-    }
+    facts = surroundings() | {"data": options.data, "latents": options.latents, "compiled": not options.eager}
     folder = options.out or RESULTS
     if options.tune:
         found = tune(images.train, images.valid, options.epochs, options.latents, not options.eager)
