@@ -41,9 +41,7 @@ def unique(values: Iterable) -> list:
 
 def where(facts: Facts) -> str:
     load = facts.get("load")
-    busy = (
-        "" if load is None else f"; load average {load} at the start" + (" (others were at work)" if load >= 1 else "")
-    )
+    busy = "" if load is None else f"; load average {load} before the start"
     return f"{facts['device']}; {facts['machine']}{busy}"
 
 
