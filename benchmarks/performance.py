@@ -201,9 +201,9 @@ What was tried, and what it gave:
   spends nearly all of its time in products.
 - Adam inside of the graph, with its corrections computed outside: computed within, they are powers in double precision,
   once for every vector of the loop, and cost more than the whole of the fused eager Adam.
-- What remains at small batches is mostly in the column *Python and dispatch*: the call around the compiled step, which
-  gathers its inputs, draws the noise by torch's own generators (so that runs resume bit for bit), reads the loss and
-  checks it. `lax.scan` pays its call once for many steps, and looks at no loss in between."""
+- What remains at small batches is split between the columns: the products, the loops of Adam's update, and the call
+  around the graph, which gathers its inputs, draws the noise by torch's own generators (so that runs resume bit for
+  bit), and reads and checks the loss. `lax.scan` pays its call once for many steps, and looks at no loss in between."""
 
 
 # How it grows.
