@@ -450,6 +450,8 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
         vectorized=False,
         step=program.step,
     )
+    if (stray := _stray_dimension(program, run)) is not None:
+        raise does_not_vectorize(*stray)
     fixed = _last_particle(run, seen, program.max_plate_nesting)
     with torch.no_grad():
         single = alone.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples))
@@ -460,6 +462,20 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
     if _difference(again, single, program.max_plate_nesting) is not None:
         raise NoisyProgram
     raise does_not_vectorize(*difference)
+
+
+def _stray_dimension(program: Program, run: Run) -> tuple[str, str] | None:
+    """The first site with a dimension to the left that belongs neither to particles nor to enumerated values.
+
+    An ``unsqueeze`` moves the particles there, where they would be taken for more of them and summed.
+    """
+    known = {-1 - program.max_plate_nesting, *program.enum_dims.values()}
+    for site in run.sites:
+        shape = site.log_prob.shape
+        for dim in range(-len(shape), -program.max_plate_nesting):
+            if shape[dim] > 1 and dim not in known:
+                return site.name, f"its log-probability {tuple(shape)} has dimension {dim} of its own"
+    return None
 
 
 class NoisyProgram(Exception):

@@ -693,3 +693,28 @@ def test_bad_options_are_refused():
     for make in (lambda: Rebar(temperature=0.0), lambda: Relax(temperature=lambda step: 1.0)):
         with pytest.raises(BadInput, match="temperature"):
             make()
+
+
+@pytest.mark.parametrize("word", ["nvil", "relax", "rebar"])
+def test_a_single_cost_has_no_spread_and_is_no_reason_to_leap(word):
+    """The first step of one particle at one site without plates: what is learnt gets a slope of ordinary size."""
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5, dtype=torch.float64)))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(20.0, dtype=torch.float64))
+
+    class Guide(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.logit = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+        def forward(self):
+            pyro.sample("z", dist.Bernoulli(logits=self.logit))
+
+    guide = Guide()
+    loss = SiteELBO(word)(model, guide).initialize()
+    for _ in range(3):
+        loss.zero_grad()
+        loss().backward()
+        learnt = [p.grad for p in loss.parameters() if p is not guide.logit and p.grad is not None]
+        assert learnt and all(grad.abs().max() < 1e3 for grad in learnt)

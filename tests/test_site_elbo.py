@@ -502,6 +502,28 @@ def test_a_program_that_mixes_particles_is_refused():
     assert SiteELBO("pathwise", num_particles=3, vectorize_particles=False)(Recurrent(True), Recurrent(False))(data) > 0
 
 
+class Spread(PyroModule):
+    """Spreads a draw outside the plate over the rows, which moves the particles one dimension to the left."""
+
+    def __init__(self, is_model):
+        super().__init__()
+        self.is_model = is_model
+
+    def forward(self, x):
+        g = pyro.sample("g", dist.Normal(torch.zeros(3, dtype=F64), 1.0).to_event(1))
+        if self.is_model:
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(g.unsqueeze(-2) + 0 * x, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("word", ["pathwise", "rloo"])
+def test_a_program_that_moves_the_particles_is_refused(word):
+    data = torch.ones(4, 3, dtype=F64)
+    with pytest.raises(CannotVectorize, match="'x'.*dimension -3 of its own.*vectorize_particles=False"):
+        SiteELBO(word, num_particles=3)(Spread(True), Spread(False))(data)
+    assert SiteELBO(word, num_particles=3, vectorize_particles=False)(Spread(True), Spread(False))(data) > 0
+
+
 @pytest.mark.parametrize("word", ["rloo", "enumerate"])
 def test_control_flow_does_not_vectorize(word):
     model, guide = DISCRETE["control flow"].make()

@@ -151,9 +151,12 @@ class ControlVariate(Estimator, ABC):
         (gradient,) = torch.autograd.grad(
             score + self.path(view, own, free_slope, tied_slope).sum(), leaf, create_graph=True
         )
-        # In units of the cost's own size, so that one learning rate serves all problems.
-        view.state.observe(view.cost, control.detach(), view.mean)
-        loss = (gradient / view.state.scale()).square().sum()
+        # In units of the cost's own spread, so that one learning rate serves all problems; its size stands in where
+        # it has none, as the first single cost has not.
+        state = view.state
+        state.observe(view.cost, control.detach(), view.mean)
+        unit = torch.where(state.variance > 0, state.scale(), view.mean(view.cost.square()).sqrt()).clamp(min=1e-6)
+        loss = (gradient / unit).square().sum()
         parameters = [p for p in view.state.parameters() if p.requires_grad]
         found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
         # Linear in the parameters, so that nothing else that the loss passed through can receive a gradient.

@@ -163,8 +163,11 @@ class Neural(Baseline):
     def loss(self, view: SiteView, prediction: Tensor) -> Tensor:
         if view.training:
             view.state.observe(view.cost, view.mean)
-        # In units of the cost's own spread, so that one learning rate serves all problems.
-        return (view.cost - prediction).square() / view.state.variance.clamp(min=1e-12).to(view.cost.dtype)
+        # In units of the cost's own spread, so that one learning rate serves all problems; its size stands in where
+        # it has none, as the first single cost has not.
+        spread = view.state.variance
+        unit = torch.where(spread > 0, spread, view.mean(view.cost.square()).to(spread.dtype))
+        return (view.cost - prediction).square() / unit.clamp(min=1e-12).to(view.cost.dtype)
 
 
 class ScoreFunction(Estimator):
