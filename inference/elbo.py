@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
 
 from ..errors import PROGRAM, BadInput, CannotVectorize, GumboError, TooFewParticles, UnknownName, UnsupportedSite
+from ..models._base import Configured
 from . import objectives
 from .distributions import describe, is_deterministic
 from .estimators import (
@@ -697,7 +698,7 @@ class SiteELBOModule(ELBOModule):
         return self.binding.objective_name()
 
     def forward(self, *args, **kwargs) -> Tensor:
-        with self._own_store():
+        with self._own_store(), networks_at_hand(self.model, self.guide) if self._kept else nullcontext():
             return self.binding.loss(args, kwargs)
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
@@ -739,6 +740,24 @@ class SiteELBOModule(ELBOModule):
                     f"pyro.param {name!r} is not a parameter of model or guide as modules, and loss.parameters()"
                     " would miss it: make it a PyroParam of a PyroModule, or train through pyro.infer.SVI"
                 )
+
+
+@contextmanager
+def networks_at_hand(*programs: Any) -> Iterator[None]:
+    """The collection's own programs find their networks without registering all parameters at every mention.
+
+    To be used where the param store knows them already. Programs of others keep Pyro's way, since a handler of theirs
+    may listen to it.
+    """
+    found = [(vars(program), program._modules) for program in programs if isinstance(program, Configured)]
+    for attributes, networks in found:
+        attributes.update(networks)
+    try:
+        yield
+    finally:
+        for attributes, networks in found:
+            for name in networks:
+                attributes.pop(name, None)
 
 
 def _stand_in(

@@ -205,3 +205,26 @@ def test_a_step_leaves_the_store_and_the_validation_flags(param_store):
     step = TorchStep(model, guide, SiteELBO("pathwise"), make_optimizer("adam", 1e-3)[0], Rows(images()))
     step(Rows(images()))
     assert pyro.settings.get() == before and not len(param_store)
+
+
+def test_a_network_replaced_between_calls_is_the_one_that_counts():
+    torch.manual_seed(0)
+    (model, guide), x = pair(), images()
+    loss = SiteELBO("pathwise")(model, guide)
+    for _ in range(3):
+        loss(x)
+    model.decoder = torch.nn.Linear(2, 9)
+    loss(x).backward()
+    assert model.decoder.weight.grad is not None
+    assert "decoder" not in vars(model) and "encoder" not in vars(guide)
+
+
+def test_networks_are_put_back_when_a_call_fails():
+    torch.manual_seed(0)
+    (model, guide), x = pair(), images()
+    loss = SiteELBO("pathwise")(model, guide)
+    for _ in range(3):
+        loss(x)
+    with pytest.raises(BadInput):
+        loss(x[:, :, :2])
+    assert "decoder" not in vars(model) and "encoder" not in vars(guide)
