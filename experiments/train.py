@@ -243,10 +243,20 @@ def build(config: Train, data_shape: Sequence[int]):
             found = fitting(model)
             if not found:
                 raise BadInput(f"no registered guide fits model {config.model!r}: name one with --guide")
-            # The plain guide of the latents' family, where there is one.
-            family = next((latent.family for latent in model.latents.values()), None)
-            name = family if family in found else found[0]
+            name = default_guide(model, found)
         return model, construct(guides[name], name, "guide", (model,), config.guide_options)
+
+
+def default_guide(model, fit: Sequence[str]) -> str:
+    """Of the guides that fit: one that takes labels if the model does, or the plain one of the latents' family."""
+    from gumbo.guides import guides
+
+    if model.label_site is not None:
+        # Data that come with labels bring them to the guide as well.
+        labelled = [name for name in fit if model.label_site in inspect.signature(guides[name].forward).parameters]
+        fit = labelled or fit
+    family = next((latent.family for latent in model.latents.values()), None)
+    return family if family in fit else fit[0]
 
 
 def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple, options: Mapping[str, Any]):

@@ -183,10 +183,11 @@ def test_training_in_two_parts_is_training_in_one(tmp_path):
         {"model": "gaussian-vae", "estimator": "default", "binarize": "dynamic", "model_options": {"hidden": [8]}},
         {"model": "structured-prediction", "estimator": "trace-graph", "model_options": {}},
         {"model": "conditional-vae", "estimator": "pathwise", "model_options": {"condition_shape": [10]}},
+        {"model": "semi-supervised-vae", "estimator": "default", "model_options": {"latent_dim": 2, "hidden": [8]}},
         {"estimator": "trace", "model_options": {"relaxed": True, "hidden": [8], "num_latents": 2, "num_classes": 3}},
         {"patience": 1, "epochs": 3, "lr": 0.5},
     ],
-    ids=["dynamic", "halves", "labels", "relaxed", "patience"],
+    ids=["dynamic", "halves", "labels", "seen latents", "relaxed", "patience"],
 )
 def test_other_models_train_through_the_same_door(tmp_path, changes):
     results = train.train(config_of(tmp_path, "run", **({"epochs": 1} | changes)))
