@@ -17,9 +17,11 @@ from torch import nn
 from ztest import misses
 
 from gumbo.errors import BadInput, UnsupportedSite
+from gumbo.guides import BernoulliGuide
 from gumbo.inference import SiteELBO
 from gumbo.inference.estimators import Draw, MuProp, Rebar, Relax
 from gumbo.inference.estimators.relaxation import harden
+from gumbo.models import BernoulliVAE
 
 
 def normal(x, loc):
@@ -648,6 +650,76 @@ def test_a_steep_model_is_not(model):
     loss = SiteELBO("rebar", num_particles=1)(model(), OneCoinGuide())
     for _ in range(8):
         assert loss().isfinite()
+
+
+class Shaped(Params):
+    """Two coins through a rectifier network, which has a kink a unit, and then through what ``last`` makes of it."""
+
+    def __init__(self, last, dtype):
+        super().__init__()
+        self.last, self.dtype = last, dtype
+        self.into = torch.randn(2, 6, dtype=dtype)
+        self.bias, self.out = torch.randn(6, dtype=dtype), torch.randn(6, 9, dtype=dtype)
+
+    def forward(self):
+        z = pyro.sample("z", dist.Bernoulli(logits=torch.zeros(2, dtype=self.dtype)).to_event(1))
+        h = torch.relu(z @ self.into + self.bias) @ self.out
+        at = z[..., 0].clamp(0.0, 1.0)
+        pyro.sample("x", dist.Normal(h + self.last(at), 1.0).to_event(1), obs=torch.zeros(9, dtype=self.dtype))
+
+
+class TwoCoins(Params):
+    def __init__(self, dtype):
+        super().__init__()
+        self.logits = nn.Parameter(torch.randn(2, dtype=dtype))
+
+    def forward(self):
+        pyro.sample("z", dist.Bernoulli(logits=self.logits).to_event(1))
+
+
+def probe(last, seed, dtype, steps=1):
+    torch.manual_seed(seed)
+    loss = SiteELBO("rebar", num_particles=1)(Shaped(last(torch.rand(()).item()), dtype), TwoCoins(dtype))
+    for _ in range(steps):
+        loss()
+
+
+CONTINUOUS = {
+    "kinks": lambda c: lambda z: 0.0,
+    "a late kink": lambda c: lambda z: 30 * torch.relu(z - 0.98 * c)[..., None],
+    "steep": lambda c: lambda z: torch.sigmoid(1e4 * (z - 0.1 - 0.8 * c))[..., None],
+    "steep at several": lambda c: lambda z: sum(torch.sigmoid(200 * (z - c * k / 4)) for k in (1, 2, 3))[..., None],
+}
+BROKEN = {
+    "jump": lambda c: lambda z: (z > 0.05 + 0.9 * c).to(z.dtype)[..., None],
+    "jumps": lambda c: lambda z: ((7 + c) * z).round()[..., None] / 4,
+    "no derivative": lambda c: lambda z: (1 + c) * z.detach()[..., None],
+    "half a derivative": lambda c: lambda z: (1 + c) * (z + z.detach())[..., None],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("last", CONTINUOUS)
+def test_no_kink_and_no_slope_is_taken_for_a_jump(last, dtype):
+    for seed in range(10):
+        probe(CONTINUOUS[last], seed, dtype)
+
+
+@pytest.mark.parametrize("seed", [20112, 20113, 20130, 20133, 20135])
+def test_a_network_of_many_kinks_is_continuous(seed):
+    torch.manual_seed(seed)
+    model = BernoulliVAE((1, 3, 3), num_latents=2, hidden=(6,)).double()
+    loss = SiteELBO("rebar")(model, BernoulliGuide(model).double())
+    for _ in range(2):
+        assert loss((torch.rand(2, 1, 3, 3) > 0.5).double()).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("last", BROKEN)
+def test_a_jump_among_kinks_is_found(last, dtype):
+    for seed in range(4):
+        with pytest.raises(UnsupportedSite, match="not continuous"):
+            probe(BROKEN[last], seed, dtype, steps=8)
 
 
 def test_a_site_downstream_that_cannot_be_relaxed_is_refused():

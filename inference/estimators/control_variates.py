@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -297,12 +298,24 @@ NODES = (0.0469100770306680, 0.2307653449471585, 0.5, 0.7692346550528415, 0.9530
 WEIGHTS = (0.1184634425280945, 0.2393143352496832, 0.2844444444444444, 0.2393143352496832, 0.1184634425280945)
 
 
-def check_continuous(view: SiteView, estimator: str, tolerance: float = 3e-3, halvings: int = 14) -> None:
+@dataclass(frozen=True, order=True)
+class Stretch:
+    """A part of the line that is probed: how far its integral is off the difference of its ends, how far it moves."""
+
+    error: float
+    moved: float
+    a: float
+    b: float
+    at_a: float
+    at_b: float
+
+
+def check_continuous(view: SiteView, estimator: str, tolerance: float = 3e-3) -> None:
     """Refuse programs whose relaxed cost is not the integral of its derivative: they jump, or lose the derivative.
 
     Made at calls 1, 2, 4, …, 64: from the draw to another value of each element, on a straight line, the derivative is
-    integrated and compared with the difference, halving the interval that is farthest off. What is smooth but steep
-    agrees after some halvings; a jump never does.
+    integrated and compared with the difference, halving the stretch that is farthest off. Kinks and steep slopes agree
+    after enough halvings. At a jump, or where the derivative is lost, the halves are together as far off as the whole.
     """
     view.state.calls += 1
     calls = view.state.calls
@@ -317,29 +330,53 @@ def check_continuous(view: SiteView, estimator: str, tolerance: float = 3e-3, ha
             _, total = cost_between(view, estimator, start + at * step, downstream="soft")
         return total.item(), slope(total, at).item() if differentiate else 0.0
 
-    def interval(a: float, b: float, at_a: float, at_b: float) -> tuple[float, float, float, float, float, float]:
+    def stretch(a: float, b: float, at_a: float, at_b: float) -> Stretch:
         slopes = [(b - a) * weight * cost(a + (b - a) * node)[1] for node, weight in zip(NODES, WEIGHTS, strict=True)]
-        return abs(math.fsum(slopes) - (at_b - at_a)), math.fsum(map(abs, slopes)) + abs(at_b - at_a), a, b, at_a, at_b
+        error = abs(math.fsum(slopes) - (at_b - at_a)) - 64 * coarsest_eps(start) * max(abs(at_a), abs(at_b))
+        return Stretch(max(error, 0.0), math.fsum(map(abs, slopes)) + abs(at_b - at_a), a, b, at_a, at_b)
 
-    intervals = [interval(0.0, 1.0, cost(0.0, False)[0], cost(1.0, False)[0])]
-    for _ in range(halvings):
-        rounding = 64 * coarsest_eps(start) * max(abs(end) for part in intervals for end in part[4:])
-        error, moved = sum(part[0] for part in intervals), sum(part[1] for part in intervals)
-        if not math.isfinite(error) or error <= tolerance * moved + rounding * len(intervals):
-            return
-        worst = max(intervals)
-        intervals.remove(worst)
-        _, _, a, b, at_a, at_b = worst
-        middle = (a + b) / 2
+    def halve_worst(parts: list[Stretch]) -> None:
+        worst = max(parts)
+        parts.remove(worst)
+        middle = (worst.a + worst.b) / 2
         at_middle = cost(middle, False)[0]
-        intervals += [interval(a, middle, at_a, at_middle), interval(middle, b, at_middle, at_b)]
-    raise UnsupportedSite(
-        view.name,
-        estimator,
-        "the cost is not continuous and differentiable in relaxed values (the programs branch on a draw, round it, or"
-        " take it out of torch), and its derivative is needed",
-        ("score", "rloo", "relax"),
-    )
+        parts += [
+            stretch(worst.a, middle, worst.at_a, at_middle),
+            stretch(middle, worst.b, at_middle, worst.at_b),
+        ]
+
+    parts = [stretch(0.0, 1.0, cost(0.0, False)[0], cost(1.0, False)[0])]
+    for _ in range(8):
+        for _ in range(16):
+            error = off(parts)
+            if not math.isfinite(error) or error <= tolerance * sum(part.moved for part in parts):
+                return
+            halve_worst(parts)
+        worst = max(parts)
+        if lasts(worst, halve_worst, parts):
+            raise UnsupportedSite(
+                view.name,
+                estimator,
+                "the cost is not continuous and differentiable in relaxed values (the programs branch on a draw, round"
+                " it, or take it out of torch), and its derivative is needed",
+                ("score", "rloo", "relax"),
+            )
+
+
+def off(parts: Sequence[Stretch]) -> float:
+    return math.fsum(part.error for part in parts)
+
+
+def lasts(worst: Stretch, halve_worst: Callable[[list[Stretch]], None], parts: list[Stretch]) -> bool:
+    """Whether a stretch stays as far off when it is halved again and again, where it is worst."""
+    within = [worst]
+    for _ in range(24):
+        halve_worst(within)
+        if not off(within) > worst.error / 2:
+            parts.remove(worst)
+            parts += within
+            return False
+    return True
 
 
 def coarsest_eps(like: Tensor) -> float:
