@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import (
@@ -17,10 +20,27 @@ from ..errors import UnknownName
 from ..models._base import GenerativeModel
 from ._base import AnyGuide, guides
 
+
+class _Joint(dist.MultivariateNormal):
+    """Many draws as one product of matrices; torch's own is a product with a vector for each."""
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
+        factor = self._unbroadcasted_scale_tril
+        if factor.dim() > 2:
+            return super().rsample(torch.Size(sample_shape))
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return self.loc + torch.randn(shape, dtype=factor.dtype, device=factor.device) @ factor.mT
+
+
+class _AutoMultivariateNormal(AutoMultivariateNormal):
+    def get_posterior(self, *args, **kwargs) -> dist.MultivariateNormal:
+        return _Joint(self.loc, scale_tril=self.scale[..., None] * self.scale_tril)
+
+
 KINDS = {
     "normal": AutoNormal,
     "diagonal-normal": AutoDiagonalNormal,
-    "multivariate-normal": AutoMultivariateNormal,
+    "multivariate-normal": _AutoMultivariateNormal,
     "low-rank-normal": AutoLowRankMultivariateNormal,
     "delta": AutoDelta,
 }

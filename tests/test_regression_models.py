@@ -341,3 +341,23 @@ def test_rewards_that_are_none_are_refused():
     with pytest.raises(BadInput, match="f is int"):
         Expectation((1,), 3)
     assert Expectation((1,), "math.hypot").reward is math.hypot
+
+
+def test_many_joint_draws_are_those_of_pyros_guide():
+    model, x = BayesianRegression((3,), hidden=(4,)).double(), torch.randn(5, 3, dtype=torch.float64)
+    guide = AutoGuide(model).double()
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(torch.randn_like(parameter) / 3)
+    ours = guide.encoder.get_posterior()
+    theirs = dist.MultivariateNormal(ours.loc, scale_tril=ours.scale_tril)
+    for shape, batch in (((), ()), ((7,), ()), ((), (6, 1)), ((2,), (3, 1))):
+        draws = []
+        for fn in (ours, theirs):
+            torch.manual_seed(1)
+            draws.append(fn.expand(batch).rsample(shape))
+        torch.testing.assert_close(*draws)
+        assert torch.equal(ours.log_prob(draws[0]), theirs.log_prob(draws[0]))
+        assert draws[0].shape == (*shape, *batch, 21)
+    with pyro.get_param_store().scope(), pyro.plate("draws", 50, dim=-2):
+        assert guide(x)["weight1"].shape == (50, 1, 4, 3)
