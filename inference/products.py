@@ -1,15 +1,20 @@
-"""Matrix products of a captured graph through oneDNN, where the library that torch calls by itself is slow."""
+"""Matrix products through oneDNN, of captured graphs and of eager layers, where the library torch calls is slow."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Below so many multiplications the two libraries are even, and oneDNN's longer way to a call decides.
+# Below so many multiplications the two libraries are even, and oneDNN's longer way to a call decides; in eager code
+# the way goes through Python besides.
 SMALLEST = 2**20
+SMALLEST_EAGER = 2**22
 
 
 @lru_cache(maxsize=1)
@@ -65,3 +70,53 @@ def through_onednn(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         graph.graph.erase_node(node)
     graph.recompile()
     return graph
+
+
+class _Linear(torch.autograd.Function):
+    """``a @ w.T + b`` by oneDNN; its gradients are made of itself, so that they can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(a, w)
+        return torch.ops.mkldnn._linear_pointwise.default(a, w, b, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (slope,), (a, w) = slopes, ctx.saved_tensors
+        for_a, for_w, for_b = ctx.needs_input_grad
+        return (
+            _Linear.apply(slope, w.t(), None) if for_a else None,
+            _Linear.apply(slope.t(), a.t(), None) if for_w else None,
+            slope.sum(0) if for_b else None,
+        )
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """What ``nn.Linear`` computes, through oneDNN if that pays."""
+    weight = layer.weight
+    plain = type(x) is Tensor and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    large = x.dim() > 1 and x.numel() * weight.shape[0] >= SMALLEST_EAGER
+    # Transforms of functions (vmap, capturing) and autocast follow torch's own operations.
+    if plain and large and not torch._C._are_functorch_transforms_active() and not torch.is_autocast_enabled("cpu"):
+        return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, layer.bias).unflatten(0, x.shape[:-1])
+    return nn.functional.linear(x, weight, layer.bias)
+
+
+def linear_layers(programs: Iterable[nn.Module]) -> list[nn.Linear]:
+    """The layers that :func:`layers_through_onednn` is for; none where torch's own products are fast."""
+    if not mkl_is_slow():
+        return []
+    layers = (layer for program in programs for layer in program.modules())
+    return [layer for layer in layers if type(layer) is nn.Linear and "forward" not in vars(layer)]
+
+
+@contextmanager
+def layers_through_onednn(layers: list[nn.Linear]) -> Iterator[None]:
+    """Large float32 products of these layers, and of their gradients, are oneDNN's; equal up to rounding."""
+    for layer in layers:
+        vars(layer)["forward"] = partial(_linear, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)

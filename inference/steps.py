@@ -20,6 +20,7 @@ from ..errors import BadInput
 from .distributions import describe
 from .isolation import owned_parameters, private_seed
 from .optimizers import Updates
+from .products import layers_through_onednn, linear_layers
 from .rows import Rows
 
 
@@ -98,10 +99,11 @@ class TorchStep(Step):
         self.parameters = dict(self.module.named_parameters())
         _refuse_store_parameters(self.parameters.values())
         self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
+        self.layers = linear_layers([self.module])
 
     def __call__(self, batch: Rows) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        with self.checks():
+        with self.checks(), layers_through_onednn(self.layers):
             value = self.module(*batch.args, **batch.kwargs)
         if math.isfinite(number := value.item()):
             value.backward()

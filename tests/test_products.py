@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gumbo.inference.products import SMALLEST, through_onednn
+from gumbo.inference import products
+from gumbo.inference.products import SMALLEST, layers_through_onednn, linear_layers, through_onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -69,3 +70,41 @@ def test_shapes_are_known_to_the_compiler():
     torch.library.opcheck(
         torch.ops.gumbo.linear.default, (x, weight, bias), test_utils=["test_schema", "test_faketensor"]
     )
+
+
+def slopes_of_slopes(net, x):
+    """Value, first and second derivatives."""
+    x = x.clone().requires_grad_()
+    value = net(x).square().sum()
+    first = torch.autograd.grad(value, [x, *net.parameters()], create_graph=True)
+    second = torch.autograd.grad(sum(one.square().sum() for one in first), [x, *net.parameters()])
+    return [value.detach(), *(one.detach() for one in first), *second]
+
+
+@pytest.mark.parametrize("shape", [(64, 160), (4, 16, 160)])
+def test_an_eager_layer_and_its_derivatives_are_torchs(monkeypatch, shape):
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(products, "SMALLEST_EAGER", 2)
+    calls = []
+    torchs = products._Linear.apply
+    monkeypatch.setattr(products._Linear, "apply", lambda *args: calls.append(1) or torchs(*args))
+    net = torch.nn.Sequential(torch.nn.Linear(160, 90), torch.nn.Tanh(), torch.nn.Linear(90, 30, bias=False))
+    x = torch.randn(*shape)
+    expected = slopes_of_slopes(net, x)
+    with layers_through_onednn(linear_layers([net])):
+        found = slopes_of_slopes(net, x)
+        vectorized = torch.vmap(net)(x)
+    assert calls and not any("forward" in vars(layer) for layer in net)
+    torch.testing.assert_close(vectorized, net(x))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_layers_that_are_not_plain_are_left_alone(monkeypatch):
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    own = torch.nn.Linear(3, 3)
+    own.forward = lambda x: x
+    layers = [own, torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 3)), torch.nn.Linear(3, 3)]
+    assert linear_layers([torch.nn.ModuleList(layers)]) == [layers[2]]
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
+    assert linear_layers([torch.nn.ModuleList(layers)]) == []
