@@ -196,7 +196,7 @@ TRIED = """\
 What was tried, and what it gave:
 
 - On processors that are not Intel's, MKL, which `torch.mm` calls, takes its slower paths; oneDNN, which torch has with
-  it, is about twice as fast on the same float32 products. The compiled step hands its large products to oneDNN there.
+  it, is about twice as fast on the same float32 products. Both steps hand their large products to oneDNN there.
   This is most of the distance to NumPyro at large batches, and why a compiled step can be faster than eager code that
   spends nearly all of its time in products.
 - Adam inside of the graph, with its corrections computed outside: computed within, they are powers in double precision,
