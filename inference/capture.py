@@ -31,7 +31,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import BadInput, GumboError
 from .distributions import describe
-from .elbo import SiteELBOModule
+from .elbo import Binding, SiteELBOModule
+from .estimators.control_variates import Variate
 from .noise import Noise, Tape
 from .rows import Rows
 from .schedules import Schedule
@@ -273,7 +274,7 @@ def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
     module.__dict__.update(_kept=None, _own={}, _keeps=False)
     module.binding.steps = step
     for state in module.binding.states.values():
-        if hasattr(state, "calls"):
+        if isinstance(state, Variate):
             state.calls = state.last_probe
     try:
         yield
@@ -292,7 +293,8 @@ def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
 
 
 # What the loss itself changes as it runs, and who drives the graph takes care of.
-_OWN = {"steps", "calls", "_kept", "_own", "_keeps"}
+# By type, since a program may have an attribute of the same name, which is its own to answer for.
+_OWN = {SiteELBOModule: {"_kept", "_own", "_keeps"}, Binding: {"steps"}, Variate: {"calls"}}
 _INTERNAL = set(vars(nn.Module())) - {"training"}
 
 
@@ -300,10 +302,11 @@ def plain_attributes(module: nn.Module, values: Mapping[str, Any] | None = None)
     """Names of attributes that a graph takes for constants: numbers, words, and tensors that are no buffers."""
     values = vars(module) if values is None else values
     plain = (int, float, complex, str, tuple, type(None), Tensor)
+    skipped = _INTERNAL.union(*(names for kind, names in _OWN.items() if isinstance(module, kind)))
     return {
         name
         for name, value in values.items()
-        if isinstance(value, plain) and name not in _INTERNAL and name not in _OWN and not name.startswith("_pyro_")
+        if isinstance(value, plain) and name not in skipped and not name.startswith("_pyro_")
     }
 
 

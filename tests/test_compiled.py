@@ -407,6 +407,20 @@ def test_what_a_graph_cannot_keep_is_refused_in_one_line(trick):
     assert not any("Fake" in type(value).__name__ for value in vars(model).values())
 
 
+@pytest.mark.parametrize("name", ["calls", "steps", "_own", "_kept", "_keeps"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_counter_of_a_program_is_refused_whatever_its_name(name, begun):
+    def counts(model, z, likelihood):
+        setattr(model, name, getattr(model, name, 0) + 1)
+        return likelihood(z * getattr(model, name))
+
+    model = Changed(counts)
+    if begun:
+        setattr(model, name, 0)
+    with pytest.raises(BadInput, match=f"Changed.{name} changes as the program runs"):
+        compiled_of(model)
+
+
 def test_an_estimator_that_reads_the_step_is_refused():
     class Odd(GumbelSoftmax):
         def draw(self, fn, step, args=(), kwargs=None):
