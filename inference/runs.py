@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BadInput, GumboWarning, Interrupted
+from ..errors import BadInput, GumboError, GumboWarning, Interrupted
 from .batches import Batches
 from .checkpoints import Checkpoints
 from .evaluation import evaluate
@@ -208,7 +208,10 @@ class Run:
                 loss = self.step(batch)
             except (ValueError, RuntimeError) as error:
                 # Pyro's own validation speaks of a distribution's argument; the cause is the parameter behind it.
-                self.guard.after_step(f"epoch {now.number}, step {before + now.done + 1}", error)
+                where = f"epoch {now.number}, step {before + now.done + 1}"
+                self.guard.after_step(where, error)
+                if not isinstance(error, GumboError):
+                    self.guard.explain_error(error, where, batch)
                 raise
             end = time.perf_counter()
             if not math.isfinite(loss):
@@ -241,7 +244,7 @@ class Run:
         numbers: dict[str, float] = {"epoch": now.number, "step": now.number * self.batches.per_epoch}
         numbers[self.objective_name] = now.total / now.seen
         if self.valid is not None:
-            numbers |= self._validate()
+            numbers |= self._validate_trained(self.valid)
         if lr is not None:
             numbers["lr"] = lr
         return numbers | {"ms_per_step": median(now.took), "seconds": time.perf_counter() - self._began}
@@ -250,6 +253,17 @@ class Run:
         options: dict[str, Any] = {"num_samples": self.valid_samples, "seed": self.batches.seed}
         found = evaluate(self.model, self.guide, self.valid, **options, processes=self.processes)
         return {"valid_elbo": found.elbo}
+
+    def _validate_trained(self, valid: Rows) -> dict[str, float]:
+        """As `_validate`, after steps: the data passed before them, so it is the parameters that an error is of."""
+        try:
+            return self._validate()
+        except (GumboError, ValueError, RuntimeError) as error:
+            size = self.batches.batch_size
+            for start in range(0, len(valid), size):
+                rows = valid[start : start + size].to(self.batches.device)
+                self.guard.explain_error(error, self._where(), rows)
+            raise
 
     def _record(self, numbers: dict[str, float], scalars: Scalars | None) -> None:
         self.history.append(numbers)

@@ -261,6 +261,46 @@ def test_a_site_that_is_not_finite_is_named():
     one_line(error)
 
 
+class SqrtModel(pyro.nn.PyroModule):
+    """Its logits are NaN once the weight has been driven below zero; the weight itself stays finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.02))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            logits = z.mean(-1, keepdim=True) - 100 * torch.sqrt(self.weight)
+            pyro.sample("x", dist.Bernoulli(logits=logits.expand(-1, 9)).to_event(1), obs=x)
+
+
+class TwoLatents(pyro.nn.PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Linear(9, 2)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc(x), 1.0).to_event(1))
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("change", [{}, {"valid": 10}, {"validate": True}, {"loss": "trace"}], ids=str)
+def test_a_site_that_breaks_in_mid_training_is_named(change, checked):
+    x = images(rows=40).flatten(1)
+    options = {"loss": "pathwise", "epochs": 30, "lr": 4e-3} | change
+    if "valid" in change:
+        options |= {"valid": x[:10], "batch_size": 40}  # one step an epoch: validation comes upon it first
+    with (
+        pyro.validation_enabled(checked),
+        pytest.raises(GumboError, match=r"stopped at epoch \d+, step \d+: .*site 'x'") as error,
+    ):
+        quiet(SqrtModel(), TwoLatents(), x, **options)
+    one_line(error)
+
+
 def test_one_name_for_two_parameters_is_refused():
     model, guide = pair("normal")
     guide.decoder = torch.nn.Linear(2, 2)
