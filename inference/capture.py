@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import BadInput, GumboError
 from .distributions import describe
@@ -220,16 +221,44 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.
 
     Raises BadInput, naming the line, where Python asks for the value of a tensor to decide something.
     """
+    asked = _Asked()
+
+    def watched(*tensors: Tensor) -> Any:
+        with asked:
+            return function(*tensors)
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about how it captures
-            graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            graph = make_fx(watched, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     except Exception as error:
         raise _explained(error) from error
     for name, value in vars(graph).items():
         if isinstance(value, nn.Parameter):
             raise BadInput(f"the graph holds a parameter {name!r} as a constant, so that it would not train; {ADVICE}")
+    graph.meta["asks at"] = asked.line
     return graph
+
+
+class _Asked(TorchDispatchMode):
+    """Notes the first line that reads a value or shapes a tensor by values: it is captured, and fails to compile."""
+
+    line: str | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.line is None and _depends_on_values(func, args):
+            stack = traceback.extract_stack()
+            start = max(i for i, frame in enumerate(stack) if (frame.filename, frame.name) == (__file__, "watched"))
+            self.line = _innermost(stack[start + 1 :], torch, pyro, sys.modules[__package__])
+        return func(*args, **(kwargs or {}))
+
+
+def _depends_on_values(func: Any, args: Sequence[Any]) -> bool:
+    if func is torch.ops.aten.index.Tensor:  # by places it has the shape of the places, by a mask that of its values
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if torch.Tag.data_dependent_output not in func.tags and torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    return not args or getattr(args[0], "constant", None) is None  # what Python wrote down is known
 
 
 _ASKED = (
@@ -250,15 +279,23 @@ def _explained(error: BaseException) -> BaseException:
     first = (str(error).splitlines() or [""])[0]
     reason = f"fails without values ({type(error).__name__}: {first})"
     if isinstance(found, _ASKED):
-        reason = "asks for the value of a tensor, and a captured graph would decide the same for ever"
-    return BadInput(f"compile: the program {reason}, at {_line_of(found or error)}; {ADVICE}")
+        return asks_for_a_value(_innermost(traceback.extract_tb(found.__traceback__), torch, pyro))
+    line = _innermost(traceback.extract_tb(error.__traceback__), torch, pyro)
+    return BadInput(f"compile: the program {reason}, at {line}; {ADVICE}")
 
 
-def _line_of(error: BaseException) -> str:
-    """The innermost line that is neither torch's nor Pyro's."""
-    ours = [Path(module.__file__).parent for module in (torch, pyro) if module.__file__]
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in ours)]
+def asks_for_a_value(line: str) -> BadInput:
+    """The refusal of a program that decides by a value at this line."""
+    return BadInput(
+        "compile: the program asks for the value of a tensor, and a captured graph would decide the same for ever, at"
+        f" {line}; {ADVICE}"
+    )
+
+
+def _innermost(frames: Sequence[traceback.FrameSummary], *packages: Any) -> str:
+    """The innermost line that is in none of these packages."""
+    folders = [Path(package.__file__).parent for package in packages if package.__file__]
+    outside = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in folders)]
     if not outside:
         return "an unknown line"
     frame = outside[-1]

@@ -13,7 +13,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from ..errors import BadInput
-from .capture import ADVICE, Program, capture, differs, flat, plain_attributes
+from .capture import ADVICE, Program, asks_for_a_value, capture, differs, flat, plain_attributes
 from .elbo import SiteELBO
 from .isolation import private_seed
 from .noise import Tape
@@ -428,6 +428,8 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
             raise BadInput(
                 f"compile=True needs a C++ compiler (g++ or clang), and Triton on CUDA; install it, or {ADVICE}"
             ) from error
+        if graph.meta.get("asks at") and any(word in type(error).__name__ for word in ("DataDependent", "OutputShape")):
+            raise asks_for_a_value(graph.meta["asks at"]) from error
         raise BadInput(
             f"compile: torch's compiler fails on this program ({type(error).__name__}: {first}); {ADVICE}"
         ) from error

@@ -421,6 +421,23 @@ def test_a_counter_of_a_program_is_refused_whatever_its_name(name, begun):
         compiled_of(model)
 
 
+VALUES = {
+    "item\\(\\)": lambda model, z, likelihood: likelihood(z * z.sum().item()),
+    "tolist\\(\\)": lambda model, z, likelihood: likelihood(z + sum(z.sum(-1).tolist())),
+    "z\\[z > 0\\]": lambda model, z, likelihood: likelihood(z + z[z > 0].sum()),
+}
+
+
+@pytest.mark.parametrize("words", VALUES)
+def test_what_only_the_compiler_refuses_is_named_with_its_line(words):
+    model = Changed(VALUES[words])
+    with pytest.raises(BadInput, match=f"asks for the value of a tensor.*at test_compiled.py:.*{words}") as refused:
+        CompiledStep(
+            model, NormalGuide(model), SiteELBO("pathwise"), make_optimizer("adam", 1e-2)[0], Rows(data(), "x")
+        )
+    assert "\n" not in str(refused.value)
+
+
 def test_an_estimator_that_reads_the_step_is_refused():
     class Odd(GumbelSoftmax):
         def draw(self, fn, step, args=(), kwargs=None):
