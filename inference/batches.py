@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ..errors import BadInput
 from .rows import Rows
 
+TRANSFORMED = "transform's result"
 _PRIME = 1_000_003  # keeps the streams of neighbouring seeds, epochs and batches apart
 
 
@@ -59,7 +61,11 @@ class Batches:
     def _batch(self, index: torch.Tensor, seed: int) -> Rows:
         batch = self.rows[index]
         if self.transform is not None:
-            batch = Rows(self.transform(batch.data, self._seeded(seed)), "transform's result")
+            batch = Rows(self.transform(batch.data, self._seeded(seed)), TRANSFORMED)
+            if len(batch) < len(index):
+                raise BadInput(
+                    f"{TRANSFORMED} has {len(batch)} rows for a batch of {len(index)}: expected a row for each"
+                )
         return batch.to(self.device)
 
     def _seeded(self, seed: int) -> torch.Generator:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -11,11 +14,12 @@ from typing import Any
 
 import pyro
 import pyro.optim
+import pyro.poutine as poutine
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceGraph_ELBO
 
 from ..errors import BadInput, GumboError
-from .batches import Batches
+from .batches import TRANSFORMED, Batches
 from .gradients import is_differentiable
 from .isolation import (
     denormals_flushed,
@@ -130,8 +134,12 @@ def fit(
             raise BadInput(f"{name} is {value!r}: expected at least 1, a whole number")
     if checkpoint_minutes is not None and not (isinstance(checkpoint_minutes, Real) and checkpoint_minutes > 0):
         raise BadInput(f"checkpoint_minutes is {checkpoint_minutes!r}: expected a positive number")
-    if not isinstance(seed, Integral):
-        raise BadInput(f"seed is {seed!r}: expected a whole number")
+    if not (isinstance(seed, Integral) and -(2**63) <= seed < 2**64):
+        raise BadInput(
+            f"seed is {seed!r}: expected a whole number that torch.manual_seed takes, at least 0, below 2**64"
+        )
+    if run_dir is not None:
+        _refuse_folder(run_dir)
     for name, value in (("transform", transform), ("on_epoch", on_epoch)):
         if value is not None and not callable(value):
             raise BadInput(f"{name} is {type(value).__name__}: expected a function")
@@ -150,7 +158,10 @@ def fit(
     valid_rows = None if valid is None else Rows(valid, "valid").check("valid")
     loss, loss_name = _make_loss(loss)
     if drop_last is None:
-        drop_last = keeps_batch_positions(loss)
+        first = Batches(rows, batch_size, seed, False, transform, device_of(model, guide)).first
+        drop_last = keeps_batch_positions(loss) or (
+            len(rows) > batch_size and isinstance(loss, TraceGraph_ELBO) and _marks_averages(guide, first(), seed)
+        )
     if drop_last and len(rows) < batch_size:
         raise BadInput(
             f"train has {len(rows)} rows: with drop_last, a batch of {batch_size} is never full; lower batch_size"
@@ -203,6 +214,35 @@ def keeps_batch_positions(loss: ELBO) -> bool:
     from .stock import TraceGraphBaselineELBO
 
     return isinstance(loss, TraceGraphBaselineELBO)
+
+
+def _marks_averages(guide: torch.nn.Module, batch: Rows, seed: int) -> bool:
+    """Whether a site of the guide asks TraceGraph_ELBO for the average that it keeps for each batch position."""
+    with (
+        pyro.get_param_store().scope(),
+        private_seed(seed, guide),
+        modes_kept(guide),
+        torch.no_grad(),
+        suppress(Exception),  # what cannot run is refused where the step is made
+    ):
+        guide.eval()  # running statistics stay as they are
+        trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+        marks = [site["infer"].get("baseline", {}) for site in trace.nodes.values() if site["type"] == "sample"]
+        return any(mark.get("use_decaying_avg_baseline") for mark in marks)
+    return False
+
+
+def _refuse_folder(run_dir: object) -> None:
+    """Raise BadInput for what no file system could take as a folder's name."""
+    if not isinstance(run_dir, (str, os.PathLike)):
+        raise BadInput(f"run_dir is {type(run_dir).__name__}: expected a path")
+    try:
+        os.lstat(Path(run_dir) / "checkpoints")
+    except ValueError as error:
+        raise BadInput(f"run_dir is {str(run_dir)!r}: expected a path, and this is none ({error})") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadInput(f"run_dir has a name that is too long for this file system: {str(run_dir)!r}") from error
 
 
 def _make_loss(loss: ELBO | str) -> tuple[ELBO, str]:
@@ -274,8 +314,10 @@ def _make_step(
     try:
         return kind(model, guide, loss, make, batch)
     except GumboError:
+        batch.check(TRANSFORMED)
         raise
     except Exception as error:
+        batch.check(TRANSFORMED)
         raise BadInput(
             f"the programs cannot run on a batch of train, {_described(batch)}: {_first_line(error)}"
             f"{_about_dtypes(batch, model, guide)}"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import BadInput, GumboError, GumboWarning, Interrupted
-from .batches import Batches
+from .batches import TRANSFORMED, Batches
 from .checkpoints import Checkpoints
 from .evaluation import evaluate
 from .guards import Guard
@@ -210,11 +210,13 @@ class Run:
                 # Pyro's own validation speaks of a distribution's argument; the cause is the parameter behind it.
                 where = f"epoch {now.number}, step {before + now.done + 1}"
                 self.guard.after_step(where, error)
+                batch.check(TRANSFORMED)  # the data themselves were looked at before
                 if not isinstance(error, GumboError):
                     self.guard.explain_error(error, where, batch)
                 raise
             end = time.perf_counter()
             if not math.isfinite(loss):
+                batch.check(TRANSFORMED)
                 self.guard.explain(loss, f"epoch {now.number}, step {before + now.done + 1}", batch)
             now.took.append(1e3 * (end - start))
             now.total -= loss

@@ -179,6 +179,50 @@ def one_line(error) -> str:
     return text
 
 
+class After:
+    """A transform that acts from the batch after the first ``calls``."""
+
+    def __init__(self, calls, act):
+        self.calls, self.act = calls, act
+
+    def __call__(self, x, generator):
+        self.calls -= 1
+        return self.act(x) if self.calls < 0 else x
+
+
+class Marked(pyro.nn.PyroModule):
+    """A guide with Pyro's own mark for a decaying average."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.nn.Linear(9, 2)
+
+    def forward(self, x):
+        infer = {"baseline": {"use_decaying_avg_baseline": True}}
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=self.logits(x)).to_event(1), infer=infer)
+
+
+class Binary(pyro.nn.PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.out = torch.nn.Linear(2, 9)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=torch.zeros(2)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.out(z)).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("loss", ["trace-graph", TraceGraph_ELBO()], ids=["word", "object"])
+def test_averages_that_a_guide_asks_for_drop_a_partial_batch(loss):
+    x, steps = images(40).flatten(1), []
+    quiet(Binary(), Marked(), x, loss=loss, epochs=2, on_epoch=lambda numbers: steps.append(numbers["step"]))
+    assert steps == [2, 4]
+    quiet(Binary(), Marked(), x[:8], loss=loss, epochs=1, on_epoch=lambda numbers: steps.append(numbers["step"]))
+    assert steps == [2, 4, 1]
+
+
 def test_bad_input_is_one_line(tmp_path):
     model, guide = pair()
     bad = images()
@@ -201,6 +245,28 @@ def test_bad_input_is_one_line(tmp_path):
         quiet(model, guide, images(), loss="trace", resume=True)
     with pytest.raises(BadInput, match="valid="):
         quiet(model, guide, images(), loss="trace", patience=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"run_dir": 3}, "run_dir is int: expected a path"),
+        ({"run_dir": "a\0b"}, "run_dir"),
+        ({"run_dir": "a" * 300}, "run_dir .* too long"),
+        ({"seed": 2**70}, "seed is"),
+        ({"seed": -(2**70)}, "seed is"),
+        ({"transform": lambda x, generator: x[:3]}, "transform's result has 3 rows for a batch of 16"),
+        ({"transform": lambda x, generator: x * torch.nan}, "transform's result.* NaN"),
+        ({"transform": After(2, lambda x: x * torch.nan)}, "transform's result.* NaN"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_folders_seeds_and_transforms_that_cannot_be_are_refused(change, word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind in ("normal", "discrete"):
+        with pytest.raises(BadInput, match=word) as error:
+            quiet(*pair(kind), images(), **{"loss": "trace", "epochs": 3} | change)
+        one_line(error)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
@@ -261,7 +327,7 @@ def test_a_site_that_is_not_finite_is_named():
     one_line(error)
 
 
-class SqrtModel(pyro.nn.PyroModule):
+class SqrtModel(torch.nn.Module):
     """Its logits are NaN once the weight has been driven below zero; the weight itself stays finite."""
 
     def __init__(self):
