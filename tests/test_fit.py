@@ -341,7 +341,7 @@ class SqrtModel(torch.nn.Module):
             pyro.sample("x", dist.Bernoulli(logits=logits.expand(-1, 9)).to_event(1), obs=x)
 
 
-class TwoLatents(pyro.nn.PyroModule):
+class TwoLatents(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.loc = torch.nn.Linear(9, 2)
