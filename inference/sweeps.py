@@ -212,6 +212,7 @@ class Sweep:
         latents_needed: bool = True,
     ):
         self.latents_needed = latents_needed
+        self._parameters: dict[int, set[str]] = {}  # names in the param store, by program
         self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
         self.device = device_of(model, guide)
         self.row_ids: dict[str, torch.Tensor] = {}
@@ -585,6 +586,12 @@ class Sweep:
             return self._trace(program, layouts, count, block, given, hidden, mode, arguments)
 
         if mode == "lanes":
+            stored = pyro.get_param_store()
+            if self._parameters.get(id(program), {""}) - set(stored.keys()):
+                # A parameter that the param store meets for the first time cannot be registered from within vmap.
+                with private_seed(None, program):
+                    once({name: value[0] for name, value in values.items()})
+                self._parameters[id(program)] = set(stored.keys())
             return run_lanes(once, values, count, {name: layout.event for name, layout in layouts.items()}, self.device)
         return {name: Seen(site) for name, site in random_sites(once(values))}
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.nn import PyroModule
 
 from gumbo.errors import BadInput
 from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
@@ -484,3 +485,31 @@ def test_gradients_that_cannot_be_drawn():
         gradient_moments(CoinModel(), Coin(), Trace_ELBO(), Y, num_samples=1)
     with pytest.raises(BadInput, match="guide has no parameter"):
         list(gradient_draws(linear_model, posterior(), Trace_ELBO(), X))
+
+
+def test_parameters_met_first_among_many_draws(param_store):
+    """vmap cannot register a parameter in the store: programs of others, with weights and layers of their own."""
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                logits = z.mean(-1, keepdim=True) - self.weight
+                pyro.sample("x", dist.Bernoulli(logits=logits.expand(-1, 9)).to_event(1), obs=x)
+
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Linear(9, 2)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.loc(x), 1.0).to_event(1))
+
+    model, guide, x = Model(), Guide(), torch.ones(10, 9)
+    assert evaluate(model, guide, x, num_samples=10).elbo < 0
+    assert not len(param_store)
