@@ -157,10 +157,11 @@ def fit(
     rows = Rows(train, "train").check("train")
     valid_rows = None if valid is None else Rows(valid, "valid").check("valid")
     loss, loss_name = _make_loss(loss)
+    with private_seed(seed, model, guide):
+        first = Batches(rows, batch_size, seed, False, transform, device_of(model, guide)).first()
     if drop_last is None:
-        first = Batches(rows, batch_size, seed, False, transform, device_of(model, guide)).first
         drop_last = keeps_batch_positions(loss) or (
-            len(rows) > batch_size and isinstance(loss, TraceGraph_ELBO) and _marks_averages(guide, first(), seed)
+            len(rows) > batch_size and isinstance(loss, TraceGraph_ELBO) and _marks_averages(guide, first, seed)
         )
     if drop_last and len(rows) < batch_size:
         raise BadInput(
@@ -200,7 +201,7 @@ def fit(
         modes_kept(model, guide),
         denormals_flushed(),
     ):
-        step = _make_step(model, guide, loss, make, batches.first(), compile, processes, seed)
+        step = _make_step(model, guide, loss, make, first, compile, processes, seed)
         step.validate = validate
         objective = getattr(getattr(step, "module", loss), "objective_name", "elbo")
         folder = None if run_dir is None else Path(run_dir)
