@@ -19,7 +19,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -35,6 +34,7 @@ from .distributions import describe
 from .elbo import Binding, SiteELBOModule
 from .estimators.control_variates import Variate
 from .noise import Noise, Tape
+from .programs import observed_in_support
 from .rows import Rows
 from .schedules import Schedule
 
@@ -83,16 +83,9 @@ class _Support(Messenger):
         self.inside: Tensors = {}
 
     def _pyro_post_sample(self, msg) -> None:
-        if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
-            return
-        try:
-            support = msg["fn"].support
-            while isinstance(support, torch.distributions.constraints.independent):
-                support = support.base_constraint
-            inside = support.check(msg["value"])
-        except (NotImplementedError, AttributeError, ValueError):  # a support that cannot be told
-            return
-        self.inside[f"{msg['name']}\n{describe(msg['fn'])}"] = torch.as_tensor(inside).all()
+        inside = observed_in_support(msg)
+        if inside is not None:
+            self.inside[f"{msg['name']}\n{describe(msg['fn'])}"] = inside.all()
 
 
 class Program:

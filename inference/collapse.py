@@ -82,7 +82,7 @@ def _means(guide: Callable, batch: Rows) -> dict[str, Tensor]:
             continue
         try:
             means[name] = fn.mean.expand(fn.batch_shape + fn.event_shape)
-        except (NotImplementedError, AttributeError):
+        except (NotImplementedError, AttributeError):  # no mean in closed form: a draw stands in
             means[name] = site["value"]
     return means
 

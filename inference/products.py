@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import library as operations
 
 # Below so many multiplications the two libraries are even, and oneDNN's longer way to a call decides; in eager code
 # the way goes through Python besides.
@@ -28,22 +29,25 @@ def mkl_is_slow() -> bool:
         return False
 
 
+def _by_onednn(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(a, w, b, "none", [], "")
+
+
 @lru_cache(maxsize=1)
 def _operation():
     """``a @ w.T + b`` by oneDNN, as an operation that torch's compiler leaves alone.
 
     The compiler knows oneDNN's own operation, but only for weights that never change.
     """
-    library = torch.library.Library("gumbo", "FRAGMENT")
-    library.define("linear(Tensor a, Tensor w, Tensor? b) -> Tensor")
-    by_onednn = torch.ops.mkldnn._linear_pointwise.default
-    library.impl("linear", lambda a, w, b: by_onednn(a, w, b, "none", [], ""), "CPU")
+    fragment = operations.Library("gumbo", "FRAGMENT")
+    fragment.define("linear(Tensor a, Tensor w, Tensor? b) -> Tensor")
+    fragment.impl("linear", _by_onednn, "CPU")
 
-    @torch.library.register_fake("gumbo::linear", lib=library)
+    @operations.register_fake("gumbo::linear", lib=fragment)
     def shape(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return a.new_empty(a.shape[0], w.shape[0])
 
-    return torch.ops.gumbo.linear.default, library  # the library lives as long as its operation is wanted
+    return torch.ops.gumbo.linear.default, fragment  # which lives as long as its operation is wanted
 
 
 def through_onednn(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -78,7 +82,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(a, w)
-        return torch.ops.mkldnn._linear_pointwise.default(a, w, b, "none", [], "")
+        return _by_onednn(a, w, b)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -406,6 +406,19 @@ def is_settled(msg) -> bool:
     return is_deterministic(msg["fn"]) or bool(msg["infer"].get("_deterministic"))
 
 
+def observed_in_support(msg) -> Tensor | None:
+    """Where observed values are ones that their distribution can have produced; None for what cannot be told."""
+    if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
+        return None
+    try:
+        support = msg["fn"].support
+        while isinstance(support, torch.distributions.constraints.independent):
+            support = support.base_constraint  # all must hold, so that nothing need be gathered by event
+        return torch.as_tensor(support.check(msg["value"]))
+    except (NotImplementedError, AttributeError, ValueError):  # Pyro's and torch's ways to have no support
+        return None
+
+
 @contextmanager
 def forked_rng(*tensors_or_modules: Any) -> Iterator[None]:
     """Leave torch's random streams, CPU and the devices in use, as they were."""

@@ -14,13 +14,13 @@ import torch
 from pyro.infer import ELBO
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 
 from ..errors import BadInput
 from .distributions import describe
 from .isolation import owned_parameters, private_seed
 from .optimizers import Updates
 from .products import layers_through_onednn, linear_layers
+from .programs import observed_in_support
 from .rows import Rows
 
 
@@ -35,18 +35,9 @@ class _ObservedInSupport(Messenger):
     """Refuses data that a distribution cannot have produced: it gets a finite density and trains to nonsense."""
 
     def _pyro_post_sample(self, msg) -> None:
-        if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
-            return
-        fn, name = msg["fn"], msg["name"]
-        try:
-            support = fn.support
-            while isinstance(support, torch.distributions.constraints.independent):
-                support = support.base_constraint  # all must hold, so that nothing need be gathered by event
-            inside = support.check(msg["value"])
-        except (NotImplementedError, AttributeError, ValueError):  # a support that cannot be told
-            return
-        if not inside.all():
-            raise outside_support(name, describe(fn))
+        inside = observed_in_support(msg)
+        if inside is not None and not inside.all():
+            raise outside_support(msg["name"], describe(msg["fn"]))
 
 
 class Step(ABC):

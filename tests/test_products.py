@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library as operations
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gumbo.inference import products
@@ -67,9 +68,7 @@ def test_a_bias_that_is_no_vector_stays():
 def test_shapes_are_known_to_the_compiler():
     x, weight, bias = layer(64, 160, 130)
     through_onednn(make_fx(torch.nn.functional.linear)(x, weight, bias))
-    torch.library.opcheck(
-        torch.ops.gumbo.linear.default, (x, weight, bias), test_utils=["test_schema", "test_faketensor"]
-    )
+    operations.opcheck(torch.ops.gumbo.linear.default, (x, weight, bias), test_utils=["test_schema", "test_faketensor"])
 
 
 def slopes_of_slopes(net, x):
