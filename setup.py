@@ -4,24 +4,17 @@ Everything else about the distribution is in ``pyproject.toml``; only this map c
 without naming each folder's parent as well.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+_ROOMS = ("models", "guides", "inference", "experiments")
+_PLACES = {"gumbo": "gumbo"}
+for _room in _ROOMS:
+    _PLACES[f"gumbo.{_room}"] = _room
+    for _wing in find_packages(_room):
+        _PLACES[f"gumbo.{_room}.{_wing}"] = f"{_room}/{_wing.replace('.', '/')}"
 
 setup(
-    package_dir={
-        "gumbo": "gumbo",
-        "gumbo.models": "models",
-        "gumbo.guides": "guides",
-        "gumbo.inference": "inference",
-        "gumbo.inference.estimators": "inference/estimators",
-        "gumbo.experiments": "experiments",
-    },
-    packages=[
-        "gumbo",
-        "gumbo.models",
-        "gumbo.guides",
-        "gumbo.inference",
-        "gumbo.inference.estimators",
-        "gumbo.experiments",
-    ],
+    package_dir=_PLACES,
+    packages=list(_PLACES),
     package_data={"gumbo": ["py.typed"], "gumbo.experiments": ["configs/*.yaml"]},
 )

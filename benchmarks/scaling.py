@@ -42,10 +42,10 @@ from torch import nn
 
 from gumbo.guides import BernoulliGuide
 from gumbo.inference import SiteELBO
-from gumbo.inference.isolation import denormals_flushed
-from gumbo.inference.optimizers import make_optimizer
-from gumbo.inference.rows import Rows
-from gumbo.inference.steps import TorchStep
+from gumbo.inference.engine.rows import Rows
+from gumbo.inference.engine.scopes import denormals_flushed
+from gumbo.inference.training.optimizers import make_optimizer
+from gumbo.inference.training.steps import TorchStep
 from gumbo.models import BernoulliVAE
 
 PATIENCE = 2.0  # seconds: a step that takes longer is taken once

@@ -42,11 +42,11 @@ from torch import Tensor, nn
 
 from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide
 from gumbo.inference import SiteELBO
-from gumbo.inference.compiled import CompiledStep
-from gumbo.inference.isolation import denormals_flushed
-from gumbo.inference.optimizers import make_optimizer
-from gumbo.inference.rows import Rows
-from gumbo.inference.steps import TorchStep
+from gumbo.inference.engine.rows import Rows
+from gumbo.inference.engine.scopes import denormals_flushed
+from gumbo.inference.training.compile.step import CompiledStep
+from gumbo.inference.training.optimizers import make_optimizer
+from gumbo.inference.training.steps import TorchStep
 from gumbo.models import CategoricalVAE, GaussianVAE, SigmoidBeliefNetwork
 
 SHAPE, LR, PARTICLES = (1, 28, 28), 1e-3, 4

@@ -44,11 +44,11 @@ from torch import Tensor, nn
 from gumbo.experiments.data import load
 from gumbo.guides import BernoulliGuide
 from gumbo.inference import SiteELBO, evaluate
-from gumbo.inference.compiled import CompiledStep
-from gumbo.inference.isolation import denormals_flushed
-from gumbo.inference.optimizers import make_optimizer
-from gumbo.inference.rows import Rows
-from gumbo.inference.steps import TorchStep
+from gumbo.inference.engine.rows import Rows
+from gumbo.inference.engine.scopes import denormals_flushed
+from gumbo.inference.training.compile.step import CompiledStep
+from gumbo.inference.training.optimizers import make_optimizer
+from gumbo.inference.training.steps import TorchStep
 from gumbo.models import SigmoidBeliefNetwork
 
 BATCH, SHARE, TUNING_SEED = 100, 5, 100

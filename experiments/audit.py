@@ -103,7 +103,7 @@ def audit(config: Audit):
 
 
 def check(config: Audit) -> None:
-    from gumbo.inference.audit import labelled
+    from gumbo.inference.auditing.comparison import labelled
 
     if config.args is not None and config.data is not None:
         raise BadInput("--args and --data both say what the programs are called with: give one of them")
@@ -178,7 +178,7 @@ def made(registry: Mapping[str, Any], name: str, kind: str, positional: tuple, o
 
 def user_arguments(path: str | None) -> tuple[tuple, dict[str, Any]]:
     """What the user's function returns, as positional and keyword arguments."""
-    from gumbo.inference.rows import arguments_of
+    from gumbo.inference.engine.rows import arguments_of
     from gumbo.registry import import_object
 
     if path is None:

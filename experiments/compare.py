@@ -225,7 +225,7 @@ def loss_of(config: Compare, arm: Arm):
 def train(config: Compare, run: RunFolder, arm: Arm, seed: int) -> dict[str, Any]:
     """One arm and seed: trained, watched on the validation data, judged on the test data."""
     from gumbo.inference import evaluate, fit
-    from gumbo.inference.checkpoints import save_checkpoint
+    from gumbo.inference.training.checkpoints import save_checkpoint
 
     data = images(config.data)
     model, guide = build(config, data.data_shape, seed, arm.form)
@@ -266,7 +266,7 @@ def train(config: Compare, run: RunFolder, arm: Arm, seed: int) -> dict[str, Any
 
 def sample_pictures(model, guide, x):
     from gumbo.experiments.plots import prior_draws, reconstructions
-    from gumbo.inference.evaluation import exact_pair
+    from gumbo.inference.posterior.evaluation import exact_pair
 
     model, guide = exact_pair(model, guide)
     inputs = model.inputs(x)
@@ -276,7 +276,7 @@ def sample_pictures(model, guide, x):
 def measure(config: Compare, run: RunFolder, family: str, seed: int) -> dict[str, Any]:
     """Moments of every arm's gradient at the same two sets of parameters: as drawn, and after a common training."""
     from gumbo.inference import fit
-    from gumbo.inference.gradients import gradient_moments
+    from gumbo.inference.auditing.moments import gradient_moments
 
     data = images(config.data)
     batch = data.train[: config.batch_size]

@@ -87,7 +87,7 @@ def flat(numbers: Any) -> list[float]:
 
 def load_parameters(model, guide, run: RunFolder, best: bool) -> None:
     """Give the pair what the run's checkpoint holds."""
-    from gumbo.inference.checkpoints import Checkpoints
+    from gumbo.inference.training.checkpoints import Checkpoints
 
     state = Checkpoints(run.checkpoints).load()
     module = state["best"]["module"] if best else state["module"]

@@ -81,7 +81,7 @@ class Train:
 
 def train(config: Train) -> dict[str, Any]:
     """Fit, judge on the test split, draw; returns what ``results.json`` holds."""
-    from gumbo.inference.optimizers import OPTIMIZERS
+    from gumbo.inference.training.optimizers import OPTIMIZERS
 
     if config.optimizer not in OPTIMIZERS:
         raise UnknownName("optimizer", config.optimizer, OPTIMIZERS)
@@ -106,7 +106,7 @@ def place(config: Train):
     """The device to compute on, and the processes that a launcher started: None where there is but this one."""
     import torch
 
-    from gumbo.inference.processes import Processes
+    from gumbo.inference.training.distributed import Processes
 
     try:
         device = torch.device(config.device)
@@ -278,7 +278,7 @@ def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> Non
     import numpy as np
 
     from gumbo.experiments.plots import image_rows, learning_curves, prior_draws, reconstructions
-    from gumbo.inference.evaluation import exact_pair
+    from gumbo.inference.posterior.evaluation import exact_pair
 
     curve = np.array([[numbers["valid_elbo"] for numbers in result.history]])
     title = "true ELBO on validation data"

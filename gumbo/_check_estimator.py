@@ -14,10 +14,10 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from .errors import BadInput, UnsupportedSite
-from .inference.distributions import describe
+from .inference.auditing.exact import exact_elbo
 from .inference.elbo import SiteELBO, as_estimator
 from .inference.estimators import Estimator
-from .inference.exact import exact_elbo
+from .inference.estimators._distributions import describe
 
 F64 = torch.float64
 COPIES, CALLS = 2000, 24

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from .audit import audit, recommend
-from .audit import plot as plot_audit
-from .collapse import FreeBits, active_units
-from .diagnostics import diagnose
+from .auditing.comparison import audit, recommend
+from .auditing.comparison import plot as plot_audit
+from .diagnosis.report import diagnose
 from .elbo import SiteELBO
-from .evaluation import evaluate
-from .fitting import fit
-from .natural_gradient import NaturalGradient
-from .posterior import summary, to_arviz
-from .refinement import refine, refinement_gap
-from .schedules import Constant, Cosine, Cyclical, Exponential, Linear, parse_schedule, schedules
+from .posterior.collapse import FreeBits, active_units
+from .posterior.conversion import summary, to_arviz
+from .posterior.evaluation import evaluate
+from .posterior.refinement import refine, refinement_gap
 from .stock import make_loss, stock_elbos
+from .training.fitting import fit
+from .training.natural_gradient import NaturalGradient
+from .training.schedules import Constant, Cosine, Cyclical, Exponential, Linear, parse_schedule, schedules
 
 __all__ = [
     "Constant",

@@ -15,21 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import PROGRAM, BadInput, CannotVectorize, GumboError, TooFewParticles, UnknownName, UnsupportedSite
 from ..models._base import Configured
-from . import objectives
-from .distributions import describe, is_deterministic
-from .estimators import (
-    Enumerate,
-    Estimator,
-    GumbelSoftmax,
-    MovingAverage,
-    Pathwise,
-    ScoreFunction,
-    SiteView,
-    estimators,
-)
-from .estimators._base import Draw, at_step, detached_draw, pad_left
-from .estimators.relaxation import Mean
-from .programs import (
+from .engine import objectives
+from .engine.programs import (
     NoisyProgram,
     Program,
     Run,
@@ -41,6 +28,19 @@ from .programs import (
     forked_rng,
     kept_buffers,
 )
+from .estimators import (
+    Enumerate,
+    Estimator,
+    GumbelSoftmax,
+    MovingAverage,
+    Pathwise,
+    ScoreFunction,
+    SiteView,
+    estimators,
+)
+from .estimators._base import Draw, at_step, detached_draw, pad_left
+from .estimators._distributions import describe, is_deterministic
+from .estimators.relaxation import Mean
 
 OBJECTIVES = ("elbo", "iwae", "rws")
 

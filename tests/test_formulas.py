@@ -27,7 +27,7 @@ from gumbo.experiments.data import load
 from gumbo.guides import FlowGuide, LayeredGuide, NormalGuide, TriangularNormalGuide
 from gumbo.inference import SiteELBO
 from gumbo.inference.estimators import Concrete, GumbelSoftmax, Pathwise, ScoreFunction
-from gumbo.inference.evaluation import evaluate, log_weights
+from gumbo.inference.posterior.evaluation import evaluate, log_weights
 from gumbo.models import GaussianVAE, SigmoidBeliefNetwork
 
 ALARM = 1e-6  # how often a right formula may fail a test on draws, were the seed not fixed

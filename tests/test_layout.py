@@ -17,14 +17,17 @@ ROOMS = {
     "models": "gumbo.models",
     "guides": "gumbo.guides",
     "inference": "gumbo.inference",
-    "inference/estimators": "gumbo.inference.estimators",
+    **{
+        f"inference/{wing}": f"gumbo.inference.{wing.replace('/', '.')}"
+        for wing in ("estimators", "engine", "training", "training/compile", "auditing", "posterior", "diagnosis")
+    },
     "experiments": "gumbo.experiments",
 }
+INFERENCE = tuple(room for room in ROOMS if room.startswith("inference"))
 MAY_IMPORT = {
     "models": {"models"},
     "guides": {"models", "guides"},
-    "inference": {"models", "guides", "inference"},
-    "inference/estimators": {"models", "guides", "inference"},
+    **dict.fromkeys(INFERENCE, {"models", "guides", "inference"}),
     "experiments": {"models", "guides", "inference", "experiments"},
 }
 COMMON = {"errors", "registry", "_version"}
@@ -62,7 +65,7 @@ def arrow_faults(tree: ast.AST, room: str) -> set[str]:
     return used - MAY_IMPORT[room] - COMMON
 
 
-@pytest.mark.parametrize("path", **by_path(sources("models", "guides", "inference", "inference/estimators")))
+@pytest.mark.parametrize("path", **by_path(sources("models", "guides", *INFERENCE)))
 def test_arrows_run_one_way(path):
     assert not arrow_faults(parse(path), str(path.parent.relative_to(ROOT)))
 
@@ -89,12 +92,12 @@ def test_the_face_imports_no_room(name):
     assert used <= {f"gumbo.{part}" for part in COMMON} | {"gumbo._version.__version__"}
 
 
-@pytest.mark.parametrize("path", **by_path(sources("gumbo", "models", "guides", "inference", "inference/estimators")))
+@pytest.mark.parametrize("path", **by_path(sources("gumbo", "models", "guides", *INFERENCE)))
 def test_imports_inside_the_package_are_relative(path):
     assert not [name for name, level in imports(parse(path), "gumbo") if level == 0 and name.split(".")[0] == "gumbo"]
 
 
-@pytest.mark.parametrize("path", **by_path(sources("experiments", "tests")))
+@pytest.mark.parametrize("path", **by_path([*sources("experiments"), *sorted((ROOT / "tests").rglob("*.py"))]))
 def test_scripts_and_tests_import_as_a_user_would(path):
     assert not [name for name, level in imports(parse(path), "gumbo.experiments") if level]
     rooms = {room.split("/")[0] for room in ROOMS}

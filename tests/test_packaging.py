@@ -19,13 +19,10 @@ import pytest
 from gumbo.experiments import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {
-    "gumbo": "gumbo",
-    "gumbo/models": "models",
-    "gumbo/guides": "guides",
-    "gumbo/inference": "inference",
-    "gumbo/inference/estimators": "inference/estimators",
-    "gumbo/experiments": "experiments",
+PACKAGES = {"gumbo": "gumbo"} | {
+    f"gumbo/{path.parent.relative_to(ROOT)}": str(path.parent.relative_to(ROOT))
+    for room in ("models", "guides", "inference", "experiments")
+    for path in (ROOT / room).rglob("__init__.py")
 }
 HEAVY = ("arviz", "matplotlib", "zuko", "sklearn", "rich", "jsonargparse", "torchvision", "scipy", "xarray", "pandas")
 
@@ -162,7 +159,7 @@ def mentions(tree: ast.AST, stem: str) -> bool:
 
 def test_every_script_is_exercised():
     here = Path(__file__).name
-    tests = [ast.parse(path.read_text()) for path in (ROOT / "tests").glob("test_*.py") if path.name != here]
+    tests = [ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py") if path.name != here]
     assert not [stem for stem in [*scripts(), "cli"] if not any(mentions(tree, stem) for tree in tests)]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import BadInput
 from ...registry import Registry
-from ..distributions import clear_caches, describe, elementary, score_log_prob, support_moves
+from ._distributions import clear_caches, describe, elementary, score_log_prob, support_moves
 
 estimators: Registry[Callable[[], Estimator]] = Registry("estimator")
 

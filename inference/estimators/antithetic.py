@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributions import clear_caches, describe, is_bernoulli, logits_of
 from ._base import Draw, Estimator, SiteView, estimators
+from ._distributions import clear_caches, describe, is_bernoulli, logits_of
 
 
 def coin_uniforms(probs: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import BadInput, UnsupportedSite
-from ..distributions import is_one_hot, logits_of
-from ..noise import drawn_twice
+from ..engine.noise import drawn_twice
 from ._base import Draw, Estimator, SiteView, estimators
+from ._distributions import is_one_hot, logits_of
 from ._reruns import cost_between, share_shape, slope, spread
 from .relaxation import bounded_logits, conditional_scores, harden, noise, relaxable_why_not, squash
 from .score import features

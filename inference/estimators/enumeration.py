@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import BadInput
-from ..distributions import finite_support
 from ._base import Estimator, estimators
+from ._distributions import finite_support
 
 
 class Enumerate(Estimator):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributions import coordinate_values, elementary
 from ._base import Draw, Estimator, SiteView, detached_draw, estimators, pad_left
 from ._coordinates import gains
+from ._distributions import coordinate_values, elementary
 
 
 class LocalExpectation(Estimator):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributions import describe, elementary, is_bernoulli
 from ._base import Draw, Estimator, SiteView, detached_draw, estimators
 from ._coordinates import gains
+from ._distributions import describe, elementary, is_bernoulli
 
 
 class MeasureValued(Estimator):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..distributions import describe, is_straight_through, support_moves
 from ._base import Draw, Estimator, estimators
+from ._distributions import describe, is_straight_through, support_moves
 
 
 class Pathwise(Estimator):

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..distributions import LinearExtension, is_one_hot
 from ._base import Draw, Estimator, Schedule, at_step, check_temperature, detached_draw, estimators
+from ._distributions import LinearExtension, is_one_hot
 from .relaxation import bounded_logits, relaxable_why_not, squash
 
 

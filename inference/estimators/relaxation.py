@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ...errors import BadInput
-from ..distributions import (
+from ._base import Draw, Estimator, Schedule, at_step, check_temperature, estimators
+from ._distributions import (
     AtLogValue,
     LinearExtension,
     describe,
@@ -23,7 +24,6 @@ from ..distributions import (
     relaxed_draw,
     unvalidated,
 )
-from ._base import Draw, Estimator, Schedule, at_step, check_temperature, estimators
 
 
 def relaxable_why_not(site: Mapping[str, Any]) -> str | None:

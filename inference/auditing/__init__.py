@@ -1,0 +1,3 @@
+"""Estimators against the exact gradient: sampling gradients, references, verdicts, pictures."""
+
+from __future__ import annotations

@@ -1,0 +1,168 @@
+"""Exact answers for programs small enough: sums over every value of every site, and over every tuple of draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
+
+from ...errors import UnsupportedSite
+from ..estimators._distributions import finite_support, is_deterministic, score_log_prob
+
+LIMIT = 2**18
+
+
+class _Choose(Messenger):
+    """Gives every latent site one of its values; a site met for the first time opens the others for later."""
+
+    def __init__(self, script: list[list[int]], limit: int):
+        super().__init__()
+        self.script, self.limit, self.at = script, limit, 0
+        self.log_q: Any = 0.0
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["is_observed"] or msg["done"] or site_is_subsample(msg) or is_deterministic(msg["fn"]):
+            return
+        fn = msg["fn"]
+        values = finite_support(fn, joint=len(fn.batch_shape), limit=self.limit)
+        if isinstance(values, str):
+            raise UnsupportedSite(msg["name"], "enumerate", values)
+        msg["value"] = values[_turn(self.script, self.at, len(values))]
+        msg["done"] = True
+        self.at += 1
+        self.log_q = self.log_q + score_log_prob(fn, msg["value"]).sum()
+
+
+def _turn(script: list[list[int]], at: int, count: int) -> int:
+    """Where the odometer stands at its ``at``-th wheel, which has ``count`` positions."""
+    if at == len(script):
+        script.append([0, count])
+    return script[at][0]
+
+
+def _advance(script: list[list[int]]) -> bool:
+    while script and script[-1][0] + 1 == script[-1][1]:
+        script.pop()
+    if not script:
+        return False
+    script[-1][0] += 1
+    return True
+
+
+def outcomes(
+    model: Callable, guide: Callable, args: tuple = (), kwargs: Mapping[str, Any] | None = None, *, limit: int = LIMIT
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Every joint value of the guide's sites: (log q of it, log p(x, z), log q(z)), the last two scaled and masked."""
+    kwargs = kwargs or {}
+    script: list[list[int]] = []
+    for _ in range(limit):
+        with _Choose(script, limit) as choose:
+            guide_trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+        model_trace = prune_subsample_sites(
+            poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        )
+        yield torch.as_tensor(choose.log_q), model_trace.log_prob_sum(), guide_trace.log_prob_sum()
+        if not _advance(script):
+            return
+    raise UnsupportedSite("(program)", "enumerate", f"it has more than {limit} joint values")
+
+
+def exact_elbo(model: Callable, guide: Callable, *args: Any, limit: int = LIMIT, **kwargs: Any) -> Tensor:
+    """The evidence lower bound as a differentiable sum over every joint value of the guide's sites.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Bernoulli(0.5))
+    ...     pyro.sample("x", dist.Bernoulli(0.25 + 0.5 * z), obs=torch.tensor(1.0))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Bernoulli(0.75))
+    >>> round(exact_elbo(model, guide).exp().item(), 4)  # the guide is the posterior: the evidence itself
+    0.5
+    """
+    terms = [
+        log_q.exp() * torch.nan_to_num(p - q, nan=0.0) if log_q > -math.inf else log_q.new_zeros(())
+        for log_q, p, q in outcomes(model, guide, args, kwargs, limit=limit)
+    ]
+    return torch.stack(terms).sum()
+
+
+def exact_iwae(model: Callable, guide: Callable, *args: Any, num_particles: int, limit: int = 2**14, **kwargs: Any):
+    """The importance-weighted bound of the whole program as a sum over every tuple of K joint values."""
+    listed = [(log_q, p - q) for log_q, p, q in outcomes(model, guide, args, kwargs, limit=limit)]
+    if len(listed) ** num_particles > limit:
+        raise UnsupportedSite("(program)", "enumerate", f"{len(listed)}^{num_particles} tuples are too many to list")
+    total: Any = 0.0
+    for tuple_ in itertools.product(listed, repeat=num_particles):
+        log_q = sum(log_q for log_q, _ in tuple_)
+        bound = torch.stack([weight for _, weight in tuple_]).logsumexp(0) - math.log(num_particles)
+        total = total + log_q.exp() * bound
+    return total
+
+
+@contextmanager
+def _scripted(script: list[list[int]], log_weight: list[float], limit: int) -> Iterator[None]:
+    """Replace the samplers of coins and dice by an odometer that notes how probable each reading is."""
+    at = 0
+
+    def sample(log_probs: Tensor, shape: torch.Size, values: Tensor) -> Tensor:
+        nonlocal at
+        log_probs = log_probs.detach().expand(*shape, len(values)).reshape(-1, len(values)).double()
+        count = len(values) ** len(log_probs)
+        if count > limit:
+            raise UnsupportedSite("(program)", "enumerate", f"{count} outcomes of one draw are too many to list")
+        turn = _turn(script, at, count)
+        at += 1
+        digits = [turn // len(values) ** i % len(values) for i in range(len(log_probs))]
+        picked = torch.tensor(digits, dtype=torch.long)
+        log_weight.append(log_probs.gather(1, picked[:, None]).sum().item())
+        return values[picked].reshape(shape)
+
+    def bernoulli(self, sample_shape=()):
+        shape = self._extended_shape(torch.Size(sample_shape))
+        off = torch.nn.functional.logsigmoid(-self.logits)
+        on = torch.nn.functional.logsigmoid(self.logits)
+        values = torch.tensor([0.0, 1.0], dtype=self.logits.dtype)
+        return sample(torch.stack([off, on], -1), shape, values)
+
+    def categorical(self, sample_shape=()):
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return sample(self.logits, shape, torch.arange(self.logits.shape[-1]))
+
+    Bernoulli, Categorical = torch.distributions.Bernoulli, torch.distributions.Categorical
+    kept = Bernoulli.sample, Categorical.sample
+    try:
+        Bernoulli.sample, Categorical.sample = bernoulli, categorical
+        yield
+    finally:
+        Bernoulli.sample, Categorical.sample = kept
+
+
+def mean_over_draws(function: Callable[[], Tensor], *, limit: int = LIMIT) -> Tensor:
+    """E[function()] over every tuple of draws of Bernoulli and categorical samplers that it makes.
+
+    With ``function`` the gradient of an estimator this is its exact mean, no luck involved. Estimators that draw in
+    other ways (uniforms, Gumbels) cannot be averaged so. One call ahead of the list lets what is lazy settle.
+
+    >>> import pyro.distributions as dist
+    >>> round(mean_over_draws(lambda: dist.Bernoulli(torch.full((2,), 0.25)).sample().sum()).item(), 12)
+    0.5
+    """
+    function()
+    script: list[list[int]] = []
+    total: Any = 0.0
+    for _ in range(limit):
+        log_weight: list[float] = []
+        with _scripted(script, log_weight, limit):
+            result = function()
+        total = total + math.exp(math.fsum(log_weight)) * result.detach()
+        if not _advance(script):
+            return total
+    raise UnsupportedSite("(program)", "enumerate", f"it makes more than {limit} tuples of draws")

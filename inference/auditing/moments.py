@@ -1,0 +1,198 @@
+"""Draws of a loss's gradient at fixed parameters, and their moments: what tells one estimator from another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO
+
+from ...errors import BadInput
+from ..engine.rows import arguments_of
+from ..engine.scopes import Aside, modes_kept, modules_of, owned_parameters, private_seed
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """Mean and variance of a gradient over repeated draws at fixed parameters, in nats (a sum over the batch).
+
+    ``mean``, ``variance`` and ``error`` (the standard error of the mean) map each parameter to a flat float64 tensor.
+    """
+
+    mean: Mapping[str, torch.Tensor]
+    variance: Mapping[str, torch.Tensor]
+    num_samples: int
+
+    @property
+    def error(self) -> dict[str, torch.Tensor]:
+        return {name: (value / self.num_samples).sqrt() for name, value in self.variance.items()}
+
+    @property
+    def total_variance(self) -> float:
+        """The trace of the gradient's covariance, over all parameters."""
+        return sum(value.sum().item() for value in self.variance.values())
+
+    @property
+    def mean_norm(self) -> float:
+        """The norm of the mean gradient, freed of the part that the sampling error of the mean adds (never below 0)."""
+        squared = sum(value.square().sum().item() for value in self.mean.values())
+        return max(squared - self.total_variance / self.num_samples, 0.0) ** 0.5
+
+    @property
+    def signal_to_noise(self) -> float:
+        """The norm of the mean gradient over the root of the total variance (infinite for an exact gradient)."""
+        noise = self.total_variance**0.5
+        return self.mean_norm / noise if noise > 0 else float("inf")
+
+
+def gradient_moments(
+    model: Callable,
+    guide: Callable,
+    loss: ELBO | torch.nn.Module,
+    args: object,
+    *,
+    num_samples: int = 100,
+    seed: int | None = 0,
+    burn_in: int = 0,
+    which: str = "guide",
+) -> GradientMoments:
+    """Moments of the gradient of ``loss`` over ``num_samples`` draws at fixed parameters; see :func:`gradient_draws`.
+
+    Sums are kept in float64 and one draw is held at a time (Welford's update), whatever ``num_samples`` is.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer import Trace_ELBO
+    >>> class Guide(pyro.nn.PyroModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.loc = torch.nn.Parameter(torch.tensor(0.0))
+    ...     def forward(self):
+    ...         pyro.sample("z", dist.Normal(self.loc, 1.0))
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> moments = gradient_moments(model, Guide(), Trace_ELBO(), (), num_samples=50)
+    >>> list(moments.mean), round(moments.total_variance, 1)  # the gradient of this draw is z itself, a standard Normal
+    (['guide.loc'], 0.9)
+    """
+    mean: dict[str, torch.Tensor] = {}
+    spread: dict[str, torch.Tensor] = {}
+    if num_samples < 2:
+        raise BadInput(f"num_samples is {num_samples}: a variance needs at least 2 draws")
+    draws = gradient_draws(model, guide, loss, args, num_samples=num_samples, seed=seed, burn_in=burn_in, which=which)
+    for count, draw in enumerate(draws, start=1):
+        for name, value in draw.items():
+            if count == 1:
+                mean[name], spread[name] = torch.zeros_like(value), torch.zeros_like(value)
+            step = value - mean[name]
+            mean[name] += step / count
+            spread[name] += step * (value - mean[name])
+    variance = {name: value / (num_samples - 1) for name, value in spread.items()}
+    return GradientMoments(mean, variance, num_samples)
+
+
+def gradient_draws(
+    model: Callable,
+    guide: Callable,
+    loss: ELBO | torch.nn.Module,
+    args: object,
+    *,
+    num_samples: int = 100,
+    seed: int | None = 0,
+    burn_in: int = 0,
+    which: str = "guide",
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Repeated draws of the gradient of ``loss`` on one batch: dicts from parameter to a flat float64 tensor, in nats.
+
+    ``loss`` is an ELBO, or the module that an ELBO makes of the pair. ``args`` is one batch: a tensor, a tuple of
+    arguments, or a mapping of keywords. ``which`` is ``"guide"`` or ``"all"``; names are ``guide.…`` and ``model.…``,
+    and parameters of control variates are not among them. ``burn_in`` draws are made and dropped first: a loss that
+    keeps a baseline needs a few, since the baseline starts from nothing. The baseline goes on moving afterwards, as in
+    training; draws stay uncorrelated, since no gradient's mean depends on the baseline. Parameters, ``.grad``, param
+    store, seeds and the loss's own state are as before, also between two draws; the same ``seed`` gives the same draws.
+
+    Raises :class:`~gumbo.errors.BadInput` for an unknown ``which`` or a pair without parameters.
+    """
+    if which not in ("guide", "all"):
+        raise BadInput(f'which is {which!r}: expected "guide" or "all"')
+    if burn_in < 0 or num_samples < 1:
+        raise BadInput(f"burn_in is {burn_in} and num_samples {num_samples}: expected at least 0 and 1")
+    # A copy of the loss, so that its baselines move without the caller's; the programs themselves are shared.
+    loss = copy.deepcopy(loss, {id(program): program for program in modules_of(model, guide)})
+    aside = Aside(seed, model, guide)
+    positional, keywords = arguments_of(args)
+    with aside.entered(), modes_kept(model, guide):
+        backward = _backward(model, guide, loss, positional, keywords)
+        parameters = parameters_of(model, guide, positional, keywords, which)
+    for count in range(burn_in + num_samples):
+        with aside.entered(), grads_aside(model, guide, parameters):
+            backward()
+            draw = {name: flat_gradient(parameter) for name, parameter in parameters.items()}
+        if count >= burn_in:
+            yield draw
+
+
+def _backward(
+    model: Callable, guide: Callable, loss: ELBO | torch.nn.Module, positional: tuple, keywords: dict
+) -> Callable[[], None]:
+    """One call leaves one draw of the gradient in ``.grad``."""
+    if isinstance(loss, ELBO):
+        both_modules = len(modules_of(model, guide)) == 2
+        if not (both_modules and is_differentiable(loss)):
+            return lambda: loss.loss_and_grads(model, guide, *positional, **keywords)
+        loss = loss(model, guide)
+    if hasattr(loss, "initialize"):
+        loss.initialize(*positional, **keywords)
+    return lambda: loss(*positional, **keywords).backward()
+
+
+def parameters_of(
+    model: Callable, guide: Callable, positional: tuple, keywords: dict, which: str
+) -> dict[str, torch.Tensor]:
+    """The programs' leaf parameters: the modules' own, then whatever else their runs ask the param store for."""
+    with torch.no_grad(), private_seed(None, model, guide):
+        guide_trace = poutine.trace(guide).get_trace(*positional, **keywords)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*positional, **keywords)
+    named: dict[str, torch.Tensor] = dict(owned_parameters(model, guide))
+    seen = {id(parameter) for parameter in named.values()}
+    for prefix, trace in (("guide", guide_trace), ("model", model_trace)):
+        for name, site in trace.nodes.items():
+            if site["type"] != "param":
+                continue
+            value = site["value"]
+            parameter = value.unconstrained() if hasattr(value, "unconstrained") else value
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                named[f"{prefix}.{name}"] = parameter
+    chosen = {name: value for name, value in named.items() if which == "all" or name.startswith("guide.")}
+    if not chosen:
+        raise BadInput(f"the {'programs have' if which == 'all' else 'guide has'} no parameter: there is no gradient")
+    return chosen
+
+
+@contextmanager
+def grads_aside(model: Callable, guide: Callable, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Every ``.grad`` is empty inside and afterwards what it was."""
+    leaves = [*owned_parameters(model, guide).values(), *parameters.values()]
+    kept = [(leaf, leaf.grad) for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, grad in kept:
+            leaf.grad = grad
+
+
+def flat_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    if parameter.grad is None:
+        return torch.zeros(parameter.numel(), dtype=torch.float64, device=parameter.device)
+    return parameter.grad.detach().double().flatten()
+
+
+def is_differentiable(loss: object) -> bool:
+    """Whether an ELBO gives one differentiable scalar; stock TraceGraph_ELBO, for one, only takes gradients itself."""
+    return getattr(loss, "differentiable", True) and hasattr(type(loss), "differentiable_loss")

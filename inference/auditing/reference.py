@@ -1,0 +1,268 @@
+"""What gradient estimators are held against: the exact gradient, or a long run with its own error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
+
+from ...errors import BadInput, CannotVectorize, GumboError, UnsupportedSite
+from ..elbo import SiteELBO
+from ..estimators import LeaveOneOut, Pathwise, ScoreFunction
+from ..estimators._distributions import describe, finite_support, is_deterministic, score_log_prob
+from .exact import _advance, _turn, exact_elbo, exact_iwae
+from .sampler import Draws, Gradient, Moments, Stage
+
+ONE_BY_ONE = 2**10  # joint values of all sites: each is a run of both programs
+AT_ONCE = 2**13  # joint values of one datum: all are run at once
+TUPLES = 2**16  # tuples of K values of one datum
+LONG_RUN_PARTICLES = 16
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A gradient to compare with: ``kind`` says where it is from; ``moments`` are those of a long run, or None."""
+
+    kind: str
+    gradient: Gradient
+    loss: float
+    moments: Moments | None = None
+
+    @property
+    def exact(self) -> bool:
+        return self.moments is None
+
+
+def find_reference(
+    stage: Stage, kind: Any, *, num_samples: int, num_particles: int | None, seed: int, options: dict[str, Any]
+) -> Reference:
+    """The reference that ``kind`` asks for: ``"auto"``, ``"exact"``, ``"long-run"``, or an estimator to run long.
+
+    ``options`` are those of :class:`SiteELBO`. Raises BadInput where the exact gradient is asked for and cannot be had.
+    """
+    if isinstance(kind, str) and kind in ("auto", "exact"):
+        found = exact_reference(stage, num_particles, options)
+        if isinstance(found, Reference):
+            return found
+        if kind == "exact":
+            raise BadInput(f"reference='exact' cannot be had: {found}; take reference='long-run'")
+    if isinstance(kind, str) and kind in ("auto", "long-run"):
+        return long_run(stage, num_samples, num_particles, seed, options)
+    loss = kind if isinstance(kind, ELBO) else SiteELBO(kind, num_particles=num_particles, **options)
+    return run_long(stage, loss, 4 * num_samples, seed)
+
+
+def exact_reference(stage: Stage, num_particles: int | None, options: dict[str, Any]) -> Reference | str:
+    """The exact gradient by enumeration, or the reason why it cannot be had."""
+    jointly, apart = _count_values(stage, True), _count_values(stage, False)
+    if isinstance(apart, str):
+        return apart
+    if not _repeats_itself(stage):
+        return "the programs draw noise of their own, so that two runs on the same values differ"
+    if options["objective"] == "iwae":
+        try:
+            return _as_reference(stage, "exact (every tuple of values)", exact_bound(stage, num_particles))
+        except UnsupportedSite as error:
+            return error.reason
+    if isinstance(jointly, int) and jointly <= ONE_BY_ONE:
+        with stage.held(), _Weighted(options["kl_weight"]):
+            loss = -exact_elbo(stage.model, stage.guide, *stage.args, **stage.kwargs)
+        return _as_reference(stage, "exact (every value)", loss)
+    if apart > AT_ONCE or not options["vectorize_particles"]:
+        count = apart if options["vectorize_particles"] else jointly
+        return f"there are {count} joint values" if isinstance(count, int) else count
+    try:
+        with stage.held():
+            loss = SiteELBO(dict.fromkeys((*stage.latents, "*"), "enumerate"), **options)
+            value = loss.differentiable_loss(stage.model, stage.guide, *stage.args, **stage.kwargs)
+    except GumboError as error:
+        return str(error)
+    return _as_reference(stage, "exact (every value, plates in parallel)", value)
+
+
+def _as_reference(stage: Stage, kind: str, loss: Tensor) -> Reference:
+    return Reference(kind, stage.gradient(loss), loss.item())
+
+
+def _count_values(stage: Stage, jointly: bool) -> int | str:
+    """How many joint values the latents of one run have, over all of it or with the elements of plates apart."""
+    total = 1
+    for name, fn in stage.latents.items():
+        listed = finite_support(fn, joint=len(fn.batch_shape) if jointly else 0, limit=AT_ONCE)
+        if isinstance(listed, str):
+            return f"site {name!r}: {listed}"
+        total *= len(listed)
+    return total
+
+
+def _repeats_itself(stage: Stage) -> bool:
+    """Whether the first few values have the same probabilities in two runs."""
+    found = []
+    for _ in range(2):
+        script: list[list[int]] = []
+        for _ in range(8):
+            with stage.held(), torch.no_grad(), _ChooseAlike(script):
+                found.append([float(trace.log_prob_sum()) for trace in _traces(stage)])
+            if not _advance(script):
+                break
+    return found[: len(found) // 2] == found[len(found) // 2 :]
+
+
+class _Weighted(Messenger):
+    """Multiplies the terms of latent sites, in model and guide."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg) -> None:
+        if self.weight != 1.0 and not msg["is_observed"] and not site_is_subsample(msg):
+            msg["scale"] = msg["scale"] * self.weight
+
+
+# The importance-weighted bound, per datum.
+
+
+class _ChooseAlike(Messenger):
+    """Gives every latent site one of its values, the same one at all elements of its plates."""
+
+    def __init__(self, script: list[list[int]]):
+        super().__init__()
+        self.script, self.at = script, 0
+        self.scores: list[Tensor] = []
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["is_observed"] or msg["done"] or site_is_subsample(msg) or is_deterministic(msg["fn"]):
+            return
+        values = finite_support(msg["fn"], joint=0, limit=AT_ONCE)
+        if isinstance(values, str):
+            raise UnsupportedSite(msg["name"], "enumerate", values)
+        msg["value"] = values[_turn(self.script, self.at, len(values))]
+        msg["done"] = True
+        self.at += 1
+        self.scores.append(score_log_prob(msg["fn"], msg["value"]))
+
+
+def exact_bound(stage: Stage, num_particles: int | None) -> Tensor:
+    """Minus the importance-weighted bound of K particles, summed over every tuple of values, datum by datum.
+
+    A datum is an element of the plates that enclose every site. Raises UnsupportedSite where a latent site has plates
+    of its own within, and where the tuples are too many.
+    """
+    assert num_particles is not None
+    with stage.held():
+        guide, model = _traces(stage)
+        sites = [site for trace in (guide, model) for site in _random(trace)]
+        plates = frozenset.intersection(*(_plates(site) for site in sites))
+        inner = next((site for site in _random(guide) if not site["is_observed"] and _plates(site) != plates), None)
+        if not plates:
+            bound = exact_iwae(
+                stage.model, stage.guide, *stage.args, num_particles=num_particles, limit=TUPLES, **stage.kwargs
+            )
+            return -bound
+        if inner is not None:
+            raise UnsupportedSite(inner["name"], "enumerate", "its own plates lie within those of a datum")
+        scales = [site["scale"] for site in sites]
+        scale: Any = scales[0] if all(_same(scales[0], other) for other in scales) else 1.0
+        script: list[list[int]] = []
+        scores, weights = [], []
+        while True:
+            with _ChooseAlike(script) as choose:
+                guide, model = _traces(stage)
+            scores.append(sum(_per_datum(score, plates) for score in choose.scores))
+            weights.append(_total(model, plates, scale) - _total(guide, plates, scale))
+            if len(weights) ** num_particles > TUPLES:
+                raise UnsupportedSite("(program)", "enumerate", f"more than {TUPLES} tuples of values are too many")
+            if not _advance(script):
+                break
+    index = torch.cartesian_prod(*[torch.arange(len(weights), device=weights[0].device)] * num_particles)
+    index = index.reshape(-1, num_particles)
+    probability = torch.stack(scores)[index].sum(1).exp()
+    bound = torch.stack(weights)[index].logsumexp(1) - math.log(num_particles)
+    return -(scale * probability * bound).sum()
+
+
+def _traces(stage: Stage) -> tuple[Trace, Trace]:
+    guide = poutine.trace(stage.guide).get_trace(*stage.args, **stage.kwargs)
+    model = poutine.trace(poutine.replay(stage.model, trace=guide)).get_trace(*stage.args, **stage.kwargs)
+    return prune_subsample_sites(guide), prune_subsample_sites(model)
+
+
+def _random(trace: Trace) -> list[Any]:
+    return [s for s in trace.nodes.values() if s["type"] == "sample" and not is_deterministic(s["fn"])]
+
+
+def _plates(site: Any) -> frozenset[tuple[str, int]]:
+    return frozenset((frame.name, frame.dim) for frame in site["cond_indep_stack"] if frame.vectorized)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+
+
+def _total(trace: Trace, plates: frozenset, scale: Any) -> Tensor:
+    trace.compute_log_prob()
+    return sum((_per_datum(site["log_prob"] / scale, plates) for site in _random(trace)), start=torch.zeros(()))  # type: ignore[return-value]
+
+
+def _per_datum(log_prob: Tensor, plates: frozenset[tuple[str, int]]) -> Tensor:
+    """Summed over every batch dimension but those of ``plates``."""
+    depth = max(-dim for _, dim in plates)
+    log_prob = log_prob.reshape((1,) * (depth - log_prob.dim()) + tuple(log_prob.shape))
+    kept = {dim for _, dim in plates}
+    gone = [dim for dim in range(-log_prob.dim(), 0) if dim not in kept]
+    summed = log_prob.sum(gone, keepdim=True) if gone else log_prob
+    return summed.reshape(summed.shape[summed.dim() - depth :])
+
+
+# Where nothing can be listed.
+
+
+def long_run(
+    stage: Stage, num_samples: int, num_particles: int | None, seed: int, options: dict[str, Any]
+) -> Reference:
+    """A long run of pathwise gradients where sites allow them and of leave-one-out ones elsewhere."""
+    words: dict[str, str] = {}
+    for name, fn in stage.latents.items():
+        site = {"name": name, "fn": fn}
+        if Pathwise().supports(site):
+            words[name] = "pathwise"
+        elif (reason := ScoreFunction(LeaveOneOut()).why_not(site)) is None:
+            words[name] = "rloo"
+        else:
+            raise UnsupportedSite(
+                name, "any", f"no unbiased gradient of {describe(fn)} serves as a reference ({reason}); name one"
+            )
+    if options["objective"] == "iwae":
+        return run_long(stage, SiteELBO(words, num_particles=num_particles, **options), 4 * num_samples, seed)
+    try:
+        if options["vectorize_particles"]:
+            loss = SiteELBO(words, num_particles=LONG_RUN_PARTICLES, **options)
+            return run_long(stage, loss, 2 * num_samples, seed)
+    except CannotVectorize:
+        options = options | {"vectorize_particles": False}
+    # One by one, many draws of few particles cost what few draws of many do.
+    few = 2 if "rloo" in words.values() else 1
+    return run_long(stage, SiteELBO(words, num_particles=few, **options), 4 * num_samples, seed)
+
+
+def run_long(stage: Stage, loss: ELBO, count: int, seed: int) -> Reference:
+    # Another stream than that of the contestants, which would be tied to the reference otherwise.
+    torch.manual_seed(seed + 2**32)
+    draws = Draws(stage, loss)
+    draws.draw()
+    draws.freeze()
+    moments = draws.moments(count)
+    if not moments.count or moments.bad:
+        raise BadInput(f"the reference {loss!r} gave {moments.bad} gradients of {count} that are not finite")
+    gradient = {name: central.mean for name, central in moments.central().items()}
+    said = repr(loss) if isinstance(loss, SiteELBO) else type(loss).__name__
+    return Reference(f"long run of {count} draws of {said}", gradient, moments.loss / moments.count, moments)

@@ -1,0 +1,270 @@
+"""A pair of programs held still, and the moments of the gradients that are drawn there."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ..elbo import SiteELBO, check_shared_names
+from ..engine.programs import kept_buffers
+from ..engine.scopes import modes_kept, private_seed, private_store
+from ..estimators._base import detached_draw
+from ..estimators._distributions import is_deterministic
+from .moments import flat_gradient, grads_aside, parameters_of
+
+Gradient = dict[str, Tensor]  # by parameter, flat, in float64
+
+
+class _Subsamples(Messenger):
+    """Gives subsampled plates the rows that they had before."""
+
+    def __init__(self, rows: Mapping[str, Tensor]):
+        super().__init__()
+        self.rows = rows
+
+    def _pyro_sample(self, msg) -> None:
+        if site_is_subsample(msg) and not msg["done"] and msg["name"] in self.rows:
+            msg["value"] = self.rows[msg["name"]]
+            msg["done"] = True
+
+
+class _Detached(Messenger):
+    """Draws without gradients, so that each site depends on its own parameters only."""
+
+    def _pyro_sample(self, msg) -> None:
+        if not (msg["done"] or msg["is_observed"] or site_is_subsample(msg)):
+            msg["value"] = detached_draw(msg["fn"], msg["args"], msg["kwargs"]).value
+            msg["done"] = True
+
+
+class _Count(Messenger):
+    """How many elements of each observed site were asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements: dict[str, int] = {}
+
+    def _pyro_post_sample(self, msg) -> None:
+        if msg["is_observed"] and not msg["infer"].get("_do_not_trace"):
+            self.elements[msg["name"]] = self.elements.get(msg["name"], 0) + math.prod(msg["fn"].batch_shape)
+
+
+class Stage:
+    """Two programs with everything held still but the draws: parameters, arguments, rows of subsampled plates.
+
+    Make one inside :func:`set_aside`. ``parameters`` are the leaves by name, ``guide.…`` and ``model.…``; ``latents``
+    the guide's random sites with their distributions in one run, ``nesting`` how deep plates nest.
+    """
+
+    def __init__(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]):
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
+        with torch.no_grad():
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            with _Count() as count:
+                model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        check_shared_names(model, guide)
+        self.elements = count.elements
+        sites = [(name, node) for t in (guide_trace, model_trace) for name, node in t.nodes.items()]
+        frames = [f for _, site in sites if site["type"] == "sample" for f in site["cond_indep_stack"] if f.vectorized]
+        self.nesting = max((-frame.dim for frame in frames), default=0)
+        self.subsamples = {n: s["value"] for n, s in sites if s["type"] == "sample" and site_is_subsample(s)}
+        self.latents = {
+            name: site["fn"]
+            for name, site in guide_trace.nodes.items()
+            if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+            if not is_deterministic(site["fn"])
+        }
+        self.parameters = parameters_of(model, guide, args, self.kwargs, "all")
+        self.store = pyro.get_param_store().get_state()
+
+    def new_store(self) -> Any:
+        """A state of the param store that holds the programs' own parameters and nothing else."""
+        return {"params": dict(self.store["params"]), "constraints": dict(self.store["constraints"])}
+
+    @contextmanager
+    def held(self, store: Any = None) -> Iterator[None]:
+        """Run programs inside; ``store`` is a state of the param store that goes on where it stopped."""
+        with (
+            pyro.get_param_store().scope(self.new_store() if store is None else store),
+            _Subsamples(self.subsamples),
+            torch.enable_grad(),
+        ):
+            yield
+
+    def gradient(self, loss: Tensor) -> Gradient:
+        """The gradient of a scalar with respect to all parameters."""
+        leaves = list(self.parameters.values())
+        if not loss.requires_grad:
+            return {name: torch.zeros(leaf.numel(), dtype=torch.float64) for name, leaf in self.parameters.items()}
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return {
+            name: (torch.zeros_like(leaf) if grad is None else grad).detach().double().flatten()
+            for (name, leaf), grad in zip(self.parameters.items(), found, strict=True)
+        }
+
+    def sites_of_parameters(self) -> dict[str, str]:
+        """For each parameter the sites whose own distribution it enters, joined by ``+``."""
+        found: dict[str, list[str]] = {name: [] for name in self.parameters}
+        with self.held(), _Detached():
+            guide_trace = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+            model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
+                *self.args, **self.kwargs
+            )
+            for trace in (guide_trace, model_trace):
+                trace.compute_log_prob()
+                for name, site in trace.nodes.items():
+                    if site["type"] != "sample" or site_is_subsample(site) or not site["log_prob_sum"].requires_grad:
+                        continue
+                    grads = torch.autograd.grad(
+                        site["log_prob_sum"], list(self.parameters.values()), allow_unused=True, retain_graph=True
+                    )
+                    for parameter, grad in zip(self.parameters, grads, strict=True):
+                        if grad is not None and name not in found[parameter]:
+                            found[parameter].append(name)
+        return {name: "+".join(sites) for name, sites in found.items()}
+
+
+@contextmanager
+def set_aside(model: Callable, guide: Callable, seed: int) -> Iterator[None]:
+    """Param store, seeds, training modes and buffers are afterwards what they were."""
+    with (
+        private_store(model, guide),
+        private_seed(seed, model, guide),
+        modes_kept(model, guide),
+        kept_buffers(model, guide),
+    ):
+        yield
+
+
+class Draws:
+    """Gradients of one loss on a stage; its baselines and control variates move until :meth:`freeze`."""
+
+    def __init__(self, stage: Stage, loss: ELBO, lr: float = 1e-2):
+        self.stage, self.loss, self.lr = stage, loss, lr
+        self.store = stage.new_store()
+        self.frozen: Any = None
+        self.binding = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        if isinstance(loss, SiteELBO):
+            self.binding = loss._binding(stage.model, stage.guide)
+            with stage.held(self.store):
+                self.binding.initialize(stage.args, stage.kwargs)
+            own = list(self.binding.parameters())
+            self.optimizer = torch.optim.Adam(own, lr=lr) if own else None
+
+    @property
+    def has_state(self) -> bool:
+        """Whether something is learnt between draws: known of a SiteELBO at once, of Pyro's own after a draw."""
+        if self.binding is not None:
+            return self.binding.has_state()
+        return any(name.startswith("__baseline") for name in self.store["params"])
+
+    def draw(self) -> tuple[Gradient, float, float]:
+        """One gradient, the loss, and the seconds that both took."""
+        store = self.store
+        if self.frozen is not None:
+            store = {part: dict(held) for part, held in self.frozen.items()}
+        with self.stage.held(store), grads_aside(self.stage.model, self.stage.guide, self.stage.parameters):
+            _synchronize(self.stage.parameters)
+            start = time.perf_counter()
+            value = self.loss.loss_and_grads(self.stage.model, self.stage.guide, *self.stage.args, **self.stage.kwargs)
+            _synchronize(self.stage.parameters)
+            seconds = time.perf_counter() - start
+            gradient = {name: flat_gradient(leaf) for name, leaf in self.stage.parameters.items()}
+        if self.optimizer is not None:
+            if self.frozen is None:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+        return gradient, float(value), seconds
+
+    def evaluations(self) -> float:
+        """Model runs that one draw takes, counted by what it asks of the observed sites; NaN if there are none."""
+        with _Count() as count:
+            self.draw()
+        shared = [count.elements[name] / size for name, size in self.stage.elements.items() if name in count.elements]
+        return max(shared, default=float("nan"))
+
+    def freeze(self) -> None:
+        """From now on draws are independent: nothing is learnt any more."""
+        self.frozen = {part: dict(held) for part, held in self.store.items()}
+        if self.binding is not None:
+            self.binding.eval()
+
+    def moments(self, count: int) -> Moments:
+        """Moments of ``count`` draws."""
+        found = Moments(self.stage)
+        for _ in range(count):
+            gradient, value, _ = self.draw()
+            found.add(gradient, value)
+        return found
+
+
+def _synchronize(parameters: Mapping[str, Tensor]) -> None:
+    if any(leaf.is_cuda for leaf in parameters.values()):
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Central:
+    """Mean and central moments of a gradient over ``count`` draws, element by element."""
+
+    mean: Tensor
+    variance: Tensor
+    third: Tensor
+    fourth: Tensor
+    count: int
+
+
+class Moments:
+    """Sums of powers of draws about the first of them: four moments, one draw in memory at a time."""
+
+    def __init__(self, stage: Stage):
+        self.parameters = {name: leaf.numel() for name, leaf in stage.parameters.items()}
+        self.precision = {name: torch.finfo(leaf.dtype).eps for name, leaf in stage.parameters.items()}
+        self.count, self.bad, self.loss = 0, 0, 0.0
+        self.first: Tensor | None = None
+        self.sums: list[Tensor] = []
+
+    def add(self, gradient: Gradient, loss: float = 0.0) -> None:
+        """Count a draw; one that is not finite is only counted as bad."""
+        draw = torch.cat([gradient[name] for name in self.parameters])
+        if not torch.isfinite(draw).all():
+            self.bad += 1
+            return
+        if self.first is None:
+            self.first, self.sums = draw, [torch.zeros_like(draw) for _ in range(4)]
+        self.count += 1
+        self.loss += loss
+        step = draw - self.first
+        square = step * step
+        for total, power in zip(self.sums, (step, square, square * step, square * square), strict=True):
+            total += power
+
+    def central(self) -> dict[str, Central]:
+        """Moments by parameter."""
+        assert self.first is not None
+        m1, m2, m3, m4 = (total / self.count for total in self.sums)
+        variance = (m2 - m1**2).clamp(min=0.0) * self.count / max(self.count - 1, 1)
+        third = m3 - 3 * m1 * m2 + 2 * m1**3
+        fourth = (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4).clamp(min=0.0)
+        sizes = list(self.parameters.values())
+        parts = zip(*(moment.split(sizes) for moment in (self.first + m1, variance, third, fourth)), strict=True)
+        found = {}
+        for name, (mean, *higher) in zip(self.parameters, parts, strict=True):
+            # What moves by the last digits only is the same sum in another order.
+            digits = 8 * self.precision[name] * mean.abs().max() if mean.numel() else 0.0
+            still = higher[0] <= digits**2
+            found[name] = Central(mean, *(moment.masked_fill(still, 0.0) for moment in higher), self.count)
+        return found

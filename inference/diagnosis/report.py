@@ -1,0 +1,243 @@
+"""What to think of a guide: numbers about its fit to the posterior, and verdicts in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..posterior import _arviz
+
+if TYPE_CHECKING:
+    from ..posterior.conversion import Collection
+
+# Log-weights closer together than this are one number but for rounding; their tail has no shape.
+_ROUNDING = 1e-3
+# A tail with fewer different values than this is no sample of a continuous one.
+_FEWEST = 10
+ACTIVE = 0.01
+
+
+def khat(log_weights: np.ndarray, rounding: float = _ROUNDING) -> np.ndarray:
+    """Pareto k̂ of importance weights ``(…, S)`` given as log p − log q; 0 where all weights are equal.
+
+    NaN where the largest weights take too few different values for a fit, as for latents with few states, or S is
+    below 25; infinite where every weight is zero. Vehtari et al. 2024, arXiv:1507.02646.
+
+    >>> khat(np.zeros((2, 100)))
+    array([0., 0.])
+    """
+    log_weights = np.asarray(log_weights, dtype=np.float64)
+    flat = log_weights.reshape(-1, log_weights.shape[-1])
+    found = np.full(len(flat), np.nan)
+    draws = flat.shape[1]
+    tail = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
+    for row, weights in enumerate(flat):
+        top = weights.max()
+        if not np.isfinite(top):
+            found[row] = np.inf
+        elif top - weights.min() <= rounding:
+            found[row] = 0.0
+        elif tail > 4 and len(np.unique(np.partition(weights, -tail)[-tail:])) >= min(_FEWEST, tail):
+            found[row] = float(_arviz.pareto_k(weights))
+    return found.reshape(log_weights.shape[:-1])
+
+
+def importance_ess(log_weights: np.ndarray) -> np.ndarray:
+    """(Σ w)² / Σ w² of importance weights ``(…, S)``: how many of S draws count; S where all weights are equal."""
+    weights = np.exp(log_weights - log_weights.max(-1, keepdims=True))
+    return weights.sum(-1) ** 2 / (weights**2).sum(-1)
+
+
+def log_evidence(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The logarithm of the mean weight over ``(…, S)``, and its standard error by the delta method."""
+    top = log_weights.max(-1, keepdims=True)
+    weights = np.exp(log_weights - top)
+    mean = weights.mean(-1)
+    error = weights.std(-1, ddof=1) / math.sqrt(weights.shape[-1]) / mean
+    return np.log(mean) + top[..., 0], error
+
+
+def by_piece(statistic: Callable[[np.ndarray], np.ndarray], log_weights: np.ndarray) -> np.ndarray:
+    """A statistic of weights ``(chain, *units, S)``, a few units at a time, so that its copies take little memory."""
+    from ..posterior.conversion import pieces
+
+    found = np.empty(log_weights.shape[:-1])
+    for chain in range(len(log_weights)):
+        for piece in pieces(log_weights.shape[1:-1], log_weights.shape[-1]):
+            found[(chain, *piece)] = statistic(log_weights[(chain, *piece)])
+    return found
+
+
+def weight_statistics(
+    collection: Collection, event_names: Callable[[str, int], list[str]]
+) -> dict[str, tuple[Sequence[str], np.ndarray]]:
+    """The variables of the group ``vi_stats``: names of dimensions and ``(chain, …)`` numbers."""
+    sweep = collection.sweep
+    rounding = _rounding(collection)
+    weight = np.moveaxis(collection.log_weight(), 1, -1)
+    relative = np.moveaxis(collection.unit_log_weight(), 1, -1)
+    evidence = by_piece(lambda part: log_evidence(part)[0], weight)
+    error = by_piece(lambda part: log_evidence(part)[1], weight)
+    found: dict[str, tuple[Sequence[str], np.ndarray]] = {
+        name: (sweep.weight_plates, value)
+        for name, value in (
+            ("khat", by_piece(lambda part: khat(part, rounding), relative)),
+            ("ess", by_piece(importance_ess, relative)),
+            ("log_evidence", evidence),
+            ("log_evidence_se", error),
+            ("elbo", weight.mean(-1)),
+        )
+    }
+    shared = collection.global_log_weight()
+    if shared is not None:
+        shared = np.moveaxis(shared, 1, -1)
+        found["khat_global"] = (sweep.shared_plates, khat(shared, rounding))
+        found["ess_global"] = (sweep.shared_plates, importance_ess(shared))
+    for name, by_chain in collection.kl.items():
+        if all(value is not None for value in by_chain):
+            value = np.stack([np.asarray(one) for one in by_chain])
+            found[f"kl_{name}"] = (event_names(name, value.ndim - 1), value)
+    for name, means in collection.means.items():
+        layout = sweep.model_sites[name]
+        rows, squares = means.reshape(2, means.shape[1], -1, *layout.event)
+        if rows.shape[1] > 1:
+            # Means over draws vary by themselves, by the draws' variance over their number.
+            noise = (squares.mean(1) - np.einsum("cr...,cr...->c...", rows, rows) / rows.shape[1]).clip(0)
+            noise = noise / collection.num_samples
+            names = event_names(name, len(layout.event))
+            found[f"active_{name}"] = (names, rows.var(1, ddof=1) - noise > ACTIVE)
+    return found
+
+
+def _rounding(collection: Collection) -> float:
+    """How far log-weights of equal draws may lie apart by the programs' own precision."""
+    sizes = [
+        layout.dtype.itemsize for layout in collection.sweep.model_sites.values() if layout.dtype.is_floating_point
+    ]
+    precision = 1e-6 if min(sizes, default=8) < 8 else 1e-14
+    return _ROUNDING + precision * collection.largest_log_p
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one diagnostic says: ``fired`` is an alarm; ``text`` has the number, its threshold and the paper."""
+
+    name: str
+    fired: bool
+    text: str
+    value: float = math.nan
+    threshold: float = math.nan
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`diagnose` found. ``ok`` is False when any verdict fires, ``alarms`` names those that do.
+
+    ``vi_stats`` is an ``xarray.Dataset`` of the numbers behind them, ``skipped`` says which diagnostics could not be
+    had, and why; a diagnostic that was skipped says nothing for the guide.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    vi_stats: Any = field(repr=False)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    ranks: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    @property
+    def alarms(self) -> list[str]:
+        return [verdict.name for verdict in self.verdicts if verdict.fired]
+
+    @property
+    def ok(self) -> bool:
+        return not self.alarms
+
+    def __getitem__(self, name: str) -> Verdict:
+        return {verdict.name: verdict for verdict in self.verdicts}[name]
+
+    def __str__(self) -> str:
+        head = "no alarm" if self.ok else f"{len(self.alarms)} alarm(s): {', '.join(self.alarms)}"
+        lines = [f"{'ALARM' if one.fired else 'ok   '} {one.name}: {one.text}" for one in self.verdicts]
+        lines += [f"--    {name}: not done, {reason}" for name, reason in self.skipped.items()]
+        return "\n".join([head, *lines])
+
+
+def diagnose(
+    model: Callable,
+    guide: Callable | Sequence[Callable],
+    *args: Any,
+    num_samples: int = 2000,
+    num_data: int = 200,
+    num_simulations: int = 400,
+    batch_size: int | None = None,
+    data_plates: str | Sequence[str] | None = None,
+    refine_steps: int = 200,
+    num_refits: int | None = None,
+    seed: int | None = 0,
+    progress: bool | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Whether ``guide`` can be trusted as the posterior of ``model`` on ``(*args, **kwargs)``, in words and numbers.
+
+    Verdicts, each with its threshold in its text (a *unit* is a datum, or the global latents together):
+
+    - ``khat``: units whose importance weights have a Pareto k̂ above 0.7 (Vehtari et al. 2024, arXiv:1507.02646);
+    - ``ess``: units whose importance effective sample size is below a tenth of the draws;
+    - ``gap``: log-evidence minus ELBO, in nats; its parts, what a better member of the family would gain for these
+      data (*amortization*) and what the family lacks (*approximation*; Cremer et al. 2018, arXiv:1801.03558), come
+      from ``refine_steps`` of optimisation per datum;
+    - ``width``, ``shift``, ``correlation``: the guide's standard deviations, means and correlations against those of
+      the draws weighted by importance;
+    - ``collapsed``: the guide is the prior although the posterior is not (Bowman et al. 2016, arXiv:1511.06349);
+    - ``point``: the guide is a point and no distribution;
+    - ``calibration``: ranks of latents that the model drew, among the guide's draws given the data that it drew with
+      them, leave the band that uniform ranks keep (Talts et al. 2018, arXiv:1804.06788; for latents, ranks of the
+      log-density too, Modrák et al. 2023, arXiv:2211.02383). Discrete latents have randomised ranks;
+    - ``missed-mass``: annealed importance sampling from the prior finds more evidence than the guide's own draws, as it
+      does where the guide sits on one of several modes (Neal 2001; Del Moral et al. 2006);
+    - ``refits``: with several guides, or ``num_refits``, R̂ above 1.05 between them (Vehtari et al. 2021,
+      arXiv:1903.08008).
+
+    ``num_data`` rows at most are looked at where the programs take a part of them and no latent is global. What cannot
+    be had is in ``report.skipped`` with the reason; an exact guide raises no alarm but for ``calibration``, in one run
+    of a thousand. Draws run many at a time where that gives the numbers of single ones, and else one by one, which is
+    slow. Standard error says what is being done once it takes seconds (``progress`` True: at once; False: never).
+    Networks run in evaluation mode; no global state is touched.
+
+    Raises :class:`~gumbo.errors.BadInput` as :func:`~gumbo.inference.to_arviz` does.
+
+    >>> import torch, pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x, sd=0.5**0.5):
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("z", dist.Normal(x / 2, sd))
+    >>> x = torch.tensor([0.3, -1.2, 0.8])
+    >>> diagnose(model, lambda x: guide(x, 0.2), x, num_samples=500, num_simulations=40, refine_steps=3).ok
+    False
+    """
+    from ..engine.progress import Stages
+    from .checks import examine
+
+    return examine(
+        model,
+        guide,
+        args,
+        kwargs,
+        num_samples=num_samples,
+        num_data=num_data,
+        num_simulations=num_simulations,
+        batch_size=batch_size,
+        data_plates=data_plates,
+        refine_steps=refine_steps,
+        num_refits=num_refits,
+        seed=seed,
+        say=Stages("diagnose", progress),
+    )

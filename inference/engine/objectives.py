@@ -1,0 +1,444 @@
+"""What is estimated: from recorded runs to one scalar whose value is the objective and whose gradient is the estimator.
+
+The heart is :func:`walk_back`: from the last statement to the first, the terms met so far are the cost of the site at
+hand. Enumerated sites are summed over on the way, plates are summed where a site outside them is passed, and every
+estimator adds a term of value zero that carries its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import BadInput, UnsupportedSite
+from ..estimators._base import SiteView
+from .programs import Frames, Run, Site
+
+NO_FRAMES: Frames = frozenset()
+
+
+class NeedsJoint(Exception):
+    """A term outside a plate turned out to depend on a site enumerated inside it."""
+
+    def __init__(self, site: str):
+        super().__init__(site)
+        self.site = site
+
+
+@dataclass
+class Layout:
+    """How the batch dimensions of all terms are laid out, and what they may be taken to mean."""
+
+    room: int  # dimensions for particles and plates
+    num_particles: int
+    kl_weight: float = 1.0
+    trust_plates: bool = True
+
+    def frames(self, site: Site) -> Frames:
+        """The plates along which the elements of a site are told apart."""
+        return site.frames if self.trust_plates and not site.joint else NO_FRAMES
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        """Tensors of single particles, side by side."""
+        return tensors[0] if len(tensors) == 1 else torch.cat(torch.broadcast_tensors(*tensors), dim=-self.room)
+
+    # Where the rows of a batch are split over processes, these four know of the other rows.
+
+    def cost(self, site: Site, costs: CostToGo) -> Tensor:
+        """The cost-to-go at a site, element by element of its plates."""
+        return costs.total()
+
+    def cost_once(self, site: Site, costs: CostToGo) -> Tensor:
+        """The cost-to-go at a site with each term counted once."""
+        return costs.scalar()
+
+    def surrogate(self, site: Site, view: SiteView) -> Tensor | None:
+        """What the site's estimator adds to the objective."""
+        return site.estimator.surrogate(view)
+
+    def mean(self, site: Site, tensor: Tensor) -> Tensor:
+        """The mean of something shaped like a site's cost, over all of its elements."""
+        return tensor.mean()
+
+
+def magic(surrogate: Tensor) -> Tensor:
+    """Zero in value, ``surrogate`` in gradient."""
+    return surrogate - surrogate.detach()
+
+
+def summed_to(tensor: Tensor, frames: Frames, keep: Frames) -> Tensor:
+    gone = [dim for _, dim, _ in frames - keep]
+    return tensor.sum(gone, keepdim=True) if gone else tensor
+
+
+class CostToGo:
+    """Sums of terms, kept apart by the plates along which they are still elementwise."""
+
+    def __init__(self, terms: dict[Frames, Tensor] | None = None):
+        self.terms = {} if terms is None else terms
+
+    def add(self, frames: Frames, term: Tensor) -> None:
+        self.terms[frames] = self.terms[frames] + term if frames in self.terms else term
+
+    def sum_out(self, plates: Callable[[Frames], Frames]) -> None:
+        terms, self.terms = self.terms, {}
+        for frames, term in terms.items():
+            gone = plates(frames)
+            self.add(frames - gone, summed_to(term, gone, NO_FRAMES))
+
+    def keep_only(self, frames: Frames) -> None:
+        """Sum out every plate that is not in ``frames``."""
+        self.sum_out(lambda own: own - frames)
+
+    def expect(self, site: Site, probabilities: Tensor, frames: Frames) -> None:
+        """Sum over an enumerated site; a term that does not change with it is its own expectation."""
+        for own, term in list(self.terms.items()):
+            if term.dim() >= -site.enum_dim and term.shape[site.enum_dim] > 1:
+                if not own >= frames:
+                    raise NeedsJoint(site.name)
+                # What cannot happen counts for nothing, be its log-probability −∞.
+                weighted = torch.where(probabilities > 0, probabilities * term, torch.zeros_like(term))
+                self.terms[own] = weighted.sum(site.enum_dim, keepdim=True)
+
+    def total(self) -> Tensor:
+        """The terms added up, broadcast over each other."""
+        return sum(self.terms.values())  # type: ignore[return-value]
+
+    def scalar(self) -> Tensor:
+        """All terms summed, each counted once."""
+        once = CostToGo(dict(self.terms))
+        once.keep_only(NO_FRAMES)
+        return once.total().sum()
+
+
+def probabilities(site: Site, layout: Layout) -> Tensor:
+    """q of each listed value of an enumerated site."""
+    return summed_to(site.score, site.frames, layout.frames(site)).exp()
+
+
+def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] | None = None) -> CostToGo:
+    """Gather the terms of the ELBO from last to first; ``visit`` sees each drawn site with its cost-to-go."""
+    costs, beta = CostToGo(), layout.kl_weight
+    plain = not isinstance(beta, Tensor) and beta == 1.0
+    above: list[Frames] = []  # for each model site, the plates of the latent sites that ran before it
+    met: Frames = NO_FRAMES
+    for site in run.model:
+        above.append(met)
+        met = met | site.frames if site.latent else met
+    for site, before in zip(reversed(run.model), reversed(above), strict=True):
+        costs.add(site.frames, site.log_prob if plain or not site.latent else beta * site.log_prob)
+        if site.settled and not site.latent and before - site.frames:
+            # A deterministic value outside a plate may mix what the plate keeps apart.
+            costs.sum_out(lambda own, mixed=before - site.frames: own & mixed)
+    for site in reversed(run.guide):
+        dropped = site.estimator is not None and site.estimator.log_q == "value"
+        costs.add(site.frames, -beta * (site.log_prob.detach() if dropped else site.log_prob))
+        costs.keep_only(site.frames if layout.trust_plates else NO_FRAMES)
+        if visit is not None and site.drawn:
+            visit(site, costs)
+        if site.enum_dim is not None:
+            costs.expect(site, probabilities(site, layout), layout.frames(site))
+    return costs
+
+
+@dataclass
+class Row:
+    """A draw of one site, with its cost and the probability of the enumerated choices that led to it."""
+
+    run: Run
+    site: Site
+    cost: Tensor
+    weight: Tensor | None = None
+
+
+MakeView = Callable[[list[Row], "Tensor | None", Tensor, Any], SiteView]
+
+
+def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tensor:
+    """The evidence lower bound, averaged over particles.
+
+    ``groups`` holds, for each group of particles that ran together, its paths through enumerated values.
+    """
+    value: Any = 0.0
+    # A site reached by the same enumerated choices in several particles: leave-one-out compares these.
+    rows: dict[tuple, list[Row]] = defaultdict(list)
+    for paths in groups:
+        for run in paths:
+            found: list[tuple[Site, Tensor]] = []
+            total = walk_back(
+                run, layout, lambda site, costs, found=found: found.append((site, layout.cost(site, costs).detach()))
+            ).scalar()
+            chosen = [(site.name, site.score.sum().exp()) for site in run.guide if site.name in run.choices]
+            if chosen:
+                weight = math.prod(q for _, q in chosen)
+                total = torch.where(weight > 0, weight * total, torch.zeros_like(total))
+            value = value + total
+            _share(paths, run, found, chosen, rows)
+    if torch.is_grad_enabled():  # otherwise the runs that estimators add would be made for nothing
+        for members in rows.values():
+            value = value + magic(site_surrogate(members, layout, view))
+    return value / layout.num_particles
+
+
+def _share(paths: list[Run], run: Run, found: list, chosen: list, rows: dict[tuple, list[Row]]) -> None:
+    """Paths that agree up to a site share its draw; the cost there is their expectation over what they chose later."""
+    order = {site.name: i for i, site in enumerate(run.guide)}
+    for site, cost in found:
+        made = tuple((name, run.choices[name]) for name, _ in chosen if order[name] < order[site.name])
+        if not chosen:
+            rows[site.name, made].append(Row(run, site, cost))
+            continue
+        before = math.prod((q for name, q in chosen if order[name] < order[site.name]), start=cost.new_ones(()))
+        after = math.prod((q for name, q in chosen if order[name] > order[site.name]), start=cost.new_ones(()))
+        share = torch.where(after > 0, after * cost, torch.zeros_like(cost)).detach()
+        # Paths run one particle after the other, so a row of this particle is the last one, if it is there.
+        last = rows[site.name, made][-1] if rows[site.name, made] else None
+        if last is not None and any(last.run is other for other in paths):
+            last.cost = last.cost + share
+        else:
+            rows[site.name, made].append(Row(run, site, share, before.detach()))
+
+
+def cost_at(name: str, paths: list[Run], layout: Layout) -> tuple[Tensor, Tensor]:
+    """The cost-to-go at one site, expected over the values enumerated after it; differentiable.
+
+    Element by element of the site's plates, and summed with each term counted once: a term outside a plate is part of
+    the cost of every element, so that the elements' sum would count it too often.
+    """
+    cost: Any = 0.0
+    total: Any = 0.0
+    for run in paths:
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def visit(site: Site, costs: CostToGo, found: dict = found) -> None:
+            if site.name == name:
+                found[name] = layout.cost(site, costs), layout.cost_once(site, costs)
+
+        walk_back(run, layout, visit)
+        order = [site.name for site in run.guide]
+        later = [
+            s.score.sum().exp() for s in run.guide if s.name in run.choices and order.index(s.name) > order.index(name)
+        ]
+        own, once = found[name]
+        if later:
+            share = math.prod(later)
+            own, once = (torch.where(share > 0, share * term, 0.0) for term in (own, once))
+        cost, total = cost + own, total + once
+    return cost, total
+
+
+def joined_dims(runs: list[Run], name: str, layout: Layout) -> tuple[int, ...]:
+    """The plate dimensions of a site along which something evaluated after it may join the elements.
+
+    That is any later statement outside the plate: of the guide, or of the model from where it first meets the site or
+    one that the guide draws after it.
+    """
+    joined: set[int] = set()
+    for run in runs:
+        order = [site.name for site in run.guide]
+        here = run.guide[order.index(name)]
+        later = run.guide[order.index(name) + 1 :]
+        met = {name, *(site.name for site in later)}
+        first = next((i for i, site in enumerate(run.model) if site.name in met), len(run.model))
+        kept = [site.frames for site in (*later, *run.model[first:])] if layout.trust_plates else [NO_FRAMES]
+        joined |= {dim for frames in kept for _, dim, _ in here.frames - frames}
+    return tuple(sorted(joined))
+
+
+def site_surrogate(rows: list[Row], layout: Layout, view: MakeView) -> Tensor:
+    """One site's share of the gradient, summed over particles; its value means nothing."""
+    site, run = rows[0].site, rows[0].run
+    frames = layout.frames(site)
+    try:
+        log_prob = None
+        if site.score is not None:
+            log_prob = layout.join([summed_to(row.site.score, row.site.frames, frames) for row in rows])
+        cost = layout.join([row.cost for row in rows])
+    except RuntimeError as error:
+        raise BadInput(f"site {site.name!r} has another shape in every particle, so they cannot be compared") from error
+    surrogate = layout.surrogate(site, view(rows, log_prob, cost, None))
+    if surrogate is None:
+        return cost.new_zeros(())
+    check_shape(surrogate, cost, site, layout)
+    if rows[0].weight is not None:
+        return (layout.join([row.weight.reshape((1,) * layout.room) for row in rows]) * surrogate).sum()
+    # Enumerated sites upstream weigh the term; those downstream are already summed over.
+    costs = CostToGo({frames: surrogate})
+    if surrogate.dim() > layout.room:
+        upstream = run.guide[: next(i for i, other in enumerate(run.guide) if other is site)]
+        for other in reversed(upstream):
+            if other.enum_dim is not None:
+                costs.expect(other, probabilities(other, layout).detach(), layout.frames(other))
+    return costs.scalar()
+
+
+def check_shape(surrogate: Tensor, cost: Tensor, site: Site, layout: Layout) -> None:
+    """A surrogate of another shape would be broadcast, and silently counted too often or too rarely."""
+    if surrogate.shape[-layout.room :] != cost.shape[-layout.room :]:
+        raise BadInput(
+            f"estimator {site.estimator.name!r} at site {site.name!r} returned a surrogate of shape"
+            f" {tuple(surrogate.shape)} where the cost has {tuple(cost.shape)}"
+        )
+
+
+@dataclass
+class Bound:
+    """Per-datum log importance weights ``(K, *plates)`` and the bounds that they give."""
+
+    log_weight: Tensor
+    dim: int
+
+    def value(self) -> Tensor:
+        """log (1/K) Σₖ wₖ per datum."""
+        count = self.log_weight.shape[self.dim]
+        return self.log_weight.logsumexp(self.dim, keepdim=True) - math.log(count)
+
+    def leave_one_out(self) -> Tensor:
+        """For each k the bound with log wₖ replaced by the mean of the others (Mnih & Rezende 2016, 1602.06725)."""
+        weights = self.log_weight.movedim(self.dim, -1)
+        count = weights.shape[-1]
+        others = (weights.sum(-1, keepdim=True) - weights) / (count - 1)
+        diagonal = torch.eye(count, dtype=torch.bool, device=weights.device)
+        replaced = torch.where(diagonal, others.unsqueeze(-1), weights.unsqueeze(-2))
+        return (replaced.logsumexp(-1) - math.log(count)).movedim(-1, self.dim)
+
+
+def common_frames(runs: list[Run], layout: Layout) -> Frames:
+    """The plates that enclose every site: one importance weight for each of their elements."""
+    if not layout.trust_plates:
+        return NO_FRAMES
+    frames = [site.frames for run in runs for site in run.sites if site.latent or not site.settled]
+    return frozenset.intersection(*frames) if frames else NO_FRAMES
+
+
+def common_scale(runs: list[Run]) -> Any:
+    """The scale that all terms share and that multiplies the bound; 1 where they differ, and enter the weights."""
+    scales = [site.scale for run in runs for site in run.sites if site.latent or not site.settled]
+    first = scales[0] if scales else 1.0
+    same = all(
+        s is first or (not isinstance(s, Tensor) and not isinstance(first, Tensor) and s == first) for s in scales
+    )
+    return first if same else 1.0
+
+
+@dataclass
+class Weights:
+    """Importance weights per datum, with the two sums that they are made of."""
+
+    log_p: Tensor
+    log_q: Tensor
+    frames: Frames
+    scale: Any
+
+
+def importance_weights(groups: list[list[Run]], layout: Layout) -> Weights:
+    """log p(x, z) and log q(z | x) of each particle, per element of the plates that enclose all sites."""
+    runs = [run for paths in groups for run in paths]
+    frames, scale = common_frames(runs, layout), common_scale(runs)
+    outside = runs[0].partial_plates - frames
+    if outside:
+        plate = next(iter(outside))[0]
+        site = next((s.name for s in runs[0].guide if s.latent and not s.frames & outside), "(program)")
+        raise UnsupportedSite(
+            site,
+            "any",
+            f"it lies outside the subsampled plate {plate!r}, and a weight over a part of the data does not estimate"
+            " the bound over all of it; run the full plate, or take objective='elbo'",
+        )
+
+    def gather(sites: list[Site]) -> Tensor:
+        return sum((summed_to(s.log_prob / scale, s.frames, frames) for s in sites), start=torch.zeros(()))
+
+    return Weights(
+        layout.join([gather(run.model) for run in runs]),
+        layout.join([gather(run.guide) for run in runs]),
+        frames,
+        scale,
+    )
+
+
+def iwae_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tensor:
+    """The importance-weighted bound (Burda et al. 2015, arXiv 1509.00519), per datum.
+
+    A drawn site without a path gets the whole bound of its datum as its signal, and its −log q stays in the weights.
+    """
+    weights = importance_weights(groups, layout)
+    bound = Bound(weights.log_p - weights.log_q, -layout.room)
+    value = (weights.scale * bound.value()).sum()
+    fixed = Bound(bound.log_weight.detach(), bound.dim)
+    signal = fixed.value().expand_as(fixed.log_weight)
+    runs = [run for paths in groups for run in paths]
+    for name in dict.fromkeys(site.name for run in runs for site in run.guide if site.drawn and site.score is not None):
+        value = value + magic(
+            (weights.scale * _bound_surrogate(name, runs, weights, signal, fixed, layout, view)).sum()
+        )
+    return value
+
+
+def _bound_surrogate(
+    name: str, runs: list[Run], weights: Weights, signal: Tensor, bound: Bound, layout: Layout, view: MakeView
+) -> Tensor:
+    """One site's share of the gradient of the bound; particles that did not come by the site have none."""
+    found = {i: site for i, run in enumerate(runs) for site in run.guide if site.name == name}
+    rows = [Row(runs[i], site, signal) for i, site in found.items()]
+    site = rows[0].site
+    scores = {i: summed_to(s.score, s.frames, weights.frames) for i, s in found.items()}
+    none = torch.zeros_like(next(iter(scores.values())))
+    if len(found) < len(runs) and site.estimator.lazy_parameters:
+        raise UnsupportedSite(
+            name, site.estimator.name, "it shows in some particles only, and its baseline wants inputs from all"
+        )
+    log_prob = layout.join([scores.get(i, none) for i in range(len(runs))])
+    surrogate = site.estimator.surrogate(view(rows, log_prob, signal, bound))
+    check_shape(surrogate, signal, site, layout)
+    return surrogate
+
+
+def dreg_value(drawn: list[list[Run]], groups: list[list[Run]], layout: Layout) -> Tensor:
+    """The importance-weighted bound with the doubly reparameterized gradient.
+
+    ``drawn`` holds the draws z(φ); ``groups`` the programs run again at the same values, cut from the graph, with the
+    guide's parameters frozen. The weights w̃² enter once, where all values together leave the second run.
+    """
+    weights = importance_weights(groups, layout)
+    log_weight = weights.log_p - weights.log_q
+    value = (weights.scale * Bound(log_weight.detach(), -layout.room).value()).sum()
+    if not torch.is_grad_enabled():
+        return value
+    normalized = log_weight.detach().softmax(-layout.room)
+    value = value + magic((weights.scale * normalized * log_weight).sum())
+    pairs = [
+        (before.draw.value, after.draw.value)
+        for firsts, seconds in zip(drawn, groups, strict=True)
+        for first, second in zip(firsts, seconds, strict=True)
+        for before, after in zip(first.guide, second.guide, strict=True)
+        if before.latent and before.draw.value.requires_grad
+    ]
+    if not pairs:
+        return value
+    slopes = torch.autograd.grad(
+        (weights.scale * normalized.square() * log_weight).sum(),
+        [leaf for _, leaf in pairs],
+        retain_graph=True,
+        allow_unused=True,
+    )
+    paths = [(slope * draw).sum() for slope, (draw, _) in zip(slopes, pairs, strict=True) if slope is not None]
+    return value + magic(sum(paths, start=value.new_zeros(())))
+
+
+def rws_value(groups: list[list[Run]], layout: Layout) -> Tensor:
+    """Reweighted wake-sleep (Bornschein & Bengio 2014, arXiv 1406.2751): wake updates of model and guide, per datum.
+
+    The value is the importance-weighted bound; the gradient is Σₖ w̃ₖ ∇(log p + log q) at detached draws.
+    """
+    weights = importance_weights(groups, layout)
+    log_weight = (weights.log_p - weights.log_q).detach()
+    normalized = log_weight.softmax(-layout.room)
+    value = (weights.scale * Bound(log_weight, -layout.room).value()).sum()
+    return value + magic((weights.scale * normalized * (weights.log_p + weights.log_q)).sum())

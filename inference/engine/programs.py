@@ -1,0 +1,583 @@
+"""Running a model and a guide under estimators: draws, replays, particles, enumerated values, and what was recorded.
+
+The batch dimensions of every recorded log-probability are laid out as ``(…enumerated, K, *plates)``: the rightmost
+``max_plate_nesting`` dimensions belong to plates, the next to the K particles, and every enumerated site has one of its
+own to the left of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ...errors import ANY, BadInput, CannotVectorize, UnsupportedSite
+from ..estimators._base import Draw, Estimator
+from ..estimators._distributions import (
+    describe,
+    finite_support,
+    has_own_mask,
+    is_deterministic,
+    is_discrete,
+    score_log_prob,
+)
+
+PARTICLES = "_gumbo_particles"
+
+Frame = tuple[str, int, int]
+Frames = frozenset[Frame]
+StandIn = Callable[[Any, Estimator, bool], Estimator]
+
+
+@dataclass
+class Site:
+    """One recorded sample statement, its log-probability laid out as above."""
+
+    name: str
+    fn: Any
+    value: Tensor
+    frames: Frames
+    log_prob: Tensor
+    scale: Any = 1.0
+    latent: bool = False
+    settled: bool = False  # a Delta or a pyro.deterministic: it can carry a dependence, but draws nothing
+    estimator: Estimator | None = None
+    draw: Draw | None = None
+    score: Tensor | None = None
+    enum_dim: int | None = None
+    joint: bool = False
+    infer: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def drawn(self) -> bool:
+        return self.estimator is not None and not self.estimator.enumerates
+
+
+@dataclass
+class Run:
+    """One execution of guide and model: K particles at once, or one particle, or one path through enumerated values."""
+
+    guide: list[Site]
+    model: list[Site]
+    choices: dict[str, int] = field(default_factory=dict)
+    subsamples: dict[str, Tensor] = field(default_factory=dict)
+    guide_params: dict[str, Tensor] = field(default_factory=dict)
+    model_params: dict[str, Tensor] = field(default_factory=dict)
+    partial_plates: Frames = frozenset()
+
+    @property
+    def sites(self) -> list[Site]:
+        return self.guide + self.model
+
+    def guide_site(self, name: str) -> Site:
+        return next(site for site in self.guide if site.name == name)
+
+
+class _Recorder(Messenger):
+    """Keeps the sample statements of one program in the order they ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages: dict[str, Any] = {}
+        self.params: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg) -> None:
+        if msg["infer"].get("_do_not_trace"):
+            return
+        if msg["name"] in self.messages:
+            raise BadInput(f"site {msg['name']!r} is sampled twice in one program; give each sample a name of its own")
+        self.messages[msg["name"]] = msg.copy()
+
+    def _pyro_post_param(self, msg) -> None:
+        self.params[msg["name"]] = msg["value"]
+
+
+class _SharedSubsamples(Messenger):
+    """Lets all particles see the same rows of a subsampled plate."""
+
+    def __init__(self, subsamples: dict[str, Tensor]):
+        super().__init__()
+        self.subsamples = subsamples
+
+    def _pyro_sample(self, msg) -> None:
+        if site_is_subsample(msg) and not msg["done"] and msg["value"] is None and msg["name"] in self.subsamples:
+            msg["value"] = self.subsamples[msg["name"]]
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg) -> None:
+        if site_is_subsample(msg) and msg["name"] != PARTICLES:
+            self.subsamples.setdefault(msg["name"], msg["value"])
+
+
+class _Draws(Messenger):
+    """Lets each latent site of the guide draw as its estimator says, or take a given draw."""
+
+    def __init__(
+        self,
+        program: Program,
+        fixed: Mapping[str, Draw],
+        choices: dict[str, int],
+        fork: Callable[[dict[str, int], dict[str, Draw]], None] | None,
+        stand_in: StandIn | None = None,
+    ):
+        super().__init__()
+        self.program, self.fixed, self.fork, self.stand_in = program, fixed, fork, stand_in
+        self.choices = choices
+        self.draws: dict[str, Draw] = {}
+        self.roles: dict[str, tuple[Estimator | None, int | None, bool]] = {}
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
+            return
+        name, fn = msg["name"], msg["fn"]
+        if is_deterministic(fn):
+            if name in self.fixed:
+                self._take(msg, self.fixed[name])
+            self.roles[name] = (None, None, False)
+            return
+        estimator = self.program.resolve(msg)
+        if self.stand_in is not None and estimator is not None:
+            estimator = self.stand_in(msg, estimator, name in self.fixed)
+        enum_dim, joint = None, False
+        if name in self.fixed:
+            draw = self.fixed[name]
+        elif estimator is None:
+            draw = Draw(fn(*msg["args"], **msg["kwargs"]))
+        elif estimator.enumerates:
+            draw, enum_dim, joint = self._enumerate(name, fn, estimator)
+        else:
+            draw = estimator.draw(fn, self.program.step, msg["args"], msg["kwargs"])
+        self.roles[name] = (estimator, enum_dim, joint)
+        self._take(msg, draw)
+
+    def _pyro_post_sample(self, msg) -> None:
+        if msg["name"] in self.roles and msg["name"] not in self.draws:
+            self.draws[msg["name"]] = Draw(msg["value"])
+
+    def _take(self, msg, draw: Draw) -> None:
+        self.draws[msg["name"]] = draw
+        msg["value"] = draw.value
+        msg["done"] = True
+
+    def _enumerate(self, name: str, fn: Any, estimator: Estimator) -> tuple[Draw, int | None, bool]:
+        program = self.program
+        parallel = program.vectorized
+        joint = not parallel or name in program.joint
+        # One by one, nothing tells whether a program keeps the elements of a plate apart, so they go together.
+        trailing = min(program.max_plate_nesting, len(fn.batch_shape)) if joint else 0
+        values = finite_support(fn, joint=trailing, limit=estimator.limit)
+        if isinstance(values, str):
+            advice = "" if parallel else "; vectorize_particles=True enumerates the elements of a plate in parallel"
+            raise UnsupportedSite(name, estimator.name, values + advice)
+        if not parallel:
+            if name not in self.choices:
+                upstream = {**self.fixed, **self.draws}
+                for index in range(1, len(values)):
+                    self.fork({**self.choices, name: index}, upstream)
+                self.choices[name] = 0
+            return Draw(values[self.choices[name]]), None, True
+        enum_dim = program.enum_dims.setdefault(name, -(2 + program.max_plate_nesting + len(program.enum_dims)))
+        # Dimensions further left belong to alternatives of a site upstream: they take the same values.
+        excess = max(0, len(fn.batch_shape) + 1 + enum_dim)
+        values = values[(slice(None),) + (0,) * excess]
+        ones = (1,) * (-enum_dim - 1 - len(fn.batch_shape) + excess)
+        return Draw(values.reshape(values.shape[:1] + ones + values.shape[1:])), enum_dim, joint
+
+
+class _Replay(Messenger):
+    """Gives the model the guide's draws, and each relaxed draw the log-probability its estimator wants."""
+
+    def __init__(self, draws: _Draws):
+        super().__init__()
+        self.draws = draws
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
+            return
+        name = msg["name"]
+        if name not in self.draws.draws:
+            self._refuse(msg)
+        draw = self.draws.draws[name]
+        estimator = self.draws.roles[name][0]
+        if estimator is not None:
+            msg["fn"] = estimator.model_fn(msg["fn"], draw, self.draws.program.step)
+        msg["value"] = draw.value
+        msg["done"] = True
+
+    def _refuse(self, msg) -> None:
+        name = msg["name"]
+        if msg["infer"].get("enumerate"):
+            reason = "it is enumerated in the model, which only the stock 'trace-enum' does"
+        else:
+            reason = "it is latent in the model and has no site in the guide; sample it there too, or observe it"
+        raise UnsupportedSite(name, ANY, reason)
+
+
+class Program:
+    """A model and a guide, bound to the way they are run.
+
+    With ``max_plate_nesting=None`` the first run, of one particle, finds it.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        *,
+        resolve: Callable[[Any], Estimator | None],
+        num_particles: int,
+        max_plate_nesting: int | None,
+        vectorized: bool,
+        joint: set[str] | None = None,
+        enum_dims: dict[str, int] | None = None,
+        step: int = 0,
+    ):
+        self.model, self.guide, self.resolve = model, guide, resolve
+        self.num_particles, self.max_plate_nesting = num_particles, max_plate_nesting
+        self.vectorized, self.step = vectorized, step
+        self.joint = set() if joint is None else joint
+        self.enum_dims = {} if enum_dims is None else enum_dims
+
+    def runs(self, args: tuple, kwargs: Mapping[str, Any], **options: Any) -> list[list[Run]]:
+        """For each group of particles that ran together, its paths through enumerated values."""
+        subsamples: dict[str, Tensor] = {}
+        if self.vectorized:
+            return [[self.run(args, kwargs, subsamples=subsamples, **options)]]
+        return [list(self.paths(args, kwargs, subsamples, **options)) for _ in range(self.num_particles)]
+
+    def paths(
+        self,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        subsamples: dict[str, Tensor],
+        fixed: Mapping[str, Draw] | None = None,
+        **options: Any,
+    ) -> Iterator[Run]:
+        """One particle, once for each combination of enumerated values; what is upstream of a choice is shared."""
+        waiting: list[tuple[dict[str, int], dict[str, Draw]]] = [({}, dict(fixed or {}))]
+        while waiting:
+            choices, fixed = waiting.pop()
+            yield self.run(
+                args,
+                kwargs,
+                fixed=fixed,
+                choices=dict(choices),
+                subsamples=subsamples,
+                fork=lambda *pending: waiting.append(pending),
+                **options,
+            )
+
+    def run(
+        self,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        *,
+        fixed: Mapping[str, Draw] | None = None,
+        choices: dict[str, int] | None = None,
+        subsamples: dict[str, Tensor] | None = None,
+        fork: Callable | None = None,
+        with_model: bool = True,
+        stand_in: StandIn | None = None,
+        around_guide: AbstractContextManager | None = None,
+    ) -> Run:
+        """Execute the guide, then the model against it.
+
+        ``stand_in`` may put one estimator in place of another; ``around_guide`` is entered while the guide is run and
+        its draws are scored.
+        """
+        choices = {} if choices is None else choices
+        subsamples = {} if subsamples is None else subsamples
+        draws = _Draws(self, fixed or {}, choices, fork, stand_in)
+        with around_guide or nullcontext():
+            guide = self._record(self.guide, args, kwargs, draws, subsamples)
+            self._check_nesting(guide)
+            guide_sites = self._sites(guide, draws) if self.max_plate_nesting is not None else []
+        model = self._record(self.model, args, kwargs, _Replay(draws), subsamples) if with_model else _Recorder()
+        self._check_nesting(model)
+        if self.max_plate_nesting is None:
+            self.max_plate_nesting = max(_nesting(guide), _nesting(model))
+            guide_sites = self._sites(guide, draws)
+        run = Run(guide_sites, self._sites(model, None), choices, subsamples, guide.params, model.params)
+        run.partial_plates = frozenset(
+            (f.name, f.dim, f.size)
+            for recorder in (guide, model)
+            for msg in recorder.messages.values()
+            for f in msg["cond_indep_stack"]
+            if f.vectorized and f.name != PARTICLES and f.full_size not in (None, f.size)
+        )
+        if with_model:
+            model_names = set(model.messages)
+            for site in run.guide:
+                if site.latent and site.name not in model_names and not site.infer.get("is_auxiliary"):
+                    raise UnsupportedSite(
+                        site.name,
+                        ANY,
+                        "it is sampled in the guide and nowhere in the model; if that is meant, mark it"
+                        " infer={'is_auxiliary': True}",
+                    )
+        return run
+
+    def _check_nesting(self, recorder: _Recorder) -> None:
+        deepest = _nesting(recorder)
+        if self.max_plate_nesting is not None and deepest > self.max_plate_nesting:
+            raise BadInput(f"max_plate_nesting is {self.max_plate_nesting}, but the plates nest {deepest} deep")
+
+    def _sites(self, recorder: _Recorder, draws: _Draws | None) -> list[Site]:
+        return [self._site(msg, draws) for msg in recorder.messages.values() if not site_is_subsample(msg)]
+
+    def _record(self, fn: Callable, args, kwargs, handler: Messenger, subsamples: dict[str, Tensor]) -> _Recorder:
+        recorder = _Recorder()
+        with recorder, _SharedSubsamples(subsamples), handler:
+            if self.vectorized and self.num_particles > 1:
+                with pyro.poutine.block(hide=[PARTICLES]):
+                    particles = pyro.plate(PARTICLES, self.num_particles, dim=-1 - self.max_plate_nesting)
+                with particles:
+                    fn(*args, **kwargs)
+            else:
+                fn(*args, **kwargs)
+        return recorder
+
+    def _site(self, msg, draws: _Draws | None) -> Site:
+        name, fn, value = msg["name"], msg["fn"], msg["value"]
+        latent = not msg["is_observed"]
+        frames = frozenset(
+            (f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLES
+        )
+        site = Site(
+            name,
+            fn,
+            value,
+            frames,
+            value,
+            scale=msg["scale"],
+            latent=latent,
+            settled=is_settled(msg),
+            infer=msg["infer"],
+        )
+        if draws is not None and latent:
+            site.estimator, site.enum_dim, site.joint = draws.roles[name]
+            site.draw = draws.draws[name]
+            if site.estimator is not None:
+                site.fn = site.estimator.guide_fn(fn, site.draw, self.step)
+        try:
+            unscaled = site.fn.log_prob(value, *msg["args"], **msg["kwargs"])
+        except ValueError as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise BadInput(f"site {name!r}: {describe(fn)} cannot score its value ({first})") from error
+        site.log_prob = self._lay_out(name, scale_and_mask(unscaled, msg["scale"], msg["mask"]), frames)
+        if site.estimator is not None and (site.estimator.log_q == "value" or site.estimator.enumerates):
+            raw = score_log_prob(fn, value) if has_own_mask(fn) or site.fn is not fn else unscaled
+            site.score = self._lay_out(name, raw, frames)
+        return site
+
+    def _lay_out(self, name: str, log_prob: Tensor, frames: Frames) -> Tensor:
+        room = 1 + self.max_plate_nesting
+        if log_prob.dim() < room:
+            log_prob = log_prob.reshape((1,) * (room - log_prob.dim()) + log_prob.shape)
+        plates = {dim for _, dim, _ in frames}
+        loose = [dim for dim in range(-self.max_plate_nesting, 0) if log_prob.shape[dim] > 1 and dim not in plates]
+        if not self.vectorized and log_prob.dim() >= room:
+            loose += [dim for dim in range(-log_prob.dim(), -self.max_plate_nesting) if log_prob.shape[dim] > 1]
+        if loose:
+            raise UnsupportedSite(
+                name,
+                ANY,
+                f"its batch shape {tuple(log_prob.shape)} has dimension {loose[0]} outside any plate;"
+                " declare it with pyro.plate or make it part of the event with .to_event",
+            )
+        return log_prob
+
+
+def _nesting(recorder: _Recorder) -> int:
+    """How many plates deep the statements of one program stand."""
+    return max(
+        (
+            -frame.dim
+            for msg in recorder.messages.values()
+            for frame in msg["cond_indep_stack"]
+            if frame.vectorized and frame.name != PARTICLES
+        ),
+        default=0,
+    )
+
+
+def is_settled(msg) -> bool:
+    return is_deterministic(msg["fn"]) or bool(msg["infer"].get("_deterministic"))
+
+
+def observed_in_support(msg) -> Tensor | None:
+    """Where observed values are ones that their distribution can have produced; None for what cannot be told."""
+    if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
+        return None
+    try:
+        support = msg["fn"].support
+        while isinstance(support, torch.distributions.constraints.independent):
+            support = support.base_constraint  # all must hold, so that nothing need be gathered by event
+        return torch.as_tensor(support.check(msg["value"]))
+    except (NotImplementedError, AttributeError, ValueError):  # Pyro's and torch's ways to have no support
+        return None
+
+
+@contextmanager
+def forked_rng(*tensors_or_modules: Any) -> Iterator[None]:
+    """Leave torch's random streams, CPU and the devices in use, as they were."""
+    devices: set[int] = set()
+    for item in tensors_or_modules:
+        tensors = item.parameters() if isinstance(item, torch.nn.Module) else [item] if isinstance(item, Tensor) else []
+        devices |= {
+            tensor.device.index or 0
+            for tensor in tensors
+            if tensor.device.type == "cuda" and not isinstance(tensor, torch.nn.UninitializedParameter)
+        }
+    with torch.random.fork_rng(devices=sorted(devices)):
+        yield
+
+
+def check_same_kind(run: Run) -> None:
+    """A pmf is never compared with a density."""
+    model = {site.name: site for site in run.model}
+    for site in run.guide:
+        other = model.get(site.name)
+        if not site.latent or other is None or site.settled or other.settled:
+            continue
+        kinds = {is_discrete(site.fn): "a pmf", is_discrete(other.fn): "a density"}
+        if len(kinds) == 2:
+            guide_is, model_is = ("a pmf", "a density") if is_discrete(site.fn) else ("a density", "a pmf")
+            raise UnsupportedSite(
+                site.name,
+                ANY,
+                f"the guide has {guide_is} ({describe(site.fn)}) where the model has {model_is}"
+                f" ({describe(other.fn)}), and their ratio means nothing",
+            )
+
+
+def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Replay one particle of a vectorized run on its own and compare what each site says of it."""
+    alone = Program(
+        program.model,
+        program.guide,
+        resolve=program.resolve,
+        num_particles=1,
+        max_plate_nesting=program.max_plate_nesting,
+        vectorized=False,
+        step=program.step,
+    )
+    if (stray := _stray_dimension(program, run)) is not None:
+        raise does_not_vectorize(*stray)
+    fixed = _last_particle(run, seen, program.max_plate_nesting)
+    with torch.no_grad():
+        single = alone.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples))
+        difference = _difference(run, single, program.max_plate_nesting)
+        if difference is None:
+            return
+        again = alone.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples))
+    if _difference(again, single, program.max_plate_nesting) is not None:
+        raise NoisyProgram
+    raise does_not_vectorize(*difference)
+
+
+def _stray_dimension(program: Program, run: Run) -> tuple[str, str] | None:
+    """The first site with a dimension to the left that belongs neither to particles nor to enumerated values.
+
+    An ``unsqueeze`` moves the particles there, where they would be taken for more of them and summed.
+    """
+    known = {-1 - program.max_plate_nesting, *program.enum_dims.values()}
+    for site in run.sites:
+        shape = site.log_prob.shape
+        for dim in range(-len(shape), -program.max_plate_nesting):
+            if shape[dim] > 1 and dim not in known:
+                return site.name, f"its log-probability {tuple(shape)} has dimension {dim} of its own"
+    return None
+
+
+class NoisyProgram(Exception):
+    """A program whose layers draw noise of their own (dropout), so that two runs on the same draws differ."""
+
+
+def _last(tensor: Tensor, event_dim: int, max_plate_nesting: int) -> Tensor:
+    """The last particle, and the last of each enumerated value."""
+    while tensor.dim() - event_dim > max_plate_nesting:
+        tensor = tensor[-1]
+    return tensor
+
+
+def _last_particle(run: Run, seen: Run, max_plate_nesting: int) -> dict[str, Draw]:
+    shapes = {site.name: site.value.shape for site in seen.guide}
+    fixed = {}
+    for site in run.guide:
+        if site.latent:
+            event_dim = site.fn.event_dim
+            draw = site.draw.map(lambda t, e=event_dim: _last(t, e, max_plate_nesting).detach())
+            shape = shapes.get(site.name, draw.value.shape)
+            if draw.value.numel() == shape.numel():
+                draw = draw.map(lambda t, s=shape: t.reshape(s))
+            fixed[site.name] = draw
+    return fixed
+
+
+def _difference(run: Run, single: Run, max_plate_nesting: int) -> tuple[str, str] | None:
+    """The first site that says one thing among K particles and another alone, and how."""
+    for many, one in ((run.guide, single.guide), (run.model, single.model)):
+        by_name = {site.name: site for site in one}
+        for site in many:
+            if site.name not in by_name:
+                return site.name, "it is missing when a particle runs alone"
+            a = _last(site.log_prob.detach(), 0, max_plate_nesting)
+            b = _last(by_name[site.name].log_prob.detach(), 0, max_plate_nesting)
+            a, b = torch.broadcast_tensors(a, b)
+            size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
+            if not torch.allclose(a, b, rtol=0.0, atol=_tolerance(b) * (1 + size), equal_nan=True):
+                gap = (a - b).abs().max().item()
+                return site.name, f"its log-probability differs by {gap:.3g} between many at once and one alone"
+    return None
+
+
+def _tolerance(like: Tensor) -> float:
+    if like.dtype == torch.float64:
+        return 1e-9
+    return 2e-3 if like.device.type == "cuda" or like.dtype != torch.float32 else 5e-5
+
+
+def does_not_vectorize(site: str, reason: str) -> CannotVectorize:
+    return CannotVectorize(
+        site,
+        ANY,
+        f"the program does not vectorize over particles: {reason}; pass vectorize_particles=False,"
+        " or let its layers accept leading dimensions",
+    )
+
+
+@contextmanager
+def kept_buffers(*programs: Any) -> Iterator[None]:
+    """Leave the buffers of modules (running statistics) as they were."""
+    modules = [program for program in programs if isinstance(program, torch.nn.Module)]
+    before = [(module, dict(module.named_buffers())) for module in modules]
+    saved = [(buffer, buffer.detach().clone()) for _, buffers in before for buffer in buffers.values()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+@contextmanager
+def evaluating(*programs: Any) -> Iterator[None]:
+    """Modules in evaluation mode for a while."""
+    modules = [m for program in programs if isinstance(program, torch.nn.Module) for m in program.modules()]
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,3 @@
+"""A guide's posterior: draws for ArviZ, bounds and evidence, information, refinement, refits."""
+
+from __future__ import annotations

@@ -1,0 +1,131 @@
+"""What a guide's latents know of the data: KL and activity of each dimension, mutual information."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import BadInput
+from ..diagnosis.report import weight_statistics
+from ..engine.rows import Rows
+from .conversion import Collection, Naming
+from .runner import _REFUSALS, Sweep, quietly
+
+_NOTES = {
+    "marginal": "KL of each dimension's marginal: the guide or the prior ties them together",
+    "point": "the guide is a point, whose KL is infinite",
+    "joint": "one KL for the site: the guide or the prior ties its dimensions together",
+}
+
+
+@dataclass(frozen=True)
+class Information:
+    """``kl``: E[log q − log p] by latent site, in nats, averaged over draws and data; ``notes`` say where it is less.
+
+    Each dimension has its own where guide and prior have independent coordinates, or are Normal, so that each
+    coordinate's marginal is known: their sum is then below the KL of the site by what the coordinates share. Otherwise
+    there is one number for the site. Latents that the guide computes from one joint draw have one number together,
+    under their names joined by ``+``, over all data. A point has none.
+
+    ``active_units``: by local site, whether each dimension's posterior mean varies over the data (Burda et al. 2015,
+    arXiv:1509.00519). ``mutual_information``: between data and local latents under the guide, in nats; None where the
+    guide has no density of them by themselves.
+    """
+
+    kl: dict[str, Any]
+    active_units: dict[str, Any]
+    mutual_information: float | None
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers and lists, as JSON takes them."""
+        return {
+            "kl": {name: value.tolist() for name, value in self.kl.items()},
+            "active_units": {name: int(value.sum()) for name, value in self.active_units.items()},
+            "mutual_information": self.mutual_information,
+            "notes": dict(self.notes),
+        }
+
+
+def information(
+    model: Callable,
+    guide: Callable,
+    data: object,
+    *,
+    num_samples: int = 100,
+    num_data: int = 500,
+    num_pairs: int = 200,
+    seed: int | None = 0,
+    plate: str | None = None,
+) -> Information:
+    r"""KL and activity of latent dimensions over ``num_data`` of the rows, mutual information over ``num_pairs``.
+
+    Mutual information is :math:`E[\log q(z \mid x) - \log \frac1M \sum_m q(z \mid x_m)]` over M rows, which cannot be
+    above log M (Hoffman & Johnson 2016, "ELBO surgery"). ``data`` and ``plate`` are as in
+    :func:`~gumbo.inference.evaluate`; evenly spaced rows are taken. Raises BadInput as `to_arviz` does.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    ...         pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+    >>> def guide(x):  # the second dimension ignores x
+    ...     with pyro.plate("data", len(x)):
+    ...         loc = torch.stack([x / 2, torch.zeros_like(x)], -1)
+    ...         pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+    >>> found = information(model, guide, torch.linspace(-2.0, 2.0, 60))
+    >>> found.active_units, bool(0.1 < found.mutual_information < 0.3), bool(abs(found.kl["z"][1]) < 0.02)
+    ({'z': tensor([ True, False])}, True, True)
+    """
+    rows = Rows(data).check("data")
+    sweep = _sweep(model, guide, rows, num_data, plate)
+    collection = Collection(sweep, 1, num_samples, frozenset({"vi_stats"}))
+    collection.allocate()
+    collection.fill(0, sweep, seed)
+    found = weight_statistics(collection, Naming(sweep, {}, {}).event_names)
+    kl = {name: torch.as_tensor(np.asarray(by[0])) for name, by in collection.kl.items() if by[0] is not None}
+    kl |= {name: torch.tensor(by[0], dtype=torch.float64) for name, by in collection.kl_together.items()}
+    notes = {name: _NOTES[kind] for name, kind in collection.kl_kinds.items() if kind in _NOTES}
+    notes |= dict.fromkeys(collection.kl_together, "the guide computes them from a joint draw: one KL for all data")
+    active = {name: torch.as_tensor(found[f"active_{name}"][1][0]) for name in sweep.local if f"active_{name}" in found}
+    return Information(kl, active, _mutual(_sweep(model, guide, rows, num_pairs, plate), seed), notes)
+
+
+def _sweep(model: Callable, guide: Callable, rows: Rows, count: int, plate: str | None) -> Sweep:
+    if count < len(rows):
+        few = rows[torch.linspace(0, len(rows) - 1, count).round().long()]
+        try:
+            sweep = Sweep(model, guide, few.args, few.kwargs, data_plates=plate)
+            if sweep.local and not sweep.outside_data():
+                return sweep
+        except (BadInput, *_REFUSALS):
+            pass
+    # Programs that were written for so many rows, and latents of all rows together, take all or none.
+    return Sweep(model, guide, rows.args, rows.kwargs, data_plates=plate)
+
+
+def _mutual(sweep: Sweep, seed: int | None) -> float | None:
+    """Each row's draw under the guide of every other row, one turn of the rows after the other."""
+    auxiliary = any(name not in sweep.model_sites for name in sweep.guide_sites)
+    points = any(sweep.guide_sites[name].point for name in sweep.local)
+    if not sweep.local or auxiliary or points or sweep.swept or len(sweep.data_plates) != 1:
+        return None
+    (plate,) = sweep.data_plates
+    size = sweep.sizes[plate]
+    args = Rows(sweep.kwargs or sweep.args)
+    total, own = None, None
+    with quietly(sweep.model, sweep.guide, seed):
+        first, _ = sweep.run(1)
+        held = {name: sweep.held(first, name) for name in sweep.latents}
+        for turn in range(size):
+            turned = args[torch.arange(size).roll(turn)]
+            again = sweep.guide_run(1, fixed=held, arguments=(turned.args, turned.kwargs))
+            density = sum(again.log_prob(name, sweep.data_plates) for name in sweep.local)[0]
+            own = density if own is None else own
+            total = density if total is None else torch.logaddexp(total, density)
+    return float((own - total + math.log(size)).mean())

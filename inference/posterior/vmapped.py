@@ -1,0 +1,225 @@
+"""What a run leaves of a site, and runs of many draws at once by ``torch.vmap`` where a plate of draws does not fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch.overrides import TorchFunctionMode
+
+from ...errors import BadInput
+
+
+def random_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
+    """Sample sites by name, subsampling left out."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            yield name, site
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Log-probabilities ``(…, *coordinates)`` of a site's coordinates, ``depth`` dimensions of them.
+
+    ``exact`` says that they sum to the site's; where they do not, they are those of its marginals.
+    """
+
+    log_prob: torch.Tensor
+    depth: int
+    exact: bool
+
+
+class Seen:
+    """A site as one run left it. Its numbers are found when asked for, once."""
+
+    def __init__(self, site: Mapping[str, Any]):
+        self.site = site
+        self.sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+
+    @cached_property
+    def value(self) -> torch.Tensor:
+        return self.site["value"].detach()
+
+    @cached_property
+    def log_prob(self) -> torch.Tensor:
+        """With its mask, without scales; ``(*batch)`` as far as the program spreads it."""
+        site = self.site
+        found = torch.as_tensor(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
+        return (scale_and_mask(found, 1.0, site["mask"]) if site["mask"] is not None else found).detach()
+
+    @cached_property
+    def scaled_log_prob(self) -> torch.Tensor:
+        """With the scales that are not a plate's for its subsampling."""
+        scale = self.site["scale"]
+        for frame in self.site["cond_indep_stack"]:
+            if frame.vectorized and frame.full_size and frame.full_size != frame.size:
+                scale = scale * (frame.size / frame.full_size)
+        return self.log_prob if isinstance(scale, (int, float)) and scale == 1 else self.log_prob * scale
+
+    def coordinates(self, event: tuple[int, ...]) -> Coordinates | None:
+        """Of the site's coordinates; None if they are tied."""
+        split = coordinatewise(self.site["fn"], event)
+        if split is None:
+            return None
+        single, depth, exact = split
+        return Coordinates(single.log_prob(self.site["value"]).detach(), depth, exact)
+
+
+class Lane(Seen):
+    """A site as a vmapped run left it: all numbers ``(count, …)`` and found in that run."""
+
+    def __init__(self, site: Mapping[str, Any], found: Mapping[str, torch.Tensor], split: tuple[int, bool] | None):
+        super().__init__(site)
+        self.value, self.log_prob = found["value"], found["log_prob"]
+        self.scaled_log_prob = found.get("scaled", self.log_prob)
+        self._coordinates = None if split is None else Coordinates(found["coordinates"], *split)
+
+    def coordinates(self, event: tuple[int, ...]) -> Coordinates | None:
+        return self._coordinates
+
+
+def coordinatewise(fn: Any, event: tuple[int, ...]) -> tuple[Any, int, bool] | None:
+    """The distribution of a site's coordinates, how many event dimensions they have, whether they are independent.
+
+    None if they are tied and their marginals are unknown.
+    """
+    depth = 0
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+        if isinstance(fn, torch.distributions.Independent):
+            depth += fn.reinterpreted_batch_ndims
+        fn = fn.base_dist
+    tied = len(event) - depth
+    if tied == 1 and isinstance(fn, _JOINTLY_NORMAL):
+        return dist.Normal(fn.loc, fn.variance.sqrt()), depth + 1, False
+    if isinstance(fn, dist.Delta) or (tied and not isinstance(fn, torch.distributions.OneHotCategorical)):
+        return None
+    return fn, depth, True
+
+
+_JOINTLY_NORMAL = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
+
+
+def outside(name: str) -> BadInput:
+    return BadInput(f"site {name!r} has a value outside the support of its distribution: mend the guide or the data")
+
+
+# --- many draws by vmap -----------------------------------------------------------------------------------------------
+
+# What makes or copies memory that a program may then write its draws into.
+_MEMORY = {
+    torch.empty,
+    torch.zeros,
+    torch.ones,
+    torch.full,
+    torch.empty_like,
+    torch.zeros_like,
+    torch.ones_like,
+    torch.full_like,
+    torch.clone,
+    torch.Tensor.new,
+    torch.Tensor.new_empty,
+    torch.Tensor.new_zeros,
+    torch.Tensor.new_ones,
+    torch.Tensor.new_full,
+    torch.Tensor.clone,
+}
+
+
+class _OwnMemory(TorchFunctionMode):
+    """Fresh memory belongs to one lane: vmap refuses to write a lane's numbers, noise too, into memory of all lanes."""
+
+    def __init__(self, lane: torch.Tensor):
+        super().__init__()
+        self.yes = lane >= 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        return torch.where(self.yes, made, made) if func in _MEMORY else made
+
+
+class _Drawn(Messenger):
+    """Draws from the families whose own way vmap cannot follow."""
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["value"] is not None or msg["is_observed"] or site_is_subsample(msg):
+            return
+        base = msg["fn"]
+        while isinstance(base, torch.distributions.Independent):
+            base = base.base_dist
+        drawing = _DRAWINGS.get(type(base))
+        if drawing is not None:
+            msg["value"] = drawing(base)
+
+
+_DRAWINGS: dict[type, Callable[[Any], torch.Tensor]] = {
+    dist.Beta: lambda beta: torch._sample_dirichlet(beta._dirichlet.concentration)[..., 0],
+    dist.Dirichlet: lambda dirichlet: torch._sample_dirichlet(dirichlet.concentration),
+    dist.Binomial: lambda binomial: torch.binomial(binomial.total_count + 0 * binomial.probs, binomial.probs),
+}
+
+
+def run_lanes(
+    once: Callable[[Mapping[str, torch.Tensor]], Trace],
+    values: Mapping[str, torch.Tensor],
+    count: int,
+    events: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+) -> dict[str, Lane]:
+    """``once`` at each of the ``count`` values, all in one run. ``events`` are the sites' event shapes.
+
+    Validation would branch on numbers that differ between lanes; it is off inside, and supports are checked here.
+    Raises whatever vmap raises for a program that it cannot run.
+    """
+    sites: dict[str, Any] = {}
+    splits: dict[str, tuple[int, bool] | None] = {}
+    checked = torch.distributions.Distribution._validate_args
+
+    def lane(number: torch.Tensor, given: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        found = {}
+        with _OwnMemory(number):
+            with _Drawn():
+                trace = once(given)
+            for name, site in random_sites(trace):
+                seen = Seen(site)
+                found[name] = numbers = {"value": seen.value, "log_prob": seen.log_prob}
+                if seen.scaled_log_prob is not seen.log_prob:
+                    numbers["scaled"] = seen.scaled_log_prob
+                split = seen.coordinates(events[name])
+                splits[name] = None if split is None else (split.depth, split.exact)
+                if split is not None:
+                    numbers["coordinates"] = split.log_prob
+                if checked and _checks(site["fn"]):
+                    numbers["inside"] = site["fn"].support.check(site["value"])
+                sites[name] = site
+        return found
+
+    with pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*performance drop")
+        # vmap says so where it has lost count of the lanes.
+        warnings.filterwarnings("error", message=".*was resized")
+        numbers = torch.arange(count, device=device)
+        found = torch.vmap(lane, randomness="different")(numbers, dict(values))
+    for name, of_site in found.items():
+        if "inside" in of_site and not bool(of_site["inside"].all()):
+            raise outside(name)
+    return {name: Lane(sites[name], of_site, splits[name]) for name, of_site in found.items()}
+
+
+def _checks(fn: Any) -> bool:
+    """Whether a distribution minds values outside its support: not where the program says that it must not."""
+    while True:
+        if fn.__dict__.get("_validate_args") is False or isinstance(fn, (dist.Delta, dist.Unit)):
+            return False
+        if not hasattr(fn, "base_dist"):
+            return True
+        fn = fn.base_dist

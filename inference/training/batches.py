@@ -1,0 +1,72 @@
+"""Training batches as a function of seed, epoch and number, so that a run can be gone on with from any of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ...errors import BadInput
+from ..engine.rows import Rows
+
+TRANSFORMED = "transform's result"
+_PRIME = 1_000_003  # keeps the streams of neighbouring seeds, epochs and batches apart
+
+
+class Batches:
+    """The batches of every epoch; there is no state to lose.
+
+    The order of an epoch follows from ``(seed, epoch)``, and what ``transform`` draws for a batch from
+    ``(seed, epoch, number)``.
+
+    >>> batches = Batches(Rows(torch.arange(5.0)), batch_size=2, seed=0)
+    >>> [batch.args[0].tolist() for batch in batches.of_epoch(1)] == [b.args[0].tolist() for b in batches.of_epoch(1)]
+    True
+    >>> len(list(batches.of_epoch(1, done=2))), batches.per_epoch
+    (1, 3)
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        batch_size: int,
+        seed: int,
+        drop_last: bool = False,
+        transform: Callable[[Any, torch.Generator], Any] | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.transform, self.device = transform, torch.device(device)
+        self.per_epoch = len(rows) // batch_size if drop_last else math.ceil(len(rows) / batch_size)
+        self._generator = torch.Generator()
+
+    @property
+    def show_other_rows(self) -> bool:
+        """Whether a later epoch may hold values that the first did not."""
+        return self.transform is not None or self.per_epoch * self.batch_size < len(self.rows)
+
+    def of_epoch(self, epoch: int, done: int = 0) -> Iterator[Rows]:
+        """The batches of an epoch after the first ``done``."""
+        order = torch.randperm(len(self.rows), generator=self._seeded(self.seed * _PRIME + epoch))
+        for number in range(done, self.per_epoch):
+            index = order[number * self.batch_size : (number + 1) * self.batch_size]
+            yield self._batch(index, (self.seed * _PRIME + epoch) * _PRIME + number + 1)
+
+    def first(self) -> Rows:
+        """A batch to initialise with."""
+        return self._batch(torch.arange(min(self.batch_size, len(self.rows))), self.seed)
+
+    def _batch(self, index: torch.Tensor, seed: int) -> Rows:
+        batch = self.rows[index]
+        if self.transform is not None:
+            batch = Rows(self.transform(batch.data, self._seeded(seed)), TRANSFORMED)
+            if len(batch) < len(index):
+                raise BadInput(
+                    f"{TRANSFORMED} has {len(batch)} rows for a batch of {len(index)}: expected a row for each"
+                )
+        return batch.to(self.device)
+
+    def _seeded(self, seed: int) -> torch.Generator:
+        return self._generator.manual_seed(seed % 2**63)

@@ -1,0 +1,241 @@
+"""Checkpoints: whole or not there, held against a checksum when they are read, and read without running code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import warnings
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..._version import __version__
+from ...errors import BadInput, GumboError, GumboWarning
+
+FORMAT = 1  # goes up when an older gumbo could not go on from what a newer one writes, or the other way round
+
+# A checkpoint is what torch.save writes, a zip archive, with this and a SHA-256 of all before it as the archive's
+# comment: torch does not compare the archive's own checksums when it loads.
+_SEAL = b"gumbo checkpoint sha256 "
+_SEALED = len(_SEAL) + 64
+
+# What torch reads with weights_only=True.
+_CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set, torch.Size)
+_VALUES = (torch.Tensor, torch.nn.Parameter, torch.dtype, torch.device, bool, int, float, complex, str, bytes)
+
+
+class DamagedCheckpoint(BadInput):
+    """A file that is not what was once written there."""
+
+
+def cannot_write(path: Path, error: OSError) -> GumboError:
+    """One line for a full disk, a folder that may not be written to, a file where a folder should be."""
+    return GumboError(f"cannot write {path}: {error.strerror or error}; what was written before is still there")
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file beside its place, force it to disk, then move it there: a reader sees the old one or the new one.
+
+    Raises GumboError, with no partial file left, where the disk is full or the place cannot be written to.
+    """
+    partial = _partial(path)
+    try:
+        _write_partial(partial, write)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        _remove(partial)
+        raise cannot_write(path, error) from error
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _partial(path: Path) -> Path:
+    # One name for all attempts: what a killed run leaves behind, the next one overwrites.
+    return path.with_name(f".{path.name}.partial")
+
+
+def _write_partial(partial: Path, write: Callable[[BinaryIO], object]) -> None:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # where nothing can be written there is no partial file either
+        path.unlink(missing_ok=True)
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Give a file a second name; where the system has no such thing, the file loses its first."""
+    second = _partial(name)
+    second.unlink(missing_ok=True)
+    try:
+        os.link(path, second)
+    except OSError:
+        os.replace(path, name)
+    else:
+        os.replace(second, name)
+        second.unlink(missing_ok=True)  # it stays where both were the same file already
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming last through a power cut, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Tensors and plain values, written whole and sealed; ``torch.load(path, weights_only=True)`` reads them too.
+
+    Raises GumboError where the file cannot be written.
+    """
+    parts = _sealed(state)
+    write_whole(path, lambda file: file.writelines(parts))
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What :func:`save_checkpoint` wrote, without unpickling code.
+
+    Raises BadInput, in a line that says why, for a file that is missing, damaged, of another format, or that holds
+    anything but tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise BadInput(f"no checkpoint at {path}: start the run without resume") from None
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror or error}") from error
+    if not _seal_holds(content):
+        raise _why_not(path, content)
+    state = _load(path, content, device)
+    written = state.pop("gumbo")
+    if written["format"] != FORMAT:
+        raise BadInput(
+            f"{path} has checkpoint format {written['format']}, of gumbo {written['version']}, and gumbo {__version__} "
+            f"reads format {FORMAT}: go on with gumbo {written['version']}, or start anew in another folder"
+        )
+    return state
+
+
+def _sealed(state: dict[str, Any]) -> tuple[memoryview, bytes]:
+    """The parts of the file."""
+    _refuse_objects(state, "state")
+    buffer = io.BytesIO()
+    torch.save({**state, "gumbo": {"format": FORMAT, "version": __version__}}, buffer)
+    content = buffer.getbuffer()
+    content[-2:] = _SEALED.to_bytes(2, "little")  # the length of the archive's comment
+    return content, _SEAL + hashlib.sha256(content).hexdigest().encode()
+
+
+def _refuse_objects(value: Any, name: str) -> None:
+    """Raise BadInput for what could be written but not be read back without running code."""
+    if isinstance(value, (dict, list, tuple, set)):
+        if type(value) not in _CONTAINERS:
+            raise BadInput(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: make it plain")
+        named = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in named:
+            _refuse_objects(part, f"{name}[{key!r}]")
+    elif not (value is None or type(value) in _VALUES):
+        raise BadInput(
+            f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: expected tensors and plain values"
+        )
+
+
+def _seal_holds(content: bytes) -> bool:
+    return content[-_SEALED:] == _SEAL + hashlib.sha256(memoryview(content)[:-_SEALED]).hexdigest().encode()
+
+
+def _load(path: Path, content: bytes, device: torch.device | str) -> dict[str, Any]:
+    try:
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise BadInput(f"{path} holds more than tensors and plain values, which could run code: not loaded") from error
+
+
+def _why_not(path: Path, content: bytes) -> BadInput:
+    """What is wrong with a file whose seal does not hold."""
+    damaged = DamagedCheckpoint(f"{path} is damaged: its checksum does not hold")
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if archive.testzip() is not None:
+                return damaged
+        state = _load(path, content, "cpu")
+    except BadInput as error:
+        return error
+    except Exception:  # zipfile and torch raise anything on a broken archive
+        return damaged
+    if isinstance(state, dict) and "gumbo" in state:
+        return damaged
+    return BadInput(
+        f"{path} has no format number and no checksum: it was written by an earlier gumbo than any whose checkpoints "
+        "can be read, or by something else; start anew in another folder"
+    )
+
+
+class Checkpoints:
+    """``last.pt``, the one before it as ``previous.pt``, and ``best.pt``, in one folder."""
+
+    def __init__(self, folder: Path):
+        self.last, self.previous, self.best = (folder / f"{name}.pt" for name in ("last", "previous", "best"))
+        self._last_is_good = True
+
+    def exist(self) -> bool:
+        return self.last.exists() or self.previous.exists()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write ``last.pt``; what it was becomes ``previous.pt``. At every moment one of them is whole."""
+        parts, partial = _sealed(state), _partial(self.last)
+        try:
+            _write_partial(partial, lambda file: file.writelines(parts))
+            if self._last_is_good and self.last.exists():
+                _keep(self.last, self.previous)
+            os.replace(partial, self.last)
+            _sync_folder(self.last.parent)
+        except OSError as error:
+            _remove(partial)
+            raise cannot_write(self.last, error) from error
+        except BaseException:
+            _remove(partial)
+            raise
+        self._last_is_good = True
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        save_checkpoint(self.best, state)
+
+    def load(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The last checkpoint; where it is damaged or gone, the one before it, with a :class:`GumboWarning`.
+
+        Raises BadInput where neither can be read, or where the last one is whole and must not or cannot be loaded.
+        """
+        try:
+            if self.last.exists() or not self.previous.exists():
+                return load_checkpoint(self.last, device)
+            trouble = f"{self.last} is missing"
+        except DamagedCheckpoint as error:
+            trouble = str(error)
+            self._last_is_good = False  # so that it does not take the place of the good one
+        if not self.previous.exists():
+            raise BadInput(f"{trouble}, and there is no {self.previous.name} beside it: start anew in another folder")
+        try:
+            state = load_checkpoint(self.previous, device)
+        except BadInput as error:
+            raise BadInput(f"{trouble}, and {error}: start anew in another folder") from error
+        warnings.warn(f"{trouble}; going on from {self.previous.name}, the one before it", GumboWarning, stacklevel=2)
+        return state

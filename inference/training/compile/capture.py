@@ -1,0 +1,360 @@
+"""From a loss to one graph of tensor operations: what a call computes, without the Python that says so.
+
+A graph holds whatever Python decided while it was captured. So everything that may change from call to call is made an
+input (parameters, buffers, the batch, noise, schedules), and what cannot be made one is refused.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ....errors import BadInput, GumboError
+from ...elbo import Binding, SiteELBOModule
+from ...engine.noise import Noise, Tape
+from ...engine.programs import observed_in_support
+from ...engine.rows import Rows
+from ...estimators._distributions import describe
+from ...estimators.control_variates import Variate
+from ..schedules import Schedule
+
+ADVICE = "pass compile=False"
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Outcome:
+    """What one call of a loss gives: its value, the buffers that moved, and which observed sites lie in support."""
+
+    loss: Tensor
+    buffers: Tensors
+    inside: Tensors
+
+
+class TrainingStep:
+    """Stands for the number of steps made: schedules of it are inputs of the graph, and nothing else may read it."""
+
+    def __init__(self, value_of: Callable[[Schedule], Tensor]):
+        self._value_of = value_of
+
+    def at(self, schedule: Schedule) -> Tensor:
+        """The schedule's value at whatever step the graph is run."""
+        return self._value_of(schedule)
+
+    def __add__(self, more: int) -> TrainingStep:
+        return self
+
+    def _refuse(self, *_: Any) -> Any:
+        raise BadInput(
+            f"an estimator uses the number of the step in a way that a captured graph would freeze; {ADVICE}"
+        )
+
+    __int__ = __float__ = __index__ = __bool__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __radd__ = _refuse
+    __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __rpow__ = __neg__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Support(Messenger):
+    """Notes whether the observed values are ones that their distributions can have produced."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside: Tensors = {}
+
+    def _pyro_post_sample(self, msg) -> None:
+        inside = observed_in_support(msg)
+        if inside is not None:
+            self.inside[f"{msg['name']}\n{describe(msg['fn'])}"] = inside.all()
+
+
+class Program:
+    """A bound loss as a function of everything that it depends on.
+
+    Args:
+        module: the loss, in training mode.
+        batch: rows of the shape that will be captured.
+
+    Attributes:
+        noise: the noise that one call needs.
+        schedules: the schedules that it reads, in their order.
+        used: the names of the parameters that get a gradient.
+        moving: the names of the buffers that it changes.
+        checked: the observed sites (and their distributions) whose support can be checked.
+    """
+
+    def __init__(self, module: SiteELBOModule, batch: Rows):
+        self.module = module
+        self.batch_names = [None] * len(batch.args) + sorted(batch.kwargs)
+        self.schedules: list[Schedule] = []
+        self._places = self._find_buffers()
+        self._like = next(iter(self.parameters().values()), torch.empty(()))
+        before = _python_randomness()
+        tape = Tape()
+        outcome, gradients = self.call_and_differentiate(self.parameters(), self.buffers(), flat(batch), tape)
+        if before != _python_randomness():
+            raise BadInput(
+                "the program draws from Python's or NumPy's random numbers, and a captured graph would repeat the first"
+                f" draws for ever: draw from torch, or {ADVICE}"
+            )
+        self.noise = Noise(tape.requests)
+        self.used = [name for name, gradient in gradients.items() if gradient is not None]
+        self.moving = list(outcome.buffers)
+        self.checked = list(outcome.inside)
+
+    def parameters(self) -> Tensors:
+        return dict(self.module.named_parameters())
+
+    def buffers(self) -> Tensors:
+        """The buffers as they stand now; where they stand is looked up once, since every step asks."""
+        return {name: places[key] for name, (places, key) in self._places.items()}
+
+    def _find_buffers(self) -> dict[str, tuple[dict[str, Tensor], str]]:
+        found = {}
+        modules = dict(self.module.named_modules())
+        for name, _ in self.module.named_buffers():
+            path, _, key = name.rpartition(".")
+            found[name] = (modules[path]._buffers, key)
+        return found
+
+    @property
+    def step(self) -> int:
+        return self.module.binding.steps
+
+    def scheduled(self) -> list[float]:
+        """What the schedules say at the present step."""
+        return [float(schedule(self.step)) for schedule in self.schedules]
+
+    def call(
+        self,
+        parameters: Tensors,
+        buffers: Tensors,
+        batch: Sequence[Tensor],
+        tape: Tape,
+        scalars: Sequence[Tensor] | None = None,
+    ) -> Outcome:
+        """The loss, without touching the module; ``scalars`` are what schedules say, by default at this step."""
+        named = list(zip(self.batch_names, batch, strict=True))
+        args = [tensor for name, tensor in named if name is None]
+        kwargs = {name: tensor for name, tensor in named if name is not None}
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        versions = {name: copy._version for name, copy in copies.items()}
+        swapped = {**parameters, **copies}
+        support = _Support()
+        now = self.step
+        step = TrainingStep(lambda schedule: self._value_of(schedule, scalars, now))
+        with undisturbed(self.module, step), pyro.validation_enabled(False), tape, support:
+            loss = torch.func.functional_call(self.module, swapped, tuple(args), kwargs)
+        moved = {
+            name: swapped[name].detach()
+            for name, copy in copies.items()
+            if swapped[name] is not copy or copy._version != versions[name]
+        }
+        return Outcome(loss, moved, support.inside)
+
+    def call_and_differentiate(
+        self, parameters: Tensors, buffers: Tensors, batch: Sequence[Tensor], tape: Tape, scalars=None
+    ) -> tuple[Outcome, dict[str, Tensor | None]]:
+        """The loss and its gradients, None where the loss does not depend on a parameter."""
+        learns = {name for name, parameter in self.parameters().items() if parameter.requires_grad}
+        leaves = {name: value.detach().requires_grad_(name in learns) for name, value in parameters.items()}
+        outcome = self.call(leaves, buffers, batch, tape, scalars)
+        wanted = {name: leaf for name, leaf in leaves.items() if name in learns}
+        if not outcome.loss.requires_grad:
+            return outcome, dict.fromkeys(wanted)
+        gradients = torch.autograd.grad(outcome.loss, list(wanted.values()), allow_unused=True)
+        outcome.loss = outcome.loss.detach()
+        return outcome, dict(zip(wanted, gradients, strict=True))
+
+    def _value_of(self, schedule: Schedule, scalars: Sequence[Tensor] | None, now: int) -> Tensor:
+        number = next((i for i, other in enumerate(self.schedules) if other is schedule), None)
+        if number is None:
+            self.schedules.append(schedule)
+            number = len(self.schedules) - 1
+        if scalars is not None:
+            return scalars[number]
+        return self.tensor(float(schedule(now)))
+
+    def tensor(self, values: float | list[float]) -> Tensor:
+        """Numbers in the precision and on the device of the parameters."""
+        return torch.tensor(values, dtype=self._like.dtype, device=self._like.device)
+
+
+def flat(batch: Rows) -> list[Tensor]:
+    """The tensors of a batch, keywords in the order of their names.
+
+    Contiguous, whatever they are a view of: machine code reads where the strides of the captured batch say.
+    """
+    tensors = [*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs))]
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """The graph of what a function of tensors computes, captured without computing it.
+
+    Raises BadInput, naming the line, where Python asks for the value of a tensor to decide something.
+    """
+    asked = _Asked()
+
+    def watched(*tensors: Tensor) -> Any:
+        with asked:
+            return function(*tensors)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about how it captures
+            graph = make_fx(watched, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    except Exception as error:
+        raise _explained(error) from error
+    for name, value in vars(graph).items():
+        if isinstance(value, nn.Parameter):
+            raise BadInput(f"the graph holds a parameter {name!r} as a constant, so that it would not train; {ADVICE}")
+    graph.meta["asks at"] = asked.line
+    return graph
+
+
+class _Asked(TorchDispatchMode):
+    """Notes the first line that reads a value or shapes a tensor by values: it is captured, and fails to compile."""
+
+    line: str | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.line is None and _depends_on_values(func, args):
+            stack = traceback.extract_stack()
+            start = max(i for i, frame in enumerate(stack) if (frame.filename, frame.name) == (__file__, "watched"))
+            self.line = _innermost(stack[start + 1 :], torch, pyro, sys.modules[__package__])
+        return func(*args, **(kwargs or {}))
+
+
+def _depends_on_values(func: Any, args: Sequence[Any]) -> bool:
+    if func is torch.ops.aten.index.Tensor:  # by places it has the shape of the places, by a mask that of its values
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if torch.Tag.data_dependent_output not in func.tags and torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    return not args or getattr(args[0], "constant", None) is None  # what Python wrote down is known
+
+
+_ASKED = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    UnsupportedFakeTensorException,
+)
+
+
+def _explained(error: BaseException) -> BaseException:
+    """The error as one line, where it comes of capturing; otherwise as it is."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, _ASKED):
+        found = found.__cause__ or found.__context__
+    if found is None and isinstance(error, GumboError):
+        return error
+    first = (str(error).splitlines() or [""])[0]
+    reason = f"fails without values ({type(error).__name__}: {first})"
+    if isinstance(found, _ASKED):
+        return asks_for_a_value(_innermost(traceback.extract_tb(found.__traceback__), torch, pyro))
+    line = _innermost(traceback.extract_tb(error.__traceback__), torch, pyro)
+    return BadInput(f"compile: the program {reason}, at {line}; {ADVICE}")
+
+
+def asks_for_a_value(line: str) -> BadInput:
+    """The refusal of a program that decides by a value at this line."""
+    return BadInput(
+        "compile: the program asks for the value of a tensor, and a captured graph would decide the same for ever, at"
+        f" {line}; {ADVICE}"
+    )
+
+
+def _innermost(frames: Sequence[traceback.FrameSummary], *packages: Any) -> str:
+    """The innermost line that is in none of these packages."""
+    folders = [Path(package.__file__).parent for package in packages if package.__file__]
+    outside = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in folders)]
+    if not outside:
+        return "an unknown line"
+    frame = outside[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} `{frame.line}`"
+
+
+@contextmanager
+def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
+    """A call that leaves no trace in the modules; one that would change a plain attribute of theirs is refused."""
+    modules = list(module.modules())
+    before = [dict(vars(one)) for one in modules]
+    written = {id(t): t._version for kept in before for t in kept.values() if isinstance(t, Tensor)}
+    module.__dict__.update(_kept=None, _own={}, _keeps=False)
+    module.binding.steps = step
+    for state in module.binding.states.values():
+        if isinstance(state, Variate):
+            state.calls = state.last_probe
+    try:
+        yield
+        for one, kept in zip(modules, before, strict=True):
+            names = plain_attributes(one) | plain_attributes(one, kept)
+            changed = sorted(name for name in names if _changed(one, kept, name, written))
+            if changed:
+                raise BadInput(
+                    f"{type(one).__name__}.{changed[0]} changes as the program runs, and a captured graph would not see"
+                    f" it: keep it in a buffer, or {ADVICE}"
+                )
+    finally:
+        for one, kept in zip(modules, before, strict=True):
+            vars(one).clear()
+            vars(one).update(kept)
+
+
+# What the loss itself changes as it runs, and who drives the graph takes care of.
+# By type, since a program may have an attribute of the same name, which is its own to answer for.
+_OWN = {SiteELBOModule: {"_kept", "_own", "_keeps"}, Binding: {"steps"}, Variate: {"calls"}}
+_INTERNAL = set(vars(nn.Module())) - {"training"}
+
+
+def plain_attributes(module: nn.Module, values: Mapping[str, Any] | None = None) -> set[str]:
+    """Names of attributes that a graph takes for constants: numbers, words, and tensors that are no buffers."""
+    values = vars(module) if values is None else values
+    plain = (int, float, complex, str, tuple, type(None), Tensor)
+    skipped = _INTERNAL.union(*(names for kind, names in _OWN.items() if isinstance(module, kind)))
+    return {
+        name
+        for name, value in values.items()
+        if isinstance(value, plain) and name not in skipped and not name.startswith("_pyro_")
+    }
+
+
+def _changed(module: nn.Module, before: Mapping[str, Any], name: str, written: Mapping[int, int]) -> bool:
+    now = vars(module).get(name)
+    if differs(now, before.get(name)) or (name in vars(module)) != (name in before):
+        return True
+    return isinstance(now, Tensor) and now._version != written[id(now)]
+
+
+def differs(a: Any, b: Any) -> bool:
+    """Whether two values of a plain attribute are different ones."""
+    if a is b:
+        return False
+    return isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b)
+
+
+def _python_randomness() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    state = () if numpy is None else numpy.random.get_state()
+    return random.getstate(), *(item.tobytes() if hasattr(item, "tobytes") else item for item in state)

@@ -1,0 +1,459 @@
+"""A training step as one compiled graph: the loss, its gradient and the optimizer, without Python in between."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from ....errors import BadInput
+from ...elbo import SiteELBO
+from ...engine.noise import Tape
+from ...engine.rows import Rows
+from ...engine.scopes import private_seed
+from ..steps import TorchStep, outside_support
+from .capture import ADVICE, Program, asks_for_a_value, capture, differs, flat, plain_attributes
+from .products import mkl_is_slow, through_onednn
+
+# No autotuning; draws that no noise stands for come from torch's own generators, whose state a checkpoint holds.
+OPTIONS = {"fallback_random": True, "size_asserts": False, "max_autotune": False, "triton.cudagraphs": False}
+
+
+class CompiledStep(TorchStep):
+    """:class:`~gumbo.inference.training.steps.TorchStep` as a compiled graph for batches of one shape.
+
+    The programs run in Python while the graph is captured, and never again for batches of the shape of ``batch``: a
+    batch of another shape (the last of an epoch) is run as it would be without compiling, and so are the steps at which
+    an estimator looks at values (REBAR probes the programs at calls 1, 2, 4, …, 64). Adam and AdamW are part of the
+    graph, other optimizers follow it. The graph is compared with an eager step on the same noise before it is used, and
+    captured again where a plain attribute of the programs, or ``requires_grad`` of a parameter, has been changed.
+
+    Args:
+        model, guide, loss, make_optimizer, batch: as for ``TorchStep``; ``loss`` is a :class:`SiteELBO`.
+        backend: what makes a function of a graph and example inputs; None is inductor.
+
+    Attributes:
+        seconds: how long it took to capture, compile and compare.
+
+    Raises:
+        BadInput: programs that decide by values, change as they run, or draw from elsewhere than torch; no compiler.
+    """
+
+    def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows, backend: Callable | None = None):
+        if not isinstance(loss, SiteELBO):
+            raise BadInput(
+                f"compile=True takes gumbo's own ELBOs, not {type(loss).__name__}: name an estimator, or {ADVICE}"
+            )
+        super().__init__(model, guide, loss, make_optimizer, batch)
+        self.backend = backend or inductor
+        self.seconds, self.captures = 0.0, 0
+        self._compile(batch)
+
+    def _compile(self, batch: Rows) -> None:
+        start = time.perf_counter()
+        self.captures += 1
+        if self.captures > 8:
+            raise BadInput(
+                "the programs' attributes change so often that compiling does not pay: keep what changes in a buffer,"
+                f" or {ADVICE}"
+            )
+        with private_seed(None, self.module):
+            self.program = Program(self.module, batch)
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            self.program.used = [name for name in self.program.used if id(self.parameters[name]) in owned]
+            self.noise = self.program.noise
+            self.inside = Adam.serving(self.optimizer, [self.parameters[name] for name in self.program.used])
+            self.shape = _shape(batch)
+            self._scalars: tuple[list[float], Tensor | None] = ([], None)
+            inputs = self._inputs(batch)
+            example = [tensor.detach() for tensor in inputs]
+            graph = capture(self._function(), example)
+            self.run = self.backend(graph, example)
+            if example[-1].is_cuda:
+                first = len(inputs) - 1 - len(self.noise.buffers) - len(flat(batch))
+                self.run = Replay(self.run, range(first, first + len(flat(batch))), self._mutable)
+            self._compare(batch)
+        self._watched = self._watch()
+        self.seconds += time.perf_counter() - start
+        self.note = f"compiled in {self.seconds:.1f} s"
+
+    # One step.
+
+    def __call__(self, batch: Rows) -> float:
+        if self._probes() or _shape(batch) != self.shape:
+            if self.inside is not None:
+                self.inside.forget()
+            return super().__call__(batch)
+        if self._has_changed():
+            self._compile(batch)
+        self.noise.draw()
+        with torch.no_grad():
+            told, *gradients = self.run(*self._inputs(batch))
+        number, *inside = told.tolist()
+        if self.check_data and not all(inside):
+            site, distribution = self.program.checked[inside.index(0.0)].split("\n")
+            raise outside_support(site, distribution)
+        self.module.binding.steps += 1
+        if math.isfinite(number):
+            self._follow(gradients)
+        return number
+
+    def _follow(self, gradients: Sequence[Tensor]) -> None:
+        """What of the optimizer's step is not in the graph."""
+        if self.inside is not None:
+            self.inside.count()
+            if getattr(self.optimizer, "every_step", False):
+                self.optimizer.scheduler.step()
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, gradient in zip(self.program.used, gradients, strict=True):
+            self.parameters[name].grad = gradient
+        self.optimizer.step()
+
+    def _probes(self) -> bool:
+        """Whether an estimator looks at values in this step."""
+        number = self.module.binding.steps + 1
+        states = [state for state in self.module.binding.states.values() if getattr(state, "probed", False)]
+        for state in states:
+            # Counted anew by an interrupted run; the steps made are what it must go by.
+            state.calls = self.module.binding.steps
+        return any(number <= state.last_probe and not number & (number - 1) for state in states)
+
+    # What a graph takes and does.
+
+    def _inputs(self, batch: Rows) -> list[Tensor]:
+        """Parameters, the optimizer's state, buffers, the batch, noise, and numbers that change from step to step."""
+        state = [] if self.inside is None else self.inside.state()
+        buffers = self.program.buffers().values()
+        return [*self.parameters.values(), *state, *buffers, *flat(batch), *self.noise.buffers, self._numbers()]
+
+    def _mutable(self) -> list[Tensor]:
+        """What a step changes in place."""
+        state = [] if self.inside is None else self.inside.state()
+        return [tensor.detach() for tensor in (*self.parameters.values(), *state, *self.program.buffers().values())]
+
+    def _numbers(self) -> Tensor:
+        values = self.program.scheduled() + ([] if self.inside is None else self.inside.numbers())
+        if self._scalars[1] is None:
+            self._scalars = (values, self.program.tensor(values))
+        elif values != self._scalars[0]:
+            self._scalars[1].copy_(self.program.tensor(values))  # in place: a CUDA graph knows this one
+            self._scalars = (values, self._scalars[1])
+        return self._scalars[1]
+
+    def _function(self) -> Callable[..., list[Tensor]]:
+        """What is captured: a function of the inputs that changes parameters, optimizer and buffers in place.
+
+        It returns the loss and what was seen of the data, as one tensor, and the gradients where no optimizer is in it.
+        """
+        program, inside = self.program, self.inside
+        names, buffers = list(self.parameters), list(program.buffers())
+        counts = [len(names), 0 if inside is None else len(inside.state()), len(buffers)]
+        counts += [len(program.batch_names), len(self.noise.buffers), 1]
+
+        def step(*inputs: Tensor) -> list[Tensor]:
+            parameters, state, buffer, batch, noise, (numbers,) = _parts(inputs, counts)
+            scheduled = list(numbers[: len(program.schedules)].unbind()) if program.schedules else []
+            tape = Tape(self.noise, self.noise.pieces(noise))
+            outcome, gradients = program.call_and_differentiate(
+                dict(zip(names, parameters, strict=True)),
+                dict(zip(buffers, buffer, strict=True)),
+                batch,
+                tape,
+                scheduled,
+            )
+            found = [gradients[name] for name in program.used]
+            loss = outcome.loss
+            with torch.no_grad():
+                for name, value in outcome.buffers.items():
+                    buffer[buffers.index(name)].copy_(value)
+                if inside is not None:
+                    learning = [parameters[names.index(name)] for name in program.used]
+                    inside.update(learning, found, state, numbers[len(program.schedules) :], loss.isfinite())
+                    found = []
+                seen = [outcome.inside[name].to(loss.dtype) for name in program.checked]
+                return [torch.stack([loss, *seen]), *found]
+
+        return step
+
+    # Whether it is right, and stays so.
+
+    def _compare(self, batch: Rows) -> None:
+        """Hold the compiled step against an eager one on the same noise; a coin on the edge may fall otherwise once."""
+        found = [self._difference(batch) for _ in range(2)]
+        if all(found):
+            raise BadInput(
+                f"compile: on the same noise the captured step differs from the eager one ({found[0]}): the programs do"
+                f" something from call to call that torch does not see; {ADVICE}"
+            )
+
+    def _difference(self, batch: Rows) -> str:
+        self.noise.draw()
+        mutable = self._mutable()
+        before = [tensor.clone() for tensor in mutable]
+        with torch.no_grad(), private_seed(None, self.module):
+            told, *gradients = self.run(*self._inputs(batch))
+            told, gradients = told.clone(), [gradient.clone() for gradient in gradients]
+            if self.inside is not None:
+                gradients = self._gradients_within(before)
+            moved = {name: self.program.buffers()[name].clone() for name in self.program.moving}
+            for tensor, value in zip(mutable, before, strict=True):
+                tensor.copy_(value)
+        with private_seed(None, self.module):
+            outcome, expected = self.program.call_and_differentiate(
+                self.parameters, self.program.buffers(), flat(batch), Tape(self.noise)
+            )
+        tolerance = _tolerance(told)
+        pairs = [("loss", told[:1], outcome.loss.reshape(1))]
+        pairs += [(f"buffer {name}", value, outcome.buffers[name]) for name, value in moved.items()]
+        pairs += [
+            (f"gradient of {name}", g, expected[name]) for name, g in zip(self.program.used, gradients, strict=True)
+        ]
+        # Gradients are compared in units of the whole gradient: one that is all rounding says nothing.
+        whole = (
+            torch.stack([g.norm() for g in expected.values() if g is not None] or [told.new_zeros(())]).norm().item()
+        )
+        for name, ours, theirs in pairs:
+            size = whole if name.startswith("gradient") else theirs.double().norm().item()
+            gap = (ours.double() - theirs.double()).norm().item()
+            if math.isfinite(size) and not gap <= tolerance * max(size, 1e-2):
+                return f"{name} by {gap:.3g} of {size:.3g}"
+        return ""
+
+    def _gradients_within(self, before: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of a step that the graph has made, where the optimizer is part of it."""
+        names = list(self.parameters)
+        parameters = [before[names.index(name)] for name in self.program.used]
+        return self.inside.gradients(parameters, before[len(names) :])
+
+    def _watch(self) -> list[tuple[Any, str, Any, int]]:
+        """What the graph holds for constant: where it stands, what it is, and how often it had been written to."""
+        modules = list(self.module.modules())
+        watched = [(vars(module), name) for module in modules for name in plain_attributes(module)]
+        if self.inside is not None:
+            watched += [
+                (group, name) for group in self.inside.optimizer.param_groups for name in group if name in BAKED
+            ]
+        self._learning = [parameter.requires_grad for parameter in self.parameters.values()]
+        return [(values, name, values[name], _version(values[name])) for values, name in watched]
+
+    def _has_changed(self) -> bool:
+        for values, name, value, version in self._watched:
+            now = values.get(name)
+            if (now is not value and differs(now, value)) or (version and now._version + 1 != version):
+                return True
+        return [parameter.requires_grad for parameter in self.parameters.values()] != self._learning
+
+
+def _version(value: Any) -> int:
+    """How often a tensor has been written to, plus one; 0 for anything else."""
+    return value._version + 1 if isinstance(value, Tensor) else 0
+
+
+BAKED = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+
+
+class Adam:
+    """Adam and AdamW (Kingma & Ba 2015, arXiv 1412.6980; Loshchilov & Hutter 2019) within a graph.
+
+    State stands in torch's optimizer, under torch's names: steps made without the graph, and checkpoints, are its own.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]):
+        self.optimizer, self.parameters = optimizer, list(parameters)
+        self._held: list[Tensor] = []
+        self._steps: list[int] = []
+        groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self.group_of = [groups[id(parameter)] for parameter in self.parameters]
+        for parameter, number in zip(self.parameters, self.group_of, strict=True):
+            state, group = optimizer.state[parameter], optimizer.param_groups[number]
+            if not state:  # as torch's own first step would
+                on_device = group["fused"] or group["capturable"]
+                where = parameter.device if on_device else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=where)
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    @classmethod
+    def serving(cls, updates: Any, parameters: Sequence[Tensor]) -> Adam | None:
+        """The optimizer as a part of the graph, or None where its step has to be torch's own."""
+        optimizer = getattr(updates, "optimizer", updates)
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or getattr(updates, "clip", None) is not None:
+            return None
+        for group in optimizer.param_groups:
+            on_device = group["fused"] or group["capturable"] or not any(p.is_cuda for p in group["params"])
+            if group["amsgrad"] or group["differentiable"] or not on_device or isinstance(group["lr"], Tensor):
+                return None
+        return cls(optimizer, parameters)
+
+    def state(self) -> list[Tensor]:
+        """Steps made and two moments for each parameter, as they stand in the optimizer now."""
+        states = [self.optimizer.state[parameter] for parameter in self.parameters]
+        return [state[name] for name in ("step", "exp_avg", "exp_avg_sq") for state in states]
+
+    def forget(self) -> None:
+        """Torch's optimizer is about to make a step of its own."""
+        self._steps = []
+
+    def count(self) -> None:
+        """The graph has made a step."""
+        self._steps = [number + 1 for number in self._steps]
+        self.optimizer._opt_called = True  # schedulers look at it, and warn of steps that were not made
+
+    def numbers(self) -> list[float]:
+        """For each parameter the length of the coming step and the scale of the root of its second moment.
+
+        They come from outside the graph, where they would be computed once for every vector of numbers.
+        """
+        held = [self.optimizer.state[parameter]["step"] for parameter in self.parameters]
+        if not self._steps or any(a is not b for a, b in zip(held, self._held, strict=True)):
+            self._held, self._steps = held, [int(step) for step in held]
+        found: dict[tuple[int, int], list[float]] = {}
+        for key in set(zip(self.group_of, self._steps, strict=True)):
+            group, step = self.optimizer.param_groups[key[0]], key[1] + 1
+            beta1, beta2 = group["betas"]
+            found[key] = [float(group["lr"]) / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), float(group["lr"])]
+        return [number for key in zip(self.group_of, self._steps, strict=True) for number in found[key]]
+
+    def update(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        state: Sequence[Tensor],
+        numbers: Tensor,
+        good: Tensor,
+    ) -> None:
+        """One step in place, unless the loss was not a finite number."""
+        steps, means, squares = _parts(state, [len(parameters)] * 3)
+        for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+            group, (length, scale, rate) = (
+                self.optimizer.param_groups[self.group_of[i]],
+                numbers[3 * i : 3 * i + 3].unbind(),
+            )
+            (beta1, beta2), decay = group["betas"], group["weight_decay"]
+            gradient = -gradient if group["maximize"] else gradient
+            value = parameter
+            if decay and _decoupled(self.optimizer, group):
+                value = value * (1 - rate * decay)
+            elif decay:
+                gradient = gradient + decay * value
+            mean = torch.lerp(means[i], gradient, 1 - beta1)
+            square = beta2 * squares[i] + (1 - beta2) * gradient * gradient
+            value = value - length * mean / (square.sqrt() * scale + group["eps"])
+            for place, new in ((parameter, value), (means[i], mean), (squares[i], square), (steps[i], steps[i] + 1)):
+                place.copy_(torch.where(good, new, place))
+
+    def gradients(self, parameters: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of the last step, from what it did to the first moments since ``before``."""
+        count = len(self.parameters)
+        found = []
+        for i, (value, old) in enumerate(zip(parameters, before[count : 2 * count], strict=True)):
+            group = self.optimizer.param_groups[self.group_of[i]]
+            beta = group["betas"][0]
+            gradient = (self.optimizer.state[self.parameters[i]]["exp_avg"] - beta * old) / (1 - beta)
+            if group["weight_decay"] and not _decoupled(self.optimizer, group):
+                gradient = gradient - group["weight_decay"] * value
+            found.append(-gradient if group["maximize"] else gradient)
+        return found
+
+
+def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    return isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+
+
+class Replay:
+    """A compiled function recorded as a CUDA graph, so that a step is one launch.
+
+    A recording works on the tensors that it was made with. Parameters and all that is changed in place are those;
+    the batch, at the positions ``fresh``, is copied to where the recording reads it. It is made anew where a tensor
+    has been replaced (as by ``load_state_dict`` of an optimizer).
+    """
+
+    def __init__(self, run: Callable, fresh: range, mutable: Callable[[], list[Tensor]]):
+        self.run, self.fresh, self.mutable = run, fresh, mutable
+        self.addresses: list[int] = []
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        addresses = [tensor.data_ptr() for i, tensor in enumerate(inputs) if i not in self.fresh]
+        if addresses != self.addresses:
+            self._record(inputs)
+            self.addresses = addresses
+        for i in self.fresh:
+            self.inputs[i].copy_(inputs[i], non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = [t.clone() if i in self.fresh else t.detach() for i, t in enumerate(inputs)]
+        mutable = self.mutable()
+        before = [tensor.clone() for tensor in mutable]
+        device = self.inputs[-1].device
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside), torch.random.fork_rng(devices=[device]):
+            for _ in range(3):  # kernels are loaded, and libraries take their memory, outside of the recording
+                self.run(*self.inputs)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.run(*self.inputs)
+        for tensor, value in zip(mutable, before, strict=True):
+            tensor.copy_(value)
+
+
+def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
+    """The graph as machine code; raises BadInput where there is no compiler, or it fails."""
+    from torch._inductor import compile as compile_graph
+
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch's own, about how it compiles
+            if mkl_is_slow():
+                graph = through_onednn(graph)
+            run = compile_graph(graph, list(inputs), options=OPTIONS)
+            run(*[tensor.clone() for tensor in inputs])  # what is built late is built now
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        if any(
+            word in f"{type(error).__name__} {error}"
+            for word in ("InvalidCxxCompiler", "No working C++", "TritonMissing")
+        ):
+            raise BadInput(
+                f"compile=True needs a C++ compiler (g++ or clang), and Triton on CUDA; install it, or {ADVICE}"
+            ) from error
+        if graph.meta.get("asks at") and any(word in type(error).__name__ for word in ("DataDependent", "OutputShape")):
+            raise asks_for_a_value(graph.meta["asks at"]) from error
+        raise BadInput(
+            f"compile: torch's compiler fails on this program ({type(error).__name__}: {first}); {ADVICE}"
+        ) from error
+    return run
+
+
+def uncompiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
+    """The graph run operation by operation, for tests of what was captured."""
+    return graph
+
+
+def _shape(batch: Rows) -> list[Any]:
+    return [*batch.kwargs, *((tensor.shape, tensor.dtype) for tensor in (*batch.args, *batch.kwargs.values()))]
+
+
+def _parts(tensors: Sequence[Tensor], counts: Sequence[int]) -> Iterator[list[Tensor]]:
+    start = 0
+    for count in counts:
+        yield list(tensors[start : start + count])
+        start += count
+
+
+def _tolerance(like: Tensor) -> float:
+    """What rounding may do to a loss and a gradient; far below what a frozen draw does to them."""
+    if like.dtype == torch.float64:
+        return 1e-8
+    return 1e-3 if like.dtype == torch.float32 and not like.is_cuda else 3e-2

@@ -1,0 +1,251 @@
+"""The processes that fit one model together: who they are, and how they agree.
+
+They are started by ``torchrun`` or ``accelerate launch``, one for each device, and joined through Accelerate. Every
+process runs the same script; what they tell each other goes through here. How a batch is split over them, and why the
+sum of their gradients is the gradient of one process, stands in ``split_rows.py``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ...errors import BadInput, GumboError, Interrupted
+from .signals import Interrupts
+
+Found = TypeVar("Found")
+
+# Longer than any step or evaluation should take: whoever waits for a process that is gone gives up after this.
+PATIENCE = timedelta(minutes=10)
+
+_failed_alone: list[GumboError] = []  # what this process raised while the others were at work
+
+
+def launched() -> int:
+    """How many processes a launcher started, this one included; 1 where there is none.
+
+    >>> launched()
+    1
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    if "RANK" not in os.environ:
+        return 1
+    try:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        return 1
+
+
+class LostTouch(GumboError):
+    """Another process has stopped, or did not answer in time."""
+
+
+class Processes:
+    """The processes of one fit, as one of them sees them.
+
+    Attributes: ``index`` counts from 0, ``number`` is how many there are, ``main`` whether this is the one that writes
+    and speaks, ``device`` where tensors must lie that are sent to the others.
+    """
+
+    def __init__(self, index: int, number: int, device: torch.device):
+        self.index, self.number, self.device = index, number, device
+        self.main = index == 0
+        self.words = 0  # how often this process has spoken to the others
+
+    @classmethod
+    def join(cls, device: torch.device | str | None = None, timeout: timedelta = PATIENCE) -> Processes | None:
+        """Those that a launcher started, or None where this process is alone; called again, it joins the same ones.
+
+        ``device`` says what the model runs on: processes talk through gloo on the CPU, and through NCCL on GPUs. None
+        takes a GPU for each process where there is one.
+
+        Raises :class:`~gumbo.errors.BadInput` if Accelerate is not installed, or the devices are not to be had.
+        """
+        if launched() == 1:
+            return None
+        if importlib.util.find_spec("accelerate") is None:
+            raise BadInput(
+                f"{launched()} processes were started, and fitting on several needs Accelerate: "
+                'pip install "gumbo-ppl[distributed]" (in a checkout: pip install -e ".[distributed]")'
+            )
+        from accelerate import PartialState
+
+        kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        ours = not dist.is_initialized()
+        options: dict[str, Any] = {"cpu": True, "backend": "gloo"} if kind == "cpu" else {}
+        try:
+            state = PartialState(timeout=timeout, **options)
+            if not dist.is_initialized():
+                # A PartialState that was made before, on a machine without GPUs, took this process for the only one.
+                dist.init_process_group("gloo" if kind == "cpu" else "nccl", timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            raise BadInput(f"the {launched()} processes cannot be joined ({first_line(error)})") from error
+        if ours:
+            atexit.register(_leave)
+        own = torch.device("cpu") if dist.get_backend() == "gloo" else state.device
+        if own.type != kind:
+            raise BadInput(
+                f"the model is on {kind} and the processes talk through {dist.get_backend()}, which serves {own.type}: "
+                f"move the model to {own}"
+            )
+        return cls(dist.get_rank(), dist.get_world_size(), own)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor added up over all processes, in place; every process holds the same bits afterwards."""
+        with self._speaking():
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, number: float) -> float:
+        """The largest of the numbers that the processes bring."""
+        found = torch.tensor(number, dtype=torch.float64, device=self.device)
+        with self._speaking():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.item()
+
+    def gather(self, thing: Found) -> list[Found]:
+        """What each process brings, in the order of the processes."""
+        found: list[Any] = [None] * self.number
+        with self._speaking():
+            dist.all_gather_object(found, thing)
+        return found
+
+    def same_as_main(self, tensors: list[torch.Tensor]) -> None:
+        """Overwrite tensors by those of the main process."""
+        with self._speaking(), torch.no_grad():
+            for tensor in tensors:
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, src=0)
+                tensor.copy_(whole)
+
+    def from_main(self, action: Callable[[], Found]) -> Found:
+        """What the action gives in the main process, which alone carries it out; its error is everybody's."""
+        box: list[Any] = [None, None]
+        problem: Exception | None = None
+        if self.main:
+            try:
+                box[0] = action()
+            except Exception as error:
+                problem, box[1] = error, _told(error)
+        with self._speaking():
+            dist.broadcast_object_list(box, src=0)
+        if problem is not None:
+            raise problem
+        if box[1] is not None:
+            raise _retold(box[1])
+        return box[0]
+
+    def together(self, action: Callable[[], Found]) -> Found:
+        """What the action gives here, once it has gone well everywhere; the error of one is everybody's."""
+        problem: Exception | None = None
+        result: Any = None
+        try:
+            result = action()
+        except Exception as error:
+            problem = error
+        self.agree(problem)
+        return result
+
+    def agree(self, problem: Exception | None) -> None:
+        """Raise this process's problem, or the first one of another process; nothing if none has any."""
+        told = self.gather(None if problem is None else _told(problem))
+        if problem is not None:
+            raise problem
+        for index, words in enumerate(told):
+            if words is not None:
+                raise _retold(words, f"process {index}: ")
+
+    @contextmanager
+    def _speaking(self) -> Iterator[None]:
+        self.words += 1
+        try:
+            yield
+        except RuntimeError as error:
+            lost = LostTouch(
+                f"process {self.index} lost touch with the others ({first_line(error)}); another process has stopped, "
+                "see what it said"
+            )
+            raise alone(lost, self.index) from error
+
+
+class OnMain:
+    """A thing of the main process: all processes call its methods together, it carries them out, all get the result."""
+
+    def __init__(self, processes: Processes, thing: Any):
+        self._processes, self._thing = processes, thing
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._thing, name)
+        if not callable(found):
+            return found
+        return lambda *args, **kwargs: self._processes.from_main(lambda: found(*args, **kwargs))
+
+
+class SharedInterrupts(Interrupts):
+    """A signal to one process is one to all, heeded where they all are at the same place.
+
+    A second signal does nothing more: launchers pass on what the terminal has sent already, and kill in the end.
+    """
+
+    def __init__(self, processes: Processes, enabled: bool = True):
+        super().__init__(enabled)
+        self.processes, self.agreed = processes, enabled
+
+    def check(self) -> None:
+        """Raise Interrupted in all processes if a signal has come to one; all of them must ask."""
+        if self.agreed and (number := int(self.processes.largest(self.pending or 0))):
+            raise Interrupted(number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        self.check()
+        yield
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.pending = self.pending or number
+
+
+def alone(error: GumboError, index: int) -> GumboError:
+    """The error marked as one that this process raises by itself, so that it and not the main process reports it."""
+    error.process = index  # type: ignore[attr-defined]
+    _failed_alone.append(error)
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _told(error: Exception) -> tuple[bool, str]:
+    said = str(error) if isinstance(error, GumboError) else f"{type(error).__name__}: {first_line(error)}"
+    return isinstance(error, BadInput), said
+
+
+def _retold(words: tuple[bool, str], who: str = "") -> GumboError:
+    bad_input, said = words
+    return (BadInput if bad_input else GumboError)(who + said)
+
+
+def _leave() -> None:
+    """Wait for the others before the connections go, unless this process has failed by itself: they wait elsewhere."""
+    if not dist.is_initialized():
+        return
+    store, me = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    # A process that ends while another still holds its connections is aborted by gloo now and then.
+    with contextlib.suppress(RuntimeError):
+        store.set(f"gumbo/left/{me}", "")
+        if not (_failed_alone or hasattr(sys, "last_type")):
+            store.wait([f"gumbo/left/{index}" for index in range(dist.get_world_size())], PATIENCE)
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()

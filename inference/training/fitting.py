@@ -1,0 +1,338 @@
+"""``fit``: a model and a guide trained in place, from data to the best parameters, resumed to the same numbers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.optim
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO, TraceGraph_ELBO
+
+from ...errors import BadInput, GumboError
+from ..auditing.moments import is_differentiable
+from ..engine.rows import Rows
+from ..engine.scopes import (
+    denormals_flushed,
+    device_of,
+    modes_kept,
+    owned_parameters,
+    private_seed,
+    shared_names,
+)
+from .batches import TRANSFORMED, Batches
+from .distributed import Processes
+from .metrics import require_tensorboard
+from .optimizers import make_optimizer, without_addresses
+from .schedules import Schedule
+from .steps import Step, StoreStep, TorchStep
+from .trainer import FitResult, Plan, Run
+
+
+def fit(
+    model: torch.nn.Module,
+    guide: torch.nn.Module,
+    train: object,
+    *,
+    valid: object = None,
+    loss: ELBO | str = "default",
+    optimizer: str | pyro.optim.PyroOptim | Callable[..., torch.optim.Optimizer] = "adam",
+    lr: float | Schedule = 1e-3,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    scheduler_every: str = "epoch",
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    epochs: int = 10,
+    batch_size: int = 128,
+    seed: int = 0,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    patience: int | None = None,
+    restore_best: bool = False,
+    drop_last: bool | None = None,
+    transform: Callable[[Any, torch.Generator], Any] | None = None,
+    valid_samples: int = 10,
+    checkpoint_every: int = 1,
+    checkpoint_steps: int | None = None,
+    checkpoint_minutes: float | None = None,
+    tensorboard: bool = False,
+    validate: bool = False,
+    compile: bool = False,
+    progress: bool = True,
+    title: str = "fit",
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> FitResult:
+    """Train a model and guide in place; the same arguments give the same numbers, interrupted or not.
+
+    ``train`` and ``valid`` are a tensor ``(N, *data_shape)``, a tuple of such tensors, or a mapping of keywords.
+    ``loss`` is any ELBO or its word. ``transform(batch, generator)`` makes of a training batch, in the form ``train``
+    has, what the programs take (dynamic binarization, conditions from labels); what it draws, it draws from the
+    generator. ``drop_last=None`` drops a last partial batch just where the loss keeps something for each batch
+    position. ``patience`` stops after that many epochs without a better ``valid_elbo``; ``restore_best`` leaves the
+    parameters of the best epoch rather than of the last.
+
+    ``optimizer`` is a word or a torch optimizer's class (with ``lr``), a callable that makes a torch optimizer of a
+    list of parameters, or a ``pyro.optim`` optimizer, with arguments by parameter name and schedules if it has them.
+    ``lr`` may be a schedule of the step. ``scheduler`` makes a ``torch.optim.lr_scheduler`` of the optimizer, moved at
+    every epoch's end or, with ``scheduler_every="step"``, after every step; ReduceLROnPlateau is given −``valid_elbo``
+    (without validation data, −the training objective). ``clip_norm`` bounds the norm of the gradients of all parameters
+    together, ``clip_value`` each of their elements.
+
+    The first batch runs under Pyro's validation, and every row is held against its site's support once (in each epoch
+    where ``transform`` or ``drop_last`` shows other rows); ``validate=True`` keeps all of Pyro's validation on.
+
+    ``compile=True`` makes one graph of the loss, its gradient and Adam, and machine code of the graph: it takes some
+    seconds at the start, needs a C++ compiler, and pays on long runs of small networks. Programs that decide by values
+    are refused; batches of another size than ``batch_size`` run without it.
+
+    Losses with a differentiable scalar run in torch's idiom; the others (stock TraceGraph_ELBO) as ``SVI.step`` does.
+    Both run in a scope of the param store and under generators of their own: the store and the seeds stay as they are.
+
+    ``run_dir`` receives ``metrics.jsonl``, ``checkpoints/last.pt`` and the one before it as ``previous.pt``
+    (parameters, optimizer, random state, baselines, place in the epoch, best so far), the best parameters as
+    ``best.pt``, and with ``tensorboard=True`` scalars under ``tensorboard/``. A checkpoint is written before the first
+    step, every ``checkpoint_every`` epochs, and, where asked for, every ``checkpoint_steps`` steps or
+    ``checkpoint_minutes``. ``resume=True`` goes on from the last one, with as many epochs as are asked for and all else
+    unchanged; a damaged one is warned of, and the one before it taken. With a ``run_dir``, SIGINT and SIGTERM stop the
+    run at the next step's end: it is saved, and :class:`~gumbo.errors.Interrupted` (a KeyboardInterrupt) is raised.
+
+    Started by ``torchrun`` or ``accelerate launch``, the processes fit one model together: each batch is split by rows,
+    gradients are added up to those of one process, and the main process writes, shows progress and calls ``on_epoch``
+    (see docs/several-processes.md for what is refused).
+
+    Raises :class:`~gumbo.errors.BadInput` for data or settings that cannot be used, and for a run folder that holds
+    another run; :class:`~gumbo.errors.GumboError` naming the parameter or site when the loss stops being finite, and
+    naming the file where it cannot be written.
+
+    >>> from gumbo.models import GaussianVAE
+    >>> from gumbo.guides import NormalGuide
+    >>> from pyro.infer import Trace_ELBO
+    >>> model = GaussianVAE((1, 4, 4), latent_dim=2, hidden=(8,))
+    >>> x = torch.zeros(16, 1, 4, 4)
+    >>> guide = NormalGuide(model, hidden=(8,))
+    >>> settings = dict(loss=Trace_ELBO(), batch_size=8, clip_norm=10.0, run_dir="run", progress=False)
+    >>> fit(model, guide, x, epochs=2, **settings).epochs
+    2
+    >>> result = fit(model, guide, x, epochs=3, resume=True, **settings)
+    >>> result.epochs, result.history[-1]["elbo"] > result.history[0]["elbo"]
+    (3, True)
+    """
+    _refuse_programs(model, guide)
+    counts = {"epochs": epochs, "batch_size": batch_size, "checkpoint_every": checkpoint_every}
+    counts |= {"checkpoint_steps": checkpoint_steps, "valid_samples": valid_samples, "patience": patience}
+    for name, value in counts.items():
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise BadInput(f"{name} is {value!r}: expected at least 1, a whole number")
+    if checkpoint_minutes is not None and not (isinstance(checkpoint_minutes, Real) and checkpoint_minutes > 0):
+        raise BadInput(f"checkpoint_minutes is {checkpoint_minutes!r}: expected a positive number")
+    if not (isinstance(seed, Integral) and -(2**63) <= seed < 2**64):
+        raise BadInput(
+            f"seed is {seed!r}: expected a whole number that torch.manual_seed takes, at least 0, below 2**64"
+        )
+    if run_dir is not None:
+        _refuse_folder(run_dir)
+    for name, value in (("transform", transform), ("on_epoch", on_epoch)):
+        if value is not None and not callable(value):
+            raise BadInput(f"{name} is {type(value).__name__}: expected a function")
+    if (patience is not None or restore_best) and valid is None:
+        raise BadInput("patience and restore_best choose by validation data: pass valid=")
+    if (resume or tensorboard) and run_dir is None:
+        what = (
+            "resume=True needs the run_dir of the run to go on with" if resume else "tensorboard=True needs a run_dir"
+        )
+        raise BadInput(what)
+    if tensorboard:
+        require_tensorboard()
+    if compile and validate:
+        raise BadInput("validate=True looks at values, which compile=True cannot: leave one of them out")
+    rows = Rows(train, "train").check("train")
+    valid_rows = None if valid is None else Rows(valid, "valid").check("valid")
+    loss, loss_name = _make_loss(loss)
+    with private_seed(seed, model, guide):
+        first = Batches(rows, batch_size, seed, False, transform, device_of(model, guide)).first()
+    if drop_last is None:
+        drop_last = keeps_batch_positions(loss) or (
+            len(rows) > batch_size and isinstance(loss, TraceGraph_ELBO) and _marks_averages(guide, first, seed)
+        )
+    if drop_last and len(rows) < batch_size:
+        raise BadInput(
+            f"train has {len(rows)} rows: with drop_last, a batch of {batch_size} is never full; lower batch_size"
+        )
+    processes = Processes.join(device_of(model, guide))
+    make, optimizer_name = make_optimizer(optimizer, lr, clip_norm, clip_value, scheduler, scheduler_every)
+    batches = Batches(rows, batch_size, seed, drop_last, transform, device_of(model, guide))
+    settings = {
+        "loss": loss_name,
+        "optimizer": optimizer_name,
+        "batch_size": batch_size,
+        "seed": seed,
+        "drop_last": drop_last,
+        "transform": None if transform is None else getattr(transform, "__qualname__", type(transform).__name__),
+        "train": _fingerprint(rows),
+        "valid": None if valid_rows is None else _fingerprint(valid_rows),
+        "valid_samples": valid_samples,
+        "compile": compile,
+        "processes": 1 if processes is None else processes.number,
+    }
+    plan = Plan(
+        epochs=epochs,
+        patience=patience,
+        restore_best=restore_best,
+        checkpoint_every=checkpoint_every,
+        checkpoint_steps=checkpoint_steps,
+        checkpoint_minutes=checkpoint_minutes,
+        tensorboard=tensorboard,
+        progress=progress,
+        title=title,
+        on_epoch=on_epoch,
+    )
+    with (
+        pyro.get_param_store().scope(),
+        private_seed(seed, model, guide),
+        modes_kept(model, guide),
+        denormals_flushed(),
+    ):
+        step = _make_step(model, guide, loss, make, first, compile, processes, seed)
+        step.validate = validate
+        objective = getattr(getattr(step, "module", loss), "objective_name", "elbo")
+        folder = None if run_dir is None else Path(run_dir)
+        run = Run(model, guide, step, batches, valid_rows, valid_samples, settings, folder, objective, processes)
+        run.begin(resume)
+        return run.go(plan)
+
+
+def keeps_batch_positions(loss: ELBO) -> bool:
+    """Whether the loss keeps a number for each position in a batch, so that a shorter batch would not fit it."""
+    from ..stock import TraceGraphBaselineELBO
+
+    return isinstance(loss, TraceGraphBaselineELBO)
+
+
+def _marks_averages(guide: torch.nn.Module, batch: Rows, seed: int) -> bool:
+    """Whether a site of the guide asks TraceGraph_ELBO for the average that it keeps for each batch position."""
+    with (
+        pyro.get_param_store().scope(),
+        private_seed(seed, guide),
+        modes_kept(guide),
+        torch.no_grad(),
+        suppress(Exception),  # what cannot run is refused where the step is made
+    ):
+        guide.eval()  # running statistics stay as they are
+        trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+        marks = [site["infer"].get("baseline", {}) for site in trace.nodes.values() if site["type"] == "sample"]
+        return any(mark.get("use_decaying_avg_baseline") for mark in marks)
+    return False
+
+
+def _refuse_folder(run_dir: object) -> None:
+    """Raise BadInput for what no file system could take as a folder's name."""
+    if not isinstance(run_dir, (str, os.PathLike)):
+        raise BadInput(f"run_dir is {type(run_dir).__name__}: expected a path")
+    try:
+        os.lstat(Path(run_dir) / "checkpoints")
+    except ValueError as error:
+        raise BadInput(f"run_dir is {str(run_dir)!r}: expected a path, and this is none ({error})") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadInput(f"run_dir has a name that is too long for this file system: {str(run_dir)!r}") from error
+
+
+def _make_loss(loss: ELBO | str) -> tuple[ELBO, str]:
+    """The ELBO, and words that tell it from another one."""
+    if isinstance(loss, str):
+        from ..stock import make_loss
+
+        return make_loss(loss), loss
+    if not isinstance(loss, ELBO):
+        raise BadInput(f"loss is {type(loss).__name__}: expected an ELBO or its word, such as 'rloo' or 'trace'")
+    if type(loss).__repr__ is object.__repr__:
+        return loss, f"{type(loss).__name__}(num_particles={loss.num_particles})"
+    # A word says nothing of what was set on its estimator afterwards, such as a temperature.
+    chosen = [*getattr(loss, "given", {}).values(), getattr(loss, "otherwise", None)]
+    return loss, without_addresses([loss, *chosen] if any(chosen) else loss)
+
+
+def _fingerprint(rows: Rows) -> str:
+    tensors = [*rows.args, *rows.kwargs.values()]
+    checksum = 0
+    for tensor in tensors:
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy lacks some of torch's types
+        checksum = zlib.crc32(content.numpy(), checksum)
+    return f"{_described(rows)} {checksum:08x}"
+
+
+def _described(rows: Rows) -> str:
+    """``(40, 1, 3, 3) float32, (40,) int64``."""
+    tensors = [*rows.args, *rows.kwargs.values()]
+    return ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors)
+
+
+def _refuse_programs(model: torch.nn.Module, guide: torch.nn.Module) -> None:
+    """Raise BadInput for what cannot be trained, whatever the data."""
+    for name, program in (("model", model), ("guide", guide)):
+        if not isinstance(program, torch.nn.Module):
+            raise BadInput(
+                f"fit trains modules, and the {name} is a {type(program).__name__}: put it into a PyroModule, "
+                "or use pyro.infer.SVI with the same loss"
+            )
+    if shared := shared_names(model, guide):
+        raise BadInput(
+            f"model and guide both have a parameter {shared[0]!r}: in Pyro's param store they would train as one; "
+            "rename one of the networks"
+        )
+    for name, parameter in owned_parameters(model, guide).items():
+        if not torch.nn.parameter.is_lazy(parameter) and not torch.isfinite(parameter).all():
+            raise BadInput(f"parameter {name!r} is not finite before the first step")
+
+
+def _make_step(
+    model, guide, loss: ELBO, make: Callable, batch: Rows, compile: bool, processes: Processes | None, seed: int
+) -> Step:
+    """The kind of step that the loss needs; programs that cannot run on the data are refused in one line."""
+    kind: Callable[..., Step] = TorchStep if is_differentiable(loss) else StoreStep
+    if compile:
+        from .compile.step import CompiledStep as kind  # what it imports takes a while to load
+    if processes is not None:
+        from .data_parallel import ProcessStep
+
+        if compile:
+            raise BadInput("a compiled step runs in one process: leave compile out, or start one process")
+        if kind is StoreStep:
+            raise BadInput(
+                f"{type(loss).__name__} takes gradients itself, in one process: take one of SiteELBO's words, or start "
+                "one process"
+            )
+        kind = partial(ProcessStep, processes=processes, seed=seed)
+    try:
+        return kind(model, guide, loss, make, batch)
+    except GumboError:
+        batch.check(TRANSFORMED)
+        raise
+    except Exception as error:
+        batch.check(TRANSFORMED)
+        raise BadInput(
+            f"the programs cannot run on a batch of train, {_described(batch)}: {_first_line(error)}"
+            f"{_about_dtypes(batch, model, guide)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _about_dtypes(batch: Rows, *programs: torch.nn.Module) -> str:
+    """A hint where the data are of another type than the parameters."""
+    wanted = next((p.dtype for program in programs for p in program.parameters()), None)
+    given = [tensor.dtype for tensor in [*batch.args, *batch.kwargs.values()] if tensor.dtype != wanted]
+    if wanted is None or not given:
+        return ""
+    return f"; the parameters are {wanted} and the data {given[0]}: convert one of them"

@@ -1,0 +1,78 @@
+"""What a run writes down as it goes: ``metrics.jsonl``, and scalars for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...errors import BadInput
+from .checkpoints import cannot_write, write_whole
+
+
+class Metrics:
+    """``metrics.jsonl``: one line an epoch, there as soon as the epoch is over."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.jsonl"
+
+    def rewrite(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Just these lines: those of epochs after the checkpoint would otherwise stand twice."""
+        lines = "".join(json.dumps(numbers) + "\n" for numbers in history)
+        write_whole(self.path, lambda file: file.write(lines.encode()))
+
+    def append(self, numbers: Mapping[str, float]) -> None:
+        """One line, or none: what a full disk took of it is cut off again, and GumboError raised."""
+        line = json.dumps(numbers).encode() + b"\n"
+        try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        try:
+            size = os.fstat(handle).st_size
+            try:
+                while line:
+                    line = line[os.write(handle, line) :]
+            except OSError as error:
+                os.ftruncate(handle, size)
+                raise cannot_write(self.path, error) from error
+        finally:
+            os.close(handle)
+
+
+class Scalars:
+    """Every number of an epoch as a TensorBoard scalar over training steps, under ``<run_dir>/tensorboard``.
+
+    Needs the package ``tensorboard``; BadInput says how to get it. ``after`` is the step that the run goes on from:
+    TensorBoard drops what an interrupted run had written beyond it.
+    """
+
+    def __init__(self, folder: Path, after: int | None):
+        self.writer = _summary_writer()(
+            str(folder / "tensorboard"), purge_step=None if after is None else after + 1, flush_secs=10
+        )
+
+    def epoch(self, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            if name not in ("epoch", "step"):
+                self.writer.add_scalar(name, value, int(numbers["step"]))
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _summary_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BadInput(
+            'tensorboard=True needs the package tensorboard: pip install "gumbo-ppl[tensorboard]"'
+        ) from error
+    return SummaryWriter
+
+
+def require_tensorboard() -> None:
+    """Raise BadInput now where TensorBoard is missing, and not after the first epoch."""
+    _summary_writer()

@@ -1,0 +1,235 @@
+"""Optimizers by word, by Pyro's classes, or by a callable, with gradient clipping and learning-rate schedules."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from pyro.optim.lr_scheduler import PyroLRScheduler
+from pyro.optim.optim import PyroOptim
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from ...errors import BadInput, UnknownName
+from .schedules import Schedule
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamax": torch.optim.Adamax,
+    "adamw": torch.optim.AdamW,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+Named = Mapping[str, Parameter]
+
+
+class Updates:
+    """A torch optimizer with what surrounds its step: gradients are clipped before, the learning rate moves after.
+
+    Attributes: ``optimizer``; ``scheduler`` and ``clip``, which are None where there is none.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        clip: Callable[[], object] | None = None,
+        scheduler: LRScheduler | ReduceLROnPlateau | None = None,
+        every_step: bool = False,
+    ):
+        self.optimizer, self.clip, self.scheduler, self.every_step = optimizer, clip, scheduler, every_step
+        self.started_as = "" if scheduler is None else f"{type(scheduler).__name__}({_plain(scheduler.state_dict())})"
+        self.zero_grad = optimizer.zero_grad
+
+    def step(self) -> None:
+        if self.clip is not None:
+            self.clip()
+        self.optimizer.step()
+        if self.every_step:
+            self.scheduler.step()
+
+    def end_epoch(self, loss: float) -> None:
+        """Move a learning rate that changes by the epoch; ``loss`` is what ReduceLROnPlateau judges by."""
+        if self.scheduler is None or self.every_step:
+            return
+        with warnings.catch_warnings():
+            # A run that goes on from the end of an epoch has made no step yet in this process.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step(*([loss] if isinstance(self.scheduler, ReduceLROnPlateau) else []))
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate of the first parameters, where one is scheduled."""
+        return None if self.scheduler is None else float(self.optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+
+def make_optimizer(
+    optimizer: object,
+    lr: float | Schedule,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    scheduler_every: str = "epoch",
+) -> tuple[Callable[[Named], Updates], str]:
+    """A function from named parameters to their :class:`Updates`, and words that tell these from others.
+
+    Raises UnknownName for an unknown word, and BadInput for what is no optimizer, or no number that can be meant.
+    """
+    for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+        if value is not None and not (isinstance(value, Real) and value > 0):
+            raise BadInput(f"{name} is {value!r}: expected a positive number")
+    if not callable(lr) and not (isinstance(lr, Real) and lr > 0):
+        raise BadInput(f"lr is {lr!r}: expected a positive number, or a schedule of the step")
+    base = 1.0 if callable(lr) else lr
+    if inspect.isfunction(optimizer) and optimizer.__module__.startswith("pyro.optim"):
+        function = optimizer  # pyro.optim.Adam itself, not what it makes
+        optimizer = _built(lambda: function({"lr": base}))
+    make, words = _maker(optimizer, base, without_addresses(lr))
+    schedule = _scheduler(optimizer, lr, scheduler, scheduler_every, words)
+    single = optimizer.pt_clip_args if isinstance(optimizer, PyroOptim) else {}
+    if callable(single):
+        raise BadInput("fit does not take a pyro.optim optimizer whose clip_args are a function: pass a dictionary")
+
+    def updates(parameters: Named) -> Updates:
+        made = _built(lambda: make(parameters))
+        _refuse_arguments(made)
+        return Updates(made, _clip(list(parameters.values()), clip_norm, clip_value, single), *schedule(made))
+
+    clips = {"clip_norm": clip_norm, "clip_value": clip_value} | ({"of each parameter": single} if single else {})
+    return updates, words + "".join(f", {name} {value}" for name, value in clips.items() if value is not None)
+
+
+def _scheduler(
+    optimizer: object, lr: float | Schedule, scheduler: Callable | None, every: str, words: str
+) -> Callable[[torch.optim.Optimizer], tuple[Any, bool]]:
+    """A function from the torch optimizer to what moves its learning rate, and whether that moves at every step."""
+    if every not in ("epoch", "step"):
+        raise UnknownName("scheduler_every", every, ("epoch", "step"))
+    if scheduler is not None and (callable(lr) or isinstance(optimizer, PyroLRScheduler)):
+        raise BadInput(f"{words} has a schedule, and scheduler= is given as well: leave one of them out")
+    if callable(lr):
+        if not isinstance(optimizer, (str, type)):
+            raise BadInput(f"{words} brings a learning rate of its own, which lr= cannot schedule: use scheduler=")
+        # The optimizer's own rate is 1, so that the factor that LambdaLR multiplies it by is the rate.
+        scheduler, every = functools.partial(LambdaLR, lr_lambda=lr), "step"
+    elif isinstance(optimizer, PyroLRScheduler):
+        scheduler = functools.partial(optimizer.pt_scheduler_constructor, **optimizer.kwargs)
+    if scheduler is None:
+        return lambda made: (None, False)
+
+    def schedule(made: torch.optim.Optimizer) -> tuple[Any, bool]:
+        scheduled = _built(lambda: scheduler(made))
+        if not isinstance(scheduled, (LRScheduler, ReduceLROnPlateau)):
+            raise BadInput(f"scheduler made a {type(scheduled).__name__}: expected one of torch.optim.lr_scheduler")
+        if every == "step" and isinstance(scheduled, ReduceLROnPlateau):
+            raise BadInput("ReduceLROnPlateau judges by epochs: pass scheduler_every='epoch'")
+        return scheduled, every == "step"
+
+    return schedule
+
+
+def _maker(optimizer: Any, lr: float, lr_said: str) -> tuple[Callable[[Named], Any], str]:
+    """A function from named parameters to a torch optimizer, and words for it."""
+    if isinstance(optimizer, str):
+        if optimizer not in OPTIMIZERS:
+            raise UnknownName("optimizer", optimizer, OPTIMIZERS)
+        return lambda named: _fused(OPTIMIZERS[optimizer], named.values(), lr), f"{optimizer}(lr={lr_said})"
+    if isinstance(optimizer, PyroOptim):
+        make, options = optimizer.pt_optim_constructor, optimizer.pt_optim_args
+        if callable(options):
+            return lambda named: make(_groups(optimizer, named)), f"{make.__name__}({without_addresses(options)})"
+        return lambda named: make(list(named.values()), **options), f"{make.__name__}({options})"
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+        takes_lr = "lr" in inspect.signature(optimizer).parameters
+        options = {"lr": lr} if takes_lr else {}
+        words = f"{optimizer.__name__}({f'lr={lr_said}' if takes_lr else ''})"
+        return lambda named: optimizer(list(named.values()), **options), words
+    if callable(optimizer):
+        keywords = getattr(optimizer, "keywords", {})
+        name = getattr(getattr(optimizer, "func", optimizer), "__name__", "optimizer")
+        return lambda named: optimizer(list(named.values())), f"{name}({keywords})"
+    raise BadInput(
+        f"optimizer is {type(optimizer).__name__}: expected a word ({', '.join(OPTIMIZERS)}), a torch optimizer's "
+        "class, a function of the parameters that makes one, or a pyro.optim optimizer"
+    )
+
+
+def _groups(optimizer: PyroOptim, named: Named) -> list[dict[str, Any]]:
+    """A group for each parameter, with the arguments that Pyro would give it by its name in the param store."""
+    if optimizer.pt_optim_args_argc != 1:
+        raise BadInput("a pyro.optim optimizer's function of the parameter must take one argument, the name")
+    plain = {name: re.sub(r"^(model|guide)\.|_unconstrained$", "", name) for name in named}
+    return [{"params": [parameter], **optimizer.pt_optim_args(plain[name])} for name, parameter in named.items()]
+
+
+def _fused(kind: type[torch.optim.Optimizer], parameters: Iterable[Parameter], lr: float):
+    """One kernel for all parameters where torch has it: on a small network many kernels cost as much as a layer."""
+    parameters = list(parameters)
+    if "fused" in inspect.signature(kind).parameters:
+        try:
+            return kind(parameters, lr=lr, fused=True)
+        except RuntimeError:  # not for this device or dtype
+            pass
+    return kind(parameters, lr=lr)
+
+
+def _clip(
+    parameters: list[Parameter], norm: float | None, value: float | None, single: Mapping[str, float]
+) -> Callable[[], object] | None:
+    """What is done to the gradients before a step; ``single`` to each parameter alone, as Pyro does."""
+    if norm is None and value is None and not single:
+        return None
+
+    def clip() -> None:
+        for parameter in parameters if single else ():
+            PyroOptim._clip_grad(parameter, **single)
+        if norm is not None:
+            clip_grad_norm_(parameters, norm)
+        if value is not None:
+            clip_grad_value_(parameters, value)
+
+    return clip
+
+
+def _built(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except BadInput:
+        raise
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
+        raise BadInput(f"the optimizer or its schedule cannot be made: {error}") from error
+
+
+def _refuse_arguments(made: object) -> None:
+    if not isinstance(made, torch.optim.Optimizer):
+        raise BadInput(f"optimizer made a {type(made).__name__}: expected a torch optimizer")
+    for name, parameter in inspect.signature(made.step).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            raise BadInput(f"{type(made).__name__}'s step needs {name!r}, which fit does not give: take another")
+
+
+def _plain(state: Mapping[str, Any]) -> str:
+    return without_addresses(dict(sorted(state.items())))
+
+
+def without_addresses(value: object) -> str:
+    """``repr``, without what differs from one process to the next."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

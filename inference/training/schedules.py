@@ -1,0 +1,186 @@
+"""Numbers that change over training: temperatures that cool, and KL weights that warm up."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...errors import BadInput
+from ...registry import Registry
+
+Schedule = Callable[[int], float]
+
+schedules: Registry[type] = Registry("schedule")
+
+
+def _require(schedule: object, condition: bool, expected: str) -> None:
+    if not condition:
+        raise BadInput(f"{schedule!r}: expected {expected}")
+
+
+@schedules.register("constant")
+@dataclass(frozen=True)
+class Constant:
+    """The same number at every step.
+
+    >>> Constant(0.5)(10_000)
+    0.5
+    """
+
+    value: float
+
+    def __post_init__(self):
+        _require(self, self.value >= 0, "a number of at least 0")
+
+    def __call__(self, step: int) -> float:
+        return float(self.value)
+
+
+@schedules.register("exponential")
+@dataclass(frozen=True)
+class Exponential:
+    r"""Annealing: :math:`\max(\text{floor}, \text{start} \cdot e^{-\text{rate} \cdot t})` at step t.
+
+    The usual schedule of a Gumbel-softmax temperature (Jang, Gu & Poole 2017, arXiv:1611.01144). Raises BadInput for a
+    start or a floor that is not positive, a floor above the start, or a negative rate.
+
+    >>> cooling = Exponential(1.0, 0.5, 1e-4)
+    >>> [round(cooling(step), 3) for step in (0, 1_000, 5_000, 50_000)]
+    [1.0, 0.905, 0.607, 0.5]
+    """
+
+    start: float
+    floor: float
+    rate: float
+
+    def __post_init__(self):
+        _require(self, self.start >= self.floor > 0, "start ≥ floor > 0")
+        _require(self, self.rate >= 0, "a rate of at least 0")
+
+    def __call__(self, step: int) -> float:
+        return max(float(self.floor), self.start * math.exp(-self.rate * step))
+
+
+@schedules.register("linear")
+@dataclass(frozen=True)
+class Linear:
+    """From ``start`` to ``end`` in so many steps, and ``end`` from then on: KL warm-up, from 0 to 1 by default.
+
+    Bowman et al. 2016, arXiv:1511.06349; Sønderby et al. 2016, arXiv:1602.02282. Raises BadInput for less than one step
+    or for negative numbers.
+
+    >>> [Linear(1000)(step) for step in (0, 250, 1000, 5000)]
+    [0.0, 0.25, 1.0, 1.0]
+    """
+
+    steps: int
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        _require(self, self.steps >= 1, "at least one step")
+        _require(self, self.start >= 0 and self.end >= 0, "start and end of at least 0")
+
+    def __call__(self, step: int) -> float:
+        done = min(1.0, step / self.steps)
+        return self.start + (self.end - self.start) * done
+
+
+@schedules.register("cyclical")
+@dataclass(frozen=True)
+class Cyclical:
+    """KL warm-up again and again: ``steps`` are cut into ``cycles``; in each the weight rises from 0 and stays at 1.
+
+    ``ratio`` is the part of a cycle in which it rises; ``end`` is the weight it rises to, and keeps after the last
+    cycle. Fu et al. 2019, arXiv:1903.10145. Raises BadInput for less than one step a cycle, or for a ratio outside
+    (0, 1].
+
+    >>> [Cyclical(100, cycles=2)(step) for step in (0, 10, 25, 49, 50, 60, 99, 100)]
+    [0.0, 0.4, 1.0, 1.0, 0.0, 0.4, 1.0, 1.0]
+    """
+
+    steps: int
+    cycles: int = 4
+    ratio: float = 0.5
+    end: float = 1.0
+
+    def __post_init__(self):
+        _require(self, 1 <= self.cycles <= self.steps, "at least one cycle, of at least one step")
+        _require(self, 0 < self.ratio <= 1, "a ratio in (0, 1]")
+        _require(self, self.end >= 0, "an end of at least 0")
+
+    def __call__(self, step: int) -> float:
+        if step >= self.steps:
+            return float(self.end)
+        place = step * self.cycles % self.steps / self.steps
+        return self.end * min(1.0, place / self.ratio)
+
+
+@schedules.register("cosine")
+@dataclass(frozen=True)
+class Cosine:
+    """From ``start`` to ``end`` along half a cosine in so many steps, and ``end`` from then on.
+
+    A learning rate's usual way down: ``fit(…, lr=Cosine(10_000, 1e-3, 1e-5))``. Loshchilov & Hutter 2017,
+    arXiv:1608.03983, without restarts. Raises BadInput for less than one step or for negative numbers.
+
+    >>> [round(Cosine(100, 1.0, 0.2)(step), 3) for step in (0, 25, 50, 100, 500)]
+    [1.0, 0.883, 0.6, 0.2, 0.2]
+    """
+
+    steps: int
+    start: float = 1.0
+    end: float = 0.0
+
+    def __post_init__(self):
+        _require(self, self.steps >= 1, "at least one step")
+        _require(self, self.start >= 0 and self.end >= 0, "start and end of at least 0")
+
+    def __call__(self, step: int) -> float:
+        done = min(1.0, step / self.steps)
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def parse_schedule(text: str | float | Schedule) -> Schedule:
+    """The schedule that a short string says, as a command line takes it; a bare number is constant.
+
+    What is a schedule already is given back, and ``parse_schedule(repr(schedule)) == schedule``. Raises UnknownName
+    for an unknown schedule, and BadInput for arguments that it does not take.
+
+    >>> parse_schedule("exponential(1.0, 0.5, 1e-4)")
+    Exponential(start=1.0, floor=0.5, rate=0.0001)
+    >>> parse_schedule("linear(1000)")(500), parse_schedule("0.5")
+    (0.5, Constant(value=0.5))
+    """
+    if callable(text):
+        return text
+    advice = "a number or a schedule such as 'linear(1000)'"
+    try:
+        found = ast.parse(str(text).strip(), mode="eval").body
+        if not (isinstance(found, ast.Call) and isinstance(found.func, ast.Name)):
+            found = ast.Call(ast.Name("constant"), [found], [])
+        given = [_number(argument) for argument in found.args]
+        named = {str(keyword.arg): _number(keyword.value) for keyword in found.keywords}
+    except (SyntaxError, ValueError):
+        raise BadInput(f"cannot read the schedule {text!r}: expected {advice}") from None
+    make = schedules[found.func.id.lower()]
+    signature = inspect.signature(make)
+    try:
+        signature.bind(*given, **named)
+    except TypeError as error:
+        takes = ", ".join(signature.parameters)
+        raise BadInput(f"schedule {text!r}: {error}; it takes {found.func.id.lower()}({takes})") from None
+    return make(*given, **named)
+
+
+def _number(node: ast.expr) -> float:
+    value = ast.literal_eval(node)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(value)
+    return value
+
+
+__all__ = ["Constant", "Cosine", "Cyclical", "Exponential", "Linear", "Schedule", "parse_schedule", "schedules"]

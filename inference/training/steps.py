@@ -1,0 +1,161 @@
+"""One training step of a loss: in torch's idiom, or as ``SVI.step`` makes it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO
+from pyro.ops.provenance import detach_provenance
+from pyro.poutine.messenger import Messenger
+
+from ...errors import BadInput
+from ..engine.programs import observed_in_support
+from ..engine.rows import Rows
+from ..engine.scopes import owned_parameters, private_seed
+from ..estimators._distributions import describe
+from .compile.products import layers_through_onednn, linear_layers
+from .optimizers import Updates
+
+
+def outside_support(site: str, distribution: str) -> BadInput:
+    return BadInput(
+        f"site {site!r}: the data hold values outside the support of {distribution}; mend them, or take a likelihood "
+        "that allows them"
+    )
+
+
+class _ObservedInSupport(Messenger):
+    """Refuses data that a distribution cannot have produced: it gets a finite density and trains to nonsense."""
+
+    def _pyro_post_sample(self, msg) -> None:
+        inside = observed_in_support(msg)
+        if inside is not None and not inside.all():
+            raise outside_support(msg["name"], describe(msg["fn"]))
+
+
+class Step(ABC):
+    """One training step, called with a batch; it returns the loss, which may not be finite: then nothing has moved.
+
+    Attributes: ``parameters`` by name, ``optimizer``. ``state()`` is all that steps change, apart from the optimizer
+    and torch's generators, as tensors and plain values; after ``load(state)`` a step made anew goes on as this one.
+
+    Pyro's own validation looks at every value of every step and costs a tenth of it and more. The first batch is
+    run under it, as the caller has set it; after that ``check_data`` has the data looked at, and a loss that is not
+    finite is left to who runs the steps. ``validate`` keeps Pyro's validation on.
+    """
+
+    validate = False
+    check_data = True
+    note = ""  # what a reader of the progress lines should know of it
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: Updates
+
+    @abstractmethod
+    def __call__(self, batch: Rows) -> float: ...
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Any]) -> None: ...
+
+    @contextmanager
+    def checks(self) -> Iterator[None]:
+        if self.validate:
+            yield
+            return
+        look = _ObservedInSupport() if self.check_data and pyro.infer.util.is_validation_enabled() else nullcontext()
+        with pyro.validation_enabled(False), look:
+            yield
+
+
+class TorchStep(Step):
+    """One step in torch's idiom: the loss is a module, and its ``state_dict`` is all there is to keep."""
+
+    def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
+        self.module = loss(model, guide)
+        with private_seed(None, model, guide):
+            if hasattr(self.module, "initialize"):
+                self.module.initialize(*batch.args, **batch.kwargs)
+            else:
+                self.module(*batch.args, **batch.kwargs)
+        self.module.train()
+        self.parameters = dict(self.module.named_parameters())
+        _refuse_store_parameters(self.parameters.values())
+        self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
+        self.layers = linear_layers([self.module])
+
+    def __call__(self, batch: Rows) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.checks(), layers_through_onednn(self.layers):
+            value = self.module(*batch.args, **batch.kwargs)
+        if math.isfinite(number := value.item()):
+            value.backward()
+            self.optimizer.step()
+        return number
+
+    def state(self) -> dict[str, Any]:
+        return {"module": self.module.state_dict(), "store": {}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+
+
+class StoreStep(Step):
+    """One step as ``SVI.step`` makes it, for losses that take gradients themselves and keep state in the param store.
+
+    The optimizer is one over the programs' own parameters: through ``SVI``, each rewriting of TraceGraph's decaying
+    average counts as a new parameter and leaves another optimizer behind.
+    """
+
+    def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
+        self.model, self.guide, self.loss = model, guide, loss
+        with private_seed(None, model, guide), torch.no_grad(), poutine.trace(param_only=True):
+            guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+            poutine.replay(model, trace=guide_trace)(*batch.args, **batch.kwargs)
+        model.train()
+        guide.train()
+        self.parameters = owned_parameters(model, guide)
+        _refuse_store_parameters(self.parameters.values())
+        self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
+
+    def __call__(self, batch: Rows) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.checks():
+            number = float(self.loss.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs))
+        if math.isfinite(number):
+            self.optimizer.step()
+        return number
+
+    def state(self) -> dict[str, Any]:
+        owned = {id(parameter) for parameter in self.parameters.values()}
+        kept = {name: value for name, value in pyro.get_param_store().named_parameters() if id(value) not in owned}
+        module = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        module |= {f"guide.{name}": value for name, value in self.guide.state_dict().items()}
+        # TraceGraph's averages come wrapped in what they depend on.
+        return {"module": module, "store": {name: detach_provenance(v).detach().clone() for name, v in kept.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for prefix, program in (("model.", self.model), ("guide.", self.guide)):
+            program.load_state_dict(
+                {key.removeprefix(prefix): value for key, value in state["module"].items() if key.startswith(prefix)}
+            )
+        for name, value in state["store"].items():
+            pyro.get_param_store()[name] = value
+
+
+def _refuse_store_parameters(owned) -> None:
+    ids = {id(parameter) for parameter in owned}
+    for name, value in pyro.get_param_store().named_parameters():
+        if id(value) not in ids:
+            raise BadInput(
+                f"pyro.param {name!r} belongs to no module, so its training would be lost with the run: make it a "
+                "PyroParam of the model or the guide"
+            )

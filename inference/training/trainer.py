@@ -1,0 +1,344 @@
+"""The training loop, and what it must remember to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ...errors import BadInput, GumboError, GumboWarning, Interrupted
+from ..engine.progress import Progress, make_progress
+from ..engine.rows import Rows
+from ..engine.scopes import devices_of
+from ..posterior.evaluation import evaluate
+from .batches import TRANSFORMED, Batches
+from .checkpoints import Checkpoints
+from .distributed import OnMain, Processes, SharedInterrupts
+from .metrics import Metrics, Scalars
+from .nonfinite import Guard
+from .signals import Interrupts
+from .steps import Step
+
+
+@dataclass
+class FitResult:
+    """What :func:`fit` did.
+
+    ``history`` has one dict an epoch: ``epoch``, ``step``, the training objective per datum under its own name
+    (``objective_name``), ``valid_elbo`` (the true bound, nats per datum) where there was validation data, ``lr`` where
+    it is scheduled, ``ms_per_step`` (median) and ``seconds``. With validation data, entry 0 is the state before the
+    first step. ``ms_per_step`` is the median epoch's.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    objective_name: str = "elbo"
+    best_epoch: int | None = None
+    best_elbo: float | None = None
+    ms_per_step: float = math.nan
+    stopped_early: bool = False
+
+    @property
+    def epochs(self) -> int:
+        return int(self.history[-1]["epoch"]) if self.history else 0
+
+
+@dataclass
+class Plan:
+    """How long a run goes on, when it saves, and whom it tells: what may differ when it is resumed."""
+
+    epochs: int
+    patience: int | None = None
+    restore_best: bool = False
+    checkpoint_every: int = 1
+    checkpoint_steps: int | None = None
+    checkpoint_minutes: float | None = None
+    tensorboard: bool = False
+    progress: bool = True
+    title: str = "fit"
+    on_epoch: Callable[[dict[str, float]], None] | None = None
+
+
+@dataclass
+class _Epoch:
+    """How far the epoch at hand has come: batches done, the objective summed over the rows seen, the time it took."""
+
+    number: int = 1
+    done: int = 0
+    total: float = 0.0
+    seen: int = 0
+    took: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Run:
+    """Steps, validation, checkpoints. Everything here that changes is in the checkpoint, at every step's end.
+
+    ``settings`` are what tells this run from another: a folder that holds other ones is refused. Of several
+    ``processes`` all make the same run; the main one writes and speaks.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        guide: torch.nn.Module,
+        step: Step,
+        batches: Batches,
+        valid: Rows | None,
+        valid_samples: int,
+        settings: dict[str, Any],
+        folder: Path | None,
+        objective_name: str,
+        processes: Processes | None = None,
+    ):
+        self.model, self.guide, self.step, self.batches = model, guide, step, batches
+        self.valid, self.valid_samples, self.folder = valid, valid_samples, folder
+        self.objective_name, self.processes = objective_name, processes
+        shapes = {name: list(parameter.shape) for name, parameter in step.parameters.items()}
+        self.settings = settings | {"parameters": zlib.crc32(json.dumps(shapes).encode())}
+        if step.optimizer.started_as:
+            self.settings["scheduler"] = step.optimizer.started_as
+        self.guard = Guard(model, guide, step.parameters)
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] = {"epoch": None, "elbo": None, "module": {}}
+        self.now = _Epoch()
+        self.made_on = {"threads": torch.get_num_threads(), "device": batches.device.type}
+        if folder is not None:
+            self.checkpoints: Any = Checkpoints(folder / "checkpoints")
+            self.metrics: Any = Metrics(folder)
+            if processes is not None:
+                self.checkpoints = OnMain(processes, self.checkpoints)
+                self.metrics = OnMain(processes, self.metrics)
+        self.speaks = processes is None or processes.main
+        self._best_is_saved = True
+        self._saved_at = self._began = time.perf_counter()
+
+    def begin(self, resume: bool) -> None:
+        """Start afresh, or from the checkpoint; a folder that cannot be written to is found out here."""
+        if self.folder is None:
+            return
+        if self.checkpoints.exist():
+            if not resume:
+                raise BadInput(f"{self.folder} holds a run already: pass resume=True to go on, or another run_dir")
+            self._load()
+            if self.best["epoch"] is not None:
+                self.checkpoints.save_best(self.best)  # a crash may have come between the checkpoint and this
+        else:
+            self._save()
+        self.metrics.rewrite(self.history)
+
+    def go(self, plan: Plan) -> FitResult:
+        steps = plan.epochs * self.batches.per_epoch
+        with ExitStack() as stack:
+            interrupts = stack.enter_context(self._interrupts())
+            shown = stack.enter_context(make_progress(plan.progress and self.speaks, plan.title, plan.epochs, steps))
+            if self.step.note:
+                shown.begin(self.step.note)
+            if self.folder is not None:
+                shown.begin(f"into {self.folder} from {self._where()}")
+            scalars = None
+            if plan.tensorboard and self.folder is not None and self.speaks:
+                scalars = Scalars(self.folder, int(self.history[-1]["step"]) if self.history else None)
+                stack.callback(scalars.close)
+            try:
+                self._epochs(plan, interrupts, shown, scalars)
+                interrupts.check()
+            except Interrupted as error:
+                with interrupts.ignored():
+                    self._save()
+                advice = f"; saved in {self.folder}: the same call with resume=True goes on from there"
+                raise Interrupted(error.signal, self._where(), advice) from None
+        stopped = self._out_of_patience(plan.patience)
+        if plan.restore_best and self.best["module"]:
+            self.step.load({"module": self.best["module"], "store": {}})
+        times = [numbers["ms_per_step"] for numbers in self.history if "ms_per_step" in numbers]
+        return FitResult(
+            self.history,
+            self.objective_name,
+            self.best["epoch"],
+            self.best["elbo"],
+            median(times) if times else math.nan,
+            stopped,
+        )
+
+    def _interrupts(self) -> Interrupts:
+        kept = self.folder is not None
+        return Interrupts(kept) if self.processes is None else SharedInterrupts(self.processes, kept)
+
+    def _epochs(self, plan: Plan, interrupts: Interrupts, shown: Progress, scalars: Scalars | None) -> None:
+        if self.valid is not None and not self.history:
+            with interrupts.at_once():
+                numbers = {"epoch": 0, "step": 0, **self._validate()}
+            self._record(numbers, scalars)
+        while self.now.number <= plan.epochs and not self._out_of_patience(plan.patience):
+            self._steps(plan, interrupts, shown)
+            with interrupts.at_once():
+                numbers = self._numbers()
+            self.step.optimizer.end_epoch(-numbers.get("valid_elbo", numbers[self.objective_name]))
+            self.now = _Epoch(self.now.number + 1)
+            self._record(numbers, scalars)
+            epoch = int(numbers["epoch"])
+            if self.folder is not None and (
+                epoch % plan.checkpoint_every == 0 or epoch == plan.epochs or self._out_of_patience(plan.patience)
+            ):
+                self._save()
+            shown.epoch(epoch, numbers)
+            if plan.on_epoch is not None and self.speaks:
+                plan.on_epoch(numbers)
+
+    def _steps(self, plan: Plan, interrupts: Interrupts, shown: Progress) -> None:
+        """What is left of the epoch's steps."""
+        now, before = self.now, (self.now.number - 1) * self.batches.per_epoch
+        self._began = time.perf_counter() - now.seconds
+        self.step.check_data = now.number == 1 or self.batches.show_other_rows
+        interrupts.check()
+        for batch in self.batches.of_epoch(now.number, now.done):
+            start = time.perf_counter()
+            try:
+                loss = self.step(batch)
+            except (ValueError, RuntimeError) as error:
+                # Pyro's own validation speaks of a distribution's argument; the cause is the parameter behind it.
+                where = f"epoch {now.number}, step {before + now.done + 1}"
+                self.guard.after_step(where, error)
+                batch.check(TRANSFORMED)  # the data themselves were looked at before
+                if not isinstance(error, GumboError):
+                    self.guard.explain_error(error, where, batch)
+                raise
+            end = time.perf_counter()
+            if not math.isfinite(loss):
+                batch.check(TRANSFORMED)
+                self.guard.explain(loss, f"epoch {now.number}, step {before + now.done + 1}", batch)
+            now.took.append(1e3 * (end - start))
+            now.total -= loss
+            now.seen += len(batch)
+            now.done += 1
+            shown.step(before + now.done)
+            interrupts.check()
+            if self._is_due(plan, before + now.done, end):
+                self._save()
+        self.guard.after_step(self._where())
+
+    def _is_due(self, plan: Plan, step: int, moment: float) -> bool:
+        """Whether a checkpoint is due within the epoch."""
+        if plan.checkpoint_steps is not None and step % plan.checkpoint_steps == 0:
+            return self.folder is not None
+        if plan.checkpoint_minutes is None or self.folder is None:
+            return False
+        due = moment - self._saved_at >= 60 * plan.checkpoint_minutes
+        return due if self.processes is None else bool(self.processes.largest(due and self.speaks))
+
+    def _where(self) -> str:
+        return f"epoch {self.now.number}, step {(self.now.number - 1) * self.batches.per_epoch + self.now.done}"
+
+    def _numbers(self) -> dict[str, float]:
+        """What the epoch found."""
+        now, lr = self.now, self.step.optimizer.lr
+        numbers: dict[str, float] = {"epoch": now.number, "step": now.number * self.batches.per_epoch}
+        numbers[self.objective_name] = now.total / now.seen
+        if self.valid is not None:
+            numbers |= self._validate_trained(self.valid)
+        if lr is not None:
+            numbers["lr"] = lr
+        return numbers | {"ms_per_step": median(now.took), "seconds": time.perf_counter() - self._began}
+
+    def _validate(self) -> dict[str, float]:
+        options: dict[str, Any] = {"num_samples": self.valid_samples, "seed": self.batches.seed}
+        found = evaluate(self.model, self.guide, self.valid, **options, processes=self.processes)
+        return {"valid_elbo": found.elbo}
+
+    def _validate_trained(self, valid: Rows) -> dict[str, float]:
+        """As `_validate`, after steps: the data passed before them, so it is the parameters that an error is of."""
+        try:
+            return self._validate()
+        except (GumboError, ValueError, RuntimeError) as error:
+            size = self.batches.batch_size
+            for start in range(0, len(valid), size):
+                rows = valid[start : start + size].to(self.batches.device)
+                self.guard.explain_error(error, self._where(), rows)
+            raise
+
+    def _record(self, numbers: dict[str, float], scalars: Scalars | None) -> None:
+        self.history.append(numbers)
+        elbo = numbers.get("valid_elbo")
+        if elbo is not None and (self.best["elbo"] is None or elbo > self.best["elbo"]):
+            module = copy.deepcopy(self.step.state()["module"])
+            self.best = {"epoch": int(numbers["epoch"]), "elbo": elbo, "module": module}
+            self._best_is_saved = False
+        if self.folder is not None:
+            self.metrics.append(numbers)
+        if scalars is not None:
+            scalars.epoch(numbers)
+
+    def _out_of_patience(self, patience: int | None) -> bool:
+        if patience is None or self.best["epoch"] is None or not self.history:
+            return False
+        return self.history[-1]["epoch"] - self.best["epoch"] >= patience
+
+    def _save(self) -> None:
+        self.guard.after_step(self._where())
+        if self.now.done:
+            self.now.seconds = time.perf_counter() - self._began
+        devices = devices_of(self.model, self.guide)
+        state = {
+            **self.step.state(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)],
+            "now": asdict(self.now),
+            "history": self.history,
+            "best": self.best,
+            "settings": self.settings,
+            "made_on": self.made_on,
+        }
+        self.checkpoints.save(state)
+        if not self._best_is_saved:
+            self.checkpoints.save_best(self.best)
+            self._best_is_saved = True
+        self._saved_at = time.perf_counter()
+        self.guard.advice = f"; {self.checkpoints.last} still holds it at {self._where()}"
+
+    def _load(self) -> None:
+        # From the main process it comes through the CPU: another one may have another device.
+        state = self.checkpoints.load(self.batches.device if self.processes is None else "cpu")
+        if "settings" not in state:
+            raise BadInput(f"{self.checkpoints.last} is a checkpoint of something else than fit; use another run_dir")
+        there = state["settings"]
+        differing = sorted(key for key in {*there, *self.settings} if there.get(key) != self.settings.get(key))
+        if differing:
+            key = differing[0]
+            raise BadInput(
+                f"{self.folder} holds a run of another configuration: {', '.join(differing)} differ "
+                f"({key}: {there.get(key)} there, {self.settings.get(key)} here); use another run_dir"
+            )
+        for name, value in state["made_on"].items():
+            if value != self.made_on[name]:
+                warnings.warn(
+                    f"{self.folder} was begun with {name} {value} and goes on with {self.made_on[name]}: its numbers "
+                    "may differ in their last digits from those of a run that was not interrupted",
+                    GumboWarning,
+                    stacklevel=2,
+                )
+        try:
+            self.step.load(state)
+            self.step.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise BadInput(
+                f"{self.folder} holds a run of other programs: what it saved does not fit these ({error})"
+            ) from error
+        self.history, self.best, self.now = state["history"], state["best"], _Epoch(**state["now"])
+        torch.set_rng_state(state["random"][0].cpu())
+        for device, random in zip(devices_of(self.model, self.guide), state["random"][1:], strict=False):
+            torch.cuda.set_rng_state(random.cpu(), device)
+        self.guard.advice = f"; {self.checkpoints.last} still holds it at {self._where()}"
+
+
+__all__ = ["FitResult", "Plan", "Run"]

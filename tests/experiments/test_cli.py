@@ -1,0 +1,248 @@
+"""The command line: verbs, one-line errors, settings from flags and files."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gumbo import __version__
+from gumbo.experiments import cli, compare
+from gumbo.experiments._command import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_help_names_every_verb(capsys):
+    cli.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n  {verb}" in said for verb in cli.VERBS)
+    cli.main([])
+    assert capsys.readouterr().out == said
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"gumbo {__version__}\n"
+
+
+def test_help_does_not_wait_for_torch(tmp_path):
+    code = (
+        "import sys; from gumbo.__main__ import main; sys.argv[1:] = ['--help']; main(); print('torch' in sys.modules)"
+    )
+    assert run("-c", code, cwd=tmp_path).stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_module_and_the_script_behave_alike(verb, tmp_path):
+    script = ROOT / "experiments" / f"{cli.VERBS[verb].module}.py"
+    by_verb = run("-m", "gumbo", verb, "--help", cwd=tmp_path)
+    by_script = run(str(script), "--help", cwd=tmp_path)
+    assert by_verb.returncode == by_script.returncode == 0
+    assert by_verb.stdout == by_script.stdout
+    assert by_verb.stdout.startswith(f"usage: gumbo {verb}")
+
+
+def one_line_and_status(capsys, argv: list[str]) -> tuple[str, int]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1, said.err
+    return said.err, stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], "unknown verb 'trian': did you mean 'train'?"),
+        (["train", "--epochs", "many"], "epochs"),
+        (["train", "--epoch_count", "3"], "epoch_count"),
+        (["train", "--model", "gausian-vae"], "did you mean 'gaussian-vae'?"),
+        (["train", "--estimator", "rlo0"], "did you mean 'rloo'?"),
+        (["train", "--optimizer", "adan", "--folder", "unused"], "did you mean 'adam'?"),
+        (["train", "--data", "digit"], "did you mean 'digits'?"),
+        (["train", "--binarize", "hard"], "binarization"),
+        (["train", "--model_options.depth=3"], "no option 'depth'"),
+        (["train", "--config", "missing.yaml"], "missing.yaml"),
+        (["train", "--resume", "nowhere"], "nowhere is not a run folder"),
+        (["evaluate"], "run"),
+        (["evaluate", "nowhere"], "nowhere is not a run folder"),
+        (["compare", "--seeds", "0"], "seeds is 0"),
+        (["compare", "--families", "[discrte]"], "did you mean 'discrete'?"),
+        (["list", "--jsn"], "jsn"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said, status = one_line_and_status(capsys, argv)
+    assert words in said
+    assert said.startswith(f"gumbo {argv[0]}: error: " if argv[0] in cli.VERBS else "gumbo: error: ")
+    assert status == 2
+
+
+@pytest.mark.parametrize("folder", [[], ["--folder", "deep/er"]], ids=["by time", "by name"])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--batch_size", "0"], "batch_size is 0"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--lr", "-1"], "lr is -1.0"),
+        (["--lr", "fast(3)"], "unknown schedule 'fast'"),
+        (["--clip_norm", "0"], "clip_norm is 0"),
+        (["--patience", "0"], "patience is 0"),
+        (["--estimator", "rebar"], "cannot take estimator 'rebar'"),
+    ],
+)
+def test_a_run_that_comes_to_nothing_leaves_nothing(option, words, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said, status = one_line_and_status(capsys, ["train", *option, *folder])
+    assert words in said and status == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_stood_is_left_standing(capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    one_line_and_status(capsys, ["train", "--batch_size", "0", "--folder", str(tmp_path / "mine")])
+    assert (tmp_path / "mine").is_dir() and not list((tmp_path / "mine").iterdir())
+
+
+def test_a_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    said, status = one_line_and_status(capsys, ["train", "--folder", str(tmp_path / "new")])
+    assert "cannot write" in said and "No space left on device" in said
+    assert status == 1 and not (tmp_path / "new").exists()
+
+
+def children(pid: int) -> set[int]:
+    """Processes below this one, and below those."""
+    found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in found.splitlines()]
+    below, new = set(), {pid}
+    while new := {child for child, parent in pairs if parent in new} - below:
+        below |= new
+    return below
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT as at a terminal: the tests may run in a background job, which ignores it, as its children do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_no_worker_outlives_a_comparison(number, tmp_path):
+    options = ["--quick", "--jobs", "2", "--epochs", "500", "--folder", "out"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "gumbo", "compare", *options],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics, limit = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 100
+    while not metrics.exists():
+        assert started.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    workers = children(started.pid)
+    assert len(workers) >= 2
+    started.send_signal(number)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 128 + number
+    assert said.splitlines()[-1] == f"gumbo compare: interrupted by {signal.Signals(number).name}"
+    assert "Traceback" not in said
+    for _ in range(100):
+        alive = {pid for pid in workers if Path(f"/proc/{pid}").exists() and "Z" not in state(pid)}
+        if not alive:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{len(alive)} workers are still there")
+
+
+def state(pid: int) -> str:
+    return subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+
+
+def test_unknown_keys_of_a_file_are_refused(capsys, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("epochs: 3\nlatents: 5\n")
+    said, status = one_line_and_status(capsys, ["compare", "--config", str(path)])
+    assert "latents" in said
+    assert status == 2
+
+
+def test_settings_come_from_preset_then_file_then_flags(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("epochs: 7\nhidden: [5]\n")
+
+    def settings(*argv: str) -> compare.Compare:
+        return parse(compare.Compare, argv, "gumbo compare", {"quick": compare.QUICK})
+
+    assert settings() == compare.Compare()
+    quick = settings("--quick")
+    assert {name: getattr(quick, name) for name in compare.QUICK} == compare.QUICK
+    assert quick.quick
+    mixed = settings("--quick", "--config", str(path), "--seeds", "9")
+    assert (mixed.epochs, mixed.hidden, mixed.seeds, mixed.gradient_draws) == (7, [5], 9, quick.gradient_draws)
+    path.write_text("quick: true\nepochs: 7\n")
+    assert settings("--config", str(path)).seeds == quick.seeds
+
+
+def test_print_config_can_be_given_back(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "--quick", "--print_config"])
+    assert stop.value.code in (0, None)
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["epochs"]
+    path = tmp_path / "settings.yaml"
+    path.write_text(printed)
+    again = parse(compare.Compare, ["--config", str(path)], "gumbo compare", {"quick": compare.QUICK})
+    assert again.quick
+
+
+def test_the_example_of_the_readme_runs(param_store, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "Evaluation(elbo=-" in capsys.readouterr().out
+
+
+def test_the_readme_names_verbs_and_options_that_exist():
+    lines = re.findall(r"^gumbo (\S+)(.*?)(?:\s{3}.*)?$", (ROOT / "README.md").read_text(), flags=re.M)
+    assert {"compare", "train", "evaluate", "list"} <= {verb for verb, _ in lines} <= set(cli.VERBS)
+    for verb, options in lines:
+        fields = importlib.import_module(f"gumbo.experiments.{cli.VERBS[verb].module}").__dict__[verb.capitalize()]
+        assert set(re.findall(r"--(\w+)", options)) <= set(fields.__dataclass_fields__)
+
+
+def test_a_run_from_a_shell(tmp_path):
+    """The whole way, in a process of its own: a script by its path, from another directory, without a terminal."""
+    options = ["--epochs", "1", "--batch_size", "400", "--importance_samples", "2", "--model_options.hidden=[8]"]
+    done = run(str(ROOT / "experiments" / "train.py"), *options, "--folder", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "gumbo train epoch 1/1" in done.stderr
+    assert "log p(x)" in done.stdout
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["epochs"] == 1
+    again = run("-m", "gumbo", "train", *options, "--folder", "out", cwd=tmp_path)
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    judged = run("-m", "gumbo", "evaluate", "out", "--importance_samples", "2", cwd=tmp_path)
+    assert judged.returncode == 0
+    assert judged.stdout.startswith(done.stdout)

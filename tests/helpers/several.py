@@ -1,0 +1,477 @@
+"""Programs, and a worker that fits them as one of several processes; ``test_processes.py`` starts two of it.
+
+    python tests/several.py JOB OUTPUT      with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
+
+Every job is a function of this file; what it returns is written to OUTPUT by the process of rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gumbo.errors import BadInput, GumboError
+from gumbo.inference import SiteELBO, evaluate, fit
+from gumbo.inference.engine.rows import Rows
+from gumbo.inference.estimators import GumbelSoftmax, ScoreFunction
+from gumbo.inference.estimators.score import Baseline
+from gumbo.inference.stock import TraceEnumELBO
+from gumbo.inference.training.data_parallel import ProcessStep
+from gumbo.inference.training.distributed import Processes
+from gumbo.inference.training.optimizers import make_optimizer
+from gumbo.inference.training.schedules import Linear
+from gumbo.inference.training.steps import TorchStep
+
+F64 = torch.float64
+WIDTH, LATENT, ALL = 3, 2, 40  # ALL is how much data a subsampled plate stands for
+
+
+class Program(PyroModule):
+    """What the programs share: parameters of their own in float64, and the plate over the rows."""
+
+    def __init__(self, scaled: bool = False, **shapes: tuple[int, ...]):
+        super().__init__()
+        self.scaled = scaled
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(0.5 * torch.randn(shape, dtype=F64)))
+
+    def rows(self, x):
+        if self.scaled:
+            return pyro.plate("rows", ALL, subsample=x, dim=-1)
+        return pyro.plate("rows", len(x), dim=-1)
+
+
+class NormalModel(Program):
+    """z ~ N(0, 1), x ~ N(z A + b, 1), row by row."""
+
+    def __init__(self, scaled=False):
+        super().__init__(scaled, decoder=(LATENT, WIDTH), shift=(WIDTH,))
+
+    def forward(self, x):
+        with self.rows(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENT, dtype=F64), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.decoder + self.shift, 1.0).to_event(1), obs=x)
+
+
+class NormalGuide(Program):
+    def __init__(self, scaled=False):
+        super().__init__(scaled, encoder=(WIDTH, LATENT), log_scale=(LATENT,))
+
+    def forward(self, x):
+        with self.rows(x):
+            pyro.sample("z", dist.Normal(x @ self.encoder, self.log_scale.exp()).to_event(1))
+
+
+class CoinModel(Program):
+    """Coins, and a Normal around what they say, row by row."""
+
+    def __init__(self, scaled=False):
+        super().__init__(scaled, prior=(LATENT,), decoder=(LATENT, WIDTH))
+
+    def forward(self, x):
+        with self.rows(x):
+            z = pyro.sample("z", dist.Bernoulli(logits=self.prior).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.decoder, 1.0).to_event(1), obs=x)
+
+
+class CoinGuide(Program):
+    def __init__(self, scaled=False):
+        super().__init__(scaled, encoder=(WIDTH, LATENT))
+
+    def forward(self, x):
+        with self.rows(x):
+            pyro.sample("z", dist.Bernoulli(logits=x @ self.encoder).to_event(1))
+
+
+class LayeredModel(Program):
+    """Coins below coins, row by row."""
+
+    def __init__(self, scaled=False):
+        super().__init__(scaled, prior=(LATENT,), between=(LATENT, LATENT), decoder=(LATENT, WIDTH))
+
+    def forward(self, x):
+        with self.rows(x):
+            top = pyro.sample("top", dist.Bernoulli(logits=self.prior).to_event(1))
+            z = pyro.sample("z", dist.Bernoulli(logits=top @ self.between).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.decoder, 1.0).to_event(1), obs=x)
+
+
+class LayeredGuide(Program):
+    def __init__(self, scaled=False):
+        super().__init__(scaled, encoder=(WIDTH, LATENT), encoder_top=(LATENT, LATENT))
+
+    def forward(self, x):
+        with self.rows(x):
+            z = pyro.sample("z", dist.Bernoulli(logits=x @ self.encoder).to_event(1))
+            pyro.sample("top", dist.Bernoulli(logits=z @ self.encoder_top).to_event(1))
+
+
+class SharedModel(Program):
+    """A Normal and coins that all rows share, then coins of each row; a term outside the plate that is observed."""
+
+    def __init__(self, scaled=False):
+        super().__init__(scaled, decoder=(LATENT, WIDTH), prior=(LATENT,))
+
+    def forward(self, x):
+        g = pyro.sample("g", dist.Normal(torch.zeros(WIDTH, dtype=F64), 1.0).to_event(1))
+        c = pyro.sample("c", dist.Bernoulli(logits=self.prior).to_event(1))
+        pyro.sample("seen", dist.Normal(g.sum(-1) + c.sum(-1), 1.0), obs=torch.tensor(0.7, dtype=F64))
+        with self.rows(x):
+            z = pyro.sample("z", dist.Bernoulli(logits=self.prior + 0 * c).to_event(1))
+            pyro.sample("x", dist.Normal((z + c) @ self.decoder + g, 1.0).to_event(1), obs=x)
+
+
+class SharedGuide(Program):
+    def __init__(self, scaled=False):
+        super().__init__(scaled, loc=(WIDTH,), log_scale=(WIDTH,), coin=(LATENT,), encoder=(WIDTH, LATENT))
+
+    def forward(self, x):
+        pyro.sample("g", dist.Normal(self.loc, self.log_scale.exp()).to_event(1))
+        c = pyro.sample("c", dist.Bernoulli(logits=self.coin).to_event(1))
+        with self.rows(x):
+            pyro.sample("z", dist.Bernoulli(logits=x @ self.encoder + 0.3 * c).to_event(1))
+
+
+NORMAL, COINS, LAYERS, SHARED = (
+    (NormalModel, NormalGuide),
+    (CoinModel, CoinGuide),
+    (LayeredModel, LayeredGuide),
+    (SharedModel, SharedGuide),
+)
+
+
+def shared(c, z="score", **options):
+    return SiteELBO({"g": "pathwise", "c": c, "z": z}, **options)
+
+
+# name: the pair, whether the plate is a subsample of more, and the loss (each process and the reference make their own)
+CASES = {
+    "pathwise": (NORMAL, False, lambda: SiteELBO("pathwise")),
+    "pathwise, K = 3, subsample": (NORMAL, True, lambda: SiteELBO("pathwise", num_particles=3)),
+    "stl": (NORMAL, False, lambda: SiteELBO("stl", num_particles=2)),
+    "pathwise, KL weight": (NORMAL, True, lambda: SiteELBO("pathwise", kl_weight=Linear(10))),
+    "trace": (NORMAL, True, Trace_ELBO),
+    "trace-meanfield": (NORMAL, True, TraceMeanField_ELBO),
+    "iwae pathwise": (NORMAL, False, lambda: SiteELBO("pathwise", objective="iwae", num_particles=3)),
+    "iwae pathwise, subsample": (NORMAL, True, lambda: SiteELBO("pathwise", objective="iwae", num_particles=3)),
+    "dreg": (NORMAL, True, lambda: SiteELBO("dreg", objective="iwae", num_particles=3)),
+    "rws": (NORMAL, False, lambda: SiteELBO(objective="rws", num_particles=3)),
+    "VIMCO": (COINS, True, lambda: SiteELBO("rloo", objective="iwae", num_particles=3)),
+    "iwae nvil": (COINS, True, lambda: SiteELBO("nvil", objective="iwae", num_particles=4)),
+    "trace, coins": (COINS, True, Trace_ELBO),
+    "trace-enum": (COINS, True, lambda: TraceEnumELBO(max_plate_nesting=1)),
+    **{
+        f"coins {word}": (COINS, scaled, lambda word=word: SiteELBO(word))
+        for scaled, words in (
+            (False, ("score", "rloo", "nvil", "arm", "muprop", "relax", "gumbel-softmax", "enumerate")),
+            (True, ("score-average", "disarm", "rebar", "straight-through", "local-expectation", "measure-valued")),
+        )
+        for word in words
+    },
+    "layers rloo": (LAYERS, True, lambda: SiteELBO("rloo", num_particles=3)),
+    "layers nvil": (LAYERS, False, lambda: SiteELBO("nvil")),
+    "layers, particle by particle": (LAYERS, True, lambda: SiteELBO("rloo", vectorize_particles=False)),
+    "shared score": (SHARED, False, lambda: shared("score")),
+    "shared score, subsample": (SHARED, True, lambda: shared("score")),
+    "shared rloo": (SHARED, True, lambda: shared("rloo", "rloo", num_particles=3)),
+    "shared rloo, particle by particle": (SHARED, False, lambda: shared("rloo", "rloo", vectorize_particles=False)),
+    "shared score-average": (SHARED, True, lambda: shared("score-average", "score-average")),
+    "shared nvil": (SHARED, True, lambda: shared("nvil", "nvil", num_particles=3)),
+    "shared nvil, all rows": (SHARED, False, lambda: shared("nvil", "nvil", num_particles=2)),
+    "shared relax": (SHARED, True, lambda: shared("relax", "relax", num_particles=3)),
+    "shared arm": (SHARED, True, lambda: shared("arm", "disarm")),
+    "shared local-expectation": (SHARED, False, lambda: shared("local-expectation", "rebar")),
+    "shared measure-valued": (SHARED, True, lambda: shared("measure-valued", "muprop")),
+    "shared relaxed": (SHARED, True, lambda: shared(GumbelSoftmax(hard=True), "gumbel-softmax")),
+    "shared enumerate": (SHARED, True, lambda: shared("enumerate", "rloo", num_particles=2)),
+    "shared, rows enumerated": (SHARED, False, lambda: shared("rloo", "enumerate", num_particles=2)),
+}
+SHORT = (
+    "pathwise, K = 3, subsample",
+    "iwae pathwise, subsample",
+    "dreg",
+    "VIMCO",
+    "coins rloo",
+    "coins nvil",
+    "coins relax",
+    "shared rloo",
+    "shared nvil",
+)
+BATCHES = (9, 8, 1)  # five rows and four; four and four; one and none
+
+
+class ByRow(TorchDispatchMode):
+    """Every random number from a table: of the rows at hand where a tensor has rows, and otherwise the same for all.
+
+    A tensor has rows if its second dimension from the right is as long as the batch at hand.
+    """
+
+    def __init__(self, seed: int, rows: slice, count: int):
+        super().__init__()
+        self.seed, self.rows, self.count, self.calls = seed, rows, count, 0
+
+    def uniform(self, like):
+        self.calls += 1
+        here = len(range(*self.rows.indices(self.count)))
+        by_row = like.dim() > 1 and like.shape[-2] == here
+        shape = (*like.shape[:-2], self.count, like.shape[-1]) if by_row else tuple(like.shape)
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.calls)
+        table = torch.rand(shape, generator=generator, dtype=F64)
+        return (table[..., self.rows, :] if by_row else table).clamp(1e-12, 1 - 1e-12)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded not in func.tags or (kwargs or {}).get("generator") is not None:
+            return func(*args, **(kwargs or {}))
+        name, like = func.overloadpacket.__name__, args[0]
+        with torch.utils._python_dispatch._disable_current_modes():
+            u = self.uniform(like)
+        if name == "normal_":
+            return like.copy_(2**0.5 * torch.erfinv(2 * u - 1))
+        if name == "normal":
+            return like + args[1] * 2**0.5 * torch.erfinv(2 * u - 1)
+        if name == "exponential_":
+            return like.copy_(-torch.log(u))
+        if name in ("uniform_", "rand_like"):
+            return like.copy_(u) if name == "uniform_" else u.to(like.dtype)
+        if name == "bernoulli":
+            return (u < like).to(like.dtype)
+        raise NotImplementedError(name)
+
+
+def data(count: int) -> torch.Tensor:
+    return torch.randn(count, WIDTH, dtype=F64, generator=torch.Generator().manual_seed(count))
+
+
+def pair_of(classes, scaled):
+    torch.manual_seed(1)
+    model, guide = (make(scaled) for make in classes)
+    return model, guide
+
+
+def difference(found: dict, wanted: dict) -> float:
+    assert set(found) == set(wanted), set(found) ^ set(wanted)
+    return max((float((found[name] - wanted[name]).abs().max()) for name in found), default=0.0)
+
+
+def gradients_of(step) -> dict:
+    return {name: p.grad.clone() for name, p in step.parameters.items() if p.grad is not None}
+
+
+def buffers_of(step) -> dict:
+    return {name: value.clone().double() for name, value in step.module.named_buffers()}
+
+
+def compare(name: str, processes: Processes) -> dict[str, float]:
+    """Largest differences between this process of several and one process alone, over three steps on each batch."""
+    classes, scaled, make_loss = CASES[name]
+    make = make_optimizer("sgd", 1e-5)[0]
+    store = pyro.get_param_store()
+    with store.scope() as one:
+        alone = TorchStep(*pair_of(classes, scaled), make_loss(), make, Rows(data(9)))
+    with store.scope() as many:
+        several = ProcessStep(*pair_of(classes, scaled), make_loss(), make, Rows(data(9)), processes, seed=0)
+    worst = {"gradient": 0.0, "loss": 0.0, "buffers": 0.0, "size": 0.0}
+    for turn in range(3):
+        for count in BATCHES:
+            batch, seed = Rows(data(count)), 100 * turn + count
+            with ByRow(seed, slice(0, count), count), store.scope(one) as one:
+                loss = alone(batch)
+            with ByRow(seed, several.split.take(count).rows, count), store.scope(many) as many:
+                found = several(batch)
+            wanted = gradients_of(alone)
+            worst["loss"] = max(worst["loss"], abs(loss - found))
+            worst["gradient"] = max(worst["gradient"], difference(gradients_of(several), wanted))
+            worst["buffers"] = max(worst["buffers"], difference(buffers_of(several), buffers_of(alone)))
+            worst["size"] = max(worst["size"], *(float(value.abs().max()) for value in wanted.values()))
+    return worst
+
+
+def gradients(names=tuple(CASES)) -> dict:
+    processes = Processes.join("cpu")
+    return {name: compare(name, processes) for name in names}
+
+
+def everything_short(folder: Path) -> dict:
+    """One job for all that needs two processes, since starting them takes longer than the work."""
+    processes = Processes.join("cpu")
+    return {
+        "gradients": gradients(SHORT),
+        "draws": draws(processes),
+        "evaluation": evaluation(processes),
+        "resumed": resumed(processes, folder),
+        "one fails": one_fails(processes),
+        "statistics of its own": said_by(processes, lambda: own_statistics(processes)),
+        "depends on rows later": said_by(processes, lambda: depends_on_rows_later(processes)),
+        "main fails": said_by(processes, lambda: processes.from_main(refused)),
+    }
+
+
+def step_of(processes: Processes, pair, loss, seed: int = 0):
+    make = make_optimizer("sgd", 1e-3)[0]
+    return ProcessStep(*pair, loss, make, Rows(data(9)), processes, seed=seed)
+
+
+def draws(processes: Processes) -> dict:
+    """What two processes draw outside the plate and in it, from torch's own generators, in two steps."""
+    found: dict[str, list] = {"g": [], "c": [], "z": []}
+    with pyro.get_param_store().scope():
+        model, guide = pair_of(SHARED, False)
+        step = step_of(processes, (model, guide), shared("rloo", "rloo", num_particles=2))
+        before = torch.get_rng_state()
+        run = step.module.binding._value
+
+        def watched(program, layout, moving, args, kwargs):
+            runs = program.runs
+
+            def kept(*inputs, **options):
+                groups = runs(*inputs, **options)
+                for site in groups[0][0].guide:
+                    found[site.name].append(site.value.detach().flatten().tolist())
+                return groups
+
+            program.runs = kept
+            return run(program, layout, moving, args, kwargs)
+
+        step.module.binding._value = watched
+        for _ in range(2):
+            step(Rows(data(8)))
+        common = [float(value) for value in torch.rand(3)]
+        torch.set_rng_state(before)
+    return {"drawn": processes.gather(found), "common": processes.gather(common)}
+
+
+def evaluation(processes: Processes) -> list:
+    """What each process finds of 600 rows together with the other, and what it finds alone."""
+    model, guide = pair_of(COINS, False)
+    found = [evaluate(model, guide, data(600), num_samples=3, processes=every).as_dict() for every in (processes, None)]
+    return processes.gather(found)
+
+
+def resumed(processes: Processes, folder: Path) -> dict:
+    """A whole run, and one that stops after an epoch and goes on: parameters, history, random streams."""
+    found = {}
+    for name, epochs in (("whole", (3,)), ("in parts", (1, 3))):
+        model, guide = pair_of(COINS, True)
+        for index, count in enumerate(epochs):
+            options = {"loss": "nvil", "batch_size": 7, "epochs": count, "progress": False, "valid": data(30)}
+            result = fit(model, guide, data(33), run_dir=folder / name, resume=index > 0, **options)
+        timeless = [{key: v for key, v in one.items() if key[:2] not in ("ms", "se")} for one in result.history]
+        digits = [value.flatten().tolist() for module in (model, guide) for value in module.state_dict().values()]
+        found[name] = processes.gather([timeless, digits])
+    return found
+
+
+class Sentinel(NormalModel):
+    """Fails on rows of nines."""
+
+    def forward(self, x):
+        if (x == 9.0).any():
+            raise RuntimeError("nines")
+        super().forward(x)
+
+
+def said_by(processes: Processes, action) -> list[str]:
+    said = "nothing"
+    try:
+        action()
+    except GumboError as error:
+        said = f"{type(error).__name__}: {error}"
+    return processes.gather(said)
+
+
+def one_fails(processes: Processes) -> list[str]:
+    torch.manual_seed(1)
+    with pyro.get_param_store().scope():
+        step = step_of(processes, (Sentinel(), NormalGuide()), SiteELBO("pathwise"))
+        batch = data(9)
+        batch[-1] = 9.0
+        said = []
+        try:
+            step(Rows(batch))
+        except (GumboError, RuntimeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+        step(Rows(data(9)))  # nobody is left waiting
+    return processes.gather(said)
+
+
+class OwnMean(Baseline):
+    """Keeps statistics of the rows at hand, whoever else there is."""
+
+    def make_state(self, inputs):
+        state = nn.Module()
+        state.register_buffer("mean", torch.zeros((), dtype=F64))
+        return state
+
+    def __call__(self, view):
+        baseline = view.state.mean.clone()
+        view.state.mean.copy_(view.cost.mean())
+        return baseline
+
+
+def own_statistics(processes: Processes) -> None:
+    with pyro.get_param_store().scope():
+        step = step_of(processes, pair_of(COINS, False), SiteELBO(ScoreFunction(baseline=OwnMean())))
+        for _ in range(3):
+            step(Rows(data(9)))
+
+
+class SharedByRows(SharedGuide):
+    """What all rows share depends on the rows, once the weight is no longer zero."""
+
+    weight = 0.0
+
+    def forward(self, x):
+        self.loc.data.fill_(self.weight * x.mean())
+        super().forward(x)
+
+
+def depends_on_rows_later(processes: Processes) -> None:
+    torch.manual_seed(1)
+    with pyro.get_param_store().scope():
+        guide = SharedByRows()
+        step = step_of(processes, (SharedModel(), guide), shared("rloo", "rloo"))
+        step(Rows(data(9)))
+        guide.weight = 1.0
+        step(Rows(data(9)))
+
+
+def hangs() -> dict:
+    """The second process does not come to the sum; the first gives up after the timeout."""
+    processes = Processes.join("cpu", timeout=timedelta(seconds=3))
+    if not processes.main:
+        time.sleep(8)
+        return {}
+    began = time.monotonic()
+    try:
+        processes.sum(torch.ones(3))
+    except GumboError as error:
+        return {"said": str(error), "seconds": time.monotonic() - began}
+    return {"said": "nothing", "seconds": 0.0}
+
+
+def refused():
+    raise BadInput("the main process says no")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    job, output = sys.argv[1:]
+    found = globals()[job](*([Path(output).parent] if job == "everything_short" else []))
+    if os.environ["RANK"] == "0":
+        Path(output).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

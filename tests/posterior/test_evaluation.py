@@ -1,0 +1,516 @@
+"""evaluate and gradient_moments against exact answers, and that neither leaves a trace."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.nn import PyroModule
+
+from gumbo.errors import BadInput
+from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
+from gumbo.inference import evaluate, make_loss, to_arviz
+from gumbo.inference.auditing.moments import gradient_draws, gradient_moments
+from gumbo.inference.posterior import _arviz
+from gumbo.inference.posterior.evaluation import log_weights
+from gumbo.models import CategoricalVAE, GaussianVAE
+
+X = torch.tensor([[0.3, -1.2], [1.0, 0.4], [-0.7, 0.1]], dtype=torch.float64)
+
+
+def linear_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def posterior(scale=1.0, shift=0.0):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + shift, scale * 0.5**0.5).to_event(1))
+
+    return guide
+
+
+def log_evidence(x):
+    return dist.Normal(torch.zeros(2).double(), 2**0.5).log_prob(x).sum(-1)
+
+
+def test_the_exact_posterior_gives_the_exact_evidence_with_one_draw():
+    found = evaluate(linear_model, posterior(), X, num_samples=1)
+    assert found.log_evidence == pytest.approx(log_evidence(X).mean().item(), abs=1e-12)
+    assert found.elbo == pytest.approx(found.log_evidence, abs=1e-12)
+    assert found.elbo == pytest.approx(-found.rate - found.distortion, abs=1e-12)
+    spread = log_evidence(X).std().item() / math.sqrt(3)
+    assert found.log_evidence_se == pytest.approx(spread, abs=1e-12)
+
+
+def test_a_wrong_guide_loses_its_divergence_and_the_evidence_makes_it_up():
+    scale, shift = 0.8, 0.3
+    found = evaluate(linear_model, posterior(scale, shift), X, num_samples=20_000)
+    p, q = dist.Normal(X / 2, 0.5**0.5), dist.Normal(X / 2 + shift, scale * 0.5**0.5)
+    divergence = torch.distributions.kl_divergence(q, p).sum(-1).mean().item()
+    rate = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(2).double(), 1.0)).sum(-1).mean().item()
+    truth = log_evidence(X).mean().item()
+    assert found.elbo == pytest.approx(truth - divergence, abs=0.02)
+    assert found.rate == pytest.approx(rate, abs=0.02)
+    assert found.log_evidence == pytest.approx(truth, abs=0.02)
+    assert truth - divergence < truth - 0.1
+
+
+def test_discrete_evidence_is_the_sum_over_all_latents():
+    model = CategoricalVAE((1, 2, 2), num_latents=2, num_classes=3, hidden=(5,)).double()
+    guide = CategoricalGuide(model, hidden=(5,)).double()
+    x = torch.bernoulli(torch.full((4, 1, 2, 2), 0.5)).double()
+    eye = torch.eye(3).double()
+    joint = [
+        model.likelihood(torch.stack([eye[a], eye[b]]).expand(4, 2, 3)).log_prob(x) - math.log(9)
+        for a, b in itertools.product(range(3), repeat=2)
+    ]
+    truth = torch.logsumexp(torch.stack(joint), 0).mean().item()
+    assert evaluate(model, guide, x, num_samples=4000).log_evidence == pytest.approx(truth, abs=5e-3)
+
+
+def test_a_relaxed_pair_is_judged_by_its_discrete_form():
+    model = CategoricalVAE((1, 2, 2), num_latents=2, num_classes=3, hidden=(5,), relaxed=True)
+    guide = RelaxedCategoricalGuide(model, hidden=(5,))
+    discrete = CategoricalVAE((1, 2, 2), num_latents=2, num_classes=3, hidden=(5,))
+    discrete_guide = CategoricalGuide(discrete, hidden=(5,))
+    discrete.load_state_dict(model.state_dict(), strict=False)
+    discrete_guide.load_state_dict(guide.state_dict(), strict=False)
+    x = torch.ones(6, 1, 2, 2)
+    before = torch.get_rng_state()
+    assert evaluate(model, guide, x, seed=3) == evaluate(discrete, discrete_guide, x, seed=3)
+    assert torch.equal(before, torch.get_rng_state())  # building the discrete form draws weights, aside
+    with pytest.raises(BadInput, match=r"must define exact\(model\)"):
+        evaluate(model, lambda x: guide(x), x)
+
+
+def scaled(size):
+    """The same programs where the batch counts as a subsample of ``size`` rows."""
+
+    def model(x):
+        with pyro.plate("data", size, subsample=torch.arange(len(x))):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", size, subsample=torch.arange(len(x))):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5).to_event(1))
+
+    return model, guide
+
+
+def fixed(size):
+    """The same programs with a plate whose size is written down."""
+
+    def model(x):
+        with pyro.plate("data", size):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", size):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5).to_event(1))
+
+    return model, guide
+
+
+def nested(size):
+    """The same programs with the two coordinates in a plate of their own, and the data plate outside it."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("pixels", 2, dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("pixels", 2, dim=-1):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("programs", [scaled(50), fixed(3), nested(3)], ids=["subsampled", "fixed", "nested"])
+def test_numbers_are_per_datum_whatever_the_plates(programs):
+    found = evaluate(*programs, X, num_samples=3)
+    assert found.log_evidence == pytest.approx(log_evidence(X).mean().item(), abs=1e-12)
+    assert found.elbo == pytest.approx(found.log_evidence, abs=1e-12)
+
+
+def test_masks_enter_the_weights():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            with pyro.poutine.mask(mask=x[:, 0] > 0):
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    parts = log_weights(model, posterior(), X, num_samples=2)
+    assert (parts["log_likelihood"][:, X[:, 0] <= 0] == 0).all()
+    assert (parts["log_likelihood"][:, X[:, 0] > 0] != 0).all()
+
+
+def test_batches_and_seeds():
+    model = GaussianVAE((1, 2, 2), latent_dim=2, hidden=(4,))
+    guide = NormalGuide(model, hidden=(4,))
+    x = torch.bernoulli(torch.full((10, 1, 2, 2), 0.5))
+    one = evaluate(model, guide, x, num_samples=3, batch_size=4, seed=1)
+    assert one == evaluate(model, guide, x, num_samples=3, batch_size=4, seed=1)
+    assert one != evaluate(model, guide, x, num_samples=3, batch_size=4, seed=2)
+    assert evaluate(model, guide, {"x": x}, num_samples=3, batch_size=4, seed=1) == one
+    assert one.num_data == 10
+
+
+def test_evaluation_leaves_everything_as_it_was(param_store):
+    model = GaussianVAE((1, 2, 2), latent_dim=2, hidden=(4,))
+    guide = NormalGuide(model, hidden=(4,))
+    x = torch.ones(5, 1, 2, 2)
+    clean = evaluate(model, guide, x)
+    param_store.setdefault("decoder$$$0.weight", torch.full((4, 2), 9.0))  # left by another model of that name
+    guide.encoder.eval()
+    before = torch.get_rng_state()
+    assert evaluate(model, guide, x) == clean
+    assert torch.equal(before, torch.get_rng_state())
+    assert list(param_store.keys()) == ["decoder$$$0.weight"]
+    assert (model.training, guide.training, guide.encoder.training) == (True, True, False)
+    assert all(parameter.grad is None for parameter in (*model.parameters(), *guide.parameters()))
+
+
+def test_parameters_of_plain_functions_are_seen(param_store):
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(2).double())
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc.expand(len(x), 2), 1.0).to_event(1))
+
+    param_store["loc"] = torch.full((2,), 40.0).double()
+    assert evaluate(linear_model, guide, X, num_samples=2).rate > 1000
+
+
+def refused(match, model=linear_model, guide=None, data=X, **options):
+    with pytest.raises(BadInput, match=match) as error:
+        evaluate(model, posterior() if guide is None else guide, data, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_judged_is_refused_in_one_line():
+    def global_latent(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(w.double().expand(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def global_guide(x):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        posterior()(x)
+
+    bad = X.clone()
+    bad[1, 0] = math.nan
+    refused("'w' is latent in the model but the guide", model=global_latent)
+    refused("'w' is drawn by the guide but is no latent", guide=global_guide)
+    refused("NaN or infinity in 1 of 3 rows", data=bad)
+    refused("data is empty", data=X[:0])
+    refused("expected a tensor", data=[1.0])
+    refused("num_samples is 0", num_samples=0)
+    refused("no plate 'rows' of 3 rows", plate="rows")
+    model, guide = nested(2)
+    refused("data, pixels all fit the data: name one with plate=", model=model, guide=guide, data=X[:2])
+    found = evaluate(model, guide, X[:2], plate="data")
+    assert found.log_evidence == pytest.approx(log_evidence(X[:2]).mean().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("data_size, batch_size", [(None, 256), (None, 2), (7, 256)])
+def test_global_latents_are_spread_over_the_data(data_size, batch_size):
+    """y = w + noise under q(w) = N(m, s): bound, rate and predictive density have closed forms."""
+    y, loc, scale = X[:, 0], torch.tensor(0.4).double(), torch.tensor(0.3).double()
+
+    def plate(y):
+        rows = None if data_size is None else torch.arange(len(y))
+        return pyro.plate("data", data_size or len(y), subsample=rows)
+
+    def model(y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        with plate(y):
+            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("w", dist.Normal(loc, scale))
+
+    found = evaluate(model, guide, y, num_samples=400, batch_size=batch_size)
+    rate = torch.distributions.kl_divergence(dist.Normal(loc, scale), dist.Normal(0.0, 1.0)) / (data_size or 3)
+    distortion = -(dist.Normal(loc, 1.0).log_prob(y) - scale**2 / 2).mean()
+    assert found.rate == pytest.approx(rate.item(), abs=0.02)
+    assert found.distortion == pytest.approx(distortion.item(), abs=0.05)
+    assert found.elbo == pytest.approx(-found.rate - found.distortion, abs=1e-9)
+    predictive = dist.Normal(loc, (1 + scale**2).sqrt()).log_prob(y).mean()
+    assert found.log_evidence == pytest.approx(predictive.item(), abs=0.05)
+
+
+def subsampling(size, own=True):
+    """mu ~ N(0, 1), z_i ~ N(mu, 1), x_i ~ N(z_i, 1/2), seven rows at a time; q(mu) is exact, q(z_i | mu) nearly so."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0)) if own else torch.zeros(()).double()
+        with pyro.plate("data", len(x), subsample_size=size) as rows:
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x[rows])
+
+    def guide(x):
+        variance = 1 / (1 + len(x) / 1.25)
+        loc = dist.Normal(variance * x.sum() / 1.25, variance**0.5)
+        mu = pyro.sample("mu", loc) if own else torch.zeros(()).double()
+        with pyro.plate("data", len(x), subsample_size=size) as rows:
+            pyro.sample("z", dist.Normal(0.2 * (mu + 4 * x[rows]), 0.2**0.5))
+
+    return model, guide
+
+
+ROWS = torch.linspace(-2, 2, 33).double()
+
+
+def test_a_subsampled_plate_is_visited_in_full():
+    model, guide = subsampling(7, own=False)
+    found = evaluate(model, guide, ROWS, num_samples=3)
+    truth = dist.Normal(0.0, torch.tensor(1.25).double().sqrt()).log_prob(ROWS)
+    assert found.num_data == 33
+    assert found.log_evidence == pytest.approx(truth.mean().item(), abs=1e-9)
+    assert found.elbo == pytest.approx(found.log_evidence, abs=1e-9)
+    covariance = 1.25 * torch.eye(33).double() + 1
+    whole = dist.MultivariateNormal(torch.zeros(33).double(), covariance).log_prob(ROWS).item()
+    for size, batch_size in ((7, 256), (33, 256), (7, 10)):  # batches would change q(mu): all rows are seen at once
+        found = evaluate(*subsampling(size), ROWS, num_samples=50, batch_size=batch_size)
+        # The guide is exact: the bound of all data is the evidence, whatever is drawn.
+        assert 33 * found.elbo == pytest.approx(whole, abs=1e-8)
+        assert found.elbo == pytest.approx(-found.rate - found.distortion, abs=1e-9)
+    kl = found.kl
+    assert kl["z"].shape == () and float(kl["mu"]) > 1
+
+
+def test_a_batch_under_a_plate_of_more_rows_is_a_batch():
+    def model(x):
+        with pyro.plate("data", 500, subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 500, subsample_size=len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5).to_event(1))
+
+    found = evaluate(model, guide, X, num_samples=3)
+    assert found.num_data == 3 and found.log_evidence == pytest.approx(log_evidence(X).mean().item(), abs=1e-12)
+    posterior_draws = _arviz.dataset_of(to_arviz(model, guide, X, num_samples=5), "posterior")
+    assert list(posterior_draws["data"].values) == [0, 1, 2]
+
+
+def test_a_model_without_latents_has_its_likelihood():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1), obs=x)
+
+    found = evaluate(model, lambda x: None, X, num_samples=2)
+    truth = dist.Normal(torch.zeros(2).double(), 1.0).log_prob(X).sum(-1).mean().item()
+    assert found.elbo == pytest.approx(truth, abs=1e-12) and found.log_evidence == pytest.approx(truth, abs=1e-12)
+    assert found.rate == 0.0
+
+
+def whole_model(x):
+    """The observations are one site: no plate tells the data apart."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+    pyro.sample("x", dist.Normal(z, 1.0).to_event(2), obs=x)
+
+
+def one_by_one_model(x):
+    for i in pyro.plate("data", len(x)):
+        z = pyro.sample(f"z{i}", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        pyro.sample(f"x{i}", dist.Normal(z, 1.0).to_event(1), obs=x[i])
+
+
+def one_by_one_guide(x):
+    for i in pyro.plate("data", len(x)):
+        pyro.sample(f"z{i}", dist.Normal(x[i] / 2, 0.5**0.5).to_event(1))
+
+
+@pytest.mark.parametrize(
+    "model, guide", [(whole_model, posterior()), (one_by_one_model, one_by_one_guide)], ids=["event", "sequential"]
+)
+def test_without_a_data_plate_the_whole_is_spread_over_the_rows(model, guide):
+    found = evaluate(model, guide, X, num_samples=4)
+    assert found.log_evidence == pytest.approx(log_evidence(X).mean().item(), abs=1e-12)
+    assert found.elbo == pytest.approx(found.log_evidence, abs=1e-12)
+    assert found.num_data == 3 and found.log_evidence_se < 1e-12 > found.elbo_se
+
+
+def test_a_joint_draw_of_all_latents_has_one_weight():
+    guide = AutoMultivariateNormal(linear_model, init_scale=0.9)
+    found = evaluate(linear_model, guide, X, num_samples=4000)
+    error = found.log_evidence_se
+    assert found.elbo + 0.01 < found.log_evidence
+    assert abs(found.log_evidence - log_evidence(X).mean().item()) < 4 * error < 0.3
+
+
+def test_rows_that_the_guide_reads_together_are_not_cut_into_batches():
+    x = torch.linspace(-1, 2, 300).double()
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(x.sum() / (1 + len(x)), (1 + len(x)) ** -0.5))
+
+    covariance = torch.eye(300).double() + 1
+    whole = dist.MultivariateNormal(torch.zeros(300).double(), covariance).log_prob(x).item()
+    assert 300 * evaluate(model, guide, x, num_samples=20).elbo == pytest.approx(whole, abs=1e-8)
+
+
+# --- gradients at fixed parameters
+
+
+class Coin(pyro.nn.PyroModule):
+    """q(z) = Bernoulli(sigmoid(logit)) of one coin for each datum."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit = torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=self.logit.expand(len(x))))
+
+
+class CoinModel(pyro.nn.PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3, dtype=torch.float64)).expand([len(x)]))
+            pyro.sample("x", dist.Normal(self.shift * z, 1.0), obs=x)
+
+
+Y = torch.tensor([0.2, 1.9], dtype=torch.float64)
+
+
+def exact_score_moments():
+    """Mean and variance of −f(z) ∇log q(z), f the log-weight, by listing both values of each coin.
+
+    Pyro leaves out the direct gradient of −log q, whose expectation is zero.
+    """
+    logit, p = torch.tensor(0.4).double(), torch.sigmoid(torch.tensor(0.4).double())
+    mean, variance = 0.0, 0.0
+    for y in Y:
+        values, weights = [], []
+        for z, prob in ((0.0, 1 - p), (1.0, p)):
+            z = torch.tensor(z).double()
+            f = dist.Bernoulli(0.3).log_prob(z) + dist.Normal(1.5 * z, 1.0).log_prob(y)
+            f = f - dist.Bernoulli(logits=logit).log_prob(z)
+            score = z - p
+            values.append(-f * score)
+            weights.append(prob)
+        first = sum(w * v for w, v in zip(weights, values, strict=True))
+        mean += first
+        variance += sum(w * (v - first) ** 2 for w, v in zip(weights, values, strict=True))
+    return mean.item(), variance.item()
+
+
+@pytest.mark.parametrize("word", ["trace", "trace-graph"])
+def test_moments_of_the_score_estimator_are_the_enumerated_ones(word):
+    mean, variance = exact_score_moments()
+    moments = gradient_moments(CoinModel(), Coin(), make_loss(word), Y, num_samples=4000)
+    assert list(moments.mean) == ["guide.logit"]
+    assert moments.mean["guide.logit"].dtype == torch.float64
+    assert abs(moments.mean["guide.logit"].item() - mean) < 4.5 * moments.error["guide.logit"].item()
+    assert moments.total_variance == pytest.approx(variance, rel=0.15)
+    assert moments.signal_to_noise == pytest.approx(abs(mean) / variance**0.5, rel=0.3)
+
+
+def test_streamed_moments_are_those_of_the_stacked_draws():
+    options = {"num_samples": 12, "seed": 4, "which": "all"}
+    draws = list(gradient_draws(CoinModel(), Coin(), Trace_ELBO(), Y, **options))
+    moments = gradient_moments(CoinModel(), Coin(), Trace_ELBO(), Y, **options)
+    assert set(moments.mean) == {"guide.logit", "model.shift"}
+    for name in moments.mean:
+        stacked = torch.stack([draw[name] for draw in draws])
+        assert torch.allclose(moments.mean[name], stacked.mean(0), atol=1e-12)
+        assert torch.allclose(moments.variance[name], stacked.var(0), atol=1e-12)
+
+
+@pytest.mark.parametrize("word", ["trace", "trace-graph+baseline", "score-average", "rloo"])
+def test_drawing_gradients_leaves_everything_as_it_was(word, param_store):
+    model, guide = CoinModel(), Coin()
+    guide.logit.grad = torch.tensor(7.0).double()
+    loss = make_loss(word)
+    before = torch.get_rng_state()
+    for draw in gradient_draws(model, guide, loss, Y, num_samples=3, burn_in=2):
+        assert torch.equal(before, torch.get_rng_state())  # between draws too
+        assert not param_store
+        assert guide.logit.grad.item() == 7.0
+        assert draw["guide.logit"].shape == (1,)
+    assert model.shift.grad is None
+    assert guide.logit.item() == 0.4
+    assert param_store == {} or not param_store
+    again = [d["guide.logit"] for d in gradient_draws(model, guide, loss, Y, num_samples=3, burn_in=2)]
+    twice = [d["guide.logit"] for d in gradient_draws(model, guide, loss, Y, num_samples=3, burn_in=2)]
+    assert all(torch.equal(a, b) for a, b in zip(again, twice, strict=True))
+
+
+@pytest.mark.parametrize("word", ["trace-graph+baseline", "score-average"])
+def test_a_baseline_needs_its_burn_in(word):
+    x = Y + 30.0  # a large constant cost, which a baseline takes away once it has seen it
+    first = gradient_moments(CoinModel(), Coin(), make_loss(word), x, num_samples=10)
+    later = gradient_moments(CoinModel(), Coin(), make_loss(word), x, num_samples=10, burn_in=100)
+    assert later.total_variance < first.total_variance / 3
+
+
+def test_a_module_of_a_loss_keeps_its_own_baseline():
+    model, guide = CoinModel(), Coin()
+    module = make_loss("score-average")(model, guide)
+    module(Y).backward()
+    state = {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    gradient_moments(model, guide, module, Y, num_samples=5)
+    assert all(torch.equal(state[name], module.state_dict()[name]) for name in state)
+
+
+def test_gradients_that_cannot_be_drawn():
+    with pytest.raises(BadInput, match='expected "guide" or "all"'):
+        list(gradient_draws(CoinModel(), Coin(), Trace_ELBO(), Y, which="models"))
+    with pytest.raises(BadInput, match="at least 2 draws"):
+        gradient_moments(CoinModel(), Coin(), Trace_ELBO(), Y, num_samples=1)
+    with pytest.raises(BadInput, match="guide has no parameter"):
+        list(gradient_draws(linear_model, posterior(), Trace_ELBO(), X))
+
+
+def test_parameters_met_first_among_many_draws(param_store):
+    """vmap cannot register a parameter in the store: programs of others, with weights and layers of their own."""
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                logits = z.mean(-1, keepdim=True) - self.weight
+                pyro.sample("x", dist.Bernoulli(logits=logits.expand(-1, 9)).to_event(1), obs=x)
+
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = torch.nn.Linear(9, 2)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.loc(x), 1.0).to_event(1))
+
+    model, guide, x = Model(), Guide(), torch.ones(10, 9)
+    assert evaluate(model, guide, x, num_samples=10).elbo < 0
+    assert not len(param_store)

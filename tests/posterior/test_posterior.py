@@ -1,0 +1,734 @@
+"""Draws as ArviZ takes them: groups, shapes, rows, and log-likelihoods held against closed forms."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import partial
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+)
+
+from gumbo.errors import BadInput, UnknownName
+from gumbo.guides import fitting, guides
+from gumbo.inference import active_units, evaluate, summary, to_arviz
+from gumbo.inference.posterior import _arviz, refits
+from gumbo.inference.posterior.conversion import GROUPS
+from gumbo.inference.posterior.runner import Sweep
+from gumbo.models import models
+
+X = torch.linspace(-2, 2, 12).double()
+NOISE = 0.3
+EVIDENCE = dist.Normal(0.0, (1 + NOISE**2) ** 0.5).log_prob(X)
+
+
+def group(idata, name):
+    return _arviz.dataset_of(idata, name)
+
+
+def normal_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+        pyro.deterministic("twice", 2 * z)
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+def normal_guide(scale=1.0, shift=0.0):
+    var = 1 / (1 + 1 / NOISE**2)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x * var / NOISE**2 + shift * var**0.5, scale * var**0.5))
+
+    return guide
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_integrated_log_likelihood_is_the_evidence_where_conditional_ones_are_far_off():
+    idata = to_arviz(normal_model, normal_guide(), X, num_samples=400)
+    found = group(idata, "log_likelihood")["x"]
+    assert found.dims == ("chain", "draw", "data")
+    assert float(found.std("draw").max()) < 1e-12  # no global latent: the same for all draws
+    np.testing.assert_allclose(found[0, 0], EVIDENCE, atol=1e-9)
+    conditional = group(idata, "log_likelihood_conditional")["x"].mean(("chain", "draw"))
+    assert float(conditional.sum()) > EVIDENCE.sum().item() + 5
+    assert group(idata, "log_likelihood").attrs["constant_over_draws"] == 1
+
+
+def test_integrated_log_likelihood_of_an_inexact_guide_is_within_its_error():
+    idata = to_arviz(normal_model, normal_guide(1.3, 0.2), X, num_samples=4000)
+    stats = group(idata, "vi_stats")
+    total = group(idata, "log_likelihood")["x"][0, 0].sum()
+    error = float((stats["log_evidence_se"] ** 2).sum() ** 0.5)
+    assert abs(float(total) - EVIDENCE.sum().item()) < 4 * error < 0.2
+    assert float(stats["elbo"].sum()) < float(total) - 0.5
+
+
+def shared_mean(x):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+def shared_mean_guide(x):
+    mu = pyro.sample("mu", dist.Normal(torch.tensor(0.3).double(), 0.5))
+    var = 1 / (1 + 1 / NOISE**2)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(var * (mu + x / NOISE**2), 1.2 * var**0.5))
+
+
+def test_given_global_latents_the_local_ones_are_integrated_out():
+    idata = to_arviz(shared_mean, shared_mean_guide, X, num_samples=50, num_local_samples=2000)
+    mu = torch.from_numpy(group(idata, "posterior")["mu"].values[0])
+    exact = dist.Normal(mu[:, None], (1 + NOISE**2) ** 0.5).log_prob(X)
+    found = group(idata, "log_likelihood")["x"].values[0]
+    assert np.abs(found - exact.numpy()).max() < 0.15
+    assert np.abs(found - exact.numpy()).mean() < 0.01
+    stats = group(idata, "sample_stats")
+    assert stats["log_weight"].dims == ("chain", "draw", "data")
+    assert stats["log_q_global"].dims == ("chain", "draw")
+    prior = dist.Normal(0.0, 1.0).log_prob(mu)
+    np.testing.assert_allclose(stats["log_p_global"][0], prior, atol=1e-9)
+
+
+def test_global_weights_come_from_the_integrated_likelihood():
+    variance = 1 / (1 + len(X) / (1 + NOISE**2))
+    mean = variance * X.sum() / (1 + NOISE**2)
+
+    def guide(x):
+        mu = pyro.sample("mu", dist.Normal(mean, variance**0.5))
+        var = 1 / (1 + 1 / NOISE**2)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(var * (mu + x / NOISE**2), var**0.5))
+
+    exact = group(to_arviz(shared_mean, guide, X, num_samples=400), "vi_stats")
+    assert float(exact["khat_global"][0]) == 0.0
+    assert float(exact["ess_global"][0]) == pytest.approx(400)
+    wrong = group(to_arviz(shared_mean, shared_mean_guide, X, num_samples=400), "vi_stats")
+    assert float(wrong["ess_global"][0]) < 350
+
+
+def test_weights_and_kl_agree_with_evaluate():
+    guide = normal_guide(1.3, 0.2)
+    stats = group(to_arviz(normal_model, guide, X, num_samples=6000), "vi_stats")
+    found = evaluate(normal_model, guide, X, num_samples=6000)
+    assert float(stats["elbo"].mean()) == pytest.approx(found.elbo, abs=0.02)
+    assert float(stats["log_evidence"].mean()) == pytest.approx(found.log_evidence, abs=0.01)
+    assert float(stats["kl_z"][0]) == pytest.approx(found.rate, abs=0.02)
+    assert bool(stats["active_z"][0]) == bool(active_units(guide, X)["z"])
+
+
+def test_a_few_draws_do_not_make_a_dimension_active():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    def active(x, draws):
+        return bool(group(to_arviz(normal_model, guide, x, num_samples=draws), "vi_stats")["active_z"][0])
+
+    assert not active(torch.linspace(-2, 2, 400).double(), 20)
+
+
+def test_subsampled_scaled_and_masked_programs_report_plain_log_likelihoods():
+    def model(x, scale, seen):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=scale), pyro.poutine.mask(mask=seen):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, scale, seen):
+        pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    seen = torch.arange(len(X)) != 3
+    idata = to_arviz(model, guide, X, 7.0, seen, num_samples=30)
+    z = torch.from_numpy(group(idata, "posterior")["z"].values[0])
+    exact = dist.Normal(z[:, None], 1.0).log_prob(X) * seen
+    np.testing.assert_allclose(group(idata, "log_likelihood")["x"][0], exact, atol=1e-9)
+    total = exact.sum(-1) + dist.Normal(0.0, 1.0).log_prob(z)
+    np.testing.assert_allclose(group(idata, "sample_stats")["log_p"][0], total, atol=1e-9)
+
+
+# --- shapes, rows, names ----------------------------------------------------------------------------------------------
+
+Y = torch.randn(3, 10, generator=torch.Generator().manual_seed(1)).double()
+SIZE = 4
+
+
+def two_deep(y, size=SIZE):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+    with pyro.plate("group", 3, dim=-2):
+        a = pyro.sample("a", dist.Normal(mu[..., 0], 1.0))
+        with pyro.plate("obs", 10, subsample_size=size, dim=-1) as rows:
+            k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+            z = pyro.sample("z", dist.Normal(a, 1.0))
+            pyro.sample("y", dist.Normal(z + k, 0.5), obs=y[:, rows])
+
+
+def two_deep_guide(y, size=SIZE):
+    pyro.sample("mu", dist.Normal(torch.zeros(2).double(), 0.2).to_event(1))
+    with pyro.plate("group", 3, dim=-2):
+        pyro.sample("a", dist.Normal(torch.zeros(()).double(), 0.3))
+        with pyro.plate("obs", 10, subsample_size=size, dim=-1) as rows:
+            pyro.sample("k", dist.Categorical(torch.ones(3)))
+            pyro.sample("z", dist.Normal(y[:, rows], 0.1))
+
+
+def test_plates_two_deep_and_a_subsampled_plate_visited_in_full():
+    idata = to_arviz(two_deep, two_deep_guide, Y, num_samples=30, num_local_samples=5, dims={"mu": ["coef"]})
+    posterior = group(idata, "posterior")
+    assert {name: posterior[name].dims[2:] for name in posterior} == {
+        "mu": ("coef",),
+        "a": ("group",),
+        "z": ("group", "obs"),
+        "k": ("group", "obs"),
+    }
+    assert posterior.sizes["obs"] == 10 and list(posterior["obs"].values) == list(range(10))
+    np.testing.assert_array_equal(group(idata, "observed_data")["y"], Y)
+    # Each row was drawn around its own datum, so that no row landed at another's place.
+    assert float(abs(posterior["z"].mean(("chain", "draw")) - Y.numpy()).max()) < 0.15
+    assert group(idata, "log_likelihood")["y"].dims == ("chain", "draw", "group", "obs")
+    assert posterior["k"].dtype.kind == "i" and set(np.unique(posterior["k"])) <= {0, 1, 2}
+
+
+def test_a_draw_of_a_global_latent_is_one_draw_in_all_blocks_of_rows():
+    idata = to_arviz(two_deep, two_deep_guide, Y, num_samples=20, groups=["posterior", "log_likelihood_conditional"])
+    found = group(idata, "posterior")
+    exact = dist.Normal(
+        torch.from_numpy((found["z"] + found["k"]).transpose("chain", "draw", "group", "obs").values), 0.5
+    ).log_prob(Y)
+    np.testing.assert_allclose(group(idata, "log_likelihood_conditional")["y"], exact, atol=1e-9)
+    stats = group(to_arviz(two_deep, two_deep_guide, Y, num_samples=20), "sample_stats")
+    mu = torch.from_numpy(found["mu"].values[0])
+    a = torch.from_numpy(found["a"].values[0])
+    exact = dist.Normal(0.0, 1.0).log_prob(mu).sum(-1) + dist.Normal(mu[:, :1], 1.0).log_prob(a).sum(-1)
+    np.testing.assert_allclose(stats["log_p_global"][0], exact, atol=1e-9)
+
+
+def test_blocks_change_nothing_but_the_draws():
+    options = {"num_samples": 2000, "num_local_samples": 2, "groups": ["vi_stats"]}
+    whole = to_arviz(two_deep, two_deep_guide, Y, 10, **options)
+    blocks = to_arviz(two_deep, two_deep_guide, Y, 3, **options)
+    for name in ("elbo", "kl_a", "kl_k"):
+        np.testing.assert_allclose(group(whole, "vi_stats")[name], group(blocks, "vi_stats")[name], atol=0.5)
+    sliced = group(to_arviz(normal_model, normal_guide(), X, batch_size=5, num_samples=50), "vi_stats")
+    np.testing.assert_allclose(sliced["log_evidence"][0], EVIDENCE, atol=1e-9)
+    assert float(sliced["kl_z"][0]) == pytest.approx(evaluate(normal_model, normal_guide(), X).rate, abs=0.1)
+
+
+def test_a_global_latent_whose_guide_reads_the_rows_is_refused_in_blocks():
+    def guide(x):
+        mu = pyro.sample("mu", dist.Normal(x.mean(), 0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(mu, 1.0).expand([len(x)]) if mu.dim() == 0 else dist.Normal(mu, 1.0))
+
+    with pytest.raises(BadInput, match="'mu' depends on the rows"):
+        to_arviz(shared_mean, guide, X, batch_size=5, num_samples=10)
+
+
+def test_every_group_is_made_and_restricted_and_thinned():
+    idata = to_arviz(normal_model, normal_guide(), X, num_samples=40, thin={"posterior_predictive": 8})
+    assert set(_arviz.groups_of(idata)) == set(GROUPS) - {"constant_data"}
+    predictive = group(idata, "posterior_predictive")["x"]
+    assert predictive.shape == (1, 5, 12) and list(predictive["draw"].values) == [0, 8, 16, 24, 32]
+    prior = group(to_arviz(normal_model, normal_guide(), X, num_samples=800), "prior_predictive")["x"]
+    assert float(prior.std()) == pytest.approx((1 + NOISE**2) ** 0.5, abs=0.05)
+    assert _arviz.groups_of(to_arviz(normal_model, normal_guide(), X, num_samples=10, groups=["prior"])) == ["prior"]
+
+
+def test_posterior_predictive_follows_the_drawn_latents():
+    idata = to_arviz(normal_model, normal_guide(), X, num_samples=500)
+    residual = group(idata, "posterior_predictive")["x"] - group(idata, "posterior")["z"]
+    assert float(residual.std()) == pytest.approx(NOISE, abs=0.02)
+    np.testing.assert_allclose(group(idata, "posterior")["twice"], 2 * group(idata, "posterior")["z"])
+
+
+def test_constant_data_and_coordinates():
+    def model(inputs, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal((inputs * w).sum(-1), 1.0), obs=y)
+
+    def guide(inputs, y):
+        pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+
+    names = {"rows": list("abcd"), "feature": ["height", "width"]}
+    dims = {"w": ["feature"], "inputs": ["feature"]}
+    idata = to_arviz(
+        model, guide, torch.ones(4, 2).double(), torch.zeros(4).double(), num_samples=20, coords=names, dims=dims
+    )
+    assert group(idata, "constant_data")["inputs"].dims == ("rows", "feature")
+    assert "y" not in group(idata, "constant_data")
+    assert list(group(idata, "posterior")["feature"].values) == ["height", "width"]
+    assert list(group(idata, "log_likelihood")["rows"].values) == list("abcd")
+
+
+def test_plates_and_arguments_of_awkward_names():
+    def model(data, draw):
+        with pyro.plate("data", len(data), dim=-2), pyro.plate("draw", 2, dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z + data, 1.0), obs=draw)
+
+    def guide(data, draw):
+        with pyro.plate("data", len(data), dim=-2), pyro.plate("draw", 2, dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    idata = to_arviz(model, guide, torch.ones(3, 1).double(), torch.zeros(3, 2).double(), num_samples=10)
+    assert group(idata, "posterior")["z"].dims == ("chain", "draw", "data", "draw_plate")
+    assert list(group(idata, "constant_data")) == ["data_argument"]
+
+
+def test_programs_that_do_not_vectorize_run_draw_by_draw():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+        loc = 1.0 if z > 0.5 else -1.0
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    assert not Sweep(model, guide, (X,), {}).vectorized
+    assert Sweep(normal_model, normal_guide(), (X,), {}).vectorized
+    idata = to_arviz(model, guide, X, num_samples=30)
+    z = torch.from_numpy(group(idata, "posterior")["z"].values[0])
+    exact = dist.Normal(torch.where(z > 0.5, 1.0, -1.0)[:, None], 1.0).log_prob(X)
+    np.testing.assert_allclose(group(idata, "log_likelihood")["x"][0], exact, atol=1e-6)
+
+
+def test_a_program_that_would_mix_draws_along_a_plate_keeps_them_apart():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z - z.mean(), 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    assert Sweep(model, guide, (X,), {}).mode == "lanes"
+    idata = to_arviz(model, guide, X, num_samples=30)
+    exact = dist.Normal(0.0, 1.0).log_prob(X).expand(30, -1)
+    np.testing.assert_allclose(group(idata, "log_likelihood")["x"][0], exact, atol=1e-9)
+
+
+COLUMNS = torch.linspace(-1, 1, 36).reshape(12, 3).double()
+
+
+def columns_model(x):
+    """``COLUMNS @ w`` takes one w at a time, a buffer is written in place, and a Beta has a draw of its own."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+    p = pyro.sample("p", dist.Beta(torch.tensor(2.0).double(), 3.0))
+    loc = torch.zeros(len(x)).double()
+    for row in range(len(x)):
+        loc[row] = COLUMNS[row] @ w
+    pyro.deterministic("loc", loc)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z + p, NOISE), obs=x)
+
+
+def columns_guide(x):
+    w = pyro.sample("w", dist.Normal(torch.ones(3).double(), 0.3).to_event(1))
+    pyro.sample("p", dist.Beta(torch.tensor(4.0).double(), 3.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(COLUMNS @ w + x / 2, 0.4))
+
+
+def test_programs_of_one_draw_at_a_time_run_on_many_at_once_by_vmap():
+    sweep = Sweep(columns_model, columns_guide, (X,), {})
+    assert sweep.mode == "lanes" and Sweep(columns_model, columns_guide, (X,), {}, mode="single").vectorized is False
+    idata = to_arviz(columns_model, columns_guide, X, num_samples=60, num_local_samples=7)
+    found, stats = group(idata, "posterior"), group(idata, "sample_stats")
+    w, p, z = (torch.from_numpy(found[name].values[0]) for name in ("w", "p", "z"))
+    assert len(torch.unique(w)) == w.numel() and len(torch.unique(p)) == 60 and len(torch.unique(z)) == z.numel()
+    np.testing.assert_allclose(found["loc"].values[0], w @ COLUMNS.T, atol=1e-12)
+    exact = dist.Normal(w @ COLUMNS.T, 1.0).log_prob(z) + dist.Normal(z + p[:, None], NOISE).log_prob(X)
+    np.testing.assert_allclose(stats["log_p"][0], exact, atol=1e-9)
+    exact = dist.Normal(w @ COLUMNS.T + X / 2, 0.4).log_prob(z)
+    np.testing.assert_allclose(stats["log_q"][0], exact, atol=1e-9)
+    exact = dist.Normal(torch.ones(3).double(), 0.3).log_prob(w).sum(-1)
+    exact = exact + dist.Beta(torch.tensor(4.0).double(), 3.0).log_prob(p)
+    np.testing.assert_allclose(stats["log_q_global"][0], exact, atol=1e-9)
+    assert float(abs(found["p"].mean() - 4 / 7)) < 0.1
+
+
+FAMILIES = {
+    "normal": lambda w: dist.Normal(w, 1.0),
+    "gamma": lambda w: dist.Gamma(w.exp(), 1.0),
+    "beta": lambda w: dist.Beta(w.exp(), torch.tensor(2.0)),
+    "dirichlet": lambda w: dist.Dirichlet(torch.ones(3) + w.exp()),
+    "poisson": lambda w: dist.Poisson(5 * w.exp()),
+    "categorical": lambda w: dist.Categorical(logits=torch.ones(40) + w),
+    "one-hot": lambda w: dist.OneHotCategorical(logits=torch.ones(40) + w),
+    "binomial": lambda w: dist.Binomial(40, logits=w),
+    "multinomial": lambda w: dist.Multinomial(40, logits=torch.ones(3) + w),
+    "lognormal": lambda w: dist.LogNormal(w, 1.0),
+    "student": lambda w: dist.StudentT(4.0, w, 1.0),
+    "cauchy": lambda w: dist.HalfCauchy(w.exp()),
+    "exponential": lambda w: dist.Exponential(w.exp()),
+    "laplace": lambda w: dist.Laplace(w, 1.0),
+    "uniform": lambda w: dist.Uniform(-w.exp(), 1.0),
+    "mvn": lambda w: dist.MultivariateNormal(w.expand(2), torch.eye(2)),
+    "mixture": lambda w: dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(w.expand(2), 1.0)),
+    "von-mises": lambda w: dist.VonMises(w, 3.0),
+    "lkj": lambda w: dist.LKJCholesky(3, w.exp()),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_draws_anew_in_every_lane_with_its_own_density(name):
+    family = FAMILIES[name]
+
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()), 0.1))
+        assert w.dim() == 0  # takes no plate of draws
+        pyro.sample("u", family(w))
+        pyro.sample("x", dist.Normal(w, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    def guide(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()), 0.1))
+        pyro.sample("u", family(w))
+
+    x = X.float()
+    assert Sweep(model, guide, (x,), {}).mode == ("single" if name in ("von-mises", "lkj") else "lanes")
+    idata = to_arviz(model, guide, x, num_samples=60, groups=["posterior", "sample_stats"])
+    u, w = (torch.from_numpy(group(idata, "posterior")[name].values[0]) for name in ("u", "w"))
+    flat = u.double().reshape(60, -1)
+    assert len(torch.unique(flat, dim=0)) > 10
+    exact = torch.stack([family(one).log_prob(value).sum() for one, value in zip(w, u, strict=True)])
+    found = torch.from_numpy(group(idata, "sample_stats")["log_q"].values[0]) - dist.Normal(0.0, 0.1).log_prob(w)
+    np.testing.assert_allclose(found, exact, atol=1e-3)
+
+
+def test_draws_outside_the_support_are_named():
+    def model(x):
+        w = pyro.sample("w", dist.HalfNormal(torch.ones(3)).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(COLUMNS.float() @ w, 1.0), obs=x.float())
+
+    def guide(x):
+        pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    with pytest.raises(BadInput, match="'w' has a value outside the support"):
+        to_arviz(model, guide, X, num_samples=50)
+
+
+AUTOGUIDES = [
+    AutoNormal,
+    AutoDiagonalNormal,
+    AutoMultivariateNormal,
+    AutoDelta,
+    AutoLowRankMultivariateNormal,
+    AutoLaplaceApproximation,
+    AutoIAFNormal,
+]
+
+
+@pytest.mark.parametrize("auto", AUTOGUIDES)
+def test_autoguides(auto):
+    idata = to_arviz(shared_mean, auto(shared_mean), X, num_samples=20, num_local_samples=4)
+    assert group(idata, "posterior")["z"].shape == (1, 20, 12)
+    weight = group(idata, "sample_stats")["log_weight"]
+    # A guide that draws all data jointly has a weight of the whole; the others one for each datum.
+    joint = auto not in (AutoNormal, AutoDelta)
+    assert weight.dims == (("chain", "draw") if joint else ("chain", "draw", "data"))
+    assert ("log_likelihood" in _arviz.groups_of(idata)) == (not joint)
+
+
+def test_what_a_guide_computes_from_auxiliary_draws_keeps_its_density(param_store):
+    """A matrix product may round otherwise for one draw than for many, and a point's density is 0 beside the point."""
+
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(w.sum(-1, keepdim=w.dim() > 1), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.float())
+
+    guide = AutoStructured(model)
+    guide(X)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    assert Sweep(model, guide, (X,), {}).vectorized
+    weight = group(to_arviz(model, guide, X, num_samples=50, groups=["sample_stats"]), "sample_stats")["log_weight"]
+    assert np.isfinite(weight).all()
+    nested = Sweep(shared_mean, AutoNormal(shared_mean), (X,), {})
+    assert nested.local == ["z"] and nested.shared == ["mu"]
+    stats = group(to_arviz(shared_mean, AutoNormal(shared_mean), X, num_samples=30), "vi_stats")
+    assert np.isfinite(stats["khat_global"]).all()  # its density is known by itself
+
+
+def with_latents():
+    return [
+        pytest.param(name, number, id=f"{name}-{number}")
+        for name, cls in models.items()
+        for number, variant in enumerate(cls.variants)
+        if cls(**{"data_shape": (1, 8, 8), **variant}).latents
+    ]
+
+
+@pytest.mark.parametrize("name, variant", with_latents())
+def test_every_model_of_the_collection(name, variant):
+    model = models[name](**{"data_shape": (1, 8, 8), **models[name].variants[variant]})
+    guide = guides[fitting(model)[0]](model)
+    inputs = model.example(3)
+    idata = to_arviz(model, guide, num_samples=6, num_local_samples=2, **inputs)
+    posterior = group(idata, "posterior")
+    for site, latent in model.latents.items():
+        assert posterior[site].shape[-len(latent.shape) :] == latent.shape
+        assert np.isfinite(posterior[site]).all()
+    assert np.isfinite(group(idata, "sample_stats")["log_weight"]).all()
+
+
+# --- chains -----------------------------------------------------------------------------------------------------------
+
+
+def test_chains_are_guides_fitted_independently():
+    idata = to_arviz(normal_model, [normal_guide(), normal_guide(shift=3.0)], X, num_samples=300)
+    assert group(idata, "posterior").sizes["chain"] == 2
+    shown = summary(idata, var_names=["z"])
+    name = next(name for name in shown.columns if "r_hat" in name or "rhat" in name)
+    assert shown[name].astype(float).min() > 1.3
+    assert shown["khat"].max() > 0.0 and len(shown) == 12
+
+
+def test_one_chain_has_no_r_hat_and_shows_k_hat_of_its_datum():
+    idata = to_arviz(normal_model, normal_guide(0.5), X, num_samples=500)
+    shown = summary(idata, var_names="z")
+    assert "mean" in shown and not [
+        name for name in shown if "hat" in name and name != "khat" or name.startswith("ess")
+    ]
+    np.testing.assert_allclose(shown["khat"], group(idata, "vi_stats")["khat"][0])
+
+
+def test_refits_start_elsewhere_and_leave_the_model_alone(monkeypatch):
+    monkeypatch.setattr(refits, "refitted", partial(refits.refitted, steps=30))
+    guide = AutoNormal(shared_mean)
+    with pyro.get_param_store().scope():
+        guide(X)
+    idata = to_arviz(shared_mean, guide, X, num_samples=50, num_refits=2, groups=["posterior"])
+    assert group(idata, "posterior").sizes["chain"] == 2
+    own = [float(group(idata, "posterior")["mu"][chain].std()) for chain in range(2)]
+    assert abs(own[0] - own[1]) > 1e-3
+    with pytest.raises(BadInput, match="refit="):
+        to_arviz(normal_model, normal_guide(), X, num_samples=10, num_refits=2)
+
+
+# --- ArviZ itself -----------------------------------------------------------------------------------------------------
+
+
+def test_netcdf_round_trip(tmp_path):
+    idata = to_arviz(two_deep, two_deep_guide, Y, num_samples=20, num_local_samples=3)
+    _arviz.save(idata, tmp_path / "posterior.nc")
+    again = _arviz.load(tmp_path / "posterior.nc")
+    assert set(_arviz.groups_of(again)) == set(_arviz.groups_of(idata))
+    for name in _arviz.groups_of(idata):
+        for variable, values in group(idata, name).items():
+            np.testing.assert_array_equal(group(again, name)[variable], values)
+            assert group(again, name)[variable].dims == values.dims
+    assert group(again, "posterior").attrs["local"] == group(idata, "posterior").attrs["local"]
+
+
+def line(x, y):
+    a = pyro.sample("a", dist.Normal(torch.zeros(()).double(), 1.0))
+    b = pyro.sample("b", dist.Normal(torch.zeros(()).double(), 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(a + b * x, 1.0), obs=y)
+
+
+def line_guide(x, y):
+    design = torch.stack([torch.ones_like(x), x], -1)
+    variance = torch.linalg.inv(torch.eye(2).double() + design.T @ design)
+    mean = variance @ design.T @ y
+    a = pyro.sample("a", dist.Normal(mean[0], variance[0, 0].sqrt()))
+    slope = variance[0, 1] / variance[0, 0]
+    pyro.sample("b", dist.Normal(mean[1] + slope * (a - mean[0]), (variance[1, 1] - slope * variance[0, 1]).sqrt()))
+
+
+@pytest.fixture(scope="module")
+def line_draws():
+    x = torch.linspace(-1, 1, 25).double()
+    y = 0.5 + x + torch.randn(25, generator=torch.Generator().manual_seed(0)).double()
+    return to_arviz(line, line_guide, x, y, num_samples=400)
+
+
+@pytest.fixture
+def quiet():
+    """Warnings of ArviZ and its dependencies about themselves are not what is tested."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="gumbo")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=PendingDeprecationWarning)
+        yield
+
+
+def test_loo_and_compare_take_the_integrated_log_likelihood(line_draws, quiet):
+    az = _arviz.arviz()
+    found = az.loo(line_draws, pointwise=True)
+    assert float(found.pareto_k.max()) < 0.7
+    log_likelihood = group(line_draws, "log_likelihood")["y"].values[0]
+    waic = np.log(np.exp(log_likelihood).mean(0)).sum() - log_likelihood.var(0, ddof=1).sum()
+    assert float(getattr(found, "elpd_loo", getattr(found, "elpd", math.nan))) == pytest.approx(waic, abs=0.5)
+    assert len(az.compare({"one": line_draws, "same": line_draws})) == 2
+    az.loo_pit(line_draws, **({} if _arviz.is_datatree() else {"y": "y"}))
+    pit = az.plot_khat(found)
+    assert pit is not None
+
+
+def test_plots(line_draws, quiet):
+    import matplotlib.pyplot as plt
+
+    az = _arviz.arviz()
+    names = ["plot_forest", "plot_trace", "plot_pair", "plot_ppc_dist" if _arviz.is_datatree() else "plot_ppc"]
+    names.append("plot_dist" if _arviz.is_datatree() else "plot_posterior")
+    for name in names:
+        getattr(az, name)(line_draws)
+        plt.close("all")
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+def coins(x):
+    p = pyro.sample("p", dist.Beta(torch.tensor(1.0), torch.tensor(1.0)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Bernoulli(p), obs=x)
+
+
+def coins_guide(x):
+    pyro.sample("p", dist.Beta(1 + x.sum(), 1 + len(x) - x.sum()))
+
+
+@pytest.mark.parametrize("ones", [0, 5, 14])
+def test_counts_are_integers_and_drawn_as_such(ones, quiet):
+    x = torch.zeros(15)
+    x[:ones] = 1
+    idata = to_arviz(coins, coins_guide, x, num_samples=100, seed=0)
+    for name in ("observed_data", "posterior_predictive", "prior_predictive"):
+        assert group(idata, name)["x"].dtype.kind == "i"
+    assert group(idata, "posterior")["p"].dtype.kind == "f"
+    az = _arviz.arviz()
+    warnings.filterwarnings("ignore", message=".*look (binary|discrete)")  # advice to take another plot
+    (az.plot_ppc_dist if _arviz.is_datatree() else az.plot_ppc)(idata)
+
+
+def test_a_value_that_never_varies_has_a_summary_without_a_warning():
+    def model(x):
+        b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("b", dist.Bernoulli(torch.tensor(1.0)))
+
+    idata = to_arviz(model, guide, torch.tensor(0.4), num_samples=20, num_refits=2, refit=lambda *_: guide)
+    found = summary(idata)
+    assert found.loc["b", "mean"] == 1
+
+
+def test_bad_input_is_one_line():
+    def undrawn(x):
+        with pyro.plate("data", len(x)):
+            pass
+
+    def changing(x):
+        if pyro.sample("z", dist.Bernoulli(torch.tensor(0.5).double())) > 0:
+            pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(()).double(), 1.0), obs=x)
+
+    cases = [
+        ({"guide": undrawn}, "'z' is latent in the model but the guide does not draw it"),
+        ({"num_samples": 1}, "num_samples is 1"),
+        ({"groups": ["posteriors"]}, "did you mean 'posterior'"),
+        ({"thin": {"prior": 0}}, "thin is 0 for prior"),
+        ({"data_plates": "rows"}, "no plate 'rows'"),
+        ({"coords": {"data": [1, 2]}}, "coords for 'data' has 2 values"),
+        ({"dims": {"z": ["a", "b"]}}, "dims for 'z' names 2 dimensions"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_samples": 10**9}, "memory_limit"),
+        ({"guide": []}, "empty"),
+    ]
+    for options, said in cases:
+        options = {"guide": normal_guide(), "num_samples": 5, **options}
+        with pytest.raises((BadInput, UnknownName), match=said) as caught:
+            to_arviz(normal_model, options.pop("guide"), X, **options)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match="sites change from draw to draw"):
+        for seed in range(8):
+            to_arviz(changing, changing, X, num_samples=20, seed=seed)
+
+
+def test_what_is_needed_is_said_before_the_start(capsys):
+    to_arviz(normal_model, normal_guide(), X, num_samples=20, progress=True)
+    said = capsys.readouterr().err
+    assert "the draws need" in said.splitlines()[0] and "posterior" in said and "to_arviz 1/1" in said
+    to_arviz(normal_model, normal_guide(), X, num_samples=20)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_seed_does_not_bring_back_the_noise_of_training():
+    torch.manual_seed(0)
+    trained_on = torch.randn(12)
+    idata = to_arviz(
+        prior_like, pyro.poutine.block(prior_like, hide=["x"]), X, num_samples=5, seed=0, groups=["posterior"]
+    )
+    assert not np.isin(group(idata, "posterior")["z"].values, trained_on.numpy()).any()
+
+
+def prior_like(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x.float())
+
+
+def test_nothing_is_left_behind_and_the_seed_decides():
+    before = torch.get_rng_state()
+    one, two, other = (to_arviz(normal_model, normal_guide(), X, num_samples=20, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(before, torch.get_rng_state())
+    np.testing.assert_array_equal(group(one, "posterior")["z"], group(two, "posterior")["z"])
+    assert (group(one, "posterior")["z"] != group(other, "posterior")["z"]).any()
+
+
+@pytest.mark.slow
+def test_sixty_thousand_data_stay_within_memory():
+    """60,000 data, 50 latents, 200 draws: in batches, thinned where a group would be huge."""
+    import json
+    import subprocess
+    import sys
+
+    code = """
+import json, resource, torch, pyro, pyro.distributions as dist
+from gumbo.inference import to_arviz
+x = torch.randn(60_000, 20)
+decoder = torch.randn(50, 20)
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(50), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ decoder, 1.0).to_event(1), obs=x)
+def guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x @ decoder.T / 50, 0.5).to_event(1))
+groups = ["posterior", "log_likelihood", "sample_stats", "posterior_predictive", "vi_stats"]
+idata = to_arviz(model, guide, x, num_samples=200, batch_size=1000, groups=groups, thin={"posterior_predictive": 100})
+print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, list(idata.posterior["z"].shape)]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    gib, shape = json.loads(done.stdout)
+    assert shape == [1, 200, 60_000, 50] and gib < 3.3
+    assert "the draws need 2.4" in done.stderr.splitlines()[0], done.stderr

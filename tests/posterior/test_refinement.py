@@ -1,0 +1,131 @@
+"""Per-datum refinement against exact posteriors, for every family, and that it leaves the pair alone."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+
+from gumbo.errors import BadInput
+from gumbo.guides import fitting, guides
+from gumbo.inference import SiteELBO, evaluate
+from gumbo.inference.posterior.refinement import RefinedGuide, refine, refinement_gap
+from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE, HeteroscedasticRegression, HierarchicalVAE
+
+SHAPE = (1, 4, 4)
+X = torch.tensor([[0.3, -1.2], [1.0, 0.4], [-0.7, 2.1]], dtype=torch.float64)
+
+
+class Linear(pyro.nn.PyroModule):
+    """z ~ N(0, 1), x ~ N(z, 1): the posterior is N(x / 2, 1 / 2)."""
+
+    def forward(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+class Rough(pyro.nn.PyroModule):
+    """Amortized with one shift and one scale for all data."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0.2 * x + self.shift, torch.ones_like(x)).to_event(1))
+
+
+def test_refinement_finds_the_exact_posterior_of_each_datum(param_store):
+    truth = dist.Normal(torch.zeros(2).double(), 2**0.5).log_prob(X).sum(-1)
+    guide = Rough()
+    assert (truth - bounds(guide) > 0.3).all()
+    refined = refine(Linear(), guide, X, steps=100, lr=0.1, num_particles=8)
+    torch.testing.assert_close(bounds(refined), truth, rtol=0, atol=0.1)
+    fn = poutine.trace(refined).get_trace(X).nodes["z"]["fn"].base_dist
+    torch.testing.assert_close(fn.loc.detach(), X / 2, rtol=0, atol=0.2)
+    torch.testing.assert_close(fn.scale.detach(), torch.full_like(X, 0.5**0.5), rtol=0, atol=0.2)
+    assert guide.shift.item() == 0.7 and guide.shift.grad is None
+
+
+def bounds(guide):
+    """The exact bound of each datum: log p(x) less the KL to the posterior."""
+    fn = poutine.trace(guide).get_trace(X).nodes["z"]["fn"].base_dist
+    truth = dist.Normal(torch.zeros(2).double(), 2**0.5).log_prob(X)
+    return (truth - torch.distributions.kl_divergence(fn, dist.Normal(X / 2, 0.5**0.5))).sum(-1).detach()
+
+
+def test_a_discrete_latent_is_refined_to_its_posterior(param_store):
+    model = BernoulliVAE(SHAPE, num_latents=1, hidden=(6,)).double()
+    guide = guides["bernoulli"](model).double()
+    x = torch.randint(2, (4, *SHAPE)).double()
+    with torch.no_grad():
+        model.decoder[0].weight *= 5
+        joint = []
+        for z in (0.0, 1.0):
+            values = torch.full((4, 1), z, dtype=torch.float64)
+            trace = poutine.trace(poutine.condition(model, data={"z": values})).get_trace(x)
+            trace.compute_log_prob()
+            joint.append(sum(s["log_prob"] for s in trace.nodes.values() if s["type"] == "sample" and "log_prob" in s))
+    truth = torch.stack(joint).logsumexp(0)
+    exact = SiteELBO("enumerate")
+    refined = refine(model, guide, x, steps=150, lr=0.2, estimator="enumerate")
+    assert -exact.loss(model, refined, x) == pytest.approx(truth.sum().item(), abs=5e-3)
+    assert -exact.loss(model, guide, x) < truth.sum() - 0.05
+
+
+@pytest.mark.parametrize("guide", fitting(HierarchicalVAE(SHAPE, **HierarchicalVAE.variants[0])))
+def test_every_guide_starts_as_itself_and_gains(guide, param_store):
+    torch.manual_seed(0)
+    model = HierarchicalVAE(SHAPE, **HierarchicalVAE.variants[0])
+    program = guides[guide](model)
+    x = torch.randint(2, (6, *SHAPE)).float()
+    before = {name: value.clone() for name, value in program.state_dict().items()}
+    start = RefinedGuide(program, x)
+    losses = []
+    for each in (program, start):
+        torch.manual_seed(1)
+        losses.append(SiteELBO().loss(model, each, x))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    pyro.clear_param_store()
+    found = refinement_gap(model, program, x, steps=30, lr=0.1, num_samples=30)
+    assert found.gap.mean() > 0.02, found.gap
+    assert all(torch.equal(value, before[name]) for name, value in program.state_dict().items())
+    assert all(p.grad is None for p in [*program.parameters(), *model.parameters()])
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_relaxed_pairs_are_judged_by_their_discrete_form():
+    model = CategoricalVAE(SHAPE, num_latents=2, num_classes=3, hidden=(6,), relaxed=True)
+    guide = guides["relaxed-categorical"](model)
+    x = torch.randint(2, (3, *SHAPE)).float()
+    found = refinement_gap(model, guide, x, steps=3, estimator="rloo", num_samples=50)
+    exact = model.exact()
+    bound = evaluate(exact, guide.exact(exact), x, num_samples=50, batch_size=3, seed=1).elbo
+    assert found.amortized.mean().item() == pytest.approx(bound, abs=1e-5)
+    refined = refine(model, guide, x, steps=3)  # the relaxed guide itself can be refined too
+    assert set(refined.offsets) == {"y/logits"} and all(o.any() for o in refined.offsets.values())
+
+
+def test_batches_are_refined_by_themselves():
+    a = refinement_gap(Linear(), Rough(), X, steps=30, lr=0.2, num_samples=50)
+    b = refinement_gap(Linear(), Rough(), X, steps=30, lr=0.2, num_samples=50, batch_size=1)
+    assert (a.gap > 0.1).all() and (b.gap > 0.1).all()
+    torch.testing.assert_close(a.refined, b.refined, rtol=0, atol=0.5)
+
+
+def test_mistakes_are_one_line():
+    refined = refine(Linear(), Rough(), X, steps=0)
+    with pytest.raises(BadInput, match="refined for 3 data, and was given 2"):
+        refined(X[:2])
+    regression = HeteroscedasticRegression((2,), hidden=(4,))
+    with pytest.raises(BadInput, match="nothing to refine"):
+        refine(regression, guides["none"](regression), {"x": torch.ones(3, 2), "y": torch.ones(3, 1)})
+    with pytest.raises(BadInput, match="steps=-1"):
+        refine(Linear(), Rough(), X, steps=-1)
+    model = GaussianVAE(SHAPE, latent_dim=2, hidden=(4,), likelihood="bernoulli")
+    with pytest.raises(BadInput, match="data is empty"):
+        refine(model, guides["normal"](model), torch.zeros(0, *SHAPE))

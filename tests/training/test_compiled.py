@@ -1,0 +1,674 @@
+"""The compiled step: the same numbers as the eager one on the same noise, and a refusal where it cannot be."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.nn import PyroModule
+
+from gumbo.errors import BadInput, UnsupportedSite
+from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide, guides
+from gumbo.inference import SiteELBO, fit
+from gumbo.inference.engine.noise import Noise, Tape
+from gumbo.inference.engine.rows import Rows
+from gumbo.inference.estimators import (
+    Concrete,
+    GumbelSoftmax,
+    MovingAverage,
+    Neural,
+    ReinMax,
+    Relax,
+    ScoreFunction,
+    estimators,
+)
+from gumbo.inference.training.compile.step import CompiledStep, uncompiled
+from gumbo.inference.training.optimizers import make_optimizer
+from gumbo.inference.training.schedules import Exponential, Linear
+from gumbo.inference.training.steps import TorchStep
+from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE, models
+
+SHAPE = (1, 2, 3)
+F64 = torch.float64
+
+
+def normal_pair():
+    model = GaussianVAE(SHAPE, latent_dim=2, hidden=(5,))
+    return model, NormalGuide(model)
+
+
+def coin_pair():
+    model = BernoulliVAE(SHAPE, num_latents=3, hidden=(5,))
+    return model, BernoulliGuide(model)
+
+
+def layered_pair():
+    model = models["sigmoid-belief-network"](SHAPE, **models["sigmoid-belief-network"].variants[-1])
+    return model, guides["layered"](model)
+
+
+def class_pair():
+    model = CategoricalVAE(SHAPE, num_latents=2, num_classes=3, hidden=(5,))
+    return model, CategoricalGuide(model)
+
+
+PAIRS = {"normal": normal_pair, "coins": coin_pair, "classes": class_pair, "layers": layered_pair}
+
+
+def fits(estimator, pair) -> bool:
+    model, guide = pair()
+    objective = "elbo" if "elbo" in estimator.objectives else "iwae"
+    try:
+        SiteELBO(estimator, objective=objective)(model, guide).initialize(data())
+    except Exception:
+        return False
+    return True
+
+
+def data(rows=4, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return (torch.rand(rows, *SHAPE, generator=generator) < 0.5).to(dtype)
+
+
+def steps_of(pair, loss, optimizer="adam", dtype=F64, backend=uncompiled, x=None):
+    """A compiled step, and an eager one of equal programs."""
+    x = data(dtype=dtype) if x is None else x
+    model, guide = (program.to(dtype) for program in pair())
+    twin = copy.deepcopy((model, guide))
+    make = make_optimizer(optimizer, 1e-2)[0] if isinstance(optimizer, str) else optimizer
+    compiled = CompiledStep(model, guide, loss, make, Rows(x, "x"), backend)
+    eager = TorchStep(*twin, copy.deepcopy(loss), make, Rows(x, "x"))
+    eager.module.load_state_dict(compiled.module.state_dict())  # networks that the losses built
+    return compiled, eager
+
+
+def agree(compiled, eager, batches, tolerance, first_step=100):
+    """Both steps over the batches on the same noise: the same losses, and the same state after each."""
+    for step in (compiled, eager):
+        step.module.binding.steps = first_step
+        for state in step.module.binding.states.values():
+            state.calls = first_step
+    for x in batches:
+        mine = compiled(Rows(x, "x"))
+        with Tape(compiled.noise):
+            other = eager(Rows(x, "x"))
+        assert mine == pytest.approx(other, rel=tolerance)
+        expected = eager.module.state_dict()
+        for name, value in compiled.module.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance, msg=name)
+            else:
+                assert value == expected[name]
+
+
+def cases():
+    for word, make in estimators.items():
+        for name in PAIRS:
+            objectives = sorted(make().objectives - {"rws"})
+            for objective in objectives:
+                yield pytest.param(word, name, objective, id=f"{word}-{name}-{objective}")
+
+
+@pytest.mark.parametrize("word, name, objective", list(cases()))
+def test_what_is_captured_is_what_eager_does(word, name, objective):
+    """Every registered estimator; a new one is enrolled by its name."""
+    pair = PAIRS[name]
+    if not fits(estimators[word](), pair):
+        pytest.skip(f"{word} does not serve these sites")
+    particles = max(2, estimators[word]().min_particles)
+    loss = SiteELBO(word, objective=objective, num_particles=particles)
+    agree(*steps_of(pair, loss), [data(dtype=F64), 1 - data(dtype=F64)], 1e-10)
+
+
+@pytest.mark.parametrize("name", ["normal", "layers"])
+def test_reweighted_wake_sleep_is_captured(name):
+    loss = SiteELBO(objective="rws", num_particles=3)
+    agree(*steps_of(PAIRS[name], loss), [data(dtype=F64), 1 - data(dtype=F64)], 1e-10)
+
+
+@pytest.mark.parametrize("word", ["score", "rloo", "straight-through", "relax"])
+def test_particles_one_by_one_are_captured(word):
+    loss = SiteELBO(word, num_particles=2, vectorize_particles=False)
+    agree(*steps_of(coin_pair, loss), [data(dtype=F64)], 1e-10)
+
+
+COOLING = Exponential(1.0, 0.1, 1e-2)
+SCHEDULED = {
+    "kl_weight": (SiteELBO("pathwise", kl_weight=Linear(200)), normal_pair),
+    "kl_weight of rebar": (SiteELBO("rebar", kl_weight=Linear(200)), coin_pair),
+    "gumbel-softmax": (SiteELBO(GumbelSoftmax(COOLING)), class_pair),
+    "gumbel-rao": (SiteELBO(GumbelSoftmax(COOLING, hard=True, rao=3)), coin_pair),
+    "reinmax": (SiteELBO(ReinMax(COOLING)), class_pair),
+    "concrete": (SiteELBO(Concrete(COOLING, Exponential(2.0, 0.5, 1e-2))), coin_pair),
+}
+
+
+@pytest.mark.parametrize("loss, pair", SCHEDULED.values(), ids=SCHEDULED)
+def test_schedules_go_on_in_the_graph(loss, pair):
+    compiled, eager = steps_of(pair, loss)
+    for first_step in (0 if "rebar" not in repr(loss) else 70, 100, 500):
+        agree(compiled, eager, [data(dtype=F64)], 1e-10, first_step)
+
+
+STATEFUL = {
+    "average and network": SiteELBO(ScoreFunction(baseline=MovingAverage(0.5)), num_particles=2),
+    "nvil": SiteELBO(ScoreFunction(baseline=Neural(hidden=4))),
+    "relax": SiteELBO(Relax(hidden=4)),
+    "relax and rebar": SiteELBO(Relax(hidden=4, rebar=True)),
+    "iwae": SiteELBO(ScoreFunction(baseline=MovingAverage()), objective="iwae", num_particles=3),
+}
+
+
+@pytest.mark.parametrize("loss", STATEFUL.values(), ids=STATEFUL)
+def test_the_state_of_baselines_moves(loss):
+    compiled, eager = steps_of(coin_pair, loss)
+    before = {name: value.clone() for name, value in compiled.module.binding.states.state_dict().items()}
+    agree(compiled, eager, [data(dtype=F64)] * 4, 1e-9)
+    after = compiled.module.binding.states.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+OPTIMIZERS = {
+    "adam": "adam",
+    "adamw": "adamw",
+    "sgd": "sgd",
+    "rmsprop": "rmsprop",
+    "weight decay": lambda p: torch.optim.Adam(p.values() if isinstance(p, dict) else p, lr=1e-2, weight_decay=0.1),
+    "ascent": lambda p: torch.optim.Adam(p, lr=1e-2, maximize=True, weight_decay=0.1, betas=(0.5, 0.9)),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+    "clipped": "clipped",
+    "scheduled": "scheduled",
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_makes_torchs_own_steps(name):
+    made = {
+        "clipped": lambda: make_optimizer("adam", 1e-2, clip_norm=0.5)[0],
+        "scheduled": lambda: make_optimizer("adam", Linear(10, start=1e-1, end=1e-3))[0],
+    }.get(name, lambda: make_optimizer(OPTIMIZERS[name], 1e-2)[0])()
+    compiled, eager = steps_of(normal_pair, SiteELBO("pathwise"), made)
+    agree(compiled, eager, [data(dtype=F64), 1 - data(dtype=F64)] * 3, 1e-9)
+
+
+def test_adam_is_in_the_graph_and_its_state_is_torchs():
+    compiled, eager = steps_of(normal_pair, SiteELBO("pathwise"))
+    assert compiled.inside is not None and steps_of(normal_pair, SiteELBO("pathwise"), "sgd")[0].inside is None
+    agree(compiled, eager, [data(dtype=F64)] * 3, 1e-10)
+    mine, others = (step.optimizer.state_dict()["optimizer"]["state"] for step in (compiled, eager))
+    assert mine.keys() == others.keys()
+    for key, state in others.items():
+        for name, value in state.items():
+            torch.testing.assert_close(mine[key][name], value, rtol=1e-9, atol=1e-12)
+    saved = copy.deepcopy(compiled.optimizer.state_dict())
+    compiled.optimizer.load_state_dict(saved)
+    eager.optimizer.load_state_dict(copy.deepcopy(saved))
+    agree(compiled, eager, [data(dtype=F64)] * 2, 1e-9)
+
+
+def test_another_shape_and_the_steps_that_look_at_values_run_eagerly():
+    compiled, eager = steps_of(normal_pair, SiteELBO("pathwise"))
+    for rows in (4, 3, 4, 2, 4):
+        x = data(rows, dtype=F64)
+        if rows == 4:
+            mine = compiled(Rows(x, "x"))
+            with Tape(compiled.noise):
+                other = eager(Rows(x, "x"))
+        else:
+            mine, other = (_seeded(lambda step=step, x=x: step(Rows(x, "x"))) for step in (compiled, eager))
+        assert mine == pytest.approx(other, rel=1e-10)
+    assert compiled.module.binding.steps == eager.module.binding.steps == 5
+    for a, b in zip(compiled.parameters.values(), eager.parameters.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def _seeded(make, seed=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+def test_rebar_probes_the_programs_at_the_calls_it_always_does(monkeypatch):
+    from gumbo.inference.estimators import control_variates
+
+    torch.manual_seed(0)
+    compiled, _ = steps_of(coin_pair, SiteELBO("rebar"))
+    probed, check = [], control_variates.check_continuous
+    number = 0
+
+    def noted(view, *args):
+        probed.append(number)
+        check(view, *args)
+
+    monkeypatch.setattr(control_variates, "check_continuous", noted)
+    while number < 70:
+        number += 1
+        compiled(Rows(data(dtype=F64), "x"))
+    assert probed == [1, 2, 4, 8, 16, 32, 64]
+
+
+class Jumps(BernoulliVAE):
+    """Takes coins for what they are not: a step, which no relaxation can follow."""
+
+    def likelihood(self, z):
+        return super().likelihood((z > 0.5).to(z.dtype))
+
+
+def test_a_jump_is_found_as_without_compiling():
+    model = Jumps(SHAPE, num_latents=3, hidden=(5,))
+    guide = BernoulliGuide(model)
+    step = CompiledStep(model, guide, SiteELBO("rebar"), make_optimizer("adam", 1e-2)[0], Rows(data(), "x"), uncompiled)
+    with pytest.raises(UnsupportedSite, match="not continuous"):
+        step(Rows(data(), "x"))
+
+
+# --- noise ----------------------------------------------------------------------------------------------------------
+
+
+def draws():
+    half = torch.full((20_000,), 0.25)
+    three = torch.tensor([0.2, 0.3, 0.5]).expand(20_000, 3)
+    return {
+        "bernoulli": (lambda: torch.bernoulli(half), 0.25, 0.25 * 0.75),
+        "bernoulli in place": (lambda: torch.empty(20_000).bernoulli_(0.25), 0.25, 0.25 * 0.75),
+        "uniform": (lambda: torch.rand(20_000), 0.5, 1 / 12),
+        "uniform between": (lambda: torch.empty(20_000).uniform_(2, 5), 3.5, 9 / 12),
+        "normal": (lambda: torch.randn(20_000), 0.0, 1.0),
+        "normal of both": (lambda: torch.normal(half, 2 * half), 0.25, 0.25),
+        "normal of a size": (lambda: torch.normal(1.0, 3.0, (20_000,)), 1.0, 9.0),
+        "exponential": (lambda: torch.empty(20_000).exponential_(2.0), 0.5, 0.25),
+        "multinomial": (lambda: torch.multinomial(three, 1).float(), 1.3, 0.61),
+        "multinomial again": (lambda: torch.multinomial(three[0], 20_000, replacement=True).float(), 1.3, 0.61),
+        "without replacement": (lambda: torch.multinomial(three, 3).float(), 1.0, 2 / 3),
+        "integers": (lambda: torch.randint(1, 5, (20_000,)).float(), 2.5, 1.25),
+        "permutation": (lambda: torch.randperm(20_000).float(), 9999.5, (20_000**2 - 1) / 12),
+        "dropout": (lambda: torch.nn.functional.dropout(torch.ones(20_000), 0.2), 1.0, 0.25),
+    }
+
+
+@pytest.mark.parametrize("name", draws())
+def test_noise_gives_the_same_distributions(name):
+    """Mean and variance within six standard errors, and the same draws for the same noise."""
+    draw, mean, variance = draws()[name]
+    tape = Tape()
+    with tape:
+        found = draw()
+    assert len(tape.requests) == 1
+    assert found.shape == draw().shape and found.dtype == draw().dtype
+    assert abs(found.mean().item() - mean) <= 6 * (variance / 20_000) ** 0.5
+    assert found.var().item() == pytest.approx(variance, rel=0.1)
+    noise = Noise(tape.requests)
+    noise.draw()
+    with Tape(noise):
+        first = draw()
+    with Tape(noise):
+        assert torch.equal(first, draw())
+
+
+def test_a_generator_of_the_programs_own_is_refused():
+    with Tape(), pytest.raises(BadInput, match="generator of its own"):
+        torch.rand(2, generator=torch.Generator())
+
+
+# --- what is refused, and what is seen ------------------------------------------------------------------------------
+
+
+class Changed(GaussianVAE):
+    """A model that does one thing that a graph cannot keep."""
+
+    def __init__(self, trick):
+        super().__init__(SHAPE, latent_dim=2, hidden=(5,))
+        self.trick, self.factor, self.calls_made = trick, 1.0, 0
+        self.table = torch.ones(())
+
+    def likelihood(self, z):
+        return self.trick(self, z, super().likelihood)
+
+
+def branches(model, z, likelihood):
+    return likelihood(z if z.sum() > 0 else -z)
+
+
+def reads(model, z, likelihood):
+    return likelihood(z * (2.0 if z.abs().max().item() > 1 else 1.0))
+
+
+def counts(model, z, likelihood):
+    model.calls_made += 1
+    return likelihood(z / model.calls_made)
+
+
+def keeps(model, z, likelihood):
+    model.last = z
+    return likelihood(z)
+
+
+def writes(model, z, likelihood):
+    model.table.mul_(0.5)
+    return likelihood(z * model.table)
+
+
+def rolls_python(model, z, likelihood):
+    return likelihood(z * (1 + random.random()))
+
+
+def rolls_numpy(model, z, likelihood):
+    return likelihood(z * (1 + np.random.rand()))
+
+
+GENERATOR = np.random.default_rng(0)
+
+
+def rolls_a_numpy_generator(model, z, likelihood):
+    return likelihood(z * (1 + GENERATOR.random()))
+
+
+def draws_more_now_and_then(model, z, likelihood):
+    model.trick.__dict__["calls"] = calls = model.trick.__dict__.get("calls", 0) + 1
+    return likelihood(z + (torch.randn_like(z) if calls % 2 else 0.0))
+
+
+def leaves_torch(model, z, likelihood):
+    return likelihood(z + torch.from_numpy(np.asarray(z.detach().numpy())))
+
+
+REFUSED = {
+    branches: "asks for the value of a tensor.*z if z.sum\\(\\) > 0",
+    reads: "asks for the value of a tensor.*item\\(\\) > 1",
+    counts: "Changed.calls_made changes as the program runs",
+    writes: "Changed.table changes as the program runs",
+    keeps: "Changed.last changes as the program runs",
+    rolls_python: "random numbers",
+    rolls_numpy: "random numbers",
+    rolls_a_numpy_generator: "differs from the eager one",
+    draws_more_now_and_then: "draws other things",
+    leaves_torch: "fails without values.*numpy",
+}
+
+
+def compiled_of(model, guide=None, loss=None, x=None):
+    x = data() if x is None else x
+    guide = NormalGuide(model) if guide is None else guide
+    loss = SiteELBO("pathwise") if loss is None else loss
+    return CompiledStep(model, guide, loss, make_optimizer("adam", 1e-2)[0], Rows(x, "x"), uncompiled)
+
+
+@pytest.mark.parametrize("trick", REFUSED, ids=lambda trick: trick.__name__)
+def test_what_a_graph_cannot_keep_is_refused_in_one_line(trick):
+    model = Changed(trick)
+    with pytest.raises(BadInput, match=REFUSED[trick]) as refused:
+        compiled_of(model)
+    assert "\n" not in str(refused.value) and "compile=False" in str(refused.value)
+    assert not any("Fake" in type(value).__name__ for value in vars(model).values())
+
+
+@pytest.mark.parametrize("name", ["calls", "steps", "_own", "_kept", "_keeps"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_counter_of_a_program_is_refused_whatever_its_name(name, begun):
+    def counts(model, z, likelihood):
+        setattr(model, name, getattr(model, name, 0) + 1)
+        return likelihood(z * getattr(model, name))
+
+    model = Changed(counts)
+    if begun:
+        setattr(model, name, 0)
+    with pytest.raises(BadInput, match=f"Changed.{name} changes as the program runs"):
+        compiled_of(model)
+
+
+VALUES = {
+    "item\\(\\)": lambda model, z, likelihood: likelihood(z * z.sum().item()),
+    "tolist\\(\\)": lambda model, z, likelihood: likelihood(z + sum(z.sum(-1).tolist())),
+    "z\\[z > 0\\]": lambda model, z, likelihood: likelihood(z + z[z > 0].sum()),
+}
+
+
+@pytest.mark.parametrize("words", VALUES)
+def test_what_only_the_compiler_refuses_is_named_with_its_line(words):
+    model = Changed(VALUES[words])
+    with pytest.raises(BadInput, match=f"asks for the value of a tensor.*at test_compiled.py:.*{words}") as refused:
+        CompiledStep(
+            model, NormalGuide(model), SiteELBO("pathwise"), make_optimizer("adam", 1e-2)[0], Rows(data(), "x")
+        )
+    assert "\n" not in str(refused.value)
+
+
+def test_an_estimator_that_reads_the_step_is_refused():
+    class Odd(GumbelSoftmax):
+        def draw(self, fn, step, args=(), kwargs=None):
+            return super().draw(fn, step, args, kwargs) if step % 2 else super().draw(fn, step)
+
+    with pytest.raises(BadInput, match="number of the step"):
+        compiled_of(*class_pair(), SiteELBO(Odd()))
+
+
+def test_stock_losses_are_refused():
+    from pyro.infer import Trace_ELBO
+
+    with pytest.raises(BadInput, match="gumbo's own ELBOs, not Trace_ELBO"):
+        compiled_of(*normal_pair(), Trace_ELBO())
+
+
+def test_nothing_is_left_of_capturing():
+    model, guide = normal_pair()
+    before = [dict(vars(module)) for program in (model, guide) for module in program.modules()]
+    values = [parameter.clone() for program in (model, guide) for parameter in program.parameters()]
+    random_state = torch.get_rng_state()
+    step = compiled_of(model, guide)
+    assert torch.equal(random_state, torch.get_rng_state()) and step.module.binding.steps == 0
+    after = [dict(vars(module)) for program in (model, guide) for module in program.modules()]
+    assert [one.keys() for one in before] == [one.keys() for one in after]
+    for a, b in zip(values, (p for program in (model, guide) for p in program.parameters()), strict=True):
+        assert torch.equal(a, b) and b.grad is None
+
+
+def scaled(model, z, likelihood):
+    return likelihood(z * model.factor * model.table)
+
+
+def test_a_changed_attribute_is_captured_anew():
+    torch.manual_seed(0)
+    model = Changed(scaled)
+    step = compiled_of(model)
+    step(Rows(data(), "x"))
+    assert step.captures == 1
+    model.factor = 0.0
+    step(Rows(data(), "x"))
+    assert step.captures == 2
+    before = model.decoder[0].weight.clone()
+    moments = step.optimizer.optimizer.state[model.decoder[0].weight]
+    moments["exp_avg"].zero_()
+    step(Rows(data(), "x"))  # z is multiplied by zero, so that this weight has no gradient
+    assert torch.equal(before, model.decoder[0].weight)
+    model.table.fill_(0.5)  # written in place
+    step(Rows(data(), "x"))
+    assert step.captures == 3
+    for number in range(5):
+        model.factor = float(number + 2)
+        step(Rows(data(), "x"))
+    model.factor = 99.0
+    with pytest.raises(BadInput, match="change so often"):
+        step(Rows(data(), "x"))
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+def test_a_frozen_parameter_is_seen():
+    model, guide = normal_pair()
+    step = compiled_of(model, guide)
+    step(Rows(data(), "x"))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    before = [parameter.clone() for parameter in model.parameters()]
+    moved = [parameter.clone() for parameter in guide.parameters()]
+    step(Rows(data(), "x"))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(moved, guide.parameters(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_moves_no_parameter():
+    model, guide = normal_pair()
+    step = compiled_of(model, guide)
+    step.check_data = False
+    before = [parameter.clone() for parameter in step.parameters.values()]
+    assert not torch.isfinite(torch.tensor(step(Rows(data() * float("nan"), "x"))))
+    assert all(torch.equal(a, b) for a, b in zip(before, step.parameters.values(), strict=True))
+    assert all(
+        torch.equal(step.optimizer.optimizer.state[p]["step"], torch.tensor(0.0)) for p in step.inside.parameters
+    )
+    assert torch.isfinite(torch.tensor(step(Rows(data(), "x"))))
+    assert not any(torch.equal(a, b) for a, b in zip(before, step.parameters.values(), strict=True))
+
+
+def test_data_outside_the_support_are_refused():
+    step = compiled_of(*normal_pair())
+    with pytest.raises(BadInput, match="'x': the data hold values outside the support of Bernoulli"):
+        step(Rows(data() + 0.5, "x"))
+
+
+class Subsampled(PyroModule):
+    """Ten rows of data that it holds itself, four of them seen at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("rows", torch.arange(10.0))
+
+    def forward(self):
+        with pyro.plate("rows", 10, subsample_size=4) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(self.weight * z, 1.0), obs=self.rows[index])
+
+
+class SubsampledGuide(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(10))
+
+    def forward(self):
+        with pyro.plate("rows", 10, subsample_size=4) as index:
+            pyro.sample("z", dist.Normal(self.loc[index], 1.0))
+
+
+def test_a_subsampled_plate_shows_other_rows_at_every_step():
+    batch = Rows.__new__(Rows)
+    batch.args, batch.kwargs = (), {}
+    step = CompiledStep(
+        Subsampled(), SubsampledGuide(), SiteELBO("pathwise"), make_optimizer("sgd", 1e-4)[0], batch, uncompiled
+    )
+    moved = set()
+    for _ in range(30):
+        before = step.module.guide.loc.detach().clone()
+        step(batch)
+        rows = (step.module.guide.loc.detach() != before).nonzero().flatten().tolist()
+        assert len(rows) == 4
+        moved |= set(rows)
+    assert moved == set(range(10))
+
+
+# --- the compiler ---------------------------------------------------------------------------------------------------
+
+
+def test_no_compiler_is_one_line(monkeypatch):
+    import torch._inductor as inductor_of_torch
+
+    class InvalidCxxCompiler(RuntimeError):
+        pass
+
+    def fails(*_, **__):
+        raise InvalidCxxCompiler("No working C++ compiler found in\nlist")
+
+    monkeypatch.setattr(inductor_of_torch, "compile", fails)
+    with pytest.raises(BadInput, match="needs a C\\+\\+ compiler") as refused:
+        CompiledStep(*normal_pair(), SiteELBO("pathwise"), make_optimizer("adam", 1e-2)[0], Rows(data(), "x"))
+    assert "\n" not in str(refused.value)
+
+
+COMPILED = {"pathwise": (normal_pair, F64, 1e-10), "rloo": (class_pair, torch.float32, 1e-5)}
+
+
+@pytest.mark.parametrize("word", COMPILED)
+def test_machine_code_does_what_eager_does(word):
+    pair, dtype, tolerance = COMPILED[word]
+    loss = SiteELBO(word, num_particles=2)
+    compiled, eager = steps_of(pair, loss, dtype=dtype, backend=None)
+    assert compiled.seconds > 0 and "compiled in" in compiled.note
+    for step in (compiled, eager):
+        step.module.binding.steps = 100
+    x = Rows(data(dtype=dtype), "x")
+    mine = compiled(x)
+    with Tape(compiled.noise):
+        assert mine == pytest.approx(eager(x), rel=tolerance)
+    mine, others = (step.optimizer.optimizer.state for step in (compiled, eager))
+    for a, b in zip(compiled.parameters.values(), eager.parameters.values(), strict=True):
+        gap = (mine[a]["exp_avg"] - others[b]["exp_avg"]).norm() / others[b]["exp_avg"].norm()
+        assert gap <= tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word, name, objective", list(cases()))
+def test_machine_code_of_every_estimator(word, name, objective):
+    if not fits(estimators[word](), PAIRS[name]):
+        pytest.skip(f"{word} does not serve these sites")
+    loss = SiteELBO(word, objective=objective, num_particles=max(2, estimators[word]().min_particles))
+    agree(*steps_of(PAIRS[name], loss, backend=None), [data(dtype=F64), 1 - data(dtype=F64)], 1e-8)
+
+
+def fitted(epochs, run_dir=None, resume=False, word="score-average", **options):
+    torch.manual_seed(0)
+    model, guide = coin_pair()
+    x = data(30)
+    settings = {
+        "loss": SiteELBO(word, kl_weight=Linear(20), num_particles=2),
+        "batch_size": 8,
+        "lr": 1e-2,
+        "progress": False,
+    }
+    result = fit(
+        model, guide, x, valid=x[:5], epochs=epochs, compile=True, run_dir=run_dir, resume=resume, **settings, **options
+    )
+    return result, [parameter.detach().clone() for parameter in (*model.parameters(), *guide.parameters())]
+
+
+def same_numbers(result):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "ms_per_step")} for line in result.history]
+
+
+def resumes(tmp_path, word):
+    whole, expected = fitted(4, word=word)
+    fitted(2, tmp_path / word, word=word)
+    found, parameters = fitted(4, tmp_path / word, resume=True, word=word)
+    assert same_numbers(found) == same_numbers(whole)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
+
+
+@pytest.mark.parametrize("word", ["score-average", "rebar", "enumerate"])
+def test_a_captured_run_resumes_to_the_same_bits(word, tmp_path, monkeypatch):
+    monkeypatch.setattr("gumbo.inference.training.compile.step.inductor", uncompiled)
+    resumes(tmp_path, word)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["score-average", "rebar"])
+def test_a_compiled_run_resumes_to_the_same_bits(word, tmp_path):
+    resumes(tmp_path, word)
+
+
+def test_fit_says_how_long_it_compiled(monkeypatch, capsys):
+    monkeypatch.setattr("gumbo.inference.training.compile.step.inductor", uncompiled)
+    fit(*normal_pair(), data(8), batch_size=4, epochs=1, compile=True)
+    assert "compiled in" in capsys.readouterr().err
+
+
+def test_fit_refuses_what_a_compiled_step_cannot_do():
+    with pytest.raises(BadInput, match="validate and compile|leave one of them out"):
+        fit(*normal_pair(), data(8), epochs=1, compile=True, validate=True)
+    with pytest.raises(BadInput, match="gumbo's own ELBOs"):
+        fit(*normal_pair(), data(8), epochs=1, compile=True, loss="trace")
+    with pytest.raises(BadInput, match="asks for the value of a tensor"):
+        model = Changed(branches)
+        fit(model, NormalGuide(model), data(8), epochs=1, compile=True)

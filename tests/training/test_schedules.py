@@ -1,0 +1,223 @@
+"""Schedules, the KL warm-up and annealing they drive, active units, and free bits."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, TraceMeanField_ELBO
+
+from gumbo.errors import BadInput, UnknownName, UnsupportedSite
+from gumbo.guides import BernoulliGuide, FlowGuide, LayeredGuide, NormalGuide
+from gumbo.inference import SiteELBO, fit
+from gumbo.inference.estimators import GumbelSoftmax
+from gumbo.inference.posterior.collapse import FreeBits, active_units
+from gumbo.inference.training.schedules import (
+    Constant,
+    Cosine,
+    Cyclical,
+    Exponential,
+    Linear,
+    parse_schedule,
+    schedules,
+)
+from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE, HierarchicalVAE
+
+SHAPE = (1, 4, 4)
+EXAMPLES = [
+    Constant(0.3),
+    Exponential(1.0, 0.5, 1e-4),
+    Linear(1000),
+    Linear(10, 2.0, 0.5),
+    Cyclical(100, 3, 0.7, 0.9),
+    Cosine(100, 2.0, 0.5),
+]
+
+
+def images(rows=20):
+    return torch.randint(2, (rows, *SHAPE)).float()
+
+
+def test_annealing_follows_the_formula_and_keeps_its_floor():
+    cooling = Exponential(1.3, 0.4, 3e-3)
+    for step in (0, 1, 100, 392, 393, 394, 10_000):
+        assert cooling(step) == pytest.approx(max(0.4, 1.3 * math.exp(-3e-3 * step)))
+    assert cooling(392) > 0.4 == cooling(394)
+
+
+def test_linear_reaches_its_end_and_stays():
+    assert [Linear(4)(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [Linear(2, 2.0, 0.5)(step) for step in range(4)] == [2.0, 1.25, 0.5, 0.5]
+
+
+def test_a_cosine_goes_down_along_half_a_period():
+    assert [Cosine(4, 3.0, 1.0)(step) for step in range(7)] == pytest.approx(
+        [3.0, 2 + math.sqrt(0.5), 2.0, 2 - math.sqrt(0.5), 1.0, 1.0, 1.0]
+    )
+
+
+def test_cycles_start_anew_and_the_last_one_stays_up():
+    weights = [Cyclical(40, cycles=4, ratio=0.5)(step) for step in range(60)]
+    assert weights[:10] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert weights[10:20] == pytest.approx(weights[:10]) and weights[30:40] == pytest.approx(weights[:10])
+    assert set(weights[40:]) == {1.0}
+
+
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
+def test_repr_rebuilds(schedule):
+    assert parse_schedule(repr(schedule)) == schedule
+    assert eval(repr(schedule)) == schedule
+    assert parse_schedule(schedule) is schedule
+
+
+def test_every_schedule_is_shown():
+    assert {type(schedule) for schedule in EXAMPLES} == set(schedules.values())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lineal(10)", "did you mean 'linear'"),
+        ("linear()", r"it takes linear\(steps, start, end\)"),
+        ("linear(10, stop=3)", r"it takes linear\(steps, start, end\)"),
+        ("linear(0)", "at least one step"),
+        ("linear('a')", "cannot read the schedule"),
+        ("__import__('os').getcwd()", "cannot read the schedule"),
+        ("warm", "cannot read the schedule"),
+        ("", "cannot read the schedule"),
+        ("exponential(0.1, 0.5, 1)", "start ≥ floor > 0"),
+        ("exponential(1, 0.5, -1)", "rate of at least 0"),
+        ("cyclical(10, 20)", "at least one cycle"),
+        ("cyclical(10, ratio=0)", r"ratio in \(0, 1\]"),
+        ("-1", "at least 0"),
+    ],
+)
+def test_mistakes_are_one_line(text, message):
+    with pytest.raises((BadInput, UnknownName), match=message) as caught:
+        parse_schedule(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_fit_takes_schedules():
+    """With the KL weight at zero for the whole run, the training objective is the reconstruction alone."""
+    model = CategoricalVAE(SHAPE, num_latents=3, num_classes=4, hidden=(8,))
+    from gumbo.guides import CategoricalGuide
+
+    guide = CategoricalGuide(model)
+    seen = []
+
+    class Watched(Exponential):
+        def __call__(self, step):
+            seen.append((step, super().__call__(step)))
+            return seen[-1][1]
+
+    loss = SiteELBO(GumbelSoftmax(Watched(1.0, 0.5, 0.2)), kl_weight=Linear(4))
+    fit(model, guide, images(16), loss=loss, epochs=2, batch_size=4, progress=False)
+    temperatures = dict(seen)
+    assert max(temperatures) == 7  # eight steps were taken
+    assert all(value == max(0.5, math.exp(-0.2 * step)) for step, value in temperatures.items())
+
+
+# --- active units -----------------------------------------------------------------------------------------------------
+
+
+def test_active_units_are_those_whose_mean_moves():
+    x = torch.randn(2000)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            # Variances of the means: 1, 0.0225, 0.0036 and 0.
+            pyro.sample("z", dist.Normal(x.unsqueeze(-1) * torch.tensor([1.0, 0.15, 0.06, 0.0]), 1.0).to_event(1))
+
+    assert active_units(guide, x)["z"].tolist() == [True, True, False, False]
+    assert active_units(guide, x, threshold=0.001)["z"].tolist() == [True, True, True, False]
+    assert active_units(guide, x, threshold=0.5)["z"].tolist() == [True, False, False, False]
+
+
+def test_active_units_take_the_noise_of_draws_off():
+    """Without closed-form means, ten draws of a unit of variance 1 scatter by 0.1: ten times the threshold."""
+
+    class NoMean(dist.Normal):
+        @property
+        def mean(self):
+            raise NotImplementedError
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = torch.stack([x, 0 * x], -1)
+            pyro.sample("z", NoMean(loc, 1.0).to_event(1))
+
+    found = active_units(guide, torch.randn(4000), num_samples=10)
+    assert found["z"].tolist() == [True, False]
+
+
+def test_active_units_of_guides():
+    x = images(30)
+    model = GaussianVAE(SHAPE, latent_dim=3, hidden=(8,), likelihood="bernoulli")
+    guide = NormalGuide(model)
+    with torch.no_grad():
+        guide.encoder_heads["z"].weight[1] = 0.0
+        guide.encoder_heads["z"].weight[[0, 2]] *= 10
+    before = torch.get_rng_state()
+    assert active_units(guide, x)["z"].tolist() == [True, False, True]
+    assert torch.equal(before, torch.get_rng_state()) and len(pyro.get_param_store()) == 0
+    assert active_units(FlowGuide(model, transforms=1, flow_hidden=(8,)), x)["z"].shape == (3,)
+    bits = BernoulliVAE(SHAPE, num_latents=5, hidden=(8,))
+    assert active_units(BernoulliGuide(bits), x)["z"].shape == (5,)
+    deep = HierarchicalVAE(SHAPE, **HierarchicalVAE.variants[0])
+    found = active_units(LayeredGuide(deep), x)
+    assert {name: tuple(units.shape) for name, units in found.items()} == {n: s.shape for n, s in deep.latents.items()}
+    with pytest.raises(BadInput, match="at least two rows"):
+        active_units(guide, x[:1])
+
+
+# --- free bits --------------------------------------------------------------------------------------------------------
+
+
+def test_free_bits_without_a_floor_are_the_mean_field_bound(param_store):
+    model = GaussianVAE(SHAPE, latent_dim=3, hidden=(8,), likelihood="bernoulli", data_size=100)
+    guide, x = NormalGuide(model), images()
+    torch.manual_seed(1)
+    ours = FreeBits(0.0).differentiable_loss(model, guide, x)
+    torch.manual_seed(1)
+    stock = TraceMeanField_ELBO().differentiable_loss(model, guide, x)
+    torch.testing.assert_close(ours, stock)
+
+
+def test_a_dimension_below_the_floor_costs_the_floor_and_gets_no_gradient(param_store):
+    model = GaussianVAE(SHAPE, latent_dim=2, hidden=(8,), likelihood="bernoulli")
+    guide, x = NormalGuide(model, hidden=(8,)), images()
+    head = guide.encoder_heads["z"]
+    with torch.no_grad():
+        model.decoder[0].weight.zero_()  # nothing but the KL depends on z
+        head.weight[[0, 2]] = 0.0
+        head.bias[[0, 2]] = torch.tensor([0.1, math.log(math.expm1(1.0))])  # KL of about 0.005 nats
+        head.bias[1] = 3.0  # KL of about 4.5 nats and more
+    torch.manual_seed(1)
+    free = FreeBits(0.3).differentiable_loss(model, guide, x)
+    gradient = torch.autograd.grad(free, head.bias)[0]
+    torch.manual_seed(1)
+    plain = FreeBits(0.0).differentiable_loss(model, guide, x)
+    assert (free - plain).item() == pytest.approx(20 * (0.3 - 0.005), rel=1e-2)
+    assert gradient[0] == gradient[2] == 0 and gradient[1].abs() > 1
+    assert torch.autograd.grad(plain, head.bias)[0][0].abs() > 0.5
+
+
+def test_free_bits_train_in_both_idioms_and_refuse_in_one_line(param_store):
+    model = GaussianVAE(SHAPE, latent_dim=2, hidden=(8,), likelihood="bernoulli")
+    guide, x = NormalGuide(model), images()
+    result = fit(model, guide, x, loss=FreeBits(0.1, num_particles=2), epochs=2, batch_size=10, progress=False)
+    assert result.objective_name == "free-bits-elbo"
+    before = guide.encoder_heads["z"].weight.clone()
+    SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=FreeBits(0.1)).step(x)
+    assert not torch.equal(before, guide.encoder_heads["z"].weight)
+    bits = BernoulliVAE(SHAPE, num_latents=5, hidden=(8,))
+    with pytest.raises(UnsupportedSite, match="not reparameterized"):
+        FreeBits(0.1).loss(bits, BernoulliGuide(bits), x)
+    with pytest.raises(UnsupportedSite, match="no closed form"):
+        FreeBits(0.1).loss(model, FlowGuide(model, transforms=1, flow_hidden=(8,)), x)
+    with pytest.raises(BadInput, match="the floor is -1"):
+        FreeBits(-1)
