@@ -15,10 +15,11 @@ from ..engine.progress import Stages
 from ..engine.scopes import private_seed
 from ..posterior.conversion import Collection, Naming, _afford, _refits
 from ..posterior.evaluation import exact_pair
+from ..posterior.importance import _rounding, importance_ess, khat, log_evidence, weight_statistics
 from ..posterior.refits import can_refine, refine
 from ..posterior.runner import _REFUSALS, Block, Sweep, _first_line, _has_rows, quietly
 from .missed_mass import Target, annealed_evidence, to_units
-from .report import Report, Verdict, _rounding, importance_ess, khat, log_evidence, weight_statistics
+from .report import Report, Verdict
 
 # A share of the units may be odd before an alarm; of few units, none.
 SHARE = 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..engine.progress import Progress
 from ..engine.scopes import private_seed
 from . import _arviz
 from .evaluation import exact_pair
+from .importance import pieces, weight_statistics
 from .runner import Block, Layout, Pass, Sweep, quietly
 
 GROUPS = (
@@ -35,7 +36,6 @@ GROUPS = (
 _GIB = 2**30
 # Below this size nobody waits, and nothing needs to be said.
 _QUIET_BYTES = 2**28
-_NUMBERS_A_PIECE = 2**20
 
 
 def to_arviz(
@@ -523,16 +523,6 @@ def _sums(layout: Layout) -> np.dtype:
     return np.dtype(np.float32 if layout.dtype == torch.float32 else np.float64)
 
 
-def pieces(shape: Sequence[int], draws: int) -> Iterator[tuple[slice, ...]]:
-    """Parts of an array of units, so small that a few copies of ``draws`` numbers for each of them do not count."""
-    if not shape:
-        yield ()
-        return
-    step = max(1, _NUMBERS_A_PIECE // (draws * math.prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        yield (slice(start, start + step),)
-
-
 def integrated(
     sweep: Sweep, block: Block, given: Mapping[str, torch.Tensor], draws: int, seen: Pass, picks: np.ndarray
 ) -> tuple[torch.Tensor, bool]:
@@ -664,8 +654,6 @@ def bar(enabled: bool, title: str, steps: int) -> Progress:
 
 def _assembled(collection: Collection, args: tuple, kwargs: Mapping, coords: Mapping, dims: Mapping) -> Any:
     import xarray
-
-    from ..diagnosis.report import weight_statistics
 
     sweep = collection.sweep
     naming = Naming(sweep, coords, dims)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ...errors import BadInput
-from ..diagnosis.report import weight_statistics
 from ..engine.rows import Rows
 from .conversion import Collection, Naming
+from .importance import weight_statistics
 from .runner import _REFUSALS, Sweep, quietly
 
 _NOTES = {

@@ -17,8 +17,8 @@ from gumbo.errors import BadInput
 from gumbo.inference import diagnose, evaluate, to_arviz
 from gumbo.inference.diagnosis.checks import simulated_ranks, uniformity
 from gumbo.inference.diagnosis.missed_mass import Target, annealed_evidence
-from gumbo.inference.diagnosis.report import importance_ess, khat
 from gumbo.inference.posterior import _arviz
+from gumbo.inference.posterior.importance import importance_ess, khat
 from gumbo.inference.posterior.refits import refine
 from gumbo.inference.posterior.runner import Sweep, quietly
 

@@ -1,0 +1,141 @@
+"""Importance weights of a guide's draws: Pareto k̂, effective sample size, evidence, and the group ``vi_stats``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import _arviz
+
+if TYPE_CHECKING:
+    from .conversion import Collection
+
+_NUMBERS_A_PIECE = 2**20
+# Log-weights closer together than this are one number but for rounding; their tail has no shape.
+_ROUNDING = 1e-3
+# A tail with fewer different values than this is no sample of a continuous one.
+_FEWEST = 10
+ACTIVE = 0.01
+
+
+def khat(log_weights: np.ndarray, rounding: float = _ROUNDING) -> np.ndarray:
+    """Pareto k̂ of importance weights ``(…, S)`` given as log p − log q; 0 where all weights are equal.
+
+    NaN where the largest weights take too few different values for a fit, as for latents with few states, or S is
+    below 25; infinite where every weight is zero. Vehtari et al. 2024, arXiv:1507.02646.
+
+    >>> khat(np.zeros((2, 100)))
+    array([0., 0.])
+    """
+    log_weights = np.asarray(log_weights, dtype=np.float64)
+    flat = log_weights.reshape(-1, log_weights.shape[-1])
+    found = np.full(len(flat), np.nan)
+    draws = flat.shape[1]
+    tail = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
+    for row, weights in enumerate(flat):
+        top = weights.max()
+        if not np.isfinite(top):
+            found[row] = np.inf
+        elif top - weights.min() <= rounding:
+            found[row] = 0.0
+        elif tail > 4 and len(np.unique(np.partition(weights, -tail)[-tail:])) >= min(_FEWEST, tail):
+            found[row] = float(_arviz.pareto_k(weights))
+    return found.reshape(log_weights.shape[:-1])
+
+
+def khat_limit(num_samples: int) -> float:
+    """The k̂ above which an importance-weighted mean over ``num_samples`` draws is not to be trusted.
+
+    min(1 − 1/log₁₀ S, 0.7): fewer draws need lighter tails (Vehtari et al. 2024, arXiv:1507.02646, section 3.2.4).
+
+    >>> round(khat_limit(100), 3), khat_limit(10_000)
+    (0.5, 0.7)
+    """
+    return min(1 - 1 / math.log10(num_samples), 0.7) if num_samples > 10 else 0.0
+
+
+def importance_ess(log_weights: np.ndarray) -> np.ndarray:
+    """(Σ w)² / Σ w² of importance weights ``(…, S)``: how many of S draws count; S where all weights are equal."""
+    weights = np.exp(log_weights - log_weights.max(-1, keepdims=True))
+    return weights.sum(-1) ** 2 / (weights**2).sum(-1)
+
+
+def log_evidence(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The logarithm of the mean weight over ``(…, S)``, and its standard error by the delta method."""
+    top = log_weights.max(-1, keepdims=True)
+    weights = np.exp(log_weights - top)
+    mean = weights.mean(-1)
+    error = weights.std(-1, ddof=1) / math.sqrt(weights.shape[-1]) / mean
+    return np.log(mean) + top[..., 0], error
+
+
+def pieces(shape: Sequence[int], draws: int) -> Iterator[tuple[slice, ...]]:
+    """Parts of an array of units, so small that a few copies of ``draws`` numbers for each of them do not count."""
+    if not shape:
+        yield ()
+        return
+    step = max(1, _NUMBERS_A_PIECE // (draws * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield (slice(start, start + step),)
+
+
+def by_piece(statistic: Callable[[np.ndarray], np.ndarray], log_weights: np.ndarray) -> np.ndarray:
+    """A statistic of weights ``(chain, *units, S)``, a few units at a time, so that its copies take little memory."""
+    found = np.empty(log_weights.shape[:-1])
+    for chain in range(len(log_weights)):
+        for piece in pieces(log_weights.shape[1:-1], log_weights.shape[-1]):
+            found[(chain, *piece)] = statistic(log_weights[(chain, *piece)])
+    return found
+
+
+def weight_statistics(
+    collection: Collection, event_names: Callable[[str, int], list[str]]
+) -> dict[str, tuple[Sequence[str], np.ndarray]]:
+    """The variables of the group ``vi_stats``: names of dimensions and ``(chain, …)`` numbers."""
+    sweep = collection.sweep
+    rounding = _rounding(collection)
+    weight = np.moveaxis(collection.log_weight(), 1, -1)
+    relative = np.moveaxis(collection.unit_log_weight(), 1, -1)
+    evidence = by_piece(lambda part: log_evidence(part)[0], weight)
+    error = by_piece(lambda part: log_evidence(part)[1], weight)
+    found: dict[str, tuple[Sequence[str], np.ndarray]] = {
+        name: (sweep.weight_plates, value)
+        for name, value in (
+            ("khat", by_piece(lambda part: khat(part, rounding), relative)),
+            ("ess", by_piece(importance_ess, relative)),
+            ("log_evidence", evidence),
+            ("log_evidence_se", error),
+            ("elbo", weight.mean(-1)),
+        )
+    }
+    shared = collection.global_log_weight()
+    if shared is not None:
+        shared = np.moveaxis(shared, 1, -1)
+        found["khat_global"] = (sweep.shared_plates, khat(shared, rounding))
+        found["ess_global"] = (sweep.shared_plates, importance_ess(shared))
+    for name, by_chain in collection.kl.items():
+        if all(value is not None for value in by_chain):
+            value = np.stack([np.asarray(one) for one in by_chain])
+            found[f"kl_{name}"] = (event_names(name, value.ndim - 1), value)
+    for name, means in collection.means.items():
+        layout = sweep.model_sites[name]
+        rows, squares = means.reshape(2, means.shape[1], -1, *layout.event)
+        if rows.shape[1] > 1:
+            # Means over draws vary by themselves, by the draws' variance over their number.
+            noise = (squares.mean(1) - np.einsum("cr...,cr...->c...", rows, rows) / rows.shape[1]).clip(0)
+            noise = noise / collection.num_samples
+            names = event_names(name, len(layout.event))
+            found[f"active_{name}"] = (names, rows.var(1, ddof=1) - noise > ACTIVE)
+    return found
+
+
+def _rounding(collection: Collection) -> float:
+    """How far log-weights of equal draws may lie apart by the programs' own precision."""
+    sizes = [
+        layout.dtype.itemsize for layout in collection.sweep.model_sites.values() if layout.dtype.is_floating_point
+    ]
+    precision = 1e-6 if min(sizes, default=8) < 8 else 1e-14
+    return _ROUNDING + precision * collection.largest_log_p
