@@ -178,6 +178,22 @@ def _innermost(fn: Any) -> Any:
     return fn
 
 
+def _lengths(*traces: Trace) -> dict[str, int]:
+    """How many rows stand in each plate that has no size of its own (``pyro.plate("data")``)."""
+    found: dict[str, int] = {}
+    for trace in traces:
+        for _, site in random_sites(trace):
+            value, fn = site["value"], site["fn"]
+            if site["infer"].get("_deterministic"):
+                continue  # to Pyro all of its dimensions are event dimensions
+            batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+            for frame in site["cond_indep_stack"]:
+                if frame.vectorized and frame.size == -1:
+                    rows = batch[frame.dim] if -frame.dim <= len(batch) else 1
+                    found[frame.name] = max(rows, found.get(frame.name, 1))
+    return found
+
+
 def _kind(site: Mapping[str, Any]) -> str:
     if site["infer"].get("_deterministic"):
         return "deterministic"
@@ -260,6 +276,7 @@ class Sweep:
         except _REFUSALS as error:
             raise BadInput(f"the programs fail on these arguments: {_first_line(error)}") from error
         held = {name: site["value"] for name, site in random_sites(guide)}
+        open_ended = _lengths(guide, model)
         for trace in (guide, model):
             for name, site in trace.nodes.items():
                 if site["type"] == "sample" and site_is_subsample(site) and name not in self.at_hand:
@@ -274,7 +291,9 @@ class Sweep:
                     batch = len(self._deterministic_batch(site["value"], site["fn"].event_dim, stack))
                 self.depth = max(self.depth, batch, *frames, 0)
                 for frame in site["cond_indep_stack"]:
-                    if frame.vectorized:
+                    if frame.vectorized and frame.size == -1:
+                        self.sizes[frame.name] = self.full_sizes[frame.name] = open_ended.get(frame.name, 1)
+                    elif frame.vectorized:
                         swept = frame.name in subsamples.random and frame.name not in self.at_hand
                         self.full_sizes[frame.name] = frame.full_size or frame.size
                         self.sizes[frame.name] = frame.full_size if swept else frame.size
@@ -351,6 +370,10 @@ class Sweep:
             event_dim = fn.event_dim
             batch = tuple(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - event_dim]))
         depth = len(batch)
+        # What is drawn once under a plate without a size is not drawn for each of its rows.
+        for dim in [dim for dim, frame in frames.items() if frame.size == -1 and -dim <= depth]:
+            if batch[dim] != self.sizes[frames[dim].name]:
+                del frames[dim]
         dims = [dim for dim in range(-depth, 0) if dim in frames or batch[dim] > 1]
         names = tuple(frames[dim].name if dim in frames else None for dim in dims)
         return Layout(
@@ -373,7 +396,7 @@ class Sweep:
             return tuple(value.shape[: value.dim() - event_dim])
         depth = max((-dim for dim in frames), default=0)
         leading = value.shape[:depth]
-        fits = len(leading) == depth and all(leading[depth + dim] == frame.size for dim, frame in frames.items())
+        fits = len(leading) == depth and all(frame.size in (-1, leading[depth + dim]) for dim, frame in frames.items())
         return tuple(leading) if fits else ()
 
     def divide(self, data_plates: str | Sequence[str] | None) -> None:

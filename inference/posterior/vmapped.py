@@ -44,7 +44,8 @@ class Seen:
 
     def __init__(self, site: Mapping[str, Any]):
         self.site = site
-        self.sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+        # A plate without a size is as long as what stands in it, which `picked` finds by itself.
+        self.sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized and f.size != -1}
 
     @cached_property
     def value(self) -> torch.Tensor:

@@ -732,3 +732,71 @@ print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, li
     gib, shape = json.loads(done.stdout)
     assert shape == [1, 200, 60_000, 50] and gib < 3.3
     assert "the draws need 2.4" in done.stderr.splitlines()[0], done.stderr
+
+
+# --- plates without a size --------------------------------------------------------------------------------------------
+
+
+def sizeless(global_mean):
+    """As Pyro's VAE examples: the plate has no size, and each site brings its rows by its own shape."""
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(x.new_zeros(2), 1.0).to_event(1)) if global_mean else 0.0
+        with pyro.plate("data"):
+            z = pyro.sample("z", dist.Normal(mean + x.new_zeros(len(x), 2), 1.0).to_event(1))
+            pyro.deterministic("twice", 2 * z)
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        mean = 0.0
+        if global_mean:
+            precision = 1 + len(x) / 2
+            mean = pyro.sample("mean", dist.Normal(x.sum(0) / 2 / precision, precision**-0.5).to_event(1))
+        with pyro.plate("data"):
+            pyro.sample("z", dist.Normal((mean + x) / 2, 0.5**0.5).to_event(1))
+
+    return model, guide
+
+
+PAIRS = torch.linspace(-1, 2, 14).double().reshape(7, 2)
+
+
+@pytest.mark.parametrize("batch_size", [3, 256])
+def test_a_plate_without_a_size_is_as_long_as_the_rows_in_it(batch_size):
+    truth = dist.Normal(0.0, torch.tensor(2.0).double().sqrt()).log_prob(PAIRS).sum(-1)
+    found = evaluate(*sizeless(False), PAIRS, num_samples=3, batch_size=batch_size)
+    assert found.log_evidence == pytest.approx(truth.mean().item(), abs=1e-12)
+    assert found.elbo == pytest.approx(found.log_evidence, abs=1e-12)
+    idata = to_arviz(*sizeless(False), PAIRS, num_samples=20, batch_size=min(batch_size, 7))
+    assert (
+        group(idata, "posterior")["z"].dims[2:] == ("data", "z_dim_0") and group(idata, "posterior").sizes["data"] == 7
+    )
+    assert group(idata, "posterior")["twice"].dims[2:] == ("data", "twice_dim_0")
+    np.testing.assert_allclose(group(idata, "log_likelihood")["x"][0, 0], truth, atol=1e-9)
+
+
+def test_given_a_global_latent_a_plate_without_a_size_has_local_ones():
+    covariance = torch.eye(7).double() * 2 + 1
+    whole = dist.MultivariateNormal(torch.zeros(7).double(), covariance).log_prob(PAIRS.T).sum().item()
+    assert 7 * evaluate(*sizeless(True), PAIRS, num_samples=5).elbo == pytest.approx(whole, abs=1e-9)
+    idata = to_arviz(*sizeless(True), PAIRS, num_samples=20)
+    mean = torch.from_numpy(group(idata, "posterior")["mean"].values[0])
+    exact = dist.Normal(mean[:, None], torch.tensor(2.0).double().sqrt()).log_prob(PAIRS).sum(-1)
+    np.testing.assert_allclose(group(idata, "log_likelihood")["x"][0], exact, atol=1e-9)
+
+
+def test_what_is_drawn_once_under_a_plate_without_a_size_is_shared():
+    def model(x):
+        with pyro.plate("data"):
+            s = pyro.sample("s", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(s, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data"):
+            pyro.sample("s", dist.Normal(x.sum() / (1 + len(x)), (1 + len(x)) ** -0.5))
+
+    whole = dist.MultivariateNormal(torch.zeros(12).double(), torch.eye(12).double() + 1).log_prob(X).item()
+    assert 12 * evaluate(model, guide, X, num_samples=5).elbo == pytest.approx(whole, abs=1e-9)
+    idata = to_arviz(model, guide, X, num_samples=20)
+    assert group(idata, "posterior")["s"].dims == ("chain", "draw")
+    assert group(idata, "log_likelihood")["x"].dims == ("chain", "draw", "data")
