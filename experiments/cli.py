@@ -24,6 +24,7 @@ VERBS = {
     "inspect": Verb("inspect_posterior", "the posterior of a run for ArviZ, in pictures and verdicts"),
     "audit": Verb("audit", "hold gradient estimators against the exact gradient, on any model and guide"),
     "system": Verb("systems", "one of the small demonstrations: a picture and its numbers"),
+    "reproduce": Verb("reproduce", "train the cells of a published table and set them beside the published numbers"),
     "list": Verb("listing", "show models, guides, estimators, and which combinations are valid"),
 }
 

@@ -1,0 +1,128 @@
+"""``gumbo reproduce``: published tables trained again, cell by cell, beside the published numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gumbo.errors import BadInput
+from gumbo.experiments._command import run_command
+from gumbo.experiments._runs import environment
+
+QUICK_ROWS, QUICK_STEPS = 400, 8
+
+
+@dataclass
+class Reproduce:
+    """Train the cells of a published table and set them beside the published numbers.
+
+    Args:
+        table: a table's name: arm, coins, gumbel-softmax or iwae.
+        cells: names or patterns, as in `[nonlinear/*]`; by default all.
+        seeds: the seeds to run each cell with.
+        steps: steps a cell; by default the paper's own budget.
+        jobs: cells trained at the same time, one thread each.
+        folder: where runs keep their checkpoints; a run that stands there goes on.
+        results: where finished cells are written, one JSON file each; those that stand there are not run again.
+        device: cpu, cuda, …
+        quick: a trial of a few steps on a few images.
+        show: train nothing, and show what has been found.
+    """
+
+    table: str
+    cells: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    steps: int | None = None
+    jobs: int = 1
+    folder: str = "runs/reproduce"
+    results: str = "experiments/results"
+    device: str = "cpu"
+    quick: bool = False
+    show: bool = False
+
+
+def reproduce(config: Reproduce) -> list[dict[str, Any]]:
+    """Run what is missing, then show the table."""
+    from gumbo.experiments.reproduction import tables
+
+    table = tables[config.table]
+    chosen = table.chosen(config.cells)
+    if config.jobs < 1 or (config.steps is not None and config.steps < 1):
+        raise BadInput("jobs and steps must be whole numbers of at least 1")
+    results = Path(config.folder) / "quick-results" if config.quick else Path(config.results)
+    wanted = [(cell, seed) for seed in config.seeds for cell in chosen]
+    missing = [task for task in wanted if not path_of(results, table.name, *task).exists()]
+    if not config.show:
+        from joblib import Parallel, delayed
+
+        parallel = Parallel(n_jobs=min(config.jobs, len(missing) or 1), return_as="generator_unordered")
+        for cell, seed, found in parallel(delayed(_run)(config, table.name, *task) for task in missing):
+            # The caller writes: a worker that dies leaves no half of a file.
+            found |= {"table": table.name, "command": command_of(config, cell, seed), "env": environment()}
+            path = path_of(results, table.name, cell, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(found, indent=1) + "\n")
+            os.replace(partial, path)
+            print(f"gumbo reproduce: {cell.name} seed {seed}: {found['value']:.2f}", file=sys.stderr)
+    found = [
+        json.loads(path_of(results, table.name, *t).read_text())
+        for t in wanted
+        if path_of(results, table.name, *t).exists()
+    ]
+    show(table, found)
+    return found
+
+
+def _run(config: Reproduce, table: str, cell, seed: int):
+    from gumbo.experiments.reproduction.cells import run_cell
+
+    folder = Path(config.folder) / ("quick" if config.quick else "") / table / f"{slug(cell)}-seed{seed}"
+    if config.quick:
+        return cell, seed, run_cell(cell, seed, QUICK_STEPS, folder, rows=QUICK_ROWS, compile=False)
+    return cell, seed, run_cell(cell, seed, config.steps or cell.steps, folder, device=config.device)
+
+
+def slug(cell) -> str:
+    return cell.name.replace("/", "-")
+
+
+def path_of(results: Path, table: str, cell, seed: int) -> Path:
+    return results / table / f"{slug(cell)}-seed{seed}.json"
+
+
+def command_of(config: Reproduce, cell, seed: int) -> str:
+    steps = "" if config.steps is None else f" --steps {config.steps}"
+    quick = " --quick" if config.quick else ""
+    cells = shlex.quote(json.dumps([cell.name]))
+    return f"gumbo reproduce {config.table} --cells {cells} --seeds '[{seed}]'{steps}{quick}"
+
+
+def show(table, found: Sequence[dict[str, Any]]) -> None:
+    """The table on standard output: published beside ours, mean ± standard error over seeds."""
+    from gumbo.experiments.compare import mean_and_error
+
+    print(f"{table.name}: {table.source}; nats per datum, smaller is better")
+    print(f"{'cell':28} {'published':>9} {'ours':>16} {'seeds':>5} {'steps':>9} {'share':>6}")
+    for cell in table.cells:
+        runs = [numbers for numbers in found if numbers["cell"]["name"] == cell.name]
+        if not runs:
+            continue
+        mean, error = mean_and_error([numbers["value"] for numbers in runs])
+        published = "" if cell.published is None else f"{cell.published:.2f}"
+        ours = f"{mean:.2f}" if len(runs) == 1 else f"{mean:.2f} ± {error:.2f}"
+        print(f"{cell.name:28} {published:>9} {ours:>16} {len(runs):5} {runs[0]['steps']:9,} {runs[0]['share']:6.1%}")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "gumbo reproduce") -> None:
+    run_command(Reproduce, reproduce, argv, prog)
+
+
+if __name__ == "__main__":
+    main()
