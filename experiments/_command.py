@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ from dataclasses import MISSING, fields
 from typing import Any, NoReturn, TypeVar
 
 from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName, UnsupportedSite
+from gumbo.experiments._names import marked, unmarked
+from gumbo.experiments._runs import read_settings
 
 Config = TypeVar("Config")
 Presets = Mapping[str, "Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]"]
@@ -114,21 +117,22 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str, presets: P
     """The dataclass that ``argv`` describes; a mistake is one line and status 2."""
     parser = _parser(config_class, prog)
     found = _parse(parser, argv, prog)
-    chosen = {name: preset for name, preset in presets.items() if found[name]}
+    chosen = {name: preset for name, preset in presets.items() if found[name] not in (None, False)}
     if chosen:
         # Again, with the preset's values as defaults: flags and files still come after them.
         for name, preset in chosen.items():
             parser.set_defaults(dict(preset(found[name]) if callable(preset) else preset))
         found = _parse(parser, argv, prog)
-    return config_class(**{field.name: found[field.name] for field in fields(config_class)})
+    settings = {field.name: found[field.name] for field in fields(config_class)}
+    return config_class(**unmarked(settings, trust=settings.get("trust", False)))
 
 
 def _parser(config_class: type, prog: str):
     from jsonargparse import ArgumentParser
 
     summary = (config_class.__doc__ or "").strip().split("\n\n")[0]
-    parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with any of the settings below")
+    parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=_settings_file(prog), help="a YAML file with any of the settings below")
     switches = {field.name for field in fields(config_class) if field.type in (bool, "bool")}
     parser.add_class_arguments(config_class, as_positional=True, skip=switches)
     described = _descriptions(config_class)
@@ -137,6 +141,32 @@ def _parser(config_class: type, prog: str):
             assert field.default is not MISSING
             parser.add_argument(f"--{field.name}", action="store_true", help=described.get(field.name, ""))
     return parser
+
+
+def _settings_file(prog: str) -> type[argparse.Action]:
+    """What ``--config`` does: a file of the user's own is as good as flags, and a run's own is data."""
+    from jsonargparse import ActionConfigFile
+
+    class SettingsFile(ActionConfigFile):
+        def __call__(self, parser, cfg, values, option_string=None):
+            if not values.lstrip().startswith("{"):
+                values = json.dumps(settings_in(values, verb=prog.split()[-1]))
+            self.apply_config(parser, cfg, self.dest, values)
+
+    return SettingsFile
+
+
+def settings_in(path: str, verb: str) -> dict[str, Any]:
+    """The settings of a file; a run's own ``config.yaml``, which names its experiment, keeps where it went to itself.
+
+    Raises BadInput for what is no file of settings, or of a run of another verb.
+    """
+    found = read_settings(path)
+    if "experiment" not in found:
+        return found
+    if found["experiment"] != verb:
+        raise BadInput(f"{path} is of a run of gumbo {found['experiment']}: it sets nothing of gumbo {verb}")
+    return marked({name: value for name, value in found.items() if name not in ("experiment", "resume", "folder")})
 
 
 def _parse(parser, argv: Sequence[str], prog: str):

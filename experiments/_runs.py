@@ -17,6 +17,41 @@ from typing import Any
 
 from gumbo.errors import BadInput, GumboError
 
+LARGEST = 1 << 20  # bytes of a file of settings
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file, as a mapping of plain values.
+
+    Raises BadInput, in bounded time and memory, for a file that is missing, larger than 1 MiB, not UTF-8, not YAML,
+    with aliases (a few lines of them unfold to gigabytes), or with anything but a mapping of plain values.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > LARGEST:
+        raise BadInput(f"{path} is larger than {LARGEST} bytes: no file of settings")
+    try:
+        text = content.decode()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise BadInput(f"{path} has a YAML alias, which settings have no need of: write the value out")
+        found = yaml.safe_load(text)
+        json.dumps(found)  # plain values only
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: no file of settings") from error
+    except BadInput:
+        raise
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as settings ({type(error).__name__}: {error})") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise BadInput(f"{path} holds no settings: expected lines such as `epochs: 10`")
+    return found
+
 
 class RunFolder:
     """``config.yaml`` (resolved), ``env.json``, ``metrics.jsonl``, ``checkpoints/`` and ``plots/`` of one run."""
@@ -31,6 +66,8 @@ class RunFolder:
     def create(cls, experiment: str, config: Any, path: str | None = None) -> RunFolder:
         """A new folder, ``./runs/<experiment>-<time>`` unless ``path`` says otherwise; one with content is refused."""
         if path is not None:
+            if not path or "\0" in path:
+                raise BadInput(f"folder is {path!r}: expected the name of a folder")
             chosen = Path(path)
             if chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
                 raise BadInput(f"{chosen} exists and is not an empty folder: name another one")
@@ -45,7 +82,7 @@ class RunFolder:
         try:
             _make(run.plots)
             _make(run.checkpoints)
-            run.write_config({"experiment": experiment, **asdict(config)})
+            run.write_config(experiment, config)
             run.write_json("env.json", environment())
         except BaseException:
             run.empty()
@@ -67,10 +104,16 @@ class RunFolder:
                 return
             folder.rmdir()
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
+    def write_config(self, experiment: str, config: Any, **changed: Any) -> None:
+        """The settings of a run, under the mark that they are a run's: the name of its experiment.
+
+        Whether a command trusted a run folder is not a setting of the run.
+        """
         import yaml
 
-        self._write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        settings = {name: value for name, value in asdict(config).items() if name != "trust"}
+        text = yaml.safe_dump({"experiment": experiment, **settings, **changed}, sort_keys=False)
+        self._write("config.yaml", text)
 
     def write_json(self, name: str, content: Any) -> None:
         self._write(name, json.dumps(content, indent=1) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,9 @@ from typing import Any
 
 from gumbo.errors import BadInput, GumboError
 from gumbo.experiments._command import run_command
+from gumbo.experiments._names import imported, program
 from gumbo.experiments._runs import RunFolder
+from gumbo.registry import Registry
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Audit:
         guide_options: arguments of a guide that is made here.
         seed: initial weights and draws.
         folder: the run folder; by default ./runs/audit-<time>.
+        trust: import what the config.yaml of a run, given as `--config`, names by import path.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Audit:
     guide_options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     folder: str | None = None
+    trust: bool = False
 
 
 def audit(config: Audit):
@@ -130,8 +133,6 @@ def programs(config: Audit) -> tuple[Callable, Callable, tuple, dict[str, Any]]:
     from gumbo.guides import guides
     from gumbo.models import models
 
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # where the user's own module lies; a console script does not look there
     images, labels = batch(config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -155,13 +156,11 @@ def batch(config: Audit):
     return data.train[: config.batch_size], None if labels is None else labels[: config.batch_size]
 
 
-def made(registry: Mapping[str, Any], name: str, kind: str, positional: tuple, options: Mapping[str, Any]) -> Callable:
+def made(registry: Registry[Any], name: str, kind: str, positional: tuple, options: Mapping[str, Any]) -> Callable:
     """A registered program built, or an imported one; a class is called with as much of ``positional`` as it takes."""
     from gumbo.experiments.train import construct
 
-    found = registry[name]
-    if not callable(found):
-        raise BadInput(f"{kind} {name!r} is {type(found).__name__}, expected a Pyro program: a function or a module")
+    found = program(registry, name)
     if not isinstance(found, type):
         if options:
             raise BadInput(f"{kind} {name!r} is no class that could take options, and was given {sorted(options)[0]!r}")
@@ -179,11 +178,10 @@ def made(registry: Mapping[str, Any], name: str, kind: str, positional: tuple, o
 def user_arguments(path: str | None) -> tuple[tuple, dict[str, Any]]:
     """What the user's function returns, as positional and keyword arguments."""
     from gumbo.inference.engine.rows import arguments_of
-    from gumbo.registry import import_object
 
     if path is None:
         return (), {}
-    function = import_object(path, "arguments")
+    function = imported(path, "arguments")
     return arguments_of(function() if callable(function) else function)
 
 

@@ -43,6 +43,7 @@ class Compare:
         importance_samples: draws a datum behind the final log p(x).
         jobs: worker processes; 0 takes one a core, at most 4.
         folder: the run folder; by default ./runs/compare-<time>.
+        trust: import what the config.yaml of a run, given as `--config`, names by import path.
     """
 
     quick: bool = False
@@ -63,6 +64,7 @@ class Compare:
     importance_samples: int = 100
     jobs: int = 0
     folder: str | None = None
+    trust: bool = False
 
 
 QUICK = {

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from gumbo.errors import BadInput, UnknownName
+from gumbo.experiments._names import is_librarys, named, takes
 from gumbo.registry import Registry
 
 SPLITS = ("train", "valid", "test")
@@ -37,7 +38,14 @@ BINARIZATIONS = ("static", "dynamic")
 Split = tuple[np.ndarray, "np.ndarray | None"]  # images (N, H, W) in [0, 1], and their labels (N,) if there are any
 Loader = Callable[[Path, Sequence[str]], dict[str, Split]]
 
-datasets: Registry[Loader] = Registry("dataset")
+
+def _expected(found: object) -> str:
+    """The marks of a loader: it takes a folder and the splits, and belongs to no library."""
+    own = callable(found) and not isinstance(found, type) and not is_librarys(found) and takes(found, 2)
+    return "" if own else "a loader of data, a function of (folder, splits)"
+
+
+datasets: Registry[Loader] = Registry("dataset", _expected)
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ def load(
     for split in splits:
         if split not in SPLITS:
             raise UnknownName("split", split, SPLITS)
-    read = datasets[name](Path(root) if root is not None else data_folder(), splits)
+    read = named(datasets, name)(Path(root) if root is not None else data_folder(), splits)
     shape = next(iter(read.values()))[0].shape[1:]
     images = {split: torch.zeros(0, 1, *shape, dtype=dtype) for split in SPLITS}
     images |= {split: _rows(pixels).to(dtype).unsqueeze(1) for split, (pixels, _) in read.items()}

@@ -22,6 +22,7 @@ class Evaluate:
         importance_samples: draws a datum.
         seed: of those draws.
         best: take the parameters of the best epoch rather than of the last.
+        trust: import what the run's config.yaml names by import path; such code runs with your rights.
     """
 
     run: str
@@ -29,15 +30,21 @@ class Evaluate:
     importance_samples: int = 1000
     seed: int = 0
     best: bool = False
+    trust: bool = False
 
 
-def reopened(folder: str, split: str, best: bool, verb: str) -> tuple[Train, RunFolder, Any, Any, Any]:
-    """A run of ``gumbo train``: its settings, folder, data, and the model and guide as they were trained."""
+def reopened(
+    folder: str, split: str, best: bool, verb: str, trust: bool = False
+) -> tuple[Train, RunFolder, Any, Any, Any]:
+    """A run of ``gumbo train``: its settings, folder, data, and the model and guide as they were trained.
+
+    Nothing that only the run's config.yaml names is imported unless ``trust`` is True.
+    """
     from pathlib import Path
 
     if split not in ("train", "valid", "test"):
         raise UnknownName("split", split, ("train", "valid", "test"))
-    settings = Train(**settings_of(folder))
+    settings = Train(**settings_of(folder, trust))
     run = RunFolder(Path(folder))
     data = load_data(settings)
     model, guide = build(settings, data.data_shape)
@@ -52,7 +59,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
 
     from gumbo.inference import evaluate as judge
 
-    settings, run, data, model, guide = reopened(config.run, config.split, config.best, "evaluate")
+    settings, run, data, model, guide = reopened(config.run, config.split, config.best, "evaluate", config.trust)
     judged = judge(
         model, guide, inputs_of(model, data, config.split), num_samples=config.importance_samples, seed=config.seed
     )

@@ -26,6 +26,7 @@ class Inspect:
         refine_steps: optimisation steps a datum, to tell the amortization gap from the approximation gap.
         seed: of all draws.
         best: take the parameters of the best epoch rather than of the last.
+        trust: import what the run's config.yaml names by import path; such code runs with your rights.
     """
 
     run: str
@@ -36,6 +37,7 @@ class Inspect:
     refine_steps: int = 200
     seed: int = 0
     best: bool = False
+    trust: bool = False
 
 
 def inspect(config: Inspect) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
 
     if config.num_data < 2:
         raise BadInput(f"num_data is {config.num_data}: expected at least 2")
-    settings, run, data, model, guide = reopened(config.run, config.split, config.best, "inspect")
+    settings, run, data, model, guide = reopened(config.run, config.split, config.best, "inspect", config.trust)
     if not model.latents:
         raise BadInput(f"{settings.model} has no latents, so that there is no posterior to inspect")
     inputs = inputs_of(model, data, config.split, config.num_data)

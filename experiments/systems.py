@@ -26,6 +26,7 @@ class System:
         seeds: how many seeds semi-supervised takes, from ``seed`` on; by default 3.
         labels: how many labels semi-supervised sees, as many of each class.
         folder: the run folder; by default ./runs/system-<time>.
+        trust: import what the config.yaml of a run, given as `--config`, names by import path.
     """
 
     name: str
@@ -36,6 +37,7 @@ class System:
     seeds: int | None = None
     labels: int = 100
     folder: str | None = None
+    trust: bool = False
 
 
 def system(config: System) -> dict[str, Any]:

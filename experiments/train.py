@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gumbo.errors import BadInput, Interrupted, UnknownName
+from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName
 from gumbo.experiments._command import launched, run_command, speaks
-from gumbo.experiments._runs import RunFolder
+from gumbo.experiments._names import current_folder_importable, marked, named, refuse_untrusted
+from gumbo.experiments._runs import RunFolder, read_settings
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Train:
         resume: the folder of a run to go on with; its settings are the defaults.
         folder: the run folder; by default ./runs/train-<time>.
         device: where to compute: cpu, cuda, cuda:1, …; of several processes, each has a GPU of its own under cuda.
+        trust: import what the config.yaml of a run names by import path; such code runs with your rights.
     """
 
     model: str = "gaussian-vae"
@@ -77,6 +79,7 @@ class Train:
     resume: str | None = None
     folder: str | None = None
     device: str = "cpu"
+    trust: bool = False
 
 
 def train(config: Train) -> dict[str, Any]:
@@ -85,6 +88,8 @@ def train(config: Train) -> dict[str, Any]:
 
     if config.optimizer not in OPTIMIZERS:
         raise UnknownName("optimizer", config.optimizer, OPTIMIZERS)
+    if config.resume is not None:
+        recorded(config.resume)
     device, processes = place(config)
     if processes is not None:
         processes.from_main(lambda: load_data(config) is None)  # one downloads what the others then find
@@ -158,7 +163,7 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss, processe
         "ms_per_step": result.ms_per_step,
         "test": found.as_dict(),
     }
-    run.write_config({"experiment": "train", **asdict(config), "resume": None, "folder": None})
+    run.write_config("train", config, resume=None, folder=None)
     run.write_json("results.json", results)
     draw(run, result, model.cpu(), guide.cpu(), test)
     show("test", results["test"])
@@ -220,12 +225,13 @@ def make_loss(config: Train):
     if str(config.kl_weight) not in ("1", "1.0"):
         options["kl_weight"] = parse_schedule(config.kl_weight)
     word: Any = "default" if config.objective == "rws" else config.estimator
-    if config.temperature is not None:
-        word = as_estimator(word)
-        if not hasattr(word, "temperature"):
-            raise BadInput(f"estimator {config.estimator!r} has no temperature: leave --temperature out")
-        word.temperature = parse_schedule(config.temperature)
-    return make_loss(word, num_particles=config.particles, **options)
+    with current_folder_importable():
+        if config.temperature is not None:
+            word = as_estimator(word)
+            if not hasattr(word, "temperature"):
+                raise BadInput(f"estimator {config.estimator!r} has no temperature: leave --temperature out")
+            word.temperature = parse_schedule(config.temperature)
+        return make_loss(word, num_particles=config.particles, **options)
 
 
 def build(config: Train, data_shape: Sequence[int]):
@@ -237,14 +243,16 @@ def build(config: Train, data_shape: Sequence[int]):
 
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = construct(models[config.model], config.model, "model", (tuple(data_shape),), config.model_options)
+        model = construct(
+            named(models, config.model), config.model, "model", (tuple(data_shape),), config.model_options
+        )
         name = config.guide
         if name is None:
             found = fitting(model)
             if not found:
                 raise BadInput(f"no registered guide fits model {config.model!r}: name one with --guide")
             name = default_guide(model, found)
-        return model, construct(guides[name], name, "guide", (model,), config.guide_options)
+        return model, construct(named(guides, name), name, "guide", (model,), config.guide_options)
 
 
 def default_guide(model, fit: Sequence[str]) -> str:
@@ -270,7 +278,12 @@ def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple,
     for option in options:
         if option not in known:
             raise BadInput(f"{kind} {name!r} has no option {option!r}; its options: {', '.join(known) or 'none'}")
-    return make(*positional, **options)
+    try:
+        return make(*positional, **options)
+    except GumboError:
+        raise
+    except Exception as error:  # the code of whoever wrote the class
+        raise BadInput(f"{kind} {name!r} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> None:
@@ -299,26 +312,37 @@ def show(split: str, found: Mapping[str, float]) -> None:
         print(f"  {label:10} {found[name]:9.3f} ± {found[f'{name}_se']:.3f}")
 
 
-def settings_of(run: str) -> dict[str, Any]:
-    """The settings of a run of ``gumbo train``, from its ``config.yaml``."""
-    import yaml
+def settings_of(run: str, trust: bool = False) -> dict[str, Any]:
+    """The settings of a run of ``gumbo train``, from its ``config.yaml``, which is data and not code.
 
+    Raises BadInput for what is no run folder, and for one that names import paths unless ``trust`` is True.
+    """
+    found = recorded(run)
+    if not trust:
+        refuse_untrusted(found, Path(run) / "config.yaml")
+    return found
+
+
+def recorded(run: str) -> dict[str, Any]:
+    """What ``config.yaml`` holds, whatever it names."""
+    if not run:
+        raise BadInput("the name of the run folder is empty: name one (is a variable of your shell not set?)")
     path = Path(run) / "config.yaml"
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise BadInput(f"{run} is not a run folder: cannot read {path.name} ({type(error).__name__})") from error
-    if not isinstance(found, dict) or found.pop("experiment", None) != "train":
+        found = read_settings(path)
+    except BadInput as error:
+        raise BadInput(f"{run} is not a run folder: {error}") from error
+    if found.pop("experiment", None) != "train":
         raise BadInput(f"{run} is not a run of gumbo train")
     known = {item.name for item in fields(Train)}
     if unknown := set(found) - known:
         raise BadInput(f"{path} has an unknown setting {sorted(unknown)[0]!r}")
-    return found | {"folder": None, "resume": None}
+    return found | {"folder": None, "resume": None, "trust": False}
 
 
 def resumed(run: str) -> dict[str, Any]:
-    """The defaults that ``--resume RUN`` stands for."""
-    return {name: value for name, value in settings_of(run).items() if name not in ("folder", "resume")}
+    """The defaults that ``--resume RUN`` stands for; the import paths among them are marked as the run's."""
+    return {name: value for name, value in marked(recorded(run)).items() if name not in ("folder", "resume")}
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "gumbo train") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -17,7 +17,13 @@ from ..models._families import distribution, num_outputs
 from ..models._networks import Trunk
 from ..registry import Registry
 
-guides: Registry[type[AnyGuide]] = Registry("guide")
+
+def _expected(found: Any) -> str:
+    own = isinstance(found, type) and issubclass(found, nn.Module) and not found.__module__.startswith("torch.")
+    return "" if own else "a subclass of Guide, or another class of modules that is made from a model"
+
+
+guides: Registry[type[AnyGuide]] = Registry("guide", _expected)
 
 
 class AnyGuide(OverData):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 from .errors import BadInput, UnknownName
 
@@ -21,11 +23,12 @@ class Registry(Mapping[str, T], Generic[T]):
     (['round'], True)
 
     A name with a dot in it is an import path (``mypkg.mymodule.MyClass``, or ``mypkg.mymodule:MyClass``), so that a
-    class from somebody else's package needs no registration.
+    class from somebody else's package needs no registration. ``expected`` looks at what is imported, and says what was
+    expected where that is of another kind.
     """
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, kind: str, expected: Callable[[Any], str] | None = None):
+        self.kind, self.expected = kind, expected
         self._items: dict[str, T] = {}
 
     def register(self, name: str, item: T | None = None):
@@ -40,9 +43,15 @@ class Registry(Mapping[str, T], Generic[T]):
     def __getitem__(self, name: str) -> T:
         if name in self._items:
             return self._items[name]
-        if isinstance(name, str) and ("." in name or ":" in name):
-            return import_object(name, self.kind)
+        if is_import_path(name):
+            return self._of_kind(name)
         raise UnknownName(self.kind, name, self._items)
+
+    def _of_kind(self, path: str) -> T:
+        found = import_object(path, self.kind)
+        if self.expected is not None and (wanted := self.expected(found)):
+            raise BadInput(f"{self.kind} {path!r} is {describe(found)}: expected {wanted}")
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self._items
@@ -54,16 +63,59 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._items)
 
 
+def is_import_path(name: object) -> bool:
+    """Whether a name says where to import a thing from, rather than the thing's name in a registry."""
+    return isinstance(name, str) and ("." in name or ":" in name)
+
+
 def import_object(path: str, kind: str = "object"):
-    """The object at ``package.module:name`` or ``package.module.name``."""
+    """The object at ``package.module:name`` or ``package.module.name``.
+
+    Raises BadInput, in a line, where there is none, where its module fails, and for what is part of Python itself:
+    ``os.system`` is nothing that gumbo could be meant to call.
+    """
     module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
+    if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+        raise BadInput(f"{kind} {path!r} is no import path: expected package.module:name")
+    if _is_pythons(module):
+        raise BadInput(f"{kind} {path!r} is part of Python's library, which holds no {kind}: name one of your own")
     try:
         found = importlib.import_module(module)
     except ImportError as error:
         raise BadInput(f"{kind} {path!r}: cannot import {module!r} ({error})") from error
+    except (Exception, SystemExit) as error:
+        raise BadInput(f"{kind} {path!r}: {module!r} fails when imported ({type(error).__name__}: {error})") from error
     try:
         for part in attribute.split("."):
             found = getattr(found, part)
     except AttributeError:
         raise BadInput(f"{kind} {path!r}: module {module!r} has no {attribute!r}") from None
+    if _is_pythons(home_of(found)):
+        raise BadInput(f"{kind} {path!r} is {describe(found)} of Python's library: name one of your own")
     return found
+
+
+def home_of(thing: Any) -> str:
+    """The module in which a function or class is defined, under any ``functools.partial``; "" for another object."""
+    while isinstance(thing, functools.partial):
+        thing = thing.func
+    thing = getattr(thing, "__func__", thing)
+    return str(getattr(thing, "__module__", None) or "") if callable(thing) else ""
+
+
+def _is_pythons(module: str) -> bool:
+    return module.split(".")[0] in sys.stdlib_module_names
+
+
+def describe(thing: Any) -> str:
+    """What a thing is, in a few words.
+
+    >>> describe(print), describe(int), describe(3)
+    ('the function print', 'the class int', 'an object of class int')
+    """
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    if type(thing).__name__ == "module":
+        return f"the module {thing.__name__}"
+    name = getattr(thing, "__name__", None)
+    return f"an object of class {type(thing).__name__}" if name is None else f"the function {name}"

@@ -19,7 +19,12 @@ from pyro.poutine.util import is_validation_enabled
 from ..errors import BadInput
 from ..registry import Registry
 
-models: Registry[type[GenerativeModel]] = Registry("model")
+
+def _expected(found: Any) -> str:
+    return "" if isinstance(found, type) and issubclass(found, GenerativeModel) else "a subclass of GenerativeModel"
+
+
+models: Registry[type[GenerativeModel]] = Registry("model", _expected)
 
 FAMILIES = ("normal", "categorical", "relaxed-categorical", "bernoulli")
 

@@ -10,16 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput
-from ...registry import Registry
+from ...registry import Registry, home_of
 from ._distributions import clear_caches, describe, elementary, score_log_prob, support_moves
 
-estimators: Registry[Callable[[], Estimator]] = Registry("estimator")
+
+def _expected(found: Any) -> str:
+    own = issubclass(found, Estimator) if isinstance(found, type) else isinstance(found, (FunctionType, partial))
+    return (
+        ""
+        if own and not home_of(found).startswith("torch")
+        else "a subclass of Estimator, or a function that makes one"
+    )
+
+
+estimators: Registry[Callable[[], Estimator]] = Registry("estimator", _expected)
 
 Schedule = Callable[[int], float]
 

@@ -1,0 +1,169 @@
+"""What the names among an experiment's settings stand for, and which of them a command may import.
+
+A name is registered, or it is an import path. To import a path is to run code, so that a path counts only where the
+user has given it: on this command line, in a settings file of their own, or in Python. The paths in a run folder are
+data of whoever wrote it, and count under ``--trust``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from gumbo.errors import BadInput
+from gumbo.registry import Registry, describe, home_of, import_object, is_import_path
+
+T = TypeVar("T")
+
+# The settings, of any experiment, whose values are names.
+NAMES = ("model", "guide", "estimator", "estimators", "objective", "data", "args", "optimizer")
+
+
+def named(registry: Registry[T], name: str) -> T:
+    """What a name stands for: the one lookup of models, guides, estimators and data sets for every verb.
+
+    An import path may lie in the current folder, which is looked at after all others and only here, so that a stray
+    ``random.py`` shadows nothing.
+    """
+    with current_folder_importable():
+        return registry[name]
+
+
+def imported(path: str, kind: str) -> Any:
+    """The object at an import path that stands in no registry, such as the function behind ``--args``."""
+    with current_folder_importable():
+        return import_object(path, kind)
+
+
+@contextmanager
+def current_folder_importable() -> Iterator[None]:
+    """While it is entered, import paths are also looked up in the current folder, after all other places."""
+    here = os.getcwd()
+    importlib.invalidate_caches()  # a module may have been written a moment ago
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        for place in reversed(range(len(sys.path))):
+            if sys.path[place] == here:
+                del sys.path[place]
+                break
+
+
+def program(registry: Registry[Any], name: str) -> Callable[..., Any]:
+    """A registered class, or what an import path names where that may be a Pyro program or make one.
+
+    Raises BadInput for what cannot be a program: neither a function nor a module, or out of Python's, torch's or
+    another library's own code.
+    """
+    if not is_import_path(name):
+        return registry[name]
+    found = imported(name, registry.kind)
+    wanted = "a Pyro program: a function, a module, or a class of modules"
+    if not callable(found) or (isinstance(found, type) and not _makes_modules(found)) or is_librarys(found):
+        raise BadInput(f"{registry.kind} {name!r} is {describe(found)}: expected {wanted}")
+    return found
+
+
+def _makes_modules(found: type) -> bool:
+    import torch
+
+    return issubclass(found, torch.nn.Module)
+
+
+# Libraries that hold no programs, loaders or estimators to be named.
+_LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "sklearn", "xarray", "arviz", "matplotlib", "joblib", "yaml")
+
+
+def is_librarys(found: Any) -> bool:
+    """Whether a function or class belongs to one of the libraries below, none of whose functions was meant."""
+    return home_of(found).split(".")[0] in _LIBRARIES
+
+
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function names so many positional parameters and can be called with just these.
+
+    >>> takes(lambda folder, splits: {}, 2), takes(print, 2), takes(lambda *args: {}, 2)
+    (True, False, False)
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return len(places) >= count and set(map(id, needed)) <= set(map(id, places[:count]))
+
+
+def import_paths(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The import paths among an experiment's settings, each with the setting that names it.
+
+    >>> import_paths({"model": "gaussian-vae", "data": "shutil.rmtree", "estimator": {"z": "mypkg:Mine"}, "lr": "1.0"})
+    {'shutil.rmtree': 'data', 'mypkg:Mine': 'estimator'}
+    """
+    return {text: name for name in NAMES for text in _texts(settings.get(name)) if is_import_path(text)}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts(part)
+
+
+def refuse_untrusted(settings: Mapping[str, Any], source: object, own: Mapping[str, Any] | None = None) -> None:
+    """Raise BadInput where settings out of a run folder name an import path that the user's ``own`` do not."""
+    given = import_paths(own or {})
+    for path, setting in import_paths(settings).items():
+        if path not in given:
+            raise BadInput(
+                f"{source} names {setting} {path!r}, an import path, and a run folder is data: nothing is imported; "
+                f"name --{setting} {path} on this command where it can be given, or add --trust (in Python trust=True) "
+                "if you trust who wrote it"
+            )
+
+
+# Stands before an import path out of a run folder while the settings of a command are put together; whatever still has
+# it at the end was not given by the user. A letter of the private use area, which no import path can begin with.
+_MARK = "\ue000"
+
+
+def marked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings out of a run folder, with a mark on each import path that stands until the user's own value replaces it.
+
+    They carry no trust of their own.
+    """
+    changed = {name: _mapped(settings[name], _mark) for name in NAMES if name in settings}
+    return {name: value for name, value in (dict(settings) | changed).items() if name != "trust"}
+
+
+def unmarked(settings: Mapping[str, Any], trust: bool) -> dict[str, Any]:
+    """The settings of a command without marks; raises BadInput where one is left and is not trusted."""
+    bare = {name: _mapped(settings[name], lambda text: text.removeprefix(_MARK)) for name in NAMES if name in settings}
+    if not trust:
+        own = {name: [text for text in _texts(settings[name]) if not text.startswith(_MARK)] for name in bare}
+        refuse_untrusted(bare, "the run's config.yaml", own)
+    return {**settings, **bare}
+
+
+def _mark(text: str) -> str:
+    return _MARK + text if is_import_path(text) else text
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_mapped(part, change) for part in value]
+    return value
