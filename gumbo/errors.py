@@ -69,6 +69,10 @@ class CannotVectorize(UnsupportedSite):
     """A program that does not mean the same for K particles at once as for one."""
 
 
+class CallsAutograd(BadInput):
+    """A program that takes derivatives while it runs, of something that carries no gradient in this run."""
+
+
 class GumboWarning(UserWarning):
     """What gumbo warns of; ``str(warning)`` is one line."""
 

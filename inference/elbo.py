@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,7 +15,16 @@ import torch
 from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
 
-from ..errors import PROGRAM, BadInput, CannotVectorize, GumboError, TooFewParticles, UnknownName, UnsupportedSite
+from ..errors import (
+    PROGRAM,
+    BadInput,
+    CallsAutograd,
+    CannotVectorize,
+    GumboError,
+    TooFewParticles,
+    UnknownName,
+    UnsupportedSite,
+)
 from ..models._base import Configured
 from .engine import objectives
 from .engine.programs import (
@@ -43,6 +54,9 @@ from .estimators._distributions import describe, is_deterministic
 from .estimators.relaxation import Mean
 
 OBJECTIVES = ("elbo", "iwae", "rws")
+
+# Pyro's handlers and its param store belong to the process, so that threads take turns at running programs.
+_one_at_a_time = threading.RLock()
 
 
 def as_estimator(word: str | Estimator) -> Estimator:
@@ -144,6 +158,11 @@ class SiteELBO(ELBO):
             raise BadInput(f"max_plate_nesting must be an integer of at least 0 or None, got {max_plate_nesting!r}")
         if not callable(kl_weight) and not (isinstance(kl_weight, (int, float)) and kl_weight >= 0):
             raise BadInput(f"kl_weight must be a number ≥ 0 or a schedule, got {kl_weight!r}")
+        if objective != "elbo" and (callable(kl_weight) or kl_weight != 1):
+            raise BadInput(
+                f"kl_weight is not defined for objective {objective!r}, whose importance weights need the whole of"
+                f" log p − log q; leave it at 1, or take objective='elbo', got {kl_weight!r}"
+            )
         self.objective, self.plates, self.kl_weight = objective, plates, kl_weight
         self.given: dict[str, Estimator] = {}
         self.otherwise: Estimator | None = None
@@ -160,6 +179,7 @@ class SiteELBO(ELBO):
         self.requested_particles = num_particles
         self.requested_nesting = None if max_plate_nesting == float("inf") else max_plate_nesting
         self._bindings: list[Binding] = []
+        self._learnt: tuple[nn.ModuleDict, int] | None = None
         super().__init__(
             num_particles=num_particles or 1,
             max_plate_nesting=float("inf") if self.requested_nesting is None else self.requested_nesting,
@@ -189,6 +209,13 @@ class SiteELBO(ELBO):
     def _get_trace(self, model, guide, args, kwargs):
         raise BadInput("SiteELBO keeps its own records; use differentiable_loss, loss or loss_and_grads")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is used with copies of the programs, so that it goes on with the first pair that it meets.
+        used = sorted(self._bindings, key=Binding.has_state)
+        # The param store hangs weak references on parameters, which copies are free of.
+        learnt = (copy.deepcopy(used[-1].states), used[-1].steps) if used else self._learnt
+        return {**self.__dict__, "_bindings": [], "_learnt": learnt}
+
     def _binding(self, model: Callable, guide: Callable) -> Binding:
         for binding in self._bindings:
             if binding.model == model and binding.guide == guide:
@@ -197,19 +224,25 @@ class SiteELBO(ELBO):
             raise BadInput(
                 "this SiteELBO keeps baselines for another model and guide; make a new SiteELBO for this pair"
             )
-        self._bindings = [*self._bindings[-3:], Binding(self, model, guide)]
-        return self._bindings[-1]
+        binding = Binding(self, model, guide)
+        if self._learnt is not None:
+            binding.states, binding.steps = self._learnt
+            self._learnt = None
+        self._bindings = [*self._bindings[-3:], binding]
+        return binding
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
         """The loss as a differentiable scalar; parameters live in Pyro's param store."""
-        binding = self._binding(model, guide)
-        loss = binding.loss(args, kwargs)
-        for name, parameter in binding.named_parameters():
-            stored = pyro.param(f"gumbo.{name}", parameter)
-            if stored is not parameter:
-                raise BadInput(
-                    f"the param store already holds gumbo.{name} of another SiteELBO; clear it, or use one loss a store"
-                )
+        with _one_at_a_time:
+            binding = self._binding(model, guide)
+            loss = binding.loss(args, kwargs)
+            for name, parameter in binding.named_parameters():
+                stored = pyro.param(f"gumbo.{name}", parameter)
+                if stored is not parameter:
+                    raise BadInput(
+                        f"the param store already holds gumbo.{name} of another SiteELBO; clear it, or use one loss a"
+                        " store"
+                    )
         return loss
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
@@ -221,7 +254,7 @@ class SiteELBO(ELBO):
 
     def loss(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
         """The loss as a number, without gradients; no statistics move."""
-        with torch.no_grad():
+        with _one_at_a_time, torch.no_grad():
             return self._binding(model, guide).loss(args, kwargs).item()
 
 
@@ -253,6 +286,7 @@ class Binding(nn.Module):
         self.num_particles: int | None = None
         self.max_plate_nesting: int | None = None
         self.make_layout: Callable[..., objectives.Layout] = objectives.Layout
+        self.calls_autograd = False  # found out when a run without gradients fails for it
 
     def has_state(self) -> bool:
         return len(self.states) > 0
@@ -323,7 +357,9 @@ class Binding(nn.Module):
             raise BadInput(
                 "a guide that runs the model itself (AutoMessenger) cannot be given estimators; use stock ELBOs"
             )
-        with looking(self.model, self.guide, *args):
+        with _one_at_a_time, looking(self.model, self.guide, *args):
+            if self.ready():
+                return
             program = one_particle(self.model, self.guide, self.elbo.requested_nesting)
             seen = program.run(args, kwargs)
             self._study(program, seen, args, kwargs)
@@ -424,8 +460,13 @@ class Binding(nn.Module):
         moving = self.training and torch.is_grad_enabled()
         while True:
             try:
-                value = self._value(self.program(), self.layout(), moving, args, kwargs)
+                with torch.enable_grad() if self.calls_autograd else nullcontext():
+                    value = self._value(self.program(), self.layout(), moving, args, kwargs)
                 break
+            except CallsAutograd:
+                if self.calls_autograd or torch.is_grad_enabled():
+                    raise
+                self.calls_autograd = True
             except objectives.NeedsJoint as mixed:
                 # A later site mixes what the plate keeps apart: from now on its elements are enumerated together.
                 if mixed.site in self.joint:
@@ -436,12 +477,15 @@ class Binding(nn.Module):
                 torch.set_rng_state(before)
         if moving:
             self.steps += 1
-        return -value
+        return -value if torch.is_grad_enabled() else -value.detach()
 
     def _value(self, program: Program, layout: objectives.Layout, moving: bool, args, kwargs) -> Tensor:
         doubly = any(estimator.together for estimator in self.chosen.values())
         groups = program.runs(args, kwargs, with_model=not doubly)
         self._freeze_paths(program, groups, args, kwargs)
+
+        if not any(run.sites for paths in groups for run in paths):
+            return torch.zeros(())
 
         def view(rows, log_prob, cost, bound) -> SiteView:
             return self._view(rows, log_prob, cost, bound, layout, moving, args, kwargs)
@@ -454,8 +498,6 @@ class Binding(nn.Module):
             value = objectives.iwae_value(groups, layout, view)
         else:
             value = objectives.elbo_value(groups, layout, view)
-        if not isinstance(value, Tensor):
-            raise BadInput("model and guide have no sample sites, so that there is no objective")
         return value
 
     def _freeze_paths(self, program: Program, groups: list[list[Run]], args, kwargs) -> None:
@@ -573,15 +615,18 @@ class Binding(nn.Module):
             fixed = {other.name: other.draw.map(Tensor.detach) for other in upstream if other.latent}
             fixed[site.name] = alternative
             options = {"subsamples": run.subsamples, "fixed": fixed, "stand_in": stand_in}
-            again = (
-                [program.run(args, kwargs, **options)] if program.vectorized else program.paths(args, kwargs, **options)
-            )
-            cost, total = objectives.cost_at(site.name, list(again), layout)
+
+            def evaluated() -> tuple[Tensor, Tensor]:
+                again = program.paths(args, kwargs, **options)
+                paths = [program.run(args, kwargs, **options)] if program.vectorized else list(again)
+                return objectives.cost_at(site.name, paths, layout)
+
+            cost, total = evaluated() if differentiable else self._without_gradients(evaluated)
             totals.append(total)
             return cost
 
         frozen_all = frozen([self.model, self.guide], [*run.guide_params.values(), *run.model_params.values()])
-        with frozen_all if differentiable else torch.no_grad():
+        with frozen_all if differentiable else nullcontext():
             if not program.vectorized:
                 return torch.stack(
                     [
@@ -616,6 +661,18 @@ class Binding(nn.Module):
                     cost = pad_left(cost, width).expand((size,) + (-1,) * (width - 1))
                 found.append(cost.reshape(cost.shape[:1] + cost.shape[1:]))
             return torch.cat(found)
+
+    def _without_gradients(self, evaluate: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What ``evaluate`` returns, run without gradients unless the programs themselves ask for some."""
+        if not self.calls_autograd:
+            try:
+                with torch.no_grad():
+                    return evaluate()
+            except CallsAutograd:
+                self.calls_autograd = True
+        with torch.enable_grad():
+            cost, total = evaluate()
+        return cost.detach(), total.detach()
 
     def objective_name(self) -> str:
         if self.elbo.objective != "elbo":
@@ -722,7 +779,7 @@ class SiteELBOModule(ELBOModule):
     def _own_store(self) -> Iterator[None]:
         """A param store of its own for the duration of a call: modules hold the parameters, names cannot clash."""
         store = pyro.get_param_store()
-        with store.scope(self._kept or {"params": {}, "constraints": {}}) as state:
+        with _one_at_a_time, store.scope(self._kept or {"params": {}, "constraints": {}}) as state:
             yield
             if not all(id(parameter) in self._own for parameter in store._params.values()):
                 self._look_up(store._params)

@@ -341,6 +341,12 @@ def importance_weights(groups: list[list[Run]], layout: Layout) -> Weights:
     """log p(x, z) and log q(z | x) of each particle, per element of the plates that enclose all sites."""
     runs = [run for paths in groups for run in paths]
     frames, scale = common_frames(runs, layout), common_scale(runs)
+    for plate in sorted(runs[0].partial_loops):
+        raise UnsupportedSite(
+            f"the sequential plate {plate!r} is subsampled, and a weight over a part of the data does not estimate the"
+            " bound over all of it; make it a vectorized plate that encloses every site, run it in full, or take"
+            " objective='elbo'"
+        )
     outside = runs[0].partial_plates - frames
     if outside:
         plate = next(iter(outside))[0]

@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ...errors import ANY, BadInput, CannotVectorize, UnsupportedSite
+from ...errors import ANY, BadInput, CallsAutograd, CannotVectorize, UnsupportedSite
 from ..estimators._base import Draw, Estimator
 from ..estimators._distributions import (
     describe,
@@ -72,6 +72,7 @@ class Run:
     guide_params: dict[str, Tensor] = field(default_factory=dict)
     model_params: dict[str, Tensor] = field(default_factory=dict)
     partial_plates: Frames = frozenset()
+    partial_loops: frozenset[str] = frozenset()  # sequential plates of which only some elements were visited
 
     @property
     def sites(self) -> list[Site]:
@@ -306,23 +307,19 @@ class Program:
             self.max_plate_nesting = max(_nesting(guide), _nesting(model))
             guide_sites = self._sites(guide, draws)
         run = Run(guide_sites, self._sites(model, None), choices, subsamples, guide.params, model.params)
-        run.partial_plates = frozenset(
-            (f.name, f.dim, f.size)
+        subsampled = [
+            f
             for recorder in (guide, model)
             for msg in recorder.messages.values()
             for f in msg["cond_indep_stack"]
-            if f.vectorized and f.name != PARTICLES and f.full_size not in (None, f.size)
-        )
+            if f.name != PARTICLES and f.full_size not in (None, f.size)
+        ]
+        run.partial_plates = frozenset((f.name, f.dim, f.size) for f in subsampled if f.vectorized)
+        run.partial_loops = frozenset(f.name for f in subsampled if not f.vectorized)
         if with_model:
-            model_names = set(model.messages)
             for site in run.guide:
-                if site.latent and site.name not in model_names and not site.infer.get("is_auxiliary"):
-                    raise UnsupportedSite(
-                        site.name,
-                        ANY,
-                        "it is sampled in the guide and nowhere in the model; if that is meant, mark it"
-                        " infer={'is_auxiliary': True}",
-                    )
+                if site.latent:
+                    _check_met(site, model.messages.get(site.name))
         return run
 
     def _check_nesting(self, recorder: _Recorder) -> None:
@@ -340,9 +337,9 @@ class Program:
                 with pyro.poutine.block(hide=[PARTICLES]):
                     particles = pyro.plate(PARTICLES, self.num_particles, dim=-1 - self.max_plate_nesting)
                 with particles:
-                    fn(*args, **kwargs)
+                    _call(fn, args, kwargs)
             else:
-                fn(*args, **kwargs)
+                _call(fn, args, kwargs)
         return recorder
 
     def _site(self, msg, draws: _Draws | None) -> Site:
@@ -394,6 +391,37 @@ class Program:
                 " declare it with pyro.plate or make it part of the event with .to_event",
             )
         return log_prob
+
+
+def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    try:
+        fn(*args, **kwargs)
+    except RuntimeError as error:
+        if not any(said in str(error) for said in ("does not require grad", "to not have been used in the graph")):
+            raise
+        first = str(error).splitlines()[0]
+        raise CallsAutograd(
+            f"the program calls autograd inside, and something there carries no gradient ({first}); draws have one"
+            " under 'pathwise' only, parameters under every word but stl, dreg, rebar and muprop"
+        ) from error
+
+
+def _check_met(site: Site, met: Any) -> None:
+    """Refuse a latent site of the guide that is not one of the model."""
+    if met is None and not site.infer.get("is_auxiliary"):
+        raise UnsupportedSite(
+            site.name,
+            ANY,
+            "it is sampled in the guide and nowhere in the model; if that is meant, mark it"
+            " infer={'is_auxiliary': True}",
+        )
+    if met is not None and met["is_observed"]:
+        raise UnsupportedSite(
+            site.name,
+            ANY,
+            "the guide samples it, and the model observes it (obs=, condition or deterministic), so that the guide's"
+            " draw is not used and the value is no bound; drop it from the guide, or leave it latent in the model",
+        )
 
 
 def _nesting(recorder: _Recorder) -> int:
@@ -473,7 +501,8 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
     if (stray := _stray_dimension(program, run)) is not None:
         raise does_not_vectorize(*stray)
     fixed = _last_particle(run, seen, program.max_plate_nesting)
-    with torch.no_grad():
+    # Gradients are on, for programs that call autograd inside.
+    with torch.enable_grad():
         single = alone.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples))
         difference = _difference(run, single, program.max_plate_nesting)
         if difference is None:
@@ -515,7 +544,9 @@ def _last_particle(run: Run, seen: Run, max_plate_nesting: int) -> dict[str, Dra
     for site in run.guide:
         if site.latent:
             event_dim = site.fn.event_dim
-            draw = site.draw.map(lambda t, e=event_dim: _last(t, e, max_plate_nesting).detach())
+            draw = site.draw.map(
+                lambda t, e=event_dim: _last(t, e, max_plate_nesting).detach().requires_grad_(t.requires_grad)
+            )
             shape = shapes.get(site.name, draw.value.shape)
             if draw.value.numel() == shape.numel():
                 draw = draw.map(lambda t, s=shape: t.reshape(s))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedSite
+from ...errors import CallsAutograd, UnsupportedSite
 from ._base import Draw, SiteView
 
 
@@ -38,6 +38,8 @@ def cost_between(view: SiteView, estimator: str, value: Tensor, downstream: str)
     """
     try:
         costs, total = view.evaluate(Draw(value[None]), downstream=downstream, differentiable=True)
+    except CallsAutograd as error:
+        raise UnsupportedSite(view.name, estimator, str(error), ("score", "rloo")) from error
     except (UnsupportedSite, torch.cuda.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

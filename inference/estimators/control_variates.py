@@ -27,7 +27,7 @@ from ._base import Draw, Estimator, SiteView, estimators
 from ._distributions import is_one_hot, logits_of
 from ._reruns import cost_between, share_shape, slope, spread
 from .relaxation import bounded_logits, conditional_scores, harden, noise, relaxable_why_not, squash
-from .score import features
+from .score import ask, features
 
 
 class Variate(nn.Module):
@@ -38,8 +38,11 @@ class Variate(nn.Module):
 
     last_probe = 64
 
-    def __init__(self, like: Tensor, temperature: float, strength: float | None, net: nn.Module | None):
+    def __init__(
+        self, like: Tensor, temperature: float, strength: float | None, net: nn.Module | None = None, width: int = 0
+    ):
         super().__init__()
+        self.width = width  # how many features the network was made for
         options = {"dtype": like.dtype, "device": like.device}
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), **options))
         self.strength = None if strength is None else nn.Parameter(torch.tensor(float(strength), **options))
@@ -209,7 +212,7 @@ class Rebar(ControlVariate):
         return num_particles * (1 + 2 * num_sites)
 
     def make_state(self, site: Mapping[str, Any], inputs: Callable[[], list[Tensor]]) -> nn.Module:
-        return Variate(logits_of(site["fn"]), self.temperature, self.strength, None)
+        return Variate(logits_of(site["fn"]), self.temperature, self.strength)
 
     def control(self, view: SiteView, relaxed: Tensor) -> tuple[Tensor, Tensor]:
         return relaxed_cost(view, self.name, relaxed)
@@ -260,13 +263,13 @@ class Relax(ControlVariate):
 
     def make_state(self, site: Mapping[str, Any], inputs: Callable[[], list[Tensor]]) -> nn.Module:
         fn, net = site["fn"], self.net
+        known = features(self._inputs(inputs()))
+        width = math.prod(fn.event_shape) + known.shape[-1]
         if net is None:
-            known = features(self._inputs(inputs()))
-            width = math.prod(fn.event_shape) + known.shape[-1]
             net = nn.Sequential(nn.Linear(width, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1)).to(known.dtype)
             nn.init.zeros_(net[-1].weight)
             nn.init.zeros_(net[-1].bias)
-        return Variate(logits_of(fn), self.temperature, 1.0 if self.rebar else None, net)
+        return Variate(logits_of(fn), self.temperature, 1.0 if self.rebar else None, net, width)
 
     def _inputs(self, given: list[Tensor]) -> list[Tensor]:
         return list(self.inputs(given)) if self.inputs is not None else given
@@ -278,7 +281,7 @@ class Relax(ControlVariate):
         shape = torch.broadcast_shapes(flat.shape[:-1], known.shape[:-1])
         seen = torch.cat([flat.expand(*shape, -1), known.expand(*shape, -1)], dim=-1)
         dtype = next((p.dtype for p in state.net.parameters()), seen.dtype)
-        said = state.net(seen.to(dtype)).squeeze(-1).to(view.cost.dtype)
+        said = ask(state.net, seen.to(dtype), state.width, view.name).squeeze(-1).to(view.cost.dtype)
         said = said * state.scale()
         # Where the cost is no longer told apart along a plate, neither is c.
         control, total = said.sum_to_size(view.cost.shape), said.sum()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import BadInput
+from ...errors import BadInput, UnsupportedSite
 from ._base import Draw, Estimator, SiteView, detached_draw, estimators, score_why_not
 
 
@@ -86,9 +86,9 @@ class LeaveOneOut(Baseline):
 class _Network(nn.Module):
     """A network for the baseline, and the running moments of the cost that it is asked to predict."""
 
-    def __init__(self, net: nn.Module, decay: float):
+    def __init__(self, net: nn.Module, decay: float, width: int):
         super().__init__()
-        self.net, self.decay = net, decay
+        self.net, self.decay, self.width = net, decay, width
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("variance", torch.ones(()))
         self.register_buffer("seen", torch.zeros(()))
@@ -97,12 +97,10 @@ class _Network(nn.Module):
     variance: Tensor
     seen: Tensor
 
-    def predict(self, inputs: list[Tensor], like: Tensor) -> Tensor:
+    def predict(self, x: Tensor, like: Tensor, name: str) -> Tensor:
         scale = self.variance.clamp(min=1e-12).sqrt()
-        dtype = next(self.net.parameters()).dtype
-        return self.mean.to(like.dtype) + scale.to(like.dtype) * self.net(features(inputs).to(dtype)).squeeze(-1).to(
-            like.dtype
-        )
+        said = ask(self.net, x.to(next(self.net.parameters()).dtype), self.width, name)
+        return self.mean.to(like.dtype) + scale.to(like.dtype) * said.squeeze(-1).to(like.dtype)
 
     @torch.no_grad()
     def observe(self, cost: Tensor, average: Callable[[Tensor], Tensor]) -> None:
@@ -120,6 +118,26 @@ def features(inputs: list[Tensor]) -> Tensor:
     """Inputs side by side along the last dimension."""
     shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in inputs))
     return torch.cat([tensor.detach().expand(*shape, tensor.shape[-1]) for tensor in inputs], dim=-1)
+
+
+def ask(net: nn.Module, x: Tensor, width: int, name: str) -> Tensor:
+    """What a network says of features, of which there were ``width`` when it was made.
+
+    Raises:
+        UnsupportedSite: if it does not take as many as there are now.
+    """
+    try:
+        return net(x)
+    except RuntimeError as error:
+        if x.shape[-1] == width:
+            raise
+        raise UnsupportedSite(
+            name,
+            reason=f"its network was made for {width} inputs and is given {x.shape[-1]}: what is known before the site"
+            " (arguments, values upstream) changes from run to run; pick what is always there by inputs=…, or give the"
+            " estimator a network that takes any number",
+            alternatives=("score", "score-average"),
+        ) from error
 
 
 class Neural(Baseline):
@@ -149,16 +167,15 @@ class Neural(Baseline):
         return list(self.inputs(given)) if self.inputs is not None else given
 
     def make_state(self, inputs: Callable[[], list[Tensor]]) -> nn.Module:
-        net = self.net
+        net, x = self.net, features(self._inputs(inputs()))
         if net is None:
-            x = features(self._inputs(inputs()))
             net = nn.Sequential(nn.Linear(x.shape[-1], self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1)).to(x.dtype)
             nn.init.zeros_(net[-1].weight)
             nn.init.zeros_(net[-1].bias)
-        return _Network(net, self.decay)
+        return _Network(net, self.decay, x.shape[-1])
 
     def __call__(self, view: SiteView) -> Tensor:
-        return view.state.predict(self._inputs(view.inputs()), view.cost)
+        return view.state.predict(features(self._inputs(view.inputs())), view.cost, view.name)
 
     def loss(self, view: SiteView, prediction: Tensor) -> Tensor:
         if view.training:

@@ -1,0 +1,217 @@
+"""Programs that cannot be meant, or that ask for more than a site and a distribution: one line, or the right number."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact_means import exact_gradient
+from programs import F64, OneCoinGuide, OneCoinModel, Params, X, gradient
+from torch import nn
+
+from gumbo.errors import BadInput, CallsAutograd, UnsupportedSite
+from gumbo.inference import SiteELBO
+from gumbo.inference.auditing.exact import mean_over_draws
+
+# The importance-weighted objectives.
+
+
+@pytest.mark.parametrize("objective", ["iwae", "rws"])
+@pytest.mark.parametrize("kl_weight", [0.5, 0.0, lambda step: 1.0])
+def test_a_weight_of_the_kl_is_refused_where_terms_enter_importance_weights(objective, kl_weight):
+    with pytest.raises(BadInput, match=f"kl_weight is not defined for objective '{objective}'"):
+        SiteELBO(objective=objective, kl_weight=kl_weight)
+
+
+@pytest.mark.parametrize("objective", ["iwae", "rws"])
+@pytest.mark.parametrize("place", ["global", "local"])
+def test_a_subsampled_sequential_plate_has_no_weight_per_datum(objective, place):
+    def model(x, subsample_size):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0)) if place == "global" else 0.0
+        for i in pyro.plate("data", len(x), subsample_size=subsample_size):
+            z = pyro.sample(f"z{i}", dist.Normal(mean, 1.0)) if place == "local" else mean
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide(x, subsample_size):
+        if place == "global":
+            pyro.sample("mean", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("data", len(x), subsample_size=subsample_size):
+            if place == "local":
+                pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+
+    x = torch.randn(4)
+    loss = SiteELBO(objective=objective, num_particles=3, vectorize_particles=False)
+    with pytest.raises(UnsupportedSite, match="sequential plate 'data' is subsampled"):
+        loss.loss(model, guide, x, 2)
+    assert loss.loss(model, guide, x, 4) > 0
+    assert SiteELBO(num_particles=3, vectorize_particles=False).loss(model, guide, x, 2) > 0
+
+
+@pytest.mark.parametrize("how", ["obs", "condition", "deterministic"])
+@pytest.mark.parametrize("objective", ["elbo", "iwae"])
+def test_a_latent_of_the_guide_that_the_model_conditions_on(objective, how):
+    def model():
+        if how == "deterministic":
+            z = pyro.deterministic("z", torch.tensor(1.0))
+        else:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0) if how == "obs" else None)
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.3))
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.0, 0.1))
+
+    conditioned = pyro.condition(model, data={"z": torch.tensor(1.0)}) if how == "condition" else model
+    with pytest.raises(UnsupportedSite, match="site 'z': the guide samples it, and the model observes it"):
+        SiteELBO(objective=objective).loss(conditioned, guide)
+
+
+# Programs without sites.
+
+
+@pytest.mark.parametrize("objective", ["elbo", "iwae", "rws"])
+def test_empty_programs_have_the_objective_zero(objective):
+    def empty():
+        pass
+
+    assert SiteELBO(objective=objective).loss_and_grads(empty, empty) == 0.0
+    assert SiteELBO(objective=objective)(empty, empty)().shape == ()
+
+
+# Programs that take derivatives while they run.
+
+
+class InnerStep(Params):
+    """A guide that improves its parameter by a step of gradient descent of its own (semi-amortized inference)."""
+
+    def __init__(self):
+        super().__init__(a=0.4)
+
+    def logit(self):
+        a = self.a * 1.0
+        (slope,) = torch.autograd.grad((a - 1).square(), a, create_graph=True)
+        return a - 0.1 * slope
+
+    def forward(self):
+        pyro.sample("z", dist.Bernoulli(logits=self.logit()))
+
+
+@pytest.mark.parametrize("word", ["score", "rloo", "enumerate", "local-expectation", "measure-valued", "disarm"])
+def test_a_guide_that_calls_autograd(word):
+    model, guide = OneCoinModel(), InnerStep()
+    exact = exact_gradient(model, guide)
+    loss = SiteELBO(word)(model, guide)
+    with torch.no_grad():
+        assert not loss().requires_grad
+    if word == "disarm":  # its uniforms cannot be listed
+        assert loss().requires_grad
+        return
+    mean = mean_over_draws(lambda: gradient(loss(), nn.ModuleList([model, guide])))
+    assert torch.allclose(mean, exact, rtol=0, atol=1e-10)
+
+
+class OwnSlope(Params):
+    """A guide that differentiates with respect to a draw of its own."""
+
+    def __init__(self):
+        super().__init__(a=0.4)
+
+    def forward(self):
+        z = pyro.sample("z", dist.Normal(self.a, 1.0))
+        (slope,) = torch.autograd.grad((z - 1).square().sum(), z, create_graph=True)
+        pyro.sample("y", dist.Normal(z - 0.1 * slope, 1.0))
+
+
+def slope_model():
+    z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+    y = pyro.sample("y", dist.Normal(z, 1.0))
+    pyro.sample("x", dist.Normal(y, 1.0), obs=X[0])
+
+
+@pytest.mark.parametrize("word", ["pathwise", "stl", "score", "measure-valued"])
+def test_a_guide_that_differentiates_its_draw(word):
+    loss = SiteELBO(word, num_particles=2)(slope_model, OwnSlope())
+    if word in ("pathwise", "stl"):
+        assert loss().requires_grad
+    else:
+        with pytest.raises(CallsAutograd, match="something there carries no gradient"):
+            loss()
+
+
+# Networks of baselines, where what is known upstream changes.
+
+
+class BranchingGuide(Params):
+    def __init__(self):
+        super().__init__(a=0.3, b=0.1)
+
+    def forward(self):
+        z = pyro.sample("z", dist.Bernoulli(logits=self.a))
+        if z > 0:
+            pyro.sample("u", dist.Bernoulli(logits=self.b))
+        pyro.sample("w", dist.Bernoulli(logits=self.b))
+
+
+def branching_model():
+    z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5, dtype=F64)))
+    u = pyro.sample("u", dist.Bernoulli(torch.tensor(0.5, dtype=F64))) if z > 0 else 0.0
+    w = pyro.sample("w", dist.Bernoulli(torch.tensor(0.5, dtype=F64)))
+    pyro.sample("x", dist.Normal(z + w + u, 1.0), obs=X[0])
+
+
+@pytest.mark.parametrize("word", ["nvil", "relax"])
+def test_a_network_is_told_when_what_it_sees_changes(word):
+    loss = SiteELBO({"*": "score", "w": word}, vectorize_particles=False)(branching_model, BranchingGuide())
+    loss.initialize()
+    with pytest.raises(UnsupportedSite, match="site 'w': its network was made for . inputs and is given .: .*inputs="):
+        for _ in range(30):
+            loss()
+
+
+# Threads and copies.
+
+
+def test_threads_take_turns():
+    model, guide = OneCoinModel(), OneCoinGuide()
+    loss, svi = SiteELBO("rloo")(model, guide), SiteELBO("score-average")
+    failures = []
+
+    def work():
+        try:
+            for _ in range(40):
+                loss().backward()
+                with torch.no_grad():
+                    svi.loss(model, guide)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    with pyro.get_param_store().scope():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda elbo: pickle.loads(pickle.dumps(elbo))])
+def test_a_copy_of_a_used_loss_goes_on_with_what_it_learnt(again, param_store):
+    def model():  # a local function cannot be pickled, and need not be
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5, dtype=F64)))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
+
+    guide = OneCoinGuide()
+    elbo = SiteELBO("nvil")
+    for _ in range(3):
+        elbo.loss_and_grads(model, guide)
+    copied = again(elbo)
+    with pyro.get_param_store().scope():
+        copied.loss(model, guide)
+    learnt, kept = elbo._bindings[0].state_dict(), copied._bindings[0].state_dict()
+    assert learnt.keys() == kept.keys() and learnt["states.z.seen"] == 3
+    for name, value in learnt.items():
+        assert value == kept[name] if name.endswith("_extra_state") else torch.equal(value, kept[name])
