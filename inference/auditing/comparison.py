@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import BadInput, GumboError, UnknownName, UnsupportedSite
 from ..elbo import SiteELBO, as_estimator
+from ..engine.rows import given_arguments
 from ..engine.scopes import modules_of
 from ..estimators import Estimator, estimators
 from ..stock import make_loss, stock_elbos
@@ -72,8 +73,10 @@ def audit(
     """Draw gradients of every estimator at the same fixed parameters and hold them against the exact gradient.
 
     Args:
-        model, guide: any Pyro programs, modules or functions with ``pyro.param``; ``*args`` and ``**kwargs`` are
-            theirs. Rows of subsampled plates are drawn once and kept.
+        model, guide: any Pyro programs, modules or functions with ``pyro.param``.
+        args, kwargs: their arguments and keywords, or one object in the form that ``fit`` takes: a tuple is the
+            positional arguments, a mapping the keywords, anything else the one argument. Rows of subsampled plates are
+            drawn once and kept.
         estimators: words of gumbo's estimators and of Pyro's own ELBOs (``trace``, ``trace-graph``,
             ``trace-graph+baseline``, ``trace-meanfield``, ``trace-enum``), :class:`Estimator` objects, mappings from
             sites to words, ELBO objects; a list of these, or a dict from labels of your own. None: every word there is.
@@ -124,6 +127,7 @@ def audit(
     >>> report.verdict.sel(estimator="rloo").item(), report.attrs["reference"]
     ('ok', 'exact (every value)')
     """
+    args, kwargs = given_arguments(args, kwargs)
     _check(num_samples, num_particles, objective, burn_in, alpha, kl_weight)
     entries = labelled(estimators)
     options = {

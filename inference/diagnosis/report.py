@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.rows import given_arguments
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -67,7 +69,10 @@ def diagnose(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Report:
-    """Whether ``guide`` can be trusted as the posterior of ``model`` on ``(*args, **kwargs)``, in words and numbers.
+    """Whether ``guide`` can be trusted as the posterior of ``model`` on data, in words and numbers.
+
+    The data are the programs' arguments and keywords, or one object in the form that ``fit`` takes: a tuple is the
+    positional arguments, a mapping the keywords, anything else the one argument.
 
     Verdicts, each with its threshold in its text (a *unit* is a datum, or the global latents together):
 
@@ -111,6 +116,7 @@ def diagnose(
     from ..engine.progress import Stages
     from .checks import examine
 
+    args, kwargs = given_arguments(args, kwargs)
     return examine(
         model,
         guide,

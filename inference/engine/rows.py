@@ -1,52 +1,114 @@
-"""Data and batches as programs take them."""
+"""Data as programs take them: the one convention of ``fit``, ``evaluate``, ``to_arviz``, ``diagnose`` and ``audit``.
+
+A tuple is the positional arguments, a mapping the keywords, anything else the one argument; a tuple or a mapping that
+is itself an argument stands in a tuple. N is the number of rows of the first tensor (or NumPy array) among the
+arguments. All tensors and arrays with N rows are cut into batches; everything else (a PackedSequence, None, a number,
+a list, a tensor with another number of rows) is passed whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from ...errors import BadInput
 
 
-class Rows:
-    """Data as a program takes it: one tensor, a tuple of them, or a mapping of keywords; all share their first axis.
+def arguments_of(data: object) -> tuple[tuple, dict[str, Any]]:
+    """``(args, kwargs)`` of a program for data in any form.
 
-    >>> rows = Rows({"x": torch.zeros(3, 2), "y": torch.arange(3)})
-    >>> len(rows), sorted(rows[torch.tensor([2, 0])].kwargs)
-    (3, ['x', 'y'])
+    >>> arguments_of((1, 2)), arguments_of({"x": 1}), arguments_of(([1],)), arguments_of(None)
+    (((1, 2), {}), ((), {'x': 1}), (([1],), {}), ((None,), {}))
+    """
+    if isinstance(data, Rows):
+        return data.args, data.kwargs
+    if isinstance(data, Mapping):
+        return (), dict(data)
+    if isinstance(data, tuple) and not isinstance(data, PackedSequence):  # which is a tuple to Python only
+        return tuple(data), {}
+    return (data,), {}
+
+
+def given_arguments(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """``(args, kwargs)`` of a program for what a function with ``*args, **kwargs`` was given.
+
+    One positional argument is data in any form; several are the program's own arguments. Keywords stand beside either.
+
+    >>> given_arguments(((1, 2),), {"n": 3}) == given_arguments((1, 2), {"n": 3}) == ((1, 2), {"n": 3})
+    True
+    """
+    if len(args) != 1:
+        return tuple(args), dict(kwargs)
+    positional, keywords = arguments_of(args[0])
+    if twice := sorted(keywords.keys() & kwargs.keys()):
+        raise BadInput(f"argument {twice[0]!r} is given twice, in the mapping and as a keyword")
+    return positional, {**keywords, **kwargs}
+
+
+class Rows:
+    """Data as a program takes them, and which of the arguments have a row for each datum.
+
+    Attributes: ``args`` and ``kwargs``; ``whole`` says that no argument has rows, so that all data are one batch (of
+    length 1).
+
+    >>> rows = Rows({"x": torch.zeros(3, 2), "y": torch.arange(3), "scale": torch.ones(2), "mask": None})
+    >>> batch = rows[torch.tensor([2, 0])]
+    >>> len(rows), batch.kwargs["y"].tolist(), batch.kwargs["scale"].shape, batch.kwargs["mask"]
+    (3, [2, 0], torch.Size([2]), None)
     """
 
     def __init__(self, data: object, what: str = "data"):
-        self.args: tuple = ()
-        self.kwargs: dict = {}
+        self.what = what
+        self._hold(*arguments_of(data))
         if isinstance(data, Rows):
-            self.args, self.kwargs = data.args, data.kwargs
-        elif isinstance(data, Mapping):
-            self.kwargs = dict(data)
-        elif isinstance(data, (tuple, list)):
-            self.args = tuple(data)
-        else:
-            self.args = (data,)
-        named = [*enumerate(self.args), *self.kwargs.items()]
-        for name, tensor in named:
-            if not isinstance(tensor, torch.Tensor):
-                raise BadInput(
-                    f"{what}: argument {name!r} is {type(tensor).__name__}, expected a tensor of shape (N, …)"
-                )
-            if tensor.dim() == 0:
-                raise BadInput(f"{what}: argument {name!r} is a scalar, expected a tensor of shape (N, …)")
-        sizes = {tensor.shape[0] for _, tensor in named}
-        if len(sizes) > 1:
-            raise BadInput(f"{what}: the arguments have {sorted(sizes)} rows, expected one number of rows for all")
-        self._length = sizes.pop() if sizes else 0
+            self._cut, self._length = data._cut, data._length
 
-    def check(self, what: str) -> Rows:
-        """Itself, once it is known to hold at least one row and no NaN or infinity."""
+    @classmethod
+    def of(cls, args: Sequence, kwargs: Mapping[str, Any]) -> Rows:
+        """The arguments of a call, positional ones and keywords together."""
+        rows = cls(())
+        rows._hold(tuple(args), dict(kwargs))
+        return rows
+
+    def _hold(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+        counts = {name: len(value) for name, value in self.named() if is_array(value)}
+        self._length = next(iter(counts.values()), None)
+        self._cut = frozenset(name for name, count in counts.items() if count == self._length)
+
+    @property
+    def whole(self) -> bool:
+        return self._length is None
+
+    def named(self) -> Iterator[tuple[int | str, Any]]:
+        """Positions and keywords with their values."""
+        yield from enumerate(self.args)
+        yield from self.kwargs.items()
+
+    def cut(self) -> list[tuple[int | str, Any]]:
+        """Those that have a row for each datum."""
+        return [(name, value) for name, value in self.named() if name in self._cut]
+
+    def kept_whole(self) -> list[tuple[int | str, Any]]:
+        """Those that every batch is given as they are."""
+        return [(name, value) for name, value in self.named() if name not in self._cut]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor among the arguments."""
+        return [value for _, value in self.named() if isinstance(value, torch.Tensor)]
+
+    def check(self, what: str | None = None) -> Rows:
+        """Itself, once it is known to hold at least one row and no NaN or infinity in any."""
+        what = what or self.what
         if not len(self):
             raise BadInput(f"{what} is empty: expected at least one row")
-        for name, tensor in [*enumerate(self.args), *self.kwargs.items()]:
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        for name, value in self.cut():
+            tensor = torch.as_tensor(value) if is_numeric(value) else None
+            if tensor is not None and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).flatten(1).any(1).sum()) if tensor.dim() > 1 else 1
                 raise BadInput(
                     f"{what}: argument {name!r} holds NaN or infinity in {bad} of {len(self)} rows; mend them"
@@ -56,33 +118,74 @@ class Rows:
     @property
     def data(self) -> object:
         """The rows in the form they were given in."""
-        return self.kwargs or (self.args[0] if len(self.args) == 1 else self.args)
+        if self.kwargs:
+            return self.kwargs
+        alone = len(self.args) == 1 and arguments_of(self.args[0]) == ((self.args[0],), {})
+        return self.args[0] if alone else self.args
 
     def __len__(self) -> int:
-        return self._length
+        return 1 if self._length is None else self._length
 
-    def __getitem__(self, index) -> Rows:
-        return self._map(lambda tensor: tensor[index])
+    def __getitem__(self, index: slice | torch.Tensor) -> Rows:
+        def rows(value):
+            return value[index.numpy() if isinstance(index, torch.Tensor) and isinstance(value, np.ndarray) else index]
 
-    def to(self, device: torch.device) -> Rows:
-        return self._map(lambda tensor: tensor.to(device))
+        return self._map(rows)
+
+    def to(self, device: torch.device | str) -> Rows:
+        """Every tensor on that device, also those inside of lists, tuples and mappings."""
+        return self._map(lambda value: _moved(value, device), of_all=True)
 
     def repeated(self, times: int) -> Rows:
         """Each row ``times`` times: all rows, then all rows again."""
-        return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Rows:
-        changed = Rows(())
-        changed.args = tuple(change(tensor) for tensor in self.args)
-        changed.kwargs = {name: change(tensor) for name, tensor in self.kwargs.items()}
-        changed._length = next((len(tensor) for tensor in [*changed.args, *changed.kwargs.values()]), 0)
+        def again(value):
+            if isinstance(value, np.ndarray):
+                return np.concatenate([value] * times)
+            return value.repeat(times, *[1] * (value.dim() - 1))
+
+        return self._map(again)
+
+    def _map(self, change: Callable[[Any], Any], of_all: bool = False) -> Rows:
+        changed = Rows((), self.what)
+        made = {name: change(value) if of_all or name in self._cut else value for name, value in self.named()}
+        changed.args = tuple(made[place] for place in range(len(self.args)))
+        changed.kwargs = {name: made[name] for name in self.kwargs}
+        changed._cut = self._cut
+        changed._length = next((len(made[name]) for name in made if name in self._cut), None)
         return changed
 
 
-def arguments_of(args: object) -> tuple[tuple, dict]:
-    """``(args, kwargs)`` of one batch: a tensor, a tuple of arguments, or a mapping of keywords."""
-    if isinstance(args, Rows):
-        return args.args, args.kwargs
-    if isinstance(args, Mapping):
-        return (), dict(args)
-    return (tuple(args) if isinstance(args, (tuple, list)) else (args,)), {}
+def is_array(value: object) -> bool:
+    """Whether a value is a tensor or an array with a first axis."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() > 0
+    return isinstance(value, np.ndarray) and value.ndim > 0
+
+
+def is_numeric(value: object) -> bool:
+    """Whether a value is a tensor, or an array that torch can hold."""
+    return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
+
+
+def leaves_of(value: Any) -> Iterator[Any]:
+    """What is in a value, inside of lists, tuples and mappings too."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            yield name
+            yield from leaves_of(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from leaves_of(one)
+    else:
+        yield value
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, (torch.Tensor, PackedSequence)):
+        return value.to(device)
+    if type(value) in (list, tuple):
+        return type(value)(_moved(one, device) for one in value)
+    if type(value) is dict:
+        return {name: _moved(one, device) for name, one in value.items()}
+    return value

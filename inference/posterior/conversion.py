@@ -15,6 +15,7 @@ import torch
 
 from ...errors import BadInput, UnknownName
 from ..engine.progress import Progress
+from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
 from . import _arviz
 from .evaluation import exact_pair
@@ -57,7 +58,11 @@ def to_arviz(
     refit: Callable[[int], Callable] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Draws of ``guide`` and ``model`` on ``(*args, **kwargs)`` as ArviZ takes them: InferenceData, or DataTree in 1.x.
+    """Draws of ``guide`` and ``model`` on data as ArviZ takes them: InferenceData, or DataTree in 1.x.
+
+    The data are the programs' arguments and keywords, ``to_arviz(model, guide, x, y, mask=mask)``, or one object in the
+    form that ``fit`` takes: a tuple is the positional arguments, a mapping the keywords, anything else the one argument
+    (a tuple or a mapping that is itself an argument stands in a tuple).
 
     Any Pyro model and guide will do, with local and global, discrete and continuous latents. Dimensions are ``(chain,
     draw, *plates, *event)``: the plates give their names, and row numbers as coordinates; ``dims`` names the event
@@ -103,6 +108,7 @@ def to_arviz(
     >>> idata.posterior["z"].dims, idata.log_likelihood["x"].shape
     (('chain', 'draw', 'data'), (1, 50, 2))
     """
+    args, kwargs = given_arguments(args, kwargs)
     wanted = _wanted(groups)
     if num_samples < 2:
         raise BadInput(f"num_samples is {num_samples}: expected at least 2")

@@ -93,8 +93,9 @@ def evaluate(
 ) -> Evaluation:
     """The true bound and the importance-weighted evidence of a model and guide on ``data``, in nats per datum.
 
-    ``data`` is a tensor ``(N, *data_shape)``, a tuple of such tensors (positional arguments of both programs) or a
-    mapping of keywords. Any Pyro pair will do whose latents the guide all draws. The *data plate* is the one of N rows
+    ``data`` is the positional arguments of both programs as a tuple, their keywords as a mapping, or else their one
+    argument; tensors that have as many rows as the first one are cut into batches, all else is passed whole (as in
+    ``fit``). Any Pyro pair will do whose latents the guide all draws. The *data plate* is the one of N rows
     that encloses all that is observed (``plate`` names it where more than one fits); one that subsamples is visited in
     full. Each datum's log-weight is summed over everything else; a plate's subsampling scale does not enter.
 
@@ -201,7 +202,7 @@ def _drawn(
             here = _sweep(model, guide, batch, plate, sweep.mode)
         # A seed of its own for each batch: whoever evaluates it draws the same.
         with nullcontext() if seed is None else private_seed(seed + _PRIME * number, model, guide):
-            return _batch(*here, batch, num_samples, len(rows))
+            return _batch(*here, batch, num_samples, None if rows.whole else len(rows))
 
     def pieces_of(numbers: range) -> list[dict[str, torch.Tensor]]:
         with quietly(model, guide, seed):
@@ -266,11 +267,15 @@ def _sweep(
 ) -> tuple[Sweep, str | None]:
     """The programs on these rows, and the plate over the data: None if nothing encloses all that is observed."""
     sweep = Sweep(model, guide, rows.args, rows.kwargs, mode=mode, latents_needed=False)
-    fitting = [name for name in sweep.sizes if name in sweep.around_data and sweep.sizes[name] == len(rows)]
+    fitting = [name for name in sweep.sizes if name in sweep.around_data]
+    of = "" if rows.whole else f" of {len(rows)} rows"
+    if not rows.whole:
+        fitting = [name for name in fitting if sweep.sizes[name] == len(rows)]
+    elif plate is None:
+        fitting = list(sweep.data_plates)
     if plate is not None and plate not in fitting:
         raise BadInput(
-            f"no plate {plate!r} of {len(rows)} rows encloses every observed site; those that do: "
-            f"{', '.join(fitting) or 'none'}"
+            f"no plate {plate!r}{of} encloses every observed site; those that do: {', '.join(fitting) or 'none'}"
         )
     if plate is None and len(fitting) > 1:
         raise BadInput(f"plates {', '.join(fitting)} all fit the data: name one with plate=")
@@ -279,9 +284,12 @@ def _sweep(
     return sweep, name
 
 
-def _batch(sweep: Sweep, name: str | None, batch: Rows, num_samples: int, num_data: int) -> dict[str, torch.Tensor]:
-    """All draws of one batch, each part ``(num_samples, B)``."""
-    size = len(batch)
+def _batch(
+    sweep: Sweep, name: str | None, batch: Rows, num_samples: int, num_data: int | None
+) -> dict[str, torch.Tensor]:
+    """All draws of one batch, each part ``(num_samples, B)``; where no argument has rows, the plate says how many."""
+    size = sweep.sizes[name] if batch.whole and name is not None else len(batch)
+    num_data = num_data or size
     parts = {part: torch.zeros(num_samples, size, dtype=torch.float64) for part in PARTS}
     # A plate that is no subsample of more stands for the data at hand, which may come in batches.
     at_hand = name is None or name not in sweep.at_hand

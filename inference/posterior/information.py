@@ -117,7 +117,7 @@ def _mutual(sweep: Sweep, seed: int | None) -> float | None:
         return None
     (plate,) = sweep.data_plates
     size = sweep.sizes[plate]
-    args = Rows(sweep.kwargs or sweep.args)
+    args = Rows.of(sweep.args, sweep.kwargs)
     total, own = None, None
     with quietly(sweep.model, sweep.guide, seed):
         first, _ = sweep.run(1)

@@ -59,7 +59,7 @@ class RefinedGuide(PyroModule):
             raise BadInput("the guide draws nothing for single data, so that there is nothing to refine datum by datum")
 
     def forward(self, *args, **kwargs):
-        rows = len(Rows(kwargs if kwargs and not args else args))
+        rows = len(Rows.of(args, kwargs))
         if rows != self.num_rows:
             raise BadInput(f"this guide is refined for {self.num_rows} data, and was given {rows}: give it the same")
         features = self.offsets.get("/features")

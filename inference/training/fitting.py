@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.optim
 import pyro.poutine as poutine
@@ -20,7 +21,7 @@ from pyro.infer import ELBO, TraceGraph_ELBO
 
 from ...errors import BadInput, GumboError
 from ..auditing.moments import is_differentiable
-from ..engine.rows import Rows
+from ..engine.rows import Rows, leaves_of
 from ..engine.scopes import (
     denormals_flushed,
     device_of,
@@ -73,7 +74,11 @@ def fit(
 ) -> FitResult:
     """Train a model and guide in place; the same arguments give the same numbers, interrupted or not.
 
-    ``train`` and ``valid`` are a tensor ``(N, *data_shape)``, a tuple of such tensors, or a mapping of keywords.
+    ``train`` and ``valid`` are what the programs take: a tuple is the positional arguments, a mapping the keywords,
+    anything else the one argument (a tuple or a mapping that is itself an argument stands in a tuple). N is the number
+    of rows of the first tensor; tensors (and NumPy arrays) with N rows are cut into batches, everything else (a
+    PackedSequence, None, a number, a list, other tensors) is passed whole. Where no argument has rows, every step sees
+    all data. ``valid`` has rows of its own.
     ``loss`` is any ELBO or its word. ``transform(batch, generator)`` makes of a training batch, in the form ``train``
     has, what the programs take (dynamic binarization, conditions from labels); what it draws, it draws from the
     generator. ``drop_last=None`` drops a last partial batch just where the loss keeps something for each batch
@@ -262,18 +267,32 @@ def _make_loss(loss: ELBO | str) -> tuple[ELBO, str]:
 
 
 def _fingerprint(rows: Rows) -> str:
-    tensors = [*rows.args, *rows.kwargs.values()]
+    """The data in words and a checksum, so that another run's data are told from these."""
     checksum = 0
-    for tensor in tensors:
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy lacks some of torch's types
-        checksum = zlib.crc32(content.numpy(), checksum)
+    for _, value in rows.named():
+        for leaf in leaves_of(value):
+            checksum = zlib.crc32(_content(leaf), checksum)
     return f"{_described(rows)} {checksum:08x}"
+
+
+def _content(leaf: object) -> bytes | memoryview:
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
+        leaf = torch.as_tensor(leaf)
+    if isinstance(leaf, torch.Tensor):
+        content = leaf.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy lacks some of torch's types
+        return content.numpy().data
+    return without_addresses(leaf).encode()
 
 
 def _described(rows: Rows) -> str:
     """``(40, 1, 3, 3) float32, (40,) int64``."""
-    tensors = [*rows.args, *rows.kwargs.values()]
-    return ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors)
+
+    def said(value: object) -> str:
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        return repr(value) if value is None or isinstance(value, (bool, int, float)) else type(value).__name__
+
+    return ", ".join(said(value) for _, value in rows.named()) or "no arguments"
 
 
 def _refuse_programs(model: torch.nn.Module, guide: torch.nn.Module) -> None:
@@ -332,7 +351,7 @@ def _first_line(error: Exception) -> str:
 def _about_dtypes(batch: Rows, *programs: torch.nn.Module) -> str:
     """A hint where the data are of another type than the parameters."""
     wanted = next((p.dtype for program in programs for p in program.parameters()), None)
-    given = [tensor.dtype for tensor in [*batch.args, *batch.kwargs.values()] if tensor.dtype != wanted]
+    given = [tensor.dtype for tensor in batch.tensors() if tensor.dtype != wanted]
     if wanted is None or not given:
         return ""
     return f"; the parameters are {wanted} and the data {given[0]}: convert one of them"

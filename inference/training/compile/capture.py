@@ -105,7 +105,7 @@ class Program:
 
     def __init__(self, module: SiteELBOModule, batch: Rows):
         self.module = module
-        self.batch_names = [None] * len(batch.args) + sorted(batch.kwargs)
+        self._batch = batch  # what of it is no tensor is the same in every step
         self.schedules: list[Schedule] = []
         self._places = self._find_buffers()
         self._like = next(iter(self.parameters().values()), torch.empty(()))
@@ -154,9 +154,7 @@ class Program:
         scalars: Sequence[Tensor] | None = None,
     ) -> Outcome:
         """The loss, without touching the module; ``scalars`` are what schedules say, by default at this step."""
-        named = list(zip(self.batch_names, batch, strict=True))
-        args = [tensor for name, tensor in named if name is None]
-        kwargs = {name: tensor for name, tensor in named if name is not None}
+        args, kwargs = _filled(self._batch, batch)
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         versions = {name: copy._version for name, copy in copies.items()}
         swapped = {**parameters, **copies}
@@ -164,7 +162,7 @@ class Program:
         now = self.step
         step = TrainingStep(lambda schedule: self._value_of(schedule, scalars, now))
         with undisturbed(self.module, step), pyro.validation_enabled(False), tape, support:
-            loss = torch.func.functional_call(self.module, swapped, tuple(args), kwargs)
+            loss = torch.func.functional_call(self.module, swapped, args, kwargs)
         moved = {
             name: swapped[name].detach()
             for name, copy in copies.items()
@@ -205,8 +203,16 @@ def flat(batch: Rows) -> list[Tensor]:
 
     Contiguous, whatever they are a view of: machine code reads where the strides of the captured batch say.
     """
-    tensors = [*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs))]
-    return [tensor.contiguous() for tensor in tensors]
+    given = [*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs))]
+    return [value.contiguous() for value in given if isinstance(value, Tensor)]
+
+
+def _filled(batch: Rows, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a batch with these tensors in place of its own, in the order of :func:`flat`."""
+    left = iter(tensors)
+    args = tuple(next(left) if isinstance(value, Tensor) else value for value in batch.args)
+    kwargs = {name: batch.kwargs[name] for name in sorted(batch.kwargs)}
+    return args, {name: next(left) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
 
 
 def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:

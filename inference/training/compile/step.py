@@ -442,7 +442,7 @@ def uncompiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callabl
 
 
 def _shape(batch: Rows) -> list[Any]:
-    return [*batch.kwargs, *((tensor.shape, tensor.dtype) for tensor in (*batch.args, *batch.kwargs.values()))]
+    return [*batch.kwargs, *((tensor.shape, tensor.dtype) for tensor in batch.tensors())]
 
 
 def _parts(tensors: Sequence[Tensor], counts: Sequence[int]) -> Iterator[list[Tensor]]:
