@@ -97,7 +97,7 @@ class RunFolder:
         """Take away what :meth:`create` has made, in a run that came to nothing."""
         for folder in (self.plots, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
-        for name in ("config.yaml", "env.json", "metrics.jsonl"):
+        for name in ("config.yaml", "env.json", "metrics.jsonl", ".lock"):
             (self.path / name).unlink(missing_ok=True)
         for folder in self.made:
             if any(folder.iterdir()):
@@ -120,7 +120,7 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> None:
         """Replaced as a whole, so that a reader never sees half of it, and a full disk leaves what was there."""
-        partial = self.path / f".{name}.partial"
+        partial = self.path / f".{name}.{os.getpid()}.partial"  # two commands may look at one run
         try:
             partial.write_text(text)
             os.replace(partial, self.path / name)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ class Train:
 
 def train(config: Train) -> dict[str, Any]:
     """Fit, judge on the test split, draw; returns what ``results.json`` holds."""
+    from gumbo.inference.training.locks import FolderLock
     from gumbo.inference.training.optimizers import OPTIMIZERS
 
     if config.optimizer not in OPTIMIZERS:
@@ -99,12 +100,16 @@ def train(config: Train) -> dict[str, Any]:
 
     def folder() -> RunFolder:
         if config.resume is None:
-            return RunFolder.create("train", config, config.folder)
-        return RunFolder(Path(config.resume).absolute())
+            run = RunFolder.create("train", config, config.folder)
+        else:
+            run = RunFolder(Path(config.resume).absolute())
+        locks.enter_context(FolderLock(run.path))
+        return run
 
-    run = folder() if processes is None else processes.from_main(folder)
-    with resumable(run, config):
-        return train_into(run, config, data, model, guide, loss, processes)
+    with ExitStack() as locks:
+        run = folder() if processes is None else processes.from_main(folder)
+        with resumable(run, config):
+            return train_into(run, config, data, model, guide, loss, processes)
 
 
 def place(config: Train):

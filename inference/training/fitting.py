@@ -211,8 +211,11 @@ def fit(
         objective = getattr(getattr(step, "module", loss), "objective_name", "elbo")
         folder = None if run_dir is None else Path(run_dir)
         run = Run(model, guide, step, batches, valid_rows, valid_samples, settings, folder, objective, processes)
-        run.begin(resume)
-        return run.go(plan)
+        try:
+            run.begin(resume)
+            return run.go(plan)
+        finally:
+            run.end()
 
 
 def keeps_batch_positions(loss: ELBO) -> bool:

@@ -25,6 +25,7 @@ from ..posterior.evaluation import evaluate
 from .batches import TRANSFORMED, Batches
 from .checkpoints import Checkpoints
 from .distributed import OnMain, Processes, SharedInterrupts
+from .locks import FolderLock
 from .metrics import Metrics, Scalars
 from .nonfinite import Guard
 from .signals import Interrupts
@@ -116,6 +117,7 @@ class Run:
         if folder is not None:
             self.checkpoints: Any = Checkpoints(folder / "checkpoints")
             self.metrics: Any = Metrics(folder)
+            self.lock = FolderLock(folder)
             if processes is not None:
                 self.checkpoints = OnMain(processes, self.checkpoints)
                 self.metrics = OnMain(processes, self.metrics)
@@ -127,6 +129,10 @@ class Run:
         """Start afresh, or from the checkpoint; a folder that cannot be written to is found out here."""
         if self.folder is None:
             return
+        if self.processes is None:
+            self.lock.acquire()
+        else:
+            self.processes.from_main(self.lock.acquire)
         if self.checkpoints.exist():
             if not resume:
                 raise BadInput(f"{self.folder} holds a run already: pass resume=True to go on, or another run_dir")
@@ -136,6 +142,11 @@ class Run:
         else:
             self._save()
         self.metrics.rewrite(self.history)
+
+    def end(self) -> None:
+        """Leave the folder to others."""
+        if self.folder is not None:
+            self.lock.release()
 
     def go(self, plan: Plan) -> FitResult:
         steps = plan.epochs * self.batches.per_epoch

@@ -1,0 +1,117 @@
+"""One process at a time writes into a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from pathlib import Path
+
+from ...errors import BadInput, GumboWarning
+from .checkpoints import cannot_write
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+NAME = ".lock"
+
+_held: dict[Path, tuple[int, int]] = {}  # of this process: the folder's lock, by thread and open file
+
+
+class FolderLock:
+    """The right to write into a run folder, which the system takes back when the process ends in whatever way.
+
+    The thread that holds it may take it again (``gumbo train`` holds it around ``fit``): only the first gives it back.
+
+    Args:
+        folder: the run folder; it is made where it does not stand.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder.absolute()
+        self._mine = False
+
+    def acquire(self) -> None:
+        """Take it; raises BadInput where another process or thread has it, GumboError where nothing can be written."""
+        thread = threading.get_ident()
+        if self.folder in _held:
+            if _held[self.folder][0] == thread:
+                return
+            raise BadInput(f"{self.folder} is in use by another fit in this process: wait, or take another folder")
+        file = self._locked()
+        _held[self.folder] = thread, file
+        self._mine = True
+
+    def _locked(self) -> int:
+        path = self.folder / NAME
+        while True:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise cannot_write(path, error) from error
+            try:
+                _lock(file)
+            except BlockingIOError:
+                owner = os.read(file, 100).decode("ascii", "replace").strip() or "another process"
+                os.close(file)
+                raise BadInput(
+                    f"{self.folder} is in use by {owner}, which writes into it: wait for it, or take another folder"
+                ) from None
+            except OSError as error:
+                warnings.warn(
+                    f"{self.folder} cannot be locked ({error.strerror}): see that no other process writes into it",
+                    GumboWarning,
+                    stacklevel=3,
+                )
+            # Its last holder may have removed the file between the opening and the locking.
+            if _is_at(file, path):
+                with contextlib.suppress(
+                    OSError
+                ):  # on a full disk nobody can read whose it is, and it holds all the same
+                    os.ftruncate(file, 0)
+                    os.write(file, f"process {os.getpid()}".encode())
+                return file
+            os.close(file)
+
+    def release(self) -> None:
+        """Give it back, if it was taken here."""
+        if not self._mine:
+            return
+        self._mine = False
+        _, file = _held.pop(self.folder)
+        with contextlib.suppress(OSError):  # the folder may be gone
+            (self.folder / NAME).unlink()
+        os.close(file)
+
+    def __enter__(self) -> FolderLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def _lock(file: int) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import msvcrt
+
+    try:
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError as error:
+        raise BlockingIOError from error
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+__all__ = ["FolderLock"]
