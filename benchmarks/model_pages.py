@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "models"
 START, END = "<!-- example: a run of gumbo train -->", "<!-- end of the example -->"
 PICTURES = {"reconstructions": "test digits and their reconstructions", "prior_draws": "draws from the model"}
-NUMBERS = {"elbo": "ELBO", "log_evidence": "log p", "rate": "rate", "distortion": "distortion"}
+NUMBERS = {"elbo": "ELBO", "log_predictive": "log p", "rate": "rate", "distortion": "distortion"}
 
 # What `gumbo train` is given beside the model, and what its numbers mean where that is not plain.
 EXAMPLES: dict[str, tuple[str, str]] = {
@@ -249,6 +249,9 @@ def run_example(name: str) -> str:
         for picture in drawn or ["learning_curve"]:
             shutil.copy(run / "plots" / f"{picture}.png", DOCS / "figures" / f"{name}-{picture}.png")
     test = found["test"]
+    meaning = f"The value of log p is a lower bound, from {test['num_samples']} draws a datum."
+    if test["log_evidence"] != test["log_predictive"]:
+        meaning = f"Here log p is the log predictive density, over {test['num_samples']} draws of the weights."
     lines = [
         "```",
         command,
@@ -259,7 +262,7 @@ def run_example(name: str) -> str:
         "",
         *markdown_table(list(NUMBERS.values()), [[f"{test[key]:.2f} ± {test[f'{key}_se']:.2f}" for key in NUMBERS]]),
         "",
-        f"The value of log p is a lower bound, from {test['num_samples']} draws a datum. {note}".rstrip(),
+        f"{meaning} {note}".rstrip(),
     ]
     for picture in drawn:
         lines += ["", f"![{PICTURES[picture]}](figures/{name}-{picture}.png)"]

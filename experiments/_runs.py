@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -116,7 +117,7 @@ class RunFolder:
         self._write("config.yaml", text)
 
     def write_json(self, name: str, content: Any) -> None:
-        self._write(name, json.dumps(content, indent=1) + "\n")
+        self._write(name, json.dumps(_without_nan(content), indent=1) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         """Replaced as a whole, so that a reader never sees half of it, and a full disk leaves what was there."""
@@ -146,6 +147,15 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+
+
+def _without_nan(content: Any) -> Any:
+    """The same with None for NaN, of which JSON knows nothing."""
+    if isinstance(content, Mapping):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def _make(path: Path) -> None:

@@ -64,7 +64,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         model, guide, inputs_of(model, data, config.split), num_samples=config.importance_samples, seed=config.seed
     )
     found = judged.as_dict()
-    show(config.split, found)
+    show(config.split, judged)
     more = {}
     if model.latents:
         more = judged.information.as_dict()

@@ -316,7 +316,7 @@ def regression(config: System, run: RunFolder) -> dict[str, Any]:
     for axis, (name, (model, guide)) in zip(axes, pairs.items(), strict=True):
         fit(model, guide, train, epochs=epochs, batch_size=len(x), lr=1e-2, seed=config.seed, title=name)
         judged = evaluate(model, guide, test, num_samples=500)
-        found[name] = {"test log p(y given x) (nats)": judged.log_evidence}
+        found[name] = {"test log p(y given x) (nats)": judged.log_predictive}
         with torch.no_grad():
             draws = _predictive(model, guide, grid, 200 if config.quick else 2000)
         mean, sd = draws.mean(0), draws.std(0)

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName
 from gumbo.experiments._command import launched, run_command, speaks
 from gumbo.experiments._names import current_folder_importable, marked, named, refuse_untrusted
 from gumbo.experiments._runs import RunFolder, read_settings
+
+if TYPE_CHECKING:
+    from gumbo.inference.posterior.evaluation import Evaluation
 
 
 @dataclass
@@ -171,7 +174,7 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss, processe
     run.write_config("train", config, resume=None, folder=None)
     run.write_json("results.json", results)
     draw(run, result, model.cpu(), guide.cpu(), test)
-    show("test", results["test"])
+    show("test", found)
     print(f"gumbo train: plots and numbers in {run.path}", file=sys.stderr)
     return results
 
@@ -310,11 +313,9 @@ def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> Non
     image_rows(run.plots / "prior_draws.png", "draws from the model", {"": prior_draws(model, first)})
 
 
-def show(split: str, found: Mapping[str, float]) -> None:
+def show(split: str, found: Evaluation) -> None:
     """The numbers of an evaluation, on standard output."""
-    print(f"{split}: {found['num_data']} data, {found['num_samples']} draws each; nats per datum ± standard error")
-    for name, label in (("elbo", "ELBO"), ("log_evidence", "log p(x)"), ("rate", "rate"), ("distortion", "distortion")):
-        print(f"  {label:10} {found[name]:9.3f} ± {found[f'{name}_se']:.3f}")
+    print(f"{split}: {found}")
 
 
 def settings_of(run: str, trust: bool = False) -> dict[str, Any]:

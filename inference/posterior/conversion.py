@@ -19,7 +19,7 @@ from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
 from . import _arviz
 from .evaluation import exact_pair
-from .importance import pieces, weight_statistics
+from .importance import integrated, pieces, weight_statistics
 from .runner import Block, Layout, Pass, Sweep, quietly
 
 GROUPS = (
@@ -527,43 +527,6 @@ def _kind_of(dtype: torch.dtype) -> np.dtype:
 def _sums(layout: Layout) -> np.dtype:
     """What to add a site's values up in."""
     return np.dtype(np.float32 if layout.dtype == torch.float32 else np.float64)
-
-
-def integrated(
-    sweep: Sweep, block: Block, given: Mapping[str, torch.Tensor], draws: int, seen: Pass, picks: np.ndarray
-) -> tuple[torch.Tensor, bool]:
-    """log p(x | global latents) of each datum ``(count, *data plates)``, over ``draws`` of the local latents each.
-
-    Also says whether the guide's density of the global latents can be had by itself: not where it depends on local
-    ones.
-    """
-    count = len(next(iter(given.values())))
-    room = sweep.draws_a_run(block)
-    inner = min(draws, room)
-    outer = max(1, room // inner)
-    found, known = [], True
-    for start in range(0, count, outer):
-        some = {name: value[start : start + outer] for name, value in given.items()}
-        size = len(next(iter(some.values())))
-        total, left = None, draws
-        while left:
-            now = min(inner, left)
-            repeated = {name: value.repeat_interleave(now, 0) for name, value in some.items()}
-            guide, model = sweep.run(size * now, block, repeated)
-            for name in given:
-                density = guide.log_prob(name).unflatten(0, (size, now))
-                before = seen.log_prob(name)[torch.as_tensor(picks[start : start + outer])].unsqueeze(1)
-                known &= bool(torch.allclose(density, before.expand_as(density), rtol=1e-4, atol=1e-4))
-            weight: Any = 0.0
-            for run, sign in ((model, 1.0), (guide, -1.0)):
-                for name, layout in run.layouts.items():
-                    if layout.kind != "deterministic" and set(sweep.data_plates) <= layout.plates:
-                        weight = weight + sign * run.log_prob(name, sweep.data_plates)
-            part = torch.logsumexp(weight.unflatten(0, (size, now)), 1)
-            total = part if total is None else torch.logaddexp(total, part)
-            left -= now
-        found.append(total - np.log(draws))
-    return torch.cat(found), known
 
 
 def _divergence(guide: Pass, model: Pass, name: str, partner: str | None) -> tuple[torch.Tensor | None, str]:

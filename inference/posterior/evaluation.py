@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ...errors import BadInput
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, private_seed
+from .importance import integrated, joint_evidence, khat_limit, rounding_of
 from .runner import _REFUSALS, Sweep, quietly
 
 if TYPE_CHECKING:
@@ -24,16 +26,53 @@ if TYPE_CHECKING:
 _ROWS_A_RUN = 8192
 _PRIME = 1_000_003  # keeps the random streams of a seed's batches apart from those of its neighbours
 PARTS = ("log_prior", "log_likelihood", "log_q", "log_global")
+LABELS = {
+    "elbo": "ELBO",
+    "log_evidence": "log p(x)",
+    "log_predictive": "log predictive",
+    "rate": "rate",
+    "distortion": "distortion",
+}
+_NOT_NUMBERS = ("values", "_marks", "_ask")
+# Draws of the local latents for each of the global ones.
+_LOCAL_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One number of an evaluation less that of another on the same data, in nats per datum.
+
+    ``se`` is the standard error over the data, of the mean of paired differences; ``mc_se`` that of the draws, which is
+    all that is left on fixed data. Where one weight covers all data, there are no pairs and ``se`` is NaN.
+    """
+
+    mean: float
+    se: float
+    mc_se: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What :func:`evaluate` found: means over the data and their standard errors, in nats per datum.
 
-    ``elbo`` is ``-(rate + distortion)``; ``log_evidence`` is the importance-weighted estimate of log p(x) over
-    ``num_samples`` draws, a lower bound in expectation that tightens with the number of draws (Burda et al. 2015,
-    arXiv:1509.00519); ``rate`` is E[log q(z | x) - log p(z)] and ``distortion`` is -E[log p(x | z)] (Alemi et al. 2018,
-    arXiv:1711.00464). ``kl``, ``active_units`` and ``mutual_information`` are found when asked for.
+    ``elbo`` is ``-(rate + distortion)``; ``rate`` is E[log q(z | x) - log p(z)] and ``distortion`` is -E[log p(x | z)]
+    (Alemi et al. 2018, arXiv:1711.00464).
+
+    ``log_evidence`` is log p(data) over the number of data. Without global latents it is the mean of each datum's
+    importance-weighted estimate over ``num_samples`` draws, a lower bound in expectation that tightens with the number
+    of draws (Burda et al. 2015, arXiv:1509.00519). With global latents it comes from ``num_samples`` weights of the
+    global draws over all data, each with ``num_local_samples`` draws of the local latents inside, and ``khat`` is the
+    Pareto k̂ of these weights; where k̂ says that they cannot be trusted it is NaN, ``reason`` says why, and ``elbo``
+    remains a lower bound.
+
+    ``log_predictive`` is the mean log predictive density, log E_q[p(x_n | global latents)]. On data that the guide was
+    fitted to it is in-sample and above the evidence; without global latents it is the evidence.
+
+    ``…_se`` is the standard error over the data, as a sample of more; ``…_mc_se`` that of the draws, which is the
+    error of the number for these very data. Where one weight covers all data, both are the latter.
+
+    ``values`` holds each datum's own numbers ``(N,)``, where data have numbers of their own; :meth:`compare` pairs them
+    with another guide's. ``kl``, ``active_units`` and ``mutual_information`` are found when asked for.
     """
 
     elbo: float
@@ -46,11 +85,69 @@ class Evaluation:
     distortion_se: float
     num_data: int
     num_samples: int
+    log_predictive: float = math.nan
+    log_predictive_se: float = math.nan
+    elbo_mc_se: float = math.nan
+    log_evidence_mc_se: float = math.nan
+    log_predictive_mc_se: float = math.nan
+    rate_mc_se: float = math.nan
+    distortion_mc_se: float = math.nan
+    num_local_samples: int = 1
+    khat: float = math.nan
+    reason: str = ""
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _marks: tuple = field(default=(), compare=False, repr=False)
     _ask: Callable[[], Information] | None = field(default=None, compare=False, repr=False)
 
-    def as_dict(self) -> dict[str, float]:
-        """The means, errors and counts; `information` has the rest."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "_ask"}
+    def as_dict(self) -> dict[str, Any]:
+        """Means, errors, counts, k̂ and reason; ``values`` has each datum's, `information` the rest."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NOT_NUMBERS}
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_data} data, {self._draws()}; nats per datum ± error over the data (± of the draws)"]
+        for name, label in LABELS.items():
+            mean, error, drawn = (getattr(self, f"{name}{end}") for end in ("", "_se", "_mc_se"))
+            if name == "log_evidence" and self.reason:
+                lines.append(f"  {label:14} cannot say: {self.reason}")
+            elif name == "log_predictive" and (math.isnan(mean) or mean == self.log_evidence):
+                continue  # the same number, or none
+            else:
+                lines.append(f"  {label:14} {mean:9.3f} ± {error:.3f} (± {drawn:.2g})")
+        if not self.reason and not math.isnan(self.khat):
+            lines.append(
+                f"  k̂ of the weights behind log p(x) is {self.khat:.2f}, limit {khat_limit(self.num_samples):.2f}"
+            )
+        return "\n".join(lines)
+
+    def _draws(self) -> str:
+        if self.num_local_samples == 1:
+            return f"{self.num_samples} draws"
+        return f"{self.num_samples} draws of the global latents, {self.num_local_samples} of the local ones for each"
+
+    def compare(self, other: Evaluation) -> dict[str, Difference]:
+        """This evaluation's numbers less those of ``other``: another guide or model on the same data in one order.
+
+        Data differ by far more from each other than two guides do on one datum, so that the error of paired differences
+        is much smaller than the difference of two errors.
+
+        Returns:
+            A `Difference` by name (``elbo``, ``log_evidence``, ``log_predictive``, ``rate``, ``distortion``).
+
+        Raises:
+            BadInput: the evaluations are of different data.
+        """
+        if not isinstance(other, Evaluation):
+            raise BadInput(f"compare wants another Evaluation, and was given {type(other).__name__}")
+        if self.num_data != other.num_data or self._marks != other._marks:
+            raise BadInput("these evaluations are of different data: evaluate both guides on the same, in one order")
+        found = {}
+        for name in LABELS:
+            error = math.nan
+            if name in self.values and name in other.values:
+                error = _mean_and_error(self.values[name] - other.values[name])[1]
+            drawn = math.hypot(getattr(self, f"{name}_mc_se"), getattr(other, f"{name}_mc_se"))
+            found[name] = Difference(getattr(self, name) - getattr(other, name), error, drawn)
+        return found
 
     @cached_property
     def information(self) -> Information:
@@ -86,6 +183,7 @@ def evaluate(
     data: object,
     *,
     num_samples: int = 100,
+    num_local_samples: int | None = None,
     batch_size: int = 256,
     seed: int | None = 0,
     plate: str | None = None,
@@ -93,26 +191,44 @@ def evaluate(
 ) -> Evaluation:
     """The true bound and the importance-weighted evidence of a model and guide on ``data``, in nats per datum.
 
-    ``data`` is the positional arguments of both programs as a tuple, their keywords as a mapping, or else their one
-    argument; tensors that have as many rows as the first one are cut into batches, all else is passed whole (as in
-    ``fit``). Any Pyro pair will do whose latents the guide all draws. The *data plate* is the one of N rows
-    that encloses all that is observed (``plate`` names it where more than one fits); one that subsamples is visited in
-    full. Each datum's log-weight is summed over everything else; a plate's subsampling scale does not enter.
-
-    Latents outside that plate are global (the weights of a regression): their KL is spread evenly over the data (where
-    the rows are a batch under a plate of more, over all that it counts) and enters the bound and the rate;
-    ``log_evidence`` is then the log predictive density of each datum, averaged over the guide's draws of them. All rows
-    are then passed at once; else ``batch_size`` of them, where the programs take so few. Where the guide draws the
-    latents of all data jointly, or no plate encloses the data, there is one weight for all: ``log_evidence`` is that of
-    all data over N, and its error (without a plate, every error) is that of the draws. A relaxed pair that knows its
+    Any Pyro pair will do whose latents the guide all draws. The *data plate* is the one of N rows that encloses all
+    that is observed (``plate`` names it where more than one fits); one that subsamples is visited in full. Each datum's
+    log-weight is summed over everything else; a plate's subsampling scale does not enter. A relaxed pair that knows its
     exact counterpart is judged by that counterpart.
 
-    Networks run in evaluation mode without gradients; parameters, param store, seeds and training flags stay as they
-    were, and the same ``seed`` gives the same numbers (``None`` draws from the current stream). Several ``processes``,
-    which must all call it alike, take every so-manieth batch each and all get the numbers that one would have found.
+    Latents outside that plate are global (the weights of a regression): their KL is spread evenly over the data (where
+    the rows are a batch under a plate of more, over all that it counts) and enters the bound and the rate. The evidence
+    is then that of all data together over their number, ``∫ p(g) ∏ p(x_n | g) dg``, by importance weights of the draws
+    of g, which hold where their Pareto k̂ is below min(1 − 1/log₁₀ S, 0.7) (Vehtari et al. 2024, arXiv:1507.02646). It
+    is NaN with a reason otherwise, for a batch of more rows, and for a guide that is a point. ``log_predictive`` is the
+    predictive density of each datum. All rows are passed at once.
 
-    Raises :class:`~gumbo.errors.BadInput` for empty data, NaN, a latent that only one of the two programs draws, or a
-    draw outside a prior's support.
+    Where the guide draws the latents of all data jointly, or no plate encloses the data, there is one weight for all:
+    ``log_evidence`` is that of all data over N under the same rule, and its error (without a plate, every error) is
+    that of the draws.
+
+    Networks run in evaluation mode without gradients; parameters, param store, seeds and training flags stay as they
+    were, and the same ``seed`` gives the same numbers.
+
+    Args:
+        model: the Pyro model.
+        guide: the Pyro guide; it draws every latent of the model.
+        data: a tuple is the positional arguments of both programs, a mapping their keywords, anything else their one
+            argument; tensors that have as many rows as the first one are cut into batches, all else is passed whole.
+        num_samples: draws of the latents of each datum; of the global latents where there are any.
+        num_local_samples: draws of the local latents for each draw of the global ones. None: 64, or 1 where draws run
+            one by one. Of no effect unless there are both.
+        batch_size: rows a run, where the programs take so few.
+        seed: of the draws; None draws from the current stream.
+        plate: the data plate.
+        processes: several processes, which must all call this alike, share the batches; all get the numbers that one
+            would have found.
+
+    Returns:
+        An `Evaluation`: numbers in nats per datum, both kinds of standard errors, and each datum's own values.
+
+    Raises:
+        BadInput: empty data, NaN, a latent that only one of the two programs draws, a draw outside a prior's support.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -130,23 +246,40 @@ def evaluate(
     """
     if processes is not None and seed is None:
         raise BadInput("several processes draw what one would from a seed: pass seed=")
-    parts, whole = _drawn(model, guide, data, num_samples, batch_size, seed, plate, processes)
+    if num_local_samples is not None and num_local_samples < 1:
+        raise BadInput(f"num_local_samples is {num_local_samples}: expected at least 1")
+    drawn = _drawn(model, guide, data, num_samples, batch_size, seed, plate, processes, num_local_samples)
+    parts, count = drawn.parts, drawn.parts["log_q"].shape[1]
     log_weight = parts["log_prior"] + parts["log_likelihood"] - parts["log_q"]
-    found = {
+    terms = {
         "elbo": log_weight + parts["log_global"],
         "rate": parts["log_q"] - parts["log_prior"] - parts["log_global"],
         "distortion": -parts["log_likelihood"],
     }
-    numbers: dict[str, float] = {}
-    for name, value in found.items():
+    told_apart, independent = drawn.one_weight != "all", drawn.one_weight == ""
+    numbers: dict[str, Any] = {}
+    values: dict[str, torch.Tensor] = {}
+    for name, value in terms.items():
         # By datum over draws; where no datum can be told from the others, by draw.
-        numbers[name], numbers[f"{name}_se"] = _mean_and_error(value.mean(0 if whole != "all" else 1))
-    if whole:
-        evidence = _evidence_together(found["elbo"].sum(1))
-        numbers["log_evidence"], numbers["log_evidence_se"] = (one / log_weight.shape[1] for one in evidence)
+        numbers[name], numbers[f"{name}_se"] = _mean_and_error(value.mean(0 if told_apart else 1))
+        numbers[f"{name}_mc_se"] = _error_of_draws(value, independent)
+        if told_apart:
+            values[name] = value.mean(0)
+    if drawn.one_weight in ("", "globals"):
+        values["log_predictive"] = torch.logsumexp(log_weight, 0) - math.log(num_samples)
+        numbers["log_predictive"], numbers["log_predictive_se"] = _mean_and_error(values["log_predictive"])
+        numbers["log_predictive_mc_se"] = _error_of_draws((log_weight - values["log_predictive"]).exp(), independent)
+    if independent:
+        if drawn.reason:
+            numbers |= {"log_evidence": math.nan, "log_evidence_se": math.nan}
+        else:
+            values["log_evidence"] = values["log_predictive"]
+            for end in ("", "_se", "_mc_se"):
+                numbers[f"log_evidence{end}"] = numbers[f"log_predictive{end}"]
+        numbers["reason"] = drawn.reason
     else:
-        each = torch.logsumexp(log_weight, 0) - math.log(num_samples)
-        numbers["log_evidence"], numbers["log_evidence_se"] = _mean_and_error(each)
+        numbers |= _evidence_together(drawn, terms["elbo"], count)
+    rows = Rows(data)
 
     def ask() -> Information:
         from .information import information
@@ -155,7 +288,48 @@ def evaluate(
             pair = exact_pair(model, guide)
         return information(*pair, data, seed=seed, plate=plate)
 
-    return Evaluation(**numbers, num_data=log_weight.shape[1], num_samples=num_samples, _ask=ask)
+    return Evaluation(
+        **numbers,
+        num_data=count,
+        num_samples=num_samples,
+        num_local_samples=drawn.num_local_samples,
+        values=values,
+        _marks=_marks_of(rows),
+        _ask=ask,
+    )
+
+
+def _evidence_together(drawn: _Drawn, log_weight: torch.Tensor, count: int) -> dict[str, Any]:
+    """The evidence of all data together, by their number, from one weight a draw."""
+    total = log_weight.sum(1)
+    if "integrated" in drawn.parts:
+        total = (drawn.parts["integrated"] + drawn.parts["log_global"]).sum(1)
+    if drawn.reason:
+        return {"log_evidence": math.nan, "log_evidence_se": math.nan, "reason": drawn.reason}
+    found = joint_evidence(total.numpy(), drawn.rounding(float(total.abs().max())))
+    more = ""
+    if found.reason:
+        more = "; the ELBO is a lower bound"
+        if drawn.one_weight == "globals" and drawn.num_local_samples > 1:
+            more = f", with {drawn.num_local_samples} draws of the local latents for each" + more
+    error = found.mc_se / count
+    return {
+        "log_evidence": found.value / count,
+        "log_evidence_se": error,
+        "log_evidence_mc_se": error,
+        "khat": found.khat,
+        "reason": found.reason + more,
+    }
+
+
+def _marks_of(rows: Rows) -> tuple:
+    """What tells data from others, and their order: two sums of each tensor."""
+    found = []
+    for tensor in rows.tensors():
+        if tensor.dim():
+            by_row = tensor.detach().double().reshape(len(tensor), -1).nan_to_num().sum(1).cpu()
+            found.append((tuple(tensor.shape), by_row.sum().item(), (by_row * torch.arange(len(by_row))).sum().item()))
+    return tuple(found)
 
 
 def log_weights(
@@ -172,7 +346,24 @@ def log_weights(
 
     ``log_global`` of the same shape is log p - log q of the latents outside the data plate, each datum's share.
     """
-    return _drawn(model, guide, data, num_samples, batch_size, seed, plate)[0]
+    return _drawn(model, guide, data, num_samples, batch_size, seed, plate).parts
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The parts of all log-weights ``(S, N)``, and what has one weight only.
+
+    ``one_weight`` is empty where each datum has weights of its own; "globals" where they are given global latents;
+    "latents" where the guide draws all latents jointly; "all" where no plate tells the data apart. ``integrated`` among
+    the parts is each datum's likelihood given the global latents. ``reason`` says why there is no evidence whatever the
+    weights are.
+    """
+
+    parts: dict[str, torch.Tensor]
+    one_weight: str
+    num_local_samples: int
+    reason: str
+    rounding: Callable[[float], float]
 
 
 def _drawn(
@@ -184,8 +375,8 @@ def _drawn(
     seed: int | None,
     plate: str | None,
     processes: Processes | None = None,
-) -> tuple[dict[str, torch.Tensor], str]:
-    """The parts of all log-weights, and what has one weight only: "" if nothing, the "latents", or "all"."""
+    num_local_samples: int | None = 1,
+) -> _Drawn:
     rows = Rows(data).check("data")
     if num_samples < 1:
         raise BadInput(f"num_samples is {num_samples}: expected at least 1")
@@ -195,6 +386,10 @@ def _drawn(
         model, guide = exact_pair(model, guide)
     rows = rows.to(device_of(model, guide))
     sweep, name, size = _first_sweep(model, guide, rows, batch_size, plate)
+    one_weight = "all" if name is None else "latents" if sweep.tied else "globals" if sweep.shared else ""
+    inner = 1
+    if one_weight == "globals" and sweep.local:
+        inner = num_local_samples or (_LOCAL_SAMPLES if sweep.vectorized else 1)
 
     def piece(number: int) -> dict[str, torch.Tensor]:
         batch, here = rows[number * size : (number + 1) * size], (sweep, name)
@@ -202,7 +397,7 @@ def _drawn(
             here = _sweep(model, guide, batch, plate, sweep.mode)
         # A seed of its own for each batch: whoever evaluates it draws the same.
         with nullcontext() if seed is None else private_seed(seed + _PRIME * number, model, guide):
-            return _batch(*here, batch, num_samples, None if rows.whole else len(rows))
+            return _batch(*here, batch, num_samples, None if rows.whole else len(rows), inner)
 
     def pieces_of(numbers: range) -> list[dict[str, torch.Tensor]]:
         with quietly(model, guide, seed):
@@ -215,15 +410,34 @@ def _drawn(
         mine = range(processes.index, count, processes.number)
         shares = processes.gather(processes.together(lambda: pieces_of(mine)))
         pieces = [shares[number % processes.number][number // processes.number] for number in range(count)]
-    whole = "all" if name is None else "latents" if sweep.tied else ""
-    return {part: torch.cat([piece[part] for piece in pieces], 1) for part in pieces[0]}, whole
+    parts = {part: torch.cat([piece[part] for piece in pieces], 1) for part in pieces[0]}
+    if "integrated" in parts and parts["integrated"].isnan().any():
+        # The guide draws global latents given local ones: only all of them together have a weight.
+        del parts["integrated"]
+        inner = 1
+    reason = _no_evidence(sweep, name, parts["log_q"].shape[1], bool(parts["log_global"].any()))
+    return _Drawn(parts, one_weight, inner, reason, lambda largest: rounding_of(sweep, largest))
 
 
-def _evidence_together(log_weight: torch.Tensor) -> tuple[float, float]:
-    """log p(x) of everything from joint weights ``(S,)``, and its standard error by the delta method."""
-    weight = (log_weight - log_weight.max()).exp()
-    error = weight.std().item() / math.sqrt(len(weight)) / weight.mean().item() if len(weight) > 1 else math.nan
-    return (weight.mean().log() + log_weight.max()).item(), error
+def _no_evidence(sweep: Sweep, name: str | None, num_data: int, globals_count: bool) -> str:
+    """Why importance weights of these programs are not those of the evidence; empty where they are."""
+    points = [
+        site
+        for site in sweep.latents
+        if sweep.guide_sites[site].point and site not in sweep.computed and not sweep.model_sites[site].discrete
+    ]
+    if points:
+        return f"the guide is a point at {points[0]!r}, which has no density; neither is the ELBO a bound"
+    if globals_count and _data_size(sweep, name, num_data, num_data) != num_data:
+        return f"the {num_data} rows are a batch of more, which the global latents are shared with"
+    return ""
+
+
+def _data_size(sweep: Sweep, name: str | None, size: int, num_data: int) -> int:
+    """How many data share the global latents, of which a run of ``size`` rows shows some."""
+    # A plate that is no subsample of more stands for the data at hand, which may come in batches.
+    at_hand = name is None or name not in sweep.at_hand
+    return num_data if at_hand and sweep.full_sizes.get(name, size) == size else sweep.full_sizes[name]
 
 
 def exact_pair(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
@@ -285,20 +499,24 @@ def _sweep(
 
 
 def _batch(
-    sweep: Sweep, name: str | None, batch: Rows, num_samples: int, num_data: int | None
+    sweep: Sweep, name: str | None, batch: Rows, num_samples: int, num_data: int | None, inner: int
 ) -> dict[str, torch.Tensor]:
-    """All draws of one batch, each part ``(num_samples, B)``; where no argument has rows, the plate says how many."""
+    """All draws of one batch, each part ``(num_samples, B)``; ``inner`` draws of local latents for each global one.
+
+    Where no argument has rows, the plate says how many there are.
+    """
     size = sweep.sizes[name] if batch.whole and name is not None else len(batch)
     num_data = num_data or size
     parts = {part: torch.zeros(num_samples, size, dtype=torch.float64) for part in PARTS}
-    # A plate that is no subsample of more stands for the data at hand, which may come in batches.
-    at_hand = name is None or name not in sweep.at_hand
-    data_size = num_data if at_hand and sweep.full_sizes.get(name, size) == size else sweep.full_sizes[name]
+    if inner > 1:
+        parts["integrated"] = torch.zeros(num_samples, size, dtype=torch.float64)
+    data_size = _data_size(sweep, name, size, num_data)
+    arguments = batch.args, batch.kwargs
     per_run = max(1, min(num_samples, sweep.draws_a_run(), _ROWS_A_RUN // size))
     for start in range(0, num_samples, per_run if sweep.vectorized else 1):
         count = min(per_run if sweep.vectorized else 1, num_samples - start)
         where = slice(start, start + count)
-        for block, guide, model in sweep.over_rows(count, (batch.args, batch.kwargs)):
+        for block, guide, model in sweep.over_rows(count, arguments):
             for run in (guide, model):
                 for site, layout in run.layouts.items():
                     if layout.kind == "deterministic" or not block.first(layout):
@@ -316,9 +534,24 @@ def _batch(
                         parts[part][where] += value[:, None] / size
                     else:
                         parts["log_global"][where] += (-value if run is guide else value)[:, None] / data_size
+            if inner > 1:
+                found, known = integrated(
+                    sweep, block, sweep.given(guide), inner, guide, np.arange(count), arguments=arguments, scaled=True
+                )
+                parts["integrated"][where, block.index((name,))[0]] = found.cpu() if known else math.nan
     return parts
 
 
 def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return values.mean().item(), error
+
+
+def _error_of_draws(values: torch.Tensor, independent: bool) -> float:
+    """The standard error of the mean of ``(S, N)`` by the draws alone; ``independent``: data share no draw."""
+    draws, count = values.shape
+    if draws < 2:
+        return math.nan
+    if independent:
+        return math.sqrt(values.var(0).sum().item() / draws) / count
+    return values.mean(1).std().item() / math.sqrt(draws)

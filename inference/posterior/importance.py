@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from . import _arviz
 
 if TYPE_CHECKING:
     from .conversion import Collection
+    from .runner import Block, Pass, Sweep
 
 _NUMBERS_A_PIECE = 2**20
 # Log-weights closer together than this are one number but for rounding; their tail has no shape.
@@ -68,7 +71,7 @@ def log_evidence(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     top = log_weights.max(-1, keepdims=True)
     weights = np.exp(log_weights - top)
     mean = weights.mean(-1)
-    error = weights.std(-1, ddof=1) / math.sqrt(weights.shape[-1]) / mean
+    error = weights.std(-1, ddof=min(1, weights.shape[-1] - 1)) / math.sqrt(weights.shape[-1]) / mean
     return np.log(mean) + top[..., 0], error
 
 
@@ -89,6 +92,51 @@ def by_piece(statistic: Callable[[np.ndarray], np.ndarray], log_weights: np.ndar
         for piece in pieces(log_weights.shape[1:-1], log_weights.shape[-1]):
             found[(chain, *piece)] = statistic(log_weights[(chain, *piece)])
     return found
+
+
+def integrated(
+    sweep: Sweep,
+    block: Block,
+    given: Mapping[str, torch.Tensor],
+    draws: int,
+    seen: Pass,
+    picks: np.ndarray,
+    *,
+    arguments: tuple[tuple, dict] | None = None,
+    scaled: bool = False,
+) -> tuple[torch.Tensor, bool]:
+    """log p(x | global latents) of each datum ``(count, *data plates)``, over ``draws`` of the local latents each.
+
+    Also says whether the guide's density of the global latents can be had by itself: not where it depends on local
+    ones.
+    """
+    count = len(next(iter(given.values())))
+    room = sweep.draws_a_run(block)
+    inner = min(draws, room)
+    outer = max(1, room // inner)
+    found, known = [], True
+    for start in range(0, count, outer):
+        some = {name: value[start : start + outer] for name, value in given.items()}
+        size = len(next(iter(some.values())))
+        total, left = None, draws
+        while left:
+            now = min(inner, left)
+            repeated = {name: value.repeat_interleave(now, 0) for name, value in some.items()}
+            guide, model = sweep.run(size * now, block, repeated, arguments=arguments)
+            for name in given:
+                density = guide.log_prob(name).unflatten(0, (size, now))
+                before = seen.log_prob(name)[torch.as_tensor(picks[start : start + outer])].unsqueeze(1)
+                known &= bool(torch.allclose(density, before.expand_as(density), rtol=1e-4, atol=1e-4))
+            weight: Any = 0.0
+            for run, sign in ((model, 1.0), (guide, -1.0)):
+                for name, layout in run.layouts.items():
+                    if layout.kind != "deterministic" and set(sweep.data_plates) <= layout.plates:
+                        weight = weight + sign * run.log_prob(name, sweep.data_plates, scaled=scaled)
+            part = torch.logsumexp(weight.unflatten(0, (size, now)), 1)
+            total = part if total is None else torch.logaddexp(total, part)
+            left -= now
+        found.append(total - np.log(draws))
+    return torch.cat(found), known
 
 
 def weight_statistics(
@@ -133,9 +181,55 @@ def weight_statistics(
 
 
 def _rounding(collection: Collection) -> float:
-    """How far log-weights of equal draws may lie apart by the programs' own precision."""
-    sizes = [
-        layout.dtype.itemsize for layout in collection.sweep.model_sites.values() if layout.dtype.is_floating_point
-    ]
+    return rounding_of(collection.sweep, collection.largest_log_p)
+
+
+def rounding_of(sweep: Sweep, largest: float) -> float:
+    """How far log-weights of equal draws may lie apart by the programs' own precision, of terms up to ``largest``."""
+    sizes = [layout.dtype.itemsize for layout in sweep.model_sites.values() if layout.dtype.is_floating_point]
     precision = 1e-6 if min(sizes, default=8) < 8 else 1e-14
-    return _ROUNDING + precision * collection.largest_log_p
+    return _ROUNDING + precision * largest
+
+
+# --- evidence of all data together --------------------------------------------------------------------------------
+
+# Weights that differ by less than a tenth weigh next to nothing, whatever the shape of their tail.
+_ALIKE = 0.1
+
+
+@dataclass(frozen=True)
+class JointEvidence:
+    """log p of all data by importance weights, in nats: NaN where these cannot say it, with the ``reason``."""
+
+    value: float
+    mc_se: float
+    khat: float
+    reason: str
+
+
+def joint_evidence(log_weights: np.ndarray, rounding: float = _ROUNDING) -> JointEvidence:
+    """The evidence from joint log-weights ``(S,)`` of independent draws, where their Pareto k̂ allows it.
+
+    Weights of few different values (discrete latents) have no tail; they count where the largest of them has been drawn
+    often enough to be no accident.
+
+    >>> rng = np.random.default_rng(0)
+    >>> z = 1.1 * rng.standard_normal(2000)
+    >>> found = joint_evidence(-0.5 * z**2 + 0.5 * (z / 1.1) ** 2 + np.log(1.1) - 3.0)
+    >>> abs(found.value + 3.0) < 4 * found.mc_se < 0.1, found.reason
+    (True, '')
+    >>> joint_evidence(rng.standard_normal(2000) * 9).value
+    nan
+    """
+    draws = len(log_weights)
+    shape = float(khat(log_weights, max(rounding, _ALIKE)))
+    limit = khat_limit(draws)
+    repeated = int((log_weights >= log_weights.max() - rounding).sum())
+    if shape > limit:
+        reason = f"k̂ of the weights is {shape:.2f}, above {limit:.2f} for {draws} draws"
+    elif math.isnan(shape) and repeated < _FEWEST:
+        reason = f"{draws} draws are too few for the k̂ of their weights"
+    else:
+        value, error = log_evidence(log_weights[None])
+        return JointEvidence(float(value[0]), float(error[0]) if draws > 1 else math.nan, shape, "")
+    return JointEvidence(math.nan, math.nan, math.nan if math.isnan(shape) else shape, reason)

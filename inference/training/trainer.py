@@ -263,7 +263,7 @@ class Run:
         return numbers | {"ms_per_step": median(now.took), "seconds": time.perf_counter() - self._began}
 
     def _validate(self) -> dict[str, float]:
-        options: dict[str, Any] = {"num_samples": self.valid_samples, "seed": self.batches.seed}
+        options: dict[str, Any] = {"num_samples": self.valid_samples, "num_local_samples": 1, "seed": self.batches.seed}
         found = evaluate(self.model, self.guide, self.valid, **options, processes=self.processes)
         return {"valid_elbo": found.elbo}
 

@@ -248,7 +248,7 @@ def test_global_latents_are_spread_over_the_data(data_size, batch_size):
     assert found.distortion == pytest.approx(distortion.item(), abs=0.05)
     assert found.elbo == pytest.approx(-found.rate - found.distortion, abs=1e-9)
     predictive = dist.Normal(loc, (1 + scale**2).sqrt()).log_prob(y).mean()
-    assert found.log_evidence == pytest.approx(predictive.item(), abs=0.05)
+    assert found.log_predictive == pytest.approx(predictive.item(), abs=0.05)
 
 
 def subsampling(size, own=True):
@@ -368,6 +368,194 @@ def test_rows_that_the_guide_reads_together_are_not_cut_into_batches():
     covariance = torch.eye(300).double() + 1
     whole = dist.MultivariateNormal(torch.zeros(300).double(), covariance).log_prob(x).item()
     assert 300 * evaluate(model, guide, x, num_samples=20).elbo == pytest.approx(whole, abs=1e-8)
+
+
+# --- evidence with global latents
+
+
+def regression(scale, classes=False):
+    """y = X w + noise (or logits X w) of 30 rows, and a Normal guide with ``scale`` times the exact (or Laplace) sd."""
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(30, 2, generator=generator).double()
+    noise = torch.rand(30, generator=generator).double()
+    w = torch.tensor([1.0, -0.5]).double()
+    y = (noise < torch.sigmoid(inputs @ w)).double() if classes else inputs @ w + noise - 0.5
+    likelihood = (lambda loc: dist.Bernoulli(logits=loc)) if classes else (lambda loc: dist.Normal(loc, 0.5))
+    mean = torch.zeros(2).double()
+    for _ in range(30 if classes else 1):  # Newton's steps to the mode
+        slope = 1 / (1 + torch.exp(-inputs @ mean)) if classes else inputs @ mean / 0.25
+        curvature = slope * (1 - slope) if classes else torch.full((30,), 4.0).double()
+        precision = inputs.T @ (curvature[:, None] * inputs) + torch.eye(2).double()
+        gradient = inputs.T @ ((y if classes else y / 0.25) - slope) - mean
+        mean = mean + torch.linalg.solve(precision, gradient)
+
+    def model(inputs, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", likelihood((inputs * w).sum(-1)), obs=y)
+
+    def guide(inputs, y):
+        pyro.sample("w", dist.MultivariateNormal(mean, scale**2 * precision.inverse()))
+
+    return model, guide, (inputs, y)
+
+
+def quadrature(data):
+    """log p(y) of the logistic regression over a grid that holds all of the prior's and the likelihood's mass."""
+    inputs, y = data
+    grid = torch.linspace(-7, 7, 701).double()
+    w = torch.cartesian_prod(grid, grid)
+    joint = dist.Normal(0.0, 1.0).log_prob(w).sum(-1)
+    for row, label in zip(inputs, y, strict=True):
+        joint = joint + dist.Bernoulli(logits=w @ row).log_prob(label)
+    return (torch.logsumexp(joint, 0) + 2 * torch.log(grid[1] - grid[0])).item()
+
+
+@pytest.mark.parametrize("classes", [False, True], ids=["linear", "logistic"])
+def test_evidence_of_a_regression_is_that_of_all_data(classes):
+    model, guide, data = regression(1.15, classes)
+    inputs, y = data
+    covariance = inputs @ inputs.T + 0.25 * torch.eye(30).double()
+    normal = dist.MultivariateNormal(torch.zeros(30).double(), covariance)
+    truth = quadrature(data) if classes else normal.log_prob(y).item()
+    found = evaluate(model, guide, data, num_samples=4000)
+    assert abs(30 * found.log_evidence - truth) < 4 * 30 * found.log_evidence_mc_se < 0.1
+    assert found.log_evidence_se == found.log_evidence_mc_se and found.khat < 0.7 and not found.reason
+    assert 30 * found.elbo < truth
+    # The in-sample predictive density is another number, and the larger one.
+    assert 30 * found.log_predictive > truth + 1
+    assert "k̂ of the weights behind log p(x) is" in str(found)
+
+
+def test_an_exact_guide_of_global_latents_needs_few_draws():
+    model, guide, data = regression(1.0)
+    inputs, y = data
+    covariance = inputs @ inputs.T + 0.25 * torch.eye(30).double()
+    truth = dist.MultivariateNormal(torch.zeros(30).double(), covariance).log_prob(y).item()
+    found = evaluate(model, guide, data, num_samples=5)
+    assert 30 * found.log_evidence == pytest.approx(truth, abs=1e-8) and found.khat == 0
+
+
+@pytest.mark.parametrize("scale", [0.15, 1.15])
+def test_weights_that_cannot_be_trusted_say_nothing(scale):
+    model, guide, data = regression(scale)
+    found = evaluate(model, guide, data, num_samples=2000 if scale < 1 else 20)
+    assert math.isnan(found.log_evidence) and math.isnan(found.log_evidence_se)
+    said = "above 0.70 for 2000 draws; the ELBO is a lower bound" if scale < 1 else "20 draws are too few"
+    assert said in found.reason and f"cannot say: {found.reason}" in str(found)
+    assert math.isfinite(found.log_predictive) and "log predictive" in str(found)
+
+
+def shared(scale, guide_scale=1.0, rows=7):
+    """mu ~ N(0, 1), z_i ~ N(mu, 1), x_i ~ N(z_i, 1/2); q(mu) and q(z_i | mu) with ``scale`` times the exact sd."""
+    model, _ = subsampling(rows)
+
+    def guide(x):
+        variance = 1 / (1 + len(x) / 1.25)
+        mu = pyro.sample("mu", dist.Normal(variance * x.sum() / 1.25, guide_scale * variance**0.5))
+        with pyro.plate("data", len(x), subsample_size=rows) as index:
+            pyro.sample("z", dist.Normal(0.2 * (mu + 4 * x[index]), scale * 0.2**0.5))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("rows", [33, 7], ids=["whole", "blocks"])
+def test_local_latents_are_integrated_inside_each_draw_of_the_global_ones(rows):
+    truth = dist.MultivariateNormal(torch.zeros(33).double(), 1.25 * torch.eye(33).double() + 1).log_prob(ROWS).item()
+    found = evaluate(*shared(1.2, 1.2, rows), ROWS, num_samples=600, num_local_samples=100)
+    assert abs(33 * found.log_evidence - truth) < 4 * 33 * found.log_evidence_mc_se < 0.5
+    assert found.num_local_samples == 100
+    assert "600 draws of the global latents, 100 of the local ones for each" in str(found)
+    # One draw of 33 local latents for each global one leaves weights that k̂ does not trust.
+    joint = evaluate(*shared(0.5, 1.2, rows), ROWS, num_samples=600, num_local_samples=1)
+    assert joint.num_local_samples == 1 and math.isnan(joint.log_evidence) and "k̂" in joint.reason
+    with pytest.raises(BadInput, match="num_local_samples is 0"):
+        evaluate(*shared(1.0), ROWS, num_local_samples=0)
+
+
+def test_a_global_latent_drawn_given_local_ones_has_one_weight_with_them():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        # The exact posterior, the other way round: z all given x by its marginal, then mu given z.
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.9 * x, 0.6))
+        pyro.sample("mu", dist.Normal(z.sum(-1) / (1 + len(x)), (1 + len(x)) ** -0.5))
+
+    x = torch.tensor([0.3, -0.5]).double()
+    truth = dist.MultivariateNormal(torch.zeros(2).double(), 1.25 * torch.eye(2).double() + 1).log_prob(x).item()
+    found = evaluate(model, guide, x, num_samples=4000)
+    assert found.num_local_samples == 1
+    assert abs(2 * found.log_evidence - truth) < 4 * 2 * found.log_evidence_mc_se < 0.2
+
+
+def test_a_discrete_global_latent_has_weights_of_few_values():
+    def model(x):
+        k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.3).double()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("k", dist.Bernoulli(torch.tensor(0.6).double()))
+
+    x = X[:, 0]
+    by_k = [dist.Normal(k, 1.0).log_prob(x).sum() + math.log(p) for k, p in ((0.0, 0.7), (1.0, 0.3))]
+    truth = torch.logsumexp(torch.stack(by_k), 0).item()
+    found = evaluate(model, guide, x, num_samples=3000)
+    assert math.isnan(found.khat) and not found.reason
+    assert abs(3 * found.log_evidence - truth) < 4 * 3 * found.log_evidence_mc_se < 0.2
+
+
+def test_a_point_has_no_evidence_and_a_batch_not_that_of_all():
+    def model(y, size=3):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", size, subsample=torch.arange(len(y))):
+            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    def point(y):
+        pyro.sample("w", dist.Delta(torch.tensor(0.2).double()))
+
+    found = evaluate(model, point, X[:, 0], num_samples=3)
+    assert math.isnan(found.log_evidence) and "a point at 'w'" in found.reason
+    found = evaluate(lambda y: model(y, 9), lambda y: pyro.sample("w", dist.Normal(0.1, 0.5)), X[:, 0])
+    assert math.isnan(found.log_evidence) and "the 3 rows are a batch of more" in found.reason
+
+
+def test_errors_of_the_draws_are_those_of_repeated_evaluations():
+    model, guide, data = regression(1.1)
+    cases = [(linear_model, posterior(0.8, 0.3), X), (model, guide, data), (*shared(1.1, 1.1, 33), ROWS)]
+    for case in cases:
+        runs = [evaluate(*case, num_samples=200, num_local_samples=20, seed=seed) for seed in range(25)]
+        for name in ("elbo", "rate", "distortion", "log_evidence", "log_predictive"):
+            drawn = torch.tensor([getattr(run, name) for run in runs])
+            said = torch.tensor([getattr(run, f"{name}_mc_se") for run in runs]).square().mean().sqrt()
+            # Standard deviations of 25 runs are within these factors with probability 0.999.
+            assert 0.55 < (drawn.std() / said).item() < 1.5, (name, drawn.std(), said)
+
+
+def test_the_spread_of_the_data_is_not_the_error_of_the_draws():
+    found = evaluate(linear_model, posterior(), X, num_samples=50)
+    assert found.log_evidence_se > 0.05 and found.log_evidence_mc_se < 1e-9
+    assert found.values["log_evidence"].shape == (3,)
+    assert torch.allclose(found.values["log_evidence"], log_evidence(X), atol=1e-9)
+
+
+def test_two_guides_are_compared_datum_by_datum():
+    better = evaluate(linear_model, posterior(), X, num_samples=400)
+    worse = evaluate(linear_model, posterior(0.9), X, num_samples=400, seed=1)
+    found = better.compare(worse)["elbo"]
+    divergence = torch.distributions.kl_divergence(dist.Normal(0.0, 0.9), dist.Normal(0.0, 1.0)).item() * 2
+    assert abs(found.mean - divergence) < 4 * found.mc_se < 0.05
+    assert found.se < better.elbo_se / 10  # the data differ by much more than the guides
+    assert better.compare(better)["log_evidence"].mean == 0
+    with pytest.raises(BadInput, match="different data"):
+        better.compare(evaluate(linear_model, posterior(), X.flip(0), num_samples=2))
+    with pytest.raises(BadInput, match="another Evaluation"):
+        better.compare(0.3)
 
 
 # --- gradients at fixed parameters
