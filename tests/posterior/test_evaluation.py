@@ -215,7 +215,7 @@ def test_what_cannot_be_judged_is_refused_in_one_line():
     refused("'w' is drawn by the guide but is no latent", guide=global_guide)
     refused("NaN or infinity in 1 of 3 rows", data=bad)
     refused("data is empty", data=X[:0])
-    refused("expected a tensor", data=[1.0])
+    refused("the programs fail on these arguments", data=[1.0])
     refused("num_samples is 0", num_samples=0)
     refused("no plate 'rows' of 3 rows", plate="rows")
     model, guide = nested(2)
