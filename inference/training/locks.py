@@ -69,9 +69,7 @@ class FolderLock:
                 )
             # Its last holder may have removed the file between the opening and the locking.
             if _is_at(file, path):
-                with contextlib.suppress(
-                    OSError
-                ):  # on a full disk nobody can read whose it is, and it holds all the same
+                with contextlib.suppress(OSError):  # a full disk
                     os.ftruncate(file, 0)
                     os.write(file, f"process {os.getpid()}".encode())
                 return file

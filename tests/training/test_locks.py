@@ -89,7 +89,7 @@ def test_a_thread_takes_its_lock_again_and_another_does_not(tmp_path):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    assert len(refused) == 1 and "another fit of this process" in refused[0]
+    assert len(refused) == 1 and "another fit in this process" in refused[0]
     assert not (tmp_path / ".lock").exists()
 
 
