@@ -162,7 +162,9 @@ def mean_over_draws(function: Callable[[], Tensor], *, limit: int = LIMIT) -> Te
         log_weight: list[float] = []
         with _scripted(script, log_weight, limit):
             result = function()
-        total = total + math.exp(math.fsum(log_weight)) * result.detach()
+        weight = math.exp(math.fsum(log_weight))
+        if weight > 0:  # what cannot happen may be NaN
+            total = total + weight * result.detach()
         if not _advance(script):
             return total
     raise UnsupportedSite("(program)", "enumerate", f"it makes more than {limit} tuples of draws")

@@ -102,9 +102,9 @@ class CostToGo:
             if term.dim() >= -site.enum_dim and term.shape[site.enum_dim] > 1:
                 if not own >= frames:
                     raise NeedsJoint(site.name)
-                # What cannot happen counts for nothing, be its log-probability −∞.
-                weighted = torch.where(probabilities > 0, probabilities * term, torch.zeros_like(term))
-                self.terms[own] = weighted.sum(site.enum_dim, keepdim=True)
+                # What cannot happen counts for nothing, be its log-probability −∞; nor may −∞ reach the gradient of q.
+                possible = torch.where(probabilities > 0, term, torch.zeros_like(term))
+                self.terms[own] = (probabilities * possible).sum(site.enum_dim, keepdim=True)
 
     def total(self) -> Tensor:
         """The terms added up, broadcast over each other."""

@@ -19,12 +19,13 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ...errors import ANY, BadInput, CallsAutograd, CannotVectorize, UnsupportedSite
+from ...errors import ANY, BadInput, CallsAutograd, CannotVectorize, GumboError, UnsupportedSite
 from ..estimators._base import Draw, Estimator
 from ..estimators._distributions import (
     describe,
     finite_support,
     has_own_mask,
+    has_transforms,
     is_deterministic,
     is_discrete,
     score_log_prob,
@@ -55,6 +56,7 @@ class Site:
     enum_dim: int | None = None
     joint: bool = False
     infer: Mapping[str, Any] = field(default_factory=dict)
+    scored: bool = True  # False where a replayed draw cannot be scored, and only the other sites can be compared
 
     @property
     def drawn(self) -> bool:
@@ -246,6 +248,7 @@ class Program:
         self.vectorized, self.step = vectorized, step
         self.joint = set() if joint is None else joint
         self.enum_dims = {} if enum_dims is None else enum_dims
+        self.skips_unscored = False
 
     def runs(self, args: tuple, kwargs: Mapping[str, Any], **options: Any) -> list[list[Run]]:
         """For each group of particles that ran together, its paths through enumerated values."""
@@ -366,6 +369,18 @@ class Program:
                 site.fn = site.estimator.guide_fn(fn, site.draw, self.step)
         try:
             unscaled = site.fn.log_prob(value, *msg["args"], **msg["kwargs"])
+        except (KeyError, NotImplementedError) as error:
+            if not has_transforms(fn):
+                raise
+            if self.skips_unscored:
+                site.scored, site.log_prob = False, value.new_zeros((1,) * (1 + self.max_plate_nesting))
+                return site
+            raise UnsupportedSite(
+                name,
+                site.estimator.name if site.estimator is not None else ANY,
+                "its transform has no inverse, so that only a reparameterized draw can be scored, and only once",
+                [] if site.estimator is not None and site.estimator.name == "pathwise" else ["pathwise"],
+            ) from error
         except ValueError as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BadInput(f"site {name!r}: {describe(fn)} cannot score its value ({first})") from error
@@ -404,6 +419,14 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
             f"the program calls autograd inside, and something there carries no gradient ({first}); draws have one"
             " under 'pathwise' only, parameters under every word but stl, dreg, rebar and muprop"
         ) from error
+    except ValueError as error:
+        # A plate that does not fit is Pyro's to find; what a program of the user's raises itself stays as it is.
+        where = error.__traceback__
+        while where.tb_next is not None:
+            where = where.tb_next
+        if isinstance(error, GumboError) or not where.tb_frame.f_globals.get("__name__", "").startswith("pyro.poutine"):
+            raise
+        raise BadInput(str(error).splitlines()[0]) from error
 
 
 def _check_met(site: Site, met: Any) -> None:
@@ -498,6 +521,7 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
         vectorized=False,
         step=program.step,
     )
+    alone.skips_unscored = True
     if (stray := _stray_dimension(program, run)) is not None:
         raise does_not_vectorize(*stray)
     fixed = _last_particle(run, seen, program.max_plate_nesting)
@@ -561,6 +585,8 @@ def _difference(run: Run, single: Run, max_plate_nesting: int) -> tuple[str, str
         for site in many:
             if site.name not in by_name:
                 return site.name, "it is missing when a particle runs alone"
+            if not (site.scored and by_name[site.name].scored):
+                continue
             a = _last(site.log_prob.detach(), 0, max_plate_nesting)
             b = _last(by_name[site.name].log_prob.detach(), 0, max_plate_nesting)
             a, b = torch.broadcast_tensors(a, b)

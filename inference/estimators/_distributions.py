@@ -107,6 +107,11 @@ def has_own_mask(fn: Distribution) -> bool:
     return False
 
 
+def has_transforms(fn: Distribution) -> bool:
+    """Whether draws are pushed through transforms, which need an inverse to score a value."""
+    return isinstance(elementary(fn), torch.distributions.TransformedDistribution)
+
+
 def _tensors_of(constraint: object, depth: int = 0):
     for item in vars(constraint).values() if hasattr(constraint, "__dict__") else ():
         for found in item if isinstance(item, (list, tuple)) else (item,):

@@ -837,13 +837,14 @@ class NetworksByModule(Pair):
             pyro.sample("z", dist.Normal(loc, scale.exp()))
 
 
-@enter(STOCK)
-class FlowGuide(Pair):
-    """An autoregressive flow: a module with a cache."""
+class Flow(Pair):
+    """A guide pushed through one of Pyro's flows."""
+
+    make_flow: Callable = T.spline_coupling
 
     def __init__(self):
         super().__init__()
-        self.flow = T.affine_autoregressive(2, hidden_dims=[4]).double()
+        self.flow = type(self).make_flow(2).double()
 
     def model(self):
         z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
@@ -853,6 +854,18 @@ class FlowGuide(Pair):
         pyro.module("flow", self.flow)
         base = dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1)
         pyro.sample("z", dist.TransformedDistribution(base, [self.flow]))
+
+
+@enter(STOCK)
+class FlowThatInverts(Flow):
+    make_flow = staticmethod(T.affine_coupling)
+
+
+@enter(STOCK)
+class FlowWithoutAnInverse(Flow):
+    """It scores the draw that it has just made, from a cache, and no other."""
+
+    make_flow = staticmethod(T.planar)
 
 
 @enter(STOCK)
@@ -1214,3 +1227,20 @@ class TooManyToList(Pair):
 
     def guide(self):
         pyro.sample("z", dist.Bernoulli(logits=self.a).to_event(1))
+
+
+@enter(REFUSED, "score", says="'z'.*no inverse.*pathwise")
+class ScoreOfAFlowWithoutAnInverse(FlowWithoutAnInverse):
+    pass
+
+
+@enter(REFUSED, "score", says="Shape mismatch inside plate")
+class PlateOfTheWrongSize(Coin):
+    def model(self):
+        with pyro.plate("data", 3):
+            super().model()
+            pyro.sample("y", dist.Normal(torch.zeros(2, dtype=F64), 1.0), obs=X)
+
+    def guide(self):
+        with pyro.plate("data", 3):
+            super().guide()
