@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .auditing.comparison import audit, recommend
+from .auditing.comparison import audit
 from .auditing.comparison import plot as plot_audit
+from .auditing.recommendation import recommend
 from .diagnosis.report import diagnose
 from .elbo import SiteELBO
 from .posterior.collapse import FreeBits, active_units

@@ -18,6 +18,7 @@ from ...errors import BadInput, CannotVectorize, GumboError, UnsupportedSite
 from ..elbo import SiteELBO
 from ..estimators import LeaveOneOut, Pathwise, ScoreFunction
 from ..estimators._distributions import describe, finite_support, is_deterministic, score_log_prob
+from .directions import Directions
 from .exact import _advance, _turn, exact_elbo, exact_iwae
 from .sampler import Draws, Gradient, Moments, Stage
 
@@ -29,12 +30,16 @@ LONG_RUN_PARTICLES = 16
 
 @dataclass(frozen=True)
 class Reference:
-    """A gradient to compare with: ``kind`` says where it is from; ``moments`` are those of a long run, or None."""
+    """A gradient to compare with: ``kind`` says where it is from; ``moments`` are those of a long run, or None.
+
+    ``directions`` are those along which it is compared, beside element by element.
+    """
 
     kind: str
     gradient: Gradient
     loss: float
     moments: Moments | None = None
+    directions: Directions | None = None
 
     @property
     def exact(self) -> bool:
@@ -89,7 +94,8 @@ def exact_reference(stage: Stage, num_particles: int | None, options: dict[str, 
 
 
 def _as_reference(stage: Stage, kind: str, loss: Tensor) -> Reference:
-    return Reference(kind, stage.gradient(loss), loss.item())
+    gradient = stage.gradient(loss)
+    return Reference(kind, gradient, loss.item(), directions=Directions(gradient))
 
 
 def _count_values(stage: Stage, jointly: bool) -> int | str:
@@ -260,9 +266,17 @@ def run_long(stage: Stage, loss: ELBO, count: int, seed: int) -> Reference:
     draws = Draws(stage, loss)
     draws.draw()
     draws.freeze()
-    moments = draws.moments(count)
-    if not moments.count or moments.bad:
-        raise BadInput(f"the reference {loss!r} gave {moments.bad} gradients of {count} that are not finite")
-    gradient = {name: central.mean for name, central in moments.central().items()}
+    # The directions come of draws of their own: along the mean of the same draws, that mean would look too long.
+    pilot = draws.moments(max(10, count // 8))
+    moments = draws.moments(count, Directions(_means(stage, pilot)) if pilot.count else None)
+    if not moments.count or moments.bad or pilot.bad:
+        bad = moments.bad or pilot.bad
+        raise BadInput(f"the reference {loss!r} gave {bad} gradients of {count} that are not finite")
     said = repr(loss) if isinstance(loss, SiteELBO) else type(loss).__name__
-    return Reference(f"long run of {count} draws of {said}", gradient, moments.loss / moments.count, moments)
+    kind, loss_value = f"long run of {count} draws of {said}", moments.loss / moments.count
+    return Reference(kind, _means(stage, moments), loss_value, moments, moments.directions)
+
+
+def _means(stage: Stage, moments: Moments) -> Gradient:
+    central = moments.central()
+    return {name: central[name].mean for name in stage.parameters}

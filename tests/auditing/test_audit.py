@@ -15,7 +15,8 @@ from programs import DISCRETE, F64, Params, X
 from gumbo.errors import BadInput, UnknownName
 from gumbo.experiments.audit import main
 from gumbo.inference import SiteELBO, audit, plot_audit, recommend
-from gumbo.inference.auditing.comparison import compare, holm
+from gumbo.inference.auditing.bias import compare, holm
+from gumbo.inference.auditing.directions import Directions
 from gumbo.inference.auditing.plot import pareto_front
 from gumbo.inference.auditing.reference import Reference
 from gumbo.inference.auditing.sampler import Moments
@@ -109,6 +110,46 @@ def test_the_error_of_a_long_run_counts():
     assert (compare(moments_of(draws), pretended)["p"].p_value < 0.05).double().mean() > 0.1
 
 
+def relu_gradients(count, units, generator):
+    """Gradients of a layer whose units are seldom on, ``(count, units)``, and their exact mean."""
+    slope = torch.randn(units, dtype=F64, generator=generator)
+    bias = -2.5 * torch.rand(units, dtype=F64, generator=generator)
+    z, error = torch.randn(2, count, 1, dtype=F64, generator=generator)
+    grid = torch.linspace(-8, 8, 4001, dtype=F64)[:, None]
+    weights = (-(grid**2) / 2).exp() / (-(grid**2) / 2).exp().sum()
+    mean = (weights * (slope * grid + bias).relu()).sum(0)
+    return (slope * z + bias).relu() * (1 + error), mean
+
+
+@pytest.mark.parametrize("count", [20, 50, 100])
+def test_gradients_that_are_seldom_nonzero_convict_nobody(count):
+    generator = torch.Generator().manual_seed(count)
+    convicted, layers, families = 0, 2, 100
+    for _ in range(families):
+        p_values = []
+        for _ in range(layers):
+            draws, mean = relu_gradients(count, 64, generator)
+            p_values.append(compare(moments_of(draws), Reference("exact", {"p": mean}, 0.0))["p"].p_value)
+        convicted += bool((holm(torch.cat(p_values)) < 0.05).any())
+    # Binomial(100, 0.05) exceeds 11 with probability 0.004.
+    assert convicted <= 11
+
+
+def test_a_bias_too_thin_for_single_elements_shows_along_directions():
+    truth = {"p": torch.full((2000,), 0.03, dtype=F64)}
+    directions = Directions(truth)
+    found = {}
+    for name, factor in (("right", 1.0), ("half", 0.5)):
+        moments = Moments(SimpleNamespace(parameters={"p": truth["p"]}), directions)
+        for _ in range(400):
+            moments.add({"p": torch.randn(2000, dtype=F64) + factor * truth["p"]})
+        found[name] = compare(moments, Reference("exact", truth, 0.0, directions=directions))
+    assert holm(found["half"]["p"].p_value).min() > 0.05
+    assert found["half"]["p (directions)"].p_value[0] < 1e-6 and found["half"]["(gradient)"].p_value.item() < 1e-6
+    for name in ("p (directions)", "(gradient)"):
+        assert holm(found["right"][name].p_value).min() > 0.05
+
+
 def test_holm():
     assert holm(torch.tensor([0.5, 0.004, 0.02], dtype=F64)).tolist() == [0.5, 0.012, 0.04]
 
@@ -148,6 +189,55 @@ def test_numbers_are_those_of_the_gradient():
     assert report.variance.item() == pytest.approx(variance, rel=0.1)
     assert report.bias_error.item() == pytest.approx(math.sqrt(variance / 800), rel=0.1)
     assert report.signal_to_noise.item() == pytest.approx(abs(mean) / variance**0.5, rel=0.1)
+
+
+class SeldomOn(pyro.nn.PyroModule):
+    """A decoder whose ReLU units are off at most draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = torch.nn.Linear(2, 24), torch.nn.Linear(24, 3)
+        with torch.no_grad():
+            self.hidden.weight.normal_()
+            self.hidden.bias.fill_(-2.5)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = self.out(self.hidden(z).relu())
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+class LinearGuide(pyro.nn.PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Linear(3, 4)
+
+    def forward(self, x):
+        loc, log_scale = self.encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("num_samples", [20, pytest.param(50, marks=pytest.mark.slow)])
+def test_sparse_gradients_of_a_right_estimator_pass_at_few_draws(num_samples):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        report = audit(
+            SeldomOn(), LinearGuide(), torch.randn(4, 3), estimators=["pathwise"], num_samples=num_samples,
+            burn_in=0, seed=seed,
+        )  # fmt: skip
+        assert not report.any_flagged.any(), verdicts(report)
+
+
+def test_too_few_gradients_give_no_verdict():
+    report = run("plate", "score", "rloo", "enumerate", num_samples=10, burn_in=0, num_particles=2, alpha=1e-12)
+    said = verdicts(report)
+    assert said["score"].startswith("cannot say: at 10 gradients") and "draw about" in said["score"]
+    assert said["enumerate"] == "ok" and report.detectable_bias.sel(estimator="enumerate") < 1e-3
+    label, reason = recommend(report.sel(estimator=["score"]))
+    assert label == "score" and "too few gradients" in reason
+    assert recommend(report)[0] == "enumerate"
 
 
 # Wrong estimators.

@@ -1,0 +1,56 @@
+"""Which estimator an audit speaks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import xarray
+
+
+def recommend(dataset: xarray.Dataset) -> tuple[str | None, str]:
+    """The estimator to use, by its label, and why, in a sentence; None where no unbiased one stands the audit.
+
+    It has the smallest variance × time among those that are declared unbiased and stand the audit; where none does,
+    among those that too few gradients were drawn of to say, and the reason says so. Relaxed ones are named with their
+    bias as a share of the gradient's length, since a small one may be worth it.
+
+    Args:
+        dataset: what :func:`audit` returned.
+    """
+    verdict, judged = dataset["verdict"], dataset["total_variance"].notnull()
+    good = dataset.sel(estimator=(verdict == "ok").values)
+    unsure = not good.sizes["estimator"]
+    if unsure:
+        undecided = verdict.str.startswith("cannot say") & dataset["unbiased"] & judged
+        good = dataset.sel(estimator=undecided.values)
+    relaxed = dataset.sel(estimator=(verdict.isin(["biased", "no bias seen"])).values)
+    shares = ", ".join(
+        f"{label} {share:.0%}" if said == "biased" else f"{label} none seen"
+        for label, share, said in zip(
+            relaxed["estimator"].values, relaxed["relative_bias"].values, relaxed["verdict"].values, strict=True
+        )
+    )
+    biases = f"; bias of those that do not claim to have none, as a share of the gradient's length: {shares}"
+    biases = biases if shares else ""
+    if not good.sizes["estimator"]:
+        return None, f"no estimator in the audit is declared unbiased and stands it{biases}"
+    work = good["work_normalized_variance"].values
+    least = min(range(len(work)), key=lambda i: (work[i], good["seconds"].values[i]))
+    label = str(good["estimator"].values[least])
+    caveat = "; too few gradients were drawn to say whether it is unbiased" if unsure else ""
+    return label, _reason(label, work, least, good["estimator"].values, unsure) + caveat + biases
+
+
+def _reason(label: str, work: Any, least: int, labels: Any, unsure: bool) -> str:
+    if work[least] == 0:
+        return f"{label} has no variance at all and can be afforded here"
+    others = [i for i in range(len(work)) if i != least]
+    if not others:
+        stands = "is not flagged" if unsure else "stands the audit"
+        return f"{label} is the only one that is declared unbiased and {stands}"
+    second = min(others, key=lambda i: work[i])
+    return (
+        f"{label} has the smallest variance × time among those declared unbiased and not flagged,"
+        f" {work[second] / work[least]:.2g} times below {labels[second]}"
+    )
