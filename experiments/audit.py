@@ -10,9 +10,10 @@ from typing import Any
 
 from gumbo.errors import BadInput, GumboError
 from gumbo.experiments._command import run_command
-from gumbo.experiments._names import imported, program
+from gumbo.experiments._names import current_folder_importable, imported, program
 from gumbo.experiments._runs import RunFolder
 from gumbo.registry import Registry
+from gumbo.tables import digits, markdown
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Audit:
         args: module:function that returns the programs' arguments, a tuple or a mapping of keywords; or one tensor.
         data: a data set's name, whose first training images are the argument.
         batch_size: how many images.
-        estimators: words of estimators and of Pyro's own ELBOs; by default every one there is.
+        estimators: words of estimators and of Pyro's own ELBOs, or for each site one, as in
+            `--estimators rloo '{gate: enumerate, z: pathwise}'`; by default every word there is.
         objective: elbo, or iwae (with `--particles`).
         particles: draws a step; by default each estimator's own minimum.
         num_samples: gradients drawn of each estimator.
@@ -47,7 +49,7 @@ class Audit:
     args: str | None = None
     data: str | None = None
     batch_size: int = 16
-    estimators: list[str] = field(default_factory=list)
+    estimators: list[dict[str, str] | str] = field(default_factory=list)
     objective: str = "elbo"
     particles: int | None = None
     num_samples: int = 2000
@@ -92,11 +94,14 @@ def audit(config: Audit):
             kl_weight=config.kl_weight,
             progress=say,
         )
-    except GumboError:
-        raise
     except Exception as error:
+        run.empty()
+        if isinstance(error, GumboError):
+            raise
         first = next(iter(str(error).splitlines()), "")
-        raise BadInput(f"the programs fail on these arguments: {type(error).__name__}: {first}") from error
+        bare = config.args is None and config.data is None and isinstance(error, TypeError)
+        advice = "; say what they are called with: --args module:function" if bare else ""
+        raise BadInput(f"the programs fail on these arguments: {type(error).__name__}: {first}{advice}") from error
     report.to_netcdf(run.path / "audit.nc", engine="h5netcdf")
     (run.path / "table.md").write_text(as_markdown(report, f"{config.model} and {config.guide}"))
     plot_audit(report, run.plots / "audit.png")
@@ -106,13 +111,19 @@ def audit(config: Audit):
 
 
 def check(config: Audit) -> None:
-    from gumbo.inference.auditing.comparison import labelled
+    from gumbo.inference.auditing.comparison import check_settings, labelled
 
     if config.args is not None and config.data is not None:
         raise BadInput("--args and --data both say what the programs are called with: give one of them")
     if config.batch_size < 1:
         raise BadInput(f"batch_size is {config.batch_size}: expected at least 1")
-    labelled(config.estimators or None)
+    with current_folder_importable():
+        labelled(config.estimators or None)
+        if config.reference not in ("auto", "exact", "long-run"):
+            labelled(config.reference)
+    check_settings(
+        config.num_samples, config.particles, config.objective, config.burn_in, config.alpha, config.kl_weight
+    )
 
 
 def say(label: str, done: int, total: int) -> None:
@@ -187,114 +198,27 @@ def user_arguments(path: str | None) -> tuple[tuple, dict[str, Any]]:
 
 # What is told.
 
-HEADS = ["estimator", "verdict", "bias / ‖g‖", "max |z|", "variance", "SNR", "cos", "runs", "ms", "var × ms"]
-NOTE = (
-    "bias / ‖g‖: length of mean − reference, freed of what sampling adds, ± its error, over the gradient's length; "
-    "z: of the worst element, before adjustment; variance, SNR: of the guide's gradient, in total and nats², and "
-    "length of the reference over its root; cos: of the mean to the reference; runs: model runs a step; ms: its median."
-)
-
-
-def cells(report) -> list[list[str]]:
-    """A row for each estimator that has numbers, the least variance × time first."""
-    from gumbo.experiments.compare import digits
-
-    judged = [label for label in report.estimator.values if report.total_variance.sel(estimator=label).notnull()]
-    rows = [report.sel(estimator=label) for label in judged]
-    rows.sort(key=lambda row: (row.work_normalized_variance.item(), row.seconds.item()))
-    norm = report.attrs["reference_total_norm"] or 1.0
-    return [
-        [
-            str(row.estimator.item()),
-            row.verdict.item().partition(":")[0],
-            f"{row.relative_bias.item():.1%} ± {row.total_bias_error.item() / norm:.1%}",
-            f"{row.max_z.item():.1f}",
-            digits(row.total_variance.item()),
-            digits(row.total_signal_to_noise.item()),
-            f"{row.total_cosine.item():.3f}",
-            digits(row.evaluations.item()),
-            f"{1e3 * row.seconds.item():.2f}",
-            digits(1e3 * row.work_normalized_variance.item()),
-        ]
-        for row in rows
-    ]
-
-
-def remarks(report) -> list[str]:
-    """What does not fit into the table: why estimators were flagged or refused, those with one reason together."""
-    by_reason: dict[str, list[str]] = {}
-    for label, verdict in zip(report.estimator.values, report.verdict.values, strict=True):
-        if ":" in verdict:
-            by_reason.setdefault(str(verdict), []).append(str(label))
-    return [f"{', '.join(labels)}: {verdict}" for verdict, labels in by_reason.items()]
-
-
-def facts(report) -> str:
-    attrs = report.attrs
-    error = "" if attrs["reference_is_exact"] else f" ± {attrs['reference_total_error']:.2g}"
-    return (
-        f"reference: {attrs['reference']}, ‖g‖ = {attrs['reference_total_norm']:.4g}{error}; "
-        f"{attrs['num_samples']} gradients each, objective {attrs['objective']}, seed {attrs['seed']}; "
-        f"{attrs['num_tests']} elements tested, any false alarm with probability {attrs['alpha']}"
-    )
-
-
-def advice(report) -> str:
-    from gumbo.inference import recommend
-
-    label, reason = recommend(report)
-    return f"recommended: {label}; {reason}" if label else f"recommended: none; {reason}"
-
 
 def as_markdown(report, title: str) -> str:
     """The table, the remarks, and the variance site by site."""
-    lines = [f"# gumbo audit: {title}", "", facts(report), "", *markdown_table(HEADS, cells(report)), "", NOTE, ""]
+    from gumbo.inference.auditing.report import HEADS, NOTE, advice, cells, facts, remarks
+
+    lines = [f"# gumbo audit: {title}", "", facts(report), "", *markdown(HEADS, cells(report)), "", NOTE, ""]
     lines += [f"- {remark}" for remark in remarks(report)]
     lines += ["", advice(report), "", "## Variance by site", ""]
     by_site = report["variance"].dropna("estimator").groupby("sites").sum()
-    from gumbo.experiments.compare import digits
-
     sites = [str(site) for site in by_site.sites.values]
     body = [
         [str(label), *(digits(by_site.sel(estimator=label, sites=site).item()) for site in sites)]
         for label in by_site.estimator.values
     ]
-    lines += markdown_table(["estimator", *(f"parameters of {site}" for site in sites)], body)
+    lines += markdown(["estimator", *(f"parameters of {site}" for site in sites)], body)
     return "\n".join([*lines, ""])
-
-
-def markdown_table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    escaped = [[text.replace("|", "\\|") for text in line] for line in (heads, *body)]
-    first, *rest = ["| " + " | ".join(line) + " |" for line in escaped]
-    return [first, "| --- |" + " ---: |" * (len(heads) - 1), *rest]
 
 
 def show(report) -> None:
     """The table on standard output."""
-    body = cells(report)
-    print(facts(report))
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(caption=NOTE)
-        for index, head in enumerate(HEADS):
-            table.add_column(head, justify="right" if index > 1 else "left", no_wrap=True)
-        colours = {"ok": "green", "flagged": "bold red", "biased": "yellow", "no bias seen": "yellow"}
-        for line in body:
-            table.add_row(*line, style=colours.get(line[1]))
-        Console().print(table)
-    else:
-        widths = [max(len(line[column]) for line in (HEADS, *body)) for column in range(len(HEADS))]
-        for line in (HEADS, *body):
-            placed = [
-                text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))
-            ]
-            print("  ".join(placed).rstrip())
-        print(NOTE)
-    for remark in remarks(report):
-        print(remark)
-    print(advice(report))
+    print(report.table())
 
 
 def with_lists(argv: Sequence[str]) -> list[str]:

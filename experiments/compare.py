@@ -18,6 +18,7 @@ from typing import Any
 from gumbo.errors import BadInput, UnknownName
 from gumbo.experiments._command import run_command
 from gumbo.experiments._runs import RunFolder, Watch, available_cpus
+from gumbo.tables import digits
 
 
 @dataclass
@@ -365,16 +366,6 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float] | None:
 
 def decimals(number: float) -> str:
     return f"{number:.2f}"
-
-
-def digits(number: float) -> str:
-    """Three significant digits, as short as they can be: 0.0123, 4.56, 789, 12,300, 4.5e+07."""
-    if not math.isfinite(number) or number == 0:
-        return f"{number:.0f}"
-    if 1e-3 <= abs(number) < 1e5:
-        places = max(0, 2 - math.floor(math.log10(abs(number))))
-        return f"{number:,.{places}f}"
-    return f"{number:.1e}"
 
 
 def cell(value: tuple[float, float] | None, form: Callable[[float], str], with_error: bool = True) -> str:

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ class Train:
     Args:
         model: a model's name, or the import path of a class.
         guide: a guide's name or import path; by default the first that fits the model.
-        estimator: how each random choice gets its gradient, one word; Pyro's own ELBOs are `trace`, `trace-graph`, ….
+        estimator: how each random choice gets its gradient: one word, or one for each site, as in
+            `--estimator '{gate: enumerate, z: pathwise}'`; Pyro's own ELBOs are `trace`, `trace-graph`, ….
         objective: what is estimated; elbo, iwae or rws.
         particles: draws a step; by default the estimator's own minimum.
         kl_weight: the weight of the KL in training, a number or a schedule of the step, as in `linear(1000)` or
@@ -58,7 +59,7 @@ class Train:
 
     model: str = "gaussian-vae"
     guide: str | None = None
-    estimator: str = "default"
+    estimator: dict[str, str] | str = "default"
     objective: str = "elbo"
     particles: int | None = None
     kl_weight: str = "1.0"
@@ -92,6 +93,8 @@ def train(config: Train) -> dict[str, Any]:
 
     if config.optimizer not in OPTIMIZERS:
         raise UnknownName("optimizer", config.optimizer, OPTIMIZERS)
+    if config.importance_samples < 1:
+        raise BadInput(f"importance_samples is {config.importance_samples}: expected at least 1")
     if config.resume is not None:
         recorded(config.resume)
     device, processes = place(config)
@@ -99,6 +102,7 @@ def train(config: Train) -> dict[str, Any]:
         processes.from_main(lambda: load_data(config) is None)  # one downloads what the others then find
     data = load_data(config)
     model, guide = (program.to(device) for program in build(config, data.data_shape))
+    config = replace(config, guide=guide_of(config, model))  # the run says which guide it used
     loss = make_loss(config)
 
     def folder() -> RunFolder:
@@ -227,7 +231,6 @@ def inputs_of(model, data, split: str, count: int | None = None) -> dict[str, An
 
 def make_loss(config: Train):
     from gumbo.inference import make_loss, parse_schedule
-    from gumbo.inference.elbo import as_estimator
 
     options: dict[str, Any] = {} if config.objective == "elbo" else {"objective": config.objective}
     if str(config.kl_weight) not in ("1", "1.0"):
@@ -235,18 +238,28 @@ def make_loss(config: Train):
     word: Any = "default" if config.objective == "rws" else config.estimator
     with current_folder_importable():
         if config.temperature is not None:
-            word = as_estimator(word)
-            if not hasattr(word, "temperature"):
-                raise BadInput(f"estimator {config.estimator!r} has no temperature: leave --temperature out")
-            word.temperature = parse_schedule(config.temperature)
+            word = with_temperature(word, parse_schedule(config.temperature))
         return make_loss(word, num_particles=config.particles, **options)
+
+
+def with_temperature(word: Any, temperature: Any) -> Any:
+    """The estimator, or those among several that have a temperature, at this one."""
+    from gumbo.inference.elbo import as_estimator
+
+    words = {site: as_estimator(one) for site, one in (word if isinstance(word, dict) else {"*": word}).items()}
+    relaxed = [estimator for estimator in words.values() if hasattr(estimator, "temperature")]
+    if not relaxed:
+        raise BadInput(f"estimator {word!r} has no temperature: leave --temperature out")
+    for estimator in relaxed:
+        estimator.temperature = temperature
+    return words if isinstance(word, dict) else words["*"]
 
 
 def build(config: Train, data_shape: Sequence[int]):
     """The pair, with weights drawn from the run's seed."""
     import torch
 
-    from gumbo.guides import fitting, guides
+    from gumbo.guides import guides
     from gumbo.models import models
 
     with torch.random.fork_rng():
@@ -254,13 +267,20 @@ def build(config: Train, data_shape: Sequence[int]):
         model = construct(
             named(models, config.model), config.model, "model", (tuple(data_shape),), config.model_options
         )
-        name = config.guide
-        if name is None:
-            found = fitting(model)
-            if not found:
-                raise BadInput(f"no registered guide fits model {config.model!r}: name one with --guide")
-            name = default_guide(model, found)
+        name = guide_of(config, model)
         return model, construct(named(guides, name), name, "guide", (model,), config.guide_options)
+
+
+def guide_of(config: Train, model) -> str:
+    """The guide's name: the one that was asked for, or the first that fits the model."""
+    from gumbo.guides import fitting
+
+    if config.guide is not None:
+        return config.guide
+    found = fitting(model)
+    if not found:
+        raise BadInput(f"no registered guide fits model {config.model!r}: name one with --guide")
+    return default_guide(model, found)
 
 
 def default_guide(model, fit: Sequence[str]) -> str:

@@ -134,7 +134,7 @@ def audit(
     ('ok', 'exact (every value)')
     """
     args, kwargs = given_arguments(args, kwargs)
-    _check(num_samples, num_particles, objective, burn_in, alpha, kl_weight)
+    check_settings(num_samples, num_particles, objective, burn_in, alpha, kl_weight)
     entries = labelled(estimators)
     options = {
         "objective": objective,
@@ -162,7 +162,8 @@ def audit(
     return dataset_of(stage, rows, truth, sites, settings)
 
 
-def _check(num_samples, num_particles, objective, burn_in, alpha, kl_weight) -> None:
+def check_settings(num_samples, num_particles, objective, burn_in, alpha, kl_weight) -> None:
+    """Raise BadInput or UnknownName for numbers and words that no audit can have."""
     if objective not in ("elbo", "iwae"):
         raise UnknownName("objective", objective, ("elbo", "iwae"))
     if num_samples < 10:

@@ -28,7 +28,8 @@ def dataset_of(
 ) -> xarray.Dataset:
     """Compare every row with the reference, adjust for all tests, and say what comes of it."""
     import numpy as np
-    import xarray
+
+    from .report import AuditReport  # xarray is loaded when an audit is made
 
     names, alpha = list(stage.parameters), settings["alpha"]
     groups = truth.directions.parameters if truth.directions is not None else {}
@@ -86,7 +87,7 @@ def dataset_of(
         "num_tests": sum(len(p) for tests in (single, joint) for p in tests.values()),
         **_versions(),
     }
-    return xarray.Dataset(data, coords, attributes)
+    return AuditReport(data, coords, attributes)
 
 
 _PER_PARAMETER = (

@@ -32,14 +32,17 @@ from .signals import Interrupts
 from .steps import Step
 
 
-@dataclass
+@dataclass(repr=False)
 class FitResult:
     """What :func:`fit` did.
 
     ``history`` has one dict an epoch: ``epoch``, ``step``, the training objective per datum under its own name
     (``objective_name``), ``valid_elbo`` (the true bound, nats per datum) where there was validation data, ``lr`` where
     it is scheduled, ``ms_per_step`` (median) and ``seconds``. With validation data, entry 0 is the state before the
-    first step. ``ms_per_step`` is the median epoch's.
+    first step. ``ms_per_step`` is the median epoch's. ``repr`` gives the last epoch's numbers, not the history.
+
+    >>> FitResult([{"epoch": 0, "valid_elbo": -9.0}, {"epoch": 1, "elbo": -7.5, "valid_elbo": -7.25}], best_epoch=1)
+    FitResult(epochs=1, elbo=-7.5, valid_elbo=-7.25, best_epoch=1, stopped_early=False)
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -52,6 +55,18 @@ class FitResult:
     @property
     def epochs(self) -> int:
         return int(self.history[-1]["epoch"]) if self.history else 0
+
+    def __repr__(self) -> str:
+        last = self.history[-1] if self.history else {}
+        shown = {"epochs": self.epochs}
+        shown |= {name: last[name] for name in (self.objective_name, "valid_elbo") if name in last}
+        shown |= {"best_epoch": self.best_epoch, "best_elbo": self.best_elbo, "ms_per_step": self.ms_per_step}
+        shown = {name: value for name, value in shown.items() if value is not None and value == value}
+        shown["stopped_early"] = self.stopped_early
+        numbers = (
+            f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()
+        )
+        return f"FitResult({', '.join(numbers)})"
 
 
 @dataclass

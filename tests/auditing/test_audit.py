@@ -579,6 +579,21 @@ def test_the_dataset_is_stored_and_drawn(tmp_path):
     assert report.evaluations.sel(estimator=["rloo", "enumerate", "trace"]).values.tolist() == [2.0, 2.0, 1.0]
 
 
+def test_a_report_shows_its_table():
+    import xarray
+
+    report = run("plate", "rloo", "gumbel-softmax", "trace-graph+baseline", "pathwise", num_samples=40)
+    assert isinstance(report, xarray.Dataset)
+    lines = repr(report).splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) < 25
+    rows = [line.split()[:2] for line in lines]
+    assert ["rloo", "ok"] in rows and ["trace-graph+baseline", "ok"] in rows
+    assert any(line.startswith("pathwise: refused: site 'z'") for line in lines)
+    assert any(line.startswith(f"recommended: {recommend(report)[0]}") for line in lines)
+    # What is no whole audit shows as any dataset does.
+    assert "<xarray." in repr(report.sel(estimator="rloo")) and "<xarray." in repr(report[["bias"]])
+
+
 # The verb.
 
 
@@ -614,6 +629,34 @@ def test_the_verb_on_a_users_programs(tmp_path, monkeypatch, capsys):
         main(["coins_of_a_user:broken", *pair[1:], *words, "--folder", "broken"])
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("gumbo audit: error: the programs fail") and "KeyError" in error
+
+
+def test_the_verb_takes_a_word_for_each_site(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gated_of_a_user.py").write_text(
+        "import pyro, torch, pyro.distributions as dist\n"
+        "def model():\n"
+        "    gate = pyro.sample('gate', dist.Bernoulli(torch.tensor(0.3)))\n"
+        "    z = pyro.sample('z', dist.Normal(gate, 1.0))\n"
+        "    pyro.sample('x', dist.Normal(z, 1.0), obs=torch.tensor(0.3))\n"
+        "def guide():\n"
+        "    pyro.sample('gate', dist.Bernoulli(logits=pyro.param('a', torch.tensor(0.4))))\n"
+        "    pyro.sample('z', dist.Normal(pyro.param('b', torch.tensor(0.4)), 1.0))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["--estimators", "score", "{gate: enumerate, z: pathwise}", "--num_samples", "60", "--folder", "found"]
+    main(["gated_of_a_user:model", "gated_of_a_user:guide", *words])  # as the README has it, from the current folder
+    said = capsys.readouterr().out
+    assert "gate=enumerate, z=p" in said and "\nscore " in said
+    assert str(tmp_path) not in sys.path
+
+
+def test_the_verb_refuses_numbers_before_it_makes_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for option, value in (("num_samples", "2"), ("burn_in", "-1"), ("reference", "rlo0"), ("alpha", "2")):
+        with pytest.raises(SystemExit):
+            main(["bernoulli-vae", "bernoulli", "--data", "digits", f"--{option}", value])
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_verb_on_the_collection(tmp_path, capsys):

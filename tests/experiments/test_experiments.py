@@ -197,6 +197,38 @@ def test_other_models_train_through_the_same_door(tmp_path, changes):
     assert found == results["test"]
 
 
+def test_a_run_names_the_guide_that_it_used(tmp_path, capsys):
+    train.train(config_of(tmp_path, "one", epochs=1))
+    path = tmp_path / "one" / "config.yaml"
+    assert yaml.safe_load(path.read_text())["guide"] == "categorical"
+    again = ["train", "--config", str(path), "--folder", str(tmp_path / "two")]
+    cli.main(again)  # the run's own settings, its mark among them, for a new run
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["test"] for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_word_for_each_site_on_the_command_line(tmp_path, capsys):
+    options = ["--model_options.latent_dim=2", "--model_options.hidden=[8]", "--epochs", "1", "--batch_size", "600"]
+    run = ["train", "--model", "gaussian-mixture-vae", *options, "--importance_samples", "2"]
+    cli.main([*run, "--estimator", "{y: enumerate, z: pathwise}", "--folder", str(tmp_path / "run")])
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["estimator"] == {
+        "y": "enumerate",
+        "z": "pathwise",
+    }
+    with pytest.raises(SystemExit):
+        cli.main([*run, "--estimator", "{nowhere: enumerate}", "--folder", str(tmp_path / "bad")])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "nowhere" in said and not (tmp_path / "bad").exists()
+
+
+def test_draws_for_the_evaluation_are_refused_before_the_training(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--importance_samples", "0", "--folder", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "importance_samples is 0: expected at least 1" in said
+    assert not (tmp_path / "run").exists()
+
+
 GUIDE = '''
 import pyro, pyro.distributions as dist, torch
 from torch import nn

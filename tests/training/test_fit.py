@@ -44,6 +44,15 @@ def same(one, other) -> bool:
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
+def test_a_result_shows_numbers_and_not_its_history():
+    x = images()
+    result = quiet(*pair(), x, valid=x[:8], loss="rloo", epochs=3, batch_size=20)
+    said = repr(result)
+    assert len(said) < 300 and said.startswith("FitResult(epochs=3, ")
+    assert f"valid_elbo={result.history[-1]['valid_elbo']:.6g}" in said and "best_epoch=" in said
+    assert repr(result.history) not in said
+
+
 quiet = functools.partial(fit, progress=False, batch_size=16, lr=1e-2)
 
 

@@ -1,0 +1,99 @@
+"""An audit's dataset, and its table as text."""
+
+from __future__ import annotations
+
+import textwrap
+
+import xarray
+
+from ...tables import digits, plain
+from .recommendation import recommend
+
+
+class AuditReport(xarray.Dataset):
+    """The dataset of an audit, whose ``repr`` is the table of its estimators; ``report.info()`` lists the variables.
+
+    A selection that is no longer a whole audit (one estimator, some variables) shows as any dataset does.
+    """
+
+    __slots__ = ()
+
+    def table(self) -> str:
+        """What the audit found, in lines of at most 80 columns: facts, the table, remarks and the recommendation."""
+        return _table(self)
+
+    def __repr__(self) -> str:
+        whole = set(self.data_vars) >= _SHOWN and self["verdict"].dims == ("estimator",)
+        return self.table() if whole else super().__repr__()
+
+
+_SHOWN = {"verdict", "relative_bias", "total_bias_error", "total_variance", "seconds", "work_normalized_variance"}
+HEADS = ["estimator", "verdict", "bias / ‖g‖", "max |z|", "variance", "SNR", "cos", "runs", "ms", "var × ms"]
+NOTE = (
+    "bias / ‖g‖: length of mean − reference, freed of what sampling adds, ± its error, over the gradient's length; "
+    "z: of the worst element, before adjustment; variance, SNR: of the guide's gradient, in total and nats², and "
+    "length of the reference over its root; cos: of the mean to the reference; runs: model runs a step; ms: its median."
+)
+
+
+def cells(report: xarray.Dataset) -> list[list[str]]:
+    """A row for each estimator that has numbers, the least variance × time first."""
+    judged = [label for label in report.estimator.values if report.total_variance.sel(estimator=label).notnull()]
+    rows = [report.sel(estimator=label) for label in judged]
+    rows.sort(key=lambda row: (row.work_normalized_variance.item(), row.seconds.item()))
+    norm = report.attrs["reference_total_norm"] or 1.0
+    return [
+        [
+            str(row.estimator.item()),
+            row.verdict.item().partition(":")[0],
+            f"{row.relative_bias.item():.1%} ± {row.total_bias_error.item() / norm:.1%}",
+            f"{row.max_z.item():.1f}",
+            digits(row.total_variance.item()),
+            digits(row.total_signal_to_noise.item()),
+            f"{row.total_cosine.item():.3f}",
+            digits(row.evaluations.item()),
+            f"{1e3 * row.seconds.item():.2f}",
+            digits(1e3 * row.work_normalized_variance.item()),
+        ]
+        for row in rows
+    ]
+
+
+def remarks(report: xarray.Dataset) -> list[str]:
+    """What does not fit into the table: why estimators were flagged or refused, those with one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for label, verdict in zip(report.estimator.values, report.verdict.values, strict=True):
+        if ":" in verdict:
+            by_reason.setdefault(str(verdict), []).append(str(label))
+    return [f"{', '.join(labels)}: {verdict}" for verdict, labels in by_reason.items()]
+
+
+def facts(report: xarray.Dataset) -> str:
+    attrs = report.attrs
+    error = "" if attrs["reference_is_exact"] else f" ± {attrs['reference_total_error']:.2g}"
+    return (
+        f"reference: {attrs['reference']}, ‖g‖ = {attrs['reference_total_norm']:.4g}{error}; "
+        f"{attrs['num_samples']} gradients each, objective {attrs['objective']}, seed {attrs['seed']}; "
+        f"{attrs['num_tests']} tests, any false alarm with probability {attrs['alpha']}"
+    )
+
+
+def advice(report: xarray.Dataset) -> str:
+    label, reason = recommend(report)
+    return f"recommended: {label}; {reason}" if label else f"recommended: none; {reason}"
+
+
+# Of the columns, those that fit a terminal.
+_ON_SCREEN = ("estimator", "verdict", "bias / ‖g‖", "variance", "ms", "var × ms")
+
+
+def _table(report: xarray.Dataset) -> str:
+    kept = [HEADS.index(head) for head in _ON_SCREEN]
+    body = [[_cut(line[column], 20 if column == 0 else 16) for column in kept] for line in cells(report)]
+    said = [facts(report), "", *plain(_ON_SCREEN, body, left=2, gap=1), "", *remarks(report), advice(report)]
+    wrap = textwrap.TextWrapper(80, replace_whitespace=False, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(line for text in said for line in wrap.wrap(text) or [""])
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
