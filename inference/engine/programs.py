@@ -424,7 +424,8 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         where = error.__traceback__
         while where.tb_next is not None:
             where = where.tb_next
-        if isinstance(error, GumboError) or not where.tb_frame.f_globals.get("__name__", "").startswith("pyro.poutine"):
+        module = where.tb_frame.f_globals.get("__name__", "")
+        if isinstance(error, GumboError) or not module.startswith(("pyro.poutine", "pyro.primitives")):
             raise
         raise BadInput(str(error).splitlines()[0]) from error
 
