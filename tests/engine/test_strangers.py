@@ -62,9 +62,9 @@ def test_the_mean_is_the_closed_form(name, word, param_store):
     entry = CLOSED[name]
     pair = entry.make()
     exact = with_gradient(pair.truth(), pair)
-    loss = SiteELBO(word, num_particles=2000, **entry.options)
-    draws = torch.stack([with_gradient(loss.differentiable_loss(pair.model, pair.guide), pair) for _ in range(25)])
-    assert not misses(draws, exact, resolves=0.15)
+    loss = SiteELBO(word, num_particles=pair.particles, **entry.options)
+    draws = [with_gradient(loss.differentiable_loss(pair.model, pair.guide), pair) for _ in range(pair.calls)]
+    assert not misses(torch.stack(draws), exact, pair.resolves)
 
 
 @each(SAME)

@@ -22,6 +22,13 @@ from programs import F64, Params, X
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.distributions import transforms as T
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+)
 from pyro.infer.reparam import LocScaleReparam
 from pyro.ops.indexing import Vindex
 from torch import nn
@@ -61,6 +68,7 @@ class Pair(Params):
     """Parameters under one roof, with ``model`` and ``guide`` as methods."""
 
     fields: dict = {}
+    particles, calls, resolves = 2000, 25, 0.15  # how a mean is compared to a closed form
 
     def __init__(self):
         super().__init__(**self.fields)
@@ -898,6 +906,57 @@ class FactorOfTheGuide(Pair):
         pyro.factor("lean", 0.3 * z, has_rsample=True)
 
 
+class Regression(pyro.nn.PyroModule):
+    """Weights with a prior: a Bayesian linear layer as in Pyro's tutorials."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = pyro.nn.PyroModule[nn.Linear](2, 1).double()
+        self.linear.weight = pyro.nn.PyroSample(dist.Normal(t(0.0), 1.0).expand([1, 2]).to_event(2))
+        self.linear.bias = pyro.nn.PyroSample(dist.Normal(t(0.0), 1.0).expand([1]).to_event(1))
+
+    def forward(self):
+        scale = pyro.sample("scale", dist.LogNormal(t(0.0), 0.5))
+        mean = (X.unsqueeze(-2) * self.linear.weight).sum(-1) + self.linear.bias
+        pyro.sample("x", dist.Normal(mean.squeeze(-1), scale), obs=t(0.4))
+
+
+class Automatic(pyro.nn.PyroModule):
+    """A regression and the guide that Pyro makes for it."""
+
+    make_guide: Callable
+
+    def __init__(self):
+        super().__init__()
+        self.model = Regression()
+        self.guide = type(self).make_guide(self.model)
+
+
+@enter(STOCK)
+class GuideOfNormals(Automatic):
+    make_guide = staticmethod(AutoNormal)
+
+
+@enter(STOCK)
+class GuideOfOneJointNormal(Automatic):
+    make_guide = staticmethod(AutoMultivariateNormal)
+
+
+@enter(STOCK)
+class GuideOfLowRank(Automatic):
+    make_guide = staticmethod(AutoLowRankMultivariateNormal)
+
+
+@enter(STOCK)
+class GuideOfPoints(Automatic):
+    make_guide = staticmethod(AutoDelta)
+
+
+@enter(STOCK)
+class GuideWithStructure(Automatic):
+    make_guide = staticmethod(AutoStructured)
+
+
 # ---- closed forms
 
 
@@ -1244,3 +1303,32 @@ class PlateOfTheWrongSize(Coin):
     def guide(self):
         with pyro.plate("data", 3):
             super().guide()
+
+
+@enter(REFUSED, "pathwise", says="kl_weight", objective="iwae", num_particles=2, kl_weight=0.3)
+class WeightedDivergenceOfImportanceWeights(NormalByEveryRoad):
+    pass
+
+
+@enter(REFUSED, "score", says="'x'.*observe")
+class LatentThatTheModelObserves(Coin):
+    def guide(self):
+        super().guide()
+        pyro.sample("x", dist.Normal(self.a, 1.0))
+
+
+@enter(REFUSED, "pathwise", says="'rows' is subsampled", objective="iwae", num_particles=2)
+class GlobalUnderASubsampledLoop(Pair):
+    """Importance weights of a global latent need all rows: two of four do not estimate the bound."""
+
+    fields = {"m": 0.3}
+
+    def model(self):
+        g = pyro.sample("g", dist.Normal(t(0.0), 1.0))
+        for i in pyro.plate("rows", 4, subsample_size=2):
+            pyro.sample(f"x{i}", dist.Normal(g, 1.0), obs=X[0])
+
+    def guide(self):
+        pyro.sample("g", dist.Normal(self.m, 1.0))
+        for _ in pyro.plate("rows", 4, subsample_size=2):
+            pass
