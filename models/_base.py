@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.util import is_validation_enabled
 
 from ..errors import BadInput
+from ..options import check_options
 from ..registry import Registry
 
 
@@ -67,13 +68,29 @@ class Configured(PyroModule):
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
-        # Partial: a copy or an unpickled module passes no arguments here; a missing one is __init__'s to report.
-        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
-        bound.apply_defaults()
-        arguments = list(bound.arguments.items())[1:]
-        config = {name: _plain(value) for name, value in arguments if name not in cls._not_in_config}
+        arguments = check_options(cls, args, kwargs)
+        config = {name: _plain(value) for name, value in arguments.items() if name not in cls._not_in_config}
         object.__setattr__(self, "config", config)
         return self
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _within_memory(cls.__init__)
+
+
+def _within_memory(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor, where sizes that no memory holds are one line."""
+
+    @functools.wraps(init)
+    def made(self, *args, **kwargs) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except (MemoryError, OverflowError, RuntimeError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadInput(f"{type(self).__name__} cannot be made of these options: {first}") from error
+
+    return made
 
 
 def _plain(value: Any) -> Any:
@@ -96,6 +113,7 @@ class OverData(Configured):
         if min(self.data_shape, default=1) < 1:
             raise BadInput(f"{type(self).__name__}: data_shape {tuple(data_shape)} must hold positive sizes")
 
+    _ranges: ClassVar[Mapping[str, float]] = MappingProxyType({"min_sd": 0})
     conditions: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     x_is_given: bool = False
 

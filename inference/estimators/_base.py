@@ -8,6 +8,7 @@ taken, and to ``surrogate`` when all terms are known. A new estimator is one cla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput
+from ...options import Checked
 from ...registry import Registry, home_of
 from ._distributions import clear_caches, describe, elementary, score_log_prob, support_moves
 
@@ -136,7 +138,7 @@ def pad_left(tensor: Tensor, dims: int) -> Tensor:
     return tensor.reshape((1,) * (dims - tensor.dim()) + tensor.shape) if tensor.dim() < dims else tensor
 
 
-class Estimator:
+class Estimator(Checked):
     """How the gradient passes through a site.
 
     Class attributes:
@@ -243,7 +245,7 @@ def at_step(value: float | Schedule, step: Any) -> Any:
 def check_temperature(temperature: float | Schedule) -> float | Schedule:
     if callable(temperature):
         return temperature
-    if not float(temperature) > 0:
+    if not 0 < float(temperature) < math.inf:
         raise BadInput(f"temperature must be a positive number or a schedule, got {temperature!r}")
     return float(temperature)
 

@@ -204,6 +204,7 @@ class Rebar(ControlVariate):
     """
 
     needs_relaxed_model = True
+    _ranges = {"strength": -math.inf}
 
     def __init__(self, temperature: float = 0.5, strength: float = 1.0):
         self.temperature, self.strength = positive(temperature), float(strength)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import BadInput
 from ._base import Estimator, estimators
 from ._distributions import finite_support
 
@@ -23,8 +22,6 @@ class Enumerate(Estimator):
     enumerates = True
 
     def __init__(self, limit: int = 2**14):
-        if limit < 1:
-            raise BadInput(f"Enumerate(limit=…) must be at least 1, got {limit!r}")
         self.limit = int(limit)
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:

@@ -99,10 +99,9 @@ class GumbelSoftmax(Estimator):
     """
 
     unbiased = False
+    _ranges = {"rao": 0}
 
     def __init__(self, temperature: float | Schedule = 0.67, hard: bool = False, rao: int = 0):
-        if rao != int(rao) or rao < 0:
-            raise BadInput(f"GumbelSoftmax(rao=…) is how many noises to average over, a whole number ≥ 0, got {rao!r}")
         if rao and not hard:
             raise BadInput("GumbelSoftmax(rao=…) averages given the hard draw: pass hard=True")
         self.temperature = check_temperature(temperature)

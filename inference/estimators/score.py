@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput, UnsupportedSite
+from ...options import Checked
 from ._base import Draw, Estimator, SiteView, detached_draw, estimators, score_why_not
 
 
-class Baseline:
+class Baseline(Checked):
     """What is subtracted from the cost of a draw: anything that does not depend on that draw."""
 
     min_particles = 1
     lazy_parameters = False
+    _ranges = {"decay": 0}
 
     def make_state(self, inputs: Callable[[], list[Tensor]]) -> nn.Module | None:
         """The module that holds what the baseline has learnt at one site."""
@@ -45,6 +47,12 @@ class _Average(nn.Module):
     weight: Tensor
 
 
+def _decay(baseline: Baseline, decay: float) -> float:
+    if not 0.0 <= decay < 1.0:
+        raise BadInput(f"{type(baseline).__name__}(decay=…) must lie in [0, 1), got {decay!r}")
+    return float(decay)
+
+
 class MovingAverage(Baseline):
     """A decaying average of the costs seen so far: one number a site, so that it survives any batch size.
 
@@ -52,9 +60,7 @@ class MovingAverage(Baseline):
     """
 
     def __init__(self, decay: float = 0.9):
-        if not 0.0 <= decay < 1.0:
-            raise BadInput(f"MovingAverage(decay=…) must lie in [0, 1), got {decay!r}")
-        self.decay = float(decay)
+        self.decay = _decay(self, decay)
 
     def make_state(self, inputs: Callable[[], list[Tensor]]) -> nn.Module:
         return _Average()
@@ -161,7 +167,7 @@ class Neural(Baseline):
         hidden: int = 100,
         decay: float = 0.9,
     ):
-        self.net, self.inputs, self.hidden, self.decay = net, inputs, int(hidden), float(decay)
+        self.net, self.inputs, self.hidden, self.decay = net, inputs, int(hidden), _decay(self, decay)
 
     def _inputs(self, given: list[Tensor]) -> list[Tensor]:
         return list(self.inputs(given)) if self.inputs is not None else given

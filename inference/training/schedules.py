@@ -9,11 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...errors import BadInput
+from ...options import Checked
 from ...registry import Registry
 
 Schedule = Callable[[int], float]
 
 schedules: Registry[type] = Registry("schedule")
+
+
+class _Checked(Checked):
+    """Numbers may be 0 here; what else they must be, each schedule says."""
+
+    _ranges = dict.fromkeys(("value", "start", "floor", "end", "rate", "ratio"), 0)
 
 
 def _require(schedule: object, condition: bool, expected: str) -> None:
@@ -23,7 +30,7 @@ def _require(schedule: object, condition: bool, expected: str) -> None:
 
 @schedules.register("constant")
 @dataclass(frozen=True)
-class Constant:
+class Constant(_Checked):
     """The same number at every step.
 
     >>> Constant(0.5)(10_000)
@@ -41,7 +48,7 @@ class Constant:
 
 @schedules.register("exponential")
 @dataclass(frozen=True)
-class Exponential:
+class Exponential(_Checked):
     r"""Annealing: :math:`\max(\text{floor}, \text{start} \cdot e^{-\text{rate} \cdot t})` at step t.
 
     The usual schedule of a Gumbel-softmax temperature (Jang, Gu & Poole 2017, arXiv:1611.01144). Raises BadInput for a
@@ -66,7 +73,7 @@ class Exponential:
 
 @schedules.register("linear")
 @dataclass(frozen=True)
-class Linear:
+class Linear(_Checked):
     """From ``start`` to ``end`` in so many steps, and ``end`` from then on: KL warm-up, from 0 to 1 by default.
 
     Bowman et al. 2016, arXiv:1511.06349; Sønderby et al. 2016, arXiv:1602.02282. Raises BadInput for less than one step
@@ -91,7 +98,7 @@ class Linear:
 
 @schedules.register("cyclical")
 @dataclass(frozen=True)
-class Cyclical:
+class Cyclical(_Checked):
     """KL warm-up again and again: ``steps`` are cut into ``cycles``; in each the weight rises from 0 and stays at 1.
 
     ``ratio`` is the part of a cycle in which it rises; ``end`` is the weight it rises to, and keeps after the last
@@ -121,7 +128,7 @@ class Cyclical:
 
 @schedules.register("cosine")
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_Checked):
     """From ``start`` to ``end`` along half a cosine in so many steps, and ``end`` from then on.
 
     A learning rate's usual way down: ``fit(…, lr=Cosine(10_000, 1e-3, 1e-5))``. Loshchilov & Hutter 2017,

@@ -1,0 +1,165 @@
+"""Options of constructors, held against their annotations: a number is a number, and one that can be meant."""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Any
+
+from .errors import BadInput
+
+LARGEST = 2**31 - 1  # of a size; torch's own limits lie not far beyond
+
+
+class Checked:
+    """Base of classes whose constructors look at their options before they use them.
+
+    Each option is held against its annotation: ``int`` and ``float`` are numbers (a bool, NaN or infinity is none),
+    ``Sequence[int]`` is a list of them, ``str``, ``bool`` and ``X | None`` are what they say; classes are looked at by
+    ``isinstance``, and whatever else is annotated is left to the class. In the collection's own constructors an ``int``
+    is a size, at least 1, and a ``float`` a scale, above 0, unless ``_ranges`` says otherwise.
+    """
+
+    # Options that may be less than a size or scale: the smallest value each.
+    _ranges: typing.ClassVar[Mapping[str, float]] = {}
+
+    def __new__(cls, *args, **kwargs):
+        check_options(cls, args, kwargs)
+        return super().__new__(cls)
+
+
+def check_options(cls: type, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor by name, defaults included; those that are missing are its own to report.
+
+    Raises BadInput, in a line that names the class and the option, for what cannot be meant.
+    """
+    if cls.__init__ is object.__init__:
+        if args or kwargs:
+            raise BadInput(f"{cls.__name__} takes no options")
+        return {}
+    signature = inspect.signature(cls.__init__)
+    try:
+        # Partial: a copy or an unpickled object passes no arguments here.
+        bound = signature.bind_partial(None, *args, **kwargs)
+    except TypeError as error:
+        known = ", ".join(list(signature.parameters)[1:]) or "none"
+        raise BadInput(f"{cls.__name__}: {error}; its options: {known}") from error
+    hints = _hints(cls.__init__)
+    ours = (getattr(cls.__init__, "__module__", None) or "").startswith("gumbo.")
+    ranges = getattr(cls, "_ranges", {})
+    for name, value in list(bound.arguments.items())[1:]:
+        if name in hints:
+            check_option(f"{cls.__name__}: {name}", value, hints[name], ranges.get(name) if ours else -math.inf)
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[1:])
+
+
+@lru_cache(maxsize=1024)
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function, as types; those that stand for nothing here are left out."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    found = {}
+    for name, hint in getattr(function, "__annotations__", {}).items():
+        if isinstance(hint, str):
+            try:
+                hint = eval(hint, getattr(function, "__globals__", {}))
+            except Exception:  # a name that only a type checker knows
+                continue
+        found[name] = hint
+    return found
+
+
+def check_option(who: str, value: Any, hint: Any, least: float | None = None) -> None:
+    """Raise BadInput unless ``value`` is what the annotation ``hint`` says and its numbers are at least ``least``.
+
+    Args:
+        who: the class and the option, for the message.
+        value: what was given.
+        hint: a type, as in ``int``, ``Sequence[int]`` or ``float | None``.
+        least: the smallest number allowed; None for what a size (1) or a scale (above 0) may be.
+
+    >>> check_option("Mine: width", 3, int)
+    >>> check_option("Mine: widths", [3, float("nan")], Sequence[int])
+    Traceback (most recent call last):
+    gumbo.errors.BadInput: Mine: widths is [3, nan]: expected a sequence of whole numbers of at least 1
+    """
+    if not _fits(value, hint, least):
+        wanted = " or ".join(dict.fromkeys(_words(one, least) for one in _choices(hint)))
+        raise BadInput(f"{who} is {_short(value)}: expected {wanted}")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(part for one in typing.get_args(hint) for part in _choices(one))
+    return (hint,)
+
+
+def _fits(value: Any, hint: Any, least: float | None) -> bool:
+    hints = _choices(hint)
+    if len(hints) > 1:
+        return any(_fits(value, one, least) for one in hints)
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
+    if hint is int:
+        return _is_number(value) and isinstance(value, Integral) and (1 if least is None else least) <= value <= LARGEST
+    if hint is float:
+        return _is_number(value) and math.isfinite(value) and (value > 0 if least is None else value >= least)
+    if origin is collections.abc.Sequence:
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            return False
+        return all(_fits(one, parts[0], least) for one in value)
+    if origin is collections.abc.Mapping:
+        if not isinstance(value, Mapping):
+            return False
+        return all(_fits(key, parts[0], least) and _fits(one, parts[1], least) for key, one in value.items())
+    if origin is collections.abc.Callable:
+        return callable(value)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _words(hint: Any, least: float | None) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is None or hint is type(None):
+        return "None"
+    if hint is bool:
+        return "True or False"
+    if hint is int:
+        bound = 1 if least is None else least
+        return "a whole number" + ("" if bound == -math.inf else f" of at least {bound:g}")
+    if hint is float:
+        bound = "" if least == -math.inf else " above 0" if least is None else f" of at least {least:g}"
+        return f"a finite number{bound}"
+    if origin is collections.abc.Sequence:
+        return "a sequence of " + _words(parts[0], least).removeprefix("a ").replace("number", "numbers", 1)
+    if origin is collections.abc.Mapping:
+        return f"a mapping from {_words(parts[0], least)} to {_words(parts[1], least)}"
+    if origin is collections.abc.Callable:
+        return "a function"
+    if hint is str:
+        return "a string"
+    return f"a {hint.__name__}" if isinstance(hint, type) else "another value"
+
+
+def _short(value: Any) -> str:
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+__all__ = ["Checked", "check_option", "check_options"]
