@@ -20,8 +20,19 @@ from gumbo.registry import Registry, describe, home_of, import_object, is_import
 
 T = TypeVar("T")
 
-# The settings, of any experiment, whose values are names.
-NAMES = ("model", "guide", "estimator", "estimators", "objective", "data", "args", "optimizer")
+# The settings, of any experiment, whose values are names or hold some.
+NAMES = (
+    "model",
+    "guide",
+    "estimator",
+    "estimators",
+    "objective",
+    "data",
+    "args",
+    "optimizer",
+    "model_options",
+    "guide_options",
+)
 
 
 def named(registry: Registry[T], name: str) -> T:

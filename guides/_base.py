@@ -37,7 +37,7 @@ class AnyGuide(OverData):
     families: ClassVar[tuple[str, ...]] = ()
     local: ClassVar[bool] = True
     auxiliary: tuple[str, ...] = ()
-    _not_in_config = ("model",)
+    _not_in_config = _unchecked = ("model",)
 
     def __init__(self, model: GenerativeModel):
         if not isinstance(model, GenerativeModel):

@@ -7,6 +7,7 @@ import inspect
 import math
 import types
 import typing
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from numbers import Integral, Real
@@ -26,8 +27,10 @@ class Checked:
     is a size, at least 1, and a ``float`` a scale, above 0, unless ``_ranges`` says otherwise.
     """
 
-    # Options that may be less than a size or scale: the smallest value each.
+    # Options that may be less than a size or scale, or whose range the class itself looks at (-inf): the least value.
     _ranges: typing.ClassVar[Mapping[str, float]] = {}
+    # Options that the class looks at itself.
+    _unchecked: typing.ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args, **kwargs):
         check_options(cls, args, kwargs)
@@ -52,9 +55,10 @@ def check_options(cls: type, args: tuple, kwargs: Mapping[str, Any]) -> dict[str
         raise BadInput(f"{cls.__name__}: {error}; its options: {known}") from error
     hints = _hints(cls.__init__)
     ours = (getattr(cls.__init__, "__module__", None) or "").startswith("gumbo.")
-    ranges = getattr(cls, "_ranges", {})
+    unchecked = getattr(cls, "_unchecked", ())
+    ranges = ChainMap(*(vars(base).get("_ranges", {}) for base in cls.__mro__))
     for name, value in list(bound.arguments.items())[1:]:
-        if name in hints:
+        if name in hints and name not in unchecked:
             check_option(f"{cls.__name__}: {name}", value, hints[name], ranges.get(name) if ours else -math.inf)
     bound.apply_defaults()
     return dict(list(bound.arguments.items())[1:])
@@ -90,7 +94,7 @@ def check_option(who: str, value: Any, hint: Any, least: float | None = None) ->
     Traceback (most recent call last):
     gumbo.errors.BadInput: Mine: widths is [3, nan]: expected a sequence of whole numbers of at least 1
     """
-    if not _fits(value, hint, least):
+    if not fits(value, hint, least):
         wanted = " or ".join(dict.fromkeys(_words(one, least) for one in _choices(hint)))
         raise BadInput(f"{who} is {_short(value)}: expected {wanted}")
 
@@ -101,10 +105,11 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def _fits(value: Any, hint: Any, least: float | None) -> bool:
+def fits(value: Any, hint: Any, least: float | None = None) -> bool:
+    """Whether ``value`` is what the annotation says; the arguments are those of :func:`check_option`."""
     hints = _choices(hint)
     if len(hints) > 1:
-        return any(_fits(value, one, least) for one in hints)
+        return any(fits(value, one, least) for one in hints)
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is None or hint is type(None):
         return value is None
@@ -117,14 +122,14 @@ def _fits(value: Any, hint: Any, least: float | None) -> bool:
     if origin is collections.abc.Sequence:
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             return False
-        return all(_fits(one, parts[0], least) for one in value)
+        return all(fits(one, parts[0], least) for one in value)
     if origin is collections.abc.Mapping:
         if not isinstance(value, Mapping):
             return False
-        return all(_fits(key, parts[0], least) and _fits(one, parts[1], least) for key, one in value.items())
+        return all(fits(key, parts[0], least) and fits(one, parts[1], least) for key, one in value.items())
     if origin is collections.abc.Callable:
         return callable(value)
-    return not isinstance(hint, type) or isinstance(value, hint)
+    return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _is_number(value: Any) -> bool:
@@ -162,4 +167,4 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-__all__ = ["Checked", "check_option", "check_options"]
+__all__ = ["Checked", "check_option", "check_options", "fits"]

@@ -48,7 +48,7 @@ class Registry(Mapping[str, T], Generic[T]):
         raise UnknownName(self.kind, name, self._items)
 
     def _of_kind(self, path: str) -> T:
-        found = import_object(path, self.kind)
+        found = import_object(path, self.kind, own=self.expected is not None)
         if self.expected is not None and (wanted := self.expected(found)):
             raise BadInput(f"{self.kind} {path!r} is {describe(found)}: expected {wanted}")
         return found
@@ -68,16 +68,16 @@ def is_import_path(name: object) -> bool:
     return isinstance(name, str) and ("." in name or ":" in name)
 
 
-def import_object(path: str, kind: str = "object"):
+def import_object(path: str, kind: str = "object", own: bool = True):
     """The object at ``package.module:name`` or ``package.module.name``.
 
-    Raises BadInput, in a line, where there is none, where its module fails, and for what is part of Python itself:
-    ``os.system`` is nothing that gumbo could be meant to call.
+    Raises BadInput, in a line, where there is none, where its module fails, and, with ``own``, for
+    what is part of Python itself: ``os.system`` is nothing that gumbo could be meant to call.
     """
     module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
     if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
         raise BadInput(f"{kind} {path!r} is no import path: expected package.module:name")
-    if _is_pythons(module):
+    if own and _is_pythons(module):
         raise BadInput(f"{kind} {path!r} is part of Python's library, which holds no {kind}: name one of your own")
     try:
         found = importlib.import_module(module)
@@ -88,9 +88,9 @@ def import_object(path: str, kind: str = "object"):
     try:
         for part in attribute.split("."):
             found = getattr(found, part)
-    except AttributeError:
+    except (AttributeError, ImportError):
         raise BadInput(f"{kind} {path!r}: module {module!r} has no {attribute!r}") from None
-    if _is_pythons(home_of(found)):
+    if own and _is_pythons(home_of(found)):
         raise BadInput(f"{kind} {path!r} is {describe(found)} of Python's library: name one of your own")
     return found
 

@@ -26,6 +26,7 @@ from ..errors import (
     UnsupportedSite,
 )
 from ..models._base import Configured
+from ..options import fits
 from .engine import objectives
 from .engine.programs import (
     NoisyProgram,
@@ -151,12 +152,11 @@ class SiteELBO(ELBO):
             raise UnknownName("objective", objective, OBJECTIVES)
         if plates not in ("trust", "ignore"):
             raise UnknownName("plates", plates, ("trust", "ignore"))
-        if num_particles is not None and (not isinstance(num_particles, int) or num_particles < 1):
+        if not fits(num_particles, int | None):
             raise BadInput(f"num_particles must be a positive integer or None, got {num_particles!r}")
-        nesting = 0 if max_plate_nesting in (None, float("inf")) else max_plate_nesting
-        if not isinstance(nesting, int) or nesting < 0:
+        if max_plate_nesting != float("inf") and not fits(max_plate_nesting, int | None, 0):
             raise BadInput(f"max_plate_nesting must be an integer of at least 0 or None, got {max_plate_nesting!r}")
-        if not callable(kl_weight) and not (isinstance(kl_weight, (int, float)) and kl_weight >= 0):
+        if not fits(kl_weight, float | Callable, 0):
             raise BadInput(f"kl_weight must be a number ≥ 0 or a schedule, got {kl_weight!r}")
         if objective != "elbo" and (callable(kl_weight) or kl_weight != 1):
             raise BadInput(

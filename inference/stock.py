@@ -10,6 +10,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanFie
 from pyro.infer.elbo import ELBO
 
 from ..errors import BadInput
+from ..options import check_option
 from ..registry import Registry
 from .elbo import SiteELBO
 
@@ -58,6 +59,7 @@ def make_loss(word: Any, num_particles: int | None = None, **options: Any) -> EL
         return word
     if not (isinstance(word, str) and word in stock_elbos):
         return SiteELBO(word, num_particles=num_particles, **options)
+    check_option("num_particles", num_particles, int | None)
     foreign = set(options) - {"vectorize_particles", "max_plate_nesting"}
     if foreign:
         raise BadInput(f"Pyro's own ELBO {word!r} has no option {sorted(foreign)[0]!r}; use one of gumbo's estimators")

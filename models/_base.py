@@ -113,7 +113,7 @@ class OverData(Configured):
         if min(self.data_shape, default=1) < 1:
             raise BadInput(f"{type(self).__name__}: data_shape {tuple(data_shape)} must hold positive sizes")
 
-    _ranges: ClassVar[Mapping[str, float]] = MappingProxyType({"min_sd": 0})
+    _ranges: ClassVar[Mapping[str, float]] = MappingProxyType({"min_sd": 0, "data_shape": -math.inf})
     conditions: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     x_is_given: bool = False
 

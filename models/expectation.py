@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import pyro
@@ -83,6 +84,9 @@ class Expectation(GenerativeModel):
     )
     observed = ("reward",)
     x_is_given = True
+
+    _unchecked = ("f",)
+    _ranges = {"length": -math.inf}
 
     def __init__(
         self,

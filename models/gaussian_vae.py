@@ -36,6 +36,8 @@ class GaussianVAE(GenerativeModel):
 
     variants = ({"latent_dim": 3, "hidden": (16, 8)}, {"latent_dim": 3, "hidden": (16,), "likelihood": "normal"})
 
+    _ranges = {"likelihood_sd": -math.inf}
+
     def __init__(
         self,
         data_shape: Sequence[int],

@@ -18,9 +18,9 @@ schedules: Registry[type] = Registry("schedule")
 
 
 class _Checked(Checked):
-    """Numbers may be 0 here; what else they must be, each schedule says."""
+    """Numbers are numbers; what range they lie in, each schedule says."""
 
-    _ranges = dict.fromkeys(("value", "start", "floor", "end", "rate", "ratio"), 0)
+    _ranges = dict.fromkeys(("value", "start", "floor", "end", "rate", "ratio", "steps", "cycles"), -math.inf)
 
 
 def _require(schedule: object, condition: bool, expected: str) -> None:

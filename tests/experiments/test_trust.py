@@ -116,6 +116,13 @@ def test_a_path_that_a_run_hides_in_a_mapping_is_found(run, place, capsys):
     assert not (place / "imported").exists()
 
 
+def test_a_path_that_a_run_hides_in_an_option_is_found(run, place, capsys):
+    rewrite(run, data="digits", model="expectation", model_options={"f": "theirs:anything"})
+    for argv in LOADING:
+        assert "theirs:anything" in said(capsys, *argv)
+    assert not (place / "imported").exists()
+
+
 def test_python_asks_for_trust_too(run, place):
     for loads in (
         lambda: settings_of(str(run)),
