@@ -11,8 +11,12 @@ from pyro.params.param_store import StateDict
 
 
 def modules_of(*programs: object) -> list[torch.nn.Module]:
-    """The programs that are modules (a program may also be a plain function)."""
-    return [program for program in programs if isinstance(program, torch.nn.Module)]
+    """The programs that are modules (a program may also be a plain function).
+
+    A program that runs another says which by ``inner_program``.
+    """
+    innermost = [getattr(program, "inner_program", program) for program in programs]
+    return [program for program in innermost if isinstance(program, torch.nn.Module)]
 
 
 def owned_parameters(model: Callable, guide: Callable) -> dict[str, torch.nn.Parameter]:

@@ -388,7 +388,7 @@ def _drawn(
     sweep, name, size = _first_sweep(model, guide, rows, batch_size, plate)
     one_weight = "all" if name is None else "latents" if sweep.tied else "globals" if sweep.shared else ""
     inner = 1
-    if one_weight == "globals" and sweep.local:
+    if one_weight == "globals" and not sweep.summed_out.issuperset(sweep.local):
         inner = num_local_samples or (_LOCAL_SAMPLES if sweep.vectorized else 1)
 
     def piece(number: int) -> dict[str, torch.Tensor]:

@@ -122,6 +122,8 @@ def shifted(fn: Any, shift: Mapping[str, torch.Tensor]) -> Any:
 
 def can_refine(sweep: Sweep) -> bool:
     """Whether every site that the guide draws has parameters that can be moved."""
+    if sweep.summed_out:
+        return False  # what completes the guide is exact, and has no parameters
     with private_store(sweep.model, sweep.guide), private_seed(None, sweep.model, sweep.guide), torch.no_grad():
         trace = poutine.trace(sweep.guide).get_trace(*sweep.args, **sweep.kwargs)
     sites = [site for _, site in random_sites(trace) if not site["is_observed"]]

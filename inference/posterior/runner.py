@@ -21,6 +21,7 @@ from pyro.poutine.util import site_is_subsample
 
 from ...errors import BadInput, GumboError
 from ..engine.scopes import device_of, modes_kept, modules_of, private_seed, private_store
+from .enumerated import completed
 from .vmapped import Coordinates, Lane, Seen, outside, random_sites, run_lanes
 
 DRAWS = "_gumbo_draws"
@@ -239,6 +240,8 @@ class Sweep:
         self.sliced: str | None = None
         self.depth = 0
         self.reason = ""
+        # Sites that the model enumerates, which the guide is completed by.
+        self.summed_out: frozenset[str] = frozenset()
         with quietly(model, guide, None):
             self._discover()
         self.divide(data_plates)
@@ -275,6 +278,10 @@ class Sweep:
             raise
         except _REFUSALS as error:
             raise BadInput(f"the programs fail on these arguments: {_first_line(error)}") from error
+        whole = completed(self.model, self.guide, guide, model)
+        if whole is not self.guide:
+            self.guide, self.summed_out = whole, frozenset(whole.sites)
+            return self._discover()
         held = {name: site["value"] for name, site in random_sites(guide)}
         open_ended = _lengths(guide, model)
         for trace in (guide, model):
@@ -346,7 +353,8 @@ class Sweep:
         for name in latent:
             if name not in drawn:
                 raise BadInput(
-                    f"site {name!r} is latent in the model but the guide does not draw it: add it to the guide"
+                    f"site {name!r} is latent in the model but the guide does not draw it: add it to the guide, or mark"
+                    " a discrete one infer={'enumerate': 'parallel'} in the model"
                 )
         for name in drawn:
             auxiliary = guide.nodes[name]["infer"].get("is_auxiliary") or name in self.model_sites

@@ -1,0 +1,199 @@
+"""Models that enumerate discrete sites which the guide leaves out, held against sums over every value."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import config_enumerate
+
+from gumbo.errors import BadInput
+from gumbo.inference import diagnose, evaluate, to_arviz
+from gumbo.inference.posterior import _arviz
+from gumbo.inference.posterior.runner import Sweep
+
+X = torch.tensor([-2.3, -1.6, 1.2, 2.5, 2.1, 0.1]).double()
+WEIGHTS = torch.tensor([0.4, 0.6]).double()
+
+
+def group(idata, name):
+    return _arviz.dataset_of(idata, name)
+
+
+@config_enumerate
+def mixture(data):
+    with pyro.plate("components", 2):
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(()).double(), 3.0))
+    with pyro.plate("data", len(data)):
+        k = pyro.sample("k", dist.Categorical(WEIGHTS))
+        pyro.sample("x", dist.Normal(locs[k], 1.0), obs=data)
+
+
+def over_locs(data):
+    with pyro.plate("components", 2):
+        pyro.sample("locs", dist.Normal(torch.tensor([-1.8, 1.4]).double(), torch.tensor([1.2, 0.9]).double()))
+
+
+def conditionals(locs):
+    """log p(x, k | locs), ``(..., N, 2)``."""
+    return WEIGHTS.log() + dist.Normal(locs[..., None, :], 1.0).log_prob(X[:, None])
+
+
+def test_the_usual_mixture_has_each_datum_summed_over_its_component():
+    idata = to_arviz(mixture, over_locs, X, num_samples=400)
+    posterior = group(idata, "posterior")
+    assert posterior["k"].dims == ("chain", "draw", "data") and posterior["k"].dtype.kind == "i"
+    locs = torch.from_numpy(posterior["locs"].values[0])
+    joint = conditionals(locs)
+    exact = torch.logsumexp(joint, -1)
+    np.testing.assert_allclose(group(idata, "log_likelihood")["x"][0], exact, atol=1e-9)
+    # Components are drawn with their exact probabilities, given each draw's own locations.
+    ones = torch.softmax(joint, -1)[..., 1]
+    z = (torch.from_numpy(posterior["k"].values[0]).double() - ones).sum(0) / (ones * (1 - ones)).sum(0).sqrt()
+    assert z.abs().max() < 4
+    stats = group(idata, "sample_stats")
+    np.testing.assert_allclose(stats["log_weight"][0], exact, atol=1e-9)
+
+
+def test_the_evidence_of_the_usual_mixture():
+    grid = torch.linspace(-14, 14, 281).double()
+    locs = torch.cartesian_prod(grid, grid)
+    joint = torch.logsumexp(conditionals(locs), -1).sum(-1) + dist.Normal(0.0, 3.0).log_prob(locs).sum(-1)
+    truth = (torch.logsumexp(joint, 0) + 2 * torch.log(grid[1] - grid[0])).item()
+
+    def wide(data):  # the posterior has two modes: components may change places
+        with pyro.plate("components", 2):
+            pyro.sample("locs", dist.Normal(torch.zeros(()).double(), 2.4))
+
+    found = evaluate(mixture, wide, X, num_samples=4000)
+    assert abs(6 * found.log_evidence - truth) < 4 * 6 * found.log_evidence_mc_se < 0.6
+    assert not found.reason
+
+
+def test_diagnose_takes_the_usual_mixture():
+    report = diagnose(mixture, over_locs, X, num_samples=400, num_simulations=20, refine_steps=2, progress=False)
+    np.testing.assert_allclose(report.vi_stats["khat"], 0.0)  # of the components, which are drawn exactly
+    assert "khat_global" in report.vi_stats
+
+
+def chained(family):
+    """a -> b -> x in each row, b in a family of its own, and a global coin that all rows share."""
+
+    def model(data):
+        switch = pyro.sample("switch", dist.Bernoulli(torch.tensor(0.3).double()))
+        with pyro.plate("data", len(data)):
+            a = pyro.sample("a", dist.Categorical(torch.tensor([0.2, 0.5, 0.3]).double()))
+            p = torch.tensor([0.1, 0.6, 0.8]).double()[a.long()]
+            if family is dist.Bernoulli:
+                b = pyro.sample("b", dist.Bernoulli(p))
+            else:
+                one_hot = pyro.sample("b", dist.OneHotCategorical(torch.stack([1 - p, p], -1)))
+                b = one_hot[..., 1]
+            pyro.sample("x", dist.Normal(b * 2 + a - switch, 1.0), obs=data)
+
+    return config_enumerate(model)
+
+
+def nothing(data):
+    pass
+
+
+@pytest.mark.parametrize("family", [dist.Bernoulli, dist.OneHotCategorical])
+def test_sites_that_depend_on_each_other_are_drawn_jointly(family):
+    x = X[:3]
+    p = torch.tensor([0.1, 0.6, 0.8]).double()
+    terms = {}
+    for switch, a, b in itertools.product(range(2), range(3), range(2)):
+        prior = torch.tensor([0.2, 0.5, 0.3])[a].double().log() + (p[a] if b else 1 - p[a]).log()
+        terms[switch, a, b] = prior + dist.Normal(2.0 * b + a - switch, 1.0).log_prob(x)
+    by_switch = [torch.stack([terms[s, a, b] for a in range(3) for b in range(2)]).logsumexp(0).sum() for s in range(2)]
+    joint = torch.stack(by_switch) + torch.tensor([0.7, 0.3]).double().log()
+    truth = torch.logsumexp(joint, 0).item()
+    found = evaluate(chained(family), nothing, x, num_samples=30)
+    # Everything is summed out: every draw has the one weight, which is the evidence.
+    assert 3 * found.log_evidence == pytest.approx(truth, abs=1e-6)
+    assert 3 * found.elbo == pytest.approx(truth, abs=1e-6)
+    idata = to_arviz(chained(family), nothing, x, num_samples=3000, groups=["posterior"])
+    drawn = float(group(idata, "posterior")["switch"].mean())
+    expected = torch.softmax(joint, 0)[1].item()
+    assert abs(drawn - expected) < 4 * (expected * (1 - expected) / 3000) ** 0.5
+
+
+def test_a_markov_chain_is_drawn_backwards():
+    step = torch.tensor([[0.9, 0.1], [0.3, 0.7]]).double()
+
+    @config_enumerate
+    def model(data):
+        k = 0
+        for t in pyro.markov(range(len(data))):
+            k = pyro.sample(f"k{t}", dist.Categorical(step[k]))
+            pyro.sample(f"x{t}", dist.Normal(2.0 * k, 1.0), obs=data[t])
+
+    paths = torch.stack(
+        [
+            sum(
+                step[(0, *path)[t], path[t]].log() + dist.Normal(2.0 * path[t], 1.0).log_prob(X[t])
+                for t in range(len(X))
+            )
+            for path in itertools.product(range(2), repeat=len(X))
+        ]
+    )
+    found = evaluate(model, nothing, X, num_samples=5)
+    assert len(X) * found.log_evidence == pytest.approx(paths.logsumexp(0).item(), abs=1e-6)
+
+
+@config_enumerate
+def rows_of_more(data, size=4):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+    with pyro.plate("data", len(data), subsample_size=size) as rows:
+        k = pyro.sample("k", dist.Categorical(WEIGHTS))
+        z = pyro.sample("z", dist.Normal(mu + k, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=data[rows])
+
+
+def test_a_subsampled_plate_that_only_the_model_has_and_a_continuous_local_latent():
+    def guide(data):
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.2).double(), 0.6))
+        with pyro.plate("data", len(data), subsample_size=4) as rows:
+            pyro.sample("z", dist.Normal(0.8 * data[rows] + 0.1 * mu, 0.5))
+
+    def alone(data):
+        pyro.sample("mu", dist.Normal(torch.tensor(0.2).double(), 0.6))
+
+    idata = to_arviz(rows_of_more, guide, X, num_samples=30, num_local_samples=2000)
+    mu = torch.from_numpy(group(idata, "posterior")["mu"].values[0])
+    sd = torch.tensor(1.25).double().sqrt()
+    exact = torch.logsumexp(
+        WEIGHTS.log() + dist.Normal(mu[:, None, None] + torch.arange(2.0).double(), sd).log_prob(X[:, None]), -1
+    )
+    assert np.abs(group(idata, "log_likelihood")["x"][0] - exact.numpy()).max() < 0.15
+    hidden = pyro.poutine.condition(rows_of_more, {"z": X[:4]})
+    assert "k" in Sweep(hidden, alone, (X[:4],), {}).summed_out
+
+
+def test_only_what_is_marked_and_left_out_is_summed():
+    def plain(data):
+        with pyro.plate("data", len(data)):
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5).double()))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=data)
+
+    def guide(data):
+        with pyro.plate("data", len(data)):
+            pyro.sample("k", dist.Bernoulli(torch.tensor(0.5).double()))
+
+    assert not Sweep(config_enumerate(plain), guide, (X,), {}).summed_out
+    with pytest.raises(BadInput, match="'k' is latent in the model but the guide does not draw it.*'parallel'"):
+        evaluate(plain, nothing, X)
+
+    @config_enumerate
+    def counts(data):
+        with pyro.plate("data", len(data)):
+            k = pyro.sample("k", dist.Binomial(3, torch.tensor(0.5).double()))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=data)
+
+    with pytest.raises(BadInput, match="'k' is enumerated in the model, and Binomial is none of"):
+        evaluate(counts, nothing, X)
