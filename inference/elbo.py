@@ -28,6 +28,7 @@ from ..errors import (
 from ..models._base import Configured
 from ..options import fits
 from .engine import objectives
+from .engine.noise import current_tape
 from .engine.programs import (
     NoisyProgram,
     Program,
@@ -37,9 +38,10 @@ from .engine.programs import (
     check_vectorized,
     does_not_vectorize,
     evaluating,
-    forked_rng,
     kept_buffers,
 )
+from .engine.scopes import devices_of
+from .engine.streams import Generators
 from .estimators import (
     Enumerate,
     Estimator,
@@ -83,6 +85,10 @@ class _Default(Estimator):
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
         return f"{describe(site['fn'])} has no reparameterized sampler, so that no estimator is the default: name one"
+
+
+class _RunsAgain(Exception):
+    """An estimator runs the programs again whose noise was not kept apart in the first run."""
 
 
 class _Detached(Estimator):
@@ -285,6 +291,8 @@ class Binding(nn.Module):
         self.steps = 0
         self.num_particles: int | None = None
         self.max_plate_nesting: int | None = None
+        self.generators = Generators()
+        self.runs_again = False  # once it does, the programs' own noise is kept apart
         self.make_layout: Callable[..., objectives.Layout] = objectives.Layout
         self.calls_autograd = False  # found out when a run without gradients fails for it
 
@@ -361,7 +369,9 @@ class Binding(nn.Module):
             if self.ready():
                 return
             program = one_particle(self.model, self.guide, self.elbo.requested_nesting)
+            program.generators = Generators(devices_of(self.model, self.guide, *args), others=True)
             seen = program.run(args, kwargs)
+            self.generators = Generators(program.generators.devices, others=seen.noise.drew_elsewhere)
             self._study(program, seen, args, kwargs)
 
     def _study(self, program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -387,6 +397,9 @@ class Binding(nn.Module):
                 raise UnsupportedSite(name, estimator.name, f"where one site takes {word!r}, every site must", [word])
         needed = max([estimator.min_particles for estimator in chosen.values()], default=1)
         self.__dict__["chosen"] = chosen
+        self.runs_again = any(
+            estimator.runs_again or (estimator.enumerates and not self.vectorized) for estimator in chosen.values()
+        )
         for site in latent:
             if site.name in chosen:
                 self._state(site, partial(self._inputs, [seen], site, layout, args, kwargs))
@@ -402,7 +415,7 @@ class Binding(nn.Module):
 
     def _check(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
         program = self.program()
-        program.num_particles = max(program.num_particles, 2)
+        program.num_particles, program.generators = max(program.num_particles, 2), self.generators
         try:
             ((run,),) = program.runs(args, kwargs)
         except GumboError:
@@ -437,6 +450,7 @@ class Binding(nn.Module):
             joint=self.joint,
             enum_dims=self.enum_dims,
             step=self.steps,
+            generators=self.generators if self.runs_again else None,
         )
 
     # Every call.
@@ -456,7 +470,7 @@ class Binding(nn.Module):
     def loss(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """The loss on these arguments: a scalar whose value is the objective and whose gradient is the estimator."""
         self.initialize(args, kwargs)
-        before = torch.get_rng_state() if self.vectorized and self.enumerating else None
+        before = [] if current_tape() else self.generators.states()
         moving = self.training and torch.is_grad_enabled()
         while True:
             try:
@@ -474,7 +488,10 @@ class Binding(nn.Module):
                         mixed.site, "enumerate", "a later plate mixes its values in a way that cannot be enumerated"
                     ) from None
                 self.joint.add(mixed.site)
-                torch.set_rng_state(before)
+            except _RunsAgain:
+                self.runs_again = True
+            if before:
+                self.generators.restore(before)
         if moving:
             self.steps += 1
         return -value if torch.is_grad_enabled() else -value.detach()
@@ -513,6 +530,7 @@ class Binding(nn.Module):
                     fixed={site.name: site.draw for site in run.guide if site.latent},
                     subsamples=run.subsamples,
                     choices=dict(run.choices),
+                    noise=run.noise,
                     with_model=False,
                     around_guide=frozen([self.guide], run.guide_params.values()),
                 )
@@ -529,7 +547,8 @@ class Binding(nn.Module):
                 if site.latent
             }
             still = frozen([self.guide], run.guide_params.values())
-            return program.run(args, kwargs, fixed=leaves, subsamples=run.subsamples, around_guide=still)
+            options = {"fixed": leaves, "subsamples": run.subsamples, "noise": run.noise}
+            return program.run(args, kwargs, around_guide=still, **options)
 
         return [[again(run) for run in paths] for paths in groups]
 
@@ -614,7 +633,9 @@ class Binding(nn.Module):
             upstream = run.guide[: _index(run, site.name)]
             fixed = {other.name: other.draw.map(Tensor.detach) for other in upstream if other.latent}
             fixed[site.name] = alternative
-            options = {"subsamples": run.subsamples, "fixed": fixed, "stand_in": stand_in}
+            if run.noise is None:
+                raise _RunsAgain
+            options = {"subsamples": run.subsamples, "fixed": fixed, "stand_in": stand_in, "noise": run.noise}
 
             def evaluated() -> tuple[Tensor, Tensor]:
                 again = program.paths(args, kwargs, **options)
@@ -639,15 +660,25 @@ class Binding(nn.Module):
                         for a in range(count)
                     ]
                 )
-            if count == 1:
-                # Nothing stands to the left, so the value gets the shape that the program itself gave it.
-                # One that was spread over the enumerated values upstream keeps their dimensions.
-                shape = site.draw.value.shape
-                return costs(
-                    run, draw.map(lambda t: t[0].reshape(shape) if t[0].numel() == shape.numel() else t[0])
-                ).unsqueeze(0)
             # Alternatives stand to the left of everything, enumerated sites included.
             width = 1 + layout.room + len(self.enum_dims)
+            if count == 1 or run.noise.drew:
+                # Nothing stands to the left, so the value gets the shape that the program itself gave it.
+                # One that was spread over the enumerated values upstream keeps their dimensions.
+                # Noise of the programs' own would have another shape for many alternatives than for the draw.
+                shape = site.draw.value.shape
+                found = []
+                for a in range(count):
+                    same = draw.value[a].numel() == shape.numel()
+                    found.append(costs(run, draw.map(lambda t, a=a: t[a].reshape(shape) if same else t[a])))
+                    if not same and not run.noise.fits:
+                        raise UnsupportedSite(
+                            site.name,
+                            site.estimator.name,
+                            "the programs draw noise of their own (dropout), in another shape where the draw is spread"
+                            " over the values enumerated upstream; pass vectorize_particles=False",
+                        )
+                return torch.stack([pad_left(cost, width - 1) for cost in found]) if count > 1 else found[0][None]
             at_once = max(1, self.elbo.max_alternatives // self.num_particles)
             found = []
             for part in range(0, count, at_once):
@@ -689,7 +720,8 @@ def looking(model: Callable, guide: Callable, *args: Any) -> Iterator[None]:
 
     Gradients are recorded even where the caller has none, since only they show a support that moves.
     """
-    with forked_rng(model, guide, *args), kept_buffers(model, guide), torch.enable_grad():
+    generators = Generators(devices_of(model, guide, *args), others=True)
+    with generators.kept(), kept_buffers(model, guide), torch.enable_grad():
         yield
 
 

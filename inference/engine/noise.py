@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class Tape(TorchDispatchMode):
         self._made: list[tuple[Request, Tensor]] = []  # in the order of use, repeats included
         self._repeat: list[tuple[Request, Tensor]] = []
         self._repeating = 0
+        self._body: Any = None  # keeps the noise of a program's body apart; see streams.OwnNoise
 
     def __enter__(self):
         _tapes.append(self)
@@ -120,7 +122,9 @@ class Tape(TorchDispatchMode):
             )
         if (write := _WRITTEN.get(func)) is not None:
             return write(self, *args, **kwargs)
-        if self._repeating or self._repeat:
+        if self._body is not None:
+            self._body.unwritten(str(func))
+        elif self._repeating or self._repeat:
             raise BadInput(
                 f"the program draws with {func} where a control variate has to see the same draw twice, which a"
                 " captured graph cannot do; pass compile=False"
@@ -133,6 +137,8 @@ class Tape(TorchDispatchMode):
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         request = Request(kind, tuple(shape), dtype, device)
+        if self._body is not None:
+            return self._body.piece(request, partial(self._next, request))
         if self._repeat and self._repeat[0][0] == request:
             piece = self._repeat.pop(0)[1]
         else:
@@ -156,6 +162,15 @@ class Tape(TorchDispatchMode):
         return self.given[number]
 
     @contextmanager
+    def within(self, body: Any) -> Iterator[None]:
+        """Noise is asked of ``body`` (its ``piece`` and ``unwritten``); of the tape itself where it is None."""
+        before, self._body = self._body, body
+        try:
+            yield
+        finally:
+            self._body = before
+
+    @contextmanager
     def repeated(self) -> Iterator[None]:
         start = len(self._made)
         self._repeating += 1
@@ -167,6 +182,11 @@ class Tape(TorchDispatchMode):
 
 
 _tapes: list[Tape] = []
+
+
+def current_tape() -> Tape | None:
+    """The tape that random operations are written to, if there is one."""
+    return _tapes[-1] if _tapes else None
 
 
 @contextmanager

@@ -39,10 +39,17 @@ class Layout:
     num_particles: int
     kl_weight: float = 1.0
     trust_plates: bool = True
+    mixed_plates: tuple[str, ...] = ()  # plates whose rows the programs mix
+
+    def apart(self, frames: Frames) -> Frames:
+        """The plates among these whose rows the programs keep apart."""
+        if not self.trust_plates:
+            return NO_FRAMES
+        return frozenset(f for f in frames if f[0] not in self.mixed_plates) if self.mixed_plates else frames
 
     def frames(self, site: Site) -> Frames:
         """The plates along which the elements of a site are told apart."""
-        return site.frames if self.trust_plates and not site.joint else NO_FRAMES
+        return NO_FRAMES if site.joint else self.apart(site.frames)
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         """Tensors of single particles, side by side."""
@@ -139,7 +146,7 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] 
     for site in reversed(run.guide):
         dropped = site.estimator is not None and site.estimator.log_q == "value"
         costs.add(site.frames, -beta * (site.log_prob.detach() if dropped else site.log_prob))
-        costs.keep_only(site.frames if layout.trust_plates else NO_FRAMES)
+        costs.keep_only(layout.apart(site.frames))
         if visit is not None and site.drawn:
             visit(site, costs)
         if site.enum_dim is not None:
@@ -246,7 +253,7 @@ def joined_dims(runs: list[Run], name: str, layout: Layout) -> tuple[int, ...]:
         later = run.guide[order.index(name) + 1 :]
         met = {name, *(site.name for site in later)}
         first = next((i for i, site in enumerate(run.model) if site.name in met), len(run.model))
-        kept = [site.frames for site in (*later, *run.model[first:])] if layout.trust_plates else [NO_FRAMES]
+        kept = [layout.apart(site.frames) for site in (here, *later, *run.model[first:])]
         joined |= {dim for frames in kept for _, dim, _ in here.frames - frames}
     return tuple(sorted(joined))
 
@@ -311,9 +318,7 @@ class Bound:
 
 def common_frames(runs: list[Run], layout: Layout) -> Frames:
     """The plates that enclose every site: one importance weight for each of their elements."""
-    if not layout.trust_plates:
-        return NO_FRAMES
-    frames = [site.frames for run in runs for site in run.sites if site.latent or not site.settled]
+    frames = [layout.apart(site.frames) for run in runs for site in run.sites if site.latent or not site.settled]
     return frozenset.intersection(*frames) if frames else NO_FRAMES
 
 

@@ -30,12 +30,14 @@ from ..estimators._distributions import (
     is_discrete,
     score_log_prob,
 )
+from .streams import Generators, OwnNoise
 
 PARTICLES = "_gumbo_particles"
 
 Frame = tuple[str, int, int]
 Frames = frozenset[Frame]
 StandIn = Callable[[Any, Estimator, bool], Estimator]
+Aside = Callable[[], AbstractContextManager[None]]  # a sample statement draws within it
 
 
 @dataclass
@@ -75,6 +77,7 @@ class Run:
     model_params: dict[str, Tensor] = field(default_factory=dict)
     partial_plates: Frames = frozenset()
     partial_loops: frozenset[str] = frozenset()  # sequential plates of which only some elements were visited
+    noise: OwnNoise | None = None  # what the programs drew outside of sample statements; None: not kept apart
 
     @property
     def sites(self) -> list[Site]:
@@ -106,14 +109,19 @@ class _Recorder(Messenger):
 class _SharedSubsamples(Messenger):
     """Lets all particles see the same rows of a subsampled plate."""
 
-    def __init__(self, subsamples: dict[str, Tensor]):
+    def __init__(self, subsamples: dict[str, Tensor], aside: Aside):
         super().__init__()
-        self.subsamples = subsamples
+        self.subsamples, self.aside = subsamples, aside
 
     def _pyro_sample(self, msg) -> None:
-        if site_is_subsample(msg) and not msg["done"] and msg["value"] is None and msg["name"] in self.subsamples:
+        if not site_is_subsample(msg) or msg["done"] or msg["value"] is not None:
+            return
+        if msg["name"] in self.subsamples:
             msg["value"] = self.subsamples[msg["name"]]
-            msg["done"] = True
+        else:
+            with self.aside():
+                msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+        msg["done"] = True
 
     def _pyro_post_sample(self, msg) -> None:
         if site_is_subsample(msg) and msg["name"] != PARTICLES:
@@ -130,9 +138,11 @@ class _Draws(Messenger):
         choices: dict[str, int],
         fork: Callable[[dict[str, int], dict[str, Draw]], None] | None,
         stand_in: StandIn | None = None,
+        aside: Aside = nullcontext,
     ):
         super().__init__()
         self.program, self.fixed, self.fork, self.stand_in = program, fixed, fork, stand_in
+        self.aside = aside
         self.choices = choices
         self.draws: dict[str, Draw] = {}
         self.roles: dict[str, tuple[Estimator | None, int | None, bool]] = {}
@@ -152,12 +162,14 @@ class _Draws(Messenger):
         enum_dim, joint = None, False
         if name in self.fixed:
             draw = self.fixed[name]
-        elif estimator is None:
-            draw = Draw(fn(*msg["args"], **msg["kwargs"]))
-        elif estimator.enumerates:
+        elif estimator is not None and estimator.enumerates:
             draw, enum_dim, joint = self._enumerate(name, fn, estimator)
         else:
-            draw = estimator.draw(fn, self.program.step, msg["args"], msg["kwargs"])
+            with self.aside():
+                if estimator is None:
+                    draw = Draw(fn(*msg["args"], **msg["kwargs"]))
+                else:
+                    draw = estimator.draw(fn, self.program.step, msg["args"], msg["kwargs"])
         self.roles[name] = (estimator, enum_dim, joint)
         self._take(msg, draw)
 
@@ -227,7 +239,8 @@ class _Replay(Messenger):
 class Program:
     """A model and a guide, bound to the way they are run.
 
-    With ``max_plate_nesting=None`` the first run, of one particle, finds it.
+    With ``max_plate_nesting=None`` the first run, of one particle, finds it. With ``generators`` the programs' own
+    noise is kept apart from the sites' draws, so that it can be repeated.
     """
 
     def __init__(
@@ -242,10 +255,11 @@ class Program:
         joint: set[str] | None = None,
         enum_dims: dict[str, int] | None = None,
         step: int = 0,
+        generators: Generators | None = None,
     ):
         self.model, self.guide, self.resolve = model, guide, resolve
         self.num_particles, self.max_plate_nesting = num_particles, max_plate_nesting
-        self.vectorized, self.step = vectorized, step
+        self.vectorized, self.step, self.generators = vectorized, step, generators
         self.joint = set() if joint is None else joint
         self.enum_dims = {} if enum_dims is None else enum_dims
         self.skips_unscored = False
@@ -263,9 +277,11 @@ class Program:
         kwargs: Mapping[str, Any],
         subsamples: dict[str, Tensor],
         fixed: Mapping[str, Draw] | None = None,
+        noise: OwnNoise | None = None,
         **options: Any,
     ) -> Iterator[Run]:
         """One particle, once for each combination of enumerated values; what is upstream of a choice is shared."""
+        noise = noise or self._noise()
         waiting: list[tuple[dict[str, int], dict[str, Draw]]] = [({}, dict(fixed or {}))]
         while waiting:
             choices, fixed = waiting.pop()
@@ -275,6 +291,7 @@ class Program:
                 fixed=fixed,
                 choices=dict(choices),
                 subsamples=subsamples,
+                noise=noise,
                 fork=lambda *pending: waiting.append(pending),
                 **options,
             )
@@ -291,25 +308,32 @@ class Program:
         with_model: bool = True,
         stand_in: StandIn | None = None,
         around_guide: AbstractContextManager | None = None,
+        noise: OwnNoise | None = None,
     ) -> Run:
         """Execute the guide, then the model against it.
 
         ``stand_in`` may put one estimator in place of another; ``around_guide`` is entered while the guide is run and
-        its draws are scored.
+        its draws are scored; ``noise`` is that of another run, to be repeated.
         """
         choices = {} if choices is None else choices
         subsamples = {} if subsamples is None else subsamples
-        draws = _Draws(self, fixed or {}, choices, fork, stand_in)
-        with around_guide or nullcontext():
-            guide = self._record(self.guide, args, kwargs, draws, subsamples)
-            self._check_nesting(guide)
-            guide_sites = self._sites(guide, draws) if self.max_plate_nesting is not None else []
-        model = self._record(self.model, args, kwargs, _Replay(draws), subsamples) if with_model else _Recorder()
-        self._check_nesting(model)
-        if self.max_plate_nesting is None:
-            self.max_plate_nesting = max(_nesting(guide), _nesting(model))
-            guide_sites = self._sites(guide, draws)
-        run = Run(guide_sites, self._sites(model, None), choices, subsamples, guide.params, model.params)
+        noise = noise or self._noise()
+        aside = noise.aside if noise else nullcontext
+        draws = _Draws(self, fixed or {}, choices, fork, stand_in, aside)
+        with noise.entered() if noise else nullcontext():
+            with around_guide or nullcontext():
+                guide = self._record(self.guide, args, kwargs, draws, _SharedSubsamples(subsamples, aside))
+                self._check_nesting(guide)
+                guide_sites = self._sites(guide, draws) if self.max_plate_nesting is not None else []
+            model = _Recorder()
+            if with_model:
+                model = self._record(self.model, args, kwargs, _Replay(draws), _SharedSubsamples(subsamples, aside))
+            self._check_nesting(model)
+            if self.max_plate_nesting is None:
+                self.max_plate_nesting = max(_nesting(guide), _nesting(model))
+                guide_sites = self._sites(guide, draws)
+            model_sites = self._sites(model, None)
+        run = Run(guide_sites, model_sites, choices, subsamples, guide.params, model.params, noise=noise)
         subsampled = [
             f
             for recorder in (guide, model)
@@ -325,6 +349,9 @@ class Program:
                     _check_met(site, model.messages.get(site.name))
         return run
 
+    def _noise(self) -> OwnNoise | None:
+        return None if self.generators is None else OwnNoise(self.generators)
+
     def _check_nesting(self, recorder: _Recorder) -> None:
         deepest = _nesting(recorder)
         if self.max_plate_nesting is not None and deepest > self.max_plate_nesting:
@@ -333,9 +360,9 @@ class Program:
     def _sites(self, recorder: _Recorder, draws: _Draws | None) -> list[Site]:
         return [self._site(msg, draws) for msg in recorder.messages.values() if not site_is_subsample(msg)]
 
-    def _record(self, fn: Callable, args, kwargs, handler: Messenger, subsamples: dict[str, Tensor]) -> _Recorder:
+    def _record(self, fn: Callable, args, kwargs, handler: Messenger, subsamples: _SharedSubsamples) -> _Recorder:
         recorder = _Recorder()
-        with recorder, _SharedSubsamples(subsamples), handler:
+        with recorder, subsamples, handler:
             if self.vectorized and self.num_particles > 1:
                 with pyro.poutine.block(hide=[PARTICLES]):
                     particles = pyro.plate(PARTICLES, self.num_particles, dim=-1 - self.max_plate_nesting)
@@ -478,21 +505,6 @@ def observed_in_support(msg) -> Tensor | None:
         return None
 
 
-@contextmanager
-def forked_rng(*tensors_or_modules: Any) -> Iterator[None]:
-    """Leave torch's random streams, CPU and the devices in use, as they were."""
-    devices: set[int] = set()
-    for item in tensors_or_modules:
-        tensors = item.parameters() if isinstance(item, torch.nn.Module) else [item] if isinstance(item, Tensor) else []
-        devices |= {
-            tensor.device.index or 0
-            for tensor in tensors
-            if tensor.device.type == "cuda" and not isinstance(tensor, torch.nn.UninitializedParameter)
-        }
-    with torch.random.fork_rng(devices=sorted(devices)):
-        yield
-
-
 def check_same_kind(run: Run) -> None:
     """A pmf is never compared with a density."""
     model = {site.name: site for site in run.model}
@@ -521,6 +533,7 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
         max_plate_nesting=program.max_plate_nesting,
         vectorized=False,
         step=program.step,
+        generators=program.generators,
     )
     alone.skips_unscored = True
     if (stray := _stray_dimension(program, run)) is not None:
@@ -528,12 +541,11 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
     fixed = _last_particle(run, seen, program.max_plate_nesting)
     # Gradients are on, for programs that call autograd inside.
     with torch.enable_grad():
-        single = alone.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples))
-        difference = _difference(run, single, program.max_plate_nesting)
-        if difference is None:
-            return
-        again = alone.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples))
-    if _difference(again, single, program.max_plate_nesting) is not None:
+        single = alone.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples), noise=run.noise)
+    difference = _difference(run, single, program.max_plate_nesting)
+    if difference is None:
+        return
+    if run.noise.drew:  # perhaps in another shape, with which nothing can be compared
         raise NoisyProgram
     raise does_not_vectorize(*difference)
 

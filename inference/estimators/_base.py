@@ -73,7 +73,8 @@ class SiteView:
             out as ``(…, K or 1, *plates, features)``.
         evaluate: ``evaluate(draw, downstream="draw", differentiable=False)`` runs the programs again with this site's
             draw replaced: every tensor of ``draw`` has one more dimension on the left, over A alternatives. Sites
-            before this one keep their draws; later ones draw anew (``"draw"``), draw relaxed and reparameterized
+            before this one keep their draws, and what the programs draw outside of sample statements (dropout) is
+            what it was; later sites draw anew (``"draw"``), draw relaxed and reparameterized
             (``"soft"``), or take their means (``"mean"``). Returns the costs, ``(A, …)`` and otherwise broadcastable
             with ``cost``, detached. With ``differentiable`` it returns the costs and their sum with each term counted
             once, to be differentiated with respect to the draw: all parameters are frozen.
@@ -151,6 +152,7 @@ class Estimator(Checked):
         enumerates: whether the site is summed over rather than drawn.
         reruns: whether ``surrogate`` calls ``view.evaluate`` with several alternatives, which asks programs to accept
             leading dimensions.
+        runs_again: whether one gradient takes further runs of the programs (``view.evaluate``, ``log_q = "path"``).
         together: whether all sites must take this estimator if one does.
         lazy_parameters: whether the state has parameters, whose shapes only data can tell.
     """
@@ -176,6 +178,11 @@ class Estimator(Checked):
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in sorted(vars(self).items()) if not key.startswith("_"))
         return f"{type(self).__name__}({options})"
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether one gradient takes further runs of the programs, which then have to repeat their own noise."""
+        return type(self).surrogate is not Estimator.surrogate or self.log_q == "path" or self.together
 
     def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
         """Model runs that one gradient costs."""

@@ -259,6 +259,10 @@ class Relax(ControlVariate):
     def needs_relaxed_model(self) -> bool:  # type: ignore[override]
         return self.rebar
 
+    @property
+    def runs_again(self) -> bool:
+        return self.rebar
+
     def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
         return num_particles * (1 + 2 * num_sites * self.rebar)
 

@@ -212,6 +212,7 @@ class ScoreFunction(Estimator):
         self.baseline = baseline
 
     log_q = "value"
+    runs_again = False  # type: ignore[assignment]
 
     @property
     def min_particles(self) -> int:  # type: ignore[override]
