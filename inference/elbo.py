@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
 
 from ..errors import (
+    ANY,
     PROGRAM,
     BadInput,
     CallsAutograd,
@@ -28,6 +29,7 @@ from ..errors import (
 from ..models._base import Configured
 from ..options import fits
 from .engine import objectives
+from .engine.mixing import mixed_plates
 from .engine.noise import current_tape
 from .engine.programs import (
     NoisyProgram,
@@ -39,6 +41,7 @@ from .engine.programs import (
     does_not_vectorize,
     evaluating,
     kept_buffers,
+    modules_met,
 )
 from .engine.scopes import devices_of
 from .engine.streams import Generators
@@ -57,6 +60,8 @@ from .estimators._distributions import describe, is_deterministic
 from .estimators.relaxation import Mean
 
 OBJECTIVES = ("elbo", "iwae", "rws")
+PLATES = ("check", "trust", "ignore")
+SIZES = 4  # for so many batch sizes in each mode the programs are looked at
 
 # Pyro's handlers and its param store belong to the process, so that threads take turns at running programs.
 _one_at_a_time = threading.RLock()
@@ -113,7 +118,11 @@ class SiteELBO(ELBO):
             them alone and compares.
         max_plate_nesting: how deep plates nest; None finds it in the first call.
         kl_weight: a factor for all latent terms, or a schedule, a function of the training step.
-        plates: ``"trust"``, or ``"ignore"`` for programs whose layers mix the rows of a plate.
+        plates: what to think of the promise that the rows of a plate are independent. ``"check"`` changes the draws of
+            a row and looks whether another row's terms change, in the first call and again in another mode or for
+            another batch size; a plate whose rows are mixed (by BatchNorm, by a mean over it) is summed under
+            ``"elbo"`` and refused under the other objectives. This can find mixing, and cannot prove that there is
+            none. ``"trust"`` skips the check; ``"ignore"`` sums every plate.
 
     It serves Pyro's idiom, ``SVI(model, guide, optim, loss=SiteELBO("rloo"))``, and torch's:
     ``loss = SiteELBO("rloo")(model, guide)`` is a module, ``loss(x).backward()``. The value is a loss, −bound, in nats,
@@ -152,12 +161,12 @@ class SiteELBO(ELBO):
         vectorize_particles: bool = True,
         max_plate_nesting: int | None = None,
         kl_weight: float | Callable[[int], float] = 1.0,
-        plates: str = "trust",
+        plates: str = "check",
     ):
         if objective not in OBJECTIVES:
             raise UnknownName("objective", objective, OBJECTIVES)
-        if plates not in ("trust", "ignore"):
-            raise UnknownName("plates", plates, ("trust", "ignore"))
+        if plates not in PLATES:
+            raise UnknownName("plates", plates, PLATES)
         if not fits(num_particles, int | None):
             raise BadInput(f"num_particles must be a positive integer or None, got {num_particles!r}")
         if max_plate_nesting != float("inf") and not fits(max_plate_nesting, int | None, 0):
@@ -206,7 +215,7 @@ class SiteELBO(ELBO):
             ("vectorize_particles", self.vectorize_particles, True),
             ("max_plate_nesting", self.requested_nesting, None),
             ("kl_weight", self.kl_weight, 1.0),
-            ("plates", self.plates, "trust"),
+            ("plates", self.plates, "check"),
         ):
             if value != usual:
                 parts.append(f"{name}={value!r}")
@@ -291,6 +300,8 @@ class Binding(nn.Module):
         self.steps = 0
         self.num_particles: int | None = None
         self.max_plate_nesting: int | None = None
+        self.mixed_plates: tuple[str, ...] = ()
+        self.__dict__.update(looks=set(), modules_met=[])
         self.generators = Generators()
         self.runs_again = False  # once it does, the programs' own noise is kept apart
         self.make_layout: Callable[..., objectives.Layout] = objectives.Layout
@@ -365,14 +376,55 @@ class Binding(nn.Module):
             raise BadInput(
                 "a guide that runs the model itself (AutoMessenger) cannot be given estimators; use stock ELBOs"
             )
-        with _one_at_a_time, looking(self.model, self.guide, *args):
+        with _one_at_a_time, looking(self.model, self.guide, *args) as met:
             if self.ready():
                 return
             program = one_particle(self.model, self.guide, self.elbo.requested_nesting)
             program.generators = Generators(devices_of(self.model, self.guide, *args), others=True)
             seen = program.run(args, kwargs)
+            self.__dict__["modules_met"] = list(met)
             self.generators = Generators(program.generators.devices, others=seen.noise.drew_elsewhere)
             self._study(program, seen, args, kwargs)
+
+    def look(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Look for rows that are mixed within a plate, once in each mode and for each of the first batch sizes."""
+        if not self._needs_plates() or current_tape():
+            return
+        mode = tuple(module.training for module in self.modules_met)
+        size = tuple(item.shape[:1] for item in (*args, *kwargs.values()) if isinstance(item, Tensor))
+        if (mode, size) in self.looks:
+            return
+        if sum(mode == other for other, _ in self.looks) < SIZES:
+            nesting = self.max_plate_nesting or self.elbo.requested_nesting
+            with _one_at_a_time:
+                found = plates_mixed_by(self.model, self.guide, args, kwargs, nesting)
+            if new := sorted(found.difference(self.mixed_plates)):
+                self._mixed(new)
+        self.looks.add((mode, size))
+
+    def _needs_plates(self) -> bool:
+        """Whether anything is estimated row by row: without surrogates and weights all terms are summed anyway."""
+        weighs = (type(e).surrogate is not Estimator.surrogate or e.enumerates for e in self.chosen.values())
+        return self.elbo.plates == "check" and (self.elbo.objective != "elbo" or any(weighs))
+
+    def _mixed(self, plates: list[str]) -> None:
+        """Rows of these plates turned out to be mixed: from now on they are summed."""
+        what = f"a change of one row's draw changes other rows of plate {plates[0]!r}"
+        if self.elbo.objective != "elbo":
+            raise UnsupportedSite(
+                PROGRAM,
+                ANY,
+                f"{what} (a layer such as BatchNorm mixes them), so that a weight for each row means nothing under"
+                f" objective {self.elbo.objective!r}; pass plates='ignore' for one weight for all rows, or"
+                " plates='trust'",
+            )
+        if self.looks and any(estimator.lazy_parameters for estimator in self.chosen.values()):
+            raise BadInput(
+                f"{what} in this mode or for this batch size, and a network was built for rows that are kept apart:"
+                " call loss.initialize(x) in training mode, or pass plates='ignore'"
+            )
+        self.mixed_plates = (*self.mixed_plates, *plates)
+        self.joint.update(name for name, estimator in self.chosen.items() if estimator.enumerates)
 
     def _study(self, program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
         check_shared_names(self.model, self.guide)
@@ -386,7 +438,6 @@ class Binding(nn.Module):
                     f"the estimators name a site {name!r} that the guide does not sample (its sites: {known})"
                 )
         chosen = {}
-        layout = objectives.Layout(1 + program.max_plate_nesting, 1, trust_plates=self.elbo.plates == "trust")
         for site in latent:
             if not is_deterministic(site.fn):
                 message = {"name": site.name, "fn": site.fn, "infer": site.infer}
@@ -399,6 +450,11 @@ class Binding(nn.Module):
         self.__dict__["chosen"] = chosen
         self.runs_again = any(
             estimator.runs_again or (estimator.enumerates and not self.vectorized) for estimator in chosen.values()
+        )
+        self.look(args, kwargs)
+        trusted = self.elbo.plates != "ignore"
+        layout = objectives.Layout(
+            1 + program.max_plate_nesting, 1, trust_plates=trusted, mixed_plates=self.mixed_plates
         )
         for site in latent:
             if site.name in chosen:
@@ -464,12 +520,14 @@ class Binding(nn.Module):
             room=1 + self.max_plate_nesting,
             num_particles=self.num_particles,
             kl_weight=at_step(self.elbo.kl_weight, self.steps),
-            trust_plates=self.elbo.plates == "trust",
+            trust_plates=self.elbo.plates != "ignore",
+            mixed_plates=self.mixed_plates,
         )
 
     def loss(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """The loss on these arguments: a scalar whose value is the objective and whose gradient is the estimator."""
         self.initialize(args, kwargs)
+        self.look(args, kwargs)
         before = [] if current_tape() else self.generators.states()
         moving = self.training and torch.is_grad_enabled()
         while True:
@@ -715,14 +773,15 @@ class Binding(nn.Module):
 
 
 @contextmanager
-def looking(model: Callable, guide: Callable, *args: Any) -> Iterator[None]:
+def looking(model: Callable, guide: Callable, *args: Any) -> Iterator[Collection[nn.Module]]:
     """A run that is only looked at: random streams and buffers are as they were before.
 
-    Gradients are recorded even where the caller has none, since only they show a support that moves.
+    Gradients are recorded even where the caller has none, since only they show a support that moves. Gives the modules
+    that take part, also those that plain functions call.
     """
     generators = Generators(devices_of(model, guide, *args), others=True)
-    with generators.kept(), kept_buffers(model, guide), torch.enable_grad():
-        yield
+    with generators.kept(), kept_buffers(model, guide), modules_met() as met, torch.enable_grad():
+        yield met
 
 
 def one_particle(model: Callable, guide: Callable, max_plate_nesting: int | None = None) -> Program:
@@ -735,6 +794,28 @@ def one_particle(model: Callable, guide: Callable, max_plate_nesting: int | None
         max_plate_nesting=max_plate_nesting,
         vectorized=False,
     )
+
+
+def plates_mixed_by(
+    model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], max_plate_nesting: int | None = None
+) -> frozenset[str]:
+    """The plates whose rows a pair of programs is found to mix, at their present parameters and in their present mode.
+
+    >>> import pyro.distributions as dist
+    >>> def guide():
+    ...     with pyro.plate("data", 3):
+    ...         return pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.5)))
+    >>> def model():
+    ...     z = guide()
+    ...     with pyro.plate("data", 3):
+    ...         pyro.sample("x", dist.Normal(z - z.mean(), 1.0), obs=torch.zeros(3))
+    >>> sorted(plates_mixed_by(model, guide, (), {}))
+    ['data']
+    """
+    with looking(model, guide, *args):
+        program = one_particle(model, guide, max_plate_nesting)
+        program.generators = Generators(devices_of(model, guide, *args), others=True)
+        return mixed_plates(program, args, kwargs)
 
 
 def refusals(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, str]:
@@ -779,6 +860,7 @@ class SiteELBOModule(ELBOModule):
         """Build what is built lazily, without touching random streams; returns itself."""
         with self._own_store():
             self.binding.initialize(args, kwargs)
+            self.binding.look(args, kwargs)
         return self
 
     @property

@@ -113,6 +113,9 @@ def audit(
       ``work_normalized_variance`` (total variance × seconds), ``evaluation_normalized_variance``;
     - ``warnings``, what the estimator warned of.
 
+    ``attrs["mixed_plates"]`` names the plates of which a change of one row's draws changes other rows: gumbo's
+    estimators sum these, Pyro's own trust them. The check can find mixing, and cannot prove that there is none.
+
     Verdicts are ``"ok"``; ``"flagged: …"`` of one that is declared unbiased and is not; ``"biased"`` and ``"no bias
     seen"`` of those that do not claim to be unbiased for this objective; ``"cannot say: …"`` where so few gradients
     were drawn that one of the opposite sign could pass, with the number that would tell; ``"refused: …"`` and
@@ -158,6 +161,7 @@ def audit(
         say("", len(rows), len(rows))
         sites = stage.sites_of_parameters()
     settings = {"num_samples": num_samples, "seed": seed, "burn_in": burn_in, "alpha": alpha, **options}
+    settings["mixed_plates"] = ", ".join(stage.mixed_plates)
     settings["num_particles"] = "own minimum" if num_particles is None else num_particles
     return dataset_of(stage, rows, truth, sites, settings)
 

@@ -72,6 +72,8 @@ def exact_reference(stage: Stage, num_particles: int | None, options: dict[str, 
         return apart
     if not _repeats_itself(stage):
         return "the programs draw noise of their own, so that two runs on the same values differ"
+    if options["objective"] == "iwae" and stage.mixed_plates:
+        return f"the programs mix the rows of plate {stage.mixed_plates[0]!r}, so that no row has a bound of its own"
     if options["objective"] == "iwae":
         try:
             return _as_reference(stage, "exact (every tuple of values)", exact_bound(stage, num_particles))

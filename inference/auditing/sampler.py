@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..elbo import SiteELBO, check_shared_names
+from ..elbo import SiteELBO, check_shared_names, plates_mixed_by
 from ..engine.programs import kept_buffers
 from ..engine.scopes import modes_kept, private_seed, private_store
 from ..estimators._base import detached_draw
@@ -66,7 +66,8 @@ class Stage:
     """Two programs with everything held still but the draws: parameters, arguments, rows of subsampled plates.
 
     Make one inside :func:`set_aside`. ``parameters`` are the leaves by name, ``guide.…`` and ``model.…``; ``latents``
-    the guide's random sites with their distributions in one run, ``nesting`` how deep plates nest.
+    the guide's random sites with their distributions in one run, ``nesting`` how deep plates nest, ``mixed_plates``
+    the plates whose rows the programs are found to mix.
     """
 
     def __init__(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]):
@@ -89,6 +90,8 @@ class Stage:
         }
         self.parameters = parameters_of(model, guide, args, self.kwargs, "all")
         self.store = pyro.get_param_store().get_state()
+        with self.held():
+            self.mixed_plates = sorted(plates_mixed_by(model, guide, args, self.kwargs))
 
     def new_store(self) -> Any:
         """A state of the param store that holds the programs' own parameters and nothing else."""

@@ -7,7 +7,7 @@ own to the left of that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ...errors import ANY, BadInput, CallsAutograd, CannotVectorize, GumboError, UnsupportedSite
 from ..estimators._base import Draw, Estimator
@@ -637,6 +638,26 @@ def kept_buffers(*programs: Any) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in saved:
                 buffer.copy_(value)
+
+
+@contextmanager
+def modules_met() -> Iterator[Collection[torch.nn.Module]]:
+    """The modules that are called within; each buffer of theirs is afterwards what it was before the first call."""
+    met: dict[torch.nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def note(module: torch.nn.Module, inputs: Any) -> None:
+        if module not in met:
+            met[module] = [(buffer, buffer.detach().clone()) for buffer in module.buffers(recurse=False)]
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield met.keys()
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for saved in met.values():
+                for buffer, value in saved:
+                    buffer.copy_(value)
 
 
 @contextmanager

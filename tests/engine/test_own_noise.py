@@ -125,23 +125,36 @@ def test_given_its_noise_the_sum_over_paths_is_exact(given_noise):
     assert torch.allclose(bound("enumerate", model, guide, vectorize_particles=False)(), truth, atol=1e-10)
 
 
-@pytest.mark.parametrize("word", ["arm", "disarm", "rebar", {"z1": "disarm", "z2": "enumerate"}])
-def test_given_its_noise_continuous_draws_average_to_the_exact_gradient(word, given_noise):
-    model, guide, truth = given_noise
-    if model.mask.source != "rand":
-        pytest.skip("one source will do")
+@ONE_BY_ONE
+@pytest.mark.parametrize(
+    "word",
+    ["arm", "disarm", "rebar", "muprop", "local-expectation", "measure-valued", {"z1": "disarm", "z2": "enumerate"}],
+    ids=str,
+)
+def test_all_runs_of_one_gradient_see_the_same_masks(word, options):
     torch.manual_seed(11)
-    draw = bound(word, model, guide)
-    draws = torch.stack([draw() for _ in range(250)])
-    assert not misses(draws, truth, resolves=1.2)
+    model, guide = CoinsModel(), CoinsGuide()
+    draw = bound(word, model, guide, **options)
+    layers, seen = [guide.first, guide.second, model.mask], set()
+    for layer in layers:
+        layer.layer.register_forward_hook(
+            lambda module, inputs, output, layer=layer: seen.add((layers.index(layer), tuple((output != 0).tolist())))
+        )
+    found = set()
+    for _ in range(12):
+        seen.clear()
+        draw()
+        assert len(seen) == len(layers)
+        found |= seen
+    assert len(found) > len(layers)  # and the next gradient sees others
 
 
 def test_estimates_under_dropout_average_to_the_mean_over_masks():
     torch.manual_seed(12)
     model, guide = CoinsModel(), CoinsGuide()
     truth = exact_gradient(model, guide)
-    draw = bound("local-expectation", model, guide)
-    draws = torch.stack([draw() for _ in range(250)])
+    draw = bound("disarm", model, guide)
+    draws = torch.stack([draw() for _ in range(300)])
     assert not misses(draws, truth, resolves=1.5)
 
 
@@ -191,12 +204,12 @@ def test_second_runs_score_the_draws_that_were_made(word, objective, options):
         loss.binding.runs_again = True
         torch.manual_seed(3)
         values[name] = [loss().item() for _ in range(5)]
-        draws[name] = torch.stack([gradient(loss(), nn.ModuleList([model, guide])) for _ in range(120)])
+        draws[name] = torch.stack([gradient(loss(), nn.ModuleList([model, guide])) for _ in range(60)])
     assert values[word] == pytest.approx(values["pathwise"], abs=1e-12)
     gap = draws[word] - draws["pathwise"]  # the same random numbers: paired
     assert torch.allclose(gap[:, :2], torch.zeros_like(gap[:, :2]), atol=1e-12)  # the model's
     if word == "stl":
-        assert not misses(gap[:, 2:], torch.zeros(3, dtype=F64), resolves=2.0)
+        assert not misses(gap[:, 2:], torch.zeros(3, dtype=F64), resolves=3.0)
 
 
 def test_sites_downstream_of_a_replaced_draw_do_not_get_the_numbers_that_made_it():
@@ -334,16 +347,14 @@ def test_a_compiled_step_repeats_the_mask():
         )
         loss = step.module
 
-        def gradients(run):
-            return torch.stack([run() for _ in range(300)])
-
-        def compiled(step=step):
-            step(Rows(x))
-            return torch.cat([p.grad.flatten() for p in guide.parameters()])
-
-        def eager(loss=loss):
-            return gradient(loss(x), guide)
-
-        a, b = gradients(compiled), gradients(eager)
-        error = ((a.var(0) + b.var(0)) / 300).sqrt()
-        assert ((a.mean(0) - b.mean(0)).abs() < 4.5 * error + 1e-9).all()
+        # Both draw the same noise: the graph's buffers, and a tape's.
+        for _ in range(3):
+            step.noise.draw()
+            expected, _ = step.program.call_and_differentiate(
+                step.program.parameters(), step.program.buffers(), [x], Tape(step.noise)
+            )
+            loss = step.run(*step._inputs(Rows(x)))[0][0]
+            assert torch.allclose(loss, expected.loss)
+        kinds = [request.kind for request in step.noise.requests]
+        # One mask, coins for the draw, and none for the second run of the guide and the model.
+        assert kinds == ["uniform"] * 2

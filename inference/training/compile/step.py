@@ -64,6 +64,7 @@ class CompiledStep(TorchStep):
                 f" or {ADVICE}"
             )
         with private_seed(None, self.module):
+            self.module.initialize(*batch.args, **batch.kwargs)  # looks at the programs, which no graph can hold
             self.program = Program(self.module, batch)
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
             owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

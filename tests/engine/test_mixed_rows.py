@@ -1,0 +1,309 @@
+"""Rows that are mixed inside a plate: found by changing the draws of a row, then summed or refused."""
+
+import itertools
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact_means import exact_gradient
+from programs import F64, Params, gradient
+from pyro.nn import PyroModule
+from torch import nn
+from ztest import misses
+
+from gumbo.errors import BadInput, CannotVectorize, UnsupportedSite
+from gumbo.inference import SiteELBO, audit
+from gumbo.inference.auditing.exact import exact_elbo, mean_over_draws
+
+X = torch.tensor([0.3, -0.8, 1.1], dtype=F64)
+
+
+class Guide(Params):
+    def __init__(self):
+        super().__init__(a=[0.4, -0.7, 0.2])
+
+    def forward(self):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Bernoulli(logits=self.a))
+
+
+class Model(Params):
+    """A decoder over a plate; ``mix`` says what joins its rows."""
+
+    def __init__(self, mix):
+        super().__init__(w=0.9)
+        self.mix = mix
+        self.norm = nn.BatchNorm1d(1, affine=False, dtype=F64)
+        self.decoder = nn.Linear(1, 1, dtype=F64)
+
+    def rows(self, z):
+        if self.mix == "mean":
+            return z.mean(-1, keepdim=True) + 0.5 * z
+        if self.mix == "batch norm":
+            flat = z.reshape(-1, 1) + torch.linspace(0.0, 0.1, z.numel(), dtype=F64).reshape(-1, 1)
+            return self.norm(flat).reshape(z.shape)
+        return z
+
+    def forward(self):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.3, dtype=F64)))
+            pyro.sample("x", dist.Normal(self.w * self.rows(z), 0.5), obs=X)
+
+
+def mean_gradient(word, model, guide, **options):
+    loss = SiteELBO(word, **options)(model, guide)
+    loss.initialize()
+    return mean_over_draws(lambda: gradient(loss(), nn.ModuleList([model, guide])))
+
+
+def estimator_options():
+    for word, options in itertools.product(
+        ("score", "local-expectation", "measure-valued"), ({}, {"vectorize_particles": False})
+    ):
+        yield word, options
+    yield "enumerate", {}
+    yield "rloo", {"num_particles": 2, "vectorize_particles": False}
+
+
+@pytest.mark.parametrize("mix", ["mean", "batch norm"])
+@pytest.mark.parametrize(("word", "options"), list(estimator_options()))
+def test_the_mean_over_every_draw_is_exact_where_rows_are_mixed(mix, word, options):
+    torch.manual_seed(0)
+    model, guide = Model(mix), Guide()
+    if mix == "batch norm" and not options and word != "score":
+        # A batch norm counts particles and listed values as rows too, which the comparison with one particle sees.
+        with pytest.raises(CannotVectorize, match="vectorize_particles=False"):
+            mean_gradient(word, model, guide)
+        return
+    truth = exact_gradient(model, guide)
+    assert torch.allclose(mean_gradient(word, model, guide, **options), truth, atol=1e-10)
+
+
+@pytest.mark.parametrize(("mix", "word"), [("mean", "disarm"), ("batch norm", "disarm")])
+def test_continuous_draws_average_to_the_exact_gradient_where_rows_are_mixed(mix, word):
+    torch.manual_seed(1)
+    model, guide = Model(mix), Guide()
+    truth = exact_gradient(model, guide)
+    loss = SiteELBO(word)(model, guide)
+    loss.initialize()
+    loss.binding.eval()
+    assert loss.binding.mixed_plates == ("data",)
+    draws = torch.stack([gradient(loss(), nn.ModuleList([model, guide])) for _ in range(200)])
+    assert not misses(draws[:, -3:], truth[-3:], resolves=2.5)
+
+
+def test_trust_keeps_the_rows_apart_and_is_biased():
+    model, guide = Model("mean"), Guide()
+    truth = exact_gradient(model, guide)
+    assert not torch.allclose(mean_gradient("score", model, guide, plates="trust"), truth, atol=1e-3)
+    assert torch.allclose(mean_gradient("score", model, guide, plates="ignore"), truth, atol=1e-10)
+
+
+def test_rows_that_are_kept_apart_stay_apart():
+    loss = SiteELBO("score")(Model(None), Guide())
+    loss.initialize()
+    assert loss.binding.mixed_plates == () and loss.binding.looks
+
+
+class Encoded(PyroModule):
+    """A guide behind a batch norm that sees data only."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(dropout), nn.Linear(3, 2))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
+
+
+class Decoded(PyroModule):
+    def __init__(self, norm):
+        super().__init__()
+        self.decoder = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4) if norm else nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)).expand([len(x), 2]).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+
+def buffers_of(*programs):
+    return [b.clone() for program in programs for b in program.buffers()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_batch_norm_that_sees_data_only_is_not_convicted(dropout):
+    torch.manual_seed(2)
+    model, guide, x = Decoded(False), Encoded(dropout), torch.randn(8, 2)
+    before = buffers_of(model, guide)
+    loss = SiteELBO("score")(model, guide)
+    loss.initialize(x)
+    assert loss.binding.mixed_plates == () and loss.binding.looks
+    assert all(map(torch.equal, before, buffers_of(model, guide)))
+
+
+def test_a_change_of_mode_or_batch_size_is_looked_at_and_leaves_no_trace():
+    torch.manual_seed(3)
+    model, guide, x = Decoded(True), Encoded(), torch.randn(8, 2)
+    loss = SiteELBO("score")(model, guide)
+    model.eval(), guide.eval()
+    loss.initialize(x)
+    assert loss.binding.mixed_plates == ()
+    model.train(), guide.train()
+    before, stream = buffers_of(model, guide), torch.get_rng_state()
+    loss.initialize(x)
+    assert loss.binding.mixed_plates == ("data",)
+    assert all(map(torch.equal, before, buffers_of(model, guide)))
+    assert torch.equal(stream, torch.get_rng_state())
+    looks = len(loss.binding.looks)
+    loss(x)
+    assert len(loss.binding.looks) == looks
+    loss(x[:5])
+    assert len(loss.binding.looks) == looks + 1
+
+
+def test_modules_of_plain_functions_are_met_and_kept():
+    norm = nn.BatchNorm1d(2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)).expand([len(x), 2]).to_event(1))
+            pyro.sample("x", dist.Normal(norm(z), 1.0).to_event(1), obs=x)
+
+    class Plain(Params):
+        def __init__(self):
+            super().__init__(a=[0.1, 0.2])
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Bernoulli(logits=self.a.float()).expand([len(x), 2]).to_event(1))
+
+    torch.manual_seed(4)
+    x, before = torch.randn(6, 2), buffers_of(norm)
+    norm.eval()
+    loss = SiteELBO("score")(model, Plain())
+    loss.initialize(x)
+    assert loss.binding.mixed_plates == ()
+    norm.train()
+    loss.initialize(x)
+    assert loss.binding.mixed_plates == ("data",)
+    assert all(map(torch.equal, before, buffers_of(norm)))
+
+
+@pytest.mark.parametrize(("objective", "word"), [("iwae", "rloo"), ("rws", None)])
+def test_weights_for_each_row_are_refused_where_rows_are_mixed(objective, word):
+    torch.manual_seed(5)
+    model, guide, x = Decoded(True), Encoded(), torch.randn(8, 2)
+    options = {"objective": objective, "num_particles": 2, "vectorize_particles": False}
+    words = () if word is None else (word,)
+    for _ in range(2):  # the refusal is not forgotten
+        loss = SiteELBO(*words, **options)(model, guide)
+        for _ in range(2):
+            with pytest.raises(UnsupportedSite, match="plates='ignore'") as refused:
+                loss(x)
+            assert "\n" not in str(refused.value)
+    SiteELBO(*words, plates="ignore", **options)(model, guide)(x)
+    SiteELBO(*words, plates="trust", **options)(model, guide)(x)
+
+
+def test_a_joint_list_that_is_too_long_is_refused():
+    torch.manual_seed(6)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)).expand([len(x)]))
+            pyro.sample("x", dist.Normal(z.mean(-1, keepdim=True), 1.0), obs=x)
+
+    class Plain(Params):
+        def __init__(self):
+            super().__init__(a=0.1)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Bernoulli(logits=self.a.float()).expand([len(x)]))
+
+    with pytest.raises(UnsupportedSite, match="jointly over its plates takes 2\\^20 values"):
+        SiteELBO("enumerate")(model, Plain())(torch.randn(20))
+
+
+def test_only_the_plate_that_is_mixed_is_summed():
+    """Outer rows keep their own costs, whose gradients are then exact and less noisy than a sum's."""
+
+    class Nested(Params):
+        def __init__(self):
+            super().__init__(a=[[0.4, -0.7], [0.2, 0.1]])
+
+        def forward(self):
+            with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 2, dim=-1):
+                pyro.sample("z", dist.Bernoulli(logits=self.a))
+
+    class NestedModel(Params):
+        def __init__(self):
+            super().__init__(w=0.9)
+
+        def forward(self):
+            with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 2, dim=-1):
+                z = pyro.sample("z", dist.Bernoulli(torch.full((2, 2), 0.3, dtype=F64)))
+                pyro.sample("x", dist.Normal(self.w * z.mean(-1, keepdim=True), 0.5), obs=X[:2])
+
+    model, guide = NestedModel(), Nested()
+    loss = SiteELBO("score")(model, guide)
+    loss.initialize()
+    assert loss.binding.mixed_plates == ("inner",)
+    truth = exact_gradient(model, guide)
+    for word in ("score", "local-expectation"):
+        assert torch.allclose(mean_gradient(word, model, guide), truth, atol=1e-10)
+    with pyro.get_param_store().scope():
+        value = -exact_elbo(model, guide)
+    assert torch.allclose(SiteELBO("enumerate")(model, guide)(), value, atol=1e-10)
+
+
+def test_a_learnt_baseline_built_before_the_rows_were_found_mixed_is_refused():
+    torch.manual_seed(7)
+    model, guide, x = Decoded(True), Encoded(), torch.randn(8, 2)
+    model.eval(), guide.eval()
+    loss = SiteELBO("nvil")(model, guide)
+    loss.initialize(x)
+    model.train(), guide.train()
+    with pytest.raises(BadInput, match="training mode"):
+        loss(x)
+    loss = SiteELBO("nvil")(model, guide)
+    assert loss(x).isfinite()
+
+
+def test_a_guide_that_mixes_rows_of_upstream_draws_is_found():
+    class Layered(Params):
+        def __init__(self):
+            super().__init__(a=[0.4, -0.7], b=0.8)
+
+        def forward(self):
+            with pyro.plate("data", 2):
+                y = pyro.sample("y", dist.Bernoulli(logits=self.a))
+                pyro.sample("z", dist.Bernoulli(logits=self.b * y.flip(-1)))
+
+    class Apart(Params):
+        def __init__(self):
+            super().__init__(w=0.9)
+
+        def forward(self):
+            with pyro.plate("data", 2):
+                y = pyro.sample("y", dist.Bernoulli(torch.full((2,), 0.3, dtype=F64)))
+                z = pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.6, dtype=F64)))
+                pyro.sample("x", dist.Normal(self.w * y + z, 0.5), obs=X[:2])
+
+    model, guide = Apart(), Layered()
+    truth = exact_gradient(model, guide)
+    for word in ("score", {"y": "local-expectation", "z": "enumerate"}):
+        assert torch.allclose(mean_gradient(word, model, guide), truth, atol=1e-10)
+
+
+def test_an_audit_says_which_plates_are_mixed():
+    model, guide = Model("mean"), Guide()
+    report = audit(model, guide, estimators=["score", "trace-graph"], num_samples=200, burn_in=0, seed=1)
+    assert report.attrs["mixed_plates"] == "data"
+    assert report.verdict.sel(estimator="score").item() == "ok"
+    assert report.verdict.sel(estimator="trace-graph").item().startswith("flagged")
+    apart = audit(Model(None), guide, estimators=["score"], num_samples=10, burn_in=0, seed=1)
+    assert apart.attrs["mixed_plates"] == ""
