@@ -726,8 +726,8 @@ class Binding(nn.Module):
                 # Noise of the programs' own would have another shape for many alternatives than for the draw.
                 shape = site.draw.value.shape
                 found = []
+                same = draw.value[0].numel() == shape.numel()
                 for a in range(count):
-                    same = draw.value[a].numel() == shape.numel()
                     found.append(costs(run, draw.map(lambda t, a=a: t[a].reshape(shape) if same else t[a])))
                     if not same and not run.noise.fits:
                         raise UnsupportedSite(

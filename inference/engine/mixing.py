@@ -45,11 +45,12 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
     for plate in plates:
         for row in sorted({0, plate[2] - 1, int(torch.randint(plate[2], ()))}):
             changed = {name: _with_row(drawn[name], others[name], plate, row) for name in drawn}
-            if _reaches(again(changed), as_drawn, plate, row, None):
-                # Some kernels do not give the same bits twice; what they differ by says nothing.
-                if _reaches(again(changed), as_drawn, plate, row, again(values)):
-                    found.add(plate[0])
-                    break
+            # Some kernels do not give the same bits twice; what they differ by says nothing.
+            if _reaches(again(changed), as_drawn, plate, row, None) and _reaches(
+                again(changed), as_drawn, plate, row, again(values)
+            ):
+                found.add(plate[0])
+                break
     return frozenset(found)
 
 

@@ -95,9 +95,7 @@ def bound(word, model, guide, **options):
     return lambda: gradient(loss(), nn.ModuleList([model, guide]))
 
 
-ONE_BY_ONE = pytest.mark.parametrize(
-    "options", [{}, {"vectorize_particles": False}], ids=["vectorized", "one by one"]
-)
+ONE_BY_ONE = pytest.mark.parametrize("options", [{}, {"vectorize_particles": False}], ids=["vectorized", "one by one"])
 
 
 @pytest.fixture(params=["dropout", "rand", "numpy", "python"])
