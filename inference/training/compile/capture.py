@@ -105,6 +105,7 @@ class Program:
 
     def __init__(self, module: SiteELBOModule, batch: Rows):
         self.module = module
+        self.num_tensors = len(flat(batch))
         self._batch = batch  # what of it is no tensor is the same in every step
         self.schedules: list[Schedule] = []
         self._places = self._find_buffers()

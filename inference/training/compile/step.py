@@ -157,7 +157,7 @@ class CompiledStep(TorchStep):
         program, inside = self.program, self.inside
         names, buffers = list(self.parameters), list(program.buffers())
         counts = [len(names), 0 if inside is None else len(inside.state()), len(buffers)]
-        counts += [len(program.batch_names), len(self.noise.buffers), 1]
+        counts += [program.num_tensors, len(self.noise.buffers), 1]
 
         def step(*inputs: Tensor) -> list[Tensor]:
             parameters, state, buffer, batch, noise, (numbers,) = _parts(inputs, counts)
