@@ -303,6 +303,7 @@ class Binding(nn.Module):
         self.mixed_plates: tuple[str, ...] = ()
         self.__dict__.update(looks=set(), modules_met=[])
         self.generators = Generators()
+        self.stacks = True  # whether many alternatives of a draw are run at once
         self.runs_again = False  # once it does, the programs' own noise is kept apart
         self.make_layout: Callable[..., objectives.Layout] = objectives.Layout
         self.calls_autograd = False  # found out when a run without gradients fails for it
@@ -465,9 +466,12 @@ class Binding(nn.Module):
         if self.vectorized and leading:
             try:
                 self._check(seen, args, kwargs)
-            except GumboError:
-                self.num_particles = None
-                raise
+            except GumboError as error:
+                if isinstance(error, CannotVectorize) and not any(e.enumerates for e in chosen.values()):
+                    self.stacks = self.num_particles > 1
+                if self.stacks:
+                    self.num_particles = None
+                    raise
 
     def _check(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
         program = self.program()
@@ -720,7 +724,7 @@ class Binding(nn.Module):
                 )
             # Alternatives stand to the left of everything, enumerated sites included.
             width = 1 + layout.room + len(self.enum_dims)
-            if count == 1 or run.noise.drew:
+            if count == 1 or run.noise.drew or not self.stacks:
                 # Nothing stands to the left, so the value gets the shape that the program itself gave it.
                 # One that was spread over the enumerated values upstream keeps their dimensions.
                 # Noise of the programs' own would have another shape for many alternatives than for the draw.
