@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -43,7 +42,7 @@ from .engine.programs import (
     kept_buffers,
     modules_met,
 )
-from .engine.scopes import devices_of
+from .engine.scopes import devices_of, one_at_a_time
 from .engine.streams import Generators
 from .estimators import (
     Enumerate,
@@ -62,9 +61,6 @@ from .estimators.relaxation import Mean
 OBJECTIVES = ("elbo", "iwae", "rws")
 PLATES = ("check", "trust", "ignore")
 SIZES = 4  # for so many batch sizes in each mode the programs are looked at
-
-# Pyro's handlers and its param store belong to the process, so that threads take turns at running programs.
-_one_at_a_time = threading.RLock()
 
 
 def as_estimator(word: str | Estimator) -> Estimator:
@@ -248,7 +244,7 @@ class SiteELBO(ELBO):
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
         """The loss as a differentiable scalar; parameters live in Pyro's param store."""
-        with _one_at_a_time:
+        with one_at_a_time:
             binding = self._binding(model, guide)
             loss = binding.loss(args, kwargs)
             for name, parameter in binding.named_parameters():
@@ -269,7 +265,7 @@ class SiteELBO(ELBO):
 
     def loss(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
         """The loss as a number, without gradients; no statistics move."""
-        with _one_at_a_time, torch.no_grad():
+        with one_at_a_time, torch.no_grad():
             return self._binding(model, guide).loss(args, kwargs).item()
 
 
@@ -377,7 +373,7 @@ class Binding(nn.Module):
             raise BadInput(
                 "a guide that runs the model itself (AutoMessenger) cannot be given estimators; use stock ELBOs"
             )
-        with _one_at_a_time, looking(self.model, self.guide, *args) as met:
+        with one_at_a_time, looking(self.model, self.guide, *args) as met:
             if self.ready():
                 return
             program = one_particle(self.model, self.guide, self.elbo.requested_nesting)
@@ -397,7 +393,7 @@ class Binding(nn.Module):
             return
         if sum(mode == other for other, _ in self.looks) < SIZES:
             nesting = self.max_plate_nesting or self.elbo.requested_nesting
-            with _one_at_a_time:
+            with one_at_a_time:
                 found = plates_mixed_by(self.model, self.guide, args, kwargs, nesting)
             if new := sorted(found.difference(self.mixed_plates)):
                 self._mixed(new)
@@ -897,7 +893,7 @@ class SiteELBOModule(ELBOModule):
     def _own_store(self) -> Iterator[None]:
         """A param store of its own for the duration of a call: modules hold the parameters, names cannot clash."""
         store = pyro.get_param_store()
-        with _one_at_a_time, store.scope(self._kept or {"params": {}, "constraints": {}}) as state:
+        with one_at_a_time, store.scope(self._kept or {"params": {}, "constraints": {}}) as state:
             yield
             if not all(id(parameter) in self._own for parameter in store._params.values()):
                 self._look_up(store._params)

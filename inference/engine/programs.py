@@ -631,7 +631,8 @@ def kept_buffers(*programs: Any) -> Iterator[None]:
     """Leave the buffers of modules (running statistics) as they were."""
     modules = [program for program in programs if isinstance(program, torch.nn.Module)]
     before = [(module, dict(module.named_buffers())) for module in modules]
-    saved = [(buffer, buffer.detach().clone()) for _, buffers in before for buffer in buffers.values()]
+    made = [b for _, buffers in before for b in buffers.values() if not torch.nn.parameter.is_lazy(b)]
+    saved = [(buffer, buffer.detach().clone()) for buffer in made]
     try:
         yield
     finally:

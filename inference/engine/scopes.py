@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pyro
 import torch
 from pyro.params.param_store import StateDict
+
+# Pyro's handlers and its param store, and torch's generators, belong to the process: threads take turns at them.
+one_at_a_time = threading.RLock()
 
 
 def modules_of(*programs: object) -> list[torch.nn.Module]:

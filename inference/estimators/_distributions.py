@@ -209,6 +209,15 @@ def rewrap(fn: Distribution, change: Callable[[Distribution], Distribution]) -> 
     return change(fn)
 
 
+def turns_validation_off(fn: Distribution | None) -> bool:
+    """Whether the program says ``validate_args=False`` of this distribution; ask while validation is on by default."""
+    while fn is not None:
+        if vars(fn).get("_validate_args") is False:
+            return True
+        fn = getattr(fn, "base_dist", None)
+    return False
+
+
 def unvalidated(fn: Distribution) -> Distribution:
     """The same distribution, which scores any value that its formula takes, a count of 1.5 among them.
 

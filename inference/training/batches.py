@@ -18,8 +18,8 @@ _PRIME = 1_000_003  # keeps the streams of neighbouring seeds, epochs and batche
 class Batches:
     """The batches of every epoch; there is no state to lose.
 
-    The order of an epoch follows from ``(seed, epoch)``, and what ``transform`` draws for a batch from
-    ``(seed, epoch, number)``.
+    The order of an epoch follows from ``(seed, epoch)``; with ``in_order`` it is the rows' own. What ``transform``
+    draws for a batch follows from ``(seed, epoch, number)``.
 
     >>> batches = Batches(Rows(torch.arange(5.0)), batch_size=2, seed=0)
     >>> [batch.args[0].tolist() for batch in batches.of_epoch(1)] == [b.args[0].tolist() for b in batches.of_epoch(1)]
@@ -39,6 +39,7 @@ class Batches:
     ):
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.transform, self.device = transform, torch.device(device)
+        self.in_order = False
         self.per_epoch = len(rows) // batch_size if drop_last else math.ceil(len(rows) / batch_size)
         self._generator = torch.Generator()
 
@@ -50,6 +51,8 @@ class Batches:
     def of_epoch(self, epoch: int, done: int = 0) -> Iterator[Rows]:
         """The batches of an epoch after the first ``done``."""
         order = torch.randperm(len(self.rows), generator=self._seeded(self.seed * _PRIME + epoch))
+        if self.in_order:
+            order = torch.arange(len(self.rows))
         for number in range(done, self.per_epoch):
             index = order[number * self.batch_size : (number + 1) * self.batch_size]
             yield self._batch(index, (self.seed * _PRIME + epoch) * _PRIME + number + 1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyro
 import pyro.optim
-import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO, TraceGraph_ELBO
 
@@ -26,12 +26,15 @@ from ..engine.scopes import (
     denormals_flushed,
     device_of,
     modes_kept,
+    modules_of,
+    one_at_a_time,
     owned_parameters,
     private_seed,
     shared_names,
 )
 from .batches import TRANSFORMED, Batches
 from .distributed import Processes
+from .inspection import Inspection, inspect_programs, parameter_of_rows, refuse_parameter_of_rows
 from .metrics import require_tensorboard
 from .optimizers import make_optimizer, without_addresses
 from .schedules import Schedule
@@ -40,8 +43,8 @@ from .trainer import FitResult, Plan, Run
 
 
 def fit(
-    model: torch.nn.Module,
-    guide: torch.nn.Module,
+    model: Callable,
+    guide: Callable,
     train: object,
     *,
     valid: object = None,
@@ -135,14 +138,19 @@ def fit(
     counts = {"epochs": epochs, "batch_size": batch_size, "checkpoint_every": checkpoint_every}
     counts |= {"checkpoint_steps": checkpoint_steps, "valid_samples": valid_samples, "patience": patience}
     for name, value in counts.items():
-        if value is not None and not (isinstance(value, Integral) and value >= 1):
+        if value is not None and not (is_whole(value) and value >= 1):
             raise BadInput(f"{name} is {value!r}: expected at least 1, a whole number")
+    # NumPy's integers are none that JSON and checkpoints know.
+    epochs, batch_size, valid_samples = int(epochs), int(batch_size), int(valid_samples)
+    checkpoint_every, patience = int(checkpoint_every), None if patience is None else int(patience)
+    checkpoint_steps = None if checkpoint_steps is None else int(checkpoint_steps)
     if checkpoint_minutes is not None and not (isinstance(checkpoint_minutes, Real) and checkpoint_minutes > 0):
         raise BadInput(f"checkpoint_minutes is {checkpoint_minutes!r}: expected a positive number")
-    if not (isinstance(seed, Integral) and -(2**63) <= seed < 2**64):
+    if not (is_whole(seed) and -(2**63) <= seed < 2**64):
         raise BadInput(
             f"seed is {seed!r}: expected a whole number that torch.manual_seed takes, at least 0, below 2**64"
         )
+    seed = int(seed)
     if run_dir is not None:
         _refuse_folder(run_dir)
     for name, value in (("transform", transform), ("on_epoch", on_epoch)):
@@ -162,19 +170,32 @@ def fit(
     rows = Rows(train, "train").check("train")
     valid_rows = None if valid is None else Rows(valid, "valid").check("valid")
     loss, loss_name = _make_loss(loss)
-    with private_seed(seed, model, guide):
-        first = Batches(rows, batch_size, seed, False, transform, device_of(model, guide)).first()
+    device = _device_of(model, guide, rows)
+    with private_seed(seed, model, guide), one_at_a_time:
+        first = Batches(rows, batch_size, seed, False, transform, device).first()
+        of_rows = None
+        if batch_size == 1 < len(rows):  # of one row nothing can be told from what all rows share
+            of_rows = parameter_of_rows(model, guide, Batches(rows, 2, seed, False, transform, device).first(), seed)
+        found = _inspected(model, guide, first, seed, of_rows)
+    model, guide = found.model, found.guide
+    refuse_parameter_of_rows(found, batch_size, len(rows))
+    if found.of_rows is not None and valid_rows is not None and _fingerprint(valid_rows) != _fingerprint(rows):
+        raise BadInput(
+            f"parameter {found.of_rows!r} has elements for each row of train and none for those of valid: "
+            "leave valid out"
+        )
     if drop_last is None:
         drop_last = keeps_batch_positions(loss) or (
-            len(rows) > batch_size and isinstance(loss, TraceGraph_ELBO) and _marks_averages(guide, first, seed)
+            len(rows) > batch_size and isinstance(loss, TraceGraph_ELBO) and found.averages
         )
     if drop_last and len(rows) < batch_size:
         raise BadInput(
             f"train has {len(rows)} rows: with drop_last, a batch of {batch_size} is never full; lower batch_size"
         )
-    processes = Processes.join(device_of(model, guide))
+    processes = Processes.join(device)
     make, optimizer_name = make_optimizer(optimizer, lr, clip_norm, clip_value, scheduler, scheduler_every)
-    batches = Batches(rows, batch_size, seed, drop_last, transform, device_of(model, guide))
+    batches = Batches(rows, batch_size, seed, drop_last, transform, device)
+    batches.in_order = found.of_rows is not None
     settings = {
         "loss": loss_name,
         "optimizer": optimizer_name,
@@ -201,16 +222,30 @@ def fit(
         on_epoch=on_epoch,
     )
     with (
+        one_at_a_time,
+        found.trained(),
         pyro.get_param_store().scope(),
         private_seed(seed, model, guide),
         modes_kept(model, guide),
         denormals_flushed(),
     ):
         step = _make_step(model, guide, loss, make, first, compile, processes, seed)
-        step.validate = validate
+        step.validate, step.unchecked = validate, found.unchecked
         objective = getattr(getattr(step, "module", loss), "objective_name", "elbo")
         folder = None if run_dir is None else Path(run_dir)
-        run = Run(model, guide, step, batches, valid_rows, valid_samples, settings, folder, objective, processes)
+        run = Run(
+            model,
+            guide,
+            step,
+            batches,
+            valid_rows,
+            valid_samples,
+            settings,
+            folder,
+            objective,
+            processes,
+            found.num_data,
+        )
         try:
             run.begin(resume)
             return run.go(plan)
@@ -225,20 +260,39 @@ def keeps_batch_positions(loss: ELBO) -> bool:
     return isinstance(loss, TraceGraphBaselineELBO)
 
 
-def _marks_averages(guide: torch.nn.Module, batch: Rows, seed: int) -> bool:
-    """Whether a site of the guide asks TraceGraph_ELBO for the average that it keeps for each batch position."""
-    with (
-        pyro.get_param_store().scope(),
-        private_seed(seed, guide),
-        modes_kept(guide),
-        torch.no_grad(),
-        suppress(Exception),  # what cannot run is refused where the step is made
-    ):
-        guide.eval()  # running statistics stay as they are
-        trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
-        marks = [site["infer"].get("baseline", {}) for site in trace.nodes.values() if site["type"] == "sample"]
-        return any(mark.get("use_decaying_avg_baseline") for mark in marks)
-    return False
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, also one of NumPy's; a bool is none.
+
+    >>> is_whole(np.int64(3)), is_whole(3.0), is_whole(True)
+    (True, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, (bool, np.bool_))
+
+
+def _device_of(model: Callable, guide: Callable, rows: Rows) -> torch.device:
+    """Where the programs compute: where their parameters are, or without any that are known, where the data are."""
+    programs = [getattr(program, "__self__", program) for program in (model, guide)]
+    modules = [module for module in modules_of(*programs) if next(module.parameters(), None) is not None]
+    if modules or modules_of(*programs):
+        return device_of(*modules)
+    return next((tensor.device for tensor in rows.tensors()), torch.device("cpu"))
+
+
+def _inspected(model: Callable, guide: Callable, batch: Rows, seed: int, of_rows: str | None) -> Inspection:
+    with _explained(batch, model, guide):
+        try:
+            found = inspect_programs(model, guide, batch, seed)
+        except GumboError:
+            raise
+        except Exception:
+            if len(modules_of(model, guide)) < 2:
+                raise
+            return Inspection(model, guide)  # a loss may run them otherwise than plainly, by enumeration
+    if not any(parameter.requires_grad for parameter in owned_parameters(found.model, found.guide).values()):
+        raise BadInput(
+            "model and guide have no parameter to train: register networks by pyro.module, or use pyro.param"
+        )
+    return found if of_rows is None else replace(found, of_rows=of_rows)
 
 
 def _refuse_folder(run_dir: object) -> None:
@@ -298,14 +352,12 @@ def _described(rows: Rows) -> str:
     return ", ".join(said(value) for _, value in rows.named()) or "no arguments"
 
 
-def _refuse_programs(model: torch.nn.Module, guide: torch.nn.Module) -> None:
+def _refuse_programs(model: Callable, guide: Callable) -> None:
     """Raise BadInput for what cannot be trained, whatever the data."""
     for name, program in (("model", model), ("guide", guide)):
-        if not isinstance(program, torch.nn.Module):
-            raise BadInput(
-                f"fit trains modules, and the {name} is a {type(program).__name__}: put it into a PyroModule, "
-                "or use pyro.infer.SVI with the same loss"
-            )
+        if isinstance(program, type) or not callable(program):
+            what = f"the class {program.__name__}" if isinstance(program, type) else f"a {type(program).__name__}"
+            raise BadInput(f"the {name} is {what}: expected a Pyro program, a function, a bound method or a module")
     if shared := shared_names(model, guide):
         raise BadInput(
             f"model and guide both have a parameter {shared[0]!r}: in Pyro's param store they would train as one; "
@@ -334,8 +386,15 @@ def _make_step(
                 "one process"
             )
         kind = partial(ProcessStep, processes=processes, seed=seed)
-    try:
+    with _explained(batch, model, guide):
         return kind(model, guide, loss, make, batch)
+
+
+@contextmanager
+def _explained(batch: Rows, model: Callable, guide: Callable) -> Iterator[None]:
+    """What the programs raise on the first batch, in one line."""
+    try:
+        yield
     except GumboError:
         batch.check(TRANSFORMED)
         raise
@@ -351,9 +410,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _about_dtypes(batch: Rows, *programs: torch.nn.Module) -> str:
+def _about_dtypes(batch: Rows, *programs: Callable) -> str:
     """A hint where the data are of another type than the parameters."""
-    wanted = next((p.dtype for program in programs for p in program.parameters()), None)
+    wanted = next((p.dtype for program in modules_of(*programs) for p in program.parameters()), None)
     given = [tensor.dtype for tensor in batch.tensors() if tensor.dtype != wanted]
     if wanted is None or not given:
         return ""

@@ -16,7 +16,7 @@ from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 
 from ...errors import BadInput
-from ..engine.programs import observed_in_support
+from ..engine.programs import kept_buffers, observed_in_support
 from ..engine.rows import Rows
 from ..engine.scopes import owned_parameters, private_seed
 from ..estimators._distributions import describe
@@ -34,7 +34,13 @@ def outside_support(site: str, distribution: str) -> BadInput:
 class _ObservedInSupport(Messenger):
     """Refuses data that a distribution cannot have produced: it gets a finite density and trains to nonsense."""
 
+    def __init__(self, unchecked: frozenset[str]):
+        super().__init__()
+        self.unchecked = unchecked
+
     def _pyro_post_sample(self, msg) -> None:
+        if msg["name"] in self.unchecked:
+            return
         inside = observed_in_support(msg)
         if inside is not None and not inside.all():
             raise outside_support(msg["name"], describe(msg["fn"]))
@@ -53,6 +59,7 @@ class Step(ABC):
 
     validate = False
     check_data = True
+    unchecked: frozenset[str] = frozenset()  # sites whose distribution was told not to validate
     note = ""  # what a reader of the progress lines should know of it
     parameters: dict[str, torch.nn.Parameter]
     optimizer: Updates
@@ -71,7 +78,8 @@ class Step(ABC):
         if self.validate:
             yield
             return
-        look = _ObservedInSupport() if self.check_data and pyro.infer.util.is_validation_enabled() else nullcontext()
+        wanted = self.check_data and pyro.infer.util.is_validation_enabled()
+        look = _ObservedInSupport(self.unchecked) if wanted else nullcontext()
         with pyro.validation_enabled(False), look:
             yield
 
@@ -81,7 +89,7 @@ class TorchStep(Step):
 
     def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
         self.module = loss(model, guide)
-        with private_seed(None, model, guide):
+        with private_seed(None, model, guide), kept_buffers(model, guide):
             if hasattr(self.module, "initialize"):
                 self.module.initialize(*batch.args, **batch.kwargs)
             else:
@@ -117,7 +125,8 @@ class StoreStep(Step):
 
     def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
         self.model, self.guide, self.loss = model, guide, loss
-        with private_seed(None, model, guide), torch.no_grad(), poutine.trace(param_only=True):
+        look = poutine.trace(param_only=True)
+        with private_seed(None, model, guide), kept_buffers(model, guide), torch.no_grad(), look:
             guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
             poutine.replay(model, trace=guide_trace)(*batch.args, **batch.kwargs)
         model.train()

@@ -100,8 +100,9 @@ class _Epoch:
 class Run:
     """Steps, validation, checkpoints. Everything here that changes is in the checkpoint, at every step's end.
 
-    ``settings`` are what tells this run from another: a folder that holds other ones is refused. Of several
-    ``processes`` all make the same run; the main one writes and speaks.
+    ``settings`` are what tells this run from another: a folder that holds other ones is refused. ``num_data`` is how
+    many data the loss of a batch stands for, None where that is the batch's length. Of several ``processes`` all make
+    the same run; the main one writes and speaks.
     """
 
     def __init__(
@@ -116,7 +117,9 @@ class Run:
         folder: Path | None,
         objective_name: str,
         processes: Processes | None = None,
+        num_data: int | None = None,
     ):
+        self.num_data = num_data
         self.model, self.guide, self.step, self.batches = model, guide, step, batches
         self.valid, self.valid_samples, self.folder = valid, valid_samples, folder
         self.objective_name, self.processes = objective_name, processes
@@ -245,7 +248,7 @@ class Run:
                 batch.check(TRANSFORMED)
                 self.guard.explain(loss, f"epoch {now.number}, step {before + now.done + 1}", batch)
             now.took.append(1e3 * (end - start))
-            now.total -= loss
+            now.total -= loss if self.num_data is None else loss * len(batch) / self.num_data
             now.seen += len(batch)
             now.done += 1
             shown.step(before + now.done)

@@ -246,8 +246,14 @@ def test_bad_input_is_one_line(tmp_path):
         quiet(model, guide, images(), loss="rlo0")
     with pytest.raises(BadInput, match="never full"):
         quiet(model, guide, images(8), loss="trace-graph+baseline")
-    with pytest.raises(BadInput, match="PyroModule"):
-        quiet(model, lambda x: None, images(), loss="trace")
+    for no_guide, word in (
+        (lambda x: None, "'y'"),
+        ("a guide", "expected a Pyro program"),
+        (Binary, "the class Binary"),
+    ):
+        with pytest.raises(BadInput, match=word) as error:
+            quiet(model, no_guide, images(), loss="trace")
+        one_line(error)
     with pytest.raises(BadInput, match="epochs is 0"):
         quiet(model, guide, images(), loss="trace", epochs=0)
     with pytest.raises(BadInput, match="run_dir"):

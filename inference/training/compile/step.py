@@ -99,8 +99,10 @@ class CompiledStep(TorchStep):
             told, *gradients = self.run(*self._inputs(batch))
         number, *inside = told.tolist()
         if self.check_data and not all(inside):
-            site, distribution = self.program.checked[inside.index(0.0)].split("\n")
-            raise outside_support(site, distribution)
+            for checked, good in zip(self.program.checked, inside, strict=True):
+                site, distribution = checked.split("\n")
+                if not good and site not in self.unchecked:
+                    raise outside_support(site, distribution)
         self.module.binding.steps += 1
         if math.isfinite(number):
             self._follow(gradients)

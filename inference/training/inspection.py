@@ -1,0 +1,419 @@
+"""What one run of model and guide tells ``fit``: their parameters, the size of the data plate, parameters of rows."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ...errors import BadInput, GumboWarning
+from ..engine.programs import kept_buffers
+from ..engine.rows import Rows
+from ..engine.scopes import modes_kept, modules_of, owned_parameters, private_seed, private_store
+from ..estimators._distributions import turns_validation_off
+
+
+class ProgramModule(nn.Module):
+    """A program whose parameters live in Pyro's param store, as a module that owns them.
+
+    Args:
+        program: a function, a bound method, or a module that calls ``pyro.param``.
+        networks: the modules that it calls, for their parameters, modes and buffers.
+        params: leaves of ``pyro.param`` that belong to none of them, by their name in the store, with constraints.
+
+    Called in any scope of the store, it finds its own parameters there.
+    """
+
+    def __init__(self, program: Callable, networks: Sequence[nn.Module], params: Mapping[str, tuple[Tensor, Any]]):
+        super().__init__()
+        self.__dict__["program"] = program
+        self.params = nn.ParameterDict({_key(name): leaf for name, (leaf, _) in params.items()})
+        self.constraints = {name: constraint for name, (_, constraint) in params.items()}
+        for number, network in enumerate(networks):
+            name = type(network).__name__
+            self.add_module(f"{name}_{number}" if name in self._modules or hasattr(self, name) else name, network)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["program"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        store = pyro.get_param_store()
+        for name, constraint in self.constraints.items():
+            leaf = self.params[_key(name)]
+            if store._params.get(name) is not leaf:
+                store._params[name], store._constraints[name] = leaf, constraint
+                store._param_to_name[leaf] = name
+        return self.program(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``fit`` must know of a pair before the first step.
+
+    Attributes: ``model`` and ``guide`` as modules; ``num_data``, how many data the loss of a batch stands for where
+    that is not the batch's length; ``of_rows``, a parameter with an element for each row of a batch, or None;
+    ``unchecked``, the observed sites whose distribution the user told not to validate; ``averages`` says that a site
+    asks TraceGraph_ELBO for the average that it keeps for each position in a batch.
+    """
+
+    model: nn.Module
+    guide: nn.Module
+    num_data: int | None = None
+    of_rows: str | None = None
+    unchecked: frozenset[str] = frozenset()
+    averages: bool = False
+    _unregistered: list[nn.Parameter] = field(default_factory=list)
+
+    @contextmanager
+    def trained(self) -> Iterator[None]:
+        """Inside, parameters that the programs do not register stay; afterwards the param store has the trained ones.
+
+        Only parameters of ``pyro.param`` that no module owns are put there; everything else in the store stays.
+        """
+        for parameter in self._unregistered:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self._unregistered:
+                parameter.requires_grad_(True)
+            store = pyro.get_param_store()
+            for program in (self.model, self.guide):
+                if isinstance(program, ProgramModule):
+                    for name, constraint in program.constraints.items():
+                        _put(store, name, program.params[_key(name)].detach(), constraint)
+
+
+def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -> Inspection:
+    """Run a pair on the first batch and look at it; random streams, buffers, modes and the param store stay.
+
+    Raises BadInput for programs without sites, and for two networks under one name; whatever else the programs raise.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(private_store(model, guide))
+        stack.enter_context(private_seed(seed, model, guide))
+        stack.enter_context(kept_buffers(model, guide))
+        stack.enter_context(torch.enable_grad())
+        called = stack.enter_context(_Called())
+        traces = _run(model, guide, batch)
+        store = pyro.get_param_store()
+        stored = {name: (store._params[name], store._constraints[name]) for name in _names(*traces) if name in store}
+        unchecked = _unchecked(traces[1]) if pyro.infer.util.is_validation_enabled() else frozenset()
+        averages = any(
+            site["infer"].get("baseline", {}).get("use_decaying_avg_baseline")
+            for site in traces[0].nodes.values()
+            if site["type"] == "sample"
+        )
+        unregistered: list[nn.Parameter] = []
+        stored = _as_parameters(stored)
+        programs = [
+            _as_module(program, trace, stored, called.modules, unregistered)
+            for program, trace in zip((model, guide), reversed(traces), strict=True)
+        ]
+        if not any(True for trace in traces for _ in _sites(trace)):
+            raise BadInput("model and guide have no sample sites, so that there is no objective")
+        of_rows = None
+        # What cannot be looked at more closely trains without the closer look.
+        with suppress(Exception), modes_kept(*programs):
+            of_rows = _parameter_of_rows(*programs, batch, seed)
+        if len(batch) == 1 and not batch.whole:
+            of_rows = _autoguide_of_one_row(guide, traces[1])
+    if unregistered:
+        warnings.warn(
+            f"{len(unregistered)} parameters of networks that the programs call without pyro.module stay as they are: "
+            "register the networks, or set requires_grad to False",
+            GumboWarning,
+            stacklevel=3,
+        )
+    return Inspection(*programs, _num_data(traces[1], batch), of_rows, unchecked, averages, unregistered)
+
+
+def parameter_of_rows(model: Callable, guide: Callable, batch: Rows, seed: int) -> str | None:
+    """The parameter that would have elements for each row of a batch, looked at in copies of the programs."""
+    if any(_autoguides(program) for program in (model, guide)):
+        return None  # they cannot be copied, and say themselves what they keep for a row
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore", GumboWarning)
+        return inspect_programs(*copy.deepcopy((model, guide)), batch, seed).of_rows
+    return None
+
+
+def _autoguides(program: Callable) -> list[AutoGuide]:
+    """Pyro's autoguides that are a program, or in it."""
+    held: list[Any] = [program, getattr(program, "__self__", None)]
+    if inspect.isfunction(program):
+        names = inspect.getclosurevars(program)
+        held += [*names.nonlocals.values(), *names.globals.values()]
+    return [module for root in modules_of(*held) for module in root.modules() if isinstance(module, AutoGuide)]
+
+
+def _autoguide_of_one_row(guide: Callable, model: poutine.Trace) -> str | None:
+    """A parameter of an autoguide of latents in the data plate, where that has one row."""
+    observed = {frame.name for site in _sites(model) if site["is_observed"] for frame in site["cond_indep_stack"]}
+    for autoguide in _autoguides(guide):
+        if autoguide.prototype_trace is None or autoguide.create_plates is not None:
+            continue
+        for site in _sites(autoguide.prototype_trace):
+            frames = [frame for frame in site["cond_indep_stack"] if frame.full_size == 1 and frame.name in observed]
+            if frames and not site["is_observed"]:
+                return next((name for name, _ in autoguide.named_parameters()), None)
+    return None
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def _run(model: Callable, guide: Callable, batch: Rows) -> tuple[poutine.Trace, poutine.Trace]:
+    with _OwnParameters():
+        guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch.args, **batch.kwargs)
+    return guide_trace, model_trace
+
+
+class _OwnParameters(Messenger):
+    """A network registered by ``pyro.module`` takes its own parameters, not what another has left in the store."""
+
+    def __init__(self):
+        super().__init__()
+        self._given: dict[str, nn.Parameter] = {}
+
+    def _pyro_param(self, msg) -> None:
+        store, name = pyro.get_param_store(), msg["name"]
+        given = msg["args"][1] if len(msg["args"]) > 1 else None
+        if not isinstance(given, nn.Parameter):
+            return
+        if self._given.setdefault(name, given) is not given:
+            raise BadInput(
+                f"two networks register a parameter {name.replace('$$$', '.')!r}: in Pyro's param store they would "
+                "train as one; give pyro.module another name for one of them"
+            )
+        if store._params.get(name, given) is not given:
+            del store[name]
+
+
+class _Called:
+    """Notes the modules that are called, and leaves their buffers as they were."""
+
+    def __init__(self):
+        self.modules: list[nn.Module] = []
+        self._known: set[int] = set()
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> _Called:
+        self._handle = register_module_forward_pre_hook(self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
+
+    def _note(self, module: nn.Module, inputs: Any) -> None:
+        if id(module) not in self._known:
+            self._known.add(id(module))
+            self.modules.append(module)
+            for buffer in module._buffers.values():
+                if buffer is not None and not nn.parameter.is_lazy(buffer):
+                    self._buffers.append((buffer, buffer.detach().clone()))
+
+
+def _names(*traces: poutine.Trace) -> list[str]:
+    """The parameters that the programs asked the store for."""
+    return [name for trace in traces for name, site in trace.nodes.items() if site["type"] == "param"]
+
+
+def _as_module(
+    program: Callable,
+    trace: poutine.Trace,
+    stored: Mapping[str, tuple[Tensor, Any]],
+    called: Sequence[nn.Module],
+    unregistered: list[nn.Parameter],
+) -> nn.Module:
+    """The program itself if it is a module that owns all its parameters, else a module around it."""
+    asked = {name: stored[name] for name in _names(trace) if name in stored}
+    if isinstance(program, nn.Module):
+        networks = [program]
+    else:
+        owner = getattr(program, "__self__", None)
+        networks = _outermost([*([owner] if isinstance(owner, nn.Module) else []), *called])
+    owned = {id(parameter): parameter for network in networks for parameter in network.parameters()}
+    loose = {name: (leaf, constraint) for name, (leaf, constraint) in asked.items() if id(leaf) not in owned}
+    if isinstance(program, nn.Module):
+        return ProgramModule(program, networks, loose) if loose else program
+    registered = {id(leaf) for leaf, _ in stored.values()}
+    known = {id(parameter) for parameter in unregistered}
+    for parameter in owned.values():
+        if parameter.requires_grad and id(parameter) not in registered | known:
+            unregistered.append(parameter)
+    return ProgramModule(program, networks, loose)
+
+
+def _outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules that are in none of the others, each once."""
+    unique = list({id(module): module for module in modules}.values())
+    inside = {id(child) for module in unique for child in module.modules() if child is not module}
+    return [module for module in unique if id(module) not in inside]
+
+
+def _as_parameters(leaves: Mapping[str, tuple[Tensor, Any]]) -> dict[str, tuple[nn.Parameter, Any]]:
+    """Leaves of the store as parameters over the same memory."""
+    return {
+        name: (leaf if isinstance(leaf, nn.Parameter) else nn.Parameter(leaf.detach()), constraint)
+        for name, (leaf, constraint) in leaves.items()
+    }
+
+
+def _put(store, name: str, value: Tensor, constraint: Any) -> None:
+    """Give the store an unconstrained value, in the tensor that it has for the name."""
+    if name in store:
+        leaf = store._params[name]
+        if leaf.data_ptr() != value.data_ptr():
+            with torch.no_grad():
+                leaf.copy_(value)
+        return
+    leaf = value.clone().requires_grad_(True)
+    store._params[name], store._constraints[name] = leaf, constraint
+    store._param_to_name[leaf] = name
+
+
+def _key(name: str) -> str:
+    """A name of the store as a module's parameter may be called."""
+    return name.replace(".", "/")
+
+
+# --- what the run shows -----------------------------------------------------------------------------------------------
+
+
+def _unchecked(trace: poutine.Trace) -> frozenset[str]:
+    return frozenset(
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site["is_observed"] and turns_validation_off(site["fn"])
+    )
+
+
+def _sites(trace: poutine.Trace) -> Iterator[Mapping[str, Any]]:
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            yield site
+
+
+def _num_data(trace: poutine.Trace, batch: Rows) -> int | None:
+    """How many data a loss on this batch stands for, if it is not the batch's length.
+
+    The plates that enclose every observed site say it: one that subsamples scales its terms to all that it counts.
+    """
+    observed = [site for site in _sites(trace) if site["is_observed"] and not site["infer"].get("_deterministic")]
+    if not observed:
+        return None
+    common = frozenset.intersection(*[frozenset(frame.name for frame in site["cond_indep_stack"]) for site in observed])
+    plates = {frame.name: frame for frame in observed[0]["cond_indep_stack"] if frame.name in common}
+    if batch.whole:
+        latents = [site for site in _sites(trace) if not site["is_observed"]]
+        around = {frame.name for site in latents for frame in site["cond_indep_stack"]}
+        chosen = [frame for name, frame in plates.items() if name in around] or list(plates.values())
+        count = 1
+        for frame in chosen:
+            count *= frame.full_size or frame.size
+        return count
+    for frame in plates.values():
+        full = frame.full_size or frame.size
+        if frame.size == len(batch) < full:
+            return full
+    return None
+
+
+def _parameter_of_rows(model: nn.Module, guide: nn.Module, batch: Rows, seed: int) -> str | None:
+    """A parameter that has elements of its own for each position in the batch, whatever row stands there.
+
+    The terms of several rows are differentiated. Elements that one row's terms depend on and no other's belong to the
+    row; if they stay where they are when the rows change places, they belong to the position.
+    """
+    if batch.whole or len(batch) < 2:
+        return None
+    model.eval()
+    guide.eval()
+    found: dict[str, list[Tensor]] | None = None
+    for turn in range(3):
+        torch.manual_seed(seed + turn)
+        turned = batch[torch.arange(len(batch)).roll(turn)]
+        supports = _supports(model, guide, turned)
+        if found is None:
+            found = {name: by_row for name, by_row in supports.items() if _disjoint(by_row)}
+        else:
+            found = {
+                name: by_row
+                for name, by_row in found.items()
+                if all(torch.equal(a, b) for a, b in zip(by_row, supports[name], strict=True))
+            }
+        if not found:
+            return None
+    return next(iter(found))
+
+
+def _supports(model: nn.Module, guide: nn.Module, batch: Rows) -> dict[str, list[Tensor]]:
+    """For some rows, which elements of each parameter the row's log-probabilities depend on."""
+    traces = _run(model, guide, batch)
+    size = len(batch)
+    total: Tensor | None = None
+    for trace in traces:
+        for site in _sites(trace):
+            frame = next((f for f in site["cond_indep_stack"] if f.vectorized and f.size == size), None)
+            if frame is None or site["infer"].get("_deterministic"):
+                continue
+            terms = site["fn"].log_prob(site["value"])
+            if terms.dim() < -frame.dim or terms.shape[frame.dim] != size:
+                continue
+            others = [dim for dim in range(-terms.dim(), 0) if dim != frame.dim]
+            terms = terms.sum(others) if others else terms
+            total = terms if total is None else total + terms
+    leaves = {
+        name: leaf
+        for name, leaf in owned_parameters(model, guide).items()
+        if leaf.requires_grad and leaf.numel() >= size
+    }
+    if total is None or not total.requires_grad or not leaves:
+        return {}
+    rows = sorted({0, 1, size // 2, size - 1})
+    found: dict[str, list[Tensor]] = {name: [] for name in leaves}
+    for row in rows:
+        slopes = torch.autograd.grad(total[row], list(leaves.values()), retain_graph=True, allow_unused=True)
+        for (name, leaf), slope in zip(leaves.items(), slopes, strict=True):
+            found[name].append(torch.zeros_like(leaf, dtype=torch.bool) if slope is None else slope != 0)
+    return found
+
+
+def _disjoint(supports: Sequence[Tensor]) -> bool:
+    """Whether at least two rows have elements, and no element belongs to two rows."""
+    together = torch.stack(list(supports)).flatten(1)
+    return int(together.any(1).sum()) > 1 and int(together.sum(0).max()) < 2
+
+
+def refuse_parameter_of_rows(inspection: Inspection, batch_size: int, num_rows: int) -> None:
+    """Raise BadInput where several batches would train one parameter as if their rows were the same."""
+    if inspection.of_rows is not None and batch_size < num_rows:
+        raise BadInput(
+            f"parameter {inspection.of_rows!r} has elements for each row of a batch, so that the {num_rows} rows of "
+            f"train would share those of {batch_size}: pass batch_size={num_rows}, tell the guide which rows it sees "
+            "(an autoguide's create_plates=), or take a guide that reads the data"
+        )
+
+
+__all__ = ["Inspection", "ProgramModule", "inspect_programs", "parameter_of_rows", "refuse_parameter_of_rows"]
