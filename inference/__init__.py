@@ -5,7 +5,7 @@ from __future__ import annotations
 from .auditing.comparison import audit
 from .auditing.comparison import plot as plot_audit
 from .auditing.recommendation import recommend
-from .diagnosis.report import diagnose
+from .diagnosis.examination import diagnose
 from .elbo import SiteELBO
 from .posterior.collapse import FreeBits, active_units
 from .posterior.conversion import summary, to_arviz

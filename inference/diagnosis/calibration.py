@@ -1,0 +1,261 @@
+"""Is the guide right on average over data that the model draws? Ranks of what was drawn, which must be uniform."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import BadInput, GumboError
+from ..engine.progress import Stages
+from ..posterior.refits import refitted
+from ..posterior.runner import _REFUSALS, Pass, Sweep, _first_line, quietly
+from .report import ALARM, OK, Verdict, not_done
+from .thresholds import ROUNDING, UNIFORM
+from .units import to_units
+
+_COORDINATES = 10
+_UNREAD = "the guide does not read the data, so that calibrating it needs a fit to each simulated data set"
+_OFFER = (
+    "calibration_refits=50 fits it to 50 data sets that the model draws (Yao et al. 2018, arXiv:1802.02538); a guide "
+    "that is no module needs refit= as well"
+)
+
+
+def calibration(
+    sweep: Sweep,
+    simulations: int,
+    seed: int | None,
+    skipped: dict[str, str],
+    ranks: dict[str, np.ndarray],
+    say: Stages,
+    refits: int = 0,
+    steps: int = 1000,
+    refit: Callable | None = None,
+) -> dict[str, Verdict]:
+    """Ranks of simulated latents among the draws of the guide, or with ``refits`` of guides fitted to each data set."""
+    try:
+        with quietly(sweep.model, sweep.guide, None if seed is None else seed + 1):
+            if refits:
+                found, draws = refitted_ranks(sweep, refits, steps, refit, seed or 0, say)
+            else:
+                found, draws = simulated_ranks(sweep, simulations, say)
+    except _Unread:
+        skipped["calibration"] = _UNREAD
+        return {"calibration": not_done("calibration", _UNREAD, _OFFER)}
+    except (GumboError, *_REFUSALS) as error:
+        reason = str(error) if isinstance(error, GumboError) else f"it failed ({_first_line(error)})"
+        skipped["calibration"] = reason
+        advice = "programs whose observed sites take their data from an argument can be calibrated"
+        return {"calibration": not_done("calibration", reason, advice)}
+    ranks.update(found)
+    chances = {name: uniformity(values, draws) for name, values in found.items()}
+    if refits:
+        chances |= {f"{name} (by its sides)": symmetry(values, draws) for name, values in found.items()}
+    worst = min(chances, key=chances.__getitem__)
+    chance = min(1.0, chances[worst] * len(chances))
+    count = len(next(iter(found.values())))
+    over = f"{count} data that the model drew"
+    paper = "Talts et al. 2018, arXiv:1804.06788"
+    if refits:
+        over = f"{refits} data sets that the model drew, the guide fitted to each"
+        paper = "Yao et al. 2018, arXiv:1802.02538"
+    word = ALARM if chance < UNIFORM else OK
+    advice = "the guide is wrong on average: see shift and width for how, then train longer or widen the family"
+    return {
+        "calibration": Verdict(
+            "calibration",
+            word,
+            f"ranks of {worst} among {draws} draws of the guide, over {over}, leave the band of uniform ranks with "
+            f"probability {chance:.2g} if the guide is exact, limit {UNIFORM:g} ({paper})",
+            chance,
+            UNIFORM,
+            advice if word == ALARM else "more simulations see smaller faults",
+        )
+    }
+
+
+class _Unread(BadInput):
+    """The guide has the same distributions whatever the data."""
+
+
+def simulated_ranks(sweep: Sweep, simulations: int, say: Stages | None = None) -> tuple[dict[str, np.ndarray], int]:
+    """Ranks of latents that the model drew among the guide's draws, by coordinate; and how many draws these are."""
+    places = _argument_places(sweep)
+    draws = 100 if sweep.vectorized else 19
+    given, tested = _reacting(sweep, places)
+    own = sweep.local if set(tested) <= set(sweep.local) else []
+    plates = sweep.data_plates if own else ()
+    units = math.prod(sweep.sizes[plate] for plate in plates)
+    rounds = max(2, math.ceil(simulations / units)) if own and set(sweep.shared) <= set(given) else simulations
+    rounds = rounds if sweep.vectorized else min(rounds, 60)
+    found: dict[str, list[np.ndarray]] = {}
+    say = say or Stages("", False)
+    say.stage(f"calibrating on simulated data{sweep.slowly()}", rounds)
+    for done in range(rounds):
+        say.step(done)
+        held = {}
+        if given:
+            guide, _model = sweep.run(1)
+            held = {name: sweep.held(guide, name) for name in given}
+        truth = sweep.model_run(1, fixed=held, observe=False)
+        data = _replaced(sweep, places, truth)
+        fixed = {name: value.expand(draws, *value.shape[1:]) for name, value in held.items()}
+        _, model = sweep.run(draws, fixed=fixed, arguments=data)
+        values = {name: sweep.held(truth, name) for name in sweep.latents}
+        again = sweep.model_run(1, fixed=values, arguments=data)
+        one = None if units == 1 or rounds < simulations else np.random.default_rng(len(found)).integers(units)
+        for name, rank in _ranks(sweep, tested, plates, model, again, draws).items():
+            found.setdefault(name, []).append(rank if one is None else rank[[one]])
+    return {name: np.concatenate(parts) for name, parts in found.items()}, draws
+
+
+def refitted_ranks(
+    sweep: Sweep, refits: int, steps: int, refit: Callable | None, seed: int, say: Stages
+) -> tuple[dict[str, np.ndarray], int]:
+    """The same for a guide that is fitted to each simulated data set anew, the model held fixed; one rank a data set.
+
+    ``refit``, called with the simulated data as the guide is, returns a fitted guide. Yao et al. 2018,
+    arXiv:1802.02538.
+    """
+    places = _argument_places(sweep)
+    draws = 100 if sweep.vectorized else 19
+    found: dict[str, list[np.ndarray]] = {}
+    rng = np.random.default_rng(seed)
+    say.stage(f"fitting the guide to {refits} simulated data sets, {steps} steps each", refits)
+    for done in range(refits):
+        say.step(done)
+        truth = sweep.model_run(1, observe=False)
+        args, kwargs = _replaced(sweep, places, truth)
+        values = {name: sweep.held(truth, name) for name in sweep.latents}
+        with torch.enable_grad():
+            if refit is not None:
+                guide = refit(*args, **kwargs)
+            else:
+                guide = refitted(sweep.model, sweep.guide, args, kwargs, seed=seed + done, steps=steps, lr=0.02)
+        fitted = Sweep(sweep.model, guide, args, kwargs, mode=sweep.mode)
+        with quietly(sweep.model, guide, seed + done):
+            _, model = fitted.run(draws)
+            again = fitted.model_run(1, fixed=values)
+        for name, rank in _ranks(fitted, sweep.latents, (), model, again, draws, rng).items():
+            found.setdefault(name, []).append(rank)
+    return {name: np.concatenate(parts) for name, parts in found.items()}, draws
+
+
+def _argument_places(sweep: Sweep) -> dict[str, int | str]:
+    """Which argument each observed site's data are."""
+    if sweep.swept:
+        raise BadInput("rows come in blocks, and simulating data needs them at once")
+    if not sweep.observed:
+        raise BadInput("the model observes nothing that could be simulated")
+    places: dict[str, int | str] = {}
+    for site, seen in sweep.observed_values.items():
+        for place, value in [*enumerate(sweep.args), *sweep.kwargs.items()]:
+            same = isinstance(value, torch.Tensor) and value.shape == seen.shape and value.dtype == seen.dtype
+            if same and place not in places.values() and torch.equal(value, seen):
+                places[site] = place
+                break
+        else:
+            raise BadInput(f"the data of site {site!r} are no argument of the programs, so none can be simulated")
+    return places
+
+
+def _replaced(sweep: Sweep, places: Mapping[str, int | str], run: Pass) -> tuple[tuple, dict]:
+    args, kwargs = list(sweep.args), dict(sweep.kwargs)
+    for site, place in places.items():
+        value = run.raw(site).reshape(sweep.observed_values[site].shape)
+        if isinstance(place, int):
+            args[place] = value
+        else:
+            kwargs[place] = value
+    return tuple(args), kwargs
+
+
+def _reacting(sweep: Sweep, places: Mapping[str, int | str]) -> tuple[list[str], list[str]]:
+    """Latents whose guide does not read the data, to be held at its draws; and those to be tested."""
+    guide, _ = sweep.run(1)
+    held = {name: sweep.held(guide, name) for name, layout in sweep.guide_sites.items() if layout.kind == "latent"}
+    other, _ = sweep.run(1, fixed=held, arguments=_replaced(sweep, places, sweep.model_run(1, observe=False)))
+    reads = {
+        name
+        for name, layout in sweep.guide_sites.items()
+        if layout.kind == "latent" and _differs(guide.log_prob(name), other.log_prob(name))
+    }
+    if not reads:
+        raise _Unread(_UNREAD)
+    if any(name not in sweep.model_sites for name in sweep.guide_sites):
+        return [], list(sweep.latents)
+    given = [name for name in sweep.shared if name not in reads]
+    local = [name for name in sweep.local if set(sweep.local) & reads]
+    return given, [*local, *(name for name in sweep.shared if name in reads)]
+
+
+def _differs(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """By more than rounding: a flow inverts its own draws anew, with another last digit."""
+    size = max(float(value[value.isfinite()].abs().max()) if value.isfinite().any() else 0.0 for value in (one, other))
+    return not torch.allclose(one, other, rtol=0.0, atol=ROUNDING * (1 + size), equal_nan=True)
+
+
+def _ranks(
+    sweep: Sweep,
+    tested: Sequence[str],
+    plates: Sequence[str],
+    model: Pass,
+    truth: Pass,
+    draws: int,
+    rng: np.random.Generator | None = None,
+) -> dict[str, np.ndarray]:
+    """For each coordinate, and the log-density, ranks ``(units,)``; equal values share theirs at random.
+
+    With ``rng`` a site of many rows is ranked at one of them, picked at random, so that ranks are independent.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name in tested:
+        layout = sweep.model_sites[name]
+        drawn, true = (to_units(run.value(name), layout, plates) for run in (model, truth))
+        size = drawn.shape[-1]
+        event = math.prod(layout.event)
+        if rng is not None and size > event:
+            row = int(rng.integers(size // event))
+            drawn, true = (value[..., row * event : (row + 1) * event] for value in (drawn, true))
+            size = event
+        for place in np.unique(np.linspace(0, size - 1, min(size, _COORDINATES)).round().astype(int)):
+            label = name if size == 1 else f"{name}[{place}]"
+            found[label] = _rank(drawn[..., place], true[..., place])
+    density: list[Any] = [0.0, 0.0]
+    for side, run in enumerate((model, truth)):
+        for name, layout in run.layouts.items():
+            if layout.kind != "deterministic" and set(plates) <= layout.plates:
+                density[side] = density[side] + run.log_prob(name, plates)
+    found["log p(x, z)"] = _rank(density[0].reshape(draws, -1), density[1].reshape(1, -1), 1e-5)
+    return found
+
+
+def _rank(drawn: torch.Tensor, true: torch.Tensor, tolerance: float = 0.0) -> np.ndarray:
+    drawn, true = drawn.cpu(), true.cpu()
+    close = tolerance * (1 + true.abs())
+    less = (drawn < true - close).sum(0)
+    equal = ((drawn - true).abs() <= close).sum(0)
+    return (less + (torch.rand(less.shape) * (equal + 1)).floor().long()).numpy()
+
+
+def uniformity(ranks: np.ndarray, draws: int, points: int = 20) -> float:
+    """How likely uniform ranks on 0…draws are to stray as far, corrected for looking at many points of their ECDF."""
+    from scipy.stats import binom
+
+    at = np.unique(np.linspace(0, draws - 1, points).round().astype(int))
+    counts = (ranks[:, None] <= at).sum(0)
+    chance = (at + 1) / (draws + 1)
+    tails = np.minimum(binom.cdf(counts, len(ranks), chance), binom.sf(counts - 1, len(ranks), chance))
+    return float(min(1.0, 2 * len(at) * tails.min()))
+
+
+def symmetry(ranks: np.ndarray, draws: int) -> float:
+    """How likely uniform ranks are to lie as far to one side on average: a biased guide's do, a narrow one's do not."""
+    from scipy.stats import norm
+
+    spread = math.sqrt(((draws + 1) ** 2 - 1) / 12 / len(ranks))
+    return float(2 * norm.sf(abs(float(ranks.mean()) - draws / 2) / spread))

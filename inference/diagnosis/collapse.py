@@ -1,0 +1,51 @@
+"""Is the guide a point, or the prior where the posterior is not?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..posterior.conversion import Collection
+from .report import ALARM, CANNOT_SAY, OK, Verdict
+from .thresholds import COLLAPSED
+from .units import Units
+
+
+def point(units: Units) -> Verdict:
+    """A guide without any spread, such as AutoDelta."""
+    points = [
+        name
+        for name, spread, discrete in zip(units.names, np.ptp(units.values, 1).max(0), units.discrete, strict=True)
+        if not discrete and spread == 0
+    ]
+    if points:
+        text = f"{units.what}: the guide is a point at {', '.join(points[:5])}, which is no posterior"
+        return Verdict("point", ALARM, text, float(len(points)), 0.0, "fit a guide with a width, such as AutoNormal")
+    text = f"{units.what}: the guide is a distribution at every latent"
+    return Verdict("point", OK, text, 0.0, 0.0, "nothing for point")
+
+
+def collapsed(units: Units, collection: Collection, others: Sequence[Verdict]) -> list[Verdict]:
+    """A guide at the prior is right where the data say nothing: ``others`` say whether they do."""
+    per_dimension = {site: collection.kl.get(site, [None])[0] for site in units.sites}
+    known = {site: np.asarray(value) for site, value in per_dimension.items() if value is not None}
+    if not known:
+        return []
+    idle = len(known) == len(units.sites) and all(abs(value).max() < COLLAPSED for value in known.values())
+    judges = {one.name: one.verdict for one in others if one.name in ("gap", "shift", "width")}
+    text = f"{units.what}: KL of guide to prior is {', '.join(f'{s} {v.sum():.3f}' for s, v in known.items())} nats"
+    numbers = float(min(value.sum() for value in known.values())), COLLAPSED
+    if not idle:
+        return [Verdict("collapsed", OK, f"{text}; collapsed are {COLLAPSED} in every dimension", *numbers)]
+    text += f", at most {COLLAPSED} in every dimension: it is the prior"
+    paper = "Bowman et al. 2016, arXiv:1511.06349"
+    if ALARM in judges.values():
+        fired = ", ".join(name for name, word in judges.items() if word == ALARM)
+        advice = "a KL warm-up (kl_weight), free bits, or a weaker decoder"
+        return [Verdict("collapsed", ALARM, f"{text}, and by {fired} the posterior is not ({paper})", *numbers, advice)]
+    if judges.get("gap") == CANNOT_SAY:
+        advice = "what lets gap say lets this say"
+        return [Verdict("collapsed", CANNOT_SAY, f"{text}; is the posterior? gap cannot say", *numbers, advice)]
+    advice = "drop these latents if you meant them to hold something"
+    return [Verdict("collapsed", OK, f"{text}, and so is the posterior by gap", *numbers, advice)]

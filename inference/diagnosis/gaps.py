@@ -1,0 +1,140 @@
+"""How many nats does the bound lack, and who lacks them: the amortization or the family?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import GumboError
+from ..engine.progress import Stages
+from ..posterior.conversion import Collection
+from ..posterior.importance import importance_ess, log_evidence
+from ..posterior.refits import can_refine, refine
+from ..posterior.runner import _REFUSALS, Block, Sweep, _first_line, quietly
+from .report import ALARM, CANNOT_SAY, OK, Verdict, three_way
+from .rows import few_rows
+from .thresholds import GAP, INNER_NOISE
+from .units import Units
+
+_PAPER = "Cremer et al. 2018, arXiv:1801.03558"
+
+
+def gap(units: Units, collection: Collection, weak: tuple[str, str] | None) -> Verdict:
+    """Log-evidence minus ELBO. Weights of few effective draws understate it, so that an alarm holds all the same."""
+    weight = units.log_weight
+    evidence, error = log_evidence(weight)
+    lacking = evidence - weight.mean(1)
+    noise = np.sqrt(weight.var(1, ddof=1) / weight.shape[1] + error**2)
+    mean, spread = float(lacking.mean()), float(np.sqrt((noise**2).sum()) / len(lacking))
+    limit = GAP * _dimensions(units, collection)
+    alarm = mean > limit and mean > 4 * spread and units.noise <= INNER_NOISE
+    word = three_way(alarm, mean <= limit and 2 * spread <= limit and weak is None)
+    at_least = "at least " if weak else ""
+    text = (
+        f"{units.what}: log-evidence minus ELBO is {at_least}{mean:.3f} ± {spread:.3f} nats each, limit {limit:.2f} "
+        f"({GAP} for each latent dimension; {_PAPER})"
+    )
+    if word == CANNOT_SAY:
+        more = 100 * math.ceil(units.draws * (4 * spread / max(mean, limit)) ** 2 / 100)
+        reason, advice = weak or (
+            "its error is too large",
+            f"num_samples={max(more, 2 * units.draws)} would let it say",
+        )
+        return Verdict("gap", word, f"{text}; {reason}", mean, limit, advice)
+    advice = "a richer family or longer training; the split into amortization and family says which"
+    return Verdict("gap", word, text, mean, limit, "nothing for gap" if word == OK else advice)
+
+
+def _dimensions(units: Units, collection: Collection) -> int:
+    """How many latent dimensions a unit has; a one-hot vector counts as one."""
+    total = 0
+    for site in units.sites:
+        by_dimension = collection.kl_kinds.get(site) in ("each", "marginal")
+        known = collection.kl[site][0] if by_dimension else None
+        size = np.size(known) if known is not None else collection.sweep.model_sites[site].event
+        per_site = size if isinstance(size, int) else math.prod(size)
+        layout = collection.sweep.model_sites[site]
+        inside = math.prod(collection.sweep.sizes[p] for p in layout.plates if p not in units.plates)
+        total += per_site * inside
+    return max(1, total)
+
+
+def with_parts(
+    verdict: Verdict,
+    sweep: Sweep,
+    steps: int,
+    seed: int | None,
+    skipped: dict[str, str],
+    extra: dict[str, tuple[Sequence[str], np.ndarray]],
+    options: Mapping[str, Any],
+    say: Stages,
+) -> Verdict:
+    """The gap split in two by refining the guide's parameters for each datum."""
+    reason = ""
+    if not steps:
+        reason = "refine_steps is 0"
+    elif sweep.swept:
+        reason = "rows come in blocks, and refining needs them at once"
+    elif sweep.local and sweep.shared:
+        reason = "there are global latents beside local ones"
+    elif not can_refine(sweep):
+        reason = "a site's distribution has no parameters that can be moved (a flow, a point, a joint draw)"
+    if reason:
+        skipped["amortization gap"] = reason
+        return verdict
+    fewer, args, kwargs = few_rows(sweep, 32, options)
+    say.stage("refining the guide for each datum", steps)
+    try:
+        better = refine(sweep.model, sweep.guide, args, kwargs, steps=steps, seed=seed, progress=say)
+        before = unit_weights(fewer, 1000, seed)
+        after = unit_weights(Sweep(sweep.model, better, args, kwargs, **options), 1000, seed)
+    except (GumboError, *_REFUSALS) as error:
+        skipped["amortization gap"] = f"refining failed ({_first_line(error)})"
+        return verdict
+    old, new = before.mean(1), after.mean(1)
+    # The guide whose weights are more even knows the evidence better.
+    finer = importance_ess(after) >= importance_ess(before)
+    evidence = np.where(finer, log_evidence(after)[0], log_evidence(before)[0])
+    # Steps of noisy optimisation may end a little below an optimum that they began at.
+    amortization = np.maximum(new - old, 0.0)
+    approximation = np.maximum(evidence - np.maximum(new, old), 0.0)
+    extra["amortization_gap"] = ((), np.array([amortization.mean()]))
+    extra["approximation_gap"] = ((), np.array([approximation.mean()]))
+    text = (
+        f"{verdict.text}; of {evidence.mean() - old.mean():.3f} nats for {len(old)} of them, {amortization.mean():.3f} "
+        f"go to amortization and {approximation.mean():.3f} to the family"
+    )
+    advice = verdict.advice
+    if verdict.verdict == ALARM:
+        advice = "train longer, with a larger network, or refine each datum (gumbo.inference.refine)"
+        if approximation.mean() > amortization.mean():
+            advice = "a richer family: a full covariance, a flow, or latents drawn in turn"
+    return replace(verdict, text=text, advice=advice)
+
+
+def unit_weights(
+    sweep: Sweep,
+    draws: int,
+    seed: int | None,
+    given: Mapping[str, torch.Tensor] | None = None,
+    plates: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Log-weights ``(units, draws)`` of the local latents, or of all where none is local or ``plates`` is ``()``."""
+    found, block = [], sweep.whole() or Block()
+    plates = sweep.weight_plates if plates is None else plates
+    with quietly(sweep.model, sweep.guide, seed):
+        for start in range(0, draws, sweep.draws_a_run(block)):
+            count = min(sweep.draws_a_run(block), draws - start)
+            fixed = {name: value.expand(count, *value.shape[1:]) for name, value in (given or {}).items()}
+            total: Any = 0.0
+            for run, sign in zip(sweep.run(count, block, fixed), (-1.0, 1.0), strict=True):
+                for name, layout in run.layouts.items():
+                    if layout.kind != "deterministic" and set(plates) <= layout.plates:
+                        total = total + sign * run.log_prob(name, plates)
+            found.append(total.reshape(count, -1))
+    return torch.cat(found).T.cpu().numpy()

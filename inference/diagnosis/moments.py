@@ -1,0 +1,181 @@
+"""Are the guide's means, widths and correlations right? Against those of its draws weighted by importance."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .report import ALARM, OK, Verdict, three_way
+from .thresholds import CORRELATION, PROBABILITY, SHIFT, SURE, WIDTH, allowed
+from .units import Units
+
+# Dimensions that are looked at, evenly spaced, and groups of draws that the errors come from.
+_COORDINATES = 30
+_GROUPS = 20
+
+
+def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
+    """Verdicts on shift, width and correlation; ``weak`` says why the weights cannot tell that they are right.
+
+    Errors are those of a jackknife over twenty groups of draws. A difference counts if chance would make one as large
+    somewhere once in a thousand times, over all dimensions, or pairs of them.
+    """
+    from scipy.stats import t
+
+    picked = np.unique(np.linspace(0, len(units.names) - 1, min(_COORDINATES, len(units.names))).round().astype(int))
+    names = [units.names[place] for place in picked]
+    continuous, binary = ~units.discrete[picked], units.binary[picked]
+    telling = units.telling
+    if not telling.any() or telling.sum() <= len(units) / 2:
+        return [_unknown(units, name, weak) for name in _asked(continuous, len(picked))]
+    values = units.values[telling][..., picked].astype(np.float64)
+    found, errors = _jackknife(values, units.log_weight[telling], binary)
+    shift, width, corr = found
+    verdicts = []
+
+    scale = np.where(binary, PROBABILITY, SHIFT)
+    size, alarm, fine = _root_mean_square(shift / scale, errors[0] / scale, 1.0)
+    worst = int(np.argmax(size))
+    unit = "in probability" if binary[worst] else "of the posterior's standard deviations"
+    verdicts.append(
+        _verdict(
+            units,
+            "shift",
+            alarm,
+            fine,
+            weak,
+            f"the guide's mean is off by {size[worst] * scale[worst]:.2f} {unit} (root mean square) at {names[worst]}, "
+            f"limit {scale[worst]}; posterior by importance weights",
+            (float(size[worst] * scale[worst]), float(scale[worst])),
+            "train longer, or with a smaller learning rate; an amortized guide may need a larger network",
+        )
+    )
+    if continuous.any():
+        ratio, error = width.mean(0), np.sqrt((errors[1] ** 2).sum(0)) / len(values)
+        limit = -math.log(WIDTH)
+        sure = t.isf(SURE / 2 / continuous.sum(), (_GROUPS - 1) * len(values))
+        fires = continuous & (np.abs(ratio) > limit) & (np.abs(ratio) > sure * error)
+        worst = int(np.argmax(np.where(continuous, np.abs(ratio), -1.0)))
+        # Few draws that count lie close together, whatever the posterior's width: they cannot call a guide too wide.
+        alarm = bool((fires & (ratio < 0)).any()) or bool(fires.any() and weak is None)
+        verdicts.append(
+            _verdict(
+                units,
+                "width",
+                alarm,
+                bool((2 * error[continuous] < limit).all()),
+                weak,
+                f"at {names[worst]} the guide's standard deviation is {math.exp(ratio[worst]):.2f} times the "
+                f"posterior's by importance weights, limits {WIDTH} and {1 / WIDTH:.2f}; {int(fires.sum())} of "
+                f"{int(continuous.sum())} dimensions are outside",
+                (float(math.exp(ratio[worst])), WIDTH),
+                "a family with correlations if correlation or khat fires too, else train longer",
+            )
+        )
+    if len(picked) > 1:
+        upper = np.triu_indices(len(picked), 1)
+        size, alarm, fine = _root_mean_square(*(part[:, upper[0], upper[1]] for part in (corr, errors[2])), CORRELATION)
+        worst = int(np.argmax(size))
+        pair = f"{names[upper[0][worst]]} and {names[upper[1][worst]]}"
+        verdicts.append(
+            _verdict(
+                units,
+                "correlation",
+                alarm,
+                fine,
+                weak,
+                f"the correlation of {pair} is off by {size[worst]:.2f} (root mean square), limit {CORRELATION}; "
+                "posterior by importance weights",
+                (float(size[worst]), CORRELATION),
+                "a guide with correlations: a full covariance, a flow, or one that draws the latents in turn",
+            )
+        )
+    return verdicts
+
+
+def _asked(continuous: np.ndarray, count: int) -> list[str]:
+    return ["shift", *(["width"] if continuous.any() else []), *(["correlation"] if count > 1 else [])]
+
+
+def _unknown(units: Units, name: str, weak: tuple[str, str] | None) -> Verdict:
+    reason, advice = weak or units.weak or ("the weights are too uneven", "a better guide would let it say")
+    return Verdict(name, three_way(False, False), f"{units.what}: {reason}", advice=advice)
+
+
+def _verdict(units: Units, name: str, alarm, fine, weak, text: str, numbers: tuple[float, float], mend: str) -> Verdict:
+    word = three_way(alarm, fine and weak is None)
+    text = f"{units.what}: {text}"
+    if word == OK:
+        return Verdict(name, word, text, *numbers, f"nothing for {name}")
+    if word == ALARM:
+        return Verdict(name, word, text, *numbers, mend)
+    reason, advice = weak or (
+        "the noise of the weights is as large as the limit",
+        f"num_samples={4 * units.draws} would let it say",
+    )
+    return Verdict(name, word, f"{text}; {reason}", *numbers, advice)
+
+
+def _root_mean_square(difference: np.ndarray, error: np.ndarray, limit: float) -> tuple[np.ndarray, bool, bool]:
+    """Over units ``(units, …)``, without what noise adds; whether one is surely beyond, and whether all can be seen."""
+    from scipy.stats import f
+
+    noise = (error**2).mean(0)
+    raw = (difference**2).mean(0)
+    square = (raw - noise).clip(0)
+    count = len(difference)
+    sure = f.isf(SURE / max(1, raw.size), count, (_GROUPS - 1) * count)
+    alarm = (square > limit**2) & (raw > sure * noise)
+    resolution = np.sqrt(2 * math.sqrt(2 / count) * noise)
+    # A few pairs of many may be less clear than the others.
+    unclear = int((resolution > limit).sum())
+    return np.sqrt(square), bool(alarm.any()), unclear <= allowed(resolution.size)
+
+
+def _jackknife(values: np.ndarray, log_weight: np.ndarray, binary: np.ndarray) -> tuple[list, list]:
+    """Differences between draws and weighted draws, each ``(units, …)``, and their standard errors."""
+    values = values - values.mean(1, keepdims=True)
+    weight = np.exp(log_weight - log_weight.max(-1, keepdims=True))
+    edges = np.linspace(0, values.shape[1], _GROUPS + 1).astype(int)
+    sums = {"q": [], "p": []}
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        piece = values[:, start:stop]
+        sums["q"].append(_sums(piece, np.ones((len(values), stop - start))))
+        sums["p"].append(_sums(piece, weight[:, start:stop]))
+    parts = {side: [np.stack(part) for part in zip(*found, strict=True)] for side, found in sums.items()}
+    whole = {side: [part.sum(0) for part in found] for side, found in parts.items()}
+    found = _differences(_central(*whole["q"]), _central(*whole["p"]), binary)
+    left = []
+    for group in range(_GROUPS):
+        q, p = (_central(*[w - part[group] for w, part in zip(whole[s], parts[s], strict=True)]) for s in ("q", "p"))
+        left.append(_differences(q, p, binary))
+    errors = []
+    for many in zip(*left, strict=True):
+        stacked = np.stack(many)
+        errors.append(np.sqrt((_GROUPS - 1) / _GROUPS * ((stacked - stacked.mean(0)) ** 2).sum(0)))
+    return found, errors
+
+
+def _sums(values: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    weighted = values * weight[..., None]
+    return weight.sum(1), weighted.sum(1), np.matmul(weighted.transpose(0, 2, 1), values)
+
+
+def _central(total: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, standard deviation and correlations from sums over draws."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = np.nan_to_num(first / total[:, None])
+        covariance = np.nan_to_num(second / total[:, None, None]) - mean[:, :, None] * mean[:, None, :]
+        sd = np.sqrt(np.einsum("uii->ui", covariance).clip(0))
+        corr = np.nan_to_num(covariance / (sd[:, :, None] * sd[:, None, :]))
+    return mean, sd, corr
+
+
+def _differences(q: tuple, p: tuple, binary: np.ndarray) -> list[np.ndarray]:
+    """Shift in posterior sds (in probability where binary), log ratio of sds, difference of correlations."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shift = np.where(binary, q[0] - p[0], (q[0] - p[0]) / p[1])
+        width = np.log(q[1] / p[1])
+    shift = np.nan_to_num(shift).clip(-1e3, 1e3)
+    return [shift, np.nan_to_num(width, posinf=10.0, neginf=-10.0), q[2] - p[2]]

@@ -1,0 +1,32 @@
+"""A part of the rows, where a look at all of them takes long and tells no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..posterior.runner import _REFUSALS, Sweep, _has_rows
+
+
+def few_rows(sweep: Sweep, num_data: int, options: Mapping[str, Any]) -> tuple[Sweep, tuple, dict]:
+    """The same programs on evenly spaced rows, where they take a part of them and every latent is a datum's own."""
+    args, kwargs = sweep.args, sweep.kwargs
+    plates = [plate for plate in sweep.data_plates if sweep.sizes[plate] > num_data]
+    if not plates or sweep.shared or sweep.swept.keys() - {sweep.sliced}:
+        return sweep, args, kwargs
+    size = sweep.sizes[plates[0]]
+    rows = torch.linspace(0, size - 1, num_data).round().long()
+
+    def cut(value):
+        return value[rows.to(value.device)] if _has_rows(value, size) else value
+
+    fewer = tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
+    if not any(_has_rows(value, size) for value in (*args, *kwargs.values())):
+        return sweep, args, kwargs
+    try:
+        smaller = Sweep(sweep.model, sweep.guide, *fewer, **options)
+    except _REFUSALS:
+        return sweep, args, kwargs
+    return (smaller, *fewer) if smaller.sizes.get(plates[0]) == num_data else (sweep, args, kwargs)

@@ -1,0 +1,142 @@
+"""What verdicts are about: data with their local latents, and the global latents, with weights and draws of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from ..posterior.conversion import Collection
+from ..posterior.importance import importance_ess
+from ..posterior.runner import Layout
+from .thresholds import BARELY, ENOUGH, INNER_NOISE, allowed
+
+
+def to_units(value: torch.Tensor, layout: Layout, plates: Sequence[str]) -> torch.Tensor:
+    """``(S, *batch, *event)`` as ``(S, units, numbers of a unit)``, a unit being an element of ``plates``."""
+    axes = [1 + layout.names.index(plate) for plate in plates]
+    moved = value.movedim(axes, list(range(1, 1 + len(axes))))
+    units = math.prod(moved.shape[1 : 1 + len(axes)])
+    return moved.reshape(len(value), units, -1)
+
+
+def from_units(flat: torch.Tensor, layout: Layout, plates: Sequence[str], event: Sequence[int]) -> torch.Tensor:
+    """The way back; ``event`` is the shape of a value's event dimensions."""
+    sizes = dict(zip(layout.names, layout.sizes, strict=True))
+    others = [size for name, size in zip(layout.names, layout.sizes, strict=True) if name not in plates]
+    moved = flat.reshape(len(flat), *(sizes[plate] for plate in plates), *others, *event)
+    axes = [1 + layout.names.index(plate) for plate in plates]
+    return moved.movedim(list(range(1, 1 + len(axes))), axes)
+
+
+@dataclass
+class Units:
+    """What weights are formed for: log-weights ``(units, S)`` and the numbers they belong to ``(units, S, d)``.
+
+    ``khat`` ``(units,)`` is that of ``vi_stats``. ``joint`` says that one unit holds the latents of all data. The
+    log-weights of global latents are known up to noise of variance ``noise``, from the ``inner`` draws that integrate
+    the local latents out.
+    """
+
+    what: str
+    sites: list[str]
+    plates: tuple[str, ...]
+    log_weight: np.ndarray
+    khat: np.ndarray
+    values: np.ndarray
+    names: list[str]
+    discrete: np.ndarray
+    binary: np.ndarray
+    joint: bool = False
+    noise: float = 0.0
+    inner: int = 0
+
+    def __len__(self) -> int:
+        return len(self.log_weight)
+
+    @property
+    def draws(self) -> int:
+        return self.log_weight.shape[1]
+
+    @cached_property
+    def ess(self) -> np.ndarray:
+        return importance_ess(self.log_weight)
+
+    def clear(self, least: float) -> np.ndarray:
+        """The units ``(units,)`` whose weighted draws count as at least so many."""
+        return (self.ess >= least * (1 - 1e-9)) & (self.noise <= INNER_NOISE)
+
+    @property
+    def telling(self) -> np.ndarray:
+        """The units whose weights may tell that the guide is wrong."""
+        return self.clear(BARELY)
+
+    @property
+    def weak(self) -> tuple[str, str] | None:
+        """Why these weights cannot tell that the guide is right, and what would help; None if they can."""
+        if self.noise > INNER_NOISE:
+            return (
+                f"integrating the local latents out over {self.inner} draws leaves noise of variance {self.noise:.2g} "
+                "in the log-weights",
+                f"pass num_local_samples={_round_up(self.inner * self.noise / INNER_NOISE)}, or improve the guide of "
+                "the local latents",
+            )
+        poor = int((~self.clear(ENOUGH)).sum())
+        if poor > allowed(len(self)):
+            least = float(self.ess.min())
+            more = _round_up(self.draws * ENOUGH / least)
+            helps = f"num_samples={more}" if more <= 100_000 else "a better guide: more training, or a richer family"
+            return (
+                f"in {poor} of {len(self)} the weighted draws count as fewer than {ENOUGH:.0f} (least {least:.1f} of "
+                f"{self.draws})",
+                f"{helps} would let it say",
+            )
+        return None
+
+
+def _round_up(number: float) -> int:
+    """To two digits."""
+    scale = 10 ** max(0, math.floor(math.log10(max(number, 1))) - 1)
+    return math.ceil(number / scale) * scale
+
+
+def units_of(collection: Collection, stats: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> list[Units]:
+    """Data with their local latents, and the global latents; ``stats`` are the numbers of ``vi_stats``."""
+    sweep = collection.sweep
+    if not sweep.local:
+        weight = collection.log_weight()[0]
+        joint = _units("all latents together", sweep.latents, (), weight, "khat", collection, stats)
+        joint.joint = sweep.tied
+        return [joint]
+    weight = collection.unit_log_weight()[0]
+    groups = [_units("data", sweep.local, sweep.data_plates, weight, "khat", collection, stats)]
+    shared = collection.global_log_weight()
+    if shared is not None:
+        one = _units("global latents", sweep.shared, sweep.shared_plates, shared[0], "khat_global", collection, stats)
+        one.inner = collection.num_local_samples
+        # One weight's relative variance, over the draws that each integral has.
+        of_data = (groups[0].draws / groups[0].ess - 1) / one.inner
+        one.noise = float(of_data.sum() / len(one))
+        groups.append(one)
+    return groups
+
+
+def _units(what, sites: Sequence[str], plates: Sequence[str], log_weight: np.ndarray, khat: str, collection, stats):
+    layouts = collection.sweep.model_sites
+    values, names, discrete = [], [], []
+    draws = len(log_weight)
+    for site in sites:
+        drawn = torch.from_numpy(collection.array("posterior", site)[0][:draws])
+        flat = to_units(drawn, layouts[site], plates).numpy()
+        values.append(flat)
+        names += [site] if flat.shape[-1] == 1 else [f"{site}[{place}]" for place in range(flat.shape[-1])]
+        discrete += [layouts[site].discrete] * flat.shape[-1]
+    joined = np.moveaxis(np.concatenate(values, -1), 0, 1)
+    binary = np.array(discrete) & ((joined == 0) | (joined == 1)).all((0, 1))
+    weight = log_weight.reshape(draws, -1).T
+    shapes = stats[khat][1][0].reshape(-1)
+    return Units(what, list(sites), tuple(plates), weight, shapes, joined, names, np.array(discrete), binary)
