@@ -28,5 +28,5 @@ def between_refits(collection: Collection) -> dict[str, Verdict]:
         f"at most {values.max():.2f} at {worst} (Vehtari et al. 2021, arXiv:1903.08008)"
     )
     word = ALARM if count > many else OK
-    advice = "train longer; if fits still differ, there are several modes" if word == ALARM else "nothing for refits"
+    advice = "train longer; if fits still differ, there are several modes" if word == ALARM else "nothing"
     return {"refits": Verdict("refits", word, text, float(values.max()), RHAT, advice)}

@@ -23,7 +23,7 @@ def point(units: Units) -> Verdict:
         text = f"{units.what}: the guide is a point at {', '.join(points[:5])}, which is no posterior"
         return Verdict("point", ALARM, text, float(len(points)), 0.0, "fit a guide with a width, such as AutoNormal")
     text = f"{units.what}: the guide is a distribution at every latent"
-    return Verdict("point", OK, text, 0.0, 0.0, "nothing for point")
+    return Verdict("point", OK, text, 0.0, 0.0, "nothing")
 
 
 def collapsed(units: Units, collection: Collection, others: Sequence[Verdict]) -> list[Verdict]:

@@ -77,7 +77,7 @@ def diagnose(
     Args:
         model: a Pyro model.
         guide: a Pyro guide, or a sequence of them that were fitted independently.
-        args: the programs' arguments, and keywords in ``kwargs``; or one object in the form that `fit` takes: a tuple is
+        args: the programs' arguments, keywords in ``kwargs``; or one object in the form that `fit` takes: a tuple is
             the positional arguments, a mapping the keywords, anything else the one argument.
         num_samples: draws of the guide, S.
         num_data: rows that are looked at at most, where the programs take a part of them and no latent is global.

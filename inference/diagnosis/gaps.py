@@ -47,7 +47,7 @@ def gap(units: Units, collection: Collection, weak: tuple[str, str] | None) -> V
         )
         return Verdict("gap", word, f"{text}; {reason}", mean, limit, advice)
     advice = "a richer family or longer training; the split into amortization and family says which"
-    return Verdict("gap", word, text, mean, limit, "nothing for gap" if word == OK else advice)
+    return Verdict("gap", word, text, mean, limit, "nothing" if word == OK else advice)
 
 
 def _dimensions(units: Units, collection: Collection) -> int:

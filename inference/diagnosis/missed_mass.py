@@ -183,9 +183,7 @@ def _judged(found: _Found, plan: _Plan, target: Target, refit: str) -> Verdict:
     unsure = int((2 * found.noise > limit).sum())
     word = three_way(False, unsure <= many)
     if word == OK:
-        return Verdict(
-            "missed-mass", word, text, *numbers, "nothing for missed-mass; no search proves that all is found"
-        )
+        return Verdict("missed-mass", word, text, *numbers, "nothing; no search proves that all is found")
     text += f"; the error of either evidence is up to {found.noise.max():.2f}"
     return Verdict("missed-mass", word, text, *numbers, "a better guide would let it say")
 

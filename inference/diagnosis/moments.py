@@ -107,7 +107,7 @@ def _verdict(units: Units, name: str, alarm, fine, weak, text: str, numbers: tup
     word = three_way(alarm, fine and weak is None)
     text = f"{units.what}: {text}"
     if word == OK:
-        return Verdict(name, word, text, *numbers, f"nothing for {name}")
+        return Verdict(name, word, text, *numbers, "nothing")
     if word == ALARM:
         return Verdict(name, word, text, *numbers, mend)
     reason, advice = weak or (
@@ -145,11 +145,12 @@ def _jackknife(values: np.ndarray, log_weight: np.ndarray, binary: np.ndarray) -
         sums["p"].append(_sums(piece, weight[:, start:stop]))
     parts = {side: [np.stack(part) for part in zip(*found, strict=True)] for side, found in sums.items()}
     whole = {side: [part.sum(0) for part in found] for side, found in parts.items()}
-    found = _differences(_central(*whole["q"]), _central(*whole["p"]), binary)
+    whole_q, whole_p = _central(*whole["q"]), _central(*whole["p"])
+    found = _differences(whole_q, whole_p, whole_p[1], binary)
     left = []
     for group in range(_GROUPS):
         q, p = (_central(*[w - part[group] for w, part in zip(whole[s], parts[s], strict=True)]) for s in ("q", "p"))
-        left.append(_differences(q, p, binary))
+        left.append(_differences(q, p, whole_p[1], binary))
     errors = []
     for many in zip(*left, strict=True):
         stacked = np.stack(many)
@@ -172,10 +173,10 @@ def _central(total: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[
     return mean, sd, corr
 
 
-def _differences(q: tuple, p: tuple, binary: np.ndarray) -> list[np.ndarray]:
-    """Shift in posterior sds (in probability where binary), log ratio of sds, difference of correlations."""
+def _differences(q: tuple, p: tuple, unit: np.ndarray, binary: np.ndarray) -> list[np.ndarray]:
+    """Shift in posterior sds ``unit`` (in probability where binary), log ratio of sds, difference of correlations."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        shift = np.where(binary, q[0] - p[0], (q[0] - p[0]) / p[1])
+        shift = np.where(binary, q[0] - p[0], (q[0] - p[0]) / unit)
         width = np.log(q[1] / p[1])
     shift = np.nan_to_num(shift).clip(-1e3, 1e3)
     return [shift, np.nan_to_num(width, posinf=10.0, neginf=-10.0), q[2] - p[2]]

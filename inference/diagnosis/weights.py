@@ -96,7 +96,7 @@ def effective_draws(units: Units) -> Verdict:
         text += ", but weights of the latents of all data together fall with their number"
         return Verdict("ess", CANNOT_SAY, text, value, ESS, "read gap, which is by latent dimension")
     word = three_way(low > many, True)
-    advice = "widen the guide's family or train it longer" if word == ALARM else "nothing for ess"
+    advice = "widen the guide's family or train it longer" if word == ALARM else "nothing"
     return Verdict("ess", word, text, value, ESS, advice)
 
 
