@@ -76,7 +76,11 @@ def inspect(config: Inspect) -> dict[str, Any]:
         "config": asdict(config),
         "ok": report.ok,
         "alarms": report.alarms,
-        "verdicts": {one.name: {"fired": one.fired, "text": one.text} for one in report.verdicts},
+        "cannot_say": report.cannot_say,
+        "verdicts": {
+            one.name: {"fired": one.fired, "verdict": one.verdict, "text": one.text, "advice": one.advice}
+            for one in report.verdicts
+        },
         "skipped": dict(report.skipped),
     }
     run.write_json("diagnosis.json", found)

@@ -37,7 +37,7 @@ def collapsed(units: Units, collection: Collection, others: Sequence[Verdict]) -
     text = f"{units.what}: KL of guide to prior is {', '.join(f'{s} {v.sum():.3f}' for s, v in known.items())} nats"
     numbers = float(min(value.sum() for value in known.values())), COLLAPSED
     if not idle:
-        return [Verdict("collapsed", OK, f"{text}; collapsed are {COLLAPSED} in every dimension", *numbers)]
+        return [Verdict("collapsed", OK, f"{text}; collapsed is {COLLAPSED} at most in each", *numbers, "nothing")]
     text += f", at most {COLLAPSED} in every dimension: it is the prior"
     paper = "Bowman et al. 2016, arXiv:1511.06349"
     if ALARM in judges.values():
