@@ -169,7 +169,7 @@ def _central(total: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[
         mean = np.nan_to_num(first / total[:, None])
         covariance = np.nan_to_num(second / total[:, None, None]) - mean[:, :, None] * mean[:, None, :]
         sd = np.sqrt(np.einsum("uii->ui", covariance).clip(0))
-        corr = np.nan_to_num(covariance / (sd[:, :, None] * sd[:, None, :]))
+        corr = np.nan_to_num(covariance / (sd[:, :, None] * sd[:, None, :])).clip(-1.0, 1.0)
     return mean, sd, corr
 
 
