@@ -55,7 +55,7 @@ from .estimators import (
     estimators,
 )
 from .estimators._base import Draw, at_step, detached_draw, pad_left
-from .estimators._distributions import describe, is_deterministic
+from .estimators._distributions import describe, has_score_term, is_deterministic
 from .estimators.relaxation import Mean
 
 OBJECTIVES = ("elbo", "iwae", "rws")
@@ -302,6 +302,7 @@ class Binding(nn.Module):
         self.stacks = True  # whether many alternatives of a draw are run at once
         self.runs_again = False  # once it does, the programs' own noise is kept apart
         self.make_layout: Callable[..., objectives.Layout] = objectives.Layout
+        self.scored = False  # whether a factor, or a draw with a path, leaves a score term
         self.calls_autograd = False  # found out when a run without gradients fails for it
 
     def has_state(self) -> bool:
@@ -402,7 +403,7 @@ class Binding(nn.Module):
     def _needs_plates(self) -> bool:
         """Whether anything is estimated row by row: without surrogates and weights all terms are summed anyway."""
         weighs = (type(e).surrogate is not Estimator.surrogate or e.enumerates for e in self.chosen.values())
-        return self.elbo.plates == "check" and (self.elbo.objective != "elbo" or any(weighs))
+        return self.elbo.plates == "check" and (self.elbo.objective != "elbo" or self.scored or any(weighs))
 
     def _mixed(self, plates: list[str]) -> None:
         """Rows of these plates turned out to be mixed: from now on they are summed."""
@@ -439,6 +440,12 @@ class Binding(nn.Module):
             if not is_deterministic(site.fn):
                 message = {"name": site.name, "fn": site.fn, "infer": site.infer}
                 site.estimator = chosen[site.name] = self.resolve(message)
+        if any(estimator.together for estimator in chosen.values()):
+            for site in seen.guide:
+                if site.factor:
+                    word = next(estimator.name for estimator in chosen.values() if estimator.together)
+                    reason = "a factor with has_rsample=False is a score term, which has no path"
+                    raise UnsupportedSite(site.name, word, reason, ["pathwise"])
         for name, estimator in chosen.items():
             if any(other.together for other in chosen.values()) and not estimator.together:
                 word = next(other.name for other in chosen.values() if other.together)
@@ -448,6 +455,7 @@ class Binding(nn.Module):
         self.runs_again = any(
             estimator.runs_again or (estimator.enumerates and not self.vectorized) for estimator in chosen.values()
         )
+        self.scored = any(site.factor or (site.latent and has_score_term(site.fn)) for site in seen.guide)
         self.look(args, kwargs)
         trusted = self.elbo.plates != "ignore"
         layout = objectives.Layout(
@@ -942,7 +950,8 @@ def _stand_in(
         return known[key]
     site = {"name": msg["name"], "fn": msg["fn"]}
     for other in (GumbelSoftmax(), Pathwise()) if downstream == "soft" else (Mean(),):
-        if other.supports(site):
+        # The path of a rejection sampler jumps where another proposal is accepted.
+        if other.supports(site) and not (downstream == "soft" and has_score_term(msg["fn"])):
             known[key] = other
             return other
     raise UnsupportedSite(

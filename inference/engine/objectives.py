@@ -67,11 +67,18 @@ class Layout:
 
     def surrogate(self, site: Site, view: SiteView) -> Tensor | None:
         """What the site's estimator adds to the objective."""
-        return site.estimator.surrogate(view)
+        return surrogate_of(site, view)
 
     def mean(self, site: Site, tensor: Tensor) -> Tensor:
         """The mean of something shaped like a site's cost, over all of its elements."""
         return tensor.mean()
+
+
+def surrogate_of(site: Site, view: SiteView) -> Tensor | None:
+    """What a site's estimator adds; for a draw with a path the score term that its distribution leaves over, if any."""
+    if site.estimator.has_path and view.log_prob is not None:
+        return view.cost * view.log_prob
+    return site.estimator.surrogate(view)
 
 
 def magic(surrogate: Tensor) -> Tensor:
@@ -144,10 +151,10 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] 
             # A deterministic value outside a plate may mix what the plate keeps apart.
             costs.sum_out(lambda own, mixed=before - site.frames: own & mixed)
     for site in reversed(run.guide):
-        dropped = site.estimator is not None and site.estimator.log_q == "value"
+        dropped = site.factor or (site.estimator is not None and site.estimator.log_q == "value")
         costs.add(site.frames, -beta * (site.log_prob.detach() if dropped else site.log_prob))
         costs.keep_only(layout.apart(site.frames))
-        if visit is not None and site.drawn:
+        if visit is not None and (site.drawn or site.factor):
             visit(site, costs)
         if site.enum_dim is not None:
             costs.expect(site, probabilities(site, layout), layout.frames(site))
@@ -167,6 +174,42 @@ class Row:
 MakeView = Callable[[list[Row], "Tensor | None", Tensor, Any], SiteView]
 
 
+def factor_share(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tensor:
+    """The share of a guide's factor in the gradient: its score times the cost of the draws that it stands for.
+
+    These were made at some point before it, so that what ran before it may depend on them too.
+    """
+    costs = CostToGo(dict(costs.terms))
+    upstream = run.guide[: next(i for i, other in enumerate(run.guide) if other is site)]
+    for other in reversed(upstream):
+        costs.add(other.frames, -layout.kl_weight * other.log_prob)
+        costs.keep_only(layout.apart(other.frames))
+    frames = layout.frames(site)
+    costs.keep_only(frames)
+    return weighed_by_enumerated(
+        layout.cost(site, costs).detach() * summed_to(site.score, site.frames, frames), run, site, layout
+    )
+
+
+def weighed_by_enumerated(surrogate: Tensor, run: Run, site: Site, layout: Layout) -> Tensor:
+    """The expectation of a site's share under the enumerated sites upstream; those downstream are summed over."""
+    costs = CostToGo({layout.frames(site): surrogate})
+    if surrogate.dim() > layout.room:
+        upstream = run.guide[: next(i for i, other in enumerate(run.guide) if other is site)]
+        for other in reversed(upstream):
+            if other.enum_dim is not None:
+                costs.expect(other, probabilities(other, layout).detach(), layout.frames(other))
+    return costs.scalar()
+
+
+def weighed(total: Tensor, chosen: list[tuple[str, Tensor]]) -> Tensor:
+    """A path's total times the probability of what it chose; what cannot be chosen counts for nothing."""
+    if not chosen:
+        return total
+    weight = math.prod(q for _, q in chosen)
+    return torch.where(weight > 0, weight * total, torch.zeros_like(total))
+
+
 def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tensor:
     """The evidence lower bound, averaged over particles.
 
@@ -178,14 +221,19 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
     for paths in groups:
         for run in paths:
             found: list[tuple[Site, Tensor]] = []
-            total = walk_back(
-                run, layout, lambda site, costs, found=found: found.append((site, layout.cost(site, costs).detach()))
-            ).scalar()
+            factors: list[Tensor] = []
+
+            def visit(site: Site, costs: CostToGo, run=run, found=found, factors=factors) -> None:
+                if site.factor:
+                    factors.append(factor_share(run, site, costs, layout))
+                else:
+                    found.append((site, layout.cost(site, costs).detach()))
+
+            total = walk_back(run, layout, visit).scalar()
             chosen = [(site.name, site.score.sum().exp()) for site in run.guide if site.name in run.choices]
-            if chosen:
-                weight = math.prod(q for _, q in chosen)
-                total = torch.where(weight > 0, weight * total, torch.zeros_like(total))
-            value = value + total
+            value = value + weighed(total, chosen)
+            for share in factors:
+                value = value + magic(weighed(share, [(name, q.detach()) for name, q in chosen]))
             _share(paths, run, found, chosen, rows)
     if torch.is_grad_enabled():  # otherwise the runs that estimators add would be made for nothing
         for members in rows.values():
@@ -275,14 +323,7 @@ def site_surrogate(rows: list[Row], layout: Layout, view: MakeView) -> Tensor:
     check_shape(surrogate, cost, site, layout)
     if rows[0].weight is not None:
         return (layout.join([row.weight.reshape((1,) * layout.room) for row in rows]) * surrogate).sum()
-    # Enumerated sites upstream weigh the term; those downstream are already summed over.
-    costs = CostToGo({frames: surrogate})
-    if surrogate.dim() > layout.room:
-        upstream = run.guide[: next(i for i, other in enumerate(run.guide) if other is site)]
-        for other in reversed(upstream):
-            if other.enum_dim is not None:
-                costs.expect(other, probabilities(other, layout).detach(), layout.frames(other))
-    return costs.scalar()
+    return weighed_by_enumerated(surrogate, run, site, layout)
 
 
 def check_shape(surrogate: Tensor, cost: Tensor, site: Site, layout: Layout) -> None:
@@ -385,7 +426,8 @@ def iwae_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
     fixed = Bound(bound.log_weight.detach(), bound.dim)
     signal = fixed.value().expand_as(fixed.log_weight)
     runs = [run for paths in groups for run in paths]
-    for name in dict.fromkeys(site.name for run in runs for site in run.guide if site.drawn and site.score is not None):
+    scored = (site for run in runs for site in run.guide if site.score is not None and (site.drawn or site.factor))
+    for name in dict.fromkeys(site.name for site in scored):
         value = value + magic(
             (weights.scale * _bound_surrogate(name, runs, weights, signal, fixed, layout, view)).sum()
         )
@@ -401,12 +443,14 @@ def _bound_surrogate(
     site = rows[0].site
     scores = {i: summed_to(s.score, s.frames, weights.frames) for i, s in found.items()}
     none = torch.zeros_like(next(iter(scores.values())))
+    if site.factor:
+        return signal * layout.join([scores.get(i, none) for i in range(len(runs))])
     if len(found) < len(runs) and site.estimator.lazy_parameters:
         raise UnsupportedSite(
             name, site.estimator.name, "it shows in some particles only, and its baseline wants inputs from all"
         )
     log_prob = layout.join([scores.get(i, none) for i in range(len(runs))])
-    surrogate = site.estimator.surrogate(view(rows, log_prob, signal, bound))
+    surrogate = surrogate_of(site, view(rows, log_prob, signal, bound))
     check_shape(surrogate, signal, site, layout)
     return surrogate
 

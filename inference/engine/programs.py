@@ -24,12 +24,15 @@ from ...errors import ANY, BadInput, CallsAutograd, CannotVectorize, GumboError,
 from ..estimators._base import Draw, Estimator
 from ..estimators._distributions import (
     describe,
+    elementary,
     finite_support,
     has_own_mask,
+    has_score_term,
     has_transforms,
     is_deterministic,
     is_discrete,
     score_log_prob,
+    score_term,
 )
 from .streams import Generators, OwnNoise
 
@@ -58,6 +61,7 @@ class Site:
     score: Tensor | None = None
     enum_dim: int | None = None
     joint: bool = False
+    factor: bool = False  # a pyro.factor of the guide that stands for draws without a path, made somewhere before it
     infer: Mapping[str, Any] = field(default_factory=dict)
     scored: bool = True  # False where a replayed draw cannot be scored, and only the other sites can be compared
 
@@ -118,7 +122,14 @@ class _SharedSubsamples(Messenger):
         if not site_is_subsample(msg) or msg["done"] or msg["value"] is not None:
             return
         if msg["name"] in self.subsamples:
-            msg["value"] = self.subsamples[msg["name"]]
+            rows, plate = self.subsamples[msg["name"]], msg["fn"]
+            expected = plate.size if plate.subsample_size is None else plate.subsample_size
+            if expected is not None and expected >= 0 and len(rows) != expected:
+                raise BadInput(
+                    f"plate {msg['name']!r} has {len(rows)} rows where it is first met and {expected} later; give model"
+                    " and guide plates of one size"
+                )
+            msg["value"] = rows
         else:
             with self.aside():
                 msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
@@ -333,6 +344,10 @@ class Program:
             if self.max_plate_nesting is None:
                 self.max_plate_nesting = max(_nesting(guide), _nesting(model))
                 guide_sites = self._sites(guide, draws)
+            if with_model:
+                for name, msg in guide.messages.items():
+                    if not msg["is_observed"] and not site_is_subsample(msg):
+                        _check_met(name, msg, model.messages.get(name), self.max_plate_nesting)
             model_sites = self._sites(model, None)
         run = Run(guide_sites, model_sites, choices, subsamples, guide.params, model.params, noise=noise)
         subsampled = [
@@ -344,10 +359,6 @@ class Program:
         ]
         run.partial_plates = frozenset((f.name, f.dim, f.size) for f in subsampled if f.vectorized)
         run.partial_loops = frozenset(f.name for f in subsampled if not f.vectorized)
-        if with_model:
-            for site in run.guide:
-                if site.latent:
-                    _check_met(site, model.messages.get(site.name))
         return run
 
     def _noise(self) -> OwnNoise | None:
@@ -390,6 +401,8 @@ class Program:
             settled=is_settled(msg),
             infer=msg["infer"],
         )
+        if draws is not None and not latent and isinstance(elementary(fn), pyro.distributions.Unit):
+            site.factor = not _has_rsample(msg)
         if draws is not None and latent:
             site.estimator, site.enum_dim, site.joint = draws.roles[name]
             site.draw = draws.draws[name]
@@ -416,6 +429,11 @@ class Program:
         if site.estimator is not None and (site.estimator.log_q == "value" or site.estimator.enumerates):
             raw = score_log_prob(fn, value) if has_own_mask(fn) or site.fn is not fn else unscaled
             site.score = self._lay_out(name, raw, frames)
+        elif site.factor:
+            site.score = self._lay_out(name, unscaled, frames)
+        elif site.estimator is not None and site.estimator.has_path and name not in draws.fixed and has_score_term(fn):
+            raw = score_term(fn, value)
+            site.score = None if raw is None else self._lay_out(name, raw, frames)
         return site
 
     def _lay_out(self, name: str, log_prob: Tensor, frames: Frames) -> Tensor:
@@ -458,22 +476,52 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         raise BadInput(str(error).splitlines()[0]) from error
 
 
-def _check_met(site: Site, met: Any) -> None:
-    """Refuse a latent site of the guide that is not one of the model."""
-    if met is None and not site.infer.get("is_auxiliary"):
-        raise UnsupportedSite(
-            site.name,
-            ANY,
+def _check_met(name: str, msg: Any, met: Any, max_plate_nesting: int) -> None:
+    """Refuse a latent site of the guide that is not one of the model, of the same shape."""
+    if met is None:
+        if msg["infer"].get("is_auxiliary"):
+            return
+        reason = (
             "it is sampled in the guide and nowhere in the model; if that is meant, mark it"
-            " infer={'is_auxiliary': True}",
+            " infer={'is_auxiliary': True}"
         )
-    if met is not None and met["is_observed"]:
-        raise UnsupportedSite(
-            site.name,
-            ANY,
+        raise UnsupportedSite(name, ANY, reason)
+    if met["is_observed"]:
+        reason = (
             "the guide samples it, and the model observes it (obs=, condition or deterministic), so that the guide's"
-            " draw is not used and the value is no bound; drop it from the guide, or leave it latent in the model",
+            " draw is not used and the value is no bound; drop it from the guide, or leave it latent in the model"
         )
+        raise UnsupportedSite(name, ANY, reason)
+    (batch, event), (model_batch, model_event) = (_shape(each["fn"], max_plate_nesting) for each in (msg, met))
+    if (batch, event) != (model_batch, model_event):
+        kept = {frame.dim for frame in met["cond_indep_stack"]}
+        lacking = [f.name for f in msg["cond_indep_stack"] if f.vectorized and f.size > 1 and f.dim not in kept]
+        reason = (
+            f"model and guide disagree on its shape: batch {model_batch} and event {model_event} in the model, batch"
+            f" {batch} and event {event} in the guide"
+        )
+        if lacking:
+            reason += f", in plate {lacking[0]!r}, which the model's is not in"
+        raise UnsupportedSite(name, ANY, reason)
+
+
+def _shape(fn: Any, max_plate_nesting: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Batch shape along plates, and event shape; further left stand particles and enumerated values."""
+    batch = tuple(fn.batch_shape)[-max_plate_nesting:] if max_plate_nesting else ()
+    while batch and batch[0] == 1:
+        batch = batch[1:]
+    return batch, tuple(fn.event_shape)
+
+
+def _has_rsample(factor: Any) -> bool:
+    """Whether a ``pyro.factor`` of the guide stands for draws that have a path."""
+    unit = elementary(factor["fn"])
+    if "has_rsample" not in vars(unit):
+        raise BadInput(
+            f"pyro.factor({factor['name']!r}, …) in the guide must say where its term comes from: has_rsample=True for"
+            " reparameterized draws, has_rsample=False for others"
+        )
+    return bool(unit.has_rsample)
 
 
 def _nesting(recorder: _Recorder) -> int:

@@ -61,7 +61,8 @@ class SiteView:
         name: the site.
         fns: the guide's distribution at the site: one, or one for each particle if they were run one by one.
         draw: the draws: ``draw.value`` and each of ``draw.extra`` are ``(…, K, *plates, *event)``.
-        log_prob: unscaled, unmasked log q of the draws, differentiable, ``(…, K, *plates)``.
+        log_prob: unscaled, unmasked log q of the draws, differentiable, ``(…, K, *plates)``; for a draw with a path
+            None, or the score term that the path leaves over.
         cost: the signed sum of everything evaluated at or after the site, detached, same shape.
         particle_dim: the dimension of K in ``log_prob`` and ``cost``.
         num_particles: K.
@@ -87,7 +88,7 @@ class SiteView:
     name: str
     fns: list[Any]
     draw: Draw
-    log_prob: Tensor
+    log_prob: Any
     cost: Tensor
     particle_dim: int
     num_particles: int
@@ -149,6 +150,7 @@ class Estimator(Checked):
         objectives: the objectives that it is derived for.
         log_q: how −log q of the site enters the differentiable objective: ``"full"``; ``"value"`` (counted, not
             differentiated: its direct gradient has expectation zero); ``"path"`` (differentiated through values only).
+        has_path: whether draws come from the distribution's own ``rsample``, which may leave a score term.
         enumerates: whether the site is summed over rather than drawn.
         reruns: whether ``surrogate`` calls ``view.evaluate`` with several alternatives, which asks programs to accept
             leading dimensions.
@@ -162,6 +164,7 @@ class Estimator(Checked):
     needs_relaxed_model: bool = False
     objectives: frozenset[str] = frozenset({"elbo"})
     log_q: str = "full"
+    has_path: bool = False
     enumerates: bool = False
     reruns: bool = False
     together: bool = False

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from pyro.distributions.distribution import Distribution as PyroDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution, TorchDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
@@ -65,10 +66,20 @@ def is_discrete(fn: Distribution) -> bool:
     fn = elementary(fn)
     if isinstance(fn, (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)):
         return False
-    support = fn.support
+    support = support_of(fn)
     if callable(support) and not isinstance(support, constraints.Constraint):
         return False
     return bool(getattr(support, "is_discrete", False)) or isinstance(fn, torch.distributions.OneHotCategorical)
+
+
+def support_of(fn: Distribution) -> object:
+    """The support of an elementary distribution; None where it does not say (a Rejector's is its proposal's)."""
+    if isinstance(fn, dist.Rejector):
+        return support_of(elementary(fn.propose)) if isinstance(fn.propose, torch.distributions.Distribution) else None
+    try:
+        return fn.support
+    except NotImplementedError:
+        return None
 
 
 def describe(fn: Distribution) -> str:
@@ -97,6 +108,47 @@ def score_log_prob(fn: Distribution, value: Tensor) -> Tensor:
     if isinstance(fn, torch.distributions.Independent):
         return sum_rightmost(score_log_prob(fn.base_dist, value), fn.reinterpreted_batch_ndims)
     return fn.log_prob(value)
+
+
+def has_score_term(fn: Distribution) -> bool:
+    """Whether a reparameterized draw leaves a score term beside its path, as a rejection sampler's does.
+
+    Pyro's distributions say so by a ``score_parts`` of their own.
+
+    >>> from pyro.distributions.testing.rejection_gamma import RejectionGamma
+    >>> has_score_term(RejectionGamma(torch.tensor(2.0), torch.tensor(1.0)).to_event(0))
+    True
+    """
+    return _own_score_parts(elementary(fn))
+
+
+def _own_score_parts(base: Distribution) -> bool:
+    return getattr(type(base), "score_parts", None) not in (None, PyroDistribution.score_parts)
+
+
+def hides_score_term(fn: Distribution) -> bool:
+    """Whether ``fn`` is made of draws that have a score term, and has no ``score_parts`` to give it."""
+    base = elementary(fn)
+    return not _own_score_parts(base) and any(
+        isinstance(part, torch.distributions.Distribution) and (has_score_term(part) or hides_score_term(part))
+        for part in vars(base).values()
+    )
+
+
+def score_term(fn: Distribution, value: Tensor) -> Tensor | None:
+    """The term whose gradient times the cost joins the pathwise gradient, without masks; None if there is none.
+
+    ``value`` must be the tensor that ``fn`` drew, since some distributions remember how they drew it (Naesseth et al.
+    2017, arXiv 1610.05683).
+    """
+    if isinstance(fn, (MaskedDistribution, ExpandedDistribution)):
+        found = score_term(fn.base_dist, value)
+        return found if found is None else found.expand(fn.batch_shape)
+    if isinstance(fn, torch.distributions.Independent):
+        found = score_term(fn.base_dist, value)
+        return found if found is None else sum_rightmost(found, fn.reinterpreted_batch_ndims)
+    found = fn.score_parts(value).score_function
+    return found if isinstance(found, Tensor) else None
 
 
 def has_own_mask(fn: Distribution) -> bool:
@@ -132,13 +184,14 @@ def support_moves(fn: Distribution) -> bool:
     (True, False)
     """
     fn = elementary(fn)
-    if any(tensor.requires_grad for tensor in _tensors_of(fn.support)):
+    if any(tensor.requires_grad for tensor in _tensors_of(support_of(fn))):
         return True
     if isinstance(fn, torch.distributions.TransformedDistribution):
         if support_moves(fn.base_dist):
             return True
         # A bounded base pushed through a learnable map has learnable bounds, whatever the map's codomain says.
-        bounded = bool(list(_tensors_of(fn.base_dist.support))) or hasattr(fn.base_dist.support, "lower_bound")
+        support = support_of(fn.base_dist)
+        bounded = bool(list(_tensors_of(support))) or hasattr(support, "lower_bound")
         return bounded and any(_learnable(transform) for transform in fn.transforms)
     return False
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ._base import estimators
+from ._distributions import describe, has_score_term
 from .pathwise import Pathwise
 
 
@@ -26,6 +30,11 @@ class DoublyReparameterized(Pathwise):
 
     def __repr__(self) -> str:
         return "DoublyReparameterized()"
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        if has_score_term(site["fn"]):
+            return f"{describe(site['fn'])} is reparameterized in part only, and its score is not reparameterized again"
+        return super().why_not(site)
 
     def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
         return num_particles

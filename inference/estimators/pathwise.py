@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._base import Draw, Estimator, estimators
-from ._distributions import describe, is_straight_through, support_moves
+from ._distributions import describe, hides_score_term, is_straight_through, support_moves
 
 
 class Pathwise(Estimator):
@@ -15,11 +15,14 @@ class Pathwise(Estimator):
     With ``drop_score`` the direct derivative of log q with respect to its own parameters, whose expectation is zero,
     is left out ("sticking the landing", Roeder et al. 2017, arXiv 1703.09194): at the exact posterior the gradient
     then has no variance at all. Transforms that keep their inverse in a cache (Pyro's IAF autoguides) keep the score
-    term too: the gradient is then the plain pathwise one.
+    term too: the gradient is then the plain pathwise one. A distribution that is reparameterized in part (a rejection
+    sampler, whose ``score_parts`` says so) adds the cost times its own score term.
 
     >>> Pathwise().unbiased, Pathwise(drop_score=True).name
     (True, 'stl')
     """
+
+    has_path = True
 
     def __init__(self, drop_score: bool = False):
         self.drop_score = bool(drop_score)
@@ -38,6 +41,8 @@ class Pathwise(Estimator):
             return f"the rsample of {describe(fn)} is a straight-through one, whose gradient is biased"
         if not getattr(fn, "has_rsample", False):
             return f"{describe(fn)} has no reparameterized sampler (rsample)"
+        if hides_score_term(fn):
+            return f"{describe(fn)} is made of draws that are reparameterized in part, and does not give their score"
         if self.drop_score and support_moves(fn):
             return f"the support of {describe(fn)} depends on parameters, so that the score it drops has a mean"
         return None

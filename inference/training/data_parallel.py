@@ -40,6 +40,7 @@ from ..engine.programs import Program, Run, Site, evaluating
 from ..engine.rows import Rows
 from ..engine.scopes import devices_of
 from ..estimators._base import Draw, Estimator, SiteView
+from ..estimators._distributions import has_score_term
 from ..stock import TraceEnumELBO
 from .distributed import Processes, alone, first_line
 from .steps import TorchStep
@@ -302,6 +303,9 @@ def _refuse_site_elbo(loss: SiteELBO, chosen: Mapping[str, Estimator], found: St
                 reason=f"it stands outside plate {found.plate!r}, so that under objective {loss.objective!r} one "
                 "weight spans the rows of all processes: take objective='elbo', or use one process",
             )
+    for site in found.run.guide:
+        if site.factor or (not site.settled and site.latent and has_score_term(site.fn)):
+            raise UnsupportedSite(site.name, reason="it has a score term of its own (score_parts): use one process")
     local = {site.name for site in found.run.guide if found.has_rows(site)}
     mixing = [site.name for site in found.run.model if site.settled and not site.latent and not found.has_rows(site)]
     for name, estimator in chosen.items():
