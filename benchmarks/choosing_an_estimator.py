@@ -20,12 +20,13 @@ import torch
 from _timing import machine
 from pyro.nn import PyroModule
 
-from gumbo.experiments.audit import HEADS, advice, cells, facts, markdown_table, remarks
 from gumbo.experiments.data import load
 from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide
 from gumbo.inference import SiteELBO, audit, fit, plot_audit, stock_elbos
+from gumbo.inference.auditing.report import HEADS, advice, cells, facts, remarks
 from gumbo.inference.estimators import estimators
 from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE
+from gumbo.tables import markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "choosing-an-estimator.md"
@@ -129,7 +130,7 @@ def section(name: str, num_samples: int) -> str:
         "",
         f"{facts(report)} ({machine()}).",
         "",
-        *markdown_table(HEADS, cells(report)),
+        *markdown(HEADS, cells(report)),
         "",
         f"![Bias with its error, and variance against time](figures/audit-{name}.png)",
         "",

@@ -34,7 +34,10 @@ from gumbo.models import GenerativeModel, models
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "models"
 START, END = "<!-- example: a run of gumbo train -->", "<!-- end of the example -->"
-PICTURES = {"reconstructions": "test digits and their reconstructions", "prior_draws": "draws from the model"}
+PICTURES = {
+    "reconstructions": "test digits and their reconstructions",
+    "prior_draws": "means of p(x | z) at draws of the prior",
+}
 NUMBERS = {"elbo": "ELBO", "log_predictive": "log p", "rate": "rate", "distortion": "distortion"}
 
 # What `gumbo train` is given beside the model, and what its numbers mean where that is not plain.

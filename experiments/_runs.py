@@ -114,12 +114,12 @@ class RunFolder:
 
         settings = {name: value for name, value in asdict(config).items() if name != "trust"}
         text = yaml.safe_dump({"experiment": experiment, **settings, **changed}, sort_keys=False)
-        self._write("config.yaml", text)
+        self.write_text("config.yaml", text)
 
     def write_json(self, name: str, content: Any) -> None:
-        self._write(name, json.dumps(_without_nan(content), indent=1) + "\n")
+        self.write_text(name, json.dumps(_without_nan(content), indent=1) + "\n")
 
-    def _write(self, name: str, text: str) -> None:
+    def write_text(self, name: str, text: str) -> None:
         """Replaced as a whole, so that a reader never sees half of it, and a full disk leaves what was there."""
         partial = self.path / f".{name}.{os.getpid()}.partial"  # two commands may look at one run
         try:

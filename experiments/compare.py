@@ -7,18 +7,25 @@ model with exact densities or discrete latents.
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import signal
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from gumbo.errors import BadInput, UnknownName
+from gumbo.errors import BadInput, Interrupted, UnknownName
 from gumbo.experiments._command import run_command
-from gumbo.experiments._runs import RunFolder, Watch, available_cpus
-from gumbo.tables import digits
+from gumbo.experiments._names import marked
+from gumbo.experiments._runs import RunFolder, Watch, available_cpus, read_settings
+from gumbo.tables import digits, markdown, plain
 
 
 @dataclass
@@ -40,9 +47,12 @@ class Compare:
         particles: draws a step of the leave-one-out arms; every other arm draws one.
         gradient_draws: draws of the gradient behind each variance.
         burn_in: draws before that, for arms whose baseline is a moving average.
+        warm_up: epochs over which every arm's KL weight rises from 0 to 1, so that latents are not given up before the
+            decoder can read them; 0 weighs it fully from the start. What is reported is always the bound at weight 1.
         common_epochs: epochs of the training that all arms share before the second variance is measured.
         importance_samples: draws a datum behind the final log p(x).
         jobs: worker processes; 0 takes one a core, at most 4.
+        resume: the folder of a comparison to go on with; arms that were finished are kept.
         folder: the run folder; by default ./runs/compare-<time>.
         trust: import what the config.yaml of a run, given as `--config`, names by import path.
     """
@@ -61,9 +71,11 @@ class Compare:
     particles: int = 4
     gradient_draws: int = 60
     burn_in: int = 80
+    warm_up: int = 25
     common_epochs: int = 20
     importance_samples: int = 100
     jobs: int = 0
+    resume: str | None = None
     folder: str | None = None
     trust: bool = False
 
@@ -78,6 +90,7 @@ QUICK = {
     "batch_size": 128,
     "gradient_draws": 10,
     "burn_in": 40,
+    "warm_up": 2,
     "common_epochs": 3,
     "importance_samples": 20,
 }
@@ -96,6 +109,7 @@ class Arm:
 
     @property
     def key(self) -> str:
+        """The arm's part in the names of its files."""
         return f"{self.family}-{self.name}".replace(" ", "-").replace("(", "").replace(")", "")
 
 
@@ -118,36 +132,100 @@ ARMS = [
     Arm("discrete", "straight-through", "straight-through", "discrete", same_objective=False),
 ]
 FAMILIES = tuple(REFERENCE)
+ARM_BY_KEY = {(arm.family, arm.name): arm for arm in ARMS}
 PICTURES = 8  # images a row
 
 
 def compare(config: Compare) -> dict[str, Any]:
     """Run every arm and seed, and write the run folder; returns what ``results.json`` holds."""
+    from gumbo.inference.training.locks import FolderLock
+
     check(config)
     began = time.perf_counter()
     arms = [arm for arm in ARMS if arm.family in config.families]
-    run = RunFolder.create("compare", config, config.folder)
-    print(f"gumbo compare: {len(arms)} arms, {config.seeds} seeds, into {run.path}", file=sys.stderr)
-    tasks = [(measure, family, seed) for seed in range(config.seeds) for family in config.families]
+    if config.resume is None:
+        run, results, before = RunFolder.create("compare", config, config.folder), [], 0.0
+    else:
+        run = RunFolder(Path(config.resume).absolute())
+        results, before = finished(run)
+    done = {identity(result) for result in results}
+    tasks: list[tuple] = [(measure, family, seed) for seed in range(config.seeds) for family in config.families]
     tasks += [(train, arm, seed) for seed in range(config.seeds) for arm in arms]
+    tasks = [task for task in tasks if task_identity(task) not in done]
+    kept = f", {len(done)} results kept" if done else ""
+    print(f"gumbo compare: {len(arms)} arms, {config.seeds} seeds{kept}, into {run.path}", file=sys.stderr)
     jobs = config.jobs or min(4, available_cpus())
     lines = config.seeds * (len(arms) * (config.epochs + 1) + len(config.families) * 2)
-    results: list[dict[str, Any]] = []
-    pictures: dict[tuple[str, str], Any] = {}
-    with Watch(run, lines, "gumbo compare") as _:
+
+    def summary() -> dict[str, Any]:
+        seconds = before + time.perf_counter() - began
+        return {"config": asdict(config), "seconds": seconds, "runs": results, "table": summarize(arms, results)}
+
+    with FolderLock(run.path), resumable(run, results), Watch(run, lines, "gumbo compare"):
         for result in in_parallel(tasks, config, run, jobs):
-            if images := result.pop("pictures", None):
-                pictures[result["family"], result["arm"]] = images
             results.append(result)
-            run.write_json("results.json", {"config": asdict(config), "runs": results})
-            write_tables(run, arms, results)
-    draw(run, arms, results, pictures)
-    show(arms, results)
-    seconds = time.perf_counter() - began
-    summary = {"config": asdict(config), "seconds": seconds, "runs": results, "table": summarize(arms, results)}
-    run.write_json("results.json", summary)
-    print(f"gumbo compare: {seconds:.0f} s; tables, plots and numbers in {run.path}", file=sys.stderr)
-    return summary
+            run.write_json("results.json", summary())
+            write_tables(run, config, arms, results)
+    write_tables(run, config, arms, results)
+    draw(run, config, arms, results)
+    show(config, arms, results)
+    found = summary()
+    run.write_json("results.json", found)
+    print(f"gumbo compare: {found['seconds']:.0f} s; tables, plots and numbers in {run.path}", file=sys.stderr)
+    return found
+
+
+def identity(result: Mapping[str, Any]) -> tuple[str, str, int]:
+    return result["family"], result["arm"], result["seed"]
+
+
+def task_identity(task: tuple) -> tuple[str, str, int]:
+    _, of, seed = task
+    return (of.family, of.name, seed) if isinstance(of, Arm) else (of, "", seed)
+
+
+def finished(run: RunFolder) -> tuple[list[dict[str, Any]], float]:
+    """The results that a run holds, and the seconds it took; lines of arms that were cut short are taken away."""
+    try:
+        found = json.loads((run.path / "results.json").read_text())
+    except FileNotFoundError:
+        found = {"runs": [], "seconds": 0.0}
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{run.path / 'results.json'} cannot be read ({error}): delete it to begin anew") from error
+    done = {identity(result) for result in found["runs"]}
+    lines = [line for line in run.read_metrics() if (line["family"], line.get("arm", ""), line["seed"]) in done]
+    run.metrics.unlink(missing_ok=True)
+    for line in lines:
+        run.append_metrics(line)
+    return found["runs"], found["seconds"]
+
+
+@contextmanager
+def resumable(run: RunFolder, results: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """An interrupted comparison that has finished something says how to go on with it."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not results:
+            raise
+        how = f"; {len(results)} results are kept; go on with: gumbo compare --resume {os.path.relpath(run.path)}"
+        raise Interrupted(getattr(error, "signal", signal.SIGINT), "", how) from None
+
+
+def resumed(run: str) -> dict[str, Any]:
+    """The defaults that ``--resume RUN`` stands for: what the run recorded."""
+    if not run:
+        raise BadInput("the name of the run folder is empty: name one (is a variable of your shell not set?)")
+    path = Path(run) / "config.yaml"
+    try:
+        found = read_settings(path)
+    except BadInput as error:
+        raise BadInput(f"{run} is not a run folder: {error}") from error
+    if found.pop("experiment", None) != "compare":
+        raise BadInput(f"{run} is not a run of gumbo compare")
+    if unknown := set(found) - {item.name for item in fields(Compare)}:
+        raise BadInput(f"{path} has an unknown setting {sorted(unknown)[0]!r}")
+    return {name: value for name, value in marked(found).items() if name not in ("folder", "resume", "quick")}
 
 
 def check(config: Compare) -> None:
@@ -156,6 +234,11 @@ def check(config: Compare) -> None:
             raise UnknownName("family", name, FAMILIES)
     if not config.families:
         raise BadInput(f"families is empty: expected some of {', '.join(FAMILIES)}")
+    if config.resume is not None:
+        recorded, asked = resumed(config.resume), asdict(config)
+        for name in set(recorded) - {"jobs"}:
+            if asked[name] != recorded[name]:
+                raise BadInput(f"{config.resume} was begun with {name} {recorded[name]}, not {asked[name]}")
     smallest = {
         "seeds": 1,
         "epochs": 1,
@@ -164,6 +247,7 @@ def check(config: Compare) -> None:
         "gradient_draws": 2,
         "common_epochs": 1,
         "burn_in": 0,
+        "warm_up": 0,
     }
     for name, least in (smallest | {"importance_samples": 1, "jobs": 0}).items():
         if getattr(config, name) < least:
@@ -174,15 +258,22 @@ def check(config: Compare) -> None:
         raise BadInput(f"batch_size is {config.batch_size}, and {config.data} has {rows} training images; lower it")
 
 
-def in_parallel(tasks: Sequence[tuple], config: Compare, run: RunFolder, jobs: int) -> Iterable[dict[str, Any]]:
-    """Results as they come."""
+def in_parallel(tasks: Sequence[tuple], config: Compare, run: RunFolder, jobs: int) -> Iterator[dict[str, Any]]:
+    """Results as they come; no worker outlives the loop over them, however it ends."""
     if jobs == 1:
-        return (function(config, run, *rest) for function, *rest in tasks)
+        for function, *rest in tasks:
+            yield function(config, run, *rest)
+        return
     from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
 
-    return Parallel(jobs, return_as="generator_unordered")(
-        delayed(function)(config, run, *rest) for function, *rest in tasks
-    )
+    try:
+        yield from Parallel(jobs, return_as="generator_unordered")(
+            delayed(function)(config, run, *rest) for function, *rest in tasks
+        )
+    except BaseException:
+        get_reusable_executor().shutdown(wait=False, kill_workers=True)
+        raise
 
 
 @lru_cache(maxsize=1)
@@ -219,26 +310,60 @@ def copy_weights(pair, source) -> None:
         assert missing <= {"temperature"}, missing
 
 
-def loss_of(config: Compare, arm: Arm):
+def loss_of(config: Compare, arm: Arm, kl_weight: Callable[[int], float] | None = None):
     from gumbo.inference import make_loss
+    from gumbo.inference.stock import stock_elbos
 
-    return make_loss(arm.word, num_particles=config.particles if arm.particles else None)
+    particles = config.particles if arm.particles else None
+    if kl_weight is None:
+        return make_loss(arm.word, num_particles=particles)
+    if arm.word in stock_elbos:
+        return warmed(stock_elbos[arm.word], kl_weight)(num_particles=particles or 1)
+    return make_loss(arm.word, num_particles=particles, kl_weight=kl_weight)
+
+
+def warmed(stock: type, kl_weight: Callable[[int], float]) -> type:
+    """One of Pyro's ELBOs, which know no such weight, with its latent terms weighted by a schedule of the step."""
+    from gumbo.inference.stock import LatentsWeighted
+
+    class Warmed(stock):  # type: ignore[misc, valid-type]
+        step = 0
+        objective_name = "weighted-elbo"
+
+        def loss_and_grads(self, model, guide, *args, **kwargs):
+            with LatentsWeighted(kl_weight(self.step)):
+                value = super().loss_and_grads(model, guide, *args, **kwargs)
+            self.step += 1
+            return value
+
+    if hasattr(stock, "differentiable_loss"):
+
+        def differentiable_loss(self, model, guide, *args, **kwargs):
+            with LatentsWeighted(kl_weight(self.step)):
+                value = stock.differentiable_loss(self, model, guide, *args, **kwargs)
+            self.step += 1
+            return value
+
+        Warmed.differentiable_loss = differentiable_loss  # only where it is: TraceGraph_ELBO has none
+    return Warmed
 
 
 def train(config: Compare, run: RunFolder, arm: Arm, seed: int) -> dict[str, Any]:
     """One arm and seed: trained, watched on the validation data, judged on the test data."""
-    from gumbo.inference import evaluate, fit
+    from gumbo.inference import Linear, evaluate, fit
     from gumbo.inference.training.checkpoints import save_checkpoint
 
     data = images(config.data)
     model, guide = build(config, data.data_shape, seed, arm.form)
     where = {"family": arm.family, "arm": arm.name, "seed": seed}
+    steps = config.warm_up * (len(data.train) // config.batch_size)
+    began = time.perf_counter()
     result = fit(
         model,
         guide,
         data.train,
         valid=data.valid,
-        loss=loss_of(config, arm),
+        loss=loss_of(config, arm, Linear(steps) if steps else None),
         optimizer="adam",
         lr=config.lr,
         epochs=config.epochs,
@@ -249,29 +374,42 @@ def train(config: Compare, run: RunFolder, arm: Arm, seed: int) -> dict[str, Any
         progress=False,
         on_epoch=lambda numbers: run.append_metrics({**where, **numbers}),
     )
+    seconds = time.perf_counter() - began
     run.append_metrics({**where, **result.history[0]})
-    save_checkpoint(
-        run.checkpoints / f"{arm.key}-seed{seed}.pt", {"model": model.state_dict(), "guide": guide.state_dict()}
-    )
+    save_checkpoint(checkpoint(run, arm, seed), {"model": model.state_dict(), "guide": guide.state_dict()})
     found = evaluate(model, guide, data.test, num_samples=config.importance_samples, seed=seed)
-    outcome = {
+    (active,) = found.active_units.values()
+    units = active.flatten(1).any(1) if active.dim() > 1 else active  # a one-hot latent is one unit
+    return {
         **where,
         "what": "training",
         "objective": result.objective_name,
         "valid_elbo": [numbers["valid_elbo"] for numbers in result.history],
         "test": found.as_dict(),
+        "active_units": int(units.sum()),
+        "units": len(units),
         "ms_per_step": result.ms_per_step,
+        "seconds": seconds,
     }
-    if seed == 0:
-        outcome["pictures"] = sample_pictures(model, guide, data.test[:PICTURES])
-    return outcome
 
 
-def sample_pictures(model, guide, x):
+def checkpoint(run: RunFolder, arm: Arm, seed: int) -> Path:
+    return run.checkpoints / f"{arm.key}-seed{seed}.pt"
+
+
+def sample_pictures(config: Compare, run: RunFolder, arm: Arm):
+    """Test images with what the arm's first seed makes of them, and draws from its model."""
     from gumbo.experiments.plots import prior_draws, reconstructions
     from gumbo.inference.posterior.evaluation import exact_pair
+    from gumbo.inference.training.checkpoints import load_checkpoint
 
-    model, guide = exact_pair(model, guide)
+    data = images(config.data)
+    pair = build(config, data.data_shape, 0, arm.form)
+    state = load_checkpoint(checkpoint(run, arm, 0))
+    for program, part in zip(pair, ("model", "guide"), strict=True):
+        program.load_state_dict(state[part])
+    model, guide = exact_pair(*pair)
+    x = data.test[:PICTURES]
     inputs = model.inputs(x)
     return {"data": x, "reconstructions": reconstructions(model, guide, inputs), "prior": prior_draws(model, inputs)}
 
@@ -344,6 +482,10 @@ def summarize(arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> list
         row["elbo"] = mean_and_error([r["test"]["elbo"] for r in runs])
         row["log_evidence"] = mean_and_error([r["test"]["log_evidence"] for r in runs])
         row["ms_per_step"] = mean_and_error([r["ms_per_step"] for r in runs])
+        row["seconds"] = mean_and_error([r["seconds"] for r in runs])
+        row["active_units"] = mean_and_error([r["active_units"] for r in runs])
+        row["units"] = runs[0]["units"] if runs else None
+        row["collapsed"] = sum(r["active_units"] == 0 for r in runs)
         for stage in ("initial", "trained"):
             own = [m[arm.name][stage] for m in moments]
             reference = [m[REFERENCE[arm.family]][stage]["variance"] for m in moments]
@@ -375,84 +517,111 @@ def cell(value: tuple[float, float] | None, form: Callable[[float], str], with_e
     return f"{form(mean)} ± {form(error)}" if with_error and math.isfinite(error) else form(mean)
 
 
-def table_of(family: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
-    """Title, column heads and cells of one family's table."""
-    heads = [
-        "estimator",
-        "test ELBO",
-        "log p(x)",
-        "var at start",
-        f"÷ {REFERENCE[family]}",
-        "var later",
-        "÷",
-        "SNR later",
-    ]
-    heads.append("ms/step")
-    cells = [
+HEADS = ["estimator", "ELBO", "log p(x)", "start ×", "later ×", "active", "s", ""]
+
+
+def table_of(family: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[list[str]]]:
+    """Title and cells of one family's table, under ``HEADS``."""
+    body = [
         [
             row["arm"] + (" (K)" if row["particles"] == "K" else ""),
             cell(row["elbo"], decimals),
-            cell(row["log_evidence"], decimals),
-            cell(row["variance_initial"], digits, False),
+            cell(row["log_evidence"], decimals, False),
             cell(row["ratio_initial"], digits, False),
-            cell(row["variance_trained"], digits, False),
             cell(row["ratio_trained"], digits, False),
-            cell(row["signal_to_noise_trained"], digits, False),
-            cell(row["ms_per_step"], decimals, False),
+            "…" if row["active_units"] is None else f"{row['active_units'][0]:.3g}/{row['units']}",
+            cell(row["seconds"], lambda seconds: f"{seconds:.{0 if seconds >= 10 else 1}f}", False),
+            collapse(row),
         ]
         for row in rows
         if row["family"] == family
     ]
-    return f"{family} latents", heads, cells
+    return f"{family} latents; variances as multiples of {REFERENCE[family]}'s", body
 
 
-NOTE = (
-    "ELBO and log p(x): true (exact-density or discrete) bounds on test data, nats per datum, mean ± standard error "
-    "over seeds. var: total variance of the guide's gradient at parameters common to all arms of the family, as drawn "
-    "(start) and after a common training (later); ÷: as a multiple of the reference arm's. SNR: norm of the mean "
-    "gradient over the root of that variance. (K): draws several particles a step."
-)
+def collapse(row: Mapping[str, Any]) -> str:
+    """A remark on an arm whose latents know nothing of the data."""
+    if not row["collapsed"]:
+        return ""
+    return "collapsed" if row["collapsed"] == row["seeds"] else f"{row['collapsed']} collapsed"
 
 
-def write_tables(run: RunFolder, arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> None:
+def note(config: Compare) -> str:
+    warm_up = f"KL warm-up over {config.warm_up} of {config.epochs} epochs" if config.warm_up else "no KL warm-up"
+    return (
+        f"ELBO (± standard error over {config.seeds} seeds) and log p(x): true bounds, exact-density or discrete, on "
+        f"test data, nats per datum, after {warm_up} in every arm. start ×, later ×: total variance of the guide's "
+        "gradient at parameters common to all arms, as drawn and after a common training. active: latents whose "
+        "posterior mean varies over the data; collapsed: none does. s: wall-clock seconds of the training. "
+        f"(K): {config.particles} draws a step, and one elsewhere."
+    )
+
+
+def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Pathwise or score function, in a sentence, by the numbers at hand."""
+    by_arm = {(row["family"], row["arm"]): row for row in rows if row["elbo"] and row["ratio_initial"]}
+    parts = []
+    path, score = (by_arm.get(("continuous", name)) for name in ("trace (pathwise)", "trace (score)"))
+    if path and score:
+        lost = path["elbo"][0] - score["elbo"][0]
+        better = "pathwise" if lost > 0 else "the score function by its ELBO"
+        times, later = (digits(score[key][0]) for key in ("ratio_initial", "ratio_trained"))
+        parts.append(
+            f"{better} for Normal latents, since the plain score function's gradient has {times} times the variance of "
+            f"the pathwise one at the start and {later} times later, and its ELBO ends "
+            f"{abs(lost):.1f} nats {'lower' if lost > 0 else 'higher'}"
+        )
+    discrete = [row for (family, _), row in by_arm.items() if family == "discrete"]
+    unbiased = [row for row in discrete if ARM_BY_KEY["discrete", row["arm"]].same_objective]
+    if unbiased:
+        best = max(unbiased, key=lambda row: row["elbo"][0])
+        relaxed = [row for row in discrete if row not in unbiased]
+        said = f"for one-hot latents, which have no pathwise gradient, the score function as {best['arm']}"
+        said += f", which ends at {best['elbo'][0]:.1f} nats"
+        if relaxed:
+            other = max(relaxed, key=lambda row: row["elbo"][0])
+            said += f" (the best relaxed gradient, {other['arm']}, at {other['elbo'][0]:.1f})"
+        parts.append(said)
+    return f"Pathwise or score function? {'; '.join(parts)[:1].upper()}{'; '.join(parts)[1:]}." if parts else ""
+
+
+def write_tables(run: RunFolder, config: Compare, arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> None:
+    """``table.md``: the table of each family, and below it the numbers that do not fit a terminal."""
     rows = summarize(arms, results)
     text = ["# gumbo compare", ""]
     for family in dict.fromkeys(arm.family for arm in arms):
-        title, heads, cells = table_of(family, rows)
-        text += [f"## {title}", "", "| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-        text += ["| " + " | ".join(line) + " |" for line in cells] + [""]
-    (run.path / "table.md").write_text("\n".join([*text, NOTE, ""]))
+        title, body = table_of(family, rows)
+        text += [f"## {title}", "", *markdown(HEADS, body), ""]
+    text += [note(config), "", conclusion(rows), "", "## Variances, signal-to-noise ratios, steps", ""]
+    more = [
+        [
+            row["family"],
+            row["arm"],
+            *(cell(row[key], digits, False) for key in ("variance_initial", "variance_trained")),
+            *(cell(row[key], digits, False) for key in ("signal_to_noise_initial", "signal_to_noise_trained")),
+            cell(row["ms_per_step"], decimals, False),
+        ]
+        for row in rows
+    ]
+    heads = ["latents", "estimator", "variance at start", "variance later", "SNR at start", "SNR later", "ms a step"]
+    text += [*markdown(heads, more), "", "SNR: the norm of the mean gradient over the root of its total variance."]
+    run.write_text("table.md", "\n".join([*text, ""]))
 
 
-def show(arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> None:
-    """The final tables, on standard output."""
+def show(config: Compare, arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> None:
+    """The final tables, on standard output, in 80 columns."""
     rows = summarize(arms, results)
-    tables = [table_of(family, rows) for family in dict.fromkeys(arm.family for arm in arms)]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        console = Console()
-        for title, heads, cells in tables:
-            table = Table(title=title, caption=NOTE if title == tables[-1][0] else None)
-            for index, head in enumerate(heads):
-                table.add_column(head, justify="right" if index else "left", no_wrap=True)
-            for line in cells:
-                table.add_row(*line)
-            console.print(table)
-        return
-    for title, heads, cells in tables:
-        widths = [max(len(line[column]) for line in (heads, *cells)) for column in range(len(heads))]
+    for family in dict.fromkeys(arm.family for arm in arms):
+        title, body = table_of(family, rows)
         print(f"\n{title}")
-        for line in (heads, *cells):
-            first, *rest = zip(line, widths, strict=True)
-            print("  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]).rstrip())
-    print(f"\n{NOTE}")
+        print("\n".join(plain(HEADS, body, gap=1)))
+    print()
+    print(textwrap.fill(note(config), 80))
+    print()
+    print(textwrap.fill(conclusion(rows), 80))
 
 
-def draw(
-    run: RunFolder, arms: Sequence[Arm], results: Sequence[Mapping[str, Any]], pictures: Mapping[tuple[str, str], Any]
-) -> None:
+def draw(run: RunFolder, config: Compare, arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> None:
     """All plots of the run."""
     import numpy as np
 
@@ -472,26 +641,22 @@ def draw(
     learning_curves(run.plots / "learning_curves.png", curves, "true ELBO on validation data (nats per datum)")
     bars(run.plots / "gradient_variance.png", variances, "total variance of the guide's gradient (log scale)")
     for family in dict.fromkeys(arm.family for arm in arms):
-        shown = {name: images for (of, name), images in sorted_by_arm(arms, pictures) if of == family}
+        shown = {arm.name: sample_pictures(config, run, arm) for arm in arms if arm.family == family}
         data = next(iter(shown.values()))["data"]
         image_rows(
             run.plots / f"{family}_reconstructions.png",
-            f"{family} latents: test images and their reconstructions (seed 0)",
+            f"{family} latents: test images, and means of p(x | z) at a draw of the guide (seed 0)",
             {"data": data, **{name: images["reconstructions"] for name, images in shown.items()}},
         )
         image_rows(
             run.plots / f"{family}_prior_draws.png",
-            f"{family} latents: draws from the model (seed 0)",
+            f"{family} latents: means of p(x | z) at draws of the prior (seed 0)",
             {name: images["prior"] for name, images in shown.items()},
         )
 
 
-def sorted_by_arm(arms: Sequence[Arm], pictures: Mapping[tuple[str, str], Any]):
-    return [((arm.family, arm.name), pictures[arm.family, arm.name]) for arm in arms]
-
-
 def main(argv: Sequence[str] | None = None, prog: str = "gumbo compare") -> None:
-    run_command(Compare, compare, argv, prog, presets={"quick": QUICK})
+    run_command(Compare, compare, argv, prog, presets={"quick": QUICK, "resume": resumed})
 
 
 if __name__ == "__main__":

@@ -42,30 +42,37 @@ def colours(names: Sequence[str]) -> dict[str, Any]:
 def learning_curves(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], ylabel: str) -> Path:
     """A panel for each title; in it a curve with its standard error for each name, from ``(seeds, epochs + 1)`` values.
 
-    The axis starts where the worst of the final values is still in view, so that early epochs do not flatten the rest.
+    Below each, from four epochs on, the last half of it enlarged, since early epochs flatten the rest. Nothing is cut.
     """
-    made, axes = figure(1, len(panels), figsize=(7.0 * len(panels), 4.2), squeeze=False)
-    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
-        palette = colours(list(curves))
-        finals, starts = [], []
-        for index, (name, values) in enumerate(curves.items()):
-            epochs = np.arange(values.shape[1])
-            mean = values.mean(0)
-            # Dashes of different lengths, since some arms lie on top of one another.
-            style = "-" if index == 0 else (index, (4 + index, 2 + index % 3))
-            axis.plot(epochs, mean, label=name, color=palette[name], linewidth=1.8, linestyle=style)
-            if len(values) > 1:
-                error = values.std(0, ddof=1) / math.sqrt(len(values))
-                axis.fill_between(epochs, mean - error, mean + error, color=palette[name], alpha=0.2, linewidth=0)
-            finals.append(mean[-1])
-            starts.append(mean[max(1, len(mean) // 10) if len(mean) > 1 else 0])
-        low, high = min(min(finals), np.median(starts)), max(finals)
-        axis.set_ylim(low - 0.05 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
-        axis.set(title=title, xlabel="epoch", ylabel=ylabel)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    longest = max(values.shape[1] for curves in panels.values() for values in curves.values())
+    starts = (0, longest // 2) if longest > 4 else (0,)
+    size = (7.0 * len(panels), 4.2 * len(starts))
+    made, axes = figure(len(starts), len(panels), figsize=size, squeeze=False)
+    for row, start in zip(axes, starts, strict=True):
+        for axis, (title, curves) in zip(row, panels.items(), strict=True):
+            _curves(axis, curves, start)
+            axis.set(title=f"{title}, the last half enlarged" if start else title, xlabel="epoch", ylabel=ylabel)
+            if not start:
+                axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return save(made, path)
+
+
+def _curves(axis: Any, curves: Mapping[str, np.ndarray], start: int) -> None:
+    palette = colours(list(curves))
+    for index, (name, values) in enumerate(curves.items()):
+        epochs = np.arange(start, values.shape[1])
+        shown = values[:, start:]
+        mean = shown.mean(0)
+        # Dashes of different lengths, since some arms lie on top of one another.
+        style = "-" if index == 0 else (index, (4 + index, 2 + index % 3))
+        mark = "o" if len(epochs) == 1 else None
+        axis.plot(epochs, mean, label=name, color=palette[name], linewidth=1.8, linestyle=style, marker=mark)
+        if len(values) > 1:
+            error = shown.std(0, ddof=1) / math.sqrt(len(values))
+            axis.fill_between(epochs, mean - error, mean + error, color=palette[name], alpha=0.2, linewidth=0)
+    axis.margins(0.03)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
 
 
 def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], xlabel: str) -> Path:
@@ -101,25 +108,47 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, Sequence[flo
     return save(made, path)
 
 
+WIDEST = 14.0  # inches of a picture's rows
+
+
 def image_rows(path: Path, title: str, rows: Mapping[str, torch.Tensor]) -> Path:
-    """A labelled row of grey images for each name, from tensors ``(n, 1, H, W)`` with values in [0, 1]."""
-    count = max(len(images) for images in rows.values())
-    height, width = next(iter(rows.values())).shape[-2:]
-    gap = max(1, height // 8)
-    sheet = np.full((len(rows) * (height + gap) - gap, count * (width + gap) - gap), np.nan)
-    for line, images in enumerate(rows.values()):
-        for column, image in enumerate(images[:, 0].numpy()):
+    """A labelled row of grey images for each name, from tensors ``(n, *shape)``: of one channel, or flat as strips.
+
+    Values in [0, 1] are shown from black to white, others from the least to the largest. No picture is wider than 14
+    inches, whatever the shape.
+    """
+    flat = {name: _as_images(images) for name, images in rows.items()}
+    count = max(len(images) for images in flat.values())
+    height, width = next(iter(flat.values())).shape[-2:]
+    gap = max(1, min(height, width) // 8)
+    sheet = np.full((len(flat) * (height + gap) - gap, count * (width + gap) - gap), np.nan)
+    for line, images in enumerate(flat.values()):
+        for column, image in enumerate(images):
             top, left = line * (height + gap), column * (width + gap)
             sheet[top : top + height, left : left + width] = image
-    scale = 0.55 / height
-    made, axes = figure(figsize=(2.8 + scale * sheet.shape[1], 0.5 + scale * sheet.shape[0]))
+    across = min(0.55 / min(height, width), WIDEST / sheet.shape[1])
+    # Strips are stretched, so that a row is as high as its label, and towers pressed.
+    down = min(max(across, 0.25 / height), 2.0 / height)
+    made, axes = figure(figsize=(2.8 + across * sheet.shape[1], 0.5 + down * sheet.shape[0]))
     made.suptitle(title, fontsize=10)
-    axes.imshow(np.ma.masked_invalid(sheet), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_yticks([line * (height + gap) + (height - 1) / 2 for line in range(len(rows))], list(rows), fontsize=9)
+    low, high = np.nanmin(sheet), np.nanmax(sheet)
+    limits = (0, 1) if low >= 0 and high <= 1 else (low, high)
+    axes.imshow(
+        np.ma.masked_invalid(sheet), cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="nearest", aspect="auto"
+    )
+    axes.set_yticks([line * (height + gap) + (height - 1) / 2 for line in range(len(flat))], list(flat), fontsize=9)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.set_frame_on(False)
     return save(made, path)
+
+
+def _as_images(images: torch.Tensor) -> np.ndarray:
+    """``(n, H, W)`` of whatever data: the mean of channels, and vectors as rows."""
+    images = images.detach().float().cpu()
+    if images.dim() < 3:
+        images = images.reshape(len(images), 1, -1)
+    return images.flatten(1, -3).mean(1).numpy() if images.dim() > 3 else images.numpy()
 
 
 def reconstructions(model, guide, inputs: Mapping[str, torch.Tensor], seed: int = 0) -> torch.Tensor:

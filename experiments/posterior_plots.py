@@ -42,40 +42,69 @@ def one_datum(posterior: Any) -> Any:
     return posterior.isel(first)
 
 
+def is_binary(values: np.ndarray) -> bool:
+    """Whether all draws are 0 or 1, as those of a Bernoulli or one-hot site are."""
+    return bool(np.isin(values, (0.0, 1.0)).all())
+
+
 def forest(path: Path, posterior: Any) -> Path:
-    """Means with intervals that hold 50 and 94 % of the draws, a row for each number and chain."""
+    """A row for each number and chain: means with intervals that hold 50 and 94 % of the draws.
+
+    Numbers that are 0 or 1 have no such intervals: of them the share of ones is drawn, their probability.
+    """
     shown = coordinates(one_datum(posterior), _FOREST)
+    binary = [is_binary(values) for values in shown.values()]
     made, axis = figure(figsize=(6.4, 1.2 + 0.28 * len(shown)))
-    for row, values in enumerate(shown.values()):
+    for row, (values, zero_one) in enumerate(zip(shown.values(), binary, strict=True)):
         for chain, draws in enumerate(values):
             height = row + 0.15 * (chain - (len(values) - 1) / 2)
+            if zero_one:
+                axis.barh(height, draws.mean(), 0.6 / len(values), color=f"C{chain}", alpha=0.7)
+                continue
             for width, inside in ((1.2, 94), (3.5, 50)):
                 low, high = np.percentile(draws, (50 - inside / 2, 50 + inside / 2))
                 axis.plot((low, high), (height, height), color=f"C{chain}", linewidth=width)
             axis.plot(draws.mean(), height, "o", color=f"C{chain}", markersize=4)
     axis.set_yticks(range(len(shown)), list(shown), fontsize=8)
     axis.invert_yaxis()
-    axis.set(title="posterior by the guide: means, 50 % and 94 % intervals")
+    if all(binary):
+        axis.set_xlim(0.0, 1.0)
+    words = "means, 50 % and 94 % intervals"
+    words = "probabilities of a 1" if all(binary) else f"{words}; bars: probabilities of a 1" if any(binary) else words
+    axis.set_title(f"posterior by the guide: {words}", fontsize=10)
     axis.grid(axis="x", alpha=0.3)
     return save(made, path)
 
 
 def traces(path: Path, posterior: Any) -> Path:
-    """Draws in their order, beside their histogram: independent draws of a guide show no pattern."""
+    """Draws in their order, beside their histogram: the draws of a guide are independent, and the picture says so."""
     shown = coordinates(one_datum(posterior), _TRACES)
-    made, axes = figure(len(shown), 2, figsize=(8.0, 0.6 + 1.6 * len(shown)), squeeze=False, width_ratios=(1, 2))
+    made, axes = figure(len(shown), 2, figsize=(8.0, 1.0 + 1.6 * len(shown)), squeeze=False, width_ratios=(1, 2))
     for (left, right), (name, values) in zip(axes, shown.items(), strict=True):
         for chain, draws in enumerate(values):
-            left.hist(draws, bins=30, histtype="step", density=True, color=f"C{chain}")
-            right.plot(draws, linewidth=0.4, color=f"C{chain}")
+            if is_binary(values):
+                left.bar((0, 1), ((draws == 0).mean(), (draws == 1).mean()), 0.6, color=f"C{chain}", alpha=0.6)
+                left.set_xticks((0, 1))
+                right.plot(draws, "|", markersize=6, color=f"C{chain}")
+            else:
+                left.hist(draws, bins=30, histtype="step", density=True, color=f"C{chain}")
+                right.plot(draws, ".", markersize=2, color=f"C{chain}")
         left.set_title(name, fontsize=9)
         right.set_xlabel("draw", fontsize=8)
+    made.suptitle(
+        "draws of the guide: independent by construction, so that no pattern tells of convergence", fontsize=9
+    )
     return save(made, path)
 
 
 def pairs(path: Path, posterior: Any) -> Path:
     """Draws of each pair of a few numbers."""
     shown = coordinates(one_datum(posterior), _PAIRS)
+    noise = np.random.default_rng(0)  # spreads draws of 0 and 1 that would lie on top of one another
+    shown = {
+        name: values + noise.uniform(-0.15, 0.15, values.shape) if is_binary(values) else values
+        for name, values in shown.items()
+    }
     names, count = list(shown), len(shown)
     made, axes = figure(count, count, figsize=(1.0 + 2.0 * count, 1.0 + 2.0 * count), squeeze=False)
     for (row, down), (column, across) in itertools.product(enumerate(names), enumerate(names)):
@@ -105,16 +134,40 @@ def predictive(path: Path, observed: Any, drawn: Any) -> Path:
         seen = data.mean(event) if event else np.atleast_1d(data)
         made_up = draws.mean(tuple(range(3, draws.ndim))) if draws.ndim > 3 else draws
         made_up = made_up.reshape(made_up.shape[0] * made_up.shape[1], -1)
-        edges = np.histogram_bin_edges(np.concatenate([seen.ravel(), made_up.ravel()]), 30)
+        edges = bins(np.concatenate([seen.ravel(), made_up.ravel()]), math.prod(data.shape[1:]) if event else 1)
+        label: str | None = "predicted, a draw of the posterior each"
         for some in made_up[:: max(1, len(made_up) // 50)]:
-            axis.hist(some, bins=edges, histtype="step", density=True, color="tab:gray", alpha=0.2, linewidth=0.6)
-        axis.hist(made_up.ravel(), bins=edges, histtype="step", density=True, color="tab:blue", label="predicted")
+            axis.hist(
+                some, bins=edges, histtype="step", density=True, color="tab:gray", alpha=0.2, linewidth=0.6, label=label
+            )
+            label = None
+        axis.hist(
+            made_up.ravel(), bins=edges, histtype="step", density=True, color="tab:blue", label="predicted, all draws"
+        )
         axis.hist(
             seen.ravel(), bins=edges, histtype="step", density=True, color="black", linewidth=1.6, label="observed"
         )
-        axis.set(title=f"posterior predictive of {name}", xlabel="mean over a datum" if event else str(name))
+        axis.set(
+            title=f"posterior predictive of {name}",
+            xlabel=f"{name}: mean over a datum" if event else str(name),
+            ylabel="density",
+        )
         axis.legend(fontsize=8)
     return save(made, path)
+
+
+def bins(values: np.ndarray, size: int, most: int = 30) -> np.ndarray:
+    """Edges of about ``most`` bins; means over ``size`` counts lie on a grid, whose points each bin holds equally many.
+
+    >>> bins(np.array([0.0, 3.0, 2.0]), 1).tolist()
+    [-0.5, 0.5, 1.5, 2.5, 3.5]
+    """
+    sums = values * size
+    if not np.isfinite(sums).all() or np.abs(sums - sums.round()).max() > 1e-3:
+        return np.histogram_bin_edges(values[np.isfinite(values)], most)
+    low, high = sums.round().min(), sums.round().max()
+    width = math.ceil((high - low + 1) / most)
+    return (low - 0.5 + width * np.arange(math.ceil((high - low + 1) / width) + 1)) / size
 
 
 def pareto(path: Path, stats: Any) -> Path:
@@ -166,9 +219,12 @@ def latent_space(path: Path, posterior: Any, names: Sequence[str], labels: np.nd
     flat = centred @ directions[:2].T
     flat = np.pad(flat, ((0, 0), (0, max(0, 2 - flat.shape[1]))))
     made, axis = figure(figsize=(6.0, 5.2))
-    drawn = axis.scatter(*flat.T, s=14, c=labels if labels is not None else "tab:blue", cmap="tab10")
-    if labels is not None:
-        made.colorbar(drawn, ax=axis, label="label")
+    if labels is None:
+        axis.scatter(*flat.T, s=14, color="tab:blue")
+    else:
+        for index, label in enumerate(np.unique(labels)):
+            axis.scatter(*flat[labels == label].T, s=14, color=f"C{index % 10}", label=str(label))
+        axis.legend(title="label", fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     title = " and ".join(f"{part:.0%}" for part in share[:2])
     axis.set(title=f"posterior means of {', '.join(names)}: {title} of their variance", xlabel="1", ylabel="2")
     return save(made, path)
@@ -181,7 +237,7 @@ def everything(folder: Path, groups: Mapping[str, Any], report: Any, labels: np.
         forest(folder / "forest.png", posterior),
         traces(folder / "trace.png", posterior),
         pairs(folder / "pair.png", posterior),
-        pareto(folder / "khat.png", groups["vi_stats"]),
+        pareto(folder / "khat.png", report.vi_stats),  # of the draws that the verdicts are about
     ]
     if "observed_data" in groups and "posterior_predictive" in groups:
         made.append(

@@ -329,8 +329,9 @@ def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> Non
     model, guide = exact_pair(model, guide)
     first = {name: value[:10] for name, value in inputs.items()}
     rows = {"data": first["x"], "reconstruction": reconstructions(model, guide, first)}
-    image_rows(run.plots / "reconstructions.png", "test images and their reconstructions", rows)
-    image_rows(run.plots / "prior_draws.png", "draws from the model", {"": prior_draws(model, first)})
+    image_rows(run.plots / "reconstructions.png", "test data, and means of p(x | z) at a draw of the guide", rows)
+    title = "means of p(x | z) at draws of the prior"
+    image_rows(run.plots / "prior_draws.png", title, {"": prior_draws(model, first)})
 
 
 def show(split: str, found: Evaluation) -> None:

@@ -8,11 +8,26 @@ from typing import Any
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.elbo import ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 
 from ..errors import BadInput
 from ..options import check_option
 from ..registry import Registry
 from .elbo import SiteELBO
+
+
+class LatentsWeighted(Messenger):
+    """Multiplies the terms of latent sites, in model and guide."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg) -> None:
+        if self.weight != 1.0 and not msg["is_observed"] and not site_is_subsample(msg):
+            msg["scale"] = msg["scale"] * self.weight
+
 
 stock_elbos: Registry[Callable[..., ELBO]] = Registry("stock ELBO")
 

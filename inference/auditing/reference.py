@@ -18,6 +18,7 @@ from ...errors import BadInput, CannotVectorize, GumboError, UnsupportedSite
 from ..elbo import SiteELBO
 from ..estimators import LeaveOneOut, Pathwise, ScoreFunction
 from ..estimators._distributions import describe, finite_support, is_deterministic, score_log_prob
+from ..stock import LatentsWeighted
 from .directions import Directions
 from .exact import _advance, _turn, exact_elbo, exact_iwae
 from .sampler import Draws, Gradient, Moments, Stage
@@ -80,7 +81,7 @@ def exact_reference(stage: Stage, num_particles: int | None, options: dict[str, 
         except UnsupportedSite as error:
             return error.reason
     if isinstance(jointly, int) and jointly <= ONE_BY_ONE:
-        with stage.held(), _Weighted(options["kl_weight"]):
+        with stage.held(), LatentsWeighted(options["kl_weight"]):
             loss = -exact_elbo(stage.model, stage.guide, *stage.args, **stage.kwargs)
         return _as_reference(stage, "exact (every value)", loss)
     if apart > AT_ONCE or not options["vectorize_particles"]:
@@ -122,18 +123,6 @@ def _repeats_itself(stage: Stage) -> bool:
             if not _advance(script):
                 break
     return found[: len(found) // 2] == found[len(found) // 2 :]
-
-
-class _Weighted(Messenger):
-    """Multiplies the terms of latent sites, in model and guide."""
-
-    def __init__(self, weight: float):
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg) -> None:
-        if self.weight != 1.0 and not msg["is_observed"] and not site_is_subsample(msg):
-            msg["scale"] = msg["scale"] * self.weight
 
 
 # The importance-weighted bound, per datum.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gumbo.errors import BadInput, UnknownName
-from gumbo.experiments import cli, inspect_posterior, train
+from gumbo.experiments import cli, inspect_posterior, posterior_plots, train
 from gumbo.experiments.posterior_plots import coordinates, one_datum
 from gumbo.inference import to_arviz
 from gumbo.inference.posterior import _arviz
@@ -82,3 +82,49 @@ def test_pictures_show_one_datum_and_what_varies_most():
     posterior = _arviz.dataset_of(to_arviz(model, guide, num_samples=50, **inputs), "posterior")
     shown = coordinates(one_datum(posterior), 2)
     assert list(shown) == ["z[0, 1]", "z[0, 2]"] and shown["z[0, 1]"].shape == (1, 50)
+
+
+def axes_of(monkeypatch, draw, *args):
+    """The axes of what a function draws, instead of its file."""
+    made = []
+    monkeypatch.setattr(posterior_plots, "save", lambda figure, path: made.append(figure))
+    draw(None, *args)
+    return made[0].axes
+
+
+def test_counts_are_binned_by_whole_numbers():
+    counts = np.random.default_rng(0).poisson(40.0, 1000).astype(float)
+    edges = posterior_plots.bins(counts, 1)
+    assert len(set(np.diff(edges).round(9))) == 1 and (edges * 2 % 2 == 1).all()
+    assert edges[0] < counts.min() and edges[-1] > counts.max() and len(edges) <= 32
+    means = counts / 64  # means over 64 pixels are whole numbers of sixty-fourths
+    np.testing.assert_allclose(posterior_plots.bins(means, 64) * 64, edges)
+    assert len(posterior_plots.bins(np.random.default_rng(0).normal(size=100), 1)) == 31
+
+
+def test_pictures_of_zeros_and_ones(monkeypatch):
+    import xarray
+
+    draws = np.zeros((1, 200, 3))
+    draws[0, np.arange(200), np.arange(200) % 3 % 2] = 1.0
+    posterior = xarray.Dataset({"y": (("chain", "draw", "class"), draws)}, attrs={"local": ""})
+    (axis,) = axes_of(monkeypatch, posterior_plots.forest, posterior)
+    assert sorted(round(bar.get_width(), 2) for bar in axis.patches) == sorted(draws[0].mean(0).round(2))
+    assert "probabilities" in axis.get_title() and axis.get_xlim() == (0.0, 1.0)
+    labels = np.array([0, 1, 1, 0])
+    means = xarray.Dataset(
+        {"z": (("chain", "draw", "data", "dim"), np.random.default_rng(0).normal(size=(1, 9, 4, 2)))}
+    )
+    (axis,) = axes_of(monkeypatch, posterior_plots.latent_space, means, ["z"], labels)
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["0", "1"]
+
+
+def test_the_picture_of_khat_is_of_the_draws_of_the_verdict(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(posterior_plots, "pareto", lambda path, stats: drawn.append(stats) or path)
+    run = trained(tmp_path / "run", RUNS["normal"])
+    reports = []
+    diagnose = __import__("gumbo.inference", fromlist=["diagnose"]).diagnose
+    monkeypatch.setattr("gumbo.inference.diagnose", lambda *a, **k: reports.append(diagnose(*a, **k)) or reports[-1])
+    inspect_posterior.inspect(inspect_posterior.Inspect(run, **QUICK))
+    assert drawn[0] is reports[0].vi_stats
