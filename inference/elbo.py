@@ -25,7 +25,6 @@ from ..errors import (
     UnknownName,
     UnsupportedSite,
 )
-from ..models._base import Configured
 from ..options import fits
 from .engine import objectives
 from .engine.mixing import mixed_plates
@@ -286,6 +285,8 @@ def _check_particles(site: str, estimator: Estimator, num_particles: int | None)
 
 class Binding(nn.Module):
     """What one loss has found out about one model and guide: sites, plates, particles, and the estimators' state."""
+
+    uncaptured = frozenset({"steps"})
 
     def __init__(self, elbo: SiteELBO, model: Callable, guide: Callable):
         super().__init__()
@@ -854,6 +855,8 @@ class SiteELBOModule(ELBOModule):
     baselines and control variates.
     """
 
+    uncaptured = frozenset({"_kept", "_own", "_keeps"})
+
     def __init__(self, model: Callable, guide: Callable, elbo: SiteELBO):
         super().__init__(model, guide, elbo)
         self.binding = Binding(elbo, model, guide)
@@ -923,12 +926,13 @@ class SiteELBOModule(ELBOModule):
 
 @contextmanager
 def networks_at_hand(*programs: Any) -> Iterator[None]:
-    """The collection's own programs find their networks without registering all parameters at every mention.
+    """Programs whose class says ``plain_networks = True`` find their networks without a statement for each parameter.
 
-    To be used where the param store knows them already. Programs of others keep Pyro's way, since a handler of theirs
-    may listen to it.
+    To be used where the param store knows the parameters already. Other programs keep Pyro's way, which registers all
+    parameters of a network at every mention of it, since a handler of theirs may listen to that.
     """
-    found = [(vars(program), program._modules) for program in programs if isinstance(program, Configured)]
+    plain = [program for program in programs if getattr(type(program), "plain_networks", False)]
+    found = [(vars(program), program._modules) for program in plain]
     for attributes, networks in found:
         attributes.update(networks)
     try:

@@ -65,6 +65,8 @@ class Configured(PyroModule):
 
     config: dict[str, Any]
     _not_in_config: ClassVar[tuple[str, ...]] = ()
+    # No handler within listens to the parameters of its networks, so that a loss need not mention each at every step.
+    plain_networks: ClassVar[bool] = True
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)

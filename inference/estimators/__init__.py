@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._base import Draw, Estimator, SiteView, estimators
+from ._base import Draw, Estimator, SiteState, SiteView, estimators
 from .antithetic import ARM, DisARM
 from .control_variates import Rebar, Relax
 from .doubly import DoublyReparameterized
@@ -36,6 +36,7 @@ __all__ = [
     "ReinMax",
     "Relax",
     "ScoreFunction",
+    "SiteState",
     "SiteView",
     "estimators",
 ]

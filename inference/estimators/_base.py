@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,30 @@ class SiteView:
         return tensor.sum(mixed, keepdim=True) if mixed else tensor
 
 
+class SiteState(nn.Module):
+    """What an estimator keeps of one site from call to call, for states of which more is to be said than their tensors.
+
+    What results depend on stands in parameters and buffers, which checkpoints hold and captured graphs carry; any
+    ``nn.Module`` will do for that. A subclass of this one may also count calls, or look at values in some of them.
+
+    Class attributes:
+        uncaptured: plain attributes that change as the programs run and that no result depends on, such as counters: a
+            captured graph does not see them change. Models, guides and their layers may name such attributes alike.
+    """
+
+    uncaptured: ClassVar[frozenset[str]] = frozenset()
+
+    def looks_at_values(self, step: int) -> bool:
+        """Whether the call after ``step`` training steps looks at values, and is to be run without a graph."""
+        return False
+
+    def continue_from(self, step: int) -> None:
+        """Count on from ``step`` training steps, of which some were made by a graph or by an interrupted run."""
+
+    def stop_looking(self) -> None:
+        """Look at no values: a graph is captured, and what this changes is undone afterwards."""
+
+
 def pad_left(tensor: Tensor, dims: int) -> Tensor:
     """The same tensor with at least ``dims`` dimensions."""
     return tensor.reshape((1,) * (dims - tensor.dim()) + tensor.shape) if tensor.dim() < dims else tensor
@@ -204,7 +228,7 @@ class Estimator(Checked):
         return self.why_not(site) is None
 
     def make_state(self, site: Mapping[str, Any], inputs: Callable[[], list[Tensor]]) -> nn.Module | None:
-        """The module that holds this estimator's running state for one site.
+        """The module that holds this estimator's running state for one site, perhaps a :class:`SiteState`.
 
         ``inputs`` is that of :class:`SiteView` for one particle, to tell how many features there are.
         """
@@ -263,6 +287,7 @@ def check_temperature(temperature: float | Schedule) -> float | Schedule:
 __all__ = [
     "Draw",
     "Estimator",
+    "SiteState",
     "SiteView",
     "at_step",
     "check_temperature",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CallsAutograd, UnsupportedSite
-from ._base import Draw, SiteView
+from ._base import Draw, Estimator, SiteView
 
 
 def spread(tensor: Tensor, view: SiteView) -> Tensor:
@@ -30,7 +30,7 @@ def slope(total: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
     return torch.zeros_like(at) if found is None else found
 
 
-def cost_between(view: SiteView, estimator: str, value: Tensor, downstream: str) -> tuple[Tensor, Tensor]:
+def cost_between(view: SiteView, estimator: Estimator, value: Tensor, downstream: str) -> tuple[Tensor, Tensor]:
     """The cost at a relaxed or mean value, element by element, and summed with each term counted once.
 
     Raises:
@@ -46,7 +46,7 @@ def cost_between(view: SiteView, estimator: str, value: Tensor, downstream: str)
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnsupportedSite(
             view.name,
-            estimator,
+            estimator.name,
             f"the programs do not take a value between the discrete ones ({first})",
             ("score", "rloo", "relax"),
         ) from error

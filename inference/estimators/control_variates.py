@@ -23,20 +23,21 @@ from torch import Tensor, nn
 
 from ...errors import BadInput, UnsupportedSite
 from ..engine.noise import drawn_twice
-from ._base import Draw, Estimator, SiteView, estimators
+from ._base import Draw, Estimator, SiteState, SiteView, estimators
 from ._distributions import is_one_hot, logits_of
 from ._reruns import cost_between, share_shape, slope, spread
 from .relaxation import bounded_logits, conditional_scores, harden, noise, relaxable_why_not, squash
 from .score import ask, features
 
 
-class Variate(nn.Module):
+class Variate(SiteState):
     """What a control variate has learnt at one site: its temperature, its strength, its network, the cost's moments.
 
     ``calls`` are counted where the programs are probed for jumps; no probe comes after ``last_probe`` of them.
     """
 
     last_probe = 64
+    uncaptured = frozenset({"calls"})
 
     def __init__(
         self, like: Tensor, temperature: float, strength: float | None, net: nn.Module | None = None, width: int = 0
@@ -62,6 +63,19 @@ class Variate(nn.Module):
     def probed(self) -> bool:
         """Whether the programs are run at relaxed values, so that jumps between them matter."""
         return self.strength is not None
+
+    def looks_at_values(self, step: int) -> bool:
+        return self.probed and self.is_probe(step + 1)
+
+    def is_probe(self, call: int) -> bool:
+        """Calls 1, 2, 4, …, ``last_probe``."""
+        return call <= self.last_probe and not call & (call - 1)
+
+    def continue_from(self, step: int) -> None:
+        self.calls = step
+
+    def stop_looking(self) -> None:
+        self.calls = self.last_probe
 
     def temperature(self) -> Tensor:
         return self.log_temperature.clamp(-20.0, 20.0).exp()
@@ -181,7 +195,7 @@ def same_noise_again(view: SiteView) -> Iterator[None]:
         yield
 
 
-def relaxed_cost(view: SiteView, estimator: str, relaxed: Tensor) -> tuple[Tensor, Tensor]:
+def relaxed_cost(view: SiteView, estimator: Estimator, relaxed: Tensor) -> tuple[Tensor, Tensor]:
     """REBAR's term: η times the cost at a relaxed value, less that of an average draw, which is but a constant."""
     costs, total = cost_between(view, estimator, relaxed, downstream="soft")
     return view.state.strength * (costs - view.state.mean), view.state.strength * total
@@ -216,11 +230,11 @@ class Rebar(ControlVariate):
         return Variate(logits_of(site["fn"]), self.temperature, self.strength)
 
     def control(self, view: SiteView, relaxed: Tensor) -> tuple[Tensor, Tensor]:
-        return relaxed_cost(view, self.name, relaxed)
+        return relaxed_cost(view, self, relaxed)
 
     def surrogate(self, view: SiteView) -> Tensor | None:
         if torch.is_grad_enabled():
-            check_continuous(view, self.name)
+            check_continuous(view, self)
         return super().surrogate(view)
 
 
@@ -292,12 +306,12 @@ class Relax(ControlVariate):
         control, total = said.sum_to_size(view.cost.shape), said.sum()
         if not self.rebar:
             return control, total
-        costs, relaxed_total = relaxed_cost(view, self.name, relaxed)
+        costs, relaxed_total = relaxed_cost(view, self, relaxed)
         return control + costs, total + relaxed_total
 
     def surrogate(self, view: SiteView) -> Tensor | None:
         if self.rebar and torch.is_grad_enabled():
-            check_continuous(view, self.name)
+            check_continuous(view, self)
         return super().surrogate(view)
 
 
@@ -318,7 +332,7 @@ class Stretch:
     at_b: float
 
 
-def check_continuous(view: SiteView, estimator: str, tolerance: float = 3e-3) -> None:
+def check_continuous(view: SiteView, estimator: Estimator, tolerance: float = 3e-3) -> None:
     """Refuse programs whose relaxed cost is not the integral of its derivative: they jump, or lose the derivative.
 
     Made at calls 1, 2, 4, …, 64: from the draw to another value of each element, on a straight line, the derivative is
@@ -326,8 +340,7 @@ def check_continuous(view: SiteView, estimator: str, tolerance: float = 3e-3) ->
     after enough halvings. At a jump, or where the derivative is lost, the halves are together as far off as the whole.
     """
     view.state.calls += 1
-    calls = view.state.calls
-    if calls > view.state.last_probe or calls & (calls - 1):
+    if not view.state.is_probe(view.state.calls):
         return
     start = spread(view.value.detach(), view)
     step = spread(another_value(view), view) - start
@@ -364,7 +377,7 @@ def check_continuous(view: SiteView, estimator: str, tolerance: float = 3e-3) ->
         if lasts(worst, halve_worst, parts):
             raise UnsupportedSite(
                 view.name,
-                estimator,
+                estimator.name,
                 "the cost is not continuous and differentiable in relaxed values (the programs branch on a draw, round"
                 " it, or take it out of torch), and its derivative is needed",
                 ("score", "rloo", "relax"),

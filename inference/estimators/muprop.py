@@ -41,7 +41,7 @@ class MuProp(Estimator):
             return None
         mean = view.parameter("mean")
         point = spread(mean.detach(), view).clone().requires_grad_()
-        at_mean, total = cost_between(view, self.name, point, downstream="mean")
+        at_mean, total = cost_between(view, self, point, downstream="mean")
         tangent = slope(total, point)
         linear = view.sum_event(tangent * (view.value - mean.detach())).sum_to_size(view.cost.shape)
         residual = view.cost - at_mean.detach() - linear

@@ -22,6 +22,7 @@ from gumbo.inference.estimators import (
     Baseline,
     Concrete,
     Enumerate,
+    Estimator,
     GumbelSoftmax,
     LeaveOneOut,
     MovingAverage,
@@ -522,6 +523,53 @@ def test_a_program_that_moves_the_particles_is_refused(word):
     with pytest.raises(CannotVectorize, match="'x'.*dimension -3 of its own.*vectorize_particles=False"):
         SiteELBO(word, num_particles=3)(Spread(True), Spread(False))(data)
     assert SiteELBO(word, num_particles=3, vectorize_particles=False)(Spread(True), Spread(False))(data) > 0
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_program_of_others_may_have_plain_networks(plain):
+    """Its networks are then at hand in a call, once the loss's own store knows their parameters."""
+    at_hand = []
+
+    class Model(PyroModule):
+        plain_networks = plain
+
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.Linear(1, 2)
+
+        def forward(self, x):
+            at_hand.append("decoder" in vars(self))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)).expand([len(x), 1]).to_event(1))
+                pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(2, 1)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
+
+    model = Model()
+    loss = SiteELBO("score")(model, Guide())
+    values = []
+    for _ in range(3):
+        at_hand.clear()
+        torch.manual_seed(0)
+        values.append(loss(torch.ones(3, 2)).item())
+    assert at_hand == [plain] and "decoder" not in vars(model)
+    assert values[0] == values[2]
+
+
+@pytest.mark.parametrize("word", ["rebar", "muprop"])
+def test_a_step_asks_for_no_word(word, monkeypatch):
+    """The word of an estimator is looked up in the registry, which makes one of each: for messages only."""
+    loss = SiteELBO(word)(OneCoinModel(), OneCoinGuide())
+    loss.initialize()
+    monkeypatch.setattr(Estimator, "name", property(lambda self: pytest.fail("a step asked for its word")))
+    loss().backward()
 
 
 @pytest.mark.parametrize("word", ["rloo", "enumerate"])

@@ -25,6 +25,7 @@ from gumbo.inference.estimators import (
     ReinMax,
     Relax,
     ScoreFunction,
+    SiteState,
     estimators,
 )
 from gumbo.inference.training.compile.step import CompiledStep, uncompiled
@@ -250,6 +251,65 @@ def test_rebar_probes_the_programs_at_the_calls_it_always_does(monkeypatch):
         number += 1
         compiled(Rows(data(dtype=F64), "x"))
     assert probed == [1, 2, 4, 8, 16, 32, 64]
+
+
+class Looking(SiteState):
+    """A state that counts its calls and looks at a value in the third of them."""
+
+    uncaptured = frozenset({"count"})
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.blind, self.seen = 0, False, []
+
+    def looks_at_values(self, step):
+        return step == 2
+
+    def continue_from(self, step):
+        self.count = step
+
+    def stop_looking(self):
+        self.count = 99
+
+
+class LookingScore(ScoreFunction):
+    def make_state(self, site, inputs):
+        return Looking()
+
+    def surrogate(self, view):
+        view.state.count += 1
+        if view.state.count == 3:
+            view.state.seen.append(float(view.cost.sum()))
+        return super().surrogate(view)
+
+
+def test_an_estimator_of_others_says_when_its_state_looks_at_values():
+    torch.manual_seed(0)
+    compiled, _ = steps_of(coin_pair, SiteELBO(LookingScore()))
+    (state,) = compiled.module.binding.states.values()
+    state.seen.clear()
+    for _ in range(5):
+        compiled(Rows(data(dtype=F64), "x"))
+    assert len(state.seen) == 1 and compiled.captures == 1
+
+
+def test_a_program_of_others_may_name_what_a_graph_need_not_see():
+    class Counting(BernoulliVAE):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    def pair():
+        torch.manual_seed(0)
+        model = Counting(SHAPE, num_latents=3, hidden=(5,))
+        return model, BernoulliGuide(model)
+
+    with pytest.raises(BadInput, match="Counting.calls.*uncaptured"):
+        steps_of(pair, SiteELBO("score"))
+    Counting.uncaptured = frozenset({"calls"})
+    agree(*steps_of(pair, SiteELBO("score")), [data(dtype=F64)], 1e-10)
 
 
 class Jumps(BernoulliVAE):

@@ -30,12 +30,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ....errors import BadInput, GumboError
-from ...elbo import Binding, SiteELBOModule
+from ...elbo import SiteELBOModule
 from ...engine.noise import Noise, Tape
 from ...engine.programs import observed_in_support
 from ...engine.rows import Rows
+from ...estimators._base import SiteState
 from ...estimators._distributions import describe
-from ...estimators.control_variates import Variate
 from ..schedules import Schedule
 
 ADVICE = "pass compile=False"
@@ -311,8 +311,8 @@ def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
     module.__dict__.update(_kept=None, _own={}, _keeps=False)
     module.binding.steps = step
     for state in module.binding.states.values():
-        if isinstance(state, Variate):
-            state.calls = state.last_probe
+        if isinstance(state, SiteState):
+            state.stop_looking()
     try:
         yield
         for one, kept in zip(modules, before, strict=True):
@@ -321,7 +321,8 @@ def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
             if changed:
                 raise BadInput(
                     f"{type(one).__name__}.{changed[0]} changes as the program runs, and a captured graph would not see"
-                    f" it: keep it in a buffer, or {ADVICE}"
+                    f" it: keep it in a buffer, name it in the class attribute 'uncaptured' if no result depends on it,"
+                    f" or {ADVICE}"
                 )
     finally:
         for one, kept in zip(modules, before, strict=True):
@@ -329,9 +330,6 @@ def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
             vars(one).update(kept)
 
 
-# What the loss itself changes as it runs, and who drives the graph takes care of.
-# By type, since a program may have an attribute of the same name, which is its own to answer for.
-_OWN = {SiteELBOModule: {"_kept", "_own", "_keeps"}, Binding: {"steps"}, Variate: {"calls"}}
 _INTERNAL = set(vars(nn.Module())) - {"training"}
 
 
@@ -339,7 +337,8 @@ def plain_attributes(module: nn.Module, values: Mapping[str, Any] | None = None)
     """Names of attributes that a graph takes for constants: numbers, words, and tensors that are no buffers."""
     values = vars(module) if values is None else values
     plain = (int, float, complex, str, tuple, type(None), Tensor)
-    skipped = _INTERNAL.union(*(names for kind, names in _OWN.items() if isinstance(module, kind)))
+    # Of the class, since an attribute set on the way says nothing; see SiteState for what it means.
+    skipped = _INTERNAL | frozenset(getattr(type(module), "uncaptured", ()))
     return {
         name
         for name, value in values.items()

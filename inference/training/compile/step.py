@@ -17,6 +17,7 @@ from ...elbo import SiteELBO
 from ...engine.noise import Tape
 from ...engine.rows import Rows
 from ...engine.scopes import private_seed
+from ...estimators._base import SiteState
 from ..steps import TorchStep, outside_support
 from .capture import ADVICE, Program, asks_for_a_value, capture, differs, flat, plain_attributes
 from .products import mkl_is_slow, through_onednn
@@ -29,10 +30,11 @@ class CompiledStep(TorchStep):
     """:class:`~gumbo.inference.training.steps.TorchStep` as a compiled graph for batches of one shape.
 
     The programs run in Python while the graph is captured, and never again for batches of the shape of ``batch``: a
-    batch of another shape (the last of an epoch) is run as it would be without compiling, and so are the steps at which
-    an estimator looks at values (REBAR probes the programs at calls 1, 2, 4, …, 64). Adam and AdamW are part of the
-    graph, other optimizers follow it. The graph is compared with an eager step on the same noise before it is used, and
-    captured again where a plain attribute of the programs, or ``requires_grad`` of a parameter, has been changed.
+    batch of another shape (the last of an epoch) is run as it would be without compiling, and so are the steps at
+    which an estimator looks at values (its state says when; REBAR probes the programs at calls 1, 2, 4, …, 64).
+    Adam and AdamW are part of the graph, other optimizers follow it. The graph is compared with an eager step on
+    the same noise before it is used, and captured again where a plain attribute of the programs, or
+    ``requires_grad`` of a parameter, has been changed.
 
     Args:
         model, guide, loss, make_optimizer, batch: as for ``TorchStep``; ``loss`` is a :class:`SiteELBO`.
@@ -122,12 +124,11 @@ class CompiledStep(TorchStep):
 
     def _probes(self) -> bool:
         """Whether an estimator looks at values in this step."""
-        number = self.module.binding.steps + 1
-        states = [state for state in self.module.binding.states.values() if getattr(state, "probed", False)]
+        steps = self.module.binding.steps
+        states = [state for state in self.module.binding.states.values() if isinstance(state, SiteState)]
         for state in states:
-            # Counted anew by an interrupted run; the steps made are what it must go by.
-            state.calls = self.module.binding.steps
-        return any(number <= state.last_probe and not number & (number - 1) for state in states)
+            state.continue_from(steps)
+        return any(state.looks_at_values(steps) for state in states)
 
     # What a graph takes and does.
 
