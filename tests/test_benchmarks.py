@@ -328,3 +328,39 @@ def numbers_in(found):
             yield from numbers_in(one)
     elif isinstance(found, float):
         yield found
+
+
+# readme_table.py
+
+
+def test_the_readmes_table_is_that_of_a_run_with_default_settings(tmp_path, monkeypatch, capsys):
+    table, compare = script("readme_table"), importlib.import_module("gumbo.experiments.compare")
+    config, runs = dataclasses.asdict(compare.Compare()), []
+    for index, arm in enumerate(compare.ARMS):
+        found = {"elbo": -20.0 - index, "log_evidence": -19.0 - index}
+        runs += [{"what": "training", "family": arm.family, "arm": arm.name, "seed": 0, "test": found, "seconds": 12.3,
+                  "objective": "elbo", "active_units": index % 3, "units": 10, "ms_per_step": 1.0}]  # fmt: skip
+    for family in compare.FAMILIES:
+        numbers = {
+            "initial": {"variance": 2.0, "signal_to_noise": 1.0},
+            "trained": {"variance": 3.0, "signal_to_noise": 1.0},
+        }
+        moments = {arm.name: numbers for arm in compare.ARMS if arm.family == family}
+        runs += [{"what": "gradients", "family": family, "arm": "", "seed": 0, "moments": moments}]
+    (tmp_path / "results.json").write_text(json.dumps({"config": config, "runs": runs, "seconds": 300.0}))
+    page = tmp_path / "README.md"
+    page.write_text(f"above\n{table.START}\nold\n{table.END}\nbelow\n")
+    monkeypatch.setattr(table, "README", page)
+    table.main([str(tmp_path)])
+    written = page.read_text()
+    assert written.startswith("above\n") and written.endswith("\nbelow\n") and "old" not in written
+    assert "| rloo (K) | -25.00 |" in written and "collapsed" in written and "Pathwise or score function?" in written
+    (tmp_path / "results.json").write_text(json.dumps({"config": config | {"epochs": 3}, "runs": runs, "seconds": 1.0}))
+    with pytest.raises(SystemExit, match="other epochs"):
+        table.main([str(tmp_path)])
+    assert page.read_text() == written
+
+
+def test_the_readme_has_the_markers_of_its_table():
+    table = script("readme_table")
+    assert table.replaced(table.README.read_text(), "new").count("\n\nnew\n\n") == 1
