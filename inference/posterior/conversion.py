@@ -31,6 +31,7 @@ GROUPS = (
     "constant_data",
     "log_likelihood",
     "log_likelihood_conditional",
+    "log_prior",
     "sample_stats",
     "vi_stats",
 )
@@ -75,10 +76,12 @@ def to_arviz(
 
     - ``posterior``: latents and deterministic sites at draws of the guide; ``posterior_predictive``: data drawn anew at
       them; ``prior``, ``prior_predictive``: the same from the model alone; ``observed_data``; ``constant_data``:
-      arguments that no site observes.
+      arguments that no site observes. What a mask hides is NaN in the groups of data.
     - ``log_likelihood``: of each datum, integrated over its local latents by importance sampling, for each draw of the
       global ones: with none of these over all draws, and constant; else over ``num_local_samples`` of them a draw.
       ``log_likelihood_conditional``: of each datum given the drawn latents, which ``az.loo`` should not be given.
+    - ``log_prior``: of each latent given those it depends on, summed over its elements, ``(chain, draw)``, as
+      ``az.psense`` takes it.
     - ``sample_stats``: ``log_p``, ``log_q`` and ``log_weight`` of each datum given the global latents, whose own
       log-probabilities are ``log_p_global`` and ``log_q_global``; of the whole program where no latent is local.
     - ``vi_stats``: for each datum k̂, the importance effective sample size, log-evidence and its standard error, ELBO;
@@ -242,7 +245,7 @@ class Collection:
         ):
             for name in names if group in self.groups else ():
                 self._add(group, name, model[name], self.thin[group])
-        if "observed_data" in self.groups:
+        if self.groups & {"observed_data", "constant_data"}:  # what is observed is no constant
             for name in sweep.observed:
                 self._add("observed_data", name, model[name], 1, by_draw=False)
         if "log_likelihood_conditional" in self.groups:
@@ -252,6 +255,8 @@ class Collection:
                 self._put(
                     "log_likelihood_conditional", name, layout.names, shape, self.thin["log_likelihood_conditional"]
                 )
+        for name in sweep.latents if "log_prior" in self.groups else ():
+            self._put("log_prior", name, (), (), self.thin["log_prior"])
         every = self.thin["log_likelihood"]
         if self.nested or "log_likelihood" in self.groups:
             if sweep.local:
@@ -273,7 +278,10 @@ class Collection:
         return tuple(self.sweep.sizes[plate] for plate in plates)
 
     def _add(self, group: str, name: str, layout: Layout, every: int, by_draw: bool = True) -> None:
-        self.arrays[group, name] = Array(group, name, layout, layout.names, layout.shape, layout.dtype, every, by_draw)
+        dtype = layout.dtype
+        if name in self.sweep.masked and not dtype.is_floating_point:
+            dtype = torch.float64  # what a mask hides is NaN
+        self.arrays[group, name] = Array(group, name, layout, layout.names, layout.shape, dtype, every, by_draw)
 
     def _put(
         self,
@@ -313,6 +321,7 @@ class Collection:
         for array in self.arrays.values():
             array.data = np.zeros(self.full_shape(array, kept=True), dtype=_kind_of(array.dtype))
         self.largest_log_p = 0.0
+        self.observed: dict[str, np.ndarray] = {}  # under no mask
         latents = [self.sweep.model_sites[name] for name in self.sweep.local]
         # Means and mean squares of each datum's latents.
         self.means = {
@@ -398,15 +407,20 @@ class Collection:
                 self._write(chain, array, start, stop, block, model.value(name))
             elif group == "log_likelihood_conditional" or (group == "log_likelihood" and not sweep.local):
                 self._write(chain, array, start, stop, block, model.log_prob(name))
+            elif group == "log_prior" and block.first(model.layouts[name]):
+                picks, where = self._kept(array, start, stop)
+                array.data[chain, where] += model.log_prob(name, ()).cpu().numpy()[picks]
             elif group == "observed_data" and start == 0 and chain == 0:
-                array.data[block.index(array.plates)] = model.value(name)[0].cpu().numpy()
+                array.data[block.index(array.plates)] = model.shown_value(name)[0].cpu().numpy()
+                self.observed.setdefault(name, np.zeros(array.shape, _kind_of(array.layout.dtype)))
+                self.observed[name][block.index(array.plates)] = model.value(name)[0].cpu().numpy()
         self._weights(chain, sweep, start, stop, block, guide, model)
         if "posterior_predictive" in self.groups:
             values = {name: sweep.held(model, name) for name in sweep.latents}
             again = sweep.model_run(count, block, values, observe=False)
             for name in sweep.observed:
                 array = self.arrays["posterior_predictive", name]
-                self._write(chain, array, start, stop, block, again.value(name))
+                self._write(chain, array, start, stop, block, again.shown_value(name))
         if self.nested:
             self._integrate(chain, sweep, start, stop, block, guide)
         if "vi_stats" in self.groups:
@@ -517,7 +531,7 @@ class Collection:
         sweep.keep(held, run, new, sweep.model_sites)
         for (group, name), array in self.arrays.items():
             if group in ("prior", "prior_predictive"):
-                self._write(chain, array, start, stop, block, run.value(name))
+                self._write(chain, array, start, stop, block, run.shown_value(name))
 
 
 def _kind_of(dtype: torch.dtype) -> np.dtype:
@@ -630,7 +644,9 @@ def _assembled(collection: Collection, args: tuple, kwargs: Mapping, coords: Map
     for (group, name), array in collection.arrays.items():
         if group in collection.groups:
             groups.setdefault(group, {})[name] = naming.variable(array, collection)
-    if "constant_data" in collection.groups and (constants := naming.constants(args, kwargs)):
+    if "constant_data" in collection.groups and (
+        constants := naming.constants(args, kwargs, list(collection.observed.values()))
+    ):
         groups["constant_data"] = constants
     if "vi_stats" in collection.groups:
         groups["vi_stats"] = naming.statistics(weight_statistics(collection, naming.event_names))
@@ -679,7 +695,7 @@ class Naming:
 
     def variable(self, array: Array, collection: Collection) -> Any:
         """An ``xarray.DataArray`` around the numbers."""
-        names = self._names(array.name, array.plates, array.shape)
+        names = self._names_of(array)
         head = {"chain": np.arange(collection.chains)} if array.by_draw else {}
         if array.by_draw:
             head["draw"] = np.arange(0, collection.num_samples, array.every)
@@ -701,6 +717,13 @@ class Naming:
             coords[_free(name)] = values
         return xarray.DataArray(data, dims=[*head, *map(_free, names)], coords=coords)
 
+    def _names_of(self, array: Array) -> list[str]:
+        if array.layout is not None or None not in array.plates:
+            return self._names(array.name, array.plates, array.shape) if array.layout else list(array.plates)
+        # Log-probabilities of a site stand where its values do, without the event.
+        layout = self.sweep.model_sites[array.name]
+        return self._names(array.name, layout.names, layout.shape)[: len(array.plates)]
+
     def _names(self, variable: str, plates: Sequence[str | None], shape: Sequence[int]) -> list[str]:
         """Plates by their names; the others by the user's, or ``variable_dim_0``, ``variable_dim_1``, …"""
         free = len(shape) - len([plate for plate in plates if plate is not None])
@@ -713,13 +736,12 @@ class Naming:
         named = [plate if plate is not None else next(others) for plate in plates]
         return named + list(others)
 
-    def constants(self, args: tuple, kwargs: Mapping) -> dict[str, Any]:
-        """Tensor arguments of the model that are not what a site observes."""
+    def constants(self, args: tuple, kwargs: Mapping, observed: Iterable[np.ndarray]) -> dict[str, Any]:
+        """Tensor arguments of the model that are not what a site observes, in all rows."""
         found = {}
         for name, value in _arguments(self.sweep.model, args, kwargs).items():
             if not isinstance(value, torch.Tensor) or any(
-                value.shape == seen.shape and torch.equal(value, seen.to(value.dtype))
-                for seen in self.sweep.observed_values.values()
+                value.shape == seen.shape and np.array_equal(value.detach().cpu().numpy(), seen) for seen in observed
             ):
                 continue
             plates = [p for p in self.sweep.data_plates if value.dim() and self.sweep.sizes[p] == len(value)][:1]
@@ -748,6 +770,8 @@ def _counted(array: Array) -> np.ndarray:
     data = array.data
     if array.layout is None or not array.layout.discrete or data.dtype.kind != "f":
         return data
+    if np.isnan(data).any():
+        return data  # a mask hides some
     counts = data.astype(np.int32)
     return counts if np.array_equal(counts, data) else data
 

@@ -22,7 +22,7 @@ from pyro.poutine.util import site_is_subsample
 from ...errors import BadInput, GumboError
 from ..engine.scopes import device_of, modes_kept, modules_of, private_seed, private_store
 from .enumerated import completed
-from .vmapped import Coordinates, Lane, Seen, outside, random_sites, run_lanes
+from .vmapped import Coordinates, Lane, Seen, outside, random_sites, run_lanes, unmasked
 
 DRAWS = "_gumbo_draws"
 # Numbers that the sites of one run may hold: a bound on memory, large enough that Python's overhead does not count.
@@ -97,6 +97,16 @@ class Pass:
         """``(count, *batch, *event)``, with the block's new rows only."""
         layout = self.layouts[name]
         return self.whole_value(name)[(slice(None), *self.block.fresh(layout.names))]
+
+    def shown_value(self, name: str) -> torch.Tensor:
+        """The same, as floats with NaN where a mask hides the number, if the site is masked."""
+        value, seen, layout = self.value(name), self.seen[name], self.layouts[name]
+        if name not in self.sweep.masked or seen.shown is None:
+            return value
+        batch = seen.shown.dim() - len(layout.event)
+        shown = self.sweep.picked(seen.shown, seen.shown.shape[:batch], seen, layout, self.count)
+        value = value if value.is_floating_point() else value.double()
+        return value.masked_fill(~shown[(slice(None), *self.block.fresh(layout.names))], torch.nan)
 
     def whole_value(self, name: str) -> torch.Tensor:
         """The same in all rows that the run saw, repeated ones included: as ``fixed`` wants it."""
@@ -286,6 +296,10 @@ class Sweep:
         open_ended = _lengths(guide, model)
         for trace in (guide, model):
             for name, site in trace.nodes.items():
+                if site["type"] == "sample" and site_is_subsample(site) and site["value"].dim() != 1:
+                    raise BadInput(
+                        f"plate {name!r}: subsample= has shape {tuple(site['value'].shape)}, expected row numbers (B,)"
+                    )
                 if site["type"] == "sample" and site_is_subsample(site) and name not in self.at_hand:
                     self.row_ids[name] = site["value"].detach().cpu()
                     if name in subsamples.random:
@@ -319,11 +333,9 @@ class Sweep:
             for name, layout in self.model_sites.items()
             if layout.kind == "latent"
         }
-        self.observed_values = {
-            name: model.nodes[name]["value"].detach()
-            for name, layout in self.model_sites.items()
-            if layout.kind == "observed"
-        }
+        observed = [name for name, layout in self.model_sites.items() if layout.kind == "observed"]
+        self.observed_values = {name: model.nodes[name]["value"].detach() for name in observed}
+        self.masked = frozenset(name for name in observed if unmasked(model.nodes[name]) is not None)
 
     def _look_for_rows(self, plate: str, subsample: Any, rows: Mapping, held: Mapping, model: Trace) -> None:
         """Whether a plate that would draw its rows is given a batch instead: then these are the rows there are.
@@ -623,7 +635,8 @@ class Sweep:
                 with private_seed(None, program):
                     once({name: value[0] for name, value in values.items()})
                 self._parameters[id(program)] = set(stored.keys())
-            return run_lanes(once, values, count, {name: layout.event for name, layout in layouts.items()}, self.device)
+            events = {name: layout.event for name, layout in layouts.items()}
+            return run_lanes(once, values, count, events, self.device, self.masked)
         return {name: Seen(site) for name, site in random_sites(once(values))}
 
     def _trace(self, program, layouts, count, block, values, hidden, mode, arguments=None) -> Trace:

@@ -27,6 +27,22 @@ def random_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
             yield name, site
 
 
+def unmasked(site: Mapping[str, Any]) -> torch.Tensor | None:
+    """Which numbers of a site's value are not hidden by a mask, of the program or of the distribution."""
+    fn, found = site["fn"], None
+    shape = torch.broadcast_shapes(fn.batch_shape + fn.event_shape, site["value"].shape)
+    masks = [] if site["mask"] is None else [(site["mask"], fn.event_dim)]
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+        if isinstance(fn, dist.MaskedDistribution):
+            masks.append((fn._mask, fn.event_dim))
+        fn = fn.base_dist
+    for mask, event in masks:
+        mask = torch.as_tensor(mask, device=site["value"].device)
+        one = mask.reshape(mask.shape + (1,) * event).expand(shape)
+        found = one if found is None else found & one
+    return found
+
+
 @dataclass(frozen=True)
 class Coordinates:
     """Log-probabilities ``(…, *coordinates)`` of a site's coordinates, ``depth`` dimensions of them.
@@ -67,6 +83,11 @@ class Seen:
                 scale = scale * (frame.size / frame.full_size)
         return self.log_prob if isinstance(scale, (int, float)) and scale == 1 else self.log_prob * scale
 
+    @cached_property
+    def shown(self) -> torch.Tensor | None:
+        """Which numbers of the value no mask hides, ``(*batch, *event)``; None where there is no mask."""
+        return unmasked(self.site)
+
     def coordinates(self, event: tuple[int, ...]) -> Coordinates | None:
         """Of the site's coordinates; None if they are tied."""
         split = coordinatewise(self.site["fn"], event)
@@ -83,6 +104,7 @@ class Lane(Seen):
         super().__init__(site)
         self.value, self.log_prob = found["value"], found["log_prob"]
         self.scaled_log_prob = found.get("scaled", self.log_prob)
+        self.shown = found.get("shown")
         self._coordinates = None if split is None else Coordinates(found["coordinates"], *split)
 
     def coordinates(self, event: tuple[int, ...]) -> Coordinates | None:
@@ -175,8 +197,10 @@ def run_lanes(
     count: int,
     events: Mapping[str, tuple[int, ...]],
     device: torch.device,
+    masked: frozenset[str] = frozenset(),
 ) -> dict[str, Lane]:
-    """``once`` at each of the ``count`` values, all in one run. ``events`` are the sites' event shapes.
+    """``once`` at each of the ``count`` values, all in one run. ``events`` are the sites' event shapes,
+    ``masked`` those sites whose masks are wanted.
 
     Validation would branch on numbers that differ between lanes; it is off inside, and supports are checked here.
     Raises whatever vmap raises for a program that it cannot run.
@@ -195,6 +219,8 @@ def run_lanes(
                 found[name] = numbers = {"value": seen.value, "log_prob": seen.log_prob}
                 if seen.scaled_log_prob is not seen.log_prob:
                     numbers["scaled"] = seen.scaled_log_prob
+                if name in masked and seen.shown is not None:
+                    numbers["shown"] = seen.shown
                 split = seen.coordinates(events[name])
                 splits[name] = None if split is None else (split.depth, split.exact)
                 if split is not None:

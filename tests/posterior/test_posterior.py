@@ -800,3 +800,134 @@ def test_what_is_drawn_once_under_a_plate_without_a_size_is_shared():
     idata = to_arviz(model, guide, X, num_samples=20)
     assert group(idata, "posterior")["s"].dims == ("chain", "draw")
     assert group(idata, "log_likelihood")["x"].dims == ("chain", "draw", "data")
+
+
+# --- masks, events, priors --------------------------------------------------------------------------------------------
+
+
+def masked(how, draw=None):
+    """Rows 3 and 7 are hidden by a mask of the program, of the distribution, or of each coordinate."""
+    seen = torch.ones(12, dtype=torch.bool)
+    seen[[3, 7]] = False
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+        if draw == "one by one":
+            z = torch.tensor(float(z)).double()
+        elif draw == "lanes":
+            z = z + 0 * z.expand(5, 1)[0, 0]  # takes one draw at a time
+        with pyro.plate("data", 12):
+            if how == "program":
+                with pyro.poutine.mask(mask=seen):
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            elif how == "distribution":
+                pyro.sample("x", dist.Normal(z, 1.0).expand([12]).mask(seen), obs=x)
+            elif how == "count":
+                with pyro.poutine.mask(mask=seen):
+                    pyro.sample("x", dist.Categorical(logits=torch.zeros(4).double()), obs=x)
+            else:
+                fn = dist.Normal(z, 1.0).expand([12, 2]).mask(torch.stack([seen, ~seen], -1)).to_event(1)
+                pyro.sample("x", fn, obs=torch.stack([x, x], -1))
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    return model, guide, seen.numpy()
+
+
+@pytest.mark.parametrize("how", ["program", "distribution", "count", "coordinates"])
+@pytest.mark.parametrize("draw", [None, "lanes", "one by one"])
+def test_what_a_mask_hides_is_nan_in_the_groups_of_data(how, draw):
+    model, guide, seen = masked(how, draw)
+    hidden = np.stack([~seen, seen], -1) if how == "coordinates" else ~seen
+    x = torch.full((12,), 2) if how == "count" else X
+    idata = to_arviz(model, guide, x, num_samples=8)
+    for name in ("observed_data", "posterior_predictive", "prior_predictive"):
+        found = group(idata, name)["x"].values
+        np.testing.assert_array_equal(np.isnan(found), np.broadcast_to(hidden, found.shape))
+    assert not np.isnan(group(idata, "log_likelihood")["x"]).any()
+    assert "constant_data" not in _arviz.groups_of(idata) or how == "coordinates"
+
+
+def test_dims_name_the_events_of_an_observed_site():
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("w", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+
+    names = {"dims": {"x": ["column"], "w": ["column"]}, "coords": {"column": ["a", "b", "c"]}}
+    idata = to_arviz(model, guide, COLUMNS, num_samples=20, **names)
+    for name in ("observed_data", "posterior_predictive", "prior_predictive"):
+        assert group(idata, name)["x"].dims[-2:] == ("data", "column")
+        assert list(group(idata, name)["column"].values) == ["a", "b", "c"]
+    for name in ("log_likelihood", "log_likelihood_conditional"):
+        assert group(idata, name)["x"].dims == ("chain", "draw", "data")
+
+
+@pytest.mark.parametrize("groups", [None, ["constant_data"]])
+def test_data_under_a_subsampled_plate_are_not_repeated(groups):
+    def model(x, scale):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x), subsample_size=5) as rows:
+            pyro.sample("x", dist.Normal(z, scale[rows]), obs=x[rows])
+
+    def guide(x, scale):
+        pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    idata = to_arviz(model, guide, X, torch.ones(12).double(), num_samples=10, groups=groups)
+    assert list(group(idata, "constant_data")) == ["scale"]
+
+
+def test_log_prior_is_that_of_each_latent_by_draw(quiet):
+    idata = to_arviz(two_deep, two_deep_guide, Y, num_samples=40, num_local_samples=3)
+    prior, drawn = group(idata, "log_prior"), group(idata, "posterior")
+    assert {name: prior[name].dims for name in prior} == dict.fromkeys(("mu", "a", "k", "z"), ("chain", "draw"))
+    mu = torch.from_numpy(drawn["mu"].values[0])
+    a = torch.from_numpy(drawn["a"].values[0])
+    z = torch.from_numpy(drawn["z"].transpose("chain", "draw", "group", "obs").values[0])
+    np.testing.assert_allclose(prior["mu"][0], dist.Normal(0.0, 1.0).log_prob(mu).sum(-1), atol=1e-9)
+    np.testing.assert_allclose(prior["a"][0], dist.Normal(mu[:, :1], 1.0).log_prob(a).sum(-1), atol=1e-9)
+    np.testing.assert_allclose(prior["z"][0], dist.Normal(a[..., None], 1.0).log_prob(z).sum((-1, -2)), atol=1e-9)
+    np.testing.assert_allclose(prior["k"][0], -30 * math.log(3), rtol=1e-6)
+
+
+def test_arviz_takes_the_log_prior_for_power_scaling(line_draws, quiet):
+    az = _arviz.arviz()
+    assert set(group(line_draws, "log_prior")) == set(group(line_draws, "posterior"))
+    if _arviz.is_datatree():
+        found = az.psense_summary(line_draws)
+    else:
+        found = az.psens(line_draws, component="prior")
+    assert len(found)
+
+
+def test_a_matrix_of_rows_is_refused_in_one_line():
+    def model(x):
+        with pyro.plate("data", 12, subsample=torch.arange(12).reshape(3, 4)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:3])
+
+    for take in (to_arviz, evaluate):
+        with pytest.raises(BadInput, match=r"plate 'data': subsample= has shape \(3, 4\), expected row numbers"):
+            take(model, pyro.poutine.block(model, hide=["x"]), X)
+
+
+@pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("family", [dist.LKJCholesky, dist.LKJ])
+def test_correlation_matrices_are_drawn_at_any_precision(family, size):
+    for dtype in (torch.float32, torch.float64):
+
+        def model(x):
+            matrix = pyro.sample("matrix", family(size, x.new_ones(())))
+            tril = matrix if family is dist.LKJCholesky else torch.linalg.cholesky(matrix)
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.MultivariateNormal(x.new_zeros(size), scale_tril=tril), obs=x)
+
+        x = torch.eye(size, dtype=dtype)
+        found = group(to_arviz(model, AutoNormal(model), x, num_samples=50), "posterior")["matrix"]
+        assert found.shape == (1, 50, size, size)
+        own = pyro.poutine.block(model, hide=["x"])
+        assert group(to_arviz(model, own, x, num_samples=50), "posterior")["matrix"].shape == (1, 50, size, size)
