@@ -14,11 +14,15 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoNormal
 
 from gumbo.errors import BadInput
 from gumbo.inference import diagnose
+from gumbo.inference.diagnosis.annealing import annealed
 from gumbo.inference.diagnosis.calibration import symmetry
 from gumbo.inference.diagnosis.moments import moments
+from gumbo.inference.diagnosis.proposals import clusters, mixture_evidence
+from gumbo.inference.diagnosis.target import Target
 from gumbo.inference.diagnosis.units import Units
 from gumbo.inference.diagnosis.weights import tails
 from gumbo.inference.posterior.importance import importance_ess, khat, khat_error, khat_limit
+from gumbo.inference.posterior.runner import Sweep, quietly
 
 QUICK = {"num_simulations": 40, "refine_steps": 0}
 ZERO, ONE = torch.zeros(()).double(), torch.ones(()).double()
@@ -329,6 +333,53 @@ def test_a_guide_on_one_of_two_mirror_modes_misses_half_of_the_mass():
 def test_a_guide_on_both_mirror_modes_or_on_the_only_one_misses_none():
     for model, guide, y in ((regress(True), both_modes, SIGNED.abs()), (regress(False), one_mode, SIGNED)):
         assert diagnose(model, guide, y, **QUICK)["missed-mass"].verdict != "alarm"
+
+
+def two_components(x):
+    with pyro.plate("components", 2, dim=-1):
+        centers = pyro.sample("centers", dist.Normal(ZERO, 3 * ONE))
+        widths = pyro.sample("widths", dist.LogNormal(-ONE, 0.3 * ONE))
+    with pyro.plate("data", len(x), dim=-1):
+        each = dist.Normal(centers.unsqueeze(-2), widths.unsqueeze(-2))
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2).double()), each), obs=x)
+
+
+def test_a_guide_on_one_labelling_of_a_mixture_is_told_of_the_other():
+    noise = torch.randn(60, generator=torch.Generator().manual_seed(3)).double()
+    x = 0.4 * noise + torch.where(torch.arange(60) % 3 == 0, -2.0, 2.0)
+    groups = [x[x < 0], x[x > 0]]
+    mean, sd, count = (torch.stack([f(g) for g in groups]) for f in (torch.mean, torch.std, lambda g: ONE * len(g)))
+
+    def one_labelling(x):
+        with pyro.plate("components", 2, dim=-1):
+            pyro.sample("centers", dist.Normal(mean, 1.05 * sd / count.sqrt()))
+            pyro.sample("widths", dist.LogNormal(sd.log(), 1.1 / (2 * count).sqrt()))
+
+    found = diagnose(two_components, one_labelling, x, **QUICK)["missed-mass"]
+    assert found.verdict == "alarm" and found.value == pytest.approx(math.log(2), abs=0.15), str(found)
+    assert "change places" in found.advice
+
+
+def test_evidence_under_a_mixture_of_clusters_is_the_closed_form():
+    """A ridge in two dimensions, and clusters of particles that were annealed from the prior: no guide takes part."""
+    x = torch.linspace(-2.0, 2.0, 7).double()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 0.3), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+
+    with quietly(model, guide, 0):
+        target = Target(Sweep(model, guide, (x,), {}), ["z"], ("data",), {})
+        searching = clusters(annealed(target, 300)[1])
+        searched, total, error = mixture_evidence(target, searching, clusters(target.of_guide(200), 2))
+    exact = dist.Normal(ZERO, (2 + 0.3**2) ** 0.5).log_prob(x).numpy()
+    assert error.max() < 0.1
+    assert (abs(total - exact) < 4.5 * error).all() and abs(searched - exact).max() < 0.2
 
 
 def test_a_search_that_ends_below_the_guides_own_evidence_cannot_say():

@@ -15,8 +15,9 @@ from pyro.infer.autoguide import AutoNormal
 
 from gumbo.errors import BadInput
 from gumbo.inference import diagnose, evaluate, to_arviz
+from gumbo.inference.diagnosis.annealing import annealed
 from gumbo.inference.diagnosis.calibration import simulated_ranks, uniformity
-from gumbo.inference.diagnosis.missed_mass import Target, annealed
+from gumbo.inference.diagnosis.target import Target
 from gumbo.inference.posterior import _arviz
 from gumbo.inference.posterior.importance import importance_ess, khat
 from gumbo.inference.posterior.refits import refine
