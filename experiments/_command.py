@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName, UnsupportedSite
 from gumbo.experiments._names import marked, unmarked
 from gumbo.experiments._runs import read_settings
+from gumbo.options import check_numbers
 
 Config = TypeVar("Config")
 Presets = Mapping[str, "Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]"]
@@ -124,7 +125,22 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str, presets: P
             parser.set_defaults(dict(preset(found[name]) if callable(preset) else preset))
         found = _parse(parser, argv, prog)
     settings = {field.name: found[field.name] for field in fields(config_class)}
+    check_numbers(settings)
     return config_class(**unmarked(settings, trust=settings.get("trust", False)))
+
+
+def checked(config_class: type[Config], settings: Mapping[str, Any], source: object) -> Config:
+    """The dataclass of settings that stand in a file; raises BadInput where one is of a wrong type."""
+    parser = _parser(config_class, "gumbo")
+    try:
+        found = parser.parse_object({name: value for name, value in settings.items() if value is not None})
+    except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
+        raise BadInput(f"{source}: {getattr(error, 'message', None) or error}") from error
+    settings = {field.name: found[field.name] for field in fields(config_class)} | {
+        name: None for name, value in settings.items() if value is None
+    }
+    check_numbers(settings)
+    return config_class(**settings)
 
 
 def _parser(config_class: type, prog: str):

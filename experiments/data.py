@@ -19,10 +19,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
-from collections.abc import Callable, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -30,7 +34,7 @@ from torch import Tensor
 
 from gumbo.errors import BadInput, UnknownName
 from gumbo.experiments._names import is_librarys, named, takes
-from gumbo.registry import Registry
+from gumbo.registry import Registry, describe
 
 SPLITS = ("train", "valid", "test")
 BINARIZATIONS = ("static", "dynamic")
@@ -99,7 +103,7 @@ def load(
     for split in splits:
         if split not in SPLITS:
             raise UnknownName("split", split, SPLITS)
-    read = named(datasets, name)(Path(root) if root is not None else data_folder(), splits)
+    read = _checked(name, named(datasets, name)(Path(root) if root is not None else data_folder(), splits), splits)
     shape = next(iter(read.values()))[0].shape[1:]
     images = {split: torch.zeros(0, 1, *shape, dtype=dtype) for split in SPLITS}
     images |= {split: _rows(pixels).to(dtype).unsqueeze(1) for split, (pixels, _) in read.items()}
@@ -110,6 +114,29 @@ def load(
         _refuse_binary(name, images)
         images |= {split: _fixed_draw(images[split], seed) for seed, split in enumerate(("valid", "test"))}
     return ImageData(name, **images, labels=labels, binarize=binarize)
+
+
+def _checked(name: str, read: Any, splits: Sequence[str]) -> dict[str, Split]:
+    """What a loader has returned, as arrays; BadInput where it is not what a loader returns."""
+    who = f"dataset {name!r}"
+    if not isinstance(read, Mapping) or not set(splits) <= set(read):
+        raise BadInput(f"{who}: its loader returned {describe(read)}: expected a dict with {', '.join(splits)}")
+    found = {}
+    for split in splits:
+        if not (isinstance(read[split], (tuple, list)) and len(read[split]) == 2):
+            raise BadInput(f"{who}: its {split} split is {describe(read[split])}: expected (images, labels or None)")
+        images, labels = (None if part is None else np.asarray(part) for part in read[split])
+        if images is None or images.dtype.kind not in "biuf" or images.ndim < 2 or not len(images):
+            what = "None" if images is None else f"{images.shape} {images.dtype}"
+            raise BadInput(f"{who}: its {split} images are {what}: expected numbers (N, H, W), N of at least 1")
+        if images.dtype.kind == "f" and not np.isfinite(images).all():
+            raise BadInput(f"{who}: its {split} images are not finite everywhere")
+        if labels is not None and (labels.dtype.kind not in "biu" or labels.shape[:1] != images.shape[:1]):
+            raise BadInput(
+                f"{who}: its {split} labels are {labels.shape} {labels.dtype}: expected integers {images.shape[:1]}"
+            )
+        found[split] = images, labels
+    return found
 
 
 def _rows(pixels: np.ndarray) -> Tensor:
@@ -191,10 +218,17 @@ def _mnist_like(name: str, torchvision_name: str, folder: Path, splits: Sequence
         advice = '; the test images are there: splits=["test"] needs no others' if test_is_here else ""
         _download(name, download, f"{', '.join(f'{file}.gz' for file in missing)} into {raw}{advice}")
     arrays = {file: _read_idx(_find(raw / file)) for file in files}
+    for file, array in arrays.items():
+        _check_known(torchvision_name, file, array, raw)
     read = {}
     for prefix in prefixes:
-        images = arrays[f"{prefix}-images-idx3-ubyte"].astype(np.float32) / 255
-        labels = arrays[f"{prefix}-labels-idx1-ubyte"].astype(np.int64)
+        images, labels = (arrays[f"{prefix}-{kind}-ubyte"] for kind in ("images-idx3", "labels-idx1"))
+        if images.ndim != 3 or labels.shape[:1] != images.shape[:1]:
+            raise BadInput(
+                f"{raw}: the {prefix} files hold {images.shape} and {labels.shape}, expected images (N, H, W) and "
+                "a label for each; delete them to have them downloaded again"
+            )
+        images, labels = images.astype(np.float32) / 255, labels.astype(np.int64)
         if prefix == "t10k":
             read["test"] = images, labels
         else:
@@ -207,13 +241,99 @@ def _find(path: Path) -> Path | None:
     return next((found for found in (path, path.with_name(path.name + ".gz")) if found.exists()), None)
 
 
+# MD5 of the IDX files, unpacked: the data sets as they were published.
+_KNOWN = {
+    "MNIST": {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "FashionMNIST": {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+}
+
+
+def _check_known(name: str, file: str, array: np.ndarray, folder: Path) -> None:
+    """Raise BadInput where an array has the published one's size and other content; another size is a user's own."""
+    rows = 10_000 if file.startswith("t10k") else 60_000
+    if array.shape != ((rows, 28, 28) if "images" in file else (rows,)):
+        return
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    if hashlib.md5(header + array.tobytes(), usedforsecurity=False).hexdigest() != _KNOWN[name][file]:
+        raise BadInput(
+            f"{folder / file} is damaged or not {name}'s: its checksum differs; delete it to download it again"
+        )
+
+
+_LARGEST = 1 << 30  # bytes of one array; the largest of the data sets here has 47 million
+
+
 def _read_idx(path: Path) -> np.ndarray:
-    """An array of bytes in the IDX format: two zeros, the type (8: a byte), the rank, big-endian sizes, the data."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if content[:3] != b"\0\0\x08":
-        raise BadInput(f"{path} is not an IDX file of bytes; delete it to have it downloaded again")
-    start = 4 + 4 * content[3]
-    return np.frombuffer(content, np.uint8, offset=start).reshape(np.frombuffer(content[4:start], ">i4"))
+    """An array of bytes in the IDX format: two zeros, the type (8: a byte), the rank, big-endian sizes, the data.
+
+    Raises BadInput, having read no more than the header says, for a file that is no such thing or holds more or less.
+    """
+    again = "; delete it to have it downloaded again"
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            start = file.read(4)
+            if start[:3] != b"\0\0\x08" or len(start) < 4:
+                raise BadInput(f"{path} is not an IDX file of bytes{again}")
+            sizes = [int(size) for size in np.frombuffer(file.read(4 * start[3])[: 4 * start[3]], ">i4")]
+            if not sizes or len(sizes) != start[3] or min(sizes) < 1:
+                raise BadInput(f"{path} is not an IDX file: its sizes are {sizes}{again}")
+            if math.prod(sizes) > _LARGEST:
+                raise BadInput(f"{path} says that it holds {math.prod(sizes)} bytes, more than {_LARGEST}{again}")
+            content = file.read(math.prod(sizes) + 1)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{path} cannot be read ({error}){again}") from error
+    if len(content) != math.prod(sizes):
+        held = "more" if len(content) > math.prod(sizes) else "less"
+        raise BadInput(f"{path} holds {held} than the {math.prod(sizes)} bytes that it says{again}")
+    return np.frombuffer(content, np.uint8).reshape(sizes)
+
+
+def _read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of numbers out of an ``.npz``.
+
+    Raises BadInput, having unpacked no more than `_LARGEST` bytes an array, for a file that is none, lacks one of the
+    names, or holds objects, which are code.
+    """
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            held = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            for name in names:
+                if name not in held:
+                    raise BadInput(f"{path} has no array {name!r}; it has {', '.join(sorted(held)) or 'none'}")
+                if held[name].file_size > _LARGEST:
+                    raise BadInput(f"{path}: {name!r} would unpack to {held[name].file_size} bytes: not read")
+                with archive.open(held[name]) as file:
+                    found[name] = _read_npy(file)
+    except BadInput:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise anything on a broken file
+        raise BadInput(f"{path} is damaged or no .npz file ({type(error).__name__}: {error})") from error
+    return found
+
+
+def _read_npy(file: IO[bytes]) -> np.ndarray:
+    version = np.lib.format.read_magic(file)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, fortran, dtype = read_header(file)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"an array of {dtype}, expected numbers")
+    content = file.read()
+    if len(content) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"an array {shape} of {dtype} in {len(content)} bytes")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _download(name: str, action: Callable[[], object], what: str) -> None:
@@ -252,8 +372,8 @@ def _omniglot_part(folder: Path, background: bool) -> tuple[np.ndarray, np.ndarr
         pixels = [np.asarray(image.convert("L").resize((28, 28), resample=4)) for image, _ in found[0]]  # 4: box filter
         labels = [label for _, label in found[0]]
         _save(kept, images=255 - np.stack(pixels), labels=np.array(labels))
-    with np.load(kept) as arrays:
-        return arrays["images"].astype(np.float32) / 255, arrays["labels"].astype(np.int64)
+    arrays = _read_npz(kept, ("images", "labels"))
+    return arrays["images"].astype(np.float32) / 255, arrays["labels"].astype(np.int64)
 
 
 _LAROCHELLE = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/binarized_mnist_{}.amat"
@@ -265,13 +385,22 @@ _BINARIZED_MNIST = {
 }
 
 
+_BINARIZED_MNIST_ROWS = {"train": 50_000, "valid": 10_000, "test": 10_000}
+
+
 @datasets.register("binarized-mnist")
 def _binarized_mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     path = folder / "binarized_mnist.npz"
     if not path.exists():
         _download("binarized-mnist", lambda: _convert_binarized_mnist(path), f"binarized_mnist.npz into {folder}")
-    with np.load(path) as packed:
-        return {split: (_unpack(packed[split]), None) for split in splits}
+    packed = _read_npz(path, splits)
+    for split, rows in packed.items():
+        if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 98:
+            raise BadInput(f"{path}: {split!r} is {rows.shape} {rows.dtype}, expected 98 bytes a row")
+        digest = hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
+        if len(rows) == _BINARIZED_MNIST_ROWS[split] and digest != _BINARIZED_MNIST[split]:
+            raise BadInput(f"{path}: {split!r} is damaged or not Larochelle's; delete the file to download it again")
+    return {split: (_unpack(packed[split]), None) for split in splits}
 
 
 def _unpack(rows: np.ndarray) -> np.ndarray:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gumbo.errors import BadInput, UnknownName
-from gumbo.experiments._command import run_command
+from gumbo.experiments._command import checked, run_command
 from gumbo.experiments._runs import RunFolder
 from gumbo.experiments.train import Train, build, inputs_of, load_data, settings_of, show
 
@@ -40,11 +41,9 @@ def reopened(
 
     Nothing that only the run's config.yaml names is imported unless ``trust`` is True.
     """
-    from pathlib import Path
-
     if split not in ("train", "valid", "test"):
         raise UnknownName("split", split, ("train", "valid", "test"))
-    settings = Train(**settings_of(folder, trust))
+    settings = checked(Train, settings_of(folder, trust), Path(folder) / "config.yaml")
     run = RunFolder(Path(folder))
     data = load_data(settings)
     model, guide = build(settings, data.data_shape)
@@ -97,12 +96,16 @@ def load_parameters(model, guide, run: RunFolder, best: bool) -> None:
     from gumbo.inference.training.checkpoints import Checkpoints
 
     state = Checkpoints(run.checkpoints).load()
-    module = state["best"]["module"] if best else state["module"]
+    module = state.get("module")
+    if best:
+        module = state["best"].get("module") if isinstance(state.get("best"), dict) else None
+    if not isinstance(module, dict) or not all(isinstance(key, str) for key in module):
+        raise BadInput(f"{run.path}: its checkpoint is of something else than gumbo train")
     for prefix, program in (("model.", model), ("guide.", guide)):
         weights = {key.removeprefix(prefix): value for key, value in module.items() if key.startswith(prefix)}
         try:
             program.load_state_dict(weights)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:
             raise BadInput(f"{run.path}: the checkpoint does not fit config.yaml ({error})") from error
 
 

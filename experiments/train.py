@@ -129,6 +129,8 @@ def place(config: Train):
         device = torch.device(config.device)
     except RuntimeError as error:
         raise BadInput(f"device {config.device!r} is unknown: expected cpu, cuda, cuda:1, …") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"device {config.device!r} is not one that gumbo computes on: expected cpu, cuda, cuda:1, …")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"device {config.device!r}: torch finds no GPU here")
     processes = Processes.join(device)

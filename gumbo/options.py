@@ -99,6 +99,31 @@ def check_option(who: str, value: Any, hint: Any, least: float | None = None) ->
         raise BadInput(f"{who} is {_short(value)}: expected {wanted}")
 
 
+def check_seed(seed: Any) -> None:
+    """Raise BadInput unless torch's generators take the seed.
+
+    >>> check_seed(2**64)
+    Traceback (most recent call last):
+    gumbo.errors.BadInput: seed is 18446744073709551616: expected a whole number of at least 0, below 2**64
+    """
+    if not (_is_number(seed) and isinstance(seed, Integral) and -(2**63) <= seed < 2**64):
+        raise BadInput(f"seed is {_short(seed)}: expected a whole number of at least 0, below 2**64")
+
+
+def check_numbers(settings: Mapping[str, Any]) -> None:
+    """Raise BadInput for a setting that no computer's number is: NaN, infinity, a count beyond all counting."""
+    for name, value in settings.items():
+        if name == "seed":
+            check_seed(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"{name} is {value}: expected a finite number")
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            raise BadInput(f"{name} is {value}: expected at most {LARGEST}")
+        elif isinstance(value, list):
+            for one in value:
+                check_numbers({name: one})
+
+
 def _choices(hint: Any) -> tuple[Any, ...]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(part for one in typing.get_args(hint) for part in _choices(one))
@@ -167,4 +192,4 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-__all__ = ["Checked", "check_option", "check_options", "fits"]
+__all__ = ["Checked", "check_numbers", "check_option", "check_options", "check_seed", "fits"]

@@ -10,6 +10,8 @@ import pyro
 import torch
 from pyro.params.param_store import StateDict
 
+from ...options import check_seed
+
 # Pyro's handlers and its param store, and torch's generators, belong to the process: threads take turns at them.
 one_at_a_time = threading.RLock()
 
@@ -76,6 +78,7 @@ def private_seed(seed: int | None, *things: object) -> Iterator[None]:
     """Torch's generators seeded inside and as they were outside; ``seed=None`` leaves the stream where it stands."""
     with torch.random.fork_rng(devices=devices_of(*things)):
         if seed is not None:
+            check_seed(seed)
             torch.manual_seed(seed)
         yield
 

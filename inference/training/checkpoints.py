@@ -117,15 +117,19 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path} is no file: expected a checkpoint")
         content = path.read_bytes()
     except FileNotFoundError:
         raise BadInput(f"no checkpoint at {path}: start the run without resume") from None
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, MemoryError) as error:
+        raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', None) or type(error).__name__}") from error
     if not _seal_holds(content):
         raise _why_not(path, content)
     state = _load(path, content, device)
-    written = state.pop("gumbo")
+    written = state.pop("gumbo", None) if isinstance(state, dict) else None
+    if not isinstance(written, dict) or not {"format", "version"} <= set(written):
+        raise DamagedCheckpoint(f"{path} is no checkpoint of gumbo, although its checksum holds")
     if written["format"] != FORMAT:
         raise BadInput(
             f"{path} has checkpoint format {written['format']}, of gumbo {written['version']}, and gumbo {__version__} "
@@ -162,21 +166,67 @@ def _seal_holds(content: bytes) -> bool:
     return content[-_SEALED:] == _SEAL + hashlib.sha256(memoryview(content)[:-_SEALED]).hexdigest().encode()
 
 
-def _load(path: Path, content: bytes, device: torch.device | str) -> dict[str, Any]:
+def _load(path: Path, content: bytes, device: torch.device | str) -> Any:
+    if why := _unfolds(content):
+        raise DamagedCheckpoint(f"{path} is damaged: {why}")
     try:
-        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise BadInput(f"{path} holds more than tensors and plain values, which could run code: not loaded") from error
+    except Exception as error:  # torch raises anything on a broken archive
+        first = (str(error).splitlines() or [""])[0]
+        raise DamagedCheckpoint(f"{path} is damaged: torch cannot read it ({type(error).__name__}: {first})") from error
+    if _parts(state, _MANY) > _MANY:
+        raise DamagedCheckpoint(f"{path} is damaged: a few values of it unfold to more than {_MANY}")
+    return state
+
+
+_MANY = 5_000_000  # values in a checkpoint, tensors counted as one
+
+
+def _unfolds(content: bytes) -> str:
+    """What is wrong with a zip archive that is no archive or would not fit into its own size; "" for a good one.
+
+    ``torch.save`` does not compress, so that an archive which does is not its own: a few kilobytes can unfold to
+    gigabytes.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # zipfile raises anything on a broken archive
+        return f"it is no zip archive ({error})"
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        return "it is compressed, which torch.save does not do"
+    if sum(entry.file_size for entry in entries) > len(content):
+        return "its parts are larger than the file"
+    return ""
+
+
+def _parts(value: Any, most: int) -> int:
+    """How many values a container holds, each as often as it is met; the counting stops beyond ``most``."""
+    count, waiting = 0, [value]
+    while waiting and count <= most:
+        value = waiting.pop()
+        count += 1
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+    return count
 
 
 def _why_not(path: Path, content: bytes) -> BadInput:
     """What is wrong with a file whose seal does not hold."""
     damaged = DamagedCheckpoint(f"{path} is damaged: its checksum does not hold")
+    if _unfolds(content):
+        return damaged
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if archive.testzip() is not None:
                 return damaged
         state = _load(path, content, "cpu")
+    except DamagedCheckpoint:
+        return damaged
     except BadInput as error:
         return error
     except Exception:  # zipfile and torch raise anything on a broken archive

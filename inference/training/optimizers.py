@@ -7,7 +7,6 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from ...errors import BadInput, UnknownName
+from ...options import fits
 from .schedules import Schedule
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -94,9 +94,9 @@ def make_optimizer(
     Raises UnknownName for an unknown word, and BadInput for what is no optimizer, or no number that can be meant.
     """
     for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-        if value is not None and not (isinstance(value, Real) and value > 0):
+        if not fits(value, float | None):
             raise BadInput(f"{name} is {value!r}: expected a positive number")
-    if not callable(lr) and not (isinstance(lr, Real) and lr > 0):
+    if not callable(lr) and not fits(lr, float):
         raise BadInput(f"lr is {lr!r}: expected a positive number, or a schedule of the step")
     base = 1.0 if callable(lr) else lr
     if inspect.isfunction(optimizer) and optimizer.__module__.startswith("pyro.optim"):

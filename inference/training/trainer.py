@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -338,8 +338,10 @@ class Run:
     def _load(self) -> None:
         # From the main process it comes through the CPU: another one may have another device.
         state = self.checkpoints.load(self.batches.device if self.processes is None else "cpu")
-        if "settings" not in state:
-            raise BadInput(f"{self.checkpoints.last} is a checkpoint of something else than fit; use another run_dir")
+        if wrong := _not_of_fit(state):
+            raise BadInput(
+                f"{self.checkpoints.last} is a checkpoint of something else than fit ({wrong}); use another run_dir"
+            )
         there = state["settings"]
         differing = sorted(key for key in {*there, *self.settings} if there.get(key) != self.settings.get(key))
         if differing:
@@ -359,15 +361,33 @@ class Run:
         try:
             self.step.load(state)
             self.step.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            self.history, self.best, self.now = state["history"], state["best"], _Epoch(**state["now"])
+            torch.set_rng_state(state["random"][0].cpu())
+            for device, random in zip(devices_of(self.model, self.guide), state["random"][1:], strict=False):
+                torch.cuda.set_rng_state(random.cpu(), device)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            first = (str(error).splitlines() or [""])[0]
             raise BadInput(
-                f"{self.folder} holds a run of other programs: what it saved does not fit these ({error})"
+                f"{self.folder} holds a run of other programs: what it saved does not fit these ({first})"
             ) from error
-        self.history, self.best, self.now = state["history"], state["best"], _Epoch(**state["now"])
-        torch.set_rng_state(state["random"][0].cpu())
-        for device, random in zip(devices_of(self.model, self.guide), state["random"][1:], strict=False):
-            torch.cuda.set_rng_state(random.cpu(), device)
         self.guard.advice = f"; {self.checkpoints.last} still holds it at {self._where()}"
+
+
+def _not_of_fit(state: dict[str, Any]) -> str:
+    """What a checkpoint lacks that a fit saves, in a few words; "" for one of fit."""
+    kinds = {"settings": dict, "made_on": dict, "optimizer": dict, "random": list, "now": dict, "history": list}
+    for name, kind in (kinds | {"best": dict, "module": dict}).items():
+        if not isinstance(state.get(name), kind):
+            return f"it has no {name}"
+    if not {"epoch", "elbo", "module"} <= set(state["best"]) or not set(state["made_on"]) <= {"threads", "device"}:
+        return "it does not say what was best, or on what it was made"
+    now, counts = state["now"], ("number", "done", "seen")
+    if set(now) != {item.name for item in fields(_Epoch)} or not all(isinstance(now[name], int) for name in counts):
+        return "it does not say where it stands"
+    history = state["history"]
+    if not all(isinstance(numbers, dict) for numbers in history) or len(history) < now["number"] - 1:
+        return "its history is not that of its epochs"
+    return ""
 
 
 __all__ = ["FitResult", "Plan", "Run"]

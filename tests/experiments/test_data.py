@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import socket
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -214,3 +216,120 @@ def test_the_default_folder_is_in_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("GUMBO_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert data.data_folder() == tmp_path / "gumbo"
+
+
+# --- files that are not what they say ---------------------------------------------------------------------------------
+
+
+def idx(sizes, content: bytes, kind: int = 8) -> bytes:
+    return bytes([0, 0, kind, len(sizes)]) + np.array(sizes, ">i4").tobytes() + content
+
+
+BROKEN_IDX = {
+    "empty": b"",
+    "only a magic": b"\0\0\x08\x03",
+    "rank 0": idx([], b"\1"),
+    "rank 255": b"\0\0\x08\xff" + b"\1" * 40,
+    "short": idx([3, 28, 28], b"\1" * 100),
+    "long": idx([3, 28, 28], b"\1" * (3 * 784 + 1)),
+    "huge": idx([2**31 - 1, 2**31 - 1, 2**31 - 1], b"\1"),
+    "of no size": idx([0, 28, 28], b""),
+    "of negative size": idx([-3, 28, 28], b"\1" * 784),
+    "floats": idx([3, 28, 28], b"\1" * 3 * 784, kind=0x0D),
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("content", BROKEN_IDX.values(), ids=BROKEN_IDX)
+def test_a_broken_idx_file_is_one_line(content, suffix, tmp_path):
+    write_mnist(tmp_path, "t10k", 3, suffix)
+    path = tmp_path / f"MNIST/raw/t10k-images-idx3-ubyte{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    with pytest.raises(BadInput, match="t10k-images-idx3-ubyte"):
+        load("mnist", root=tmp_path, splits="test")
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda whole: b"\x1f\x8b" + whole[10:]])
+def test_a_broken_gz_is_one_line(damage, tmp_path):
+    write_mnist(tmp_path, "t10k", 3, ".gz")
+    path = tmp_path / "MNIST/raw/t10k-images-idx3-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(BadInput, match="t10k-images-idx3-ubyte.gz cannot be read"):
+        load("mnist", root=tmp_path, splits="test")
+
+
+def test_a_gz_bomb_is_read_no_further_than_its_header_says(tmp_path, monkeypatch):
+    write_mnist(tmp_path, "t10k", 3, ".gz")
+    path = tmp_path / "MNIST/raw/t10k-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(idx([3, 28, 28], bytes(1 << 26))))
+    tracemalloc.start()
+    with pytest.raises(BadInput, match="holds more than the 2352 bytes"):
+        load("mnist", root=tmp_path, splits="test")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1 << 23
+
+
+def test_images_without_a_label_each_are_refused(tmp_path):
+    write_mnist(tmp_path, "t10k", 3, "")
+    (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte").write_bytes(idx([2], b"\1\2"))
+    with pytest.raises(BadInput, match="a label for each"):
+        load("mnist", root=tmp_path, splits="test")
+
+
+def test_an_array_of_the_published_size_must_be_the_published_one(tmp_path):
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    (raw / "t10k-images-idx3-ubyte").write_bytes(idx([10_000, 28, 28], bytes(7_840_000)))
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(idx([10_000], bytes(10_000)))
+    with pytest.raises(BadInput, match="not MNIST's: its checksum differs"):
+        load("mnist", root=tmp_path, splits="test")
+    rows = np.zeros((10_000, 98), np.uint8)
+    np.savez(tmp_path / "binarized_mnist.npz", test=rows)
+    with pytest.raises(BadInput, match="not Larochelle's"):
+        load("binarized-mnist", root=tmp_path, splits="test")
+
+
+def npz_bomb(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("test.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (2**40, 98)})
+        file.write(bytes(1 << 20))
+
+
+BROKEN_NPZ = {
+    "objects": lambda path: np.savez(path, test=np.array([{}, print], dtype=object)),
+    "another name": lambda path: np.savez(path, images=np.zeros((3, 98), np.uint8)),
+    "floats": lambda path: np.savez(path, test=np.zeros((3, 98))),
+    "another width": lambda path: np.savez(path, test=np.zeros((3, 97), np.uint8)),
+    "rank 0": lambda path: np.savez(path, test=np.uint8(3)),
+    "text": lambda path: path.write_bytes(b"<html>"),
+    "nothing": lambda path: path.write_bytes(b""),
+    "a bomb": npz_bomb,
+}
+
+
+@pytest.mark.parametrize("write", BROKEN_NPZ.values(), ids=BROKEN_NPZ)
+def test_a_broken_npz_is_one_line(write, tmp_path):
+    write(tmp_path / "binarized_mnist.npz")
+    with pytest.raises(BadInput, match=r"binarized_mnist\.npz"):
+        load("binarized-mnist", root=tmp_path, splits="test")
+
+
+RETURNED = {
+    "nothing": None,
+    "no splits": {},
+    "no pair": {"test": np.zeros((3, 2, 2))},
+    "text": {"test": (np.array(["a"]), None)},
+    "no rows": {"test": (np.zeros((0, 2, 2)), None)},
+    "a row": {"test": (np.zeros(3), None)},
+    "NaN": {"test": (np.full((3, 2, 2), np.nan), None)},
+    "too few labels": {"test": (np.zeros((3, 2, 2)), np.zeros(2, int))},
+    "labels of another kind": {"test": (np.zeros((3, 2, 2)), np.zeros(3))},
+}
+
+
+@pytest.mark.parametrize("returned", RETURNED.values(), ids=RETURNED)
+def test_a_loader_that_returns_something_else_is_one_line(returned, monkeypatch):
+    monkeypatch.setitem(data.datasets._items, "mine", lambda folder, splits: returned)
+    with pytest.raises(BadInput, match="^dataset 'mine': "):
+        load("mine", splits="test")

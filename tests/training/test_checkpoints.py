@@ -11,6 +11,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -426,3 +428,85 @@ def test_a_crash_at_any_renaming_leaves_a_whole_checkpoint(call, links, tmp_path
         go_on(folder)
     if call > 1:  # before that there was nothing to go on from, and this pair has other weights
         assert_alike(runs / "whole", folder)
+
+
+# --- files that are made to do harm -----------------------------------------------------------------------------------
+
+
+def under_seal(content: bytes) -> bytes:
+    """Any zip archive or what begins like one, under a seal that holds."""
+    seal = b"gumbo checkpoint sha256 "
+    return content + seal + hashlib.sha256(content).hexdigest().encode()
+
+
+def archive(compression: int, **entries: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for name, content in entries.items():
+            file.writestr(f"archive/{name}", content)
+    content = buffer.getvalue()
+    return content[:-2] + (len("gumbo checkpoint sha256 ") + 64).to_bytes(2, "little")
+
+
+def torch_saved(thing) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return buffer.getvalue()[:-2] + (len("gumbo checkpoint sha256 ") + 64).to_bytes(2, "little")
+
+
+def laughs(levels: int) -> list:
+    made: list = ["ha"]
+    for _ in range(levels):
+        made = [made] * 10
+    return made
+
+
+HARMFUL = {
+    "no archive": b"text",
+    "an empty archive": archive(zipfile.ZIP_STORED),
+    "an archive of another kind": archive(zipfile.ZIP_STORED, **{"data.pkl": b"N.", "version": b"3"}),
+    "a cut pickle": archive(zipfile.ZIP_STORED, **{"data.pkl": b"\x80\x02}q", "version": b"3", "byteorder": b"little"}),
+    "a zip bomb": archive(zipfile.ZIP_DEFLATED, **{"data.pkl": b"N.", "data/0": bytes(1 << 28)}),
+    "a list": torch_saved([1, 2]),
+    "a dict of another kind": torch_saved({"module": {}}),
+    "a mark of another kind": torch_saved({"gumbo": 3}),
+    "a mark that lacks something": torch_saved({"gumbo": {"format": 1}}),
+    "a thousand million laughs": torch_saved({"gumbo": {"format": 1, "version": "0"}, "history": laughs(9)}),
+}
+
+
+@pytest.mark.parametrize("seal", [True, False])
+@pytest.mark.parametrize("name", HARMFUL)
+def test_a_file_made_to_do_harm_is_one_line_in_bounded_time_and_memory(name, seal, tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_bytes(under_seal(HARMFUL[name]) if seal else HARMFUL[name])
+    tracemalloc.start()
+    began = time.process_time()
+    with pytest.raises(BadInput) as error:
+        load_checkpoint(path)
+    took, most = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    one_line(error.value)
+    assert took < 20 and most < 1 << 28
+
+
+WITHOUT = ["settings", "made_on", "optimizer", "random", "now", "history", "best", "module"]
+
+
+@pytest.mark.parametrize("part", WITHOUT)
+@pytest.mark.parametrize("value", [None, [], {}, {"a": 1}, [3], "x"], ids=str)
+def test_a_checkpoint_with_a_part_of_another_kind_is_refused(part, value, half):
+    path = half / "checkpoints" / "last.pt"
+    state = load_checkpoint(path)
+    save_checkpoint(path, state | {part: value})
+    if value == {} and part == "made_on":
+        return  # it is not said where the run began, and nothing to compare
+    with pytest.raises(BadInput) as error:
+        go_on(half)
+    one_line(error.value)
+
+
+def test_a_folder_or_device_in_place_of_a_checkpoint_is_refused(tmp_path):
+    for path in (tmp_path, Path("/dev/null")):
+        with pytest.raises(BadInput, match="is no file"):
+            load_checkpoint(path)
