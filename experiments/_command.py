@@ -10,10 +10,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, TypeVar
 
+from gumbo.console import forgiving
 from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName, UnsupportedSite
 from gumbo.experiments._names import marked, unmarked
 from gumbo.experiments._runs import read_settings
@@ -58,11 +59,16 @@ def run_command(
     interruption in one line and, as shells have it, status 128 + the signal's number. ``several`` says that the action
     knows of the other processes that a launcher starts.
     """
+    with forgiving():
+        _run(config_class, action, argv, prog, presets or {}, several)
+
+
+def _run(config_class, action, argv, prog: str, presets: Presets, several: bool) -> None:
     if launched() > 1 and not several:
         fail(prog, f"it runs in one process, and a launcher started {launched()}: only gumbo train runs on several")
     try:
         with _terminated_as_interrupted(), _warnings_in_one_line(prog):
-            action(parse(config_class, sys.argv[1:] if argv is None else argv, prog, presets or {}))
+            action(parse(config_class, sys.argv[1:] if argv is None else argv, prog, presets))
     except GumboError as error:
         fail(prog, error, USAGE if isinstance(error, (BadInput, UnknownName, UnsupportedSite)) else 1)
     except KeyboardInterrupt as error:
@@ -71,8 +77,9 @@ def run_command(
             print(f"{prog}: {interruption}", file=sys.stderr)
         raise SystemExit(interruption.status) from None
     except BrokenPipeError:
-        # The reader went away, as with `| head`; nobody is left to tell.
-        sys.stderr.close()
+        # The reader went away, as with `| head`: nobody is left to tell, and Python is not to flush at its end.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
         # A full disk, a folder that went away: what a run had saved is still there.

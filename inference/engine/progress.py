@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
+from typing import TextIO, cast
+
+from ...console import standard_error
 
 # How many lines a run of any length prints where there is no terminal.
 _PLAIN_LINES = 20
@@ -56,14 +58,14 @@ class Stages(Progress):
     def _say(self, words: str) -> None:
         self.said, self.last = True, time.monotonic()
         if self.enabled is not False:
-            print(f"{self.title}: {words}", file=sys.stderr, flush=True)
+            print(f"{self.title}: {words}", file=standard_error(), flush=True)
 
 
 def make_progress(enabled: bool, title: str, epochs: int, steps: int) -> Progress:
     """A bar if standard error is a terminal, plain lines if not, silence if not ``enabled``."""
     if not enabled:
         return Progress()
-    return _Bar(title, steps) if sys.stderr.isatty() else _Lines(title, epochs)
+    return _Bar(title, steps) if standard_error().isatty() else _Lines(title, epochs)
 
 
 def in_words(numbers: Mapping[str, float]) -> str:
@@ -80,11 +82,11 @@ class _Lines(Progress):
         self.every = max(1, epochs // _PLAIN_LINES)
 
     def begin(self, words: str) -> None:
-        print(f"{self.title}: {words}", file=sys.stderr, flush=True)
+        print(f"{self.title}: {words}", file=standard_error(), flush=True)
 
     def epoch(self, number: int, numbers: Mapping[str, float]) -> None:
         if number % self.every == 0 or number == self.epochs:
-            print(f"{self.title} epoch {number}/{self.epochs}  {in_words(numbers)}", file=sys.stderr, flush=True)
+            print(f"{self.title} epoch {number}/{self.epochs}  {in_words(numbers)}", file=standard_error(), flush=True)
 
 
 class _Bar(Progress):
@@ -99,7 +101,7 @@ class _Bar(Progress):
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[words]}"),
-            console=Console(stderr=True),
+            console=Console(file=cast(TextIO, standard_error())),
         )
         self.task = self.bar.add_task(title, total=steps, words="")
         self.shown = 0.0

@@ -1,0 +1,77 @@
+"""Standard error as a stream that cannot stop a run: closed, broken or of few letters, what is said there is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+
+class Forgiving:
+    """A text stream whose troubles are nobody's: what cannot be written is left out.
+
+    Args:
+        stream: where to write; None (Python's own standard error where the process was started without one) is silent.
+
+    >>> import io
+    >>> closed = io.StringIO()
+    >>> closed.close()
+    >>> print("lost", file=Forgiving(closed), flush=True)
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        if self.stream is not None:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                self.write(text.encode("ascii", "backslashreplace").decode())
+            except (OSError, ValueError):  # ValueError: it is closed
+                pass
+        return len(text)
+
+    def flush(self) -> None:
+        if self.stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self.stream.flush()
+
+    def isatty(self) -> bool:
+        try:
+            return self.stream is not None and self.stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def standard_error() -> Forgiving:
+    """Where a run says how far it has come."""
+    return Forgiving(sys.stderr)
+
+
+@contextlib.contextmanager
+def forgiving() -> Iterator[None]:
+    """A command whose standard error cannot stop it, and whose standard output takes every letter.
+
+    File descriptors that the process was started without are put on the null device, so that no file that is opened
+    later becomes what C libraries take for standard error.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)
+    before, sys.stderr = sys.stderr, Forgiving(sys.stderr)  # type: ignore[assignment]
+    if hasattr(sys.stdout, "reconfigure"):
+        with contextlib.suppress(ValueError):  # it is closed
+            sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stderr = before
