@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -13,8 +13,8 @@ from torch import nn
 
 from ..errors import BadInput
 from ..models._base import GenerativeModel, Latent, OverData
-from ..models._families import distribution, num_outputs
 from ..models._networks import Trunk
+from ..models.families import distribution, num_outputs
 from ..registry import Registry
 
 
@@ -34,7 +34,7 @@ class AnyGuide(OverData):
     samples, which no model knows; ``local`` says whether its latents are each datum's own, or one for all data.
     """
 
-    families: ClassVar[tuple[str, ...]] = ()
+    families: ClassVar[Collection[str]] = ()
     local: ClassVar[bool] = True
     auxiliary: tuple[str, ...] = ()
     _not_in_config = _unchecked = ("model",)

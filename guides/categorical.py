@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import TorchDistribution
 
 from ..models._base import GenerativeModel, Latent
-from ..models._families import TEMPERATURE, distribution
+from ..models.families import TEMPERATURE, distribution
 from ._base import FactorizedGuide, guides
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
-from ..models._base import FAMILIES, GenerativeModel
-from ..models._families import MIN_SD, TEMPERATURE, distribution, num_outputs
+from ..models._base import GenerativeModel
 from ..models._networks import mlp
+from ..models.families import MIN_SD, TEMPERATURE, distribution, families, num_outputs
 from ._base import Guide, guides
 
 
@@ -40,7 +40,7 @@ class LayeredGuide(Guide):
     {'z1': (3, 6), 'z2': (3, 5)}
     """
 
-    families = FAMILIES
+    families = families
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 
 from ..models._base import GenerativeModel, Latent
-from ..models._families import MIN_SD, distribution
+from ..models.families import MIN_SD, distribution
 from ._base import FactorizedGuide, guides
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..models._base import GenerativeModel
-from ..models._families import MIN_SD, distribution, num_outputs
 from ..models._networks import mlp
+from ..models.families import MIN_SD, distribution, num_outputs
 from ._base import Guide, guides
 
 

@@ -10,7 +10,7 @@ from torch.distributions.utils import vec_to_tril_matrix
 from torch.nn.functional import softplus
 
 from ..models._base import GenerativeModel, Latent
-from ..models._families import MIN_SD
+from ..models.families import MIN_SD
 from ._base import FactorizedGuide, guides
 
 

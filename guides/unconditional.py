@@ -6,8 +6,8 @@ import pyro
 import torch
 from torch import nn
 
-from ..models._base import FAMILIES, GenerativeModel
-from ..models._families import distribution, num_outputs
+from ..models._base import GenerativeModel
+from ..models.families import distribution, families, num_outputs
 from ._base import AnyGuide, guides
 
 
@@ -28,7 +28,7 @@ class UnconditionalGuide(AnyGuide):
     (torch.Size([5, 6]), 6)
     """
 
-    families = FAMILIES
+    families = families
 
     def __init__(self, model: GenerativeModel):
         super().__init__(model)

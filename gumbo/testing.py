@@ -26,22 +26,15 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import constraints
 from torch.nn import Module
 
 from ._check_estimator import check_estimator
 from .errors import BadInput
+from .models.families import families
 
 __all__ = ["check_estimator", "check_guide", "check_model"]
 
 PARTICLES = 3
-
-_SUPPORTS = {
-    "normal": constraints.real,
-    "categorical": constraints.one_hot,
-    "relaxed-categorical": constraints.simplex,
-    "bernoulli": constraints.boolean,
-}
 
 
 def check_model(model: Module, x: Tensor, /, **conditions: Tensor) -> None:
@@ -137,7 +130,8 @@ def _check_sites(trace: poutine.Trace, model: Module, rows: int, who: str, auxil
         _require(name in trace.nodes, who, f"never samples the declared latent {name!r}")
         value, expected = trace.nodes[name]["value"], ((rows, *latent.shape) if latent.local else latent.shape)
         _require(value.shape == expected, who, f"site {name!r} has shape {tuple(value.shape)}, expected {expected}")
-        _require(_in_support(latent.family, value), who, f"site {name!r} leaves the support of {latent.family} latents")
+        within = bool(families[latent.family].support.check(value).all())
+        _require(within, who, f"site {name!r} leaves the support of {latent.family} latents")
     for name, site in _sites(trace):
         known = name in model.latents or name in model.observed or name in auxiliary
         _require(known, who, f"samples {name!r}, which the model does not declare")
@@ -151,12 +145,6 @@ def _check_sites(trace: poutine.Trace, model: Module, rows: int, who: str, auxil
         _require(plates == ([("data", -1)] if local else []), who, f"site {name!r} {where}")
         expected = (rows,) if local else ()
         _require(log_prob.shape == expected, who, f"log-probability at {name!r} has shape {tuple(log_prob.shape)}")
-
-
-def _in_support(family: str, value: Tensor) -> bool:
-    if family == "relaxed-categorical":
-        return bool((value >= 0).all() and ((value.sum(-1) - 1).abs() < 1e-5).all())
-    return bool(_SUPPORTS[family].check(value).all())
 
 
 def _check_returned(trace: poutine.Trace, model: Module, who: str) -> None:

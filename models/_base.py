@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ from pyro.poutine.util import is_validation_enabled
 from ..errors import BadInput
 from ..options import check_options
 from ..registry import Registry
+from .families import Latent
 
 
 def _expected(found: Any) -> str:
@@ -26,35 +26,6 @@ def _expected(found: Any) -> str:
 
 
 models: Registry[type[GenerativeModel]] = Registry("model", _expected)
-
-FAMILIES = ("normal", "categorical", "relaxed-categorical", "bernoulli")
-
-
-@dataclass(frozen=True)
-class Latent:
-    """What a model says of one latent site: its family, and the shape of one datum's value.
-
-    ``family`` is one of ``normal``, ``categorical`` (one-hot vectors), ``relaxed-categorical`` (points of the simplex)
-    and ``bernoulli``. For the two categorical families the last dimension of ``shape`` runs over classes. A latent that
-    is not ``local`` is global: one value for all data (a weight), drawn outside of the data plate.
-
-    >>> Latent("categorical", (20, 10)).size
-    200
-    """
-
-    family: str
-    shape: tuple[int, ...]
-    local: bool = True
-
-    def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise BadInput(f"latent family {self.family!r} is unknown: expected one of {', '.join(FAMILIES)}")
-        object.__setattr__(self, "shape", tuple(self.shape))
-
-    @property
-    def size(self) -> int:
-        """Numbers per datum."""
-        return math.prod(self.shape)
 
 
 class Configured(PyroModule):

@@ -12,7 +12,7 @@ import torch
 from ..errors import BadInput
 from ..registry import Registry
 from ._base import GenerativeModel, Latent, models
-from ._relaxed import RelaxedOneHot
+from .families import families
 
 Reward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -131,11 +131,4 @@ class Expectation(GenerativeModel):
 
     def base(self, latent: Latent) -> dist.TorchDistribution:
         """p_0 of one site."""
-        zeros, rank = self.zero.expand(latent.shape), len(latent.shape)
-        if latent.family == "normal":
-            return dist.Normal(zeros, torch.ones_like(zeros)).to_event(rank)
-        if latent.family == "bernoulli":
-            return dist.Bernoulli(logits=zeros).to_event(rank)
-        if latent.family == "categorical":
-            return dist.OneHotCategorical(logits=zeros).to_event(rank - 1)
-        return RelaxedOneHot(torch.ones_like(self.zero), logits=zeros).to_event(rank - 1)
+        return families[latent.family].standard(latent, self.zero)

@@ -13,10 +13,8 @@ from torch.nn.functional import one_hot
 
 from ..errors import BadInput
 from ._base import GenerativeModel, Latent, models
-from ._families import distribution, num_outputs
 from ._networks import mlp
-
-FAMILIES = ("normal", "categorical", "bernoulli")
+from .families import distribution, families, num_outputs
 
 
 @models.register("neural-bayes-net")
@@ -157,7 +155,7 @@ class NeuralBayesNet(GenerativeModel):
         super().check_values(x)
         for name, value in self.unpack(x).items():
             family = self.nodes[name].family
-            if family != "normal" and not ((value == 0) | (value == 1)).all():
+            if not families[family].support.check(value).all():
                 raise BadInput(f"NeuralBayesNet: {name!r} is {family}, and its data hold other values than 0 and 1")
 
     def example(self, rows: int = 2) -> dict[str, torch.Tensor]:
@@ -183,8 +181,9 @@ def read_nodes(
         unknown = set(node) - {"family", "shape", "parents"}
         if unknown or "family" not in node:
             raise BadInput(f"node {name!r}: expected family, shape and parents, got {', '.join(node) or 'nothing'}")
-        if node["family"] not in FAMILIES:
-            raise BadInput(f"node {name!r} has family {node['family']!r}: expected one of {', '.join(FAMILIES)}")
+        known = [word for word, family in families.items() if family.relaxes is None]
+        if node["family"] not in known:
+            raise BadInput(f"node {name!r} has family {node['family']!r}: expected one of {', '.join(known)}")
         shape = node.get("shape", data_shape)
         if not shape or min(shape) < 1:
             raise BadInput(f"node {name!r} needs a shape of positive sizes, or a data_shape to take it from")
