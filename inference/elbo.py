@@ -28,7 +28,7 @@ from ..errors import (
 from ..options import fits
 from .engine import objectives
 from .engine.mixing import mixed_plates
-from .engine.noise import current_tape
+from .engine.noise import current_tape, drawn_twice
 from .engine.programs import (
     NoisyProgram,
     Program,
@@ -640,6 +640,7 @@ class Binding(nn.Module):
             evaluate=partial(self._evaluate, rows, layout, args, kwargs),
             find_joined=partial(objectives.joined_dims, runs, site.name, layout),
             mean=partial(layout.mean, site),
+            drawn_twice=drawn_twice,
         )
 
     def _state(self, site: Site, inputs: Callable[[], list[Tensor]]) -> nn.Module | None:

@@ -81,3 +81,8 @@ def make_loss(word: Any, num_particles: int | None = None, **options: Any) -> EL
     if options.get("max_plate_nesting", 0) is None:
         options.pop("max_plate_nesting")
     return stock_elbos[word](num_particles=num_particles or 1, **options)
+
+
+def is_differentiable(loss: object) -> bool:
+    """Whether an ELBO gives one differentiable scalar; stock TraceGraph_ELBO, for one, only takes gradients itself."""
+    return getattr(loss, "differentiable", True) and hasattr(type(loss), "differentiable_loss")

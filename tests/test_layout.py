@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import subprocess
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     **dict.fromkeys(INFERENCE, {"models", "guides", "inference"}),
     "experiments": {"models", "guides", "inference", "experiments"},
 }
-COMMON = {"errors", "registry", "_version"}
+COMMON = {"errors", "options", "registry", "tables", "_version"}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -86,7 +87,7 @@ def test_wrong_arrows_are_seen(room, source, fault):
     assert arrow_faults(ast.parse(source), room) == fault
 
 
-@pytest.mark.parametrize("name", ["__init__", "_version", "errors", "registry"])
+@pytest.mark.parametrize("name", ["__init__", *sorted(COMMON)])
 def test_the_face_imports_no_room(name):
     used = {target for target, level in imports(parse(ROOT / "gumbo" / f"{name}.py"), "gumbo") if level}
     assert used <= {f"gumbo.{part}" for part in COMMON} | {"gumbo._version.__version__"}
@@ -102,6 +103,130 @@ def test_scripts_and_tests_import_as_a_user_would(path):
     assert not [name for name, level in imports(parse(path), "gumbo.experiments") if level]
     rooms = {room.split("/")[0] for room in ROOMS}
     assert not {name for name, _ in imports(parse(path), "") if name.split(".")[0] in rooms}
+
+
+def modules_under(root: Path) -> dict[str, Path]:
+    """Every module of the package by the name it is imported under."""
+    tops = {"gumbo": "gumbo", **{room: ROOMS[room] for room in ROOMS if "/" not in room}}
+    found = {}
+    for folder, package in tops.items():
+        for path in (root / folder).rglob("*.py"):
+            parts = path.relative_to(root / folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+def import_graph(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """Which modules each module names in an import, wherever in the file the import stands.
+
+    That importing a module runs the ``__init__`` of its folder first is not counted.
+    """
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Import):
+                targets = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                module = ".".join([*base, *([node.module] if node.module else [])])
+                aliases = {f"{module}.{alias.name}" for alias in node.names}
+                targets = (aliases & modules.keys()) or {module}
+            else:
+                continue
+            graph[name] |= (targets & modules.keys()) - {name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules each of which reaches all others of its group."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        found, waiting = set(), [start]
+        while waiting:
+            new = graph[waiting.pop()] - found
+            found |= new
+            waiting += new
+        reached[start] = found
+    groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    return sorted(sorted(group) for group in groups)
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    assert circles(import_graph(modules_under(ROOT))) == []
+
+
+def test_a_circle_of_imports_is_seen(tmp_path):
+    wing = tmp_path / "inference" / "engine"
+    wing.mkdir(parents=True)
+    (wing / "__init__.py").write_text("")
+    (wing / "a.py").write_text("from .b import f\n")
+    (wing / "b.py").write_text("def f():\n    from . import c\n")
+    (wing / "c.py").write_text("from ...inference.engine.a import f\n")
+    (wing / "d.py").write_text("from . import a, b\n")
+    names = [f"gumbo.inference.engine.{letter}" for letter in "abc"]
+    assert circles(import_graph(modules_under(tmp_path))) == [names]
+
+
+# Inside inference/: a wing may import itself and those named here. The face stands above engine and estimators.
+FACE = {"elbo", "stock"}
+WINGS = {
+    "estimators": set(),
+    "engine": {"estimators"},
+    "elbo": {"engine", "estimators"},
+    "stock": {"elbo"},
+    "auditing": {"engine", "estimators", *FACE},
+    "posterior": {"engine", "estimators", *FACE},
+    # `fit` reports the same held-out numbers as `evaluate`.
+    "training": {"engine", "estimators", "posterior", *FACE},
+    "diagnosis": {"engine", "estimators", "posterior", *FACE},
+}
+
+
+def wing_faults(graph: dict[str, set[str]]) -> set[tuple[str, str]]:
+    """Imports from one file of ``inference/`` to another against the arrows between wings."""
+
+    def wing(name: str) -> str:
+        return name.split(".")[2] if name.startswith("gumbo.inference.") else ""
+
+    pairs = ((a, b) for a, targets in graph.items() for b in targets if wing(a) and wing(b) and wing(a) != wing(b))
+    return {(a, b) for a, b in pairs if wing(b) not in WINGS[wing(a)]}
+
+
+def test_arrows_between_wings_run_one_way():
+    assert wing_faults(import_graph(modules_under(ROOT))) == set()
+
+
+def test_a_wrong_arrow_between_wings_is_seen():
+    graph = {
+        "gumbo.inference.engine.programs": {"gumbo.inference.estimators.score"},
+        "gumbo.inference.estimators.score": {"gumbo.inference.engine.programs"},
+        "gumbo.inference.posterior.evaluation": {"gumbo.inference.training.fitting"},
+    }
+    assert len(wing_faults(graph)) == 2
+
+
+PUBLIC = ("gumbo", "gumbo.models", "gumbo.guides", "gumbo.inference", "gumbo.inference.estimators", "gumbo.testing")
+
+
+def hidden_names(modules: dict[str, Path]) -> set[str]:
+    """Modules that bear the name of a public function, so that one of the two cannot be had by it."""
+    functions = {
+        name
+        for package in PUBLIC
+        for name in importlib.import_module(package).__all__
+        if inspect.isfunction(getattr(importlib.import_module(package), name))
+    }
+    scripts = ROOMS["experiments"]  # a script bears the name of its verb
+    return {name for name in modules if name.rpartition(".")[2] in functions and not name.startswith(scripts)}
+
+
+def test_no_module_bears_the_name_of_a_public_function():
+    assert hidden_names(modules_under(ROOT)) == set()
+
+
+def test_a_module_named_like_a_function_is_seen():
+    assert hidden_names({"gumbo.inference.audit": ROOT, "gumbo.inference.auditing": ROOT}) == {"gumbo.inference.audit"}
 
 
 def registrations(tree: ast.AST, registry: str) -> list[str]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +19,8 @@ from ..estimators import Estimator, estimators
 from ..stock import make_loss, stock_elbos
 from .directions import Directions
 from .reference import find_reference
-from .sampler import Draws, Moments, Stage, set_aside
+from .rows import Row
+from .sampler import Draws, Stage, set_aside
 from .verdicts import dataset_of
 
 if TYPE_CHECKING:
@@ -30,27 +29,6 @@ if TYPE_CHECKING:
 ROUNDS = 31  # timed steps of each estimator, in turns with the others; fewer where few gradients are drawn
 WARM_UP = 3
 COUNTED = 8  # steps whose model runs are counted
-
-
-@dataclass
-class Row:
-    """One estimator in the audit; ``refused`` says why it has no numbers."""
-
-    label: str
-    loss: ELBO | None = None
-    draws: Draws | None = None
-    refused: str | None = None
-    unbiased: bool = True
-    objective: str = "elbo"
-    num_particles: int = 0
-    evaluations: float = math.nan
-    seconds: list[float] = field(default_factory=list)
-    moments: Moments | None = None
-    warned: list[str] = field(default_factory=list)
-
-    @property
-    def judged(self) -> bool:
-        return self.refused is None and self.moments is not None and self.moments.count > 1
 
 
 def audit(

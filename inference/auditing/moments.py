@@ -14,6 +14,7 @@ from pyro.infer import ELBO
 from ...errors import BadInput
 from ..engine.rows import arguments_of
 from ..engine.scopes import Aside, modes_kept, modules_of, owned_parameters, private_seed
+from ..stock import is_differentiable
 
 
 @dataclass(frozen=True)
@@ -191,8 +192,3 @@ def flat_gradient(parameter: torch.Tensor) -> torch.Tensor:
     if parameter.grad is None:
         return torch.zeros(parameter.numel(), dtype=torch.float64, device=parameter.device)
     return parameter.grad.detach().double().flatten()
-
-
-def is_differentiable(loss: object) -> bool:
-    """Whether an ELBO gives one differentiable scalar; stock TraceGraph_ELBO, for one, only takes gradients itself."""
-    return getattr(loss, "differentiable", True) and hasattr(type(loss), "differentiable_loss")

@@ -13,12 +13,12 @@ from torch import Tensor
 from .bias import Comparison, adjusted, compare
 from .directions import Directions
 from .reference import Reference
+from .rows import Row
 from .sampler import Central, Stage
 
 if TYPE_CHECKING:
     import xarray
 
-    from .comparison import Row
 
 OPPOSITE = 2.0  # the bias of a gradient of the opposite sign, in lengths of the gradient
 

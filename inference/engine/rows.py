@@ -9,13 +9,29 @@ a list, a tensor with another number of rows) is passed whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from ...errors import BadInput
+
+Found = TypeVar("Found")
+
+
+class ProcessGroup(Protocol):
+    """What sharing rows over several processes needs of them; ``training.distributed.Processes`` is one."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def number(self) -> int: ...
+
+    def gather(self, thing: Found) -> list[Found]: ...
+
+    def together(self, action: Callable[[], Found]) -> Found: ...
 
 
 def arguments_of(data: object) -> tuple[tuple, dict[str, Any]]:

@@ -9,7 +9,8 @@ taken, and to ``surrogate`` when all terms are known. A new estimator is one cla
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -81,6 +82,8 @@ class SiteView:
             once, to be differentiated with respect to the draw: all parameters are frozen.
         mean: ``mean(tensor)`` of something shaped like ``cost``, over the whole batch: what running statistics use,
             since several processes may hold a part of the rows each.
+        drawn_twice: ``with drawn_twice(devices):`` lets what is drawn within, on the CPU and those CUDA devices, be
+            drawn again after.
         joined: the plate dimensions whose elements something after this site may join, so that ``cost`` tells them
             apart no longer: alternatives for one element at a time must be evaluated one element at a time.
     """
@@ -100,6 +103,7 @@ class SiteView:
     evaluate: Callable[..., Tensor]
     find_joined: Callable[[], tuple[int, ...]] = tuple
     mean: Callable[[Tensor], Tensor] = torch.mean
+    drawn_twice: Callable[[Sequence[int]], AbstractContextManager] = torch.random.fork_rng
 
     @property
     def joined(self) -> tuple[int, ...]:

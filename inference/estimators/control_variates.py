@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import BadInput, UnsupportedSite
-from ..engine.noise import drawn_twice
 from ._base import Draw, Estimator, SiteState, SiteView, estimators
 from ._distributions import is_one_hot, logits_of
 from ._reruns import cost_between, share_shape, slope, spread
@@ -191,7 +190,7 @@ def log_prob_of_coin(logits: Tensor, value: Tensor) -> Tensor:
 def same_noise_again(view: SiteView) -> Iterator[None]:
     """What is drawn within is drawn again after: c(z̃) and c(z) share the noise downstream, which keeps them close."""
     devices = [view.value.device.index or 0] if view.value.device.type == "cuda" else []
-    with drawn_twice(devices):
+    with view.drawn_twice(devices):
         yield
 
 

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from ...errors import BadInput
-from ..engine.rows import Rows
+from ..engine.rows import ProcessGroup, Rows
 from ..engine.scopes import device_of, private_seed
 from .importance import integrated, joint_evidence, khat_limit, rounding_of
 from .runner import _REFUSALS, Sweep, quietly
 
 if TYPE_CHECKING:
-    from ..training.distributed import Processes
     from .information import Information
 
 # Rows (data times draws) that one run of the programs holds: a bound on memory.
@@ -187,7 +186,7 @@ def evaluate(
     batch_size: int = 256,
     seed: int | None = 0,
     plate: str | None = None,
-    processes: Processes | None = None,
+    processes: ProcessGroup | None = None,
 ) -> Evaluation:
     """The true bound and the importance-weighted evidence of a model and guide on ``data``, in nats per datum.
 
@@ -374,7 +373,7 @@ def _drawn(
     batch_size: int,
     seed: int | None,
     plate: str | None,
-    processes: Processes | None = None,
+    processes: ProcessGroup | None = None,
     num_local_samples: int | None = 1,
 ) -> _Drawn:
     rows = Rows(data).check("data")

@@ -20,7 +20,6 @@ import torch
 from pyro.infer import ELBO, TraceGraph_ELBO
 
 from ...errors import BadInput, GumboError
-from ..auditing.moments import is_differentiable
 from ..engine.rows import Rows, leaves_of
 from ..engine.scopes import (
     denormals_flushed,
@@ -32,6 +31,7 @@ from ..engine.scopes import (
     private_seed,
     shared_names,
 )
+from ..stock import is_differentiable
 from .batches import TRANSFORMED, Batches
 from .distributed import Processes
 from .inspection import Inspection, inspect_programs, parameter_of_rows, refuse_parameter_of_rows
