@@ -44,7 +44,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
     """Writes ``posterior.nc``, ``diagnosis.txt``, ``diagnosis.json`` and pictures into the run's folder."""
     from gumbo.experiments.posterior_plots import everything
     from gumbo.inference import diagnose, to_arviz
-    from gumbo.inference.posterior.conversion import _arviz
+    from gumbo.inference.posterior import _arviz
 
     if config.num_data < 2:
         raise BadInput(f"num_data is {config.num_data}: expected at least 2")

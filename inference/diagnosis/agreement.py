@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..posterior.conversion import Collection
+from ..posterior.collection import Collection
 from .report import ALARM, OK, Verdict
 from .thresholds import RHAT, allowed
 

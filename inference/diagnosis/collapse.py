@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..posterior.conversion import Collection
+from ..posterior.collection import Collection
 from .report import ALARM, CANNOT_SAY, OK, Verdict
 from .thresholds import COLLAPSED
 from .units import Units

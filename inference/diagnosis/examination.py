@@ -11,10 +11,12 @@ from ...errors import BadInput
 from ..engine.progress import Stages
 from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
-from ..posterior.conversion import Collection, Naming, _afford, _refits
+from ..posterior.collection import Collection
+from ..posterior.conversion import _afford, _refits
 from ..posterior.evaluation import exact_pair
-from ..posterior.importance import weight_statistics
+from ..posterior.naming import Naming
 from ..posterior.runner import Sweep
+from ..posterior.weights import weight_statistics
 from .agreement import between_refits
 from .calibration import calibration
 from .collapse import collapsed, point

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import GumboError
 from ..engine.progress import Stages
-from ..posterior.conversion import Collection
+from ..posterior.collection import Collection
 from ..posterior.importance import importance_ess, log_evidence
 from ..posterior.refits import can_refine, refine
 from ..posterior.runner import _REFUSALS, Block, Sweep, _first_line, quietly

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ..posterior.conversion import Collection
+from ..posterior.collection import Collection
 from ..posterior.importance import importance_ess
 from ..posterior.runner import Layout
 from .thresholds import BARELY, ENOUGH, INNER_NOISE, allowed

@@ -12,9 +12,10 @@ import torch
 
 from ...errors import BadInput
 from ..engine.rows import Rows
-from .conversion import Collection, Naming
-from .importance import weight_statistics
+from .collection import Collection
+from .naming import Naming
 from .runner import _REFUSALS, Sweep, quietly
+from .weights import weight_statistics
 
 _NOTES = {
     "marginal": "KL of each dimension's marginal: the guide or the prior ties them together",

@@ -26,7 +26,7 @@ from gumbo.errors import BadInput, UnknownName
 from gumbo.guides import fitting, guides
 from gumbo.inference import active_units, evaluate, summary, to_arviz
 from gumbo.inference.posterior import _arviz, refits
-from gumbo.inference.posterior.conversion import GROUPS
+from gumbo.inference.posterior.collection import GROUPS
 from gumbo.inference.posterior.runner import Sweep
 from gumbo.models import models
 

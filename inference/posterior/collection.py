@@ -1,0 +1,427 @@
+"""A guide's draws over all rows, gathered by group: arrays with the names of their dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import BadInput, UnknownName
+from ..engine.progress import Progress
+from .importance import integrated, pieces
+from .runner import Block, Layout, Pass, Sweep, quietly
+
+GROUPS = (
+    "posterior",
+    "posterior_predictive",
+    "prior",
+    "prior_predictive",
+    "observed_data",
+    "constant_data",
+    "log_likelihood",
+    "log_likelihood_conditional",
+    "log_prior",
+    "sample_stats",
+    "vi_stats",
+)
+
+
+@dataclass
+class Array:
+    """A variable in the making: its dimensions, and ``(chain, draw, …)`` numbers or those that one chain has."""
+
+    group: str
+    name: str
+    layout: Layout | None
+    plates: tuple[str | None, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    every: int = 1
+    by_draw: bool = True
+    constant: bool = False
+    data: np.ndarray = field(default=None, repr=False)  # type: ignore[assignment]
+
+
+class Collection:
+    """All that is drawn for the groups asked for, over chains, draws and blocks of rows.
+
+    ``log_weight`` (and ``log_p_global``, ``log_q_global``) are always kept, in float64: k̂ and the integrals come from
+    them.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        chains: int,
+        num_samples: int,
+        groups: frozenset[str],
+        thin: int | Mapping[str, int] = 1,
+        num_local_samples: int = 64,
+    ):
+        self.sweep, self.chains, self.num_samples, self.groups = sweep, chains, num_samples, groups
+        self.thin = _thinning(thin, num_samples)
+        if num_local_samples < 1:
+            raise BadInput(f"num_local_samples is {num_local_samples}: expected at least 1")
+        self.num_local_samples = num_local_samples
+        self.nested = bool(sweep.local and sweep.shared)
+        self.globals_known = True
+        self.arrays: dict[tuple[str, str], Array] = {}
+        self._declare()
+
+    # Declared first, so that the memory they need is known before anything is drawn.
+
+    def _declare(self) -> None:
+        sweep, model = self.sweep, self.sweep.model_sites
+        drawn = [name for name, layout in model.items() if layout.kind in ("latent", "deterministic")]
+        for group, names in (
+            ("posterior", drawn),
+            ("posterior_predictive", sweep.observed),
+            ("prior", drawn),
+            ("prior_predictive", sweep.observed),
+        ):
+            for name in names if group in self.groups else ():
+                self._add(group, name, model[name], self.thin[group])
+        if self.groups & {"observed_data", "constant_data"}:  # what is observed is no constant
+            for name in sweep.observed:
+                self._add("observed_data", name, model[name], 1, by_draw=False)
+        if "log_likelihood_conditional" in self.groups:
+            for name in sweep.observed:
+                layout = model[name]
+                shape = (*layout.sizes,)
+                self._put(
+                    "log_likelihood_conditional", name, layout.names, shape, self.thin["log_likelihood_conditional"]
+                )
+        for name in sweep.latents if "log_prior" in self.groups else ():
+            self._put("log_prior", name, (), (), self.thin["log_prior"])
+        every = self.thin["log_likelihood"]
+        if self.nested or "log_likelihood" in self.groups:
+            if sweep.local:
+                self._put("log_likelihood", sweep.evidence, sweep.data_plates, self._sizes(sweep.data_plates), every)
+                # Integrated over all draws it is one number a datum, which is kept once.
+                self.arrays["log_likelihood", sweep.evidence].constant = not self.nested
+            elif not sweep.tied:
+                for name in sweep.observed:
+                    self._put("log_likelihood", name, model[name].names, model[name].sizes, every)
+        sizes = self._sizes(sweep.weight_plates)
+        self._put("sample_stats", "log_weight", sweep.weight_plates, sizes, 1)
+        for name in ("log_p", "log_q"):
+            if "sample_stats" in self.groups:
+                self._put("sample_stats", name, sweep.weight_plates, sizes, 1, self._precision())
+            if self.nested:
+                self._put("sample_stats", f"{name}_global", sweep.shared_plates, self._sizes(sweep.shared_plates), 1)
+
+    def _sizes(self, plates: Sequence[str]) -> tuple[int, ...]:
+        return tuple(self.sweep.sizes[plate] for plate in plates)
+
+    def _add(self, group: str, name: str, layout: Layout, every: int, by_draw: bool = True) -> None:
+        dtype = layout.dtype
+        if name in self.sweep.masked and not dtype.is_floating_point:
+            dtype = torch.float64  # what a mask hides is NaN
+        self.arrays[group, name] = Array(group, name, layout, layout.names, layout.shape, dtype, every, by_draw)
+
+    def _put(
+        self,
+        group: str,
+        name: str,
+        plates: Sequence[str | None],
+        shape: tuple[int, ...],
+        every: int,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.arrays[group, name] = Array(group, name, None, tuple(plates), tuple(shape), dtype, every)
+
+    def _precision(self) -> torch.dtype:
+        """What the programs compute in: sums of their log-probabilities are no finer."""
+        known = [layout.dtype for layout in self.sweep.model_sites.values() if layout.dtype.is_floating_point]
+        return torch.float32 if known and all(dtype.itemsize <= 4 for dtype in known) else torch.float64
+
+    def full_shape(self, array: Array, kept: bool = False) -> tuple[int, ...]:
+        """``(chain, draw, …)``; ``kept`` as it is in memory."""
+        if not array.by_draw:
+            return array.shape
+        draws = 1 if kept and array.constant else -(-self.num_samples // array.every)
+        return (self.chains, draws, *array.shape)
+
+    def bytes_needed(self) -> dict[str, int]:
+        """By group."""
+        need: dict[str, int] = {}
+        for array in self.arrays.values():
+            size = math.prod(self.full_shape(array, kept=True)) * array.dtype.itemsize
+            need[array.group] = need.get(array.group, 0) + size
+        if "vi_stats" in self.groups:
+            latents = [self.sweep.model_sites[name] for name in self.sweep.local]
+            need["vi_stats"] = sum(2 * self.chains * one.numel * _sums(one).itemsize for one in latents)
+        return need
+
+    def allocate(self) -> None:
+        for array in self.arrays.values():
+            array.data = np.zeros(self.full_shape(array, kept=True), dtype=_kind_of(array.dtype))
+        self.largest_log_p = 0.0
+        self.observed: dict[str, np.ndarray] = {}  # under no mask
+        latents = [self.sweep.model_sites[name] for name in self.sweep.local]
+        # Means and mean squares of each datum's latents.
+        self.means = {
+            layout.name: np.zeros((2, self.chains, *layout.shape), dtype=_sums(layout))
+            for layout in latents
+            if "vi_stats" in self.groups
+        }
+        self.kl: dict[str, list[np.ndarray | float | None]] = {}
+        self.kl_kinds: dict[str, str] = {}
+        self.partners: dict[str, str | None] = {}
+        self.kl_together: dict[str, list[float]] = {}
+
+    def steps(self, sweep: Sweep) -> int:
+        blocks = len(list(sweep.blocks()))
+        return blocks * len(list(self._chunks(sweep)))
+
+    def _chunks(self, sweep: Sweep) -> Iterable[tuple[int, int]]:
+        per_run = sweep.draws_a_run()
+        return ((start, min(start + per_run, self.num_samples)) for start in range(0, self.num_samples, per_run))
+
+    def fill(self, chain: int, sweep: Sweep, seed: int | None, progress: Progress | None = None) -> None:
+        """Draw everything of one chain."""
+        progress, done = progress or Progress(), 0
+        with quietly(sweep.model, sweep.guide, seed):
+            for start, stop in self._chunks(sweep):
+                held: dict[tuple, torch.Tensor] = {}
+                for block, guide, model in sweep.over_rows(stop - start):
+                    self._posterior(chain, sweep, start, stop, block, guide, model)
+                    if self.groups & {"prior", "prior_predictive"}:
+                        self._prior(chain, sweep, start, stop, block, held)
+                    done += 1
+                    progress.step(done)
+                    progress.epoch(done, {})
+            if sweep.local and not self.nested and ("log_likelihood", sweep.evidence) in self.arrays:
+                self._over_all_draws(chain)
+
+    def array(self, group: str, name: str) -> np.ndarray:
+        return self.arrays[group, name].data
+
+    def log_weight(self) -> np.ndarray:
+        """log p − log q, ``(chain, draw, *weight plates)``."""
+        return self.array("sample_stats", "log_weight")
+
+    def unit_log_weight(self) -> np.ndarray:
+        """Log-weights whose spread is the guide's fault, ``(chain, draw, *weight plates)``.
+
+        Of local latents given global ones, each is taken relative to the evidence given its draw of the global ones,
+        which differs between draws under an exact guide too.
+        """
+        if not self.nested:
+            return self.log_weight()
+        array = self.arrays["log_likelihood", self.sweep.evidence]
+        return self.log_weight()[:, :: array.every] - array.data
+
+    def global_log_weight(self) -> np.ndarray | None:
+        """Of the global latents, the local ones integrated out, ``(chain, draw, *shared plates)``."""
+        if not self.nested or not self.globals_known:
+            return None
+        array = self.arrays["log_likelihood", self.sweep.evidence]
+        plates = self.sweep.data_plates
+        axes = tuple(2 + i for i, plate in enumerate(plates) if plate not in self.sweep.shared_plates)
+        log_p = self.array("sample_stats", "log_p_global") - self.array("sample_stats", "log_q_global")
+        return log_p[:, :: array.every] + array.data.sum(axes)
+
+    def _kept(self, array: Array, start: int, stop: int) -> tuple[np.ndarray, slice]:
+        """Which draws of a run an array keeps, and where they go."""
+        first = -(-start // array.every) * array.every
+        picks = np.arange(first, stop, array.every) - start
+        return picks, slice(first // array.every, first // array.every + len(picks))
+
+    def _write(self, chain: int, array: Array, start: int, stop: int, block: Block, values: torch.Tensor) -> None:
+        picks, where = self._kept(array, start, stop)
+        if len(picks):
+            picked = values if len(picks) == stop - start else values[torch.as_tensor(picks)]
+            array.data[(chain, where, *block.index(array.plates))] = picked.cpu().numpy()
+
+    def _posterior(
+        self, chain: int, sweep: Sweep, start: int, stop: int, block: Block, guide: Pass, model: Pass
+    ) -> None:
+        count = stop - start
+        for (group, name), array in self.arrays.items():
+            if group == "posterior":
+                self._write(chain, array, start, stop, block, model.value(name))
+            elif group == "log_likelihood_conditional" or (group == "log_likelihood" and not sweep.local):
+                self._write(chain, array, start, stop, block, model.log_prob(name))
+            elif group == "log_prior" and block.first(model.layouts[name]):
+                picks, where = self._kept(array, start, stop)
+                array.data[chain, where] += model.log_prob(name, ()).cpu().numpy()[picks]
+            elif group == "observed_data" and start == 0 and chain == 0:
+                array.data[block.index(array.plates)] = model.shown_value(name)[0].cpu().numpy()
+                self.observed.setdefault(name, np.zeros(array.shape, _kind_of(array.layout.dtype)))
+                self.observed[name][block.index(array.plates)] = model.value(name)[0].cpu().numpy()
+        self._weights(chain, sweep, start, stop, block, guide, model)
+        if "posterior_predictive" in self.groups:
+            values = {name: sweep.held(model, name) for name in sweep.latents}
+            again = sweep.model_run(count, block, values, observe=False)
+            for name in sweep.observed:
+                array = self.arrays["posterior_predictive", name]
+                self._write(chain, array, start, stop, block, again.shown_value(name))
+        if self.nested:
+            self._integrate(chain, sweep, start, stop, block, guide)
+        if "vi_stats" in self.groups:
+            self._by_dimension(chain, sweep, block, guide, model)
+
+    def _weights(self, chain, sweep, start, stop, block, guide: Pass, model: Pass) -> None:
+        """Add each site to the log-probabilities of its datum, or of the global latents."""
+        for part, run, sign in (("log_p", model, 1), ("log_q", guide, -1)):
+            largest = 0.0
+            for name, layout in run.layouts.items():
+                if layout.kind == "deterministic" or not block.first(layout):
+                    continue
+                inside = set(sweep.data_plates) <= layout.plates
+                if sweep.local and not self.nested and not inside:
+                    continue  # an auxiliary draw of the guide: given it, the weights of the data are right as they are
+                local = not self.nested or inside
+                array = self.arrays["sample_stats", "log_weight" if local else f"{part}_global"]
+                value = run.log_prob(name, array.plates)
+                value = _aligned(value, [n for n in layout.names if n in array.plates], array.plates).cpu().numpy()
+                where = (chain, slice(start, stop), *block.index(array.plates))
+                array.data[where] += sign * value if local else value
+                if local and ("sample_stats", part) in self.arrays:
+                    self.array("sample_stats", part)[where] += value
+                largest += float(np.abs(value).max())
+            if run is model:
+                self.largest_log_p = max(self.largest_log_p, largest)
+
+    def _integrate(self, chain: int, sweep: Sweep, start: int, stop: int, block: Block, guide: Pass) -> None:
+        array = self.arrays["log_likelihood", sweep.evidence]
+        picks, where = self._kept(array, start, stop)
+        if not len(picks):
+            return
+        given = {name: value[torch.as_tensor(picks)] for name, value in sweep.given(guide).items()}
+        found, known = integrated(sweep, block, given, self.num_local_samples, guide, picks)
+        self.globals_known &= known
+        array.data[(chain, where, *block.index(array.plates))] = found.cpu().numpy()
+
+    def _over_all_draws(self, chain: int) -> None:
+        array = self.arrays["log_likelihood", self.sweep.evidence]
+        weight = self.log_weight()[chain]
+        for piece in pieces(weight.shape[1:], weight.shape[0]):
+            array.data[(chain, 0, *piece)] = _log_mean_exp(weight[(slice(None), *piece)])
+
+    def _by_dimension(self, chain: int, sweep: Sweep, block: Block, guide: Pass, model: Pass) -> None:
+        for name in sweep.latents:
+            layout = sweep.model_sites[name]
+            if name in self.means:
+                index = (chain, *block.index(layout.names))
+                value = model.value(name).double()
+                for power in (1, 2):
+                    self.means[name][power - 1][index] += (value**power).sum(0).cpu().numpy() / self.num_samples
+            partner = self._partner(guide, name)
+            found, kind = _divergence(guide, model, name, partner)
+            self.kl_kinds[name], self.partners[name] = kind, partner
+            total = self.kl.setdefault(name, [0.0] * self.chains)
+            if found is None:
+                total[chain] = None
+                continue
+            part = (found * self._share(block, layout)).cpu().numpy() * (guide.count / self.num_samples)
+            total[chain] = total[chain] + part
+        self._together(chain, block, guide, model)
+
+    @staticmethod
+    def _partner(guide: Pass, name: str) -> str | None:
+        """The guide's site that has the latent's density: itself, or the one auxiliary draw it is a point given."""
+        layout = guide.layouts[name]
+        if not layout.point:
+            return name
+        own = [
+            other
+            for other, one in guide.layouts.items()
+            if other.startswith(f"{name}_")
+            and (one.kind, one.point, one.names) == ("latent", False, layout.names)
+            and other not in guide.sweep.model_sites
+        ]
+        return own[0] if len(own) == 1 else None
+
+    def _together(self, chain: int, block: Block, guide: Pass, model: Pass) -> None:
+        """KL of all that the guide draws through other draws, over all rows."""
+        sites = [name for name, partner in self.partners.items() if partner is None]
+        rest = set(guide.layouts) - set(self.partners) - set(self.partners.values())
+        drawn = [name for name in rest if guide.layouts[name].kind == "latent" and not guide.layouts[name].point]
+        for name in sites:
+            self.kl_kinds[name] = "together" if drawn else "point"
+        if not sites or not drawn:
+            return
+        total: Any = 0.0
+        for run, sign, names in ((guide, 1.0, [*rest, *sites]), (model, -1.0, sites)):
+            for name in names:
+                if block.first(run.layouts[name]) and run.layouts[name].kind != "deterministic":
+                    total = total + sign * run.log_prob(name, ())
+        by_chain = self.kl_together.setdefault("+".join(sites), [0.0] * self.chains)
+        by_chain[chain] += float(torch.as_tensor(total).mean()) * guide.count / self.num_samples
+
+    def _share(self, block: Block, layout: Layout) -> float:
+        """What part of a site's rows a block brings."""
+        share = 1.0
+        for plate, span in block.at.items():
+            if plate in layout.plates:
+                share *= (span.stop - span.start) / self.sweep.sizes[plate]
+            else:
+                share *= 1.0 if span.start == 0 else 0.0
+        return share
+
+    def _prior(self, chain: int, sweep: Sweep, start: int, stop: int, block: Block, held: dict) -> None:
+        fixed, new = sweep.known(held, block, sweep.model_sites)
+        run = sweep.model_run(stop - start, block, fixed, observe=False)
+        sweep.keep(held, run, new, sweep.model_sites)
+        for (group, name), array in self.arrays.items():
+            if group in ("prior", "prior_predictive"):
+                self._write(chain, array, start, stop, block, run.shown_value(name))
+
+
+def _kind_of(dtype: torch.dtype) -> np.dtype:
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _sums(layout: Layout) -> np.dtype:
+    """What to add a site's values up in."""
+    return np.dtype(np.float32 if layout.dtype == torch.float32 else np.float64)
+
+
+def _divergence(guide: Pass, model: Pass, name: str, partner: str | None) -> tuple[torch.Tensor | None, str]:
+    """Mean of log q − log p over draws and rows: by dimension, of each dimension's marginal, of the site, or unknown.
+
+    A latent that is a point given one auxiliary draw (``z`` and ``z_unconstrained``) has that draw's density.
+    """
+    if partner is None:
+        return None, "together"
+    stretch = guide.log_prob(name) if partner != name else None
+    ratio, other = guide.coordinates(partner), model.coordinates(name)
+    same = ratio is not None and other is not None and ratio.depth == other.depth
+    if same and ratio.log_prob.shape == other.log_prob.shape and (stretch is None or not stretch.any()):
+        difference = (ratio.log_prob - other.log_prob).double()
+        rows = difference.reshape(-1, *difference.shape[difference.dim() - ratio.depth :])
+        return rows.mean(0), "each" if ratio.exact and other.exact else "marginal"
+    whole = guide.log_prob(partner).mean() - model.log_prob(name).mean()
+    one = math.prod(model.layouts[name].event) == 1
+    return whole + (stretch.mean() if stretch is not None else 0.0), "each" if one else "joint"
+
+
+def _aligned(value: torch.Tensor, have: Sequence[str], plates: Sequence[str | None]) -> torch.Tensor:
+    """``(count, *have)`` with a dimension of size 1 for each of ``plates`` that it lacks."""
+    for place, plate in enumerate(plates):
+        if plate not in have:
+            value = value.unsqueeze(1 + place)
+    return value
+
+
+def _log_mean_exp(log_weight: np.ndarray, axis: int = 0) -> np.ndarray:
+    top = log_weight.max(axis, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        return np.squeeze(top, axis) + np.log(np.exp(log_weight - top).mean(axis))
+
+
+def _thinning(thin: int | Mapping[str, int], num_samples: int) -> dict[str, int]:
+    given = dict(thin) if isinstance(thin, Mapping) else dict.fromkeys(GROUPS, thin)
+    for name, every in given.items():
+        if name not in GROUPS:
+            raise UnknownName("group", name, GROUPS)
+        if not 1 <= every <= num_samples:
+            raise BadInput(f"thin is {every} for {name}: expected 1 to {num_samples}")
+    return dict.fromkeys(GROUPS, 1) | given

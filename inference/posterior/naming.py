@@ -1,0 +1,131 @@
+"""Names of dimensions and their coordinates, from plates, data and the user."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import BadInput
+from .collection import Array, Collection
+from .runner import Sweep
+
+COPIED = 2**25  # bytes: larger data are shown, and not copied
+
+
+class Naming:
+    """Dimension names and coordinates: plates and row numbers, and what the user says of the others."""
+
+    def __init__(self, sweep: Sweep, coords: Mapping[str, Sequence], dims: Mapping[str, Sequence[str]]):
+        self.sweep, self.dims = sweep, dict(dims)
+        self.coords = {plate: sweep.row_ids[plate].numpy() for plate in sweep.row_ids if plate in sweep.sizes}
+        self.coords |= {name: np.asarray(values) for name, values in coords.items()}
+
+    def variable(self, array: Array, collection: Collection) -> Any:
+        """An ``xarray.DataArray`` around the numbers."""
+        names = self._names_of(array)
+        head = {"chain": np.arange(collection.chains)} if array.by_draw else {}
+        if array.by_draw:
+            head["draw"] = np.arange(0, collection.num_samples, array.every)
+        data = _counted(array)
+        if array.constant:
+            data = np.broadcast_to(data, collection.full_shape(array))
+            # A view that cannot be written to, only where memory counts.
+            data = data.copy() if data.nbytes < COPIED else data
+        return self._made(data, names, head)
+
+    def _made(self, data: np.ndarray, names: Sequence[str], head: Mapping[str, np.ndarray]) -> Any:
+        import xarray
+
+        coords = dict(head)
+        for name, size in zip(names, data.shape[len(head) :], strict=True):
+            values = self.coords.get(name, np.arange(size))
+            if len(values) != size:
+                raise BadInput(f"coords for {name!r} has {len(values)} values, but the dimension has {size}")
+            coords[_free(name)] = values
+        return xarray.DataArray(data, dims=[*head, *map(_free, names)], coords=coords)
+
+    def _names_of(self, array: Array) -> list[str]:
+        if array.layout is not None or None not in array.plates:
+            return self._names(array.name, array.plates, array.shape) if array.layout else list(array.plates)
+        # Log-probabilities of a site stand where its values do, without the event.
+        layout = self.sweep.model_sites[array.name]
+        return self._names(array.name, layout.names, layout.shape)[: len(array.plates)]
+
+    def _names(self, variable: str, plates: Sequence[str | None], shape: Sequence[int]) -> list[str]:
+        """Plates by their names; the others by the user's, or ``variable_dim_0``, ``variable_dim_1``, …"""
+        free = len(shape) - len([plate for plate in plates if plate is not None])
+        given = list(self.dims.get(variable, ()))
+        if len(given) == len(shape) and free != len(shape):
+            return given
+        if len(given) > free:
+            raise BadInput(f"dims for {variable!r} names {len(given)} dimensions, but it has {free} beside its plates")
+        others = iter(given + [f"{variable}_dim_{place}" for place in range(len(given), free)])
+        named = [plate if plate is not None else next(others) for plate in plates]
+        return named + list(others)
+
+    def constants(self, args: tuple, kwargs: Mapping, observed: Iterable[np.ndarray]) -> dict[str, Any]:
+        """Tensor arguments of the model that are not what a site observes, in all rows."""
+        found = {}
+        for name, value in _arguments(self.sweep.model, args, kwargs).items():
+            if not isinstance(value, torch.Tensor) or any(
+                value.shape == seen.shape and np.array_equal(value.detach().cpu().numpy(), seen) for seen in observed
+            ):
+                continue
+            plates = [p for p in self.sweep.data_plates if value.dim() and self.sweep.sizes[p] == len(value)][:1]
+            names = self._names(name, [*plates], tuple(value.shape))
+            # A variable cannot bear the name of one of its own dimensions.
+            label = f"{name}_argument" if name in self.sweep.sizes else name
+            found[label] = self._made(value.detach().cpu().numpy(), names, {})
+        return found
+
+    def statistics(self, found: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> dict[str, Any]:
+        """Numbers ``(chain, *plates, *others)`` with the names of their dimensions."""
+        made = {}
+        for name, (names, data) in found.items():
+            head = {"chain": np.arange(data.shape[0])}
+            made[name] = self._made(data, names, head)
+        return made
+
+    def event_names(self, site: str, count: int) -> list[str]:
+        layout = self.sweep.model_sites[site]
+        names = self._names(site, layout.names, layout.shape)
+        return names[len(layout.names) : len(layout.names) + count]
+
+
+def _counted(array: Array) -> np.ndarray:
+    """The numbers of a variable, those of a discrete site as integers: ArviZ draws counts as counts only then."""
+    data = array.data
+    if array.layout is None or not array.layout.discrete or data.dtype.kind != "f":
+        return data
+    if np.isnan(data).any():
+        return data  # a mask hides some
+    counts = data.astype(np.int32)
+    return counts if np.array_equal(counts, data) else data
+
+
+def _free(name: str) -> str:
+    """A plate's name as a dimension's: ArviZ has its own draws and chains."""
+    return f"{name}_plate" if name in ("chain", "draw") else name
+
+
+def _arguments(program: Callable, args: tuple, kwargs: Mapping) -> dict[str, Any]:
+    """Arguments by their names in the program's signature."""
+    target = program.forward if isinstance(program, torch.nn.Module) else program
+    try:
+        bound = inspect.signature(target).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return {f"argument_{place}": value for place, value in enumerate(args)} | dict(kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"{name}_{place}": one for place, one in enumerate(value)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    return named

@@ -1,0 +1,63 @@
+"""What the importance weights of a guide's draws say, unit by unit and latent by latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from .collection import Collection
+from .importance import _STATES, ACTIVE, by_piece, importance_ess, khat, log_evidence, number_of_states, rounding_of
+
+
+def weight_statistics(
+    collection: Collection, event_names: Callable[[str, int], list[str]]
+) -> dict[str, tuple[Sequence[str], np.ndarray]]:
+    """The variables of the group ``vi_stats``: names of dimensions and ``(chain, …)`` numbers."""
+    sweep = collection.sweep
+    rounding = _rounding(collection)
+    weight = np.moveaxis(collection.log_weight(), 1, -1)
+    relative = np.moveaxis(collection.unit_log_weight(), 1, -1)
+    evidence = by_piece(lambda part: log_evidence(part)[0], weight)
+    error = by_piece(lambda part: log_evidence(part)[1], weight)
+    found: dict[str, tuple[Sequence[str], np.ndarray]] = {
+        name: (sweep.weight_plates, value)
+        for name, value in (
+            ("khat", by_piece(lambda part: _unit_khat(collection, part, rounding), relative)),
+            ("ess", by_piece(importance_ess, relative)),
+            ("log_evidence", evidence),
+            ("log_evidence_se", error),
+            ("elbo", weight.mean(-1)),
+        )
+    }
+    shared = collection.global_log_weight()
+    if shared is not None:
+        shared = np.moveaxis(shared, 1, -1)
+        found["khat_global"] = (sweep.shared_plates, khat(shared, rounding))
+        found["ess_global"] = (sweep.shared_plates, importance_ess(shared))
+    for name, by_chain in collection.kl.items():
+        if all(value is not None for value in by_chain):
+            value = np.stack([np.asarray(one) for one in by_chain])
+            found[f"kl_{name}"] = (event_names(name, value.ndim - 1), value)
+    for name, means in collection.means.items():
+        layout = sweep.model_sites[name]
+        rows, squares = means.reshape(2, means.shape[1], -1, *layout.event)
+        if rows.shape[1] > 1:
+            # Means over draws vary by themselves, by the draws' variance over their number.
+            noise = (squares.mean(1) - np.einsum("cr...,cr...->c...", rows, rows) / rows.shape[1]).clip(0)
+            noise = noise / collection.num_samples
+            names = event_names(name, len(layout.event))
+            found[f"active_{name}"] = (names, rows.var(1, ddof=1) - noise > ACTIVE)
+    return found
+
+
+def _unit_khat(collection: Collection, log_weights: np.ndarray, rounding: float) -> np.ndarray:
+    """k̂ of single data; unknown where only the global latents spread the few weights that a datum's latents have."""
+    shapes = khat(log_weights, rounding)
+    if collection.nested and number_of_states(collection.sweep, collection.sweep.local) <= _STATES:
+        shapes[shapes != 0] = np.nan
+    return shapes
+
+
+def _rounding(collection: Collection) -> float:
+    return rounding_of(collection.sweep, collection.largest_log_p)
