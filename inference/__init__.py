@@ -12,7 +12,7 @@ from .posterior.conversion import summary, to_arviz
 from .posterior.evaluation import evaluate
 from .posterior.refinement import refine, refinement_gap
 from .stock import make_loss, stock_elbos
-from .training.fitting import fit
+from .training.fits import fit
 from .training.natural_gradient import NaturalGradient
 from .training.schedules import Constant, Cosine, Cyclical, Exponential, Linear, parse_schedule, schedules
 

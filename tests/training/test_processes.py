@@ -28,7 +28,7 @@ from gumbo.inference.engine.rows import Rows
 from gumbo.inference.stock import TraceEnumELBO
 from gumbo.inference.training.data_parallel import Streams, refuse, share_of, study
 from gumbo.inference.training.distributed import Processes
-from gumbo.inference.training.fitting import _make_step
+from gumbo.inference.training.fits import _make_step
 from gumbo.inference.training.optimizers import make_optimizer
 
 HELPERS = Path(__file__).parents[1] / "helpers"
