@@ -287,6 +287,26 @@ def unvalidated(fn: Distribution) -> Distribution:
     return rewrap(fn, change)
 
 
+def without_own_validation(fn: Distribution) -> Distribution:
+    """The same distribution without what it was told of validation when it was made; itself if that is nothing.
+
+    ``expand`` writes the setting of the day into a distribution, which is then deaf to ``pyro.validation_enabled``.
+
+    >>> import pyro.distributions as dist
+    >>> made = dist.Normal(0.0, 1.0).expand([2])
+    >>> "_validate_args" in vars(made), "_validate_args" in vars(without_own_validation(made))
+    (True, False)
+    """
+    parts = {name: value for name, value in vars(fn).items() if isinstance(value, torch.distributions.Distribution)}
+    changed = {name: without_own_validation(value) for name, value in parts.items()}
+    if "_validate_args" not in vars(fn) and all(changed[name] is value for name, value in parts.items()):
+        return fn
+    fn = copy.copy(fn)
+    vars(fn).update(changed)
+    vars(fn).pop("_validate_args", None)
+    return fn
+
+
 def logits_of(fn: Distribution) -> Tensor:
     """Logits of a Bernoulli or one-hot site, of shape ``batch_shape + event_shape``; normalised for one-hots."""
     logits = elementary(fn).logits

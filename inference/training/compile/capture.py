@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     UnsupportedFakeTensorException,
 )
+from torch.distributions import transforms
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +36,7 @@ from ...engine.noise import Noise, Tape
 from ...engine.programs import observed_in_support
 from ...engine.rows import Rows
 from ...estimators._base import SiteState
-from ...estimators._distributions import describe
+from ...estimators._distributions import describe, without_own_validation
 from ..schedules import Schedule
 
 ADVICE = "pass compile=False"
@@ -86,6 +87,41 @@ class _Support(Messenger):
         inside = observed_in_support(msg)
         if inside is not None:
             self.inside[f"{msg['name']}\n{describe(msg['fn'])}"] = inside.all()
+
+
+class _Unvalidated(Messenger):
+    """Distributions that were made under validation do not look at values either."""
+
+    def _pyro_sample(self, msg) -> None:
+        if isinstance(msg["fn"], torch.distributions.Distribution):
+            msg["fn"] = without_own_validation(msg["fn"])
+
+
+@contextmanager
+def triangles_by_index() -> Iterator[None]:
+    """Torch's transforms fill triangular matrices by row and column numbers instead of by a mask.
+
+    A mask is a tensor whose values decide a shape, which no graph holds; these are the same in every run.
+    """
+
+    def to_vector(mat: Tensor, diag: int = 0) -> Tensor:
+        rows, columns = torch.tril_indices(mat.shape[-2], mat.shape[-1], diag, device=mat.device)
+        return mat[..., rows, columns]
+
+    def to_matrix(vec: Tensor, diag: int = 0) -> Tensor:
+        size = vec.shape[-1]
+        n = round((-(1 + 2 * diag) + ((1 + 2 * diag) ** 2 + 8 * size + 4 * abs(diag) * (diag + 1)) ** 0.5) / 2)
+        rows, columns = torch.tril_indices(n, n, diag, device=vec.device)
+        mat = vec.new_zeros(vec.shape[:-1] + (n, n))
+        mat[..., rows, columns] = vec
+        return mat
+
+    before = transforms.tril_matrix_to_vec, transforms.vec_to_tril_matrix
+    transforms.tril_matrix_to_vec, transforms.vec_to_tril_matrix = to_vector, to_matrix
+    try:
+        yield
+    finally:
+        transforms.tril_matrix_to_vec, transforms.vec_to_tril_matrix = before
 
 
 class Program:
@@ -162,7 +198,8 @@ class Program:
         support = _Support()
         now = self.step
         step = TrainingStep(lambda schedule: self._value_of(schedule, scalars, now))
-        with undisturbed(self.module, step), pyro.validation_enabled(False), tape, support:
+        unvalidated = pyro.validation_enabled(False), _Unvalidated()
+        with undisturbed(self.module, step), unvalidated[0], unvalidated[1], triangles_by_index(), tape, support:
             loss = torch.func.functional_call(self.module, swapped, args, kwargs)
         moved = {
             name: swapped[name].detach()
