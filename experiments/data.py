@@ -37,7 +37,7 @@ from gumbo.experiments._names import is_librarys, named, takes
 from gumbo.registry import Registry, describe
 
 SPLITS = ("train", "valid", "test")
-BINARIZATIONS = ("static", "dynamic")
+BINARIZATIONS = ("static", "dynamic", "auto")
 
 Split = tuple[np.ndarray, "np.ndarray | None"]  # images (N, H, W) in [0, 1], and their labels (N,) if there are any
 Loader = Callable[[Path, Sequence[str]], dict[str, Split]]
@@ -84,14 +84,15 @@ def load(
     root: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ImageData:
-    """The data set of that name, with values in [0, 1], or in {0, 1} if it is binarized.
+    """The data set of that name: images with values in [0, 1], or in {0, 1} if they are binarized.
 
-    ``binarize="static"`` thresholds at one half; ``"dynamic"`` makes zeros and ones by a Bernoulli draw per pixel: anew
-    for training images whenever ``ImageData.transform`` is called, once and for all (by a seed of its own) for the
-    other splits, so that evaluations compare. ``splits`` restricts what is read, so that MNIST's test images can be
-    used where its training images are missing. ``root`` overrides the folder. Raises UnknownName for a name or a
-    binarization that does not exist, and BadInput where a file is missing and cannot be downloaded, saying where to
-    put it.
+    A loader of your own may give any numbers, such as counts. ``binarize="auto"`` thresholds the images of the table
+    above at one half and leaves all other data as they are; ``"static"`` thresholds at one half; ``"dynamic"`` makes
+    zeros and ones by a Bernoulli draw per pixel: anew for training images whenever ``ImageData.transform`` is called,
+    once and for all (by a seed of its own) for the other splits, so that evaluations compare. ``splits`` restricts what
+    is read, so that MNIST's test images can be used where its training images are missing. ``root`` overrides the
+    folder. Raises UnknownName for a name or a binarization that does not exist, and BadInput for a binarization of
+    values outside [0, 1], and where a file is missing and cannot be downloaded, saying where to put it.
 
     >>> data = load("digits", binarize="static")
     >>> data.train.shape, data.train.unique(), data.labels["test"].shape
@@ -107,6 +108,10 @@ def load(
     shape = next(iter(read.values()))[0].shape[1:]
     images = {split: torch.zeros(0, 1, *shape, dtype=dtype) for split in SPLITS}
     images |= {split: _rows(pixels).to(dtype).unsqueeze(1) for split, (pixels, _) in read.items()}
+    if binarize == "auto":
+        binarize = "static" if name in IMAGES else None
+    if binarize is not None:
+        _refuse_levels(name, images, binarize)
     labels = {split: torch.from_numpy(label).long() for split, (_, label) in read.items() if label is not None}
     if binarize == "static":
         images = {split: (pixels >= 0.5).to(dtype) for split, pixels in images.items()}
@@ -149,6 +154,16 @@ def data_folder() -> Path:
     if folder := os.environ.get("GUMBO_DATA"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gumbo"
+
+
+def _refuse_levels(name: str, images: dict[str, Tensor], binarize: str) -> None:
+    """Raise BadInput for values that are no grey levels: a threshold of one half would turn counts into bits."""
+    for pixels in images.values():
+        if pixels.numel() and not (pixels.min() >= 0 and pixels.max() <= 1):
+            raise BadInput(
+                f"{name} has values from {pixels.min():.6g} to {pixels.max():.6g}: binarize={binarize} takes grey "
+                "levels in [0, 1]; leave it out, or use null"
+            )
 
 
 def _refuse_binary(name: str, images: dict[str, Tensor]) -> None:
@@ -427,3 +442,7 @@ def _save(path: Path, **arrays: np.ndarray) -> None:
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
     np.savez_compressed(partial, **arrays)
     partial.replace(path)
+
+
+# Known to be images with grey levels in [0, 1]; whatever is registered or imported later may be anything.
+IMAGES = frozenset(datasets)

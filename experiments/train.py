@@ -36,7 +36,8 @@ class Train:
             `cyclical(4000, 4)`; what is reported is always the bound at weight 1.
         temperature: of a relaxed estimator, a number or a schedule, as in `exponential(1.0, 0.5, 1e-3)`.
         data: a data set's name.
-        binarize: static (at one half), dynamic (a draw an epoch), or null for grey levels.
+        binarize: static (at one half), dynamic (a draw an epoch), or null for the values as they are; by default the
+            known images are binarized at one half, and data of your own stay as they are.
         model_options: the model's own arguments, as in `--model_options.latent_dim=10`.
         guide_options: the guide's own arguments, as in `--guide_options.hidden=[64,32]`.
         optimizer: adam, adamw, adamax, nadam, radam, rmsprop or sgd.
@@ -65,7 +66,7 @@ class Train:
     kl_weight: str = "1.0"
     temperature: str | None = None
     data: str = "digits"
-    binarize: str | None = "static"
+    binarize: str | None = "auto"
     model_options: dict[str, Any] = field(default_factory=dict)
     guide_options: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "adam"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import socket
+import sys
 import tracemalloc
 import zipfile
 
@@ -14,6 +15,7 @@ import torch
 from gumbo.errors import BadInput, UnknownName
 from gumbo.experiments import data
 from gumbo.experiments.data import load
+from gumbo.experiments.train import Train
 
 
 @pytest.fixture
@@ -76,6 +78,46 @@ def test_dynamic_draws_anew_for_training_and_once_for_the_rest():
     assert torch.equal(again, epochs[0])
     # 200 draws of a pixel have a standard error of at most 0.036; over 83,008 pixels none strays beyond six of them.
     assert (epochs.mean(0) - grey.train).abs().max() < 6 * 0.036
+
+
+COUNTS = """
+import numpy as np
+
+
+def counts(folder, splits):
+    values = np.random.RandomState(0).poisson(3.0, (8, 2, 3)).astype(float)
+    return {split: (values, None) for split in splits}
+
+
+def grey(folder, splits):
+    return {split: (np.random.RandomState(0).rand(8, 2, 3), None) for split in splits}
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of the user's own in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_data.py").write_text(COUNTS)
+    yield
+    sys.modules.pop("own_data", None)
+
+
+def test_data_of_ones_own_are_left_as_they_are(own):
+    counts = load("own_data:counts", binarize="auto")
+    assert counts.binarize is None and counts.train.max() > 1
+    assert torch.equal(counts.train, load("own_data:counts").train)
+    assert load("own_data:grey", binarize="auto").train.unique().numel() > 2
+    assert set(load("own_data:grey", binarize="static").train.unique().tolist()) == {0.0, 1.0}
+    assert load("digits", binarize="auto").binarize == "static"
+    assert Train().binarize == "auto"
+
+
+@pytest.mark.parametrize("binarize", ["static", "dynamic"])
+def test_counts_are_not_made_into_bits(own, binarize):
+    with pytest.raises(BadInput, match=rf"own_data:counts has values from 0 to \d+: binarize={binarize}") as error:
+        load("own_data:counts", binarize=binarize)
+    assert "\n" not in str(error.value)
 
 
 def test_splits_restrict_what_is_read():
