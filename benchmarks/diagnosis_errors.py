@@ -102,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--num_samples", type=int, default=2000)
+    parser.add_argument("--num_simulations", type=int, default=100)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     config = parser.parse_args()
     print(f"{config.seeds} seeds, {config.num_samples} draws; a verdict's count is of the runs")
@@ -114,7 +115,14 @@ def main() -> None:
             runs = 0
             for seed in range(config.seeds):
                 report = diagnose(
-                    model, guide, data, num_samples=config.num_samples, seed=seed, refine_steps=0, progress=False
+                    model,
+                    guide,
+                    data,
+                    num_samples=config.num_samples,
+                    num_simulations=config.num_simulations,
+                    seed=seed,
+                    refine_steps=0,
+                    progress=False,
                 )
                 alarms.update(report.alarms)
                 silent.update(report.cannot_say)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from ...errors import BadInput
 from ..engine.progress import Stages
@@ -172,6 +173,11 @@ def _examined(
     if 0 < calibration_refits < 20:
         raise BadInput(f"calibration_refits is {calibration_refits}: expected 0, or at least 20 data sets to rank in")
     guides = list(guide) if isinstance(guide, (list, tuple)) else [guide]
+    if calibration_refits and refit is None and not isinstance(guides[0], torch.nn.Module):
+        raise BadInput(
+            "calibration_refits fits guides that are modules with parameters: for any other give refit=, a function of "
+            "the simulated data, called as the guide is, that returns a fitted guide"
+        )
     with private_seed(None, model, *guides):
         pairs = [exact_pair(model, one) for one in guides]
     model, guides = pairs[0][0], [pair[1] for pair in pairs]

@@ -28,7 +28,8 @@ def gap(units: Units, collection: Collection, weak: tuple[str, str] | None) -> V
     """Log-evidence minus ELBO. Weights of few effective draws understate it, so that an alarm holds all the same."""
     weight = units.log_weight
     evidence, error = log_evidence(weight)
-    lacking = evidence - weight.mean(1)
+    # Noise in a log-weight lowers its mean by half of its variance, and not the mean weight.
+    lacking = evidence - weight.mean(1) - units.noise / 2
     noise = np.sqrt(weight.var(1, ddof=1) / weight.shape[1] + error**2)
     mean, spread = float(lacking.mean()), float(np.sqrt((noise**2).sum()) / len(lacking))
     limit = GAP * _dimensions(units, collection)

@@ -12,7 +12,7 @@ ESS = 0.1  # effective sample size, as a share of the draws
 LEAST_TAIL = 25  # weights that the tail of k̂ needs: 125 draws
 ENOUGH = 50.0  # effective draws from which moments of weighted draws, and the evidence, can be had
 BARELY = 10.0  # effective draws from which such a moment may tell that the guide is wrong, not that it is right
-INNER_NOISE = 0.1  # variance of the log-evidence given a draw of the global latents, in nats²
+INNER_NOISE = 0.25  # variance of the log-evidence given a draw of the global latents, in nats²
 
 # --- gaps, moments, collapse
 GAP = 0.05  # nats for each latent dimension

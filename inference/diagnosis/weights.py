@@ -40,9 +40,11 @@ def tails(units: Units) -> Verdict:
     short = tail_size(units.draws) < LEAST_TAIL
     flat = bool((known == 0).all()) and not unknown
     error = khat_error(units.draws, limit)
-    text += f"k̂ is above {limit:.2f} in {high} of {len(units)} (at most {worst:.2f} ± {error:.2f}"
-    text += f", and {unknown} have weights without a tail to fit); " if unknown else "); "
-    text += f"{many} may be ({_PAPER})"
+    if len(known):
+        text += f"k̂ is above {limit:.2f} in {high} of {len(units)} (at most {worst:.2f} ± {error:.2f}); {many} may be"
+    if unknown:
+        text += f"{', and ' if len(known) else ''}{unknown} of {len(units)} have weights without a tail to fit"
+    text += f" ({_PAPER})"
     if flat or not short:
         sure = _surely_above(known, units.draws, limit, many)
         if sure:
