@@ -23,7 +23,7 @@ VERBS = {
     "evaluate": Verb("evaluate", "judge a run of `gumbo train` on a split of its data"),
     "inspect": Verb("inspect_posterior", "the posterior of a run for ArviZ, in pictures and verdicts"),
     "audit": Verb("audit", "hold gradient estimators against the exact gradient, on any model and guide"),
-    "system": Verb("systems", "one of the small demonstrations: a picture and its numbers"),
+    "system": Verb("system", "one of the small demonstrations: a picture and its numbers"),
     "reproduce": Verb("reproduce", "train the cells of a published table and set them beside the published numbers"),
     "list": Verb("listing", "show models, guides, estimators, and which combinations are valid"),
 }

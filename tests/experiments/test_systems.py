@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from gumbo.experiments import systems
-from gumbo.experiments.systems import SYSTEMS, System, system
+from gumbo.experiments.system import main, system
+from gumbo.experiments.systems import systems
+from gumbo.experiments.systems.semi_supervised import choose_labelled
 
 
 def numbers(found):
@@ -66,10 +67,11 @@ SHOWN = {
 }
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", systems)
 def test_system(name, tmp_path):
     folder = tmp_path / "run"
-    found = system(System(name, quick=True, epochs=1 if name in ("manifold", "warm-up") else None, folder=str(folder)))
+    options = {"epochs": 1} if name in ("manifold", "warm-up") else {}
+    found = system(systems[name](quick=True, folder=str(folder), **options))
     assert json.loads((folder / "results.json").read_text()) == found
     assert all(np.isfinite(value) for value in numbers(found) if isinstance(value, float))
     (picture,) = (folder / "plots").glob("*.png")
@@ -79,10 +81,10 @@ def test_system(name, tmp_path):
 
 def test_labelled_images_are_balanced():
     y = torch.arange(10).repeat(20)
-    chosen, others = systems.choose_labelled(y, 50, seed=0)
+    chosen, others = choose_labelled(y, 50, seed=0)
     assert y[chosen].bincount().tolist() == [5] * 10
     assert torch.cat([chosen, others]).sort().values.equal(torch.arange(200))
-    assert not systems.choose_labelled(y, 50, seed=1)[0].equal(chosen)
+    assert not choose_labelled(y, 50, seed=1)[0].equal(chosen)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_labelled_images_are_balanced():
 )
 def test_semi_supervised_refuses(options, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        systems.main(["semi-supervised", "--folder", str(tmp_path / "run"), *options])
+        main(["semi-supervised", "--folder", str(tmp_path / "run"), *options])
     assert caught.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower() or said in line]
     assert said in line
@@ -103,6 +105,45 @@ def test_semi_supervised_refuses(options, said, tmp_path, capsys):
 
 def test_mistakes_are_one_line(capsys):
     with pytest.raises(SystemExit) as caught:
-        systems.main(["warmup"])
+        main(["warmup"])
     assert caught.value.code == 2
     assert "did you mean 'warm-up'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--data", "mnist"], ["--labels", "5"], ["--seeds", "2"]])
+def test_an_option_that_a_system_does_not_have_is_refused(option, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["covariance", *option])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1 and option[0].lstrip("-") in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_system_is_one_class(tmp_path, capsys, monkeypatch):
+    from dataclasses import dataclass
+
+    from gumbo.experiments.systems import System
+
+    monkeypatch.setattr(systems, "_items", dict(systems._items))
+
+    @systems.register("toy")
+    @dataclass
+    class Toy(System):
+        """A toy.
+
+        Args:
+            size: how large it is.
+        """
+
+        size: int = 1
+
+        def measure(self, run):
+            return {"size": float(self.size)}
+
+    main(["--help"])
+    assert "toy" in capsys.readouterr().out and "A toy." in (Toy.__doc__ or "")
+    main(["toy", "--size", "3", "--folder", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"size": 3.0}
+    main(["toy", "--config", str(tmp_path / "run" / "config.yaml"), "--folder", str(tmp_path / "again")])
+    assert json.loads((tmp_path / "again" / "results.json").read_text()) == {"size": 3.0}

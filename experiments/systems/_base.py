@@ -1,0 +1,64 @@
+"""What the systems share: their registry, common settings, and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gumbo.experiments._runs import RunFolder
+from gumbo.registry import Registry
+
+systems: Registry[type[System]] = Registry("system")
+
+
+@dataclass
+class System:
+    """Run one of the systems, a small experiment with a picture and its numbers; each has options of its own.
+
+    Args:
+        quick: a small run, for a first look and for tests.
+        seed: initial weights, batches and noise.
+        folder: the run folder; by default ./runs/<system>-<time>.
+        trust: import what the config.yaml of a run, given as `--config`, names by import path.
+    """
+
+    quick: bool = False
+    seed: int = 0
+    folder: str | None = None
+    trust: bool = False
+
+    def measure(self, run: RunFolder) -> dict[str, Any]:
+        """The numbers by name; the picture goes to ``run.plots``."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """The word that it is registered under."""
+        return next(name for name, known in systems.items() if known is type(self))
+
+
+def images(name: str):
+    """Binarized images to learn from; MNIST's training images are seldom at hand, and its test images do."""
+    from gumbo.experiments.data import load
+
+    if name == "mnist":
+        return load("mnist", binarize="static", splits=["test"]).test
+    return load(name, binarize="static").train
+
+
+def clear_store() -> None:
+    import pyro
+
+    pyro.clear_param_store()
+
+
+def diabetes():
+    """scikit-learn's 442 patients: ten measurements, and the disease's progress a year later; standardised."""
+    import torch
+    from sklearn.datasets import load_diabetes
+
+    x, y = load_diabetes(return_X_y=True)
+    x, y = torch.as_tensor(x), torch.as_tensor(y).unsqueeze(-1)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(20130))
+    x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
+    return (x[order[:342]], y[order[:342]]), (x[order[342:]], y[order[342:]])
