@@ -61,10 +61,11 @@ def inspect(config: Inspect) -> dict[str, Any]:
         seed=config.seed,
         **inputs,
     )
+    draws = max(config.num_samples, 500)
     report = diagnose(
         model,
         guide,
-        num_samples=max(config.num_samples, 500),
+        num_samples=draws,
         num_simulations=config.num_simulations,
         refine_steps=config.refine_steps,
         seed=config.seed,
@@ -87,7 +88,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
     labels = data.labels.get(config.split)
     labels = None if labels is None else labels[: config.num_data].numpy()
     groups = {name: _arviz.dataset_of(idata, name) for name in _arviz.groups_of(idata)}
-    pictures = everything(run.plots, groups, report, labels)
+    pictures = everything(run.plots, groups, report, labels, draws)
     print(report)
     print(f"gumbo inspect: posterior.nc, diagnosis.txt and {len(pictures)} pictures in {run.path}", file=sys.stderr)
     return found | {"pictures": [str(path) for path in pictures]}

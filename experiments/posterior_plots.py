@@ -86,6 +86,7 @@ def traces(path: Path, posterior: Any) -> Path:
                 left.bar((0, 1), ((draws == 0).mean(), (draws == 1).mean()), 0.6, color=f"C{chain}", alpha=0.6)
                 left.set_xticks((0, 1))
                 right.plot(draws, "|", markersize=6, color=f"C{chain}")
+                right.set_yticks((0, 1))
             else:
                 left.hist(draws, bins=30, histtype="step", density=True, color=f"C{chain}")
                 right.plot(draws, ".", markersize=2, color=f"C{chain}")
@@ -170,19 +171,17 @@ def bins(values: np.ndarray, size: int, most: int = 30) -> np.ndarray:
     return (low - 0.5 + width * np.arange(math.ceil((high - low + 1) / width) + 1)) / size
 
 
-def pareto(path: Path, stats: Any) -> Path:
-    """k̂ of each datum, or of the whole, with the thresholds 0.5 and 0.7."""
+def pareto(path: Path, stats: Any, limit: float, verdict: str) -> Path:
+    """k̂ of each datum, or of the whole, with the limit that the verdict holds them against."""
     values = np.asarray(stats["khat"]).reshape(-1)
     made, axis = figure(figsize=(6.4, 3.6))
     finite = np.isfinite(values)
     axis.plot(np.flatnonzero(finite), values[finite], "+", color="tab:blue")
-    for level, style in ((0.5, ":"), (0.7, "--")):
-        axis.axhline(level, color="tab:red", linestyle=style, linewidth=1.0)
-    high, missing = int((values > 0.7).sum()), int((~finite).sum())
+    axis.axhline(limit, color="tab:red", linestyle="--", linewidth=1.0)
+    high, missing = int((values > limit).sum()), int((~finite).sum())
     unknown = f", {missing} without a fit" if missing else ""
-    axis.set(
-        title=f"k̂: {high} of {len(values)} above 0.7{unknown}", xlabel="datum", ylabel="k̂ of the importance weights"
-    )
+    axis.set(title=f"k̂: {high} of {len(values)} above {limit:.2f}{unknown}; verdict: {verdict}")
+    axis.set(xlabel="datum", ylabel="k̂ of the importance weights")
     return save(made, path)
 
 
@@ -230,14 +229,20 @@ def latent_space(path: Path, posterior: Any, names: Sequence[str], labels: np.nd
     return save(made, path)
 
 
-def everything(folder: Path, groups: Mapping[str, Any], report: Any, labels: np.ndarray | None) -> list[Path]:
-    """All pictures that the groups allow."""
+def everything(
+    folder: Path, groups: Mapping[str, Any], report: Any, labels: np.ndarray | None, num_samples: int
+) -> list[Path]:
+    """All pictures that the groups allow; ``num_samples`` are the draws behind the report."""
+    from gumbo.inference.posterior.importance import khat_limit
+
     posterior = groups["posterior"]
     made = [
         forest(folder / "forest.png", posterior),
         traces(folder / "trace.png", posterior),
         pairs(folder / "pair.png", posterior),
-        pareto(folder / "khat.png", report.vi_stats),  # of the draws that the verdicts are about
+        pareto(
+            folder / "khat.png", report.vi_stats, khat_limit(num_samples), report["khat"].verdict
+        ),  # of the draws that the verdicts are about
     ]
     if "observed_data" in groups and "posterior_predictive" in groups:
         made.append(

@@ -121,7 +121,7 @@ def test_pictures_of_zeros_and_ones(monkeypatch):
 
 def test_the_picture_of_khat_is_of_the_draws_of_the_verdict(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(posterior_plots, "pareto", lambda path, stats: drawn.append(stats) or path)
+    monkeypatch.setattr(posterior_plots, "pareto", lambda path, stats, *said: drawn.append(stats) or path)
     run = trained(tmp_path / "run", RUNS["normal"])
     reports = []
     diagnose = __import__("gumbo.inference", fromlist=["diagnose"]).diagnose
