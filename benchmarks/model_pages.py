@@ -26,10 +26,10 @@ import torch
 from _timing import machine
 
 from gumbo.experiments import cli
-from gumbo.experiments.audit import markdown_table
 from gumbo.experiments.listing import DATA_SHAPE, combinations
 from gumbo.inference.estimators import estimators
 from gumbo.models import GenerativeModel, models
+from gumbo.tables import markdown as markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "models"
@@ -311,11 +311,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     (DOCS / "figures").mkdir(parents=True, exist_ok=True)
-    grid = combinations()
     for name in given.models:
         example = kept_example(name) if given.keep_examples else None
-        rows = [row for row in grid if row["model"] == name]
-        (DOCS / f"{name}.md").write_text(page(name, rows, example or run_example(name)))
+        (DOCS / f"{name}.md").write_text(page(name, combinations([name]), example or run_example(name)))
         print(name, flush=True)
     (DOCS / "README.md").write_text(index())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,12 @@ def _estimator(make: Any) -> dict[str, Any]:
     }
 
 
-def combinations() -> list[dict[str, Any]]:
-    """Each model variant with each guide and each word: ``reason`` is empty where the combination is valid."""
+def combinations(names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """Each variant of these models, by default of all, with each guide and word: ``reason`` is empty where it is valid.
+
+    Args:
+        names: models by their registered names.
+    """
     import torch
 
     from gumbo.guides import guides
@@ -86,7 +90,8 @@ def combinations() -> list[dict[str, Any]]:
     words = [*stock_elbos, *estimators]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for model_name, cls in models.items():
+        for model_name in models if names is None else names:
+            cls = models[model_name]
             for variant in cls.variants:
                 model = cls(DATA_SHAPE, **variant)
                 form = {"model": model_name, "variant": dict(variant)}
