@@ -22,6 +22,7 @@ from programs import F64, Params, X
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.distributions import transforms as T
+from pyro.distributions.testing.rejection_gamma import RejectionStandardGamma
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoLowRankMultivariateNormal,
@@ -233,9 +234,9 @@ class SubsampledPlateUnderAGlobal(Pair):
 
 @enter(EXACT, "score", "enumerate")
 class CrossedPlates(Pair):
-    """Rows, columns and cells, each with coins; sites are met in another order in the guide."""
+    """Rows and columns with coins, read by every cell; the guide meets them in another order."""
 
-    fields = {"r": [[0.4], [-0.2]], "c": [0.1, 0.5], "a": [[0.1, 0.0], [-0.3, 0.2]]}
+    fields = {"r": [[0.4], [-0.2]], "c": [0.1, 0.5], "a": 0.6}
 
     def model(self):
         rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 2, dim=-1)
@@ -244,17 +245,14 @@ class CrossedPlates(Pair):
         with columns:
             c = pyro.sample("c", dist.Bernoulli(logits=t(-0.1)))
         with rows, columns:
-            z = pyro.sample("z", dist.Bernoulli(logits=r - c))
-            pyro.sample("x", dist.Normal(z + r * c, 1.0), obs=torch.stack([X, -X]))
+            pyro.sample("x", dist.Normal(r - c + self.a * r * c, 1.0), obs=torch.stack([X, -X]))
 
     def guide(self):
         rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 2, dim=-1)
         with columns:
             pyro.sample("c", dist.Bernoulli(logits=self.c))
         with rows:
-            r = pyro.sample("r", dist.Bernoulli(logits=self.r))
-        with rows, columns:
-            pyro.sample("z", dist.Bernoulli(logits=self.a + r))
+            pyro.sample("r", dist.Bernoulli(logits=self.r))
 
 
 @enter(EXACT, "score", "enumerate", "rloo")
@@ -1102,6 +1100,98 @@ class PairedCoinsOfOneEvent(Listed, CoinsOfOneEvent):
 )
 class PairsInsideAPlate(Listed, GlobalAfterAPlate):
     pass
+
+
+@enter(CLOSED, "pathwise", "rloo")
+class SamplerByRejection(Pair):
+    """A sampler of which only a part is reparameterized: the rest of its gradient is a score."""
+
+    fields = {"a": 0.4}
+    calls, resolves = 60, 0.08
+
+    def model(self):
+        z = pyro.sample("z", dist.Gamma(t(2.0), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=t(1.5))
+
+    def guide(self):
+        pyro.sample("z", RejectionStandardGamma(1 + (self.a - 1).exp()))
+
+    def truth(self):
+        grid = torch.linspace(1e-6, 40.0, 200_001, dtype=F64)
+        q, p = dist.Gamma(1 + (self.a - 1).exp(), t(1.0)), dist.Gamma(t(2.0), 1.0)
+        cost = q.log_prob(grid) - p.log_prob(grid) - dist.Normal(grid, 1.0).log_prob(t(1.5))
+        return torch.trapezoid(q.log_prob(grid).exp() * cost, grid)
+
+
+ROWS = 400
+
+
+def mean_of_rows(body):
+    """Independent copies of a program in a plate, with the mean for the sum: many masks in one call."""
+
+    def program(self):
+        with poutine.scale(scale=1 / ROWS), pyro.plate("rows", ROWS):
+            body(self)
+
+    return program
+
+
+@enter(CLOSED, "score", "rloo", "disarm", "arm", "local-expectation", "measure-valued")
+class NoiseOutsideOfSample(Pair):
+    """Dropout in front of a coin: each draw has a mask, and a run that is repeated must repeat it."""
+
+    fields = {"a": 0.4, "w": 0.8}
+    particles, calls, resolves = 2, 60, 0.08
+
+    @mean_of_rows
+    def model(self):
+        z = pyro.sample("z", dist.Bernoulli(logits=t(0.2)))
+        pyro.sample("x", dist.Normal(self.w * z, 1.0), obs=X[0])
+
+    @mean_of_rows
+    def guide(self):
+        kept = nn.functional.dropout(torch.ones(ROWS, dtype=F64), 0.5)
+        pyro.sample("z", dist.Bernoulli(logits=self.a * kept - 0.3))
+
+    def truth(self):
+        total = 0.0
+        for kept in (0.0, 2.0):
+            q = dist.Bernoulli(logits=self.a * kept - 0.3)
+            for z in (t(0.0), t(1.0)):
+                cost = q.log_prob(z) - dist.Bernoulli(logits=t(0.2)).log_prob(z)
+                total = total + 0.5 * q.log_prob(z).exp() * (cost - dist.Normal(self.w * z, 1.0).log_prob(X[0]))
+        return total
+
+
+@enter(CLOSED, {"z": "score", "g": "pathwise"}, {"z": "disarm", "g": "pathwise"}, {"z": "measure-valued", "g": "stl"})
+class NoiseUpstreamOfANormal(Pair):
+    """The mask reaches a coin and, below it, a Normal site."""
+
+    fields = {"a": 0.4, "m": 0.3}
+    particles, calls, resolves = 2, 60, 0.12
+
+    @mean_of_rows
+    def model(self):
+        z = pyro.sample("z", dist.Bernoulli(logits=t(0.2)))
+        g = pyro.sample("g", dist.Normal(z, 1.0))
+        pyro.sample("x", dist.Normal(g, 1.0), obs=X[0])
+
+    @mean_of_rows
+    def guide(self):
+        kept = nn.functional.dropout(torch.ones(ROWS, dtype=F64), 0.5)
+        z = pyro.sample("z", dist.Bernoulli(logits=self.a * kept - 0.3))
+        pyro.sample("g", dist.Normal(self.m * kept + z, 0.5))
+
+    def truth(self):
+        total = 0.0
+        for kept in (0.0, 2.0):
+            q = dist.Bernoulli(logits=self.a * kept - 0.3)
+            for z in (t(0.0), t(1.0)):
+                mean = self.m * kept + z
+                coin = q.log_prob(z) - dist.Bernoulli(logits=t(0.2)).log_prob(z)
+                cost = coin + normal_kl(mean, 0.5, z, 1.0) - mean_log_normal(X[0], mean, 0.5)
+                total = total + 0.5 * q.log_prob(z).exp() * cost
+        return total
 
 
 # ---- one meaning, two programs
