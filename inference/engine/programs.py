@@ -114,17 +114,19 @@ class _Recorder(Messenger):
 class _SharedSubsamples(Messenger):
     """Lets all particles see the same rows of a subsampled plate."""
 
-    def __init__(self, subsamples: dict[str, Tensor], aside: Aside):
+    def __init__(self, subsamples: dict[str, Tensor], sizes: dict[str, int], aside: Aside):
         super().__init__()
-        self.subsamples, self.aside = subsamples, aside
+        self.subsamples, self.sizes, self.aside = subsamples, sizes, aside
 
     def _pyro_sample(self, msg) -> None:
         if not site_is_subsample(msg) or msg["done"] or msg["value"] is not None:
             return
         if msg["name"] in self.subsamples:
             rows, plate = self.subsamples[msg["name"]], msg["fn"]
+            # Without a subsample_size a plate of the same size takes the rows that the other program chose, as in Pyro.
+            same = plate.subsample_size is None and plate.size == self.sizes.get(msg["name"])
             expected = plate.size if plate.subsample_size is None else plate.subsample_size
-            if expected is not None and expected >= 0 and len(rows) != expected:
+            if expected is not None and expected >= 0 and len(rows) != expected and not same:
                 raise BadInput(
                     f"plate {msg['name']!r} has {len(rows)} rows where it is first met and {expected} later; give model"
                     " and guide plates of one size"
@@ -138,6 +140,7 @@ class _SharedSubsamples(Messenger):
     def _pyro_post_sample(self, msg) -> None:
         if site_is_subsample(msg) and msg["name"] != PARTICLES:
             self.subsamples.setdefault(msg["name"], msg["value"])
+            self.sizes.setdefault(msg["name"], msg["fn"].size)
 
 
 class _Draws(Messenger):
@@ -332,14 +335,17 @@ class Program:
         noise = noise or self._noise()
         aside = noise.aside if noise else nullcontext
         draws = _Draws(self, fixed or {}, choices, fork, stand_in, aside)
+        sizes: dict[str, int] = {}
         with noise.entered() if noise else nullcontext():
             with around_guide or nullcontext():
-                guide = self._record(self.guide, args, kwargs, draws, _SharedSubsamples(subsamples, aside))
+                guide = self._record(self.guide, args, kwargs, draws, _SharedSubsamples(subsamples, sizes, aside))
                 self._check_nesting(guide)
                 guide_sites = self._sites(guide, draws) if self.max_plate_nesting is not None else []
             model = _Recorder()
             if with_model:
-                model = self._record(self.model, args, kwargs, _Replay(draws), _SharedSubsamples(subsamples, aside))
+                model = self._record(
+                    self.model, args, kwargs, _Replay(draws), _SharedSubsamples(subsamples, sizes, aside)
+                )
             self._check_nesting(model)
             if self.max_plate_nesting is None:
                 self.max_plate_nesting = max(_nesting(guide), _nesting(model))

@@ -747,6 +747,22 @@ class RandomSubsample(Pair):
 
 
 @enter(STOCK)
+class SubsampleOfTheGuideAlone(Pair):
+    """The model's plate says its full size only, and takes the rows that the guide drew (Pyro's AIR)."""
+
+    fields = {"m": [0.3, -0.2, 0.1, 0.5, 0.0, 0.4]}
+
+    def model(self):
+        with pyro.plate("data", 6) as rows:
+            z = pyro.sample("z", dist.Normal(t(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.arange(6.0, dtype=F64)[rows])
+
+    def guide(self):
+        with pyro.plate("data", 6, subsample_size=2) as rows:
+            pyro.sample("z", dist.Normal(self.m[rows], 1.0))
+
+
+@enter(STOCK)
 class SubsampleStatement(Pair):
     fields = {"m": 0.2}
 
@@ -1422,3 +1438,19 @@ class GlobalUnderASubsampledLoop(Pair):
         pyro.sample("g", dist.Normal(self.m, 1.0))
         for _ in pyro.plate("rows", 4, subsample_size=2):
             pass
+
+
+@enter(REFUSED, "pathwise", says="'data' has 2 rows.*6 later")
+class PlatesOfTwoSizes(Pair):
+    """A guide over the batch alone, and a model that scales the batch to all data."""
+
+    fields = {"m": 0.3}
+
+    def model(self):
+        with pyro.plate("data", 6):
+            z = pyro.sample("z", dist.Normal(t(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=X)
+
+    def guide(self):
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Normal(self.m, 1.0))
