@@ -10,10 +10,15 @@ from .target import Target
 
 # Images that are tried, how many of them are kept, and how many nats less likely they may be.
 _TRIED, _KEPT, _NATS = 64, 8, 8.0
+# Nats that the posterior falls by between two modes.
+_VALLEY = 3.0
 
 
 def images_of(target: Target, drawn: torch.Tensor) -> tuple[list[str], list[torch.Tensor]]:
-    """Reflections and exchanges of the guide's draws that are about as likely as these, in some unit."""
+    """Reflections and exchanges of the guide's draws that are about as likely as these, in some unit.
+
+    The names are of those that a valley of the posterior parts from the draws.
+    """
     some = drawn[:50]
     here = sum(target(some)).mean(0)
     kept: list[tuple[float, str, torch.Tensor]] = []
@@ -24,13 +29,16 @@ def images_of(target: Target, drawn: torch.Tensor) -> tuple[list[str], list[torc
             break
         if not bool(image.isfinite().all()):
             continue
-        less = float((here - sum(target(image[:50])).mean(0)).min())
+        there = sum(target(image[:50])).mean(0)
+        less = float((here - there).min())
         # What lies among the guide's own draws is no other place.
         apart = (image.mean(0) - drawn.mean(0)).abs() / drawn.std(0).clamp(min=1e-12)
         if less < _NATS and float(apart.max()) > 1.0:
-            kept.append((less, name, image))
+            between = sum(target((some + image[:50]) / 2)).mean(0)
+            parted = bool((between < torch.minimum(here, there) - _VALLEY).any())
+            kept.append((less, name if parted else "", image))
     kept.sort(key=lambda one: one[0])
-    return [name for _, name, _ in kept[:_KEPT]], [image for _, _, image in kept[:_KEPT]]
+    return [name for _, name, _ in kept[:_KEPT] if name], [image for _, _, image in kept[:_KEPT]]
 
 
 def _symmetries(target: Target, drawn: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

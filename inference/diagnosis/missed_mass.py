@@ -162,11 +162,15 @@ def _judged(found: _Found, plan: _Plan, target: Target, refit: str) -> Verdict:
     )
     numbers = float(found.missed.max()), limit
     if found.alarm(limit):
-        at = f" (there is some where {found.images[0]})" if found.images else ""
         advice = (
-            f"the posterior has mass where the guide has none{at}: break the symmetry in the model, use a guide with "
-            "several modes, or say that this is one of them"
+            "where khat or width fires too, the guide is too narrow: widen it; else the posterior has other modes: "
+            f"{refit}, and a guide with several modes covers them"
         )
+        if found.images:
+            advice = (
+                f"there is another mode where {found.images[0]}: break the symmetry in the model, use a guide with "
+                "several modes, or say that this is one of them"
+            )
         return Verdict("missed-mass", ALARM, text, *numbers, advice)
     if found.blind(limit):
         text = (
