@@ -27,8 +27,12 @@ class List:
     reasons: bool = False
 
 
-def catalogue() -> dict[str, Any]:
-    """Models, guides, estimators and stock ELBOs with what they declare, and the grid of combinations."""
+def catalogue(names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Models, guides, estimators and stock ELBOs with what they declare, and the grid of combinations.
+
+    Args:
+        names: the models of the grid by their registered names, by default all.
+    """
     from gumbo.guides import guides
     from gumbo.inference import stock_elbos
     from gumbo.inference.estimators import estimators
@@ -42,7 +46,7 @@ def catalogue() -> dict[str, Any]:
         },
         "estimators": {name: _estimator(make) for name, make in estimators.items()},
         "stock": {name: {"class": cls.__name__, "summary": _summary(cls)} for name, cls in stock_elbos.items()},
-        "combinations": combinations(),
+        "combinations": combinations(names),
     }
 
 

@@ -207,7 +207,7 @@ def weighed(total: Tensor, chosen: list[tuple[str, Tensor]]) -> Tensor:
     if not chosen:
         return total
     weight = math.prod(q for _, q in chosen)
-    return torch.where(weight > 0, weight * total, torch.zeros_like(total))
+    return weight * torch.where(weight > 0, total, torch.zeros_like(total))
 
 
 def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tensor:

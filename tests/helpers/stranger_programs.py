@@ -540,6 +540,11 @@ class ImpossibleValues(Pair):
         pyro.sample("z", dist.Categorical(logits=torch.cat([self.a, t([-math.inf])])))
 
 
+@enter(EXACT, "enumerate", vectorize_particles=False)
+class ImpossiblePaths(ImpossibleValues):
+    """The same, one path after the other: a path that cannot be leaves no NaN in the gradients of the others."""
+
+
 # ---- reparameterized programs: the numbers of Trace_ELBO, seed by seed
 
 
