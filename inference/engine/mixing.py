@@ -35,6 +35,8 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
     if not plates:
         return frozenset()
 
+    program.skips_unscored = True  # a flow may be unable to score a value that it did not draw
+
     def again(draws: Mapping[str, Tensor]) -> Run:
         fixed = {name: Draw(value.detach().clone()) for name, value in draws.items()}
         return program.run(args, kwargs, fixed=fixed, subsamples=dict(first.subsamples), noise=first.noise)
