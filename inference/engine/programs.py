@@ -133,7 +133,8 @@ class _SharedSubsamples(Messenger):
                 )
             msg["value"] = rows
         else:
-            with self.aside():
+            whole = msg["fn"].subsample_size in (None, msg["fn"].size)  # nothing is drawn
+            with nullcontext() if whole else self.aside():
                 msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
         msg["done"] = True
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -122,11 +122,15 @@ class OwnNoise:
         self._unrepeatable: str | None = None
 
     def entered(self) -> AbstractContextManager[None]:
-        """The programs' bodies run within; a second entry repeats the noise of the first."""
+        """The programs' bodies run within; a second entry repeats the noise of the first, if there was any."""
+        if self._end is not None and not self.drew:
+            return nullcontext()
         return self._seeded() if self.tape is None else self._taped()
 
     def aside(self) -> AbstractContextManager[None]:
         """A sample statement draws within, from the caller's generators."""
+        if self._end is not None and not self.drew:
+            return nullcontext()
         return self._outside_seed() if self.tape is None else self.tape.within(None)
 
     @contextmanager
@@ -136,7 +140,7 @@ class OwnNoise:
         if self._seed is None:
             self._seed = _coming_seed(self._outside[0])
         generators.seed(self._seed)
-        start = generators.states()
+        start = [] if self._end else generators.states()
         try:
             yield
             end = generators.states()
