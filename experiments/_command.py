@@ -18,6 +18,7 @@ from gumbo.console import forgiving
 from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName, UnsupportedSite
 from gumbo.experiments._names import marked, unmarked
 from gumbo.experiments._runs import read_settings
+from gumbo.launcher import launched, rank
 from gumbo.options import check_numbers
 
 Config = TypeVar("Config")
@@ -33,15 +34,9 @@ def fail(prog: str, message: object, status: int = USAGE) -> NoReturn:
     raise SystemExit(status)
 
 
-def launched() -> int:
-    """How many processes a launcher (torchrun, accelerate) started, this one among them."""
-    number = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
-    return int(number) if number.isdigit() else 1
-
-
 def speaks(error: object = None) -> bool:
     """Whether this process is the one that says (this error): of several the main one, unless another failed alone."""
-    return launched() == 1 or int(os.environ["RANK"]) == getattr(error, "process", 0)
+    return launched() == 1 or rank() == getattr(error, "process", 0)
 
 
 def run_command(

@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gumbo.errors import BadInput, GumboError
+from gumbo.errors import BadInput
+from gumbo.files import append_line, write_whole
 
 LARGEST = 1 << 20  # bytes of a file of settings
 
@@ -121,27 +122,11 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Replaced as a whole, so that a reader never sees half of it, and a full disk leaves what was there."""
-        partial = self.path / f".{name}.{os.getpid()}.partial"  # two commands may look at one run
-        try:
-            partial.write_text(text)
-            os.replace(partial, self.path / name)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise GumboError(f"cannot write {self.path / name}: {error.strerror}") from error
+        write_whole(self.path / name, lambda file: file.write(text.encode()), shared=True)  # two may look at one run
 
     def append_metrics(self, numbers: Mapping[str, Any]) -> None:
         """One line, in one write, so that lines of several processes do not mix."""
-        line = (json.dumps(numbers) + "\n").encode()
-        try:
-            handle = os.open(self.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                written = os.write(handle, line)
-            finally:
-                os.close(handle)
-        except OSError as error:
-            raise GumboError(f"cannot write {self.metrics}: {error.strerror}") from error
-        if written < len(line):
-            raise GumboError(f"cannot write {self.metrics}: no space left")
+        append_line(self.metrics, json.dumps(numbers))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():

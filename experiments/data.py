@@ -34,6 +34,7 @@ from torch import Tensor
 
 from gumbo.errors import BadInput, UnknownName
 from gumbo.experiments._names import is_librarys, named, takes
+from gumbo.files import write_whole
 from gumbo.registry import Registry, describe
 
 SPLITS = ("train", "valid", "test")
@@ -438,10 +439,7 @@ def _convert_binarized_mnist(path: Path) -> None:
 
 def _save(path: Path, **arrays: np.ndarray) -> None:
     """Write an ``.npz`` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
-    np.savez_compressed(partial, **arrays)
-    partial.replace(path)
+    write_whole(path, lambda file: np.savez_compressed(file, **arrays), shared=True)
 
 
 # Known to be images with grey levels in [0, 1]; whatever is registered or imported later may be anything.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from gumbo.errors import BadInput
 from gumbo.experiments._command import run_command
 from gumbo.experiments._runs import environment
+from gumbo.files import write_whole
 
 QUICK_ROWS, QUICK_STEPS = 400, 8
 
@@ -66,10 +66,8 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
             # The caller writes: a worker that dies leaves no half of a file.
             found |= {"table": table.name, "command": command_of(config, cell, seed), "env": environment()}
             path = path_of(results, table.name, cell, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(found, indent=1) + "\n")
-            os.replace(partial, path)
+            text = json.dumps(found, indent=1) + "\n"
+            write_whole(path, lambda file, text=text: file.write(text.encode()))
             print(f"gumbo reproduce: {cell.name} seed {seed}: {found['value']:.2f}", file=sys.stderr)
     found = [
         json.loads(path_of(results, table.name, *t).read_text())

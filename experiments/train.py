@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName
-from gumbo.experiments._command import launched, run_command, speaks
+from gumbo.experiments._command import run_command, speaks
 from gumbo.experiments._names import current_folder_importable, marked, named, refuse_untrusted
 from gumbo.experiments._runs import RunFolder, read_settings
+from gumbo.launcher import launched
 
 if TYPE_CHECKING:
     from gumbo.inference.posterior.evaluation import Evaluation

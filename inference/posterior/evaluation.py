@@ -406,9 +406,9 @@ def _drawn(
     if processes is None:
         pieces = pieces_of(range(count))
     else:
-        mine = range(processes.index, count, processes.number)
+        mine = range(processes.rank, count, processes.world_size)
         shares = processes.gather(processes.together(lambda: pieces_of(mine)))
-        pieces = [shares[number % processes.number][number // processes.number] for number in range(count)]
+        pieces = [shares[number % processes.world_size][number // processes.world_size] for number in range(count)]
     parts = {part: torch.cat([piece[part] for piece in pieces], 1) for part in pieces[0]}
     if "integrated" in parts and parts["integrated"].isnan().any():
         # The guide draws global latents given local ones: only all of them together have a weight.

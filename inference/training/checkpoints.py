@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
@@ -10,14 +9,14 @@ import pickle
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from ..._version import __version__
-from ...errors import BadInput, GumboError, GumboWarning
+from ...errors import BadInput, GumboWarning
+from ...files import write_whole
 
 FORMAT = 1  # goes up when an older gumbo could not go on from what a newer one writes, or the other way round
 
@@ -35,50 +34,9 @@ class DamagedCheckpoint(BadInput):
     """A file that is not what was once written there."""
 
 
-def cannot_write(path: Path, error: OSError) -> GumboError:
-    """One line for a full disk, a folder that may not be written to, a file where a folder should be."""
-    return GumboError(f"cannot write {path}: {error.strerror or error}; what was written before is still there")
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place, force it to disk, then move it there: a reader sees the old one or the new one.
-
-    Raises GumboError, with no partial file left, where the disk is full or the place cannot be written to.
-    """
-    partial = _partial(path)
-    try:
-        _write_partial(partial, write)
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        _remove(partial)
-        raise cannot_write(path, error) from error
-    except BaseException:
-        _remove(partial)
-        raise
-
-
-def _partial(path: Path) -> Path:
-    # One name for all attempts: what a killed run leaves behind, the next one overwrites.
-    return path.with_name(f".{path.name}.partial")
-
-
-def _write_partial(partial: Path, write: Callable[[BinaryIO], object]) -> None:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # where nothing can be written there is no partial file either
-        path.unlink(missing_ok=True)
-
-
 def _keep(path: Path, name: Path) -> None:
     """Give a file a second name; where the system has no such thing, the file loses its first."""
-    second = _partial(name)
+    second = name.with_name(f".{name.name}.partial")
     second.unlink(missing_ok=True)
     try:
         os.link(path, second)
@@ -87,17 +45,6 @@ def _keep(path: Path, name: Path) -> None:
     else:
         os.replace(second, name)
         second.unlink(missing_ok=True)  # it stays where both were the same file already
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming last through a power cut, where the system can."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -251,19 +198,13 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write ``last.pt``; what it was becomes ``previous.pt``. At every moment one of them is whole."""
-        parts, partial = _sealed(state), _partial(self.last)
-        try:
-            _write_partial(partial, lambda file: file.writelines(parts))
+        parts = _sealed(state)
+
+        def keep() -> None:
             if self._last_is_good and self.last.exists():
                 _keep(self.last, self.previous)
-            os.replace(partial, self.last)
-            _sync_folder(self.last.parent)
-        except OSError as error:
-            _remove(partial)
-            raise cannot_write(self.last, error) from error
-        except BaseException:
-            _remove(partial)
-            raise
+
+        write_whole(self.last, lambda file: file.writelines(parts), before_move=keep)
         self._last_is_good = True
 
     def save_best(self, state: dict[str, Any]) -> None:

@@ -64,17 +64,17 @@ class Share:
         return self.weight == 0.0
 
 
-def share_of(count: int, index: int, number: int) -> Share:
-    """What process ``index`` of ``number`` takes of ``count`` rows: neighbours, and as many as any other or one more.
+def share_of(count: int, rank: int, world_size: int) -> Share:
+    """The rows of ``count`` that process ``rank`` of ``world_size`` takes: neighbours, as many as others or one more.
 
-    >>> [share_of(9, index, 2) for index in range(2)]
+    >>> [share_of(9, rank, 2) for rank in range(2)]
     [Share(rows=slice(0, 5, None), weight=0.5555555555555556), Share(rows=slice(5, 9, None), weight=0.4444444444444444)]
     >>> share_of(1, 1, 2).idle
     True
     """
-    size, more = divmod(count, number)
-    start = index * size + min(index, more)
-    stop = start + size + (index < more)
+    size, more = divmod(count, world_size)
+    start = rank * size + min(rank, more)
+    stop = start + size + (rank < more)
     return Share(slice(start, stop), (stop - start) / count) if stop > start else Share(slice(0, 1), 0.0)
 
 
@@ -84,8 +84,8 @@ class Streams:
     Between steps the generators stand in the common one.
     """
 
-    def __init__(self, seed: int, index: int, devices: list[torch.device]):
-        own = random.Random(f"{seed}/{index}").getrandbits(63)
+    def __init__(self, seed: int, rank: int, devices: list[torch.device]):
+        own = random.Random(f"{seed}/{rank}").getrandbits(63)
         self.devices, self.now = devices, COMMON
         self.aside = [torch.Generator(device).manual_seed(own).get_state() for device in ["cpu", *devices]]
 
@@ -383,13 +383,13 @@ class SplitRows:
 
     def __init__(self, processes: Processes, found: Study, model: nn.Module, guide: nn.Module, seed: int):
         self.processes, self.study, self.model, self.guide = processes, found, model, guide
-        self.streams = Streams(seed, processes.index, devices_of(model, guide))
+        self.streams = Streams(seed, processes.rank, devices_of(model, guide))
         self.share = Share(slice(0, 0), 0.0)
         self.drawn: dict[str, Tensor] = {}  # the first draw of each site that all processes draw alike
         self._inside = 0
 
     def take(self, count: int) -> Share:
-        return share_of(count, self.processes.index, self.processes.number)
+        return share_of(count, self.processes.rank, self.processes.world_size)
 
     def factor(self, local: bool) -> float:
         """What a site's terms are multiplied by."""
@@ -440,7 +440,7 @@ class SplitLayout(objectives.Layout):
         split = self.split
         if not split.has_rows(site):
             total = costs.total().detach()
-            return split.processes.sum(
+            return split.processes.all_reduce(
                 torch.zeros_like(total) if split.share.idle else total.clone(memory_format=torch.contiguous_format)
             )
         if split.share.idle:
@@ -474,7 +474,7 @@ class SplitLayout(objectives.Layout):
         found = torch.zeros(2, dtype=torch.float64, device=tensor.device)
         if not self.split.share.idle:
             found[0], found[1] = tensor.detach().sum(dtype=torch.float64), tensor.numel()
-        total, count = self.split.processes.sum(found)
+        total, count = self.split.processes.all_reduce(found)
         return (total / count).to(tensor.dtype)
 
 
@@ -514,16 +514,16 @@ class ProcessStep(TorchStep):
     def gradients(self, batch: Rows) -> float:
         """The loss on the whole batch, and its gradient in ``.grad``, the same in every process."""
         share = self.split.take(len(batch))
-        part, words = batch[share.rows], self.processes.words
+        part, spoken = batch[share.rows], self.processes.num_collectives
         value, problem = None, None
         try:
             with self.split.running(share), self.checks():
                 value = self.module(*part.args, **part.kwargs)
             value.backward()
         except Exception as error:
-            if self.processes.words != words:
+            if self.processes.num_collectives != spoken:
                 # The others wait in the middle of their step, and would take anything said now for something else.
-                raise alone(_as_ours(error), self.processes.index) from error
+                raise alone(_as_ours(error), self.processes.rank) from error
             problem = error
         return self._added_up(value, share, problem)
 
@@ -534,14 +534,14 @@ class ProcessStep(TorchStep):
         said = [
             value.item() if counts else 0.0,
             float(problem is not None),
-            *(drawn if index == processes.index else 0.0 for index in range(processes.number)),
+            *(drawn if index == processes.rank else 0.0 for index in range(processes.world_size)),
             *(float(counts and parameter.grad is not None) for parameter in parameters),
         ]
         device = parameters[0].device if parameters else processes.device
-        number, problems, *rest = processes.sum(torch.tensor(said, dtype=torch.float64, device=device)).tolist()
+        number, problems, *rest = processes.all_reduce(torch.tensor(said, dtype=torch.float64, device=device)).tolist()
         if problems:
             processes.agree(problem)
-        alike, moved = rest[: processes.number], rest[processes.number :]
+        alike, moved = rest[: processes.world_size], rest[processes.world_size :]
         if any(not math.isclose(each, alike[0], rel_tol=1e-6, abs_tol=1e-6) for each in alike if each == each):
             raise UnsupportedSite(
                 next(iter(self.split.drawn)),
@@ -563,7 +563,7 @@ class ProcessStep(TorchStep):
             for member, piece in zip(members, pieces, strict=True):
                 if counts and member.grad is not None:
                     piece.copy_(member.grad.reshape(-1))
-            self.processes.sum(flat)
+            self.processes.all_reduce(flat)
             for member, piece in zip(members, pieces, strict=True):
                 member.grad = piece.reshape(member.shape).clone()
 
@@ -574,7 +574,7 @@ class ProcessStep(TorchStep):
     def load(self, state: Mapping[str, Any]) -> None:
         super().load(state)
         if "streams" in state:
-            self.split.streams.load(state["streams"][self.processes.index])
+            self.split.streams.load(state["streams"][self.processes.rank])
 
     def check_same_state(self) -> None:
         """Every process must hold the same parameters, baselines and buffers.

@@ -2,7 +2,7 @@
 
 They are started by ``torchrun`` or ``accelerate launch``, one for each device, and joined through Accelerate. Every
 process runs the same script; what they tell each other goes through here. How a batch is split over them, and why the
-sum of their gradients is the gradient of one process, stands in ``split_rows.py``.
+sum of their gradients is the gradient of one process, stands in ``data_parallel.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import BadInput, GumboError, Interrupted
+from ...launcher import launched
 from .signals import Interrupts
 
 Found = TypeVar("Found")
@@ -31,20 +31,9 @@ PATIENCE = timedelta(minutes=10)
 _failed_alone: list[GumboError] = []  # what this process raised while the others were at work
 
 
-def launched() -> int:
-    """How many processes a launcher started, this one included; 1 where there is none.
-
-    >>> launched()
-    1
-    """
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    if "RANK" not in os.environ:
-        return 1
-    try:
-        return int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError:
-        return 1
+def _number_of_processes() -> int:
+    """Those that were joined; before that, those that a launcher started."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else launched()
 
 
 class LostTouch(GumboError):
@@ -54,14 +43,14 @@ class LostTouch(GumboError):
 class Processes:
     """The processes of one fit, as one of them sees them.
 
-    Attributes: ``index`` counts from 0, ``number`` is how many there are, ``main`` whether this is the one that writes
-    and speaks, ``device`` where tensors must lie that are sent to the others.
+    Attributes: ``rank`` counts from 0, ``world_size`` is how many there are, ``main`` whether this is the one that
+    writes and speaks, ``device`` where tensors must lie that are sent to the others.
     """
 
-    def __init__(self, index: int, number: int, device: torch.device):
-        self.index, self.number, self.device = index, number, device
-        self.main = index == 0
-        self.words = 0  # how often this process has spoken to the others
+    def __init__(self, rank: int, world_size: int, device: torch.device):
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.main = rank == 0
+        self.num_collectives = 0  # how often this process has spoken to the others
 
     @classmethod
     def join(cls, device: torch.device | str | None = None, timeout: timedelta = PATIENCE) -> Processes | None:
@@ -72,11 +61,11 @@ class Processes:
 
         Raises :class:`~gumbo.errors.BadInput` if Accelerate is not installed, or the devices are not to be had.
         """
-        if launched() == 1:
+        if _number_of_processes() == 1:
             return None
         if importlib.util.find_spec("accelerate") is None:
             raise BadInput(
-                f"{launched()} processes were started, and fitting on several needs Accelerate: "
+                f"{_number_of_processes()} processes were started, and fitting on several needs Accelerate: "
                 'pip install "gumbo-ppl[distributed]" (in a checkout: pip install -e ".[distributed]")'
             )
         from accelerate import PartialState
@@ -90,7 +79,7 @@ class Processes:
                 # A PartialState that was made before, on a machine without GPUs, took this process for the only one.
                 dist.init_process_group("gloo" if kind == "cpu" else "nccl", timeout=timeout)
         except (RuntimeError, ValueError) as error:
-            raise BadInput(f"the {launched()} processes cannot be joined ({first_line(error)})") from error
+            raise BadInput(f"the {_number_of_processes()} processes cannot be joined ({first_line(error)})") from error
         if ours:
             atexit.register(_leave)
         own = torch.device("cpu") if dist.get_backend() == "gloo" else state.device
@@ -101,7 +90,7 @@ class Processes:
             )
         return cls(dist.get_rank(), dist.get_world_size(), own)
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor added up over all processes, in place; every process holds the same bits afterwards."""
         with self._speaking():
             dist.all_reduce(tensor)
@@ -116,7 +105,7 @@ class Processes:
 
     def gather(self, thing: Found) -> list[Found]:
         """What each process brings, in the order of the processes."""
-        found: list[Any] = [None] * self.number
+        found: list[Any] = [None] * self.world_size
         with self._speaking():
             dist.all_gather_object(found, thing)
         return found
@@ -162,21 +151,21 @@ class Processes:
         told = self.gather(None if problem is None else _told(problem))
         if problem is not None:
             raise problem
-        for index, words in enumerate(told):
+        for rank, words in enumerate(told):
             if words is not None:
-                raise _retold(words, f"process {index}: ")
+                raise _retold(words, f"process {rank}: ")
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:
-        self.words += 1
+        self.num_collectives += 1
         try:
             yield
         except RuntimeError as error:
             lost = LostTouch(
-                f"process {self.index} lost touch with the others ({first_line(error)}); another process has stopped, "
+                f"process {self.rank} lost touch with the others ({first_line(error)}); another process has stopped, "
                 "see what it said"
             )
-            raise alone(lost, self.index) from error
+            raise alone(lost, self.rank) from error
 
 
 class OnMain:
@@ -216,9 +205,9 @@ class SharedInterrupts(Interrupts):
         self.pending = self.pending or number
 
 
-def alone(error: GumboError, index: int) -> GumboError:
+def alone(error: GumboError, rank: int) -> GumboError:
     """The error marked as one that this process raises by itself, so that it and not the main process reports it."""
-    error.process = index  # type: ignore[attr-defined]
+    error.process = rank  # type: ignore[attr-defined]
     _failed_alone.append(error)
     return error
 

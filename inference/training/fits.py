@@ -207,7 +207,7 @@ def fit(
         "valid": None if valid_rows is None else _fingerprint(valid_rows),
         "valid_samples": valid_samples,
         "compile": compile,
-        "processes": 1 if processes is None else processes.number,
+        "processes": 1 if processes is None else processes.world_size,
     }
     plan = Plan(
         epochs=epochs,

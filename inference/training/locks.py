@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from ...errors import BadInput, GumboWarning
-from .checkpoints import cannot_write
+from ...files import cannot_write
 
 try:
     import fcntl

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...errors import BadInput
-from .checkpoints import cannot_write, write_whole
+from ...files import append_line, write_whole
 
 
 class Metrics:
@@ -24,21 +23,7 @@ class Metrics:
 
     def append(self, numbers: Mapping[str, float]) -> None:
         """One line, or none: what a full disk took of it is cut off again, and GumboError raised."""
-        line = json.dumps(numbers).encode() + b"\n"
-        try:
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-        try:
-            size = os.fstat(handle).st_size
-            try:
-                while line:
-                    line = line[os.write(handle, line) :]
-            except OSError as error:
-                os.ftruncate(handle, size)
-                raise cannot_write(self.path, error) from error
-        finally:
-            os.close(handle)
+        append_line(self.path, json.dumps(numbers))
 
 
 class Scalars:

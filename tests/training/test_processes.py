@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import distributed_worker as worker
 import pyro
 import pyro.distributions as dist
 import pytest
-import several
 import torch
+from distributed_worker import F64, NormalGuide, NormalModel, Program, data, pair_of, shared
 from pyro.infer import RenyiELBO, Trace_ELBO
-from several import F64, NormalGuide, NormalModel, Program, data, pair_of, shared
 from torch import nn
 
 from gumbo.errors import BadInput, UnsupportedSite
@@ -43,10 +43,10 @@ def free_port() -> int:
 
 
 def on_two(job: str, folder: Path) -> dict:
-    """What a job of ``several.py`` finds on two processes that talk through gloo."""
+    """What a job of ``distributed_worker.py`` finds on two processes that talk through gloo."""
     common = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-W", "error", str(HELPERS / "several.py"), job, str(folder / "found.json")]
+    command = [sys.executable, "-W", "error", str(HELPERS / "distributed_worker.py"), job, str(folder / "found.json")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     both = [
         subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
@@ -78,7 +78,7 @@ def check_gradients(differences: dict[str, dict[str, float]]) -> None:
 
 @several_processes
 def test_gradients_losses_and_baselines_are_those_of_one_process(found):
-    assert set(found["gradients"]) == set(several.SHORT)
+    assert set(found["gradients"]) == set(worker.SHORT)
     check_gradients(found["gradients"])
 
 
@@ -86,7 +86,7 @@ def test_gradients_losses_and_baselines_are_those_of_one_process(found):
 @pytest.mark.slow
 def test_every_estimator_has_the_gradient_of_one_process(tmp_path):
     differences = on_two("gradients", tmp_path)
-    assert set(differences) == set(several.CASES)
+    assert set(differences) == set(worker.CASES)
     check_gradients(differences)
 
 
@@ -170,7 +170,10 @@ def test_streams_go_on_where_they_stopped():
         assert not torch.equal(torch.rand(2), own)
 
 
-@pytest.mark.parametrize(("pair", "scaled"), [(several.NORMAL, False), (several.SHARED, True), (several.LAYERS, True)])
+@pytest.mark.parametrize(
+    ("pair", "scaled"),
+    [(worker.NORMAL, False), (worker.SHARED, True), (worker.LAYERS, True)],
+)
 def test_the_plate_over_the_rows_is_found(pair, scaled):
     before = torch.get_rng_state()
     model, guide = pair_of(pair, scaled)
@@ -191,7 +194,7 @@ class MeanOfRows(NormalGuide):
 class Normed(NormalGuide):
     def __init__(self):
         super().__init__()
-        self.encoder_norm = nn.BatchNorm1d(several.WIDTH, dtype=F64)
+        self.encoder_norm = nn.BatchNorm1d(worker.WIDTH, dtype=F64)
 
     def forward(self, x):
         super().forward(self.encoder_norm(x))
@@ -199,7 +202,7 @@ class Normed(NormalGuide):
 
 class NoPlate(Program):
     def __init__(self):
-        super().__init__(loc=(several.WIDTH,))
+        super().__init__(loc=(worker.WIDTH,))
 
     def forward(self, x):
         pyro.sample("x", dist.Normal(self.loc, 1.0).expand(x.shape).to_event(2), obs=x)
@@ -218,7 +221,7 @@ class LateModel(NormalModel):
         pyro.sample("late", dist.Normal(self.shift.sum(), 1.0), obs=torch.zeros((), dtype=F64))
 
 
-class MixingModel(several.CoinModel):
+class MixingModel(worker.CoinModel):
     def forward(self, x):
         rows = self.rows(x)
         with rows:
@@ -237,7 +240,7 @@ class OddScale(NormalModel):
 class HalfScaled(NormalModel):
     def forward(self, x):
         with self.rows(x):
-            z = pyro.sample("z", dist.Normal(torch.zeros(several.LATENT, dtype=F64), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(worker.LATENT, dtype=F64), 1.0).to_event(1))
             with pyro.poutine.scale(scale=100.0 / len(x)):
                 pyro.sample("x", dist.Normal(z @ self.decoder + self.shift, 1.0).to_event(1), obs=x)
 
@@ -273,25 +276,49 @@ def test_a_layer_with_noise_of_its_own_is_not_taken_for_a_mixer():
 
 def test_a_batch_of_one_row_is_refused():
     with pytest.raises(BadInput, match="1 row cannot be split"):
-        study(*pair_of(several.NORMAL, False), Rows(data(1)))
+        study(*pair_of(worker.NORMAL, False), Rows(data(1)))
 
 
 @pytest.mark.parametrize(
     ("pair", "loss", "words"),
     [
-        (several.SHARED, lambda: shared("rloo", "rloo", objective="iwae"), "one weight spans the rows"),
-        (several.SHARED, lambda: SiteELBO(objective="rws", num_particles=2), "one weight spans the rows"),
-        (several.NORMAL, lambda: SiteELBO("dreg", objective="iwae", plates="ignore"), "one weight for all rows"),
-        (several.COINS, lambda: SiteELBO("rloo", plates="ignore"), "its cost spans the rows of all processes"),
-        (several.COINS, lambda: SiteELBO("enumerate", plates="ignore"), "its cost spans the rows of all processes"),
-        (several.COINS, lambda: SiteELBO("enumerate", vectorize_particles=False), "enumerated together"),
-        (several.SHARED, lambda: shared("rebar"), "site 'c' cannot take estimator 'rebar': it stands outside plate"),
-        (several.SHARED, lambda: shared("muprop"), "the slope of its cost spans all processes"),
-        ((MixingModel, several.CoinGuide), lambda: SiteELBO("rloo"), "deterministic site 'mean' outside plate 'rows'"),
-        (several.SHARED, Trace_ELBO, "Trace_ELBO multiplies its terms into the costs of rows"),
-        (several.SHARED, lambda: TraceEnumELBO(max_plate_nesting=1), "multiplies its terms into the costs of rows"),
-        (several.NORMAL, lambda: RenyiELBO(num_particles=2), "RenyiELBO is not known to be a sum over rows"),
-        (several.NORMAL, lambda: FreeBits(0.5), "FreeBits is not known to be a sum over rows"),
+        (worker.SHARED, lambda: shared("rloo", "rloo", objective="iwae"), "one weight spans the rows"),
+        (worker.SHARED, lambda: SiteELBO(objective="rws", num_particles=2), "one weight spans the rows"),
+        (
+            worker.NORMAL,
+            lambda: SiteELBO("dreg", objective="iwae", plates="ignore"),
+            "one weight for all rows",
+        ),
+        (
+            worker.COINS,
+            lambda: SiteELBO("rloo", plates="ignore"),
+            "its cost spans the rows of all processes",
+        ),
+        (
+            worker.COINS,
+            lambda: SiteELBO("enumerate", plates="ignore"),
+            "its cost spans the rows of all processes",
+        ),
+        (worker.COINS, lambda: SiteELBO("enumerate", vectorize_particles=False), "enumerated together"),
+        (
+            worker.SHARED,
+            lambda: shared("rebar"),
+            "site 'c' cannot take estimator 'rebar': it stands outside plate",
+        ),
+        (worker.SHARED, lambda: shared("muprop"), "the slope of its cost spans all processes"),
+        (
+            (MixingModel, worker.CoinGuide),
+            lambda: SiteELBO("rloo"),
+            "deterministic site 'mean' outside plate 'rows'",
+        ),
+        (worker.SHARED, Trace_ELBO, "Trace_ELBO multiplies its terms into the costs of rows"),
+        (
+            worker.SHARED,
+            lambda: TraceEnumELBO(max_plate_nesting=1),
+            "multiplies its terms into the costs of rows",
+        ),
+        (worker.NORMAL, lambda: RenyiELBO(num_particles=2), "RenyiELBO is not known to be a sum over rows"),
+        (worker.NORMAL, lambda: FreeBits(0.5), "FreeBits is not known to be a sum over rows"),
     ],
 )
 def test_losses_that_reach_over_all_rows_are_refused(pair, loss, words, param_store):
@@ -308,7 +335,7 @@ def test_losses_that_reach_over_all_rows_are_refused(pair, loss, words, param_st
 
 @pytest.mark.parametrize("loss", [lambda: SiteELBO("pathwise", plates="ignore"), Trace_ELBO])
 def test_what_is_a_sum_over_rows_is_not_refused(loss, param_store):
-    model, guide = pair_of(several.NORMAL, False)
+    model, guide = pair_of(worker.NORMAL, False)
     loss = loss()
     refuse(loss, loss(model, guide), study(model, guide, Rows(data(9))))
 
@@ -318,7 +345,7 @@ def test_what_is_a_sum_over_rows_is_not_refused(loss, param_store):
     [("trace-graph", False, "TraceGraph_ELBO takes gradients itself"), ("rloo", True, "a compiled step runs in one")],
 )
 def test_kinds_of_step_for_one_process_are_refused(loss, compile, words):
-    model, guide = pair_of(several.COINS, False)
+    model, guide = pair_of(worker.COINS, False)
     two = Processes(0, 2, torch.device("cpu"))
     with pytest.raises(BadInput, match=words):
         _make_step(model, guide, make_loss(loss), make_optimizer("adam", 1e-3)[0], Rows(data(9)), compile, two, 0)
@@ -326,7 +353,12 @@ def test_kinds_of_step_for_one_process_are_refused(loss, compile, words):
 
 def test_evaluation_on_several_needs_a_seed():
     with pytest.raises(BadInput, match="pass seed="):
-        evaluate(*pair_of(several.COINS, False), data(9), seed=None, processes=Processes(0, 2, torch.device("cpu")))
+        evaluate(
+            *pair_of(worker.COINS, False),
+            data(9),
+            seed=None,
+            processes=Processes(0, 2, torch.device("cpu")),
+        )
 
 
 def test_without_accelerate_one_line_says_what_to_install(monkeypatch):
@@ -334,7 +366,7 @@ def test_without_accelerate_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r'pip install "gumbo-ppl\[distributed\]".*pip install -e "\.\[distributed\]"'):
-        fit(*pair_of(several.NORMAL, False), data(9), epochs=1, progress=False)
+        fit(*pair_of(worker.NORMAL, False), data(9), epochs=1, progress=False)
 
 
 def test_one_process_needs_no_launcher_and_no_accelerate(monkeypatch):
@@ -342,7 +374,7 @@ def test_one_process_needs_no_launcher_and_no_accelerate(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert Processes.join("cpu") is None
-    assert fit(*pair_of(several.NORMAL, False), data(9), epochs=1, progress=False).epochs == 1
+    assert fit(*pair_of(worker.NORMAL, False), data(9), epochs=1, progress=False).epochs == 1
 
 
 # The command line -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Programs, and a worker that fits them as one of several processes; ``test_processes.py`` starts two of it.
 
-    python tests/several.py JOB OUTPUT      with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
+    python tests/helpers/distributed_worker.py JOB OUTPUT      with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
 
 Every job is a function of this file; what it returns is written to OUTPUT by the process of rank 0.
 """
@@ -455,7 +455,7 @@ def hangs() -> dict:
         return {}
     began = time.monotonic()
     try:
-        processes.sum(torch.ones(3))
+        processes.all_reduce(torch.ones(3))
     except GumboError as error:
         return {"said": str(error), "seconds": time.monotonic() - began}
     return {"said": "nothing", "seconds": 0.0}

@@ -1,0 +1,98 @@
+"""Files written whole or not at all, and lines appended whole or not at all: the one place for both."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import GumboError
+
+
+def cannot_write(path: Path, error: OSError) -> GumboError:
+    """One line for a full disk, a folder that may not be written to, a file where a folder should be."""
+    return GumboError(f"cannot write {path}: {error.strerror or error}; what was written before is still there")
+
+
+def write_whole(
+    path: Path,
+    write: Callable[[BinaryIO], object],
+    *,
+    shared: bool = False,
+    before_move: Callable[[], object] | None = None,
+) -> None:
+    """Write a file beside its place, force it to disk, then move it there: a reader sees the old one or the new one.
+
+    Args:
+        path: the file; its folder is made.
+        write: called with the open binary file.
+        shared: whether several processes may write the file at once, each then under a partial name of its own.
+            Otherwise all attempts have one name: what a killed run leaves behind, the next one overwrites.
+        before_move: called when the new file is on disk, and the old one still stands.
+
+    Raises:
+        GumboError: the disk is full, or the place cannot be written to; no partial file is left.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if before_move is not None:
+            before_move()
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        _remove(partial)
+        raise cannot_write(path, error) from error
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line in one write, so that lines of several processes do not mix.
+
+    Raises:
+        GumboError: the file cannot be written to; what a full disk took of the line is cut off again.
+    """
+    content = line.encode() + b"\n"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        before = os.fstat(handle).st_size
+        try:
+            written = os.write(handle, content)
+            if written < len(content):
+                # What is missing meets the same full disk, and is told why.
+                written += os.write(handle, content[written:])
+            if written < len(content):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            if os.fstat(handle).st_size < before + len(content):  # else another process has written since
+                os.ftruncate(handle, before)
+            raise cannot_write(path, error) from error
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # where nothing can be written there is no partial file either
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming last through a power cut, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
