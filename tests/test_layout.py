@@ -31,7 +31,7 @@ MAY_IMPORT = {
     **dict.fromkeys(INFERENCE, {"models", "guides", "inference"}),
     "experiments": {"models", "guides", "inference", "experiments"},
 }
-COMMON = {"console", "errors", "files", "launcher", "options", "registry", "tables", "_version"}
+COMMON = {"console", "errors", "files", "launcher", "options", "pictures", "registry", "tables", "_version"}
 
 
 def sources(*folders: str) -> list[Path]:
