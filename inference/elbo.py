@@ -21,6 +21,7 @@ from ..errors import (
     CallsAutograd,
     CannotVectorize,
     GumboError,
+    GumboWarning,
     TooFewParticles,
     UnknownName,
     UnsupportedSite,
@@ -109,8 +110,9 @@ class SiteELBO(ELBO):
             ``infer={"estimator": …}`` speaks first, then ``"*"``; a site that nothing names is pathwise if it can be.
         objective: ``"elbo"``; ``"iwae"``, the importance-weighted bound; ``"rws"``, reweighted wake-sleep.
         num_particles: K; None is the estimators' own minimum.
-        vectorize_particles: run all K at once, in a plate to the left of all others; the first call replays one of
-            them alone and compares.
+        vectorize_particles: True runs all K at once, in a plate to the left of all others; the first call replays one
+            of them alone, compares, and refuses programs that mean another thing so. False runs one after the other.
+            None: at once where that comparison allows it, otherwise one after the other, with a warning.
         max_plate_nesting: how deep plates nest; None finds it in the first call.
         kl_weight: a factor for all latent terms, or a schedule, a function of the training step.
         plates: what to think of the promise that the rows of a plate are independent. ``"check"`` changes the draws of
@@ -153,7 +155,7 @@ class SiteELBO(ELBO):
         *,
         objective: str = "elbo",
         num_particles: int | None = None,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool | None = None,
         max_plate_nesting: int | None = None,
         kl_weight: float | Callable[[int], float] = 1.0,
         plates: str = "check",
@@ -194,7 +196,8 @@ class SiteELBO(ELBO):
             num_particles=num_particles or 1,
             max_plate_nesting=float("inf") if self.requested_nesting is None else self.requested_nesting,
         )
-        self.vectorize_particles = bool(vectorize_particles)
+        self.requested_vectorized = vectorize_particles
+        self.vectorize_particles = vectorize_particles is not False
 
     def __call__(self, model: Callable, guide: Callable) -> SiteELBOModule:
         """A module that maps the programs' arguments to the loss."""
@@ -207,7 +210,7 @@ class SiteELBO(ELBO):
         said = words if self.given else words.get("*", "default")
         parts = [repr(said), f"objective={self.objective!r}", f"num_particles={self.requested_particles}"]
         for name, value, usual in (
-            ("vectorize_particles", self.vectorize_particles, True),
+            ("vectorize_particles", self.requested_vectorized, None),
             ("max_plate_nesting", self.requested_nesting, None),
             ("kl_weight", self.kl_weight, 1.0),
             ("plates", self.plates, "check"),
@@ -303,6 +306,7 @@ class Binding(nn.Module):
         self.stacks = True  # whether many alternatives of a draw are run at once
         self.runs_again = False  # once it does, the programs' own noise is kept apart
         self.make_layout: Callable[..., objectives.Layout] = objectives.Layout
+        self.apart = False  # whether particles, and enumerated values, are run one by one
         self.scored = False  # whether a factor, or a draw with a path, leaves a score term
         self.calls_autograd = False  # found out when a run without gradients fails for it
 
@@ -323,6 +327,13 @@ class Binding(nn.Module):
         if key not in self.known:
             self.known[key] = self._choose(msg)
         return self.known[key]
+
+    def _as_drawn(self, msg: Mapping[str, Any]) -> Estimator | None:
+        """For the first look: a draw that is to have no path is made without one, since a simulator may ask for that."""
+        try:
+            return _Detached() if self.resolve(msg).log_q == "value" else None
+        except GumboError:  # said later, when all sites are known
+            return None
 
     def _choose(self, msg: Mapping[str, Any]) -> Estimator:
         elbo, name, fn = self.elbo, msg["name"], msg["fn"]
@@ -378,7 +389,7 @@ class Binding(nn.Module):
         with one_at_a_time, looking(self.model, self.guide, *args) as met:
             if self.ready():
                 return
-            program = one_particle(self.model, self.guide, self.elbo.requested_nesting)
+            program = one_particle(self.model, self.guide, self.elbo.requested_nesting, self._as_drawn)
             program.generators = Generators(devices_of(self.model, self.guide, *args), others=True)
             seen = program.run(args, kwargs)
             self.__dict__["modules_met"] = list(met)
@@ -396,7 +407,7 @@ class Binding(nn.Module):
         if sum(mode == other for other, _ in self.looks) < SIZES:
             nesting = self.max_plate_nesting or self.elbo.requested_nesting
             with one_at_a_time:
-                found = plates_mixed_by(self.model, self.guide, args, kwargs, nesting)
+                found = plates_mixed_by(self.model, self.guide, args, kwargs, nesting, self._as_drawn)
             if new := sorted(found.difference(self.mixed_plates)):
                 self._mixed(new)
         self.looks.add((mode, size))
@@ -453,9 +464,6 @@ class Binding(nn.Module):
                 raise UnsupportedSite(name, estimator.name, f"where one site takes {word!r}, every site must", [word])
         needed = max([estimator.min_particles for estimator in chosen.values()], default=1)
         self.__dict__["chosen"] = chosen
-        self.runs_again = any(
-            estimator.runs_again or (estimator.enumerates and not self.vectorized) for estimator in chosen.values()
-        )
         self.scored = any(site.factor or (site.latent and has_score_term(site.fn)) for site in seen.guide)
         self.look(args, kwargs)
         trusted = self.elbo.plates != "ignore"
@@ -470,17 +478,46 @@ class Binding(nn.Module):
         leading = self.num_particles > 1 or any(e.enumerates or e.reruns for e in chosen.values())
         if self.vectorized and leading:
             try:
-                self._check(seen, args, kwargs)
-            except GumboError as error:
-                if isinstance(error, CannotVectorize) and not any(e.enumerates for e in chosen.values()):
-                    self.stacks = self.num_particles > 1
-                if self.stacks:
-                    self.num_particles = None
-                    raise
+                self._settle(seen, args, kwargs)
+            except GumboError:
+                self.num_particles = None
+                raise
+        self.runs_again = any(e.runs_again or (e.enumerates and not self.vectorized) for e in chosen.values())
 
-    def _check(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def _settle(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Find out what the programs take at once: particles and alternatives, enumerated values only, or nothing."""
+        reruns = any(estimator.reruns for estimator in self.chosen.values())
+        try:
+            # Two particles stand for alternatives, which are run in another such dimension.
+            self._check(seen, args, kwargs, max(self.num_particles, 2) if reruns else self.num_particles)
+            return
+        except GumboError as error:
+            if self.elbo.requested_vectorized or not _of_the_dimensions(error):
+                raise
+            first = error
+        self.enum_dims.clear()
+        what = "particles" if self.num_particles > 1 else "alternatives and values"
+        self.apart = True
+        if self.num_particles == 1 and reruns and any(estimator.enumerates for estimator in self.chosen.values()):
+            self.apart = self.stacks = False
+            try:
+                self._check(seen, args, kwargs, 1)
+                what = "alternatives"
+            except GumboError as error:
+                if not _of_the_dimensions(error):
+                    raise
+                self.enum_dims.clear()
+                self.apart = True
+        why = str(first).split("; pass vectorize_particles")[0]
+        warnings.warn(
+            f"{why}; {what} are run one by one (vectorize_particles=False does so without this warning)",
+            GumboWarning,
+            stacklevel=2,
+        )
+
+    def _check(self, seen: Run, args: tuple, kwargs: Mapping[str, Any], num_particles: int) -> None:
         program = self.program()
-        program.num_particles, program.generators = max(program.num_particles, 2), self.generators
+        program.num_particles, program.generators = num_particles, self.generators
         try:
             ((run,),) = program.runs(args, kwargs)
         except GumboError:
@@ -502,7 +539,7 @@ class Binding(nn.Module):
     @property
     def vectorized(self) -> bool:
         """Whether leading dimensions are in use; a single particle with nothing enumerated has none to speak of."""
-        return self.elbo.vectorize_particles
+        return self.elbo.vectorize_particles and not self.apart
 
     def program(self) -> Program:
         return Program(
@@ -794,12 +831,17 @@ def looking(model: Callable, guide: Callable, *args: Any) -> Iterator[Collection
         yield met
 
 
-def one_particle(model: Callable, guide: Callable, max_plate_nesting: int | None = None) -> Program:
-    """A model and a guide as they were written, without estimators."""
+def one_particle(
+    model: Callable,
+    guide: Callable,
+    max_plate_nesting: int | None = None,
+    resolve: Callable[[Any], Estimator | None] = lambda msg: None,
+) -> Program:
+    """A model and a guide as they were written, without estimators; ``resolve`` may say how a site draws."""
     return Program(
         model,
         guide,
-        resolve=lambda msg: None,
+        resolve=resolve,
         num_particles=1,
         max_plate_nesting=max_plate_nesting,
         vectorized=False,
@@ -807,7 +849,12 @@ def one_particle(model: Callable, guide: Callable, max_plate_nesting: int | None
 
 
 def plates_mixed_by(
-    model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], max_plate_nesting: int | None = None
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    max_plate_nesting: int | None = None,
+    resolve: Callable[[Any], Estimator | None] = lambda msg: None,
 ) -> frozenset[str]:
     """The plates whose rows a pair of programs is found to mix, at their present parameters and in their present mode.
 
@@ -823,7 +870,7 @@ def plates_mixed_by(
     ['data']
     """
     with looking(model, guide, *args):
-        program = one_particle(model, guide, max_plate_nesting)
+        program = one_particle(model, guide, max_plate_nesting, resolve)
         program.generators = Generators(devices_of(model, guide, *args), others=True)
         return mixed_plates(program, args, kwargs)
 
@@ -1027,6 +1074,15 @@ def check_shared_names(model: Any, guide: Any) -> None:
                 f"model and guide both have a parameter called {name!r}, which Pyro's param store would take for one;"
                 " rename one of the modules"
             )
+
+
+def _of_the_dimensions(error: GumboError) -> bool:
+    """Whether a run with leading dimensions failed for these, as far as its error can tell."""
+    if isinstance(error, CannotVectorize):
+        return True
+    if isinstance(error, UnsupportedSite):
+        return error.estimator == ANY
+    return isinstance(error, BadInput) and not isinstance(error, CallsAutograd)
 
 
 def _honoured_baseline(name: str, options: Mapping[str, Any]) -> Estimator:
