@@ -57,6 +57,7 @@ from .estimators import (
 from .estimators._base import Draw, at_step, detached_draw, pad_left
 from .estimators._distributions import describe, has_score_term, is_deterministic
 from .estimators.relaxation import Mean
+from .objectives import Objective, Recorded, as_objective
 
 OBJECTIVES = ("elbo", "iwae", "rws")
 PLATES = ("check", "trust", "ignore")
@@ -94,8 +95,6 @@ class _RunsAgain(Exception):
 
 class _Detached(Estimator):
     """Draws without a gradient, for objectives that need none through their draws."""
-
-    objectives = frozenset({"rws"})
 
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
         return detached_draw(fn, args, kwargs)
@@ -153,15 +152,14 @@ class SiteELBO(ELBO):
         self,
         estimators: str | Estimator | Mapping[str, str | Estimator] = "default",
         *,
-        objective: str = "elbo",
+        objective: str | Objective = "elbo",
         num_particles: int | None = None,
         vectorize_particles: bool | None = None,
         max_plate_nesting: int | None = None,
         kl_weight: float | Callable[[int], float] = 1.0,
         plates: str = "check",
     ):
-        if objective not in OBJECTIVES:
-            raise UnknownName("objective", objective, OBJECTIVES)
+        self.target = as_objective(objective)
         if plates not in PLATES:
             raise UnknownName("plates", plates, PLATES)
         if not fits(num_particles, int | None):
@@ -170,12 +168,12 @@ class SiteELBO(ELBO):
             raise BadInput(f"max_plate_nesting must be an integer of at least 0 or None, got {max_plate_nesting!r}")
         if not fits(kl_weight, float | Callable, 0):
             raise BadInput(f"kl_weight must be a number ≥ 0 or a schedule, got {kl_weight!r}")
-        if objective != "elbo" and (callable(kl_weight) or kl_weight != 1):
+        if not self.target.takes_kl_weight and (callable(kl_weight) or kl_weight != 1):
             raise BadInput(
-                f"kl_weight is not defined for objective {objective!r}, whose importance weights need the whole of"
-                f" log p − log q; leave it at 1, or take objective='elbo', got {kl_weight!r}"
+                f"kl_weight is not defined for objective {self.target.name!r}, which needs the whole of log p − log q;"
+                f" leave it at 1, or take objective='elbo', got {kl_weight!r}"
             )
-        self.objective, self.plates, self.kl_weight = objective, plates, kl_weight
+        self.objective, self.plates, self.kl_weight = self.target.name, plates, kl_weight
         self.given: dict[str, Estimator] = {}
         self.otherwise: Estimator | None = None
         if isinstance(estimators, Mapping):
@@ -184,8 +182,10 @@ class SiteELBO(ELBO):
         elif estimators != "default":
             self.otherwise = as_estimator(estimators)
         named = [*self.given.values(), *([self.otherwise] if self.otherwise else [])]
-        if objective == "rws" and named:
-            raise BadInput(f"objective 'rws' draws without gradients and takes no estimator, got {named[0].name!r}")
+        if named and not self.target.takes_estimators:
+            raise BadInput(
+                f"objective {self.objective!r} draws without gradients and takes no estimator, got {named[0].name!r}"
+            )
         for site, estimator in [*self.given.items(), *([("*", self.otherwise)] if self.otherwise else [])]:
             _check_particles(site, estimator, num_particles)
         self.requested_particles = num_particles
@@ -329,7 +329,7 @@ class Binding(nn.Module):
         return self.known[key]
 
     def _as_drawn(self, msg: Mapping[str, Any]) -> Estimator | None:
-        """For the first look: a draw that is to have no path is made without one, since a simulator may ask for that."""
+        """For a look at the programs: what is to be drawn without a path is, since a simulator may ask for that."""
         try:
             return _Detached() if self.resolve(msg).log_q == "value" else None
         except GumboError:  # said later, when all sites are known
@@ -338,7 +338,7 @@ class Binding(nn.Module):
     def _choose(self, msg: Mapping[str, Any]) -> Estimator:
         elbo, name, fn = self.elbo, msg["name"], msg["fn"]
         infer = msg["infer"]
-        if elbo.objective == "rws":
+        if not elbo.target.takes_estimators:
             return _Detached()
         if name in elbo.given:
             estimator = elbo.given[name]
@@ -355,7 +355,7 @@ class Binding(nn.Module):
         else:
             estimator = _Default()
         reason = estimator.why_not({"name": name, "fn": fn, "infer": infer, "is_observed": False})
-        if reason is None and elbo.objective not in estimator.objectives:
+        if reason is None and not elbo.target.accepts(estimator):
             reason = f"it is not derived for objective {elbo.objective!r}"
         if reason is not None:
             word = "default" if isinstance(estimator, _Default) else estimator.name
@@ -368,9 +368,7 @@ class Binding(nn.Module):
     def alternatives(self, msg: Mapping[str, Any]) -> list[str]:
         made = {word: make() for word, make in estimators.items()}
         return [
-            word
-            for word, estimator in made.items()
-            if self.elbo.objective in estimator.objectives and estimator.supports(msg)
+            word for word, estimator in made.items() if self.elbo.target.accepts(estimator) and estimator.supports(msg)
         ]
 
     # The first call.
@@ -415,12 +413,12 @@ class Binding(nn.Module):
     def _needs_plates(self) -> bool:
         """Whether anything is estimated row by row: without surrogates and weights all terms are summed anyway."""
         weighs = (type(e).surrogate is not Estimator.surrogate or e.enumerates for e in self.chosen.values())
-        return self.elbo.plates == "check" and (self.elbo.objective != "elbo" or self.scored or any(weighs))
+        return self.elbo.plates == "check" and (self.elbo.target.weighs_rows or self.scored or any(weighs))
 
     def _mixed(self, plates: list[str]) -> None:
         """Rows of these plates turned out to be mixed: from now on they are summed."""
         what = f"a change of one row's draw changes other rows of plate {plates[0]!r}"
-        if self.elbo.objective != "elbo":
+        if self.elbo.target.weighs_rows:
             raise UnsupportedSite(
                 PROGRAM,
                 ANY,
@@ -492,22 +490,25 @@ class Binding(nn.Module):
             self._check(seen, args, kwargs, max(self.num_particles, 2) if reruns else self.num_particles)
             return
         except GumboError as error:
-            if self.elbo.requested_vectorized or not _of_the_dimensions(error):
+            if not _of_the_dimensions(error):
                 raise
             first = error
-        self.enum_dims.clear()
-        what = "particles" if self.num_particles > 1 else "alternatives and values"
-        self.apart = True
-        if self.num_particles == 1 and reruns and any(estimator.enumerates for estimator in self.chosen.values()):
-            self.apart = self.stacks = False
+        if self.num_particles == 1 and reruns:
+            self.stacks = False
+            if not any(estimator.enumerates for estimator in self.chosen.values()):
+                return
+            self.enum_dims.clear()
             try:
                 self._check(seen, args, kwargs, 1)
-                what = "alternatives"
+                return
             except GumboError as error:
                 if not _of_the_dimensions(error):
                     raise
-                self.enum_dims.clear()
-                self.apart = True
+        if self.elbo.requested_vectorized:
+            raise first
+        self.enum_dims.clear()
+        self.apart = True
+        what = "particles" if self.num_particles > 1 else "enumerated values"
         why = str(first).split("; pass vectorize_particles")[0]
         warnings.warn(
             f"{why}; {what} are run one by one (vectorize_particles=False does so without this warning)",
@@ -601,8 +602,8 @@ class Binding(nn.Module):
         return -value if torch.is_grad_enabled() else -value.detach()
 
     def _value(self, program: Program, layout: objectives.Layout, moving: bool, args, kwargs) -> Tensor:
-        doubly = any(estimator.together for estimator in self.chosen.values())
-        groups = program.runs(args, kwargs, with_model=not doubly)
+        objective = self.elbo.target.refined(self.chosen)
+        groups = program.runs(args, kwargs, with_model=objective.runs_model)
         self._freeze_paths(program, groups, args, kwargs)
 
         if not any(run.sites for paths in groups for run in paths):
@@ -611,15 +612,8 @@ class Binding(nn.Module):
         def view(rows, log_prob, cost, bound) -> SiteView:
             return self._view(rows, log_prob, cost, bound, layout, moving, args, kwargs)
 
-        if self.elbo.objective == "rws":
-            value = objectives.rws_value(groups, layout)
-        elif doubly:
-            value = objectives.dreg_value(groups, self._cut(program, groups, args, kwargs), layout)
-        elif self.elbo.objective == "iwae":
-            value = objectives.iwae_value(groups, layout, view)
-        else:
-            value = objectives.elbo_value(groups, layout, view)
-        return value
+        again = partial(self._cut, program, groups, args, kwargs)
+        return objective.value(Recorded(groups, layout, view, again))
 
     def _freeze_paths(self, program: Program, groups: list[list[Run]], args, kwargs) -> None:
         """Where log q is to be differentiated through values only, take it from a second run with frozen parameters."""
@@ -701,7 +695,7 @@ class Binding(nn.Module):
     ) -> list[Tensor]:
         """What is known before a site draws, laid out as ``(…, K or 1, *plates, features)``."""
         room = layout.room
-        weighted = self.elbo.objective == "iwae"
+        weighted = self.elbo.target.weighs_rows
         frames = objectives.common_frames(runs, layout) if weighted else layout.frames(site)
         found = [torch.ones((1,) * room + (1,), dtype=site.log_prob.dtype, device=site.log_prob.device)]
         sizes = {dim: size for _, dim, size in frames}
@@ -811,12 +805,7 @@ class Binding(nn.Module):
         return cost.detach(), total.detach()
 
     def objective_name(self) -> str:
-        if self.elbo.objective != "elbo":
-            return self.elbo.objective
-        own = sorted({estimator.objective_name() for estimator in self.chosen.values()} - {"elbo"})
-        name = "+".join(own) or "elbo"
-        weight = self.elbo.kl_weight
-        return name if not callable(weight) and float(weight) == 1.0 else f"weighted-{name}"
+        return self.elbo.target.value_name(self.chosen, self.elbo.kl_weight)
 
 
 @contextmanager

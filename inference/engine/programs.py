@@ -242,8 +242,8 @@ class _Draws(Messenger):
             raise UnsupportedSite(
                 msg["name"],
                 "enumerate",
-                f"it is the {len(self.choices)}th enumerated site of one run, as in a loop that a draw ends (a geometric"
-                " variable): what has no end cannot be listed; bound the loop, or take 'score' or 'rloo'",
+                f"it is the {len(self.choices)}th enumerated site of one run, as in a loop that a draw ends (a"
+                " geometric variable): what has no end cannot be listed; bound the loop, or take 'score' or 'rloo'",
             )
 
 

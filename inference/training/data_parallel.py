@@ -289,11 +289,9 @@ def refuse(loss: ELBO, module: nn.Module, found: Study) -> None:
         _refuse_stock(loss, found)
 
 
-def _refuse_site_elbo(
-    loss: SiteELBO, chosen: Mapping[str, Estimator], found: Study, vectorized: bool
-) -> None:
+def _refuse_site_elbo(loss: SiteELBO, chosen: Mapping[str, Estimator], found: Study, vectorized: bool) -> None:
     outside = [site.name for site in found.run.sites if not site.settled and not found.has_rows(site)]
-    if loss.objective != "elbo":
+    if loss.target.weighs_rows:
         if loss.plates == "ignore":
             raise UnsupportedSite(
                 f"objective {loss.objective!r} with plates='ignore' has one weight for all rows, which several "
