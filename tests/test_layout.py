@@ -20,7 +20,16 @@ ROOMS = {
     "inference": "gumbo.inference",
     **{
         f"inference/{wing}": f"gumbo.inference.{wing.replace('/', '.')}"
-        for wing in ("estimators", "engine", "objectives", "training", "training/compile", "auditing", "posterior", "diagnosis")
+        for wing in (
+            "estimators",
+            "engine",
+            "objectives",
+            "training",
+            "training/compile",
+            "auditing",
+            "posterior",
+            "diagnosis",
+        )
     },
     "experiments": "gumbo.experiments",
 }
