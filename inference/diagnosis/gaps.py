@@ -12,9 +12,10 @@ import torch
 
 from ...errors import GumboError
 from ..engine.progress import Stages
+from ..engine.rows import Rows
 from ..posterior.collection import Collection
 from ..posterior.importance import importance_ess, log_evidence
-from ..posterior.refits import can_refine, refine
+from ..posterior.refinement import can_refine, refined_for
 from ..posterior.runner import _REFUSALS, Block, Sweep, _first_line, quietly
 from .report import ALARM, CANNOT_SAY, OK, Verdict, three_way
 from .rows import few_rows
@@ -83,7 +84,9 @@ def with_parts(
         reason = "rows come in blocks, and refining needs them at once"
     elif sweep.local and sweep.shared:
         reason = "there are global latents beside local ones"
-    elif not can_refine(sweep):
+    elif sweep.summed_out:
+        reason = "the model enumerates sites, whose exact conditional completes the guide"
+    elif not can_refine(sweep.guide, Rows.of(sweep.args, sweep.kwargs)):
         reason = "a site's distribution has no parameters that can be moved (a flow, a point, a joint draw)"
     if reason:
         skipped["amortization gap"] = reason
@@ -91,7 +94,8 @@ def with_parts(
     fewer, args, kwargs = few_rows(sweep, 32, options)
     say.stage("refining the guide for each datum", steps)
     try:
-        better = refine(sweep.model, sweep.guide, args, kwargs, steps=steps, seed=seed, progress=say)
+        rows, shared = Rows.of(args, kwargs), not sweep.local
+        better = refined_for(sweep.model, sweep.guide, rows, steps=steps, seed=seed, shared=shared, progress=say)
         before = unit_weights(fewer, 1000, seed)
         after = unit_weights(Sweep(sweep.model, better, args, kwargs, **options), 1000, seed)
     except (GumboError, *_REFUSALS) as error:

@@ -19,10 +19,10 @@ one_at_a_time = threading.RLock()
 def modules_of(*programs: object) -> list[torch.nn.Module]:
     """The programs that are modules (a program may also be a plain function).
 
-    A program that runs another says which by ``inner_program``.
+    A program that runs another says which by ``inner_program``; both count.
     """
-    innermost = [getattr(program, "inner_program", program) for program in programs]
-    return [program for program in innermost if isinstance(program, torch.nn.Module)]
+    found = [one for program in programs for one in (program, getattr(program, "inner_program", None))]
+    return [one for one in found if isinstance(one, torch.nn.Module)]
 
 
 def owned_parameters(model: Callable, guide: Callable) -> dict[str, torch.nn.Parameter]:

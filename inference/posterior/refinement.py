@@ -1,68 +1,84 @@
-"""Refining an amortized guide datum by datum: what the encoder's one look at the data left on the table."""
+"""Refining a guide for given data: the best of its family there, and what that gains on each datum."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, transform_to
+from torch.distributions import Distribution, Independent, constraints, transform_to
 
 from ...errors import BadInput, UnsupportedSite
+from ..engine.progress import Progress
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, modes_kept, modules_of, private_seed, private_store
 from ..estimators import Estimator
 from .evaluation import exact_pair, log_weights
-from .refits import loss_of
+from .refits import loss_of, words
+from .runner import random_sites
 
-# What a family is refined in; of two ways to say the same, logits.
-PARAMETERS = ("loc", "scale", "scale_tril", "logits", "rate", "concentration", "concentration0", "concentration1")
+STEPS, RATE, PARTICLES = 200, 0.05, 8
+_FEATURES = "/features"
 
 
-class RefinedGuide(PyroModule):
+class RefinedGuide(nn.Module):
     """A guide with an offset for each datum: it draws as the guide does, from parameters that are moved a little.
 
-    The offsets are added in unconstrained coordinates to the parameters of each local site's distribution, and start at
-    zero, where this is the guide itself; a site keeps what it depends on. A distribution without parameters of its own
-    (a flow) is refined through the features that ``guide.encoder`` gives it.
+    A parameter of a site's distribution becomes T(T⁻¹(parameter) + offset), T the map from the reals to where the
+    parameter lives. Offsets start at zero, where this is the guide itself; a site keeps what it depends on. A
+    distribution without parameters of its own (a flow) is refined through the features that ``guide.encoder`` gives it.
 
     It is bound to the rows it was made from: call it with those, all of them, in their order. ``offsets`` are its own
-    parameters; the guide's are shared. Made by `refine`.
+    parameters; the guide's are shared, and the guide is not changed. Made by `refine`.
+
+    Args:
+        guide: the guide, a module or a function.
+        data: the rows, in any form that `evaluate` takes.
+        shared: move the parameters of latents that all data share too, not only of those of single data.
     """
 
-    def __init__(self, guide: nn.Module, data: object):
+    def __init__(self, guide: Callable, data: object, *, shared: bool = False):
         super().__init__()
-        rows = Rows(data).check("data")
-        self.guide, self.num_rows = guide, len(rows)
+        rows = Rows(data)
+        self.guide = guide
+        self.num_rows = len(rows)
         self.offsets = nn.ParameterDict()
-        seen = _Sites()
-        with torch.no_grad(), private_store(guide), private_seed(None, guide), seen:
-            guide(*rows.args, **rows.kwargs)
-        for name, fn in seen.found.items():
-            if fn.batch_shape[-1:] != (len(rows),):
+        with torch.no_grad(), private_store(guide), private_seed(None, guide):
+            trace = poutine.trace(guide).get_trace(*rows.args, **rows.kwargs)
+        for name, site in random_sites(trace):
+            if not _drawn(site) or not (shared or _of_single_data(site, self.num_rows)):
                 continue
-            own = free_parameters(fn)
-            if not own and not isinstance(getattr(guide, "encoder", None), nn.Module):
-                raise UnsupportedSite(name, "refinement", f"{type(fn).__name__} has no parameters that can be moved")
-            for key, value in own.items():
-                self.offsets[f"{name}/{key}"] = nn.Parameter(torch.zeros_like(value))
+            own = own_parameters(site["fn"])
+            if not own and not _has_encoder(guide):
+                family = type(site["fn"]).__name__
+                raise UnsupportedSite(name, "refinement", f"{family} has no parameters that can be moved")
+            for key, (value, constraint) in own.items():
+                free = transform_to(constraint).inv(value)
+                self.offsets[f"{name}/{key}"] = nn.Parameter(torch.zeros_like(free).contiguous())
             if not own:
                 with torch.no_grad(), _shifted_features(guide, None) as features, private_store(guide):
                     guide(*rows.args, **rows.kwargs)
-                self.offsets["/features"] = nn.Parameter(torch.zeros_like(features[0]))
+                self.offsets[_FEATURES] = nn.Parameter(torch.zeros_like(features[0]))
         if not self.offsets:
             raise BadInput("the guide draws nothing for single data, so that there is nothing to refine datum by datum")
 
-    def forward(self, *args, **kwargs):
+    @property
+    def inner_program(self) -> Callable:
+        """The guide, whose modules these are too."""
+        return self.guide
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = len(Rows.of(args, kwargs))
         if rows != self.num_rows:
             raise BadInput(f"this guide is refined for {self.num_rows} data, and was given {rows}: give it the same")
-        features = self.offsets.get("/features")
+        features = self.offsets.get(_FEATURES, None)
         with _Shift(self.offsets):
             if features is None:
                 return self.guide(*args, **kwargs)
@@ -70,24 +86,68 @@ class RefinedGuide(PyroModule):
                 return self.guide(*args, **kwargs)
 
 
+def _drawn(site: Mapping[str, Any]) -> bool:
+    return not site["is_observed"] and not site["infer"].get("_deterministic")
+
+
+def _of_single_data(site: Mapping[str, Any], rows: int) -> bool:
+    """Whether one of the site's plates has the data's rows."""
+    batch = site["fn"].batch_shape
+    dims = [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
+    return any(-dim <= len(batch) and batch[dim] == rows for dim in dims)
+
+
+def _has_encoder(guide: Callable) -> bool:
+    return isinstance(getattr(guide, "encoder", None), nn.Module)
+
+
+def can_refine(guide: Callable, data: object) -> bool:
+    """Whether every site that the guide draws has parameters that can be moved, or features that they come from."""
+    rows = Rows(data)
+    with private_store(guide), private_seed(None, guide), torch.no_grad():
+        trace = poutine.trace(guide).get_trace(*rows.args, **rows.kwargs)
+    fns = [site["fn"] for _, site in random_sites(trace) if not site["is_observed"]]
+    flows = [_has_encoder(guide) and not isinstance(_elementary(fn), (dist.Delta, dist.Unit)) for fn in fns]
+    return bool(fns) and all(own_parameters(fn) or flow for fn, flow in zip(fns, flows, strict=True))
+
+
 def refine(
     model: Callable,
-    guide: nn.Module,
+    guide: Callable,
     data: object,
     *,
-    steps: int = 100,
-    lr: float = 0.03,
-    estimator: str | Estimator | Mapping[str, str | Estimator] = "default",
-    num_particles: int | None = 8,
+    steps: int = STEPS,
+    lr: float = RATE,
+    estimator: str | Estimator | Mapping[str, str | Estimator] | None = None,
+    num_particles: int | None = PARTICLES,
     seed: int | None = 0,
+    shared: bool = False,
+    progress: Progress | None = None,
 ) -> RefinedGuide:
     """Optimise the guide for each of these data by itself, from where amortization puts it; model and guide stay.
 
-    ``steps`` of Adam, its rate falling from ``lr`` to zero, on the bound of the given rows, of which ``num_particles``
-    draws are taken a step, differentiated as the word ``estimator`` says (of `SiteELBO`).
     Semi-amortized inference: Kim et al. 2018, arXiv:1802.02550; Hjelm et al. 2016, arXiv:1511.06382. All rows are
-    optimised at once. Raises BadInput for data or settings that cannot be used, and UnsupportedSite for a site without
-    parameters, or one that the estimator cannot serve.
+    optimised at once, on the evidence lower bound of the given rows.
+
+    Args:
+        model: the Pyro model.
+        guide: its guide, a module or a function.
+        data: the rows, in any form that `evaluate` takes.
+        steps: of Adam.
+        lr: its learning rate, which falls to zero along a cosine.
+        estimator: a word, an estimator, or a mapping of sites to either, as `SiteELBO` takes it. None: pathwise where a
+            site has an rsample, leave-one-out elsewhere.
+        num_particles: draws a step; None is the estimators' own minimum.
+        seed: of the draws; None draws from the current stream.
+        shared: refine the latents that all data share too.
+        progress: told of each step.
+
+    Returns:
+        A `RefinedGuide`, which draws for these rows.
+
+    Raises:
+        BadInput: data or settings that cannot be used, or a bound that is not finite.
+        UnsupportedSite: a site without parameters, or one that the estimator cannot serve.
 
     >>> from gumbo.guides import NormalGuide
     >>> from gumbo.models import GaussianVAE
@@ -100,21 +160,56 @@ def refine(
     if steps < 0 or not lr > 0:
         raise BadInput(f"refine: steps={steps} and lr={lr}: expected at least 0 steps and a positive learning rate")
     rows = Rows(data).check("data").to(device_of(model, guide))
-    refined = RefinedGuide(guide, rows)
-    offsets = list(refined.offsets.values())
-    optimizer = torch.optim.Adam(offsets, lr=lr)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    with private_store(model, refined), private_seed(seed, model, guide), modes_kept(model, guide):
+    return refined_for(
+        model,
+        guide,
+        rows,
+        steps=steps,
+        lr=lr,
+        estimator=estimator,
+        num_particles=num_particles,
+        seed=seed,
+        shared=shared,
+        progress=progress,
+    )
+
+
+def refined_for(
+    model: Callable,
+    guide: Callable,
+    rows: Rows,
+    *,
+    steps: int,
+    lr: float = RATE,
+    estimator: Any = None,
+    num_particles: int | None = PARTICLES,
+    seed: int | None = 0,
+    shared: bool = False,
+    progress: Progress | None = None,
+) -> RefinedGuide:
+    """What `refine` does, for rows that need no check."""
+    progress = progress or Progress()
+    with private_store(model, guide), private_seed(seed, model, guide), modes_kept(model, guide):
         for module in modules_of(model, guide):
             module.eval()
-        loss = loss_of(estimator, num_particles, model, refined, rows.args, rows.kwargs)
-        for _ in range(steps):
-            # Only the offsets: nothing is added to the gradients of the model's and the guide's parameters.
-            slopes = torch.autograd.grad(loss(*rows.args, **rows.kwargs), offsets, allow_unused=True)
-            for offset, slope in zip(offsets, slopes, strict=True):
-                offset.grad = slope
-            optimizer.step()
-            falling.step()
+        refined = RefinedGuide(guide, rows, shared=shared)
+        offsets = list(refined.offsets.values())
+        optimizer = torch.optim.Adam(offsets, lr=lr)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+        chosen = words(guide, rows.args, rows.kwargs) if estimator is None else estimator
+        loss = loss_of(chosen, num_particles, model, refined, rows.args, rows.kwargs)
+        with torch.enable_grad():
+            for step in range(steps):
+                progress.step(step)
+                value = loss(*rows.args, **rows.kwargs)
+                if not torch.isfinite(value):
+                    raise BadInput(f"refining the guide gave an ELBO of {-value.item()}")
+                # Only the offsets: nothing is added to the gradients of the model's and the guide's parameters.
+                slopes = torch.autograd.grad(value, offsets, allow_unused=True)
+                for offset, slope in zip(offsets, slopes, strict=True):
+                    offset.grad = slope
+                optimizer.step()
+                falling.step()
     return refined
 
 
@@ -136,13 +231,13 @@ class Refinement:
 
 def refinement_gap(
     model: Callable,
-    guide: nn.Module,
+    guide: Callable,
     data: object,
     *,
-    steps: int = 100,
-    lr: float = 0.03,
-    estimator: str | Estimator | Mapping[str, str | Estimator] = "default",
-    num_particles: int | None = 8,
+    steps: int = STEPS,
+    lr: float = RATE,
+    estimator: str | Estimator | Mapping[str, str | Estimator] | None = None,
+    num_particles: int | None = PARTICLES,
     num_samples: int = 100,
     batch_size: int = 256,
     seed: int = 0,
@@ -150,7 +245,19 @@ def refinement_gap(
     """What refinement gains on each datum: the true bound before and after.
 
     Cremer, Li & Duvenaud 2018, "Inference suboptimality in variational autoencoders", arXiv:1801.03558. A relaxed pair
-    is judged by its discrete form. Arguments as in `refine` and `evaluate`; raises what they raise.
+    is judged by its discrete form.
+
+    Args:
+        model, guide, data, steps, lr, estimator, num_particles: as in `refine`.
+        num_samples: draws a datum behind each bound.
+        batch_size: rows that are refined at once.
+        seed: of the refinement; the bounds take draws of another.
+
+    Returns:
+        A `Refinement`, with bounds in nats ``(N,)``.
+
+    Raises:
+        BadInput, UnsupportedSite: as `refine` and `evaluate`.
 
     >>> from gumbo.guides import NormalGuide
     >>> from gumbo.models import GaussianVAE
@@ -185,53 +292,64 @@ def _bounds(model: Callable, guide: Callable, batch: Rows, num_samples: int, see
 # --- distributions with moved parameters
 
 
-def free_parameters(fn: Distribution) -> dict[str, Tensor]:
-    """The parameters of a distribution, behind any ``to_event``, in unconstrained coordinates; none for a flow.
+def own_parameters(fn: Distribution) -> dict[str, tuple[Tensor, Any]]:
+    """A distribution's parameters, behind any ``to_event``, and where they live: empty where they cannot be moved.
 
-    >>> import pyro.distributions as dist
-    >>> free_parameters(dist.Normal(torch.tensor([1.0]), torch.tensor([1.0])).to_event(1))
-    {'loc': tensor([1.]), 'scale': tensor([0.])}
+    >>> {name: value for name, (value, _) in own_parameters(dist.Normal(torch.zeros(1), 2.0).to_event(1)).items()}
+    {'loc': tensor([0.]), 'scale': tensor([2.])}
     """
+    base = _base(fn)
+    found = {}
+    for name, value in ({} if base is None else _arguments(base)).items():
+        constraint = type(base).arg_constraints.get(name)
+        moves = isinstance(value, Tensor) and value.is_floating_point() and constraint is not None
+        if moves and not constraint.is_discrete and constraint is not constraints.dependent:
+            found[name] = (value, constraint)
+    return found
+
+
+_RELAXED = (torch.distributions.RelaxedOneHotCategorical, torch.distributions.RelaxedBernoulli)
+_WRAPPED = (torch.distributions.TransformedDistribution, dist.MaskedDistribution, dist.Delta, dist.Unit)
+
+
+def _base(fn: Any) -> Any:
+    """The distribution under Independent; None if it is under something else."""
     fn = _elementary(fn)
-    constraints = getattr(type(fn), "arg_constraints", {})
-    names = [name for name in PARAMETERS if name in constraints and name in _says(fn)]
-    return {name: transform_to(constraints[name]).inv(getattr(fn, name)) for name in names}
+    if isinstance(fn, _RELAXED):
+        return fn
+    return None if isinstance(fn, _WRAPPED) or hasattr(fn, "base_dist") else fn
 
 
-def _says(fn: Distribution) -> set[str]:
-    """The parameters that a distribution can be made from, besides what else it is made from."""
-    return {"logits"} if hasattr(fn, "logits") else set(type(fn).arg_constraints)
+def _arguments(base: Any) -> dict[str, Any]:
+    """What a distribution can be built from again; of several ways to say the same, logits and triangular factors."""
+    if isinstance(base, _RELAXED):
+        return {"temperature": base.temperature, "logits": base.logits}
+    if isinstance(base, torch.distributions.Beta):
+        return {"concentration1": base.concentration1, "concentration0": base.concentration0}
+    names = dict(type(base).arg_constraints)
+    for kept, others in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
+        if kept in names:
+            names = {name: one for name, one in names.items() if name not in others}
+    found = {name: getattr(base, name) for name in names}
+    return found | ({"total_count": base.total_count} if hasattr(base, "total_count") else {})
 
 
-def shifted(fn: Distribution, offsets: Mapping[str, Tensor]) -> Distribution:
+def shifted(fn: Any, offsets: Mapping[str, Tensor]) -> Any:
     """The same distribution with offsets added to its unconstrained parameters."""
     if isinstance(fn, Independent):
-        moved = shifted(fn.base_dist, offsets)
-        return moved.to_event(fn.reinterpreted_batch_ndims)
-    constraints = type(fn).arg_constraints
-    moved = {}
-    for name, value in free_parameters(fn).items():
-        moved[name] = transform_to(constraints[name])(value + offsets[name])
-    others = {name: getattr(fn, name) for name in ("temperature", "total_count") if hasattr(fn, name)}
-    return type(fn)(**others, **moved)
+        return dist.Independent(shifted(fn.base_dist, offsets), fn.reinterpreted_batch_ndims)
+    arguments = _arguments(fn)
+    for name, (value, constraint) in own_parameters(fn).items():
+        if name in offsets:
+            map_to = transform_to(constraint)
+            arguments[name] = map_to(map_to.inv(value) + offsets[name])
+    return type(fn)(**arguments)
 
 
 def _elementary(fn: Distribution) -> Distribution:
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return fn
-
-
-class _Sites(Messenger):
-    """Remembers the distribution of each latent site that runs inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.found: dict[str, Distribution] = {}
-
-    def _pyro_post_sample(self, msg) -> None:
-        if not (msg["is_observed"] or msg["infer"].get("_deterministic") or site_is_subsample(msg)):
-            self.found[msg["name"]] = msg["fn"]
 
 
 class _Shift(Messenger):
@@ -246,12 +364,12 @@ class _Shift(Messenger):
                 self.by_site.setdefault(site, {})[name] = offset
 
     def _pyro_sample(self, msg) -> None:
-        if msg["name"] in self.by_site and not msg["is_observed"]:
+        if msg["name"] in self.by_site and not msg["is_observed"] and not site_is_subsample(msg):
             msg["fn"] = shifted(msg["fn"], self.by_site[msg["name"]])
 
 
 @contextmanager
-def _shifted_features(guide: nn.Module, offset: Tensor | None):
+def _shifted_features(guide: Any, offset: Tensor | None) -> Iterator[list[Tensor]]:
     """Adds an offset to what ``guide.encoder`` gives; the list that it yields collects what that was."""
     seen: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""Fitting a guide once more: each datum's own parameters around an amortized guide, or the whole from a new start."""
+"""Fitting a guide once more from a new start, and the losses that fits of a posterior take."""
 
 from __future__ import annotations
 
@@ -8,149 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import nn
-from torch.distributions import constraints, transform_to
 
 from ...errors import BadInput, CannotVectorize
 from ..elbo import SiteELBO
 from ..engine.progress import Progress
 from ..engine.scopes import modes_kept, modules_of, private_seed, private_store
 from ..estimators._distributions import is_deterministic
-from .runner import Sweep, random_sites
-
-
-class Refined(nn.Module):
-    """A guide whose every site has parameters of its own beside those that the guide computes.
-
-    A parameter of a site's distribution becomes T(T⁻¹(parameter) + offset), T the map from the reals to where the
-    parameter lives, the offset zero at first and as large as the parameter: so each datum has its own, and what a site
-    takes from those before it stays. ``offsets`` are all that is to be trained. Kim et al. 2018, arXiv:1802.02550.
-    """
-
-    def __init__(self, guide: Callable, args: tuple, kwargs: Mapping[str, Any]):
-        super().__init__()
-        self.__dict__["guide"] = guide
-        self.offsets = nn.ParameterDict()
-        with torch.no_grad():
-            trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        for name, site in random_sites(trace):
-            if not site["is_observed"]:
-                for parameter, (value, _) in own_parameters(site["fn"]).items():
-                    self.offsets[_key(name, parameter)] = nn.Parameter(torch.zeros_like(value).contiguous())
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Offset(self.offsets):
-            return self.guide(*args, **kwargs)
-
-
-class _Offset(Messenger):
-    def __init__(self, offsets: nn.ParameterDict):
-        super().__init__()
-        self.offsets = offsets
-
-    def _pyro_sample(self, msg) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
-            shift = {
-                parameter: self.offsets[_key(msg["name"], parameter)]
-                for parameter in own_parameters(msg["fn"])
-                if _key(msg["name"], parameter) in self.offsets
-            }
-            if shift:
-                msg["fn"] = shifted(msg["fn"], shift)
-
-
-def _key(site: str, parameter: str) -> str:
-    return f"{site}|{parameter}".replace(".", "/")
-
-
-def _base(fn: Any) -> Any:
-    """The distribution under Independent and plates' expansions; None if it is under something else."""
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    wrapped = (torch.distributions.TransformedDistribution, dist.MaskedDistribution, dist.Delta, dist.Unit)
-    return None if isinstance(fn, wrapped) or hasattr(fn, "base_dist") else fn
-
-
-# Of several ways to say the same thing, the first that is there counts.
-_ALTERNATIVES = (("logits", "probs"), ("scale_tril", "covariance_matrix", "precision_matrix"))
-
-
-def _arguments(base: Any) -> dict[str, torch.Tensor]:
-    """What a distribution can be built from again."""
-    if isinstance(base, torch.distributions.OneHotCategorical):
-        return {"logits": base.logits}
-    if isinstance(base, torch.distributions.Beta):
-        return {"concentration1": base.concentration1, "concentration0": base.concentration0}
-    given = {name: base.__dict__[name] for name in base.arg_constraints if name in base.__dict__}
-    for names in _ALTERNATIVES:
-        for name in [name for name in names if name in given][1:]:
-            del given[name]
-    return given
-
-
-def own_parameters(fn: Any) -> dict[str, tuple[torch.Tensor, Any]]:
-    """A distribution's parameters and where they live: empty where they cannot be moved."""
-    base = _base(fn)
-    if base is None:
-        return {}
-    found = {}
-    for name, value in _arguments(base).items():
-        constraint = base.arg_constraints[name]
-        moves = isinstance(value, torch.Tensor) and value.is_floating_point() and not constraint.is_discrete
-        if moves and constraint is not constraints.dependent:
-            found[name] = (value, constraint)
-    return found
-
-
-def shifted(fn: Any, shift: Mapping[str, torch.Tensor]) -> Any:
-    """The distribution with its parameters moved in unconstrained space."""
-    if isinstance(fn, torch.distributions.Independent):
-        return dist.Independent(shifted(fn.base_dist, shift), fn.reinterpreted_batch_ndims)
-    arguments = _arguments(fn)
-    for name, (value, constraint) in own_parameters(fn).items():
-        if name in shift:
-            map_to = transform_to(constraint)
-            arguments[name] = map_to(map_to.inv(value) + shift[name])
-    return type(fn)(**arguments)
-
-
-def can_refine(sweep: Sweep) -> bool:
-    """Whether every site that the guide draws has parameters that can be moved."""
-    if sweep.summed_out:
-        return False  # what completes the guide is exact, and has no parameters
-    with private_store(sweep.model, sweep.guide), private_seed(None, sweep.model, sweep.guide), torch.no_grad():
-        trace = poutine.trace(sweep.guide).get_trace(*sweep.args, **sweep.kwargs)
-    sites = [site for _, site in random_sites(trace) if not site["is_observed"]]
-    return bool(sites) and all(own_parameters(site["fn"]) for site in sites)
-
-
-def refine(
-    model: Callable,
-    guide: Callable,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    *,
-    steps: int = 300,
-    lr: float = 0.05,
-    num_particles: int = 8,
-    seed: int | None = 0,
-    progress: Progress | None = None,
-) -> Refined:
-    """The best guide of its family for these very data, found from ``guide`` by ``steps`` of Adam on the ELBO.
-
-    Neither model nor guide is changed. Sites without a pathwise gradient take leave-one-out score-function gradients.
-    """
-    with private_store(model, guide), private_seed(seed, model, guide), evaluated(model, guide):
-        refined = Refined(guide, args, kwargs)
-        loss = loss_of(words(guide, args, kwargs), num_particles, model, refined, args, kwargs)
-        _train(loss, refined, args, kwargs, steps, lr, progress)
-    return refined
+from .runner import random_sites
 
 
 def loss_of(estimators: Any, num_particles: int | None, model, guide, args: tuple, kwargs: Mapping[str, Any]) -> Any:

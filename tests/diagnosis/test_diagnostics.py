@@ -20,7 +20,7 @@ from gumbo.inference.diagnosis.calibration import simulated_ranks, uniformity
 from gumbo.inference.diagnosis.target import Target
 from gumbo.inference.posterior import _arviz
 from gumbo.inference.posterior.importance import importance_ess, khat
-from gumbo.inference.posterior.refits import refine
+from gumbo.inference.posterior.refinement import refine
 from gumbo.inference.posterior.runner import Sweep, quietly
 
 QUICK = {"num_samples": 1000, "num_simulations": 120, "refine_steps": 20}
@@ -408,7 +408,7 @@ def test_evidence_by_annealing_is_the_closed_form_without_a_guide():
     ids=["normal", "categorical", "beta"],
 )
 def test_refining_closes_the_gap_where_the_family_holds_the_posterior(model, guide, data):
-    better = refine(model, guide, (data,), {}, steps=250)
+    better = refine(model, guide, data, steps=250, shared=True)
     before, after = (diagnose_gap(model, one, data) for one in (guide, better))
     assert before > 0.1 and after < 0.03
 

@@ -11,7 +11,11 @@ from pyro import poutine
 from gumbo.errors import BadInput
 from gumbo.guides import fitting, guides
 from gumbo.inference import SiteELBO, evaluate
+from gumbo.inference.diagnosis.gaps import with_parts
+from gumbo.inference.diagnosis.report import Verdict
+from gumbo.inference.engine.progress import Stages
 from gumbo.inference.posterior.refinement import RefinedGuide, refine, refinement_gap
+from gumbo.inference.posterior.runner import Sweep
 from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE, HeteroscedasticRegression, HierarchicalVAE
 
 SHAPE = (1, 4, 4)
@@ -115,6 +119,45 @@ def test_batches_are_refined_by_themselves():
     b = refinement_gap(Linear(), Rough(), X, steps=30, lr=0.2, num_samples=50, batch_size=1)
     assert (a.gap > 0.1).all() and (b.gap > 0.1).all()
     torch.testing.assert_close(a.refined, b.refined, rtol=0, atol=0.5)
+
+
+@pytest.mark.parametrize("guide", ["normal", "flow"])
+def test_diagnose_and_refinement_gap_report_one_number(guide, param_store):
+    torch.manual_seed(3)
+    model = GaussianVAE(SHAPE, latent_dim=2, hidden=(6,))
+    program = guides[guide](model)
+    x = torch.randint(2, (5, *SHAPE)).float()
+    found = refinement_gap(model, program, x, steps=20, num_samples=3000)
+    extra = {}
+    verdict = Verdict("gap", "ok", "", 0.0, 1.0, "")
+    with_parts(verdict, Sweep(model, program, (x,), {}), 20, 0, {}, extra, {}, Stages("test", False))
+    # The very same refined guide is judged, by other draws.
+    (in_diagnose,) = extra["amortization_gap"][1]
+    assert in_diagnose == pytest.approx(found.gap.mean().item(), rel=0.2) and in_diagnose > 0.01
+
+
+def test_refining_leaves_the_names_of_the_guide_alone(param_store):
+    guide = Rough()
+    refine(Linear(), guide, X, steps=1)
+    assert guide._pyro_name == "" and not guide.shift.grad and guide.shift.requires_grad
+
+
+def test_what_all_data_share_is_refined_when_asked(param_store):
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    x = X[:, 0]
+    with pytest.raises(BadInput, match="nothing to refine datum by datum"):
+        refine(model, guide, x)
+    refined = refine(model, guide, x, shared=True, num_particles=32)
+    fn = poutine.trace(refined).get_trace(x).nodes["mu"]["fn"]
+    assert fn.loc.item() == pytest.approx(x.sum().item() / 4, abs=0.05)
+    assert fn.scale.item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_mistakes_are_one_line():
