@@ -94,7 +94,9 @@ LEFT_OUT: dict[str, str] = {
 }
 
 # Tests that want an error of Pyro's where SiteELBO works rightly: why it may.
-ACCEPTED: dict[str, str] = {}
+ACCEPTED: dict[str, str] = {
+    "test_iplate_in_guide_not_model_error": "the guide's plate holds no site, so that it changes no term",
+}
 
 # Tests that hold one draw, or a few, to the noise of Pyro's own estimator: judged by the means alone.
 BY_MEANS: dict[str, str] = {
@@ -660,9 +662,10 @@ def settle(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return last
 
 
-def run_all(tree: Path, only: str, out: Path, seconds: int) -> dict[str, dict[str, Any]]:
+def run_all(tree: Path, only: str, out: Path, seconds: int, resume: bool) -> dict[str, dict[str, Any]]:
     log = out.with_suffix(".jsonl")
-    log.unlink(missing_ok=True)
+    if not resume:
+        log.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="strangers-") as folder:
         home = Path(folder)
         lend_data(home)
@@ -682,8 +685,15 @@ def run_all(tree: Path, only: str, out: Path, seconds: int) -> dict[str, dict[st
             print(file, collections.Counter(r["outcome"] for r in settle(read(log)).values()), flush=True)
             if status not in (0, 1):
                 print(said[-2000:], flush=True)
+        met: collections.Counter[str] = collections.Counter()
+        turn = {}  # every file once before any file a second time
         for command in examples(tree):
+            met[command.split()[0]] += 1
+            turn[command] = met[command.split()[0]]
+        for command in sorted(turn, key=turn.get):
             if not re.search(only, f"examples/{command}") or not names_an_elbo(tree, command):
+                continue
+            if f"examples/{command}" in settle(read(log)):
                 continue
             status, said = spawn([str(tree), "--child-example", command, "--out", str(log)], seconds, home)
             found = settle(read(log)).get(f"examples/{command}")
@@ -747,6 +757,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a regular expression on test files and examples")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the results' path without its suffix")
     parser.add_argument("--timeout", type=int, default=300, help="seconds an example may take")
+    parser.add_argument("--resume", action="store_true", help="keep the results that stand in OUT.jsonl")
     parser.add_argument("--child-tests", help=argparse.SUPPRESS)
     parser.add_argument("--child-example", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -759,7 +770,7 @@ def main() -> int:
     if options.child_example:
         run_example(tree, options.child_example, options.out)
         return 0
-    rows = run_all(tree, options.only, options.out.resolve(), options.timeout)
+    rows = run_all(tree, options.only, options.out.resolve(), options.timeout, options.resume)
     options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
     options.out.with_suffix(".md").write_text(table(rows))
     print(table(rows))

@@ -20,16 +20,7 @@ ROOMS = {
     "inference": "gumbo.inference",
     **{
         f"inference/{wing}": f"gumbo.inference.{wing.replace('/', '.')}"
-        for wing in (
-            "estimators",
-            "engine",
-            "objectives",
-            "training",
-            "training/compile",
-            "auditing",
-            "posterior",
-            "diagnosis",
-        )
+        for wing in ("estimators", "engine", "training", "training/compile", "auditing", "posterior", "diagnosis")
     },
     "experiments": "gumbo.experiments",
 }
@@ -40,7 +31,7 @@ MAY_IMPORT = {
     **dict.fromkeys(INFERENCE, {"models", "guides", "inference"}),
     "experiments": {"models", "guides", "inference", "experiments"},
 }
-COMMON = {"console", "errors", "files", "launcher", "options", "pictures", "registry", "tables", "_version"}
+COMMON = {"console", "errors", "files", "launcher", "options", "registry", "tables", "_version"}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -236,6 +227,14 @@ def test_no_module_bears_the_name_of_a_public_function():
 
 def test_a_module_named_like_a_function_is_seen():
     assert hidden_names({"gumbo.inference.audit": ROOT, "gumbo.inference.auditing": ROOT}) == {"gumbo.inference.audit"}
+
+
+def test_the_architecture_names_every_file_of_every_wing():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for room in INFERENCE:
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{room}/` |") and ".py`" in line]
+        named = set(re.findall(r"`(\w+\.py)`", line))
+        assert named == {path.name for path in (ROOT / room).glob("*.py")} - {"__init__.py"}, room
 
 
 def registrations(tree: ast.AST, registry: str) -> list[str]:

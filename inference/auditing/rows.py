@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from pyro.infer import ELBO
 
-from .moments import Moments
-from .sampler import Draws
+from .sampler import Draws, Moments
 
 
 @dataclass

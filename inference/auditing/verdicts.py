@@ -12,10 +12,9 @@ from torch import Tensor
 
 from .bias import Comparison, adjusted, compare
 from .directions import Directions
-from .moments import Central
 from .reference import Reference
 from .rows import Row
-from .sampler import Stage
+from .sampler import Central, Stage
 
 if TYPE_CHECKING:
     import xarray

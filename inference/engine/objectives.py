@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import BadInput
+from ...errors import BadInput, UnsupportedSite
 from ..estimators._base import SiteView
 from .programs import Frames, Run, Site
 
@@ -335,7 +335,165 @@ def check_shape(surrogate: Tensor, cost: Tensor, site: Site, layout: Layout) -> 
         )
 
 
+@dataclass
+class Bound:
+    """Per-datum log importance weights ``(K, *plates)`` and the bounds that they give."""
+
+    log_weight: Tensor
+    dim: int
+
+    def value(self) -> Tensor:
+        """log (1/K) Σₖ wₖ per datum."""
+        count = self.log_weight.shape[self.dim]
+        return self.log_weight.logsumexp(self.dim, keepdim=True) - math.log(count)
+
+    def leave_one_out(self) -> Tensor:
+        """For each k the bound with log wₖ replaced by the mean of the others (Mnih & Rezende 2016, 1602.06725)."""
+        weights = self.log_weight.movedim(self.dim, -1)
+        count = weights.shape[-1]
+        others = (weights.sum(-1, keepdim=True) - weights) / (count - 1)
+        diagonal = torch.eye(count, dtype=torch.bool, device=weights.device)
+        replaced = torch.where(diagonal, others.unsqueeze(-1), weights.unsqueeze(-2))
+        return (replaced.logsumexp(-1) - math.log(count)).movedim(-1, self.dim)
+
+
 def common_frames(runs: list[Run], layout: Layout) -> Frames:
     """The plates that enclose every site: one importance weight for each of their elements."""
     frames = [layout.apart(site.frames) for run in runs for site in run.sites if site.latent or not site.settled]
     return frozenset.intersection(*frames) if frames else NO_FRAMES
+
+
+def common_scale(runs: list[Run]) -> Any:
+    """The scale that all terms share and that multiplies the bound; 1 where they differ, and enter the weights."""
+    scales = [site.scale for run in runs for site in run.sites if site.latent or not site.settled]
+    first = scales[0] if scales else 1.0
+    same = all(
+        s is first or (not isinstance(s, Tensor) and not isinstance(first, Tensor) and s == first) for s in scales
+    )
+    return first if same else 1.0
+
+
+@dataclass
+class Weights:
+    """Importance weights per datum, with the two sums that they are made of."""
+
+    log_p: Tensor
+    log_q: Tensor
+    frames: Frames
+    scale: Any
+
+
+def importance_weights(groups: list[list[Run]], layout: Layout) -> Weights:
+    """log p(x, z) and log q(z | x) of each particle, per element of the plates that enclose all sites."""
+    runs = [run for paths in groups for run in paths]
+    frames, scale = common_frames(runs, layout), common_scale(runs)
+    for plate in sorted(runs[0].partial_loops):
+        raise UnsupportedSite(
+            f"the sequential plate {plate!r} is subsampled, and a weight over a part of the data does not estimate the"
+            " bound over all of it; make it a vectorized plate that encloses every site, run it in full, or take"
+            " objective='elbo'"
+        )
+    outside = runs[0].partial_plates - frames
+    if outside:
+        plate = next(iter(outside))[0]
+        site = next((s.name for s in runs[0].guide if s.latent and not s.frames & outside), "(program)")
+        raise UnsupportedSite(
+            site,
+            "any",
+            f"it lies outside the subsampled plate {plate!r}, and a weight over a part of the data does not estimate"
+            " the bound over all of it; run the full plate, or take objective='elbo'",
+        )
+
+    def gather(sites: list[Site]) -> Tensor:
+        return sum((summed_to(s.log_prob / scale, s.frames, frames) for s in sites), start=torch.zeros(()))
+
+    return Weights(
+        layout.join([gather(run.model) for run in runs]),
+        layout.join([gather(run.guide) for run in runs]),
+        frames,
+        scale,
+    )
+
+
+def iwae_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tensor:
+    """The importance-weighted bound (Burda et al. 2015, arXiv 1509.00519), per datum.
+
+    A drawn site without a path gets the whole bound of its datum as its signal, and its −log q stays in the weights.
+    """
+    weights = importance_weights(groups, layout)
+    bound = Bound(weights.log_p - weights.log_q, -layout.room)
+    value = (weights.scale * bound.value()).sum()
+    fixed = Bound(bound.log_weight.detach(), bound.dim)
+    signal = fixed.value().expand_as(fixed.log_weight)
+    runs = [run for paths in groups for run in paths]
+    scored = (site for run in runs for site in run.guide if site.score is not None and (site.drawn or site.factor))
+    for name in dict.fromkeys(site.name for site in scored):
+        value = value + magic(
+            (weights.scale * _bound_surrogate(name, runs, weights, signal, fixed, layout, view)).sum()
+        )
+    return value
+
+
+def _bound_surrogate(
+    name: str, runs: list[Run], weights: Weights, signal: Tensor, bound: Bound, layout: Layout, view: MakeView
+) -> Tensor:
+    """One site's share of the gradient of the bound; particles that did not come by the site have none."""
+    found = {i: site for i, run in enumerate(runs) for site in run.guide if site.name == name}
+    rows = [Row(runs[i], site, signal) for i, site in found.items()]
+    site = rows[0].site
+    scores = {i: summed_to(s.score, s.frames, weights.frames) for i, s in found.items()}
+    none = torch.zeros_like(next(iter(scores.values())))
+    if site.factor:
+        return signal * layout.join([scores.get(i, none) for i in range(len(runs))])
+    if len(found) < len(runs) and site.estimator.lazy_parameters:
+        raise UnsupportedSite(
+            name, site.estimator.name, "it shows in some particles only, and its baseline wants inputs from all"
+        )
+    log_prob = layout.join([scores.get(i, none) for i in range(len(runs))])
+    surrogate = surrogate_of(site, view(rows, log_prob, signal, bound))
+    check_shape(surrogate, signal, site, layout)
+    return surrogate
+
+
+def dreg_value(drawn: list[list[Run]], groups: list[list[Run]], layout: Layout) -> Tensor:
+    """The importance-weighted bound with the doubly reparameterized gradient.
+
+    ``drawn`` holds the draws z(φ); ``groups`` the programs run again at the same values, cut from the graph, with the
+    guide's parameters frozen. The weights w̃² enter once, where all values together leave the second run.
+    """
+    weights = importance_weights(groups, layout)
+    log_weight = weights.log_p - weights.log_q
+    value = (weights.scale * Bound(log_weight.detach(), -layout.room).value()).sum()
+    if not torch.is_grad_enabled():
+        return value
+    normalized = log_weight.detach().softmax(-layout.room)
+    value = value + magic((weights.scale * normalized * log_weight).sum())
+    pairs = [
+        (before.draw.value, after.draw.value)
+        for firsts, seconds in zip(drawn, groups, strict=True)
+        for first, second in zip(firsts, seconds, strict=True)
+        for before, after in zip(first.guide, second.guide, strict=True)
+        if before.latent and before.draw.value.requires_grad
+    ]
+    if not pairs:
+        return value
+    slopes = torch.autograd.grad(
+        (weights.scale * normalized.square() * log_weight).sum(),
+        [leaf for _, leaf in pairs],
+        retain_graph=True,
+        allow_unused=True,
+    )
+    paths = [(slope * draw).sum() for slope, (draw, _) in zip(slopes, pairs, strict=True) if slope is not None]
+    return value + magic(sum(paths, start=value.new_zeros(())))
+
+
+def rws_value(groups: list[list[Run]], layout: Layout) -> Tensor:
+    """Reweighted wake-sleep (Bornschein & Bengio 2014, arXiv 1406.2751): wake updates of model and guide, per datum.
+
+    The value is the importance-weighted bound; the gradient is Σₖ w̃ₖ ∇(log p + log q) at detached draws.
+    """
+    weights = importance_weights(groups, layout)
+    log_weight = (weights.log_p - weights.log_q).detach()
+    normalized = log_weight.softmax(-layout.room)
+    value = (weights.scale * Bound(log_weight, -layout.room).value()).sum()
+    return value + magic((weights.scale * normalized * (weights.log_p + weights.log_q)).sum())
