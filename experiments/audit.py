@@ -134,7 +134,7 @@ def say(label: str, done: int, total: int) -> None:
     print(f"{chr(13) + chr(27) + '[K' if over else ''}{done}/{total}  {words}", end=ending, file=sys.stderr, flush=True)
 
 
-# What is audited.
+# The programs and their arguments.
 
 
 def programs(config: Audit) -> tuple[Callable, Callable, tuple, dict[str, Any]]:
@@ -196,7 +196,7 @@ def user_arguments(path: str | None) -> tuple[tuple, dict[str, Any]]:
     return arguments_of(function() if callable(function) else function)
 
 
-# What is told.
+# Output.
 
 
 def as_markdown(report, title: str) -> str:

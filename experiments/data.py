@@ -53,6 +53,27 @@ def _expected(found: object) -> str:
 datasets: Registry[Loader] = Registry("dataset", _expected)
 
 
+_images: set[str] = set()
+
+
+def dataset(name: str, images: bool = False) -> Callable[[Loader], Loader]:
+    """Register a loader, a function from a folder and the names of splits to ``{split: (rows, labels or None)}``.
+
+    Args:
+        name: what ``load`` and ``--data`` call it.
+        images: its rows are images with grey levels in [0, 1], which ``binarize="auto"`` thresholds at one half;
+            anything else (counts, measurements) is passed on as it is.
+    """
+
+    def enrol(loader: Loader) -> Loader:
+        datasets.register(name, loader)
+        if images:
+            _images.add(name)
+        return loader
+
+    return enrol
+
+
 @dataclass(frozen=True)
 class ImageData:
     """Images ``(N, 1, H, W)`` of three splits, and their labels ``(N,)`` by split where there are any.
@@ -110,7 +131,7 @@ def load(
     images = {split: torch.zeros(0, 1, *shape, dtype=dtype) for split in SPLITS}
     images |= {split: _rows(pixels).to(dtype).unsqueeze(1) for split, (pixels, _) in read.items()}
     if binarize == "auto":
-        binarize = "static" if name in IMAGES else None
+        binarize = "static" if name in _images else None
     if binarize is not None:
         _refuse_levels(name, images, binarize)
     labels = {split: torch.from_numpy(label).long() for split, (_, label) in read.items() if label is not None}
@@ -192,7 +213,7 @@ def _only(read: dict[str, Split], splits: Sequence[str]) -> dict[str, Split]:
     return {split: read[split] for split in splits}
 
 
-@datasets.register("digits")
+@dataset("digits", images=True)
 def _digits(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     from sklearn.datasets import load_digits
 
@@ -201,17 +222,17 @@ def _digits(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _only(_cut(bunch.images[order] / 16, bunch.target[order], (1297, 200, 300)), splits)
 
 
-@datasets.register("mnist")
+@dataset("mnist", images=True)
 def _mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _mnist_like("mnist", "MNIST", folder, splits)
 
 
-@datasets.register("fashion-mnist")
+@dataset("fashion-mnist", images=True)
 def _fashion_mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _mnist_like("fashion-mnist", "FashionMNIST", folder, splits)
 
 
-@datasets.register("mnist-test")
+@dataset("mnist-test", images=True)
 def _mnist_test(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     images, labels = _mnist_like("mnist-test", "MNIST", folder, ["test"])["test"]
     return _only(_cut(images, labels, (7_000, 1_000, 2_000)), splits)
@@ -360,7 +381,7 @@ def _download(name: str, action: Callable[[], object], what: str) -> None:
         raise BadInput(f"{name} is not on disk and cannot be downloaded ({reason}): put {what}") from error
 
 
-@datasets.register("omniglot")
+@dataset("omniglot", images=True)
 def _omniglot(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     read = {}
     if {"train", "valid"} & set(splits):
@@ -404,7 +425,7 @@ _BINARIZED_MNIST = {
 _BINARIZED_MNIST_ROWS = {"train": 50_000, "valid": 10_000, "test": 10_000}
 
 
-@datasets.register("binarized-mnist")
+@dataset("binarized-mnist", images=True)
 def _binarized_mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     path = folder / "binarized_mnist.npz"
     if not path.exists():
@@ -440,7 +461,3 @@ def _convert_binarized_mnist(path: Path) -> None:
 def _save(path: Path, **arrays: np.ndarray) -> None:
     """Write an ``.npz`` whole or not at all."""
     write_whole(path, lambda file: np.savez_compressed(file, **arrays), shared=True)
-
-
-# Known to be images with grey levels in [0, 1]; whatever is registered or imported later may be anything.
-IMAGES = frozenset(datasets)

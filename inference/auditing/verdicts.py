@@ -26,7 +26,7 @@ OPPOSITE = 2.0  # the bias of a gradient of the opposite sign, in lengths of the
 def dataset_of(
     stage: Stage, rows: list[Row], truth: Reference, sites: dict[str, str], settings: dict[str, Any]
 ) -> xarray.Dataset:
-    """Compare every row with the reference, adjust for all tests, and say what comes of it."""
+    """Compare every row with the reference, adjust for all tests, and collect numbers and verdicts."""
     import numpy as np
 
     from .report import AuditReport  # xarray is loaded when an audit is made
@@ -119,7 +119,7 @@ def _parameter_numbers(central: Central, truth: Tensor, found: Comparison) -> di
 
 
 def _summary(row: Row, names: list[str], truth: Reference, table: dict, i: int) -> dict[str, Any]:
-    """What is said of an estimator over all parameters, or over the guide's where its variance is meant."""
+    """The numbers of one estimator over all parameters, or over the guide's for its variance."""
     own = [name.startswith("guide.") for name in names]
     own = own if any(own) else [True] * len(names)
     norm = _norm(truth.gradient.values())
@@ -161,7 +161,7 @@ def _summary(row: Row, names: list[str], truth: Reference, table: dict, i: int) 
 def _judgement(
     row: Row, tests: dict[str, tuple[Comparison, Tensor]], truth: Reference, alpha: float, level: float
 ) -> dict[str, Any]:
-    """What the tests of one estimator come to; ``tests`` holds each comparison with its adjusted p-values."""
+    """The verdict on one estimator and its totals; ``tests`` holds each comparison with its adjusted p-values."""
     directions = truth.directions
     said: dict[str, Any] = {"max_z": max(c.z.abs().max().item() for c, p in tests.values() if len(p))}
     whole = tests.get(Directions.WHOLE, (None, None))[0]

@@ -375,3 +375,18 @@ def test_a_loader_that_returns_something_else_is_one_line(returned, monkeypatch)
     monkeypatch.setitem(data.datasets._items, "mine", lambda folder, splits: returned)
     with pytest.raises(BadInput, match="^dataset 'mine': "):
         load("mine", splits="test")
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_data_set_is_one_function_and_one_registration(images, monkeypatch):
+    monkeypatch.setattr(data.datasets, "_items", dict(data.datasets._items))
+    monkeypatch.setattr(data, "_images", set(data._images))
+    rows = np.random.default_rng(0).random((12, 2, 3))
+
+    @data.dataset("toy", images=images)
+    def toy(folder, splits):
+        return {split: (rows, np.arange(12)) for split in splits}
+
+    found = data.load("toy", binarize="auto")
+    assert found.train.shape == (12, 1, 2, 3) and found.labels["test"].tolist() == list(range(12))
+    assert bool(((found.train == 0) | (found.train == 1)).all()) == images
