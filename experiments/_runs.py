@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from typing import Any
 from gumbo.errors import BadInput
 from gumbo.files import append_line, write_whole
 
-LARGEST = 1 << 20  # bytes of a file of settings
+LARGEST = 1 << 16  # bytes of a file of settings
+DEEPEST = 20  # levels of lists in mappings in lists, for which YAML's time grows with the square
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file, as a mapping of plain values.
 
-    Raises BadInput, in bounded time and memory, for a file that is missing, larger than 1 MiB, not UTF-8, not YAML,
+    Raises BadInput, in bounded time and memory, for a file that is missing, larger than 64 KiB, not UTF-8, not YAML,
     with aliases (a few lines of them unfold to gigabytes), or with anything but a mapping of plain values.
     """
     import yaml
@@ -40,8 +41,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise BadInput(f"{path} is larger than {LARGEST} bytes: no file of settings")
     try:
         text = content.decode()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise BadInput(f"{path} has a YAML alias, which settings have no need of: write the value out")
+        _refuse_bombs(path, yaml.parse(text, Loader=yaml.SafeLoader))
         found = yaml.safe_load(text)
         json.dumps(found)  # plain values only
     except UnicodeDecodeError as error:
@@ -53,6 +53,19 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise BadInput(f"{path} holds no settings: expected lines such as `epochs: 10`")
     return found
+
+
+def _refuse_bombs(path: Path, events: Iterable[Any]) -> None:
+    """Raise BadInput at the first event of a YAML file that settings have no need of."""
+    import yaml
+
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise BadInput(f"{path} has a YAML alias, which settings have no need of: write the value out")
+        if depth > DEEPEST:
+            raise BadInput(f"{path} nests deeper than {DEEPEST} levels: no file of settings")
 
 
 class RunFolder:

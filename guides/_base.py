@@ -89,6 +89,8 @@ class Guide(AnyGuide):
 
     def features(self, x: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
         """The encoder's features of a batch and its conditions, ``(B, encoder.size)``."""
+        if not isinstance(x, torch.Tensor):
+            raise BadInput(f"{type(self).__name__}: x is {type(x).__name__}, expected a tensor of data")
         return self.encoder(x, *self.check_conditions(conditions, len(x)))
 
 

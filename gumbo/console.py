@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ def forgiving() -> Iterator[None]:
             with contextlib.suppress(OSError):
                 os.open(os.devnull, os.O_RDWR)
     before, sys.stderr = sys.stderr, Forgiving(sys.stderr)  # type: ignore[assignment]
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         with contextlib.suppress(ValueError):  # it is closed
             sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import functools
 import inspect
 import math
 import types
@@ -11,9 +12,11 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import BadInput
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 LARGEST = 2**31 - 1  # of a size; torch's own limits lie not far beyond
 
@@ -64,6 +67,37 @@ def check_options(cls: type, args: tuple, kwargs: Mapping[str, Any]) -> dict[str
     return dict(list(bound.arguments.items())[1:])
 
 
+def holds_to_annotations(*left_out: str) -> Callable[[Call], Call]:
+    """A decorator: a function whose numbers, switches and words are held against their annotations before it begins.
+
+    What range a number lies in is the function's own to say, and so is everything about its other arguments.
+    """
+
+    def decorate(function: Call) -> Call:
+        signature, hints = inspect.signature(function), _hints(function)
+        plain = {
+            name: hints[name]
+            for name, parameter in signature.parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and name not in left_out
+            and {int, float, bool, str, type(None)} >= set(_choices(hints.get(name, Any)))
+        }
+
+        @functools.wraps(function)
+        def called(*args, **kwargs):
+            for name in plain.keys() & kwargs.keys():
+                if name == "seed":
+                    if kwargs[name] is not None:
+                        check_seed(kwargs[name])
+                else:
+                    check_option(f"{function.__name__}: {name}", kwargs[name], plain[name], -math.inf)
+            return function(*args, **kwargs)
+
+        return called  # type: ignore[return-value]
+
+    return decorate
+
+
 @lru_cache(maxsize=1024)
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of a function, as types; those that stand for nothing here are left out."""
@@ -106,7 +140,7 @@ def check_seed(seed: Any) -> None:
     Traceback (most recent call last):
     gumbo.errors.BadInput: seed is 18446744073709551616: expected a whole number of at least 0, below 2**64
     """
-    if not (_is_number(seed) and isinstance(seed, Integral) and -(2**63) <= seed < 2**64):
+    if not (_is_number(seed) and isinstance(seed, Integral) and -(2**63) <= int(seed) < 2**64):
         raise BadInput(f"seed is {_short(seed)}: expected a whole number of at least 0, below 2**64")
 
 
@@ -141,7 +175,11 @@ def fits(value: Any, hint: Any, least: float | None = None) -> bool:
     if hint is bool:
         return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
     if hint is int:
-        return _is_number(value) and isinstance(value, Integral) and (1 if least is None else least) <= value <= LARGEST
+        return (
+            _is_number(value)
+            and isinstance(value, Integral)
+            and (1 if least is None else least) <= int(value) <= LARGEST
+        )
     if hint is float:
         return _is_number(value) and math.isfinite(value) and (value > 0 if least is None else value >= least)
     if origin is collections.abc.Sequence:
@@ -192,4 +230,4 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-__all__ = ["Checked", "check_numbers", "check_option", "check_options", "check_seed", "fits"]
+__all__ = ["Checked", "check_numbers", "check_option", "check_options", "check_seed", "fits", "holds_to_annotations"]

@@ -48,7 +48,7 @@ class Registry(Mapping[str, T], Generic[T]):
         raise UnknownName(self.kind, name, self._items)
 
     def _of_kind(self, path: str) -> T:
-        found = import_object(path, self.kind, own=self.expected is not None)
+        found: Any = import_object(path, self.kind, own=self.expected is not None)
         if self.expected is not None and (wanted := self.expected(found)):
             raise BadInput(f"{self.kind} {path!r} is {describe(found)}: expected {wanted}")
         return found

@@ -18,12 +18,13 @@ import copy
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.optim import Adam
+from pyro.optim import Adam  # type: ignore[attr-defined]
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.nn import Module
@@ -32,12 +33,16 @@ from ._check_estimator import check_estimator
 from .errors import BadInput
 from .models.families import families
 
+if TYPE_CHECKING:
+    from .guides._base import AnyGuide
+    from .models._base import GenerativeModel
+
 __all__ = ["check_estimator", "check_guide", "check_model"]
 
 PARTICLES = 3
 
 
-def check_model(model: Module, x: Tensor, /, **conditions: Tensor) -> None:
+def check_model(model: GenerativeModel, x: Tensor, /, **conditions: Tensor) -> None:
     """Hold a model to its contract; ``x`` is a valid batch ``(B, *data_shape)`` of at least two rows.
 
     ``conditions`` are the keywords that the model takes beside x, its targets included, tensors with B rows. Checked:
@@ -60,7 +65,7 @@ def check_model(model: Module, x: Tensor, /, **conditions: Tensor) -> None:
         _check_unobserved(model, trace, x, conditions, who)
         _check_rows_and_particles(model, trace, x, conditions, who)
         if any(True for _ in model.parameters()):
-            trace.log_prob_sum().backward()
+            cast(Tensor, trace.log_prob_sum()).backward()
         _check_gradients({who: model})
         _check_save_and_load(model, [], trace, x, conditions, who)
         wide = copy.deepcopy(model).double()
@@ -72,7 +77,7 @@ def check_model(model: Module, x: Tensor, /, **conditions: Tensor) -> None:
         _check_bad_input(model, x, conditions, who)
 
 
-def check_guide(guide: Module, model: Module, x: Tensor, /, **conditions: Tensor) -> None:
+def check_guide(guide: AnyGuide, model: GenerativeModel, x: Tensor, /, **conditions: Tensor) -> None:
     """Hold a guide to its contract beside the ``model`` it was built for; ``x``, ``conditions`` as in `check_model`.
 
     Checked: every declared latent is drawn with its shape at B = 1 and B > 1, in the model's plate and support, and is
@@ -112,7 +117,7 @@ def _check_names(module: Module, prefix: str, who: str) -> None:
         _require(name.startswith(prefix), who, f"parameter {name!r} must be called {prefix}…, else names can collide")
 
 
-def _check_unobserved(model: Module, trace: poutine.Trace, x: Tensor, conditions: dict, who: str) -> None:
+def _check_unobserved(model: GenerativeModel, trace: poutine.Trace, x: Tensor, conditions: dict, who: str) -> None:
     """Without what it observes the model draws it, of the shape that the data have."""
     free = {name: value for name, value in _first(conditions, 2).items() if name not in model.targets}
     call = {"x": x[:2]} if model.x_is_given else {"batch_size": 2}
@@ -124,7 +129,9 @@ def _check_unobserved(model: Module, trace: poutine.Trace, x: Tensor, conditions
         _require(prior.nodes[name]["value"].shape == expected, who, f"draws {name} of another shape than the data's")
 
 
-def _check_sites(trace: poutine.Trace, model: Module, rows: int, who: str, auxiliary: tuple[str, ...] = ()) -> None:
+def _check_sites(
+    trace: poutine.Trace, model: GenerativeModel, rows: int, who: str, auxiliary: tuple[str, ...] = ()
+) -> None:
     """Declared sites exist with their shapes and supports, local ones are in the plate, and all is finite."""
     for name, latent in model.latents.items():
         _require(name in trace.nodes, who, f"never samples the declared latent {name!r}")
@@ -147,8 +154,8 @@ def _check_sites(trace: poutine.Trace, model: Module, rows: int, who: str, auxil
         _require(log_prob.shape == expected, who, f"log-probability at {name!r} has shape {tuple(log_prob.shape)}")
 
 
-def _check_returned(trace: poutine.Trace, model: Module, who: str) -> None:
-    returned = trace.nodes["_RETURN"]["value"]
+def _check_returned(trace: poutine.Trace, model: GenerativeModel, who: str) -> None:
+    returned: Any = trace.nodes["_RETURN"]["value"]
     _require(isinstance(returned, dict), who, "must return its draws as a dict from site to value")
     for name in model.latents:
         same = name in returned and returned[name] is trace.nodes[name]["value"]
@@ -180,7 +187,7 @@ def _check_rows_and_particles(module: Module, trace: poutine.Trace, x: Tensor, c
             _require(same, who, f"site {name!r} means something else for {PARTICLES} particles than for one")
 
 
-def _check_pair_trains(guide: Module, model: Module, x: Tensor, conditions: dict, who: str) -> None:
+def _check_pair_trains(guide: AnyGuide, model: GenerativeModel, x: Tensor, conditions: dict, who: str) -> None:
     """Stock SVI reaches and moves every parameter of the pair."""
     pair = {who: guide, type(model).__name__: model}
     before = {name: copy.deepcopy(module.state_dict()) for name, module in pair.items()}
@@ -219,7 +226,7 @@ def _check_save_and_load(
     torch.save(module.state_dict(), file)
     file.seek(0)
     with _running(who, "when it is built again from its config and loads its state"):
-        twin = type(module)(*arguments, **module.config)
+        twin = type(module)(*arguments, **cast(Any, module).config)
         twin.load_state_dict(torch.load(file, weights_only=True))
     before, after = (_log_probs(_replay(one, trace, x, **conditions)) for one in (module, twin))
     for name in before:
@@ -303,7 +310,7 @@ def _replay(program, trace: poutine.Trace, *args, **kwargs) -> poutine.Trace:
     return _trace(poutine.replay(program, trace=trace), *args, **kwargs)
 
 
-def _sites(trace: poutine.Trace) -> list[tuple[str, dict]]:
+def _sites(trace: poutine.Trace) -> list[tuple[str, Any]]:
     """The sample sites, without those that plates make."""
     return [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
 

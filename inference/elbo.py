@@ -25,7 +25,7 @@ from ..errors import (
     UnknownName,
     UnsupportedSite,
 )
-from ..options import fits
+from ..options import check_option, fits
 from .engine import objectives
 from .engine.mixing import mixed_plates
 from .engine.noise import current_tape, drawn_twice
@@ -158,14 +158,17 @@ class SiteELBO(ELBO):
         kl_weight: float | Callable[[int], float] = 1.0,
         plates: str = "check",
     ):
-        if objective not in OBJECTIVES:
+        if not isinstance(objective, str) or objective not in OBJECTIVES:
             raise UnknownName("objective", objective, OBJECTIVES)
-        if plates not in PLATES:
+        if not isinstance(plates, str) or plates not in PLATES:
             raise UnknownName("plates", plates, PLATES)
         if not fits(num_particles, int | None):
             raise BadInput(f"num_particles must be a positive integer or None, got {num_particles!r}")
-        if max_plate_nesting != float("inf") and not fits(max_plate_nesting, int | None, 0):
+        if isinstance(max_plate_nesting, float) and max_plate_nesting == float("inf"):
+            max_plate_nesting = None
+        if not fits(max_plate_nesting, int | None, 0):
             raise BadInput(f"max_plate_nesting must be an integer of at least 0 or None, got {max_plate_nesting!r}")
+        check_option("vectorize_particles", vectorize_particles, bool)
         if not fits(kl_weight, float | Callable, 0):
             raise BadInput(f"kl_weight must be a number ≥ 0 or a schedule, got {kl_weight!r}")
         if objective != "elbo" and (callable(kl_weight) or kl_weight != 1):
@@ -179,7 +182,7 @@ class SiteELBO(ELBO):
         if isinstance(estimators, Mapping):
             self.given = {name: as_estimator(word) for name, word in estimators.items() if name != "*"}
             self.otherwise = as_estimator(estimators["*"]) if "*" in estimators else None
-        elif estimators != "default":
+        elif not isinstance(estimators, str) or estimators != "default":
             self.otherwise = as_estimator(estimators)
         named = [*self.given.values(), *([self.otherwise] if self.otherwise else [])]
         if objective == "rws" and named:
@@ -187,7 +190,7 @@ class SiteELBO(ELBO):
         for site, estimator in [*self.given.items(), *([("*", self.otherwise)] if self.otherwise else [])]:
             _check_particles(site, estimator, num_particles)
         self.requested_particles = num_particles
-        self.requested_nesting = None if max_plate_nesting == float("inf") else max_plate_nesting
+        self.requested_nesting = max_plate_nesting
         self._bindings: list[Binding] = []
         self._learnt: tuple[nn.ModuleDict, int] | None = None
         super().__init__(

@@ -40,7 +40,7 @@ class TraceGraphBaselineELBO(TraceGraph_ELBO):
     """
 
     def _get_trace(self, model, guide, args, kwargs):
-        def mark(site) -> dict[str, Any]:
+        def mark(site) -> Any:
             if site["is_observed"] or "baseline" in site["infer"]:
                 return {}
             return {"baseline": {"use_decaying_avg_baseline": True}}

@@ -12,6 +12,7 @@ import torch
 from pyro.infer import ELBO
 
 from ...errors import BadInput, GumboError, UnknownName, UnsupportedSite
+from ...options import holds_to_annotations
 from ..elbo import SiteELBO, as_estimator
 from ..engine.rows import given_arguments
 from ..engine.scopes import modules_of
@@ -31,6 +32,7 @@ WARM_UP = 3
 COUNTED = 8  # steps whose model runs are counted
 
 
+@holds_to_annotations()
 def audit(
     model: Callable,
     guide: Callable,

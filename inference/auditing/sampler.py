@@ -17,6 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ...errors import BadInput, GumboError
 from ..elbo import SiteELBO, check_shared_names, plates_mixed_by
 from ..engine.programs import kept_buffers
 from ..engine.scopes import modes_kept, private_seed, private_store
@@ -72,10 +73,19 @@ class Stage:
 
     def __init__(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
-        with torch.no_grad():
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            with _Count() as count:
-                model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        try:
+            with torch.no_grad():
+                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+                with _Count() as count:
+                    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        except GumboError:
+            raise
+        except Exception as error:  # the user's own programs
+            first = next(iter(str(error).splitlines()), "")
+            raise BadInput(
+                f"the programs cannot run on these arguments: {type(error).__name__}: {first}; model and guide are "
+                "called alike, with what follows them"
+            ) from error
         check_shared_names(model, guide)
         self.elements = count.elements
         sites = [(name, node) for t in (guide_trace, model_trace) for name, node in t.nodes.items()]

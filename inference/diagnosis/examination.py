@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ...errors import BadInput
+from ...options import holds_to_annotations
 from ..engine.progress import Stages
 from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
@@ -30,6 +31,7 @@ from .units import Units, units_of
 from .weights import effective_draws, tails, weights_bear
 
 
+@holds_to_annotations("memory_limit")
 def diagnose(
     model: Callable,
     guide: Callable | Sequence[Callable],

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ...errors import BadInput, UnknownName
+from ...options import fits
 from ..engine.progress import Progress
 from .importance import integrated, pieces
 from .runner import Block, Layout, Pass, Sweep, quietly
@@ -422,6 +423,6 @@ def _thinning(thin: int | Mapping[str, int], num_samples: int) -> dict[str, int]
     for name, every in given.items():
         if name not in GROUPS:
             raise UnknownName("group", name, GROUPS)
-        if not 1 <= every <= num_samples:
+        if not (fits(every, int) and every <= num_samples):
             raise BadInput(f"thin is {every} for {name}: expected 1 to {num_samples}")
     return dict.fromkeys(GROUPS, 1) | given

@@ -10,6 +10,7 @@ import numpy as np
 import pyro
 
 from ...errors import BadInput, UnknownName
+from ...options import holds_to_annotations
 from ..engine.progress import Progress
 from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
@@ -25,6 +26,7 @@ _GIB = 2**30
 _QUIET_BYTES = 2**28
 
 
+@holds_to_annotations("memory_limit")
 def to_arviz(
     model: Callable,
     guide: Callable | Sequence[Callable],

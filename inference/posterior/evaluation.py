@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ...errors import BadInput
+from ...options import holds_to_annotations
 from ..engine.rows import ProcessGroup, Rows
 from ..engine.scopes import device_of, private_seed
 from .importance import integrated, joint_evidence, khat_limit, rounding_of
@@ -176,6 +177,7 @@ class Evaluation:
         return self.information.mutual_information
 
 
+@holds_to_annotations()
 def evaluate(
     model: Callable,
     guide: Callable,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints, transform_to
 
 from ...errors import BadInput, UnsupportedSite
+from ...options import holds_to_annotations
 from ..engine.progress import Progress
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, modes_kept, modules_of, private_seed, private_store
@@ -229,6 +230,7 @@ class Refinement:
         return self.refined - self.amortized
 
 
+@holds_to_annotations()
 def refinement_gap(
     model: Callable,
     guide: Callable,

@@ -138,7 +138,8 @@ def fit(
     counts = {"epochs": epochs, "batch_size": batch_size, "checkpoint_every": checkpoint_every}
     counts |= {"checkpoint_steps": checkpoint_steps, "valid_samples": valid_samples, "patience": patience}
     for name, value in counts.items():
-        if value is not None and not (is_whole(value) and value >= 1):
+        may_be_none = name in ("checkpoint_steps", "patience")
+        if not (value is None and may_be_none) and not (is_whole(value) and 1 <= value < 2**63):
             raise BadInput(f"{name} is {value!r}: expected at least 1, a whole number")
     # NumPy's integers are none that JSON and checkpoints know.
     epochs, batch_size, valid_samples = int(epochs), int(batch_size), int(valid_samples)
