@@ -41,6 +41,18 @@ def images_of(target: Target, drawn: torch.Tensor) -> tuple[list[str], list[torc
     return [name for _, name, _ in kept[:_KEPT] if name], [image for _, _, image in kept[:_KEPT]]
 
 
+def in_other_modes(target: Target, sample: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """The share ``(units,)`` of ``sample`` ``(points, units, d)`` that a valley parts from the guide's nearest draw."""
+    near = torch.empty_like(sample)
+    for unit in range(sample.shape[1]):
+        spread = drawn[:, unit].std(0).clamp(min=1e-12)
+        away = ((sample[:, unit, None] - drawn[None, :, unit]) / spread).square().sum(-1)
+        near[:, unit] = drawn[away.argmin(1), unit]
+    ends = torch.minimum(sum(target(sample)), sum(target(near)))
+    between = torch.stack([sum(target(near + share * (sample - near))) for share in (0.25, 0.5, 0.75)])
+    return (between.amin(0) < ends - _VALLEY).double().mean(0)
+
+
 def _symmetries(target: Target, drawn: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Signs of all numbers, of a site's, of one number; exchanges of the rows of all sites that have as many."""
     yield "all signs change", -drawn

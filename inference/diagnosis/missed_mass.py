@@ -16,12 +16,12 @@ import torch
 
 from ...errors import GumboError
 from ..engine.progress import Progress, Stages
-from ..posterior.importance import log_evidence
+from ..posterior.importance import khat, khat_limit, log_evidence
 from ..posterior.runner import _REFUSALS, Sweep, _first_line, quietly
 from .annealing import annealed
 from .gaps import unit_weights
-from .images import images_of
-from .proposals import clusters, mixture_evidence
+from .images import images_of, in_other_modes
+from .proposals import Mixture, clusters, mixture_evidence
 from .report import ALARM, CANNOT_SAY, OK, Verdict, not_done, three_way
 from .rows import few_rows
 from .target import Target
@@ -91,7 +91,8 @@ def _plan(sweep: Sweep) -> _Plan:
 class _Found:
     """Evidence ``(units,)`` in nats: of the guide's draws, of the search alone, of all proposals; and errors.
 
-    ``bound`` is the guide's own ELBO; ``images`` are the reflections and exchanges that were kept.
+    ``bound`` is the guide's own ELBO; ``images`` are the reflections and exchanges that were kept. What the guide
+    misses is ``certain`` where its own weights are even enough to know its evidence, or the mass lies in other modes.
     """
 
     own: np.ndarray
@@ -101,6 +102,7 @@ class _Found:
     total: np.ndarray
     error: np.ndarray
     images: list[str]
+    certain: np.ndarray
 
     @property
     def missed(self) -> np.ndarray:
@@ -116,7 +118,11 @@ class _Found:
         return np.sqrt(self.error**2 + self.own_error**2)
 
     def count(self, limit: float) -> int:
-        return int(((self.missed > limit) & (self.missed > 4 * self.noise)).sum())
+        return int(((self.missed > limit) & (self.missed > 4 * self.noise) & self.certain).sum())
+
+    def unclear(self, limit: float) -> bool:
+        """More is found, for all that is known in the guide's own mode."""
+        return int((self.missed > limit).sum()) > allowed(len(self.own))
 
     def alarm(self, limit: float) -> bool:
         return self.count(limit) > allowed(len(self.own))
@@ -132,18 +138,25 @@ def _search(target: Target, own: np.ndarray, say: Progress) -> _Found:
     drawn = target.of_guide(200)
     names, images = images_of(target, drawn)
     knowing = [cluster for some in (drawn, *images) for cluster in clusters(some, 2)]
-    _, total, spread = mixture_evidence(target, knowing, [])
-    found = _Found(evidence, error, bound, evidence, total, spread, names)
+    even = np.nan_to_num(khat(own)) <= khat_limit(own.shape[1])
+
+    def compared(mixture: Mixture, searched: np.ndarray) -> _Found:
+        other = in_other_modes(target, mixture.sample, drawn).numpy()
+        # As many nats as the mass of other modes accounts for, by a sample of it.
+        certain = even | (-np.log1p(-other.clip(max=0.999)) > limit / 2)
+        return _Found(evidence, error, bound, searched, mixture.total, mixture.error, names, certain)
+
+    limit = _limit(target)
+    found = compared(mixture_evidence(target, knowing, []), evidence)
     # One draw at a time the search is slow: fewer particles have to do.
     sizes = [(500, 6), (2000, 6)] if target.sweep.vectorized else [(300, 5)]
-    limit = _limit(target)
     for particles, moves in sizes:
         if found.alarm(limit):
             break
         populations = [annealed(target, particles, moves, progress=say)[1] for _ in range(2)]
         searching = [cluster for population in populations for cluster in clusters(population)]
-        searched, total, spread = mixture_evidence(target, searching, knowing)
-        found = _Found(evidence, error, bound, searched, total, spread, names)
+        mixture = mixture_evidence(target, searching, knowing)
+        found = compared(mixture, mixture.searched)
         if not found.blind(limit):
             break
     return found
@@ -163,8 +176,8 @@ def _judged(found: _Found, plan: _Plan, target: Target, refit: str) -> Verdict:
     numbers = float(found.missed.max()), limit
     if found.alarm(limit):
         advice = (
-            "where khat or width fires too, the guide is too narrow: widen it; else the posterior has other modes: "
-            f"{refit}, and a guide with several modes covers them"
+            f"the guide leaves out a part of the posterior, as on one of several modes: {refit}; a guide with several "
+            "modes covers them"
         )
         if found.images:
             advice = (
@@ -181,6 +194,9 @@ def _judged(found: _Found, plan: _Plan, target: Target, refit: str) -> Verdict:
     if plan.left:
         text += f"; the global latents {', '.join(plan.left[:5])} were not searched"
         return Verdict("missed-mass", CANNOT_SAY, text, *numbers, refit)
+    if found.unclear(limit):
+        text += "; it lies in the guide's own mode, and the guide's weights are too uneven to know their own evidence"
+        return Verdict("missed-mass", CANNOT_SAY, text, *numbers, "mend what khat, ess and width say first")
     unsure = int((2 * found.noise > limit).sum())
     word = three_way(False, unsure <= many)
     if word == OK:

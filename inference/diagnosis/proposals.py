@@ -14,6 +14,7 @@ from .target import Target
 
 # Draws of each proposal, clusters of a population, and degrees of freedom of their tails.
 _DRAWS, _CLUSTERS, _TAILS = 500, 4, 5.0
+_SAMPLE = 64
 
 
 @dataclass
@@ -72,10 +73,21 @@ def _squares(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     return ((points[:, None] - centers) ** 2).sum(-1)
 
 
-def mixture_evidence(
-    target: Target, searching: list[Cluster], knowing: list[Cluster]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """log p(x) of each unit under the searching proposals, under all, and the latter's error: ``(units,)`` each."""
+@dataclass
+class Mixture:
+    """log p(x) of each unit under the searching proposals and under all, and the latter's error: ``(units,)`` each.
+
+    ``sample`` ``(64, units, d)`` is drawn from the posterior that all of them together see.
+    """
+
+    searched: np.ndarray
+    total: np.ndarray
+    error: np.ndarray
+    sample: torch.Tensor
+
+
+def mixture_evidence(target: Target, searching: list[Cluster], knowing: list[Cluster]) -> Mixture:
+    """The evidence by importance sampling from the even mixture of the proposals."""
     count = _DRAWS if target.sweep.vectorized else 100
     everyone = [*searching, *knowing]
     draws = torch.cat([cluster.draw(count) for cluster in everyone])
@@ -86,4 +98,7 @@ def mixture_evidence(
     whole = log_p - torch.logsumexp(log_q, 0) + math.log(len(everyone))
     searched, _ = log_evidence(part.T.numpy())
     total, error = log_evidence(whole.T.numpy())
-    return searched, total, error
+    weight = torch.softmax(whole, 0).T.nan_to_num(1 / len(whole))
+    picked = torch.multinomial(weight, _SAMPLE, replacement=True).T
+    sample = draws.gather(0, picked.unsqueeze(-1).expand(-1, -1, draws.shape[-1]))
+    return Mixture(searched, total, error, sample)
