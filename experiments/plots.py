@@ -13,22 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 
-
-def figure(*args: Any, **kwargs: Any):
-    """``(figure, axes)`` drawn without a display, whatever backend the user has chosen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    subplots = {key: kwargs.pop(key) for key in ("sharey", "sharex", "squeeze", "width_ratios") if key in kwargs}
-    made = Figure(layout="constrained", **kwargs)
-    FigureCanvasAgg(made)
-    return made, made.subplots(*args, **subplots)
-
-
-def save(made, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path, dpi=120)
-    return path
+from gumbo.pictures import figure, save
 
 
 def colours(names: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .auditing.comparison import audit
-from .auditing.comparison import plot as plot_audit
+from .auditing.plot import plot_audit
 from .auditing.recommendation import recommend
 from .diagnosis.examination import diagnose
 from .elbo import SiteELBO

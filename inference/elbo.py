@@ -21,6 +21,7 @@ from ..errors import (
     CallsAutograd,
     CannotVectorize,
     GumboError,
+    GumboWarning,
     TooFewParticles,
     UnknownName,
     UnsupportedSite,
@@ -56,6 +57,7 @@ from .estimators import (
 from .estimators._base import Draw, at_step, detached_draw, pad_left
 from .estimators._distributions import describe, has_score_term, is_deterministic
 from .estimators.relaxation import Mean
+from .objectives import Objective, Recorded, as_objective
 
 OBJECTIVES = ("elbo", "iwae", "rws")
 PLATES = ("check", "trust", "ignore")
@@ -94,8 +96,6 @@ class _RunsAgain(Exception):
 class _Detached(Estimator):
     """Draws without a gradient, for objectives that need none through their draws."""
 
-    objectives = frozenset({"rws"})
-
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
         return detached_draw(fn, args, kwargs)
 
@@ -109,8 +109,9 @@ class SiteELBO(ELBO):
             ``infer={"estimator": …}`` speaks first, then ``"*"``; a site that nothing names is pathwise if it can be.
         objective: ``"elbo"``; ``"iwae"``, the importance-weighted bound; ``"rws"``, reweighted wake-sleep.
         num_particles: K; None is the estimators' own minimum.
-        vectorize_particles: run all K at once, in a plate to the left of all others; the first call replays one of
-            them alone and compares.
+        vectorize_particles: True runs all K at once, in a plate to the left of all others; the first call replays one
+            of them alone, compares, and refuses programs that mean another thing so. False runs one after the other.
+            None: at once where that comparison allows it, otherwise one after the other, with a warning.
         max_plate_nesting: how deep plates nest; None finds it in the first call.
         kl_weight: a factor for all latent terms, or a schedule, a function of the training step.
         plates: what to think of the promise that the rows of a plate are independent. ``"check"`` changes the draws of
@@ -151,15 +152,14 @@ class SiteELBO(ELBO):
         self,
         estimators: str | Estimator | Mapping[str, str | Estimator] = "default",
         *,
-        objective: str = "elbo",
+        objective: str | Objective = "elbo",
         num_particles: int | None = None,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool | None = None,
         max_plate_nesting: int | None = None,
         kl_weight: float | Callable[[int], float] = 1.0,
         plates: str = "check",
     ):
-        if not isinstance(objective, str) or objective not in OBJECTIVES:
-            raise UnknownName("objective", objective, OBJECTIVES)
+        self.target = as_objective(objective)
         if not isinstance(plates, str) or plates not in PLATES:
             raise UnknownName("plates", plates, PLATES)
         if not fits(num_particles, int | None):
@@ -168,15 +168,15 @@ class SiteELBO(ELBO):
             max_plate_nesting = None
         if not fits(max_plate_nesting, int | None, 0):
             raise BadInput(f"max_plate_nesting must be an integer of at least 0 or None, got {max_plate_nesting!r}")
-        check_option("vectorize_particles", vectorize_particles, bool)
+        check_option("vectorize_particles", vectorize_particles, bool | None)
         if not fits(kl_weight, float | Callable, 0):
             raise BadInput(f"kl_weight must be a number ≥ 0 or a schedule, got {kl_weight!r}")
-        if objective != "elbo" and (callable(kl_weight) or kl_weight != 1):
+        if not self.target.takes_kl_weight and (callable(kl_weight) or kl_weight != 1):
             raise BadInput(
-                f"kl_weight is not defined for objective {objective!r}, whose importance weights need the whole of"
-                f" log p − log q; leave it at 1, or take objective='elbo', got {kl_weight!r}"
+                f"kl_weight is not defined for objective {self.target.name!r}, which needs the whole of log p − log q;"
+                f" leave it at 1, or take objective='elbo', got {kl_weight!r}"
             )
-        self.objective, self.plates, self.kl_weight = objective, plates, kl_weight
+        self.objective, self.plates, self.kl_weight = self.target.name, plates, kl_weight
         self.given: dict[str, Estimator] = {}
         self.otherwise: Estimator | None = None
         if isinstance(estimators, Mapping):
@@ -185,8 +185,10 @@ class SiteELBO(ELBO):
         elif not isinstance(estimators, str) or estimators != "default":
             self.otherwise = as_estimator(estimators)
         named = [*self.given.values(), *([self.otherwise] if self.otherwise else [])]
-        if objective == "rws" and named:
-            raise BadInput(f"objective 'rws' draws without gradients and takes no estimator, got {named[0].name!r}")
+        if named and not self.target.takes_estimators:
+            raise BadInput(
+                f"objective {self.objective!r} draws without gradients and takes no estimator, got {named[0].name!r}"
+            )
         for site, estimator in [*self.given.items(), *([("*", self.otherwise)] if self.otherwise else [])]:
             _check_particles(site, estimator, num_particles)
         self.requested_particles = num_particles
@@ -197,7 +199,8 @@ class SiteELBO(ELBO):
             num_particles=num_particles or 1,
             max_plate_nesting=float("inf") if self.requested_nesting is None else self.requested_nesting,
         )
-        self.vectorize_particles = bool(vectorize_particles)
+        self.requested_vectorized = vectorize_particles
+        self.vectorize_particles = vectorize_particles is not False
 
     def __call__(self, model: Callable, guide: Callable) -> SiteELBOModule:
         """A module that maps the programs' arguments to the loss."""
@@ -210,7 +213,7 @@ class SiteELBO(ELBO):
         said = words if self.given else words.get("*", "default")
         parts = [repr(said), f"objective={self.objective!r}", f"num_particles={self.requested_particles}"]
         for name, value, usual in (
-            ("vectorize_particles", self.vectorize_particles, True),
+            ("vectorize_particles", self.requested_vectorized, None),
             ("max_plate_nesting", self.requested_nesting, None),
             ("kl_weight", self.kl_weight, 1.0),
             ("plates", self.plates, "check"),
@@ -306,6 +309,7 @@ class Binding(nn.Module):
         self.stacks = True  # whether many alternatives of a draw are run at once
         self.runs_again = False  # once it does, the programs' own noise is kept apart
         self.make_layout: Callable[..., objectives.Layout] = objectives.Layout
+        self.apart = False  # whether particles, and enumerated values, are run one by one
         self.scored = False  # whether a factor, or a draw with a path, leaves a score term
         self.calls_autograd = False  # found out when a run without gradients fails for it
 
@@ -327,10 +331,17 @@ class Binding(nn.Module):
             self.known[key] = self._choose(msg)
         return self.known[key]
 
+    def _as_drawn(self, msg: Mapping[str, Any]) -> Estimator | None:
+        """For a look at the programs: what is to be drawn without a path is, since a simulator may ask for that."""
+        try:
+            return _Detached() if self.resolve(msg).log_q == "value" else None
+        except GumboError:  # said later, when all sites are known
+            return None
+
     def _choose(self, msg: Mapping[str, Any]) -> Estimator:
         elbo, name, fn = self.elbo, msg["name"], msg["fn"]
         infer = msg["infer"]
-        if elbo.objective == "rws":
+        if not elbo.target.takes_estimators:
             return _Detached()
         if name in elbo.given:
             estimator = elbo.given[name]
@@ -347,7 +358,7 @@ class Binding(nn.Module):
         else:
             estimator = _Default()
         reason = estimator.why_not({"name": name, "fn": fn, "infer": infer, "is_observed": False})
-        if reason is None and elbo.objective not in estimator.objectives:
+        if reason is None and not elbo.target.accepts(estimator):
             reason = f"it is not derived for objective {elbo.objective!r}"
         if reason is not None:
             word = "default" if isinstance(estimator, _Default) else estimator.name
@@ -360,9 +371,7 @@ class Binding(nn.Module):
     def alternatives(self, msg: Mapping[str, Any]) -> list[str]:
         made = {word: make() for word, make in estimators.items()}
         return [
-            word
-            for word, estimator in made.items()
-            if self.elbo.objective in estimator.objectives and estimator.supports(msg)
+            word for word, estimator in made.items() if self.elbo.target.accepts(estimator) and estimator.supports(msg)
         ]
 
     # The first call.
@@ -381,7 +390,7 @@ class Binding(nn.Module):
         with one_at_a_time, looking(self.model, self.guide, *args) as met:
             if self.ready():
                 return
-            program = one_particle(self.model, self.guide, self.elbo.requested_nesting)
+            program = one_particle(self.model, self.guide, self.elbo.requested_nesting, self._as_drawn)
             program.generators = Generators(devices_of(self.model, self.guide, *args), others=True)
             seen = program.run(args, kwargs)
             self.__dict__["modules_met"] = list(met)
@@ -399,7 +408,7 @@ class Binding(nn.Module):
         if sum(mode == other for other, _ in self.looks) < SIZES:
             nesting = self.max_plate_nesting or self.elbo.requested_nesting
             with one_at_a_time:
-                found = plates_mixed_by(self.model, self.guide, args, kwargs, nesting)
+                found = plates_mixed_by(self.model, self.guide, args, kwargs, nesting, self._as_drawn)
             if new := sorted(found.difference(self.mixed_plates)):
                 self._mixed(new)
         self.looks.add((mode, size))
@@ -407,12 +416,12 @@ class Binding(nn.Module):
     def _needs_plates(self) -> bool:
         """Whether anything is estimated row by row: without surrogates and weights all terms are summed anyway."""
         weighs = (type(e).surrogate is not Estimator.surrogate or e.enumerates for e in self.chosen.values())
-        return self.elbo.plates == "check" and (self.elbo.objective != "elbo" or self.scored or any(weighs))
+        return self.elbo.plates == "check" and (self.elbo.target.weighs_rows or self.scored or any(weighs))
 
     def _mixed(self, plates: list[str]) -> None:
         """Rows of these plates turned out to be mixed: from now on they are summed."""
         what = f"a change of one row's draw changes other rows of plate {plates[0]!r}"
-        if self.elbo.objective != "elbo":
+        if self.elbo.target.weighs_rows:
             raise UnsupportedSite(
                 PROGRAM,
                 ANY,
@@ -456,9 +465,6 @@ class Binding(nn.Module):
                 raise UnsupportedSite(name, estimator.name, f"where one site takes {word!r}, every site must", [word])
         needed = max([estimator.min_particles for estimator in chosen.values()], default=1)
         self.__dict__["chosen"] = chosen
-        self.runs_again = any(
-            estimator.runs_again or (estimator.enumerates and not self.vectorized) for estimator in chosen.values()
-        )
         self.scored = any(site.factor or (site.latent and has_score_term(site.fn)) for site in seen.guide)
         self.look(args, kwargs)
         trusted = self.elbo.plates != "ignore"
@@ -473,17 +479,49 @@ class Binding(nn.Module):
         leading = self.num_particles > 1 or any(e.enumerates or e.reruns for e in chosen.values())
         if self.vectorized and leading:
             try:
-                self._check(seen, args, kwargs)
-            except GumboError as error:
-                if isinstance(error, CannotVectorize) and not any(e.enumerates for e in chosen.values()):
-                    self.stacks = self.num_particles > 1
-                if self.stacks:
-                    self.num_particles = None
-                    raise
+                self._settle(seen, args, kwargs)
+            except GumboError:
+                self.num_particles = None
+                raise
+        self.runs_again = any(e.runs_again or (e.enumerates and not self.vectorized) for e in chosen.values())
 
-    def _check(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def _settle(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Find out what the programs take at once: particles and alternatives, enumerated values only, or nothing."""
+        reruns = any(estimator.reruns for estimator in self.chosen.values())
+        try:
+            # Two particles stand for alternatives, which are run in another such dimension.
+            self._check(seen, args, kwargs, max(self.num_particles, 2) if reruns else self.num_particles)
+            return
+        except GumboError as error:
+            if not _of_the_dimensions(error):
+                raise
+            first = error
+        if self.num_particles == 1 and reruns:
+            self.stacks = False
+            if not any(estimator.enumerates for estimator in self.chosen.values()):
+                return
+            self.enum_dims.clear()
+            try:
+                self._check(seen, args, kwargs, 1)
+                return
+            except GumboError as error:
+                if not _of_the_dimensions(error):
+                    raise
+        if self.elbo.requested_vectorized:
+            raise first
+        self.enum_dims.clear()
+        self.apart = True
+        what = "particles" if self.num_particles > 1 else "enumerated values"
+        why = str(first).split("; pass vectorize_particles")[0]
+        warnings.warn(
+            f"{why}; {what} are run one by one (vectorize_particles=False does so without this warning)",
+            GumboWarning,
+            stacklevel=2,
+        )
+
+    def _check(self, seen: Run, args: tuple, kwargs: Mapping[str, Any], num_particles: int) -> None:
         program = self.program()
-        program.num_particles, program.generators = max(program.num_particles, 2), self.generators
+        program.num_particles, program.generators = num_particles, self.generators
         try:
             ((run,),) = program.runs(args, kwargs)
         except GumboError:
@@ -505,7 +543,7 @@ class Binding(nn.Module):
     @property
     def vectorized(self) -> bool:
         """Whether leading dimensions are in use; a single particle with nothing enumerated has none to speak of."""
-        return self.elbo.vectorize_particles
+        return self.elbo.vectorize_particles and not self.apart
 
     def program(self) -> Program:
         return Program(
@@ -567,8 +605,8 @@ class Binding(nn.Module):
         return -value if torch.is_grad_enabled() else -value.detach()
 
     def _value(self, program: Program, layout: objectives.Layout, moving: bool, args, kwargs) -> Tensor:
-        doubly = any(estimator.together for estimator in self.chosen.values())
-        groups = program.runs(args, kwargs, with_model=not doubly)
+        objective = self.elbo.target.refined(self.chosen)
+        groups = program.runs(args, kwargs, with_model=objective.runs_model)
         self._freeze_paths(program, groups, args, kwargs)
 
         if not any(run.sites for paths in groups for run in paths):
@@ -577,15 +615,8 @@ class Binding(nn.Module):
         def view(rows, log_prob, cost, bound) -> SiteView:
             return self._view(rows, log_prob, cost, bound, layout, moving, args, kwargs)
 
-        if self.elbo.objective == "rws":
-            value = objectives.rws_value(groups, layout)
-        elif doubly:
-            value = objectives.dreg_value(groups, self._cut(program, groups, args, kwargs), layout)
-        elif self.elbo.objective == "iwae":
-            value = objectives.iwae_value(groups, layout, view)
-        else:
-            value = objectives.elbo_value(groups, layout, view)
-        return value
+        again = partial(self._cut, program, groups, args, kwargs)
+        return objective.value(Recorded(groups, layout, view, again))
 
     def _freeze_paths(self, program: Program, groups: list[list[Run]], args, kwargs) -> None:
         """Where log q is to be differentiated through values only, take it from a second run with frozen parameters."""
@@ -667,7 +698,7 @@ class Binding(nn.Module):
     ) -> list[Tensor]:
         """What is known before a site draws, laid out as ``(…, K or 1, *plates, features)``."""
         room = layout.room
-        weighted = self.elbo.objective == "iwae"
+        weighted = self.elbo.target.weighs_rows
         frames = objectives.common_frames(runs, layout) if weighted else layout.frames(site)
         found = [torch.ones((1,) * room + (1,), dtype=site.log_prob.dtype, device=site.log_prob.device)]
         sizes = {dim: size for _, dim, size in frames}
@@ -777,12 +808,7 @@ class Binding(nn.Module):
         return cost.detach(), total.detach()
 
     def objective_name(self) -> str:
-        if self.elbo.objective != "elbo":
-            return self.elbo.objective
-        own = sorted({estimator.objective_name() for estimator in self.chosen.values()} - {"elbo"})
-        name = "+".join(own) or "elbo"
-        weight = self.elbo.kl_weight
-        return name if not callable(weight) and float(weight) == 1.0 else f"weighted-{name}"
+        return self.elbo.target.value_name(self.chosen, self.elbo.kl_weight)
 
 
 @contextmanager
@@ -797,12 +823,17 @@ def looking(model: Callable, guide: Callable, *args: Any) -> Iterator[Collection
         yield met
 
 
-def one_particle(model: Callable, guide: Callable, max_plate_nesting: int | None = None) -> Program:
-    """A model and a guide as they were written, without estimators."""
+def one_particle(
+    model: Callable,
+    guide: Callable,
+    max_plate_nesting: int | None = None,
+    resolve: Callable[[Any], Estimator | None] = lambda msg: None,
+) -> Program:
+    """A model and a guide as they were written, without estimators; ``resolve`` may say how a site draws."""
     return Program(
         model,
         guide,
-        resolve=lambda msg: None,
+        resolve=resolve,
         num_particles=1,
         max_plate_nesting=max_plate_nesting,
         vectorized=False,
@@ -810,7 +841,12 @@ def one_particle(model: Callable, guide: Callable, max_plate_nesting: int | None
 
 
 def plates_mixed_by(
-    model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], max_plate_nesting: int | None = None
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    max_plate_nesting: int | None = None,
+    resolve: Callable[[Any], Estimator | None] = lambda msg: None,
 ) -> frozenset[str]:
     """The plates whose rows a pair of programs is found to mix, at their present parameters and in their present mode.
 
@@ -826,7 +862,7 @@ def plates_mixed_by(
     ['data']
     """
     with looking(model, guide, *args):
-        program = one_particle(model, guide, max_plate_nesting)
+        program = one_particle(model, guide, max_plate_nesting, resolve)
         program.generators = Generators(devices_of(model, guide, *args), others=True)
         return mixed_plates(program, args, kwargs)
 
@@ -1030,6 +1066,15 @@ def check_shared_names(model: Any, guide: Any) -> None:
                 f"model and guide both have a parameter called {name!r}, which Pyro's param store would take for one;"
                 " rename one of the modules"
             )
+
+
+def _of_the_dimensions(error: GumboError) -> bool:
+    """Whether a run with leading dimensions failed for these, as far as its error can tell."""
+    if isinstance(error, CannotVectorize):
+        return True
+    if isinstance(error, UnsupportedSite):
+        return error.estimator == ANY
+    return isinstance(error, BadInput) and not isinstance(error, CallsAutograd)
 
 
 def _honoured_baseline(name: str, options: Mapping[str, Any]) -> Estimator:

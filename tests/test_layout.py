@@ -20,7 +20,16 @@ ROOMS = {
     "inference": "gumbo.inference",
     **{
         f"inference/{wing}": f"gumbo.inference.{wing.replace('/', '.')}"
-        for wing in ("estimators", "engine", "training", "training/compile", "auditing", "posterior", "diagnosis")
+        for wing in (
+            "estimators",
+            "engine",
+            "objectives",
+            "training",
+            "training/compile",
+            "auditing",
+            "posterior",
+            "diagnosis",
+        )
     },
     "experiments": "gumbo.experiments",
 }
@@ -31,7 +40,7 @@ MAY_IMPORT = {
     **dict.fromkeys(INFERENCE, {"models", "guides", "inference"}),
     "experiments": {"models", "guides", "inference", "experiments"},
 }
-COMMON = {"console", "errors", "files", "launcher", "options", "registry", "tables", "_version"}
+COMMON = {"console", "errors", "files", "launcher", "options", "pictures", "registry", "tables", "_version"}
 
 
 def sources(*folders: str) -> list[Path]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .moments import Central, Moments
 from .reference import Reference
-from .sampler import Central, Moments
 
 UNMET = 1.0  # an unmet draw may be this many times as large as the largest that was met
 

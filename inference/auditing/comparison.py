@@ -53,6 +53,8 @@ def audit(
 ) -> xarray.Dataset:
     """Draw gradients of every estimator at the same fixed parameters and hold them against the exact gradient.
 
+    Param store, parameters, ``.grad``, random streams, training modes and buffers stay as they were.
+
     Args:
         model, guide: any Pyro programs, modules or functions with ``pyro.param``.
         args, kwargs: their arguments and keywords, or one object in the form that ``fit`` takes: a tuple is the
@@ -61,50 +63,55 @@ def audit(
         estimators: words of gumbo's estimators and of Pyro's own ELBOs (``trace``, ``trace-graph``,
             ``trace-graph+baseline``, ``trace-meanfield``, ``trace-enum``), :class:`Estimator` objects, mappings from
             sites to words, ELBO objects; a list of these, or a dict from labels of your own. None: every word there is.
-            A word speaks for every latent site, whatever marks the sites carry.
-        num_samples: gradients drawn of each estimator.
+            A word applies to every latent site, whatever marks the sites carry.
+        num_samples: gradients drawn with each estimator.
         num_particles: K; None is each estimator's own minimum.
         objective: ``"elbo"`` or ``"iwae"``, the importance-weighted bound (which needs ``num_particles``).
         reference: ``"auto"``: the exact gradient by enumeration where that can be had, and otherwise a long run of
             pathwise and leave-one-out gradients, whose own error enters the verdicts; ``"exact"`` and ``"long-run"``
             insist; an estimator's word (or anything ``estimators`` takes) is run long.
+        seed: of all draws.
         burn_in: steps in which baselines and control variates settle, and their parameters take Adam steps, while model
             and guide stay; then they are frozen, so that draws are independent.
-        alpha: the chance that any estimator that is unbiased is flagged, over all elements of all gradients.
-        kl_weight: a factor for all latent terms, a number.
-        progress: called with a label, the rows done and the rows there are.
+        alpha: the probability that any unbiased estimator is flagged, over all tests of the audit together.
+        vectorize_particles: False runs particles one after the other.
+        max_plate_nesting: how deep plates nest; None finds it in the first run.
+        kl_weight: a factor of all latent terms, a number.
+        progress: called with a label, the rows done and the number of rows.
 
-    Returns a dataset with dimensions ``estimator`` and ``parameter`` (``guide.…``, ``model.…``), and coordinates
-    ``size`` and ``sites``, the sites whose distribution the parameter enters, joined by ``+``: ``groupby("sites")`` is
-    the table per site. In nats, summed over the batch:
+    Returns:
+        An ``xarray.Dataset`` whose ``repr`` is the table of estimators, with dimensions ``estimator`` and ``parameter``
+        (``guide.…``, ``model.…``), and coordinates ``size`` and ``sites``: the sites whose distribution the parameter
+        enters, joined by ``+`` (``groupby("sites")`` is the table by site). In nats, summed over the batch:
 
-    - ``bias``: the length of mean − reference with what sampling alone adds to it taken away, and ``bias_error``, the
-      root of the summed squared standard errors, at least the error of that length;
-    - ``z``: of the worst element, ``worst_element``, with its ``worst_mean`` and ``worst_reference``; ``p_value``: the
-      least of the parameter's elements and of its components along five directions (the reference's and random signs),
-      adjusted for all of them (Holm); ``flagged`` says whether it is below alpha;
-    - ``variance`` (trace of the covariance), ``signal_to_noise`` (length of the reference over the root of the
-      variance), ``cosine`` of the mean to the reference;
-    - per estimator ``verdict``, ``unbiased`` (what it declares), ``any_flagged``, ``relative_bias`` (over the length of
-      the reference), ``detectable_bias`` (the least bias along the reference that would have been flagged, alike),
-      ``total_bias``, ``total_bias_error``, ``total_cosine``, ``max_z``, over all parameters, and
-      ``total_variance``, ``total_signal_to_noise`` over the guide's, which is where estimators differ;
-    - ``evaluations`` (model runs a step, counted, on average), ``seconds`` (median of a step, taken in turns),
-      ``work_normalized_variance`` (total variance × seconds), ``evaluation_normalized_variance``;
-    - ``warnings``, what the estimator warned of.
+        - ``bias``: the length of mean − reference, less what sampling alone adds to it, and ``bias_error``, the root of
+          the summed squared standard errors, at least the error of that length;
+        - ``z``: of the worst element, ``worst_element``, with its ``worst_mean`` and ``worst_reference``; ``p_value``:
+          the least of the parameter's elements and of its components along five directions (the reference's and random
+          signs), adjusted for all tests (Holm); ``flagged``: whether it is below alpha;
+        - ``variance`` (trace of the covariance), ``signal_to_noise`` (length of the reference over the root of the
+          variance), ``cosine`` of the mean to the reference;
+        - by estimator ``verdict``, ``unbiased`` (what it declares), ``any_flagged``, ``relative_bias`` (over the length
+          of the reference), ``detectable_bias`` (the least bias along the reference that would have been flagged, over
+          the same length), ``total_bias``, ``total_bias_error``, ``total_cosine``, ``max_z`` over all parameters, and
+          ``total_variance``, ``total_signal_to_noise`` over the guide's, where estimators differ;
+        - ``evaluations`` (model runs a step, counted, on average), ``seconds`` (median of a step, taken in turns),
+          ``work_normalized_variance`` (total variance × seconds), ``evaluation_normalized_variance``;
+        - ``warnings``: what the estimator warned of.
 
-    ``attrs["mixed_plates"]`` names the plates of which a change of one row's draws changes other rows: gumbo's
-    estimators sum these, Pyro's own trust them. The check can find mixing, and cannot prove that there is none.
+        Verdicts are ``"ok"``; ``"flagged: …"`` for an estimator that is declared unbiased and is not; ``"biased"`` and
+        ``"no bias seen"`` for those that do not claim to be unbiased for this objective; ``"cannot say: …"`` where so
+        few gradients were drawn that one of the opposite sign could pass, with the number that would tell;
+        ``"refused: …"`` and ``"failed: …"``. No p-value is below the probability that a rare large draw was missed, so
+        that gradients which are seldom nonzero convict no estimator by the few draws that were met.
 
-    Verdicts are ``"ok"``; ``"flagged: …"`` of one that is declared unbiased and is not; ``"biased"`` and ``"no bias
-    seen"`` of those that do not claim to be unbiased for this objective; ``"cannot say: …"`` where so few gradients
-    were drawn that one of the opposite sign could pass, with the number that would tell; ``"refused: …"`` and
-    ``"failed: …"``. No p-value is below the chance that a rare large draw was missed, so that gradients which are
-    seldom nonzero convict nobody by the few draws that were met.
+        ``attrs["mixed_plates"]`` names the plates in which a change of one row's draws changes other rows: gumbo's
+        estimators sum these, Pyro's own trust them. The check can find mixing, and cannot prove that there is none.
 
-    Param store, parameters, ``.grad``, random streams, training modes and buffers stay as they were.
-
-    Raises BadInput, UnknownName; UnsupportedSite where no reference can be had.
+    Raises:
+        BadInput: a number out of range, data in another form, or no exact reference where one is asked for.
+        UnknownName: a word that names no estimator or objective.
+        UnsupportedSite: no unbiased gradient can serve as the reference.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model():
@@ -295,16 +302,3 @@ def _draw(row: Row, num_samples: int, seed: int, directions: Directions | None) 
             row.refused = f"failed: {row.moments.bad} of {num_samples} gradients are not finite"
 
     _attempt(row, moments)
-
-
-def plot(dataset: xarray.Dataset, path: Any = None) -> Any:
-    """Draw bias with its error, and variance against time with the Pareto front; returns the matplotlib figure.
-
-    With ``path`` it is also saved there, as a PNG or whatever its suffix says.
-    """
-    from .plot import figure
-
-    made = figure(dataset)
-    if path is not None:
-        made.savefig(path, dpi=150)
-    return made

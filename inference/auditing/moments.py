@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,85 @@ from ...errors import BadInput
 from ..engine.rows import arguments_of
 from ..engine.scopes import Aside, modes_kept, modules_of, owned_parameters, private_seed
 from ..stock import is_differentiable
+from .directions import Directions
+
+Gradient = dict[str, torch.Tensor]  # by parameter, flat, in float64
+
+
+@dataclass(frozen=True)
+class Central:
+    """Mean and central moments of a gradient over ``count`` draws, element by element."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    third: torch.Tensor
+    fourth: torch.Tensor
+    count: int
+    precision: float  # relative: what moves by less is the same sum in another order
+
+
+class Moments:
+    """Means and central moments of draws of a gradient, in float64, one draw in memory at a time.
+
+    Updated draw by draw (Welford 1962; Pébay 2008 for the third and fourth). With ``directions`` the moments of the
+    draws' components along them are kept as well, under the names of their groups.
+
+    Args:
+        parameters: a tensor for each parameter, whose size and precision its gradient has.
+        directions: see :class:`~.directions.Directions`.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor], directions: Directions | None = None):
+        self.directions = directions
+        self.groups = {name: leaf.numel() for name, leaf in parameters.items()}
+        # Twice the digits that the order of a sum may change.
+        self.precision = {name: 8 * torch.finfo(leaf.dtype).eps for name, leaf in parameters.items()}
+        if directions is not None:
+            coarsest = max(self.precision.values(), default=0.0)
+            for group, size in directions.groups.items():
+                self.groups[group] = size
+                self.precision[group] = coarsest * math.sqrt(directions.elements(group))
+        self.count, self.bad, self.loss = 0, 0, 0.0
+        self.mean = self.second = self.third = self.fourth = torch.zeros(())
+
+    def add(self, gradient: Mapping[str, torch.Tensor], loss: float = 0.0) -> None:
+        """Count a draw; one that is not finite is only counted as bad."""
+        if self.directions is not None:
+            gradient = {**gradient, **self.directions.project(gradient)}
+        draw = torch.cat([gradient[name] for name in self.groups])
+        if not torch.isfinite(draw).all():
+            self.bad += 1
+            return
+        if not self.count:
+            self.mean, self.second, self.third, self.fourth = (torch.zeros_like(draw) for _ in range(4))
+        self.loss += loss
+        self.count += 1
+        n = self.count
+        step = draw - self.mean
+        share = step / n
+        self.mean = self.mean + share
+        square = step * (draw - self.mean)
+        self.fourth += square * share**2 * (n**2 - 3 * n + 3) + 6 * share**2 * self.second - 4 * share * self.third
+        self.third += square * share * (n - 2) - 3 * share * self.second
+        self.second += square
+
+    def central(self) -> dict[str, Central]:
+        """Moments by parameter, and by group of directions; what only moves by rounding does not move."""
+        assert self.count
+        moments = (
+            self.mean,
+            self.second / max(self.count - 1, 1),
+            self.third / self.count,
+            (self.fourth / self.count).clamp(min=0.0),
+        )
+        parts = zip(*(moment.split(list(self.groups.values())) for moment in moments), strict=True)
+        found = {}
+        for name, (mean, *higher) in zip(self.groups, parts, strict=True):
+            precision = self.precision[name]
+            digits = precision * mean.abs().max() if mean.numel() else 0.0
+            still = higher[0] <= digits**2
+            found[name] = Central(mean, *(moment.masked_fill(still, 0.0) for moment in higher), self.count, precision)
+        return found
 
 
 @dataclass(frozen=True)
@@ -63,7 +143,8 @@ def gradient_moments(
 ) -> GradientMoments:
     """Moments of the gradient of ``loss`` over ``num_samples`` draws at fixed parameters; see :func:`gradient_draws`.
 
-    Sums are kept in float64 and one draw is held at a time (Welford's update), whatever ``num_samples`` is.
+    Sums are kept in float64 and one draw is held at a time, whatever ``num_samples`` is. A draw that is not finite
+    makes them NaN.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import Trace_ELBO
@@ -79,19 +160,20 @@ def gradient_moments(
     >>> list(moments.mean), round(moments.total_variance, 1)  # the gradient of this draw is z itself, a standard Normal
     (['guide.loc'], 0.9)
     """
-    mean: dict[str, torch.Tensor] = {}
-    spread: dict[str, torch.Tensor] = {}
     if num_samples < 2:
         raise BadInput(f"num_samples is {num_samples}: a variance needs at least 2 draws")
     draws = gradient_draws(model, guide, loss, args, num_samples=num_samples, seed=seed, burn_in=burn_in, which=which)
-    for count, draw in enumerate(draws, start=1):
-        for name, value in draw.items():
-            if count == 1:
-                mean[name], spread[name] = torch.zeros_like(value), torch.zeros_like(value)
-            step = value - mean[name]
-            mean[name] += step / count
-            spread[name] += step * (value - mean[name])
-    variance = {name: value / (num_samples - 1) for name, value in spread.items()}
+    found: Moments | None = None
+    for draw in draws:
+        found = Moments(draw) if found is None else found
+        found.add(draw)
+    assert found is not None
+    sizes = list(found.groups.values())
+    unknown = math.nan if found.bad else 0.0  # a mean over some draws only would be another number
+    mean, variance = (
+        dict(zip(found.groups, (moment + unknown).split(sizes), strict=True))
+        for moment in (found.mean, found.second / (found.count - 1))
+    )
     return GradientMoments(mean, variance, num_samples)
 
 

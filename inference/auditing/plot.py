@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...pictures import figure
+
 if TYPE_CHECKING:
     import xarray
 
@@ -19,16 +21,19 @@ _STYLES = {  # colour and marker by the first word of a verdict
 }
 
 
-def figure(dataset: xarray.Dataset) -> Any:
-    """Two panels: the bias as a share of the gradient's length, and variance against seconds a step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def plot_audit(dataset: xarray.Dataset, path: Any = None) -> Any:
+    """Plot each estimator's bias with its error, and its variance against time with the Pareto front.
 
+    Args:
+        dataset: what :func:`~gumbo.inference.audit` returned.
+        path: where to save the figure, as a PNG or whatever the suffix says; None saves nothing.
+
+    Returns:
+        The matplotlib figure: on the left the bias as a share of the gradient's length, on the right the variance.
+    """
     shown = dataset.sel(estimator=np.isfinite(dataset["total_variance"].values))
     count = shown.sizes["estimator"]
-    made = Figure(figsize=(13, max(4.2, 0.32 * count + 1.6)), layout="constrained")
-    FigureCanvasAgg(made)
-    left, right = made.subplots(1, 2, width_ratios=[1, 1.25])
+    made, (left, right) = figure(1, 2, figsize=(13, max(4.2, 0.32 * count + 1.6)), width_ratios=[1, 1.25])
     _bias(left, shown)
     _variance(right, shown)
     kinds = [_kind(verdict) for verdict in shown["verdict"].values]
@@ -41,6 +46,8 @@ def figure(dataset: xarray.Dataset) -> Any:
         f"{_shortened(str(shown.attrs.get('reference')), 70)}",
         fontsize=10,
     )
+    if path is not None:
+        made.savefig(path, dpi=150)
     return made
 
 

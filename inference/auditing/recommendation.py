@@ -9,14 +9,17 @@ if TYPE_CHECKING:
 
 
 def recommend(dataset: xarray.Dataset) -> tuple[str | None, str]:
-    """The estimator to use, by its label, and why, in a sentence; None where no unbiased one stands the audit.
+    """The estimator with the smallest variance × time among those that stand an audit.
 
-    It has the smallest variance × time among those that are declared unbiased and stand the audit; where none does,
-    among those that too few gradients were drawn of to say, and the reason says so. Relaxed ones are named with their
-    bias as a share of the gradient's length, since a small one may be worth it.
+    These are the ones that are declared unbiased and not flagged; where there is none, those of which too few gradients
+    were drawn to say, and the reason says so.
 
     Args:
-        dataset: what :func:`audit` returned.
+        dataset: what :func:`~gumbo.inference.audit` returned.
+
+    Returns:
+        The estimator's label, or None where no unbiased one stands the audit; and the reason in a sentence, which also
+        names the biased ones with their bias as a share of the gradient's length, since a small one may be worth it.
     """
     verdict, judged = dataset["verdict"], dataset["total_variance"].notnull()
     good = dataset.sel(estimator=(verdict == "ok").values)

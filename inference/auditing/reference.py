@@ -21,7 +21,8 @@ from ..estimators._distributions import describe, finite_support, is_determinist
 from ..stock import LatentsWeighted
 from .directions import Directions
 from .exact import _advance, _turn, exact_elbo, exact_iwae
-from .sampler import Draws, Gradient, Moments, Stage
+from .moments import Gradient, Moments
+from .sampler import Draws, Stage
 
 ONE_BY_ONE = 2**10  # joint values of all sites: each is a run of both programs
 AT_ONCE = 2**13  # joint values of one datum: all are run at once

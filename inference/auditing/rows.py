@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from pyro.infer import ELBO
 
-from .sampler import Draws, Moments
+from .moments import Moments
+from .sampler import Draws
 
 
 @dataclass

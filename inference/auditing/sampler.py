@@ -1,4 +1,4 @@
-"""A pair of programs held still, and the moments of the gradients that are drawn there."""
+"""A pair of programs held still, and the gradients that a loss draws there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -24,9 +23,7 @@ from ..engine.scopes import modes_kept, private_seed, private_store
 from ..estimators._base import detached_draw
 from ..estimators._distributions import is_deterministic
 from .directions import Directions
-from .moments import flat_gradient, grads_aside, parameters_of
-
-Gradient = dict[str, Tensor]  # by parameter, flat, in float64
+from .moments import Gradient, Moments, flat_gradient, grads_aside, parameters_of
 
 
 class _Subsamples(Messenger):
@@ -218,7 +215,7 @@ class Draws:
 
     def moments(self, count: int, directions: Directions | None = None) -> Moments:
         """Moments of ``count`` draws, and of their components along ``directions``."""
-        found = Moments(self.stage, directions)
+        found = Moments(self.stage.parameters, directions)
         for _ in range(count):
             gradient, value, _ = self.draw()
             found.add(gradient, value)
@@ -228,71 +225,3 @@ class Draws:
 def _synchronize(parameters: Mapping[str, Tensor]) -> None:
     if any(leaf.is_cuda for leaf in parameters.values()):
         torch.cuda.synchronize()
-
-
-@dataclass(frozen=True)
-class Central:
-    """Mean and central moments of a gradient over ``count`` draws, element by element."""
-
-    mean: Tensor
-    variance: Tensor
-    third: Tensor
-    fourth: Tensor
-    count: int
-    precision: float  # relative: what moves by less is the same sum in another order
-
-
-class Moments:
-    """Sums of powers of draws about the first of them: four moments, one draw in memory at a time.
-
-    With ``directions`` the moments of the draws' components along them are kept as well, under the names of their
-    groups.
-    """
-
-    def __init__(self, stage: Stage, directions: Directions | None = None):
-        self.directions = directions
-        self.groups = {name: leaf.numel() for name, leaf in stage.parameters.items()}
-        # Twice the digits that the order of a sum may change.
-        self.precision = {name: 8 * torch.finfo(leaf.dtype).eps for name, leaf in stage.parameters.items()}
-        if directions is not None:
-            least = max(self.precision.values(), default=0.0)
-            for group, size in directions.groups.items():
-                self.groups[group] = size
-                self.precision[group] = least * math.sqrt(directions.elements(group))
-        self.count, self.bad, self.loss = 0, 0, 0.0
-        self.first: Tensor | None = None
-        self.sums: list[Tensor] = []
-
-    def add(self, gradient: Gradient, loss: float = 0.0) -> None:
-        """Count a draw; one that is not finite is only counted as bad."""
-        if self.directions is not None:
-            gradient = gradient | self.directions.project(gradient)
-        draw = torch.cat([gradient[name] for name in self.groups])
-        if not torch.isfinite(draw).all():
-            self.bad += 1
-            return
-        if self.first is None:
-            self.first, self.sums = draw, [torch.zeros_like(draw) for _ in range(4)]
-        self.count += 1
-        self.loss += loss
-        step = draw - self.first
-        square = step * step
-        for total, power in zip(self.sums, (step, square, square * step, square * square), strict=True):
-            total += power
-
-    def central(self) -> dict[str, Central]:
-        """Moments by parameter, and by group of directions."""
-        assert self.first is not None
-        m1, m2, m3, m4 = (total / self.count for total in self.sums)
-        variance = (m2 - m1**2).clamp(min=0.0) * self.count / max(self.count - 1, 1)
-        third = m3 - 3 * m1 * m2 + 2 * m1**3
-        fourth = (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4).clamp(min=0.0)
-        sizes = list(self.groups.values())
-        parts = zip(*(moment.split(sizes) for moment in (self.first + m1, variance, third, fourth)), strict=True)
-        found = {}
-        for name, (mean, *higher) in zip(self.groups, parts, strict=True):
-            precision = self.precision[name]
-            digits = precision * mean.abs().max() if mean.numel() else 0.0
-            still = higher[0] <= digits**2
-            found[name] = Central(mean, *(moment.masked_fill(still, 0.0) for moment in higher), self.count, precision)
-        return found

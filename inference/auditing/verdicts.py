@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .bias import Comparison, adjusted, compare
 from .directions import Directions
+from .moments import Central
 from .reference import Reference
 from .rows import Row
-from .sampler import Central, Stage
+from .sampler import Stage
 
 if TYPE_CHECKING:
     import xarray

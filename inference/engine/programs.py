@@ -7,6 +7,7 @@ own to the left of that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -81,6 +82,8 @@ class Run:
     guide_params: dict[str, Tensor] = field(default_factory=dict)
     model_params: dict[str, Tensor] = field(default_factory=dict)
     partial_plates: Frames = frozenset()
+    listed: dict[str, int] = field(default_factory=dict)  # how many values each enumerated site has
+    limit: int = 0
     partial_loops: frozenset[str] = frozenset()  # sequential plates of which only some elements were visited
     noise: OwnNoise | None = None  # what the programs drew outside of sample statements; None: not kept apart
 
@@ -162,6 +165,8 @@ class _Draws(Messenger):
         self.choices = choices
         self.draws: dict[str, Draw] = {}
         self.roles: dict[str, tuple[Estimator | None, int | None, bool]] = {}
+        self.listed: dict[str, tuple[int, frozenset[str]]] = {}  # for each enumerated site its values and plates
+        self.limit = 0  # the largest of the limits that these have
 
     def _pyro_sample(self, msg) -> None:
         if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
@@ -179,7 +184,7 @@ class _Draws(Messenger):
         if name in self.fixed:
             draw = self.fixed[name]
         elif estimator is not None and estimator.enumerates:
-            draw, enum_dim, joint = self._enumerate(name, fn, estimator)
+            draw, enum_dim, joint = self._enumerate(msg, estimator)
         else:
             with self.aside():
                 if estimator is None:
@@ -198,16 +203,17 @@ class _Draws(Messenger):
         msg["value"] = draw.value
         msg["done"] = True
 
-    def _enumerate(self, name: str, fn: Any, estimator: Estimator) -> tuple[Draw, int | None, bool]:
-        program = self.program
+    def _enumerate(self, msg: Any, estimator: Estimator) -> tuple[Draw, int | None, bool]:
+        program, name, fn = self.program, msg["name"], msg["fn"]
         parallel = program.vectorized
         joint = not parallel or name in program.joint
         # One by one, nothing tells whether a program keeps the elements of a plate apart, so they go together.
         trailing = min(program.max_plate_nesting, len(fn.batch_shape)) if joint else 0
         values = finite_support(fn, joint=trailing, limit=estimator.limit)
         if isinstance(values, str):
-            advice = "" if parallel else "; vectorize_particles=True enumerates the elements of a plate in parallel"
-            raise UnsupportedSite(name, estimator.name, values + advice)
+            advice = "; vectorize_particles=True with num_particles=1 enumerates the elements of a plate in parallel"
+            raise UnsupportedSite(name, estimator.name, values if parallel else values + advice)
+        self._count(msg, len(values), estimator.limit)
         if not parallel:
             if name not in self.choices:
                 upstream = {**self.fixed, **self.draws}
@@ -221,6 +227,38 @@ class _Draws(Messenger):
         values = values[(slice(None),) + (0,) * excess]
         ones = (1,) * (-enum_dim - 1 - len(fn.batch_shape) + excess)
         return Draw(values.reshape(values.shape[:1] + ones + values.shape[1:])), enum_dim, joint
+
+    def _count(self, msg: Any, count: int, limit: int) -> None:
+        """Refuse a program whose enumerated sites have too many values together, before these are laid out."""
+        plates = frozenset(f.name for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLES)
+        self.listed[msg["name"]] = (count, plates)
+        self.limit = max(self.limit, limit)
+        if self.program.vectorized:
+            # Values of sites in plates that lie apart are summed over apart.
+            counts = {n: c for n, (c, other) in self.listed.items() if other <= plates or plates <= other}
+            if math.prod(counts.values()) > self.limit:
+                raise too_many(counts, math.prod(counts.values()), self.limit)
+        elif len(self.choices) > MAX_CHOICES:
+            raise UnsupportedSite(
+                msg["name"],
+                "enumerate",
+                f"it is the {len(self.choices)}th enumerated site of one run, as in a loop that a draw ends (a"
+                " geometric variable): what has no end cannot be listed; bound the loop, or take 'score' or 'rloo'",
+            )
+
+
+MAX_CHOICES = 64  # enumerated sites of one run, where these are run value by value
+ENOUGH_PATHS = 64  # after so many, their number is foreseen from the share of all values that they cover
+
+
+def too_many(counts: Mapping[str, int], total: int, limit: int) -> UnsupportedSite:
+    names = ", ".join([repr(name) for name in list(counts)[:6]] + ["…"] * (len(counts) > 6))
+    return UnsupportedSite(
+        next(iter(counts)),
+        "enumerate",
+        f"the {len(counts)} enumerated sites ({names}) have {total} combinations of values together, more than the"
+        f" limit of {limit}; enumerate fewer of them, or raise Enumerate(limit=…)",
+    )
 
 
 class _Replay(Messenger):
@@ -299,9 +337,11 @@ class Program:
         """One particle, once for each combination of enumerated values; what is upstream of a choice is shared."""
         noise = noise or self._noise()
         waiting: list[tuple[dict[str, int], dict[str, Draw]]] = [({}, dict(fixed or {}))]
+        done, covered, limit = 0, 0.0, 0
+        counts: dict[str, int] = {}
         while waiting:
             choices, fixed = waiting.pop()
-            yield self.run(
+            run = self.run(
                 args,
                 kwargs,
                 fixed=fixed,
@@ -311,6 +351,13 @@ class Program:
                 fork=lambda *pending: waiting.append(pending),
                 **options,
             )
+            yield run
+            # A path lists the choices that it met first; those before them are given.
+            counts, limit = counts | run.listed, max(limit, run.limit)
+            done, covered = done + 1, covered + 1 / math.prod(counts[name] for name in run.choices)
+            foreseen = round(done / covered) if done >= ENOUGH_PATHS else done + len(waiting)
+            if waiting and foreseen > limit:
+                raise too_many(counts, foreseen, limit)
 
     def run(
         self,
@@ -357,6 +404,7 @@ class Program:
                         _check_met(name, msg, model.messages.get(name), self.max_plate_nesting)
             model_sites = self._sites(model, None)
         run = Run(guide_sites, model_sites, choices, subsamples, guide.params, model.params, noise=noise)
+        run.listed, run.limit = {name: count for name, (count, _) in draws.listed.items()}, draws.limit
         subsampled = [
             f
             for recorder in (guide, model)

@@ -284,14 +284,14 @@ def _refuse_late_sites(found: Study) -> None:
 def refuse(loss: ELBO, module: nn.Module, found: Study) -> None:
     """Say so where the weights or costs of a loss reach over all rows in a way that a sum of gradients cannot give."""
     if isinstance(loss, SiteELBO) and isinstance(module, SiteELBOModule):
-        _refuse_site_elbo(loss, module.binding.chosen, found)
+        _refuse_site_elbo(loss, module.binding.chosen, found, module.binding.vectorized)
     else:
         _refuse_stock(loss, found)
 
 
-def _refuse_site_elbo(loss: SiteELBO, chosen: Mapping[str, Estimator], found: Study) -> None:
+def _refuse_site_elbo(loss: SiteELBO, chosen: Mapping[str, Estimator], found: Study, vectorized: bool) -> None:
     outside = [site.name for site in found.run.sites if not site.settled and not found.has_rows(site)]
-    if loss.objective != "elbo":
+    if loss.target.weighs_rows:
         if loss.plates == "ignore":
             raise UnsupportedSite(
                 f"objective {loss.objective!r} with plates='ignore' has one weight for all rows, which several "
@@ -314,7 +314,7 @@ def _refuse_site_elbo(loss: SiteELBO, chosen: Mapping[str, Estimator], found: St
         if name not in local:
             if weighs and estimator.needs_relaxed_model:
                 reason = f"it stands outside plate {found.plate!r}, and the slope of its cost spans all processes"
-        elif estimator.enumerates and not loss.vectorize_particles:
+        elif estimator.enumerates and not vectorized:
             reason = "without vectorized particles the rows of all processes are enumerated together"
         elif (weighs or estimator.enumerates) and loss.plates == "ignore":
             reason = "with plates='ignore' its cost spans the rows of all processes"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -17,9 +16,9 @@ from gumbo.experiments.audit import main
 from gumbo.inference import SiteELBO, audit, plot_audit, recommend
 from gumbo.inference.auditing.bias import compare, holm
 from gumbo.inference.auditing.directions import Directions
+from gumbo.inference.auditing.moments import Moments
 from gumbo.inference.auditing.plot import pareto_front
 from gumbo.inference.auditing.reference import Reference
-from gumbo.inference.auditing.sampler import Moments
 from gumbo.inference.estimators import Baseline, GumbelSoftmax, LeaveOneOut, Pathwise, ScoreFunction
 
 QUICK = {"num_samples": 150, "burn_in": 20}
@@ -40,7 +39,7 @@ def verdicts(report):
 
 def moments_of(draws):
     """Moments of ``draws``, ``(n, elements)``, as of one parameter called p."""
-    found = Moments(SimpleNamespace(parameters={"p": draws[0]}))
+    found = Moments({"p": draws[0]})
     for draw in draws:
         found.add({"p": draw})
     return found
@@ -93,7 +92,7 @@ def test_elements_that_never_move():
 
 def test_rounding_is_no_bias():
     draws = torch.full((50, 1), 1.0)
-    found = Moments(SimpleNamespace(parameters={"p": draws[0]}))
+    found = Moments({"p": draws[0]})
     for draw in draws:
         found.add({"p": draw.double()}, loss=100.0)
     assert compare(found, exact(1.0 + 1e-6, 1))["p"].p_value.item() == 1.0
@@ -140,7 +139,7 @@ def test_a_bias_too_thin_for_single_elements_shows_along_directions():
     directions = Directions(truth)
     found = {}
     for name, factor in (("right", 1.0), ("half", 0.5)):
-        moments = Moments(SimpleNamespace(parameters={"p": truth["p"]}), directions)
+        moments = Moments({"p": truth["p"]}, directions)
         for _ in range(400):
             moments.add({"p": torch.randn(2000, dtype=F64) + factor * truth["p"]})
         found[name] = compare(moments, Reference("exact", truth, 0.0, directions=directions))
@@ -152,6 +151,15 @@ def test_a_bias_too_thin_for_single_elements_shows_along_directions():
 
 def test_holm():
     assert holm(torch.tensor([0.5, 0.004, 0.02], dtype=F64)).tolist() == [0.5, 0.012, 0.04]
+
+
+def test_moments_are_those_of_the_draws():
+    draws = torch.randn(50, 3, dtype=F64).exp() + 100.0
+    found = moments_of(draws).central()["p"]
+    centred = draws - draws.mean(0)
+    for power, value in ((3, found.third), (4, found.fourth)):
+        assert torch.allclose(value, (centred**power).mean(0), rtol=1e-10)
+    assert torch.allclose(found.mean, draws.mean(0)) and torch.allclose(found.variance, draws.var(0), rtol=1e-10)
 
 
 # Right estimators.

@@ -499,7 +499,7 @@ class Recurrent(PyroModule):
 def test_a_program_that_mixes_particles_is_refused():
     data = torch.ones(4, 2, dtype=F64)
     with pytest.raises(CannotVectorize, match="'x'.*differs by .*vectorize_particles=False"):
-        SiteELBO("pathwise", num_particles=3)(Recurrent(True), Recurrent(False))(data)
+        SiteELBO("pathwise", num_particles=3, vectorize_particles=True)(Recurrent(True), Recurrent(False))(data)
     assert SiteELBO("pathwise", num_particles=3, vectorize_particles=False)(Recurrent(True), Recurrent(False))(data) > 0
 
 
@@ -521,7 +521,7 @@ class Spread(PyroModule):
 def test_a_program_that_moves_the_particles_is_refused(word):
     data = torch.ones(4, 3, dtype=F64)
     with pytest.raises(CannotVectorize, match="'x'.*dimension -3 of its own.*vectorize_particles=False"):
-        SiteELBO(word, num_particles=3)(Spread(True), Spread(False))(data)
+        SiteELBO(word, num_particles=3, vectorize_particles=True)(Spread(True), Spread(False))(data)
     assert SiteELBO(word, num_particles=3, vectorize_particles=False)(Spread(True), Spread(False))(data) > 0
 
 
@@ -576,7 +576,7 @@ def test_a_step_asks_for_no_word(word, monkeypatch):
 def test_control_flow_does_not_vectorize(word):
     model, guide = DISCRETE["control flow"].make()
     with pytest.raises(CannotVectorize, match="vectorize_particles=False"):
-        SiteELBO(word)(model, guide)()
+        SiteELBO(word, vectorize_particles=True)(model, guide)()
 
 
 def test_noise_outside_of_sample_statements_is_no_reason_to_refuse(x):

@@ -461,7 +461,7 @@ def test_the_importance_weighted_bound_is_refused(word):
 def test_programs_that_do_not_broadcast_are_refused_while_vectorized():
     model, guide = DISCRETE["control flow"].make()
     with pytest.raises(UnsupportedSite, match="vectorize_particles=False"):
-        SiteELBO("local-expectation")(model, guide).initialize()
+        SiteELBO("local-expectation", vectorize_particles=True)(model, guide).initialize()
 
 
 def test_costs_and_declarations():

@@ -1,0 +1,98 @@
+"""The contract of an objective: what is estimated, which estimators serve it, and what its value is called.
+
+``SiteELBO`` runs the programs, and hands what it recorded to its objective once. A new objective is one class in one
+file of this folder, a word in ``objectives`` and one import line in the folder's ``__init__``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import BadInput, UnknownName
+from ...registry import Registry
+from ..engine.objectives import Layout, MakeView
+from ..engine.programs import Run
+from ..estimators._base import Estimator
+
+
+@dataclass
+class Recorded:
+    """What one call of a loss has seen of the programs.
+
+    Attributes:
+        groups: for each group of particles that ran together, its runs: one for each path through enumerated values.
+        layout: what the dimensions of the terms in these mean.
+        view: ``view(rows, log_prob, cost, bound)`` is what an estimator sees of its site.
+        again: ``again()`` runs the programs once more at the same values, cut from the graph, with the guide's
+            parameters frozen; the same groups.
+    """
+
+    groups: list[list[Run]]
+    layout: Layout
+    view: MakeView
+    again: Callable[[], list[list[Run]]]
+
+
+class Objective:
+    """What a loss estimates; a class of its own for each.
+
+    Class attributes:
+        name: the word for it.
+        weighs_rows: whether each datum has a weight of its own, so that plates must keep their rows apart.
+        takes_estimators: whether sites take estimators; otherwise all draws are made without gradients.
+        takes_kl_weight: whether a weight of the latent terms is defined.
+        runs_model: whether the first runs are of the model too.
+
+    >>> sorted(objectives)
+    ['elbo', 'iwae', 'rws']
+    """
+
+    name: str = ""
+    weighs_rows: bool = False
+    takes_estimators: bool = True
+    takes_kl_weight: bool = False
+    runs_model: bool = True
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def accepts(self, estimator: Estimator) -> bool:
+        """Whether an estimator's gradient is derived for this objective."""
+        return self.name in estimator.objectives
+
+    def refined(self, chosen: Mapping[str, Estimator]) -> Objective:
+        """The objective whose gradient the estimators of all sites together ask for; mostly itself."""
+        return self
+
+    def value(self, recorded: Recorded) -> Tensor:
+        """A scalar: its value is that of the objective, its gradient an estimate of the objective's gradient."""
+        raise NotImplementedError
+
+    def value_name(self, chosen: Mapping[str, Estimator], kl_weight: Any) -> str:
+        """What the value is called, given the sites' estimators."""
+        return self.name
+
+
+objectives: Registry[Callable[[], Objective]] = Registry("objective")
+
+
+def as_objective(word: str | Objective | type[Objective]) -> Objective:
+    """The objective that a word names, or the objective itself.
+
+    >>> as_objective("iwae")
+    ImportanceWeightedBound()
+    """
+    if isinstance(word, Objective):
+        return word
+    if isinstance(word, type) and issubclass(word, Objective):
+        return word()
+    if not isinstance(word, str):
+        raise UnknownName("objective", word, objectives)
+    found = objectives[word]()
+    if not isinstance(found, Objective):
+        raise BadInput(f"{word!r} names {found!r}, which is not an Objective")
+    return found

@@ -1,0 +1,88 @@
+"""Importance weights per datum, and the bounds that they give."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedSite
+from ..engine.objectives import Layout, common_frames, summed_to
+from ..engine.programs import Frames, Run, Site
+
+
+@dataclass
+class Bound:
+    """Per-datum log importance weights ``(K, *plates)`` and the bounds that they give."""
+
+    log_weight: Tensor
+    dim: int
+
+    def value(self) -> Tensor:
+        """log (1/K) Σₖ wₖ per datum."""
+        count = self.log_weight.shape[self.dim]
+        return self.log_weight.logsumexp(self.dim, keepdim=True) - math.log(count)
+
+    def leave_one_out(self) -> Tensor:
+        """For each k the bound with log wₖ replaced by the mean of the others (Mnih & Rezende 2016, 1602.06725)."""
+        weights = self.log_weight.movedim(self.dim, -1)
+        count = weights.shape[-1]
+        others = (weights.sum(-1, keepdim=True) - weights) / (count - 1)
+        diagonal = torch.eye(count, dtype=torch.bool, device=weights.device)
+        replaced = torch.where(diagonal, others.unsqueeze(-1), weights.unsqueeze(-2))
+        return (replaced.logsumexp(-1) - math.log(count)).movedim(-1, self.dim)
+
+
+def common_scale(runs: list[Run]) -> Any:
+    """The scale that all terms share and that multiplies the bound; 1 where they differ, and enter the weights."""
+    scales = [site.scale for run in runs for site in run.sites if site.latent or not site.settled]
+    first = scales[0] if scales else 1.0
+    same = all(
+        s is first or (not isinstance(s, Tensor) and not isinstance(first, Tensor) and s == first) for s in scales
+    )
+    return first if same else 1.0
+
+
+@dataclass
+class Weights:
+    """Importance weights per datum, with the two sums that they are made of."""
+
+    log_p: Tensor
+    log_q: Tensor
+    frames: Frames
+    scale: Any
+
+
+def importance_weights(groups: list[list[Run]], layout: Layout) -> Weights:
+    """log p(x, z) and log q(z | x) of each particle, per element of the plates that enclose all sites."""
+    runs = [run for paths in groups for run in paths]
+    frames, scale = common_frames(runs, layout), common_scale(runs)
+    for plate in sorted(runs[0].partial_loops):
+        raise UnsupportedSite(
+            f"the sequential plate {plate!r} is subsampled, and a weight over a part of the data does not estimate the"
+            " bound over all of it; make it a vectorized plate that encloses every site, run it in full, or take"
+            " objective='elbo'"
+        )
+    outside = runs[0].partial_plates - frames
+    if outside:
+        plate = next(iter(outside))[0]
+        site = next((s.name for s in runs[0].guide if s.latent and not s.frames & outside), "(program)")
+        raise UnsupportedSite(
+            site,
+            "any",
+            f"it lies outside the subsampled plate {plate!r}, and a weight over a part of the data does not estimate"
+            " the bound over all of it; run the full plate, or take objective='elbo'",
+        )
+
+    def gather(sites: list[Site]) -> Tensor:
+        return sum((summed_to(s.log_prob / scale, s.frames, frames) for s in sites), start=torch.zeros(()))
+
+    return Weights(
+        layout.join([gather(run.model) for run in runs]),
+        layout.join([gather(run.guide) for run in runs]),
+        frames,
+        scale,
+    )

@@ -1,0 +1,98 @@
+"""A new objective is one file with one registration: SiteELBO trains with it, and unknown words name the known ones."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact_means import exact_gradient
+from programs import F64, OneCoinGuide, OneCoinModel, gradient
+from torch import nn
+
+from gumbo.errors import BadInput, UnknownName
+from gumbo.inference import SiteELBO, fit
+from gumbo.inference.auditing.exact import exact_elbo, mean_over_draws
+from gumbo.inference.objectives import Objective, as_objective, objectives
+
+SOURCE = '''
+"""Half of the evidence lower bound."""
+
+from gumbo.inference.objectives import Objective, objectives
+from gumbo.inference.engine.objectives import elbo_value
+
+
+@objectives.register("half-elbo")
+class HalfBound(Objective):
+    """The evidence lower bound in units of two nats."""
+
+    name = "half-elbo"
+
+    def accepts(self, estimator):
+        return "elbo" in estimator.objectives
+
+    def value(self, recorded):
+        return elbo_value(recorded.groups, recorded.layout, recorded.view) / 2
+'''
+
+
+@pytest.fixture
+def half(tmp_path):
+    path = tmp_path / "half_bound.py"
+    path.write_text(SOURCE)
+    spec = importlib.util.spec_from_file_location("half_bound", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del objectives._items["half-elbo"]
+
+
+@pytest.mark.parametrize("word", ["score", "rloo", "enumerate", "local-expectation"])
+def test_a_registered_objective_has_its_value_and_gradient(half, word):
+    model, guide = OneCoinModel(), OneCoinGuide()
+    for objective in ("half-elbo", half.HalfBound, half.HalfBound()):
+        loss = SiteELBO(word, objective=objective)(model, guide)
+        mean = mean_over_draws(lambda loss=loss: gradient(loss(), nn.ModuleList([model, guide])))
+        assert torch.allclose(mean, exact_gradient(model, guide) / 2, rtol=0, atol=1e-10)
+        assert loss.objective_name == "half-elbo"
+    with pyro.get_param_store().scope():
+        assert torch.allclose(mean_over_draws(loss), -exact_elbo(model, guide) / 2, rtol=0, atol=1e-10)
+
+
+def test_fit_trains_with_a_registered_objective(half):
+    class Model(pyro.nn.PyroModule):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    class Guide(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor(0.0, dtype=F64))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.loc * x, 0.7))
+
+    guide = Guide()
+    x = torch.randn(32, dtype=F64)
+    fit(Model(), guide, x, loss=SiteELBO("pathwise", objective="half-elbo"), epochs=20, lr=0.05)
+    assert guide.loc.item() == pytest.approx(0.5, abs=0.2)
+
+
+def test_what_an_objective_does_not_take_is_one_line(half):
+    with pytest.raises(BadInput, match="kl_weight is not defined for objective 'half-elbo'"):
+        SiteELBO(objective="half-elbo", kl_weight=0.5)
+    with pytest.raises(
+        UnknownName, match=r"unknown objective 'iwea': did you mean 'iwae'\? \(known: elbo, half-elbo, iwae"
+    ):
+        SiteELBO(objective="iwea")
+
+
+@pytest.mark.parametrize("word", ["elbo", "iwae", "rws"])
+def test_words_name_objectives(word):
+    assert isinstance(as_objective(word), Objective) and as_objective(word).name == word
+    assert SiteELBO(objective=word).objective == word
