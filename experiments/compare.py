@@ -15,7 +15,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -161,18 +161,19 @@ def compare(config: Compare) -> dict[str, Any]:
         seconds = before + time.perf_counter() - began
         return {"config": asdict(config), "seconds": seconds, "runs": results, "table": summarize(arms, results)}
 
-    with FolderLock(run.path), resumable(run, results), Watch(run, lines, "gumbo compare"):
-        for result in in_parallel(tasks, config, run, jobs):
+    found = in_parallel(tasks, config, run, jobs)
+    with FolderLock(run.path), resumable(run, results), Watch(run, lines, "gumbo compare"), closing(found):
+        for result in found:
             results.append(result)
             run.write_json("results.json", summary())
             write_tables(run, config, arms, results)
     write_tables(run, config, arms, results)
     draw(run, config, arms, results)
     show(config, arms, results)
-    found = summary()
-    run.write_json("results.json", found)
-    print(f"gumbo compare: {found['seconds']:.0f} s; tables, plots and numbers in {run.path}", file=sys.stderr)
-    return found
+    whole = summary()
+    run.write_json("results.json", whole)
+    print(f"gumbo compare: {whole['seconds']:.0f} s; tables, plots and numbers in {run.path}", file=sys.stderr)
+    return whole
 
 
 def identity(result: Mapping[str, Any]) -> tuple[str, str, int]:
@@ -547,12 +548,13 @@ def collapse(row: Mapping[str, Any]) -> str:
 
 
 def note(config: Compare) -> str:
+    early = f" (after {config.epochs} epochs perhaps only not yet)" if config.epochs < 10 else ""
     warm_up = f"KL warm-up over {config.warm_up} of {config.epochs} epochs" if config.warm_up else "no KL warm-up"
     return (
         f"ELBO (± standard error over {config.seeds} seeds) and log p(x): true bounds, exact-density or discrete, on "
         f"test data, nats per datum, after {warm_up} in every arm. start ×, later ×: total variance of the guide's "
         "gradient at parameters common to all arms, as drawn and after a common training. active: latents whose "
-        "posterior mean varies over the data; collapsed: none does. s: wall-clock seconds of the training. "
+        f"posterior mean varies over the data; collapsed: none does{early}. s: wall-clock seconds of the training. "
         f"(K): {config.particles} draws a step, and one elsewhere."
     )
 

@@ -102,7 +102,7 @@ def pairs(path: Path, posterior: Any) -> Path:
     """Draws of each pair of a few numbers."""
     shown = coordinates(one_datum(posterior), _PAIRS)
     noise = np.random.default_rng(0)  # spreads draws of 0 and 1 that would lie on top of one another
-    shown = {
+    placed = {
         name: values + noise.uniform(-0.15, 0.15, values.shape) if is_binary(values) else values
         for name, values in shown.items()
     }
@@ -111,9 +111,10 @@ def pairs(path: Path, posterior: Any) -> Path:
     for (row, down), (column, across) in itertools.product(enumerate(names), enumerate(names)):
         axis = axes[row, column]
         if row == column:
-            axis.hist(shown[down].ravel(), bins=30, color="tab:blue")
+            edges = bins(shown[down], 1, 2) if is_binary(shown[down]) else 30
+            axis.hist(shown[down].ravel(), bins=edges, color="tab:blue", rwidth=0.9 if is_binary(shown[down]) else None)
         elif row > column:
-            axis.plot(shown[across].ravel(), shown[down].ravel(), ".", markersize=2, alpha=0.4)
+            axis.plot(placed[across].ravel(), placed[down].ravel(), ".", markersize=2, alpha=0.4)
         else:
             axis.set_axis_off()
         axis.tick_params(labelsize=7)
