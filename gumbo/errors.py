@@ -41,6 +41,41 @@ PROGRAM = "(program)"  # stands for a site where the whole program is refused
 ANY = "any"  # stands for an estimator where every one would be refused
 
 
+class Refusal(str):
+    """Why a site cannot be served: the text of the reason, with what it is about.
+
+    ``why_not`` of an estimator returns one, or a plain string, or None; :meth:`error` is what is raised for it.
+
+    Attributes: ``reason``; ``site`` and ``estimator`` as names, "" and ``"any"`` where it is not of one;
+    ``alternatives``, the estimators that would do.
+
+    >>> refusal = Refusal("it needs a Bernoulli site", site="z", estimator="arm")
+    >>> str(refusal), refusal.site
+    ("site 'z': it needs a Bernoulli site", 'z')
+    >>> Refusal("it needs a Bernoulli site").about("z", "arm", ["pathwise"]).error().alternatives
+    ('pathwise',)
+    """
+
+    reason: str
+    site: str
+    estimator: str
+    alternatives: tuple[str, ...]
+
+    def __new__(cls, reason: str, site: str = "", estimator: str = ANY, alternatives: Iterable[str] = ()):
+        reason = getattr(reason, "reason", reason)
+        made = super().__new__(cls, f"site {site!r}: {reason}" if site else reason)
+        made.reason, made.site, made.estimator, made.alternatives = reason, site, estimator, tuple(alternatives)
+        return made
+
+    def about(self, site: str, estimator: str = ANY, alternatives: Iterable[str] = ()) -> Refusal:
+        """The same reason, said of a site and an estimator."""
+        return Refusal(self.reason, site, estimator, alternatives)
+
+    def error(self) -> UnsupportedSite:
+        """The exception that says it."""
+        return UnsupportedSite(self.site or PROGRAM, self.estimator, self.reason, self.alternatives)
+
+
 class UnsupportedSite(GumboError, ValueError):
     """A site that an estimator or an objective cannot serve.
 
@@ -59,6 +94,11 @@ class UnsupportedSite(GumboError, ValueError):
         what = f"site {site!r}" if estimator == ANY else f"site {site!r} cannot take estimator {estimator!r}"
         advice = f"; would do: {', '.join(self.alternatives)}" if self.alternatives else ""
         super().__init__(f"{reason}{advice}" if site == PROGRAM else f"{what}: {reason}{advice}")
+
+    @property
+    def refusal(self) -> Refusal:
+        """The reason as a value, for tables of them."""
+        return Refusal(self.reason, "" if self.site == PROGRAM else self.site, self.estimator, self.alternatives)
 
 
 class TooFewParticles(UnsupportedSite, BadInput):

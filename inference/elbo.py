@@ -85,6 +85,8 @@ def as_estimator(word: str | Estimator) -> Estimator:
 class _Default(Estimator):
     """Stands for `pathwise where there is an rsample`, so that the error can say what to do."""
 
+    name = "default"  # type: ignore[assignment]
+
     def why_not(self, site: Mapping[str, Any]) -> str | None:
         return f"{describe(site['fn'])} has no reparameterized sampler, so that no estimator is the default: name one"
 
@@ -357,12 +359,10 @@ class Binding(nn.Module):
             estimator = estimators["pathwise"]()
         else:
             estimator = _Default()
-        reason = estimator.why_not({"name": name, "fn": fn, "infer": infer, "is_observed": False})
-        if reason is None and not elbo.target.accepts(estimator):
-            reason = f"it is not derived for objective {elbo.objective!r}"
-        if reason is not None:
-            word = "default" if isinstance(estimator, _Default) else estimator.name
-            raise UnsupportedSite(name, word, reason, self.alternatives(msg))
+        refusal = estimator.refusal({"name": name, "fn": fn, "infer": infer, "is_observed": False})
+        refusal = elbo.target.refusal(estimator) if refusal is None else refusal
+        if refusal is not None:
+            raise refusal.about(name, estimator.name, self.alternatives(msg)).error()
         _check_particles(name, estimator, elbo.requested_particles)
         if estimator.enumerates and elbo.plates == "ignore":
             self.joint.add(name)
@@ -883,8 +883,8 @@ def refusals(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dic
     found = {}
     for word, make in estimators.items():
         estimator = make()
-        reasons = ((site.name, estimator.why_not({"name": site.name, "fn": site.fn})) for site in sites)
-        found[word] = next((f"site {name!r}: {reason}" for name, reason in reasons if reason), "")
+        of_sites = (estimator.refusal({"name": site.name, "fn": site.fn}) for site in sites)
+        found[word] = next((refusal for refusal in of_sites if refusal is not None), "")
     return found
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import BadInput
+from ...errors import BadInput, Refusal
 from ...options import Checked
 from ...registry import Registry, home_of
 from ._distributions import clear_caches, describe, elementary, score_log_prob, support_moves
@@ -226,6 +226,11 @@ class Estimator(Checked):
     def why_not(self, site: Mapping[str, Any]) -> str | None:
         """Why a site (a Pyro message with ``name`` and ``fn``) cannot be served, or None if it can."""
         return None
+
+    def refusal(self, site: Mapping[str, Any]) -> Refusal | None:
+        """:meth:`why_not` with the names of the site and of this estimator."""
+        reason = self.why_not(site)
+        return None if reason is None else Refusal(reason, site.get("name", ""), self.name)
 
     def supports(self, site: Mapping[str, Any]) -> bool:
         """Whether a site can be served."""

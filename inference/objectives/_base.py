@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import BadInput, UnknownName
+from ...errors import BadInput, Refusal, UnknownName
 from ...registry import Registry
 from ..engine.objectives import Layout, MakeView
 from ..engine.programs import Run
@@ -63,6 +63,10 @@ class Objective:
     def accepts(self, estimator: Estimator) -> bool:
         """Whether an estimator's gradient is derived for this objective."""
         return self.name in estimator.objectives
+
+    def refusal(self, estimator: Estimator) -> Refusal | None:
+        """Why an estimator cannot serve this objective, or None if it can."""
+        return None if self.accepts(estimator) else Refusal(f"it is not derived for objective {self.name!r}")
 
     def refined(self, chosen: Mapping[str, Estimator]) -> Objective:
         """The objective whose gradient the estimators of all sites together ask for; mostly itself."""

@@ -12,14 +12,18 @@ from exact_means import exact_gradient
 from programs import F64, OneCoinGuide, OneCoinModel, gradient
 from torch import nn
 
-from gumbo.errors import BadInput, UnknownName
+from gumbo.errors import BadInput, Refusal, UnknownName, UnsupportedSite
 from gumbo.inference import SiteELBO, fit
 from gumbo.inference.auditing.exact import exact_elbo, mean_over_draws
+from gumbo.inference.elbo import refusals
+from gumbo.inference.estimators import Pathwise, ScoreFunction
 from gumbo.inference.objectives import Objective, as_objective, objectives
 
 SOURCE = '''
 """Half of the evidence lower bound."""
 
+from gumbo.inference.elbo import refusals
+from gumbo.inference.estimators import Pathwise, ScoreFunction
 from gumbo.inference.objectives import Objective, objectives
 from gumbo.inference.engine.objectives import elbo_value
 
@@ -96,3 +100,19 @@ def test_what_an_objective_does_not_take_is_one_line(half):
 def test_words_name_objectives(word):
     assert isinstance(as_objective(word), Objective) and as_objective(word).name == word
     assert SiteELBO(objective=word).objective == word
+
+
+def test_a_refusal_is_one_type_from_estimator_to_error():
+    def program():
+        pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+
+    site = {"name": "z", "fn": dist.Bernoulli(torch.tensor(0.5))}
+    of_estimator, of_table = Pathwise().refusal(site), refusals(program, program)["pathwise"]
+    with pytest.raises(UnsupportedSite) as raised:
+        SiteELBO("pathwise").loss(program, program)
+    for refusal in (of_estimator, of_table, raised.value.refusal):
+        assert isinstance(refusal, Refusal)
+        assert (refusal.site, refusal.estimator, refusal.reason) == ("z", "pathwise", of_estimator.reason)
+    assert "rloo" in raised.value.refusal.alternatives
+    assert ScoreFunction().refusal(site) is None and refusals(program, program)["score"] == ""
+    assert objectives["iwae"]().refusal(Pathwise(drop_score=True)).reason == "it is not derived for objective 'iwae'"
