@@ -7,12 +7,13 @@ from .auditing.plot import plot_audit
 from .auditing.recommendation import recommend
 from .diagnosis.examination import diagnose
 from .elbo import SiteELBO
-from .posterior.collapse import FreeBits, active_units
+from .posterior.activity import active_units
 from .posterior.conversion import summary, to_arviz
 from .posterior.evaluation import evaluate
 from .posterior.refinement import refine, refinement_gap
 from .stock import make_loss, stock_elbos
 from .training.fits import fit
+from .training.free_bits import FreeBits
 from .training.natural_gradient import NaturalGradient
 from .training.schedules import Constant, Cosine, Cyclical, Exponential, Linear, parse_schedule, schedules
 

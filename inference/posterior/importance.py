@@ -26,7 +26,6 @@ _FEWEST = 10
 EVEN = 0.999
 # Local latents with at most so many states have bounded weights given the global latents: no tail.
 _STATES = 1000
-ACTIVE = 0.01
 
 
 def khat(log_weights: np.ndarray, rounding: float = _ROUNDING) -> np.ndarray:

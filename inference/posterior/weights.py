@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .activity import active
 from .collection import Collection
-from .importance import _STATES, ACTIVE, by_piece, importance_ess, khat, log_evidence, number_of_states, rounding_of
+from .importance import _STATES, by_piece, importance_ess, khat, log_evidence, number_of_states, rounding_of
 
 
 def weight_statistics(
@@ -43,11 +44,9 @@ def weight_statistics(
         layout = sweep.model_sites[name]
         rows, squares = means.reshape(2, means.shape[1], -1, *layout.event)
         if rows.shape[1] > 1:
-            # Means over draws vary by themselves, by the draws' variance over their number.
-            noise = (squares.mean(1) - np.einsum("cr...,cr...->c...", rows, rows) / rows.shape[1]).clip(0)
-            noise = noise / collection.num_samples
+            within = (squares.mean(1) - np.einsum("cr...,cr...->c...", rows, rows) / rows.shape[1]).clip(0)
             names = event_names(name, len(layout.event))
-            found[f"active_{name}"] = (names, rows.var(1, ddof=1) - noise > ACTIVE)
+            found[f"active_{name}"] = (names, active(rows.var(1, ddof=1), within, collection.num_samples))
     return found
 
 

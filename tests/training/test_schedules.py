@@ -14,7 +14,8 @@ from gumbo.errors import BadInput, UnknownName, UnsupportedSite
 from gumbo.guides import BernoulliGuide, FlowGuide, LayeredGuide, NormalGuide
 from gumbo.inference import SiteELBO, fit
 from gumbo.inference.estimators import GumbelSoftmax
-from gumbo.inference.posterior.collapse import FreeBits, active_units
+from gumbo.inference.posterior.activity import active_units
+from gumbo.inference.training.free_bits import FreeBits
 from gumbo.inference.training.schedules import (
     Constant,
     Cosine,

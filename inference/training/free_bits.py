@@ -1,4 +1,4 @@
-"""Posterior collapse: how to see it (active units), and a floor under the KL that works against it (free bits)."""
+"""Free bits: the evidence lower bound with a floor under each latent dimension's KL, against posterior collapse."""
 
 from __future__ import annotations
 
@@ -14,77 +14,6 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from ...errors import BadInput, UnsupportedSite
-from ..engine.rows import Rows
-from ..engine.scopes import device_of, modes_kept, modules_of, private_seed, private_store
-
-
-def active_units(
-    guide: Callable,
-    data: object,
-    threshold: float = 0.01,
-    *,
-    num_samples: int = 10,
-    batch_size: int = 256,
-    seed: int | None = 0,
-) -> dict[str, Tensor]:
-    r"""Which latent dimensions the guide uses: :math:`\mathrm{Var}_x(E_{q(u \mid x)}[u]) >` ``threshold``.
-
-    Returns a boolean tensor of each latent site's event shape; ``.sum()`` counts them. A dimension whose posterior mean
-    does not move with the data says nothing about them: it has collapsed onto its prior. Means are taken in closed form
-    where the site's distribution has one, and averaged over ``num_samples`` draws of whatever the site depends on; the
-    variance that so few draws add is taken off again. Sites outside the data plate are left out.
-
-    Burda, Grosse & Salakhutdinov 2015, arXiv:1509.00519. Raises BadInput for data that the guide does not take, or for
-    fewer than two rows.
-
-    >>> import pyro, pyro.distributions as dist
-    >>> def guide(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         loc = torch.stack([x, torch.zeros_like(x)], -1)  # the second unit ignores x
-    ...         pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
-    >>> active_units(guide, torch.linspace(-1.0, 1.0, 50))
-    {'z': tensor([ True, False])}
-    """
-    rows = Rows(data).check("data")
-    if len(rows) < 2:
-        raise BadInput("active_units compares data with each other: expected at least two rows")
-    if num_samples < 1 or batch_size < 1 or not threshold >= 0:
-        raise BadInput("active_units: expected num_samples ≥ 1, batch_size ≥ 1 and threshold ≥ 0")
-    device = device_of(guide)
-    pieces: dict[str, list[Tensor]] = {}
-    with private_store(guide), private_seed(seed, guide), modes_kept(guide), torch.no_grad():
-        for module in modules_of(guide):
-            module.eval()
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size].to(device)
-            draws = [_means(guide, batch) for _ in range(num_samples)]
-            for name in draws[0]:
-                pieces.setdefault(name, []).append(torch.stack([draw[name] for draw in draws]))
-    found = {}
-    for name, parts in pieces.items():
-        means = torch.cat(parts, 1).double()  # (draws, N, *event)
-        spread = means.mean(0).var(0)
-        if num_samples > 1:
-            spread = spread - means.var(0).mean(0) / num_samples
-        found[name] = spread > threshold
-    return found
-
-
-def _means(guide: Callable, batch: Rows) -> dict[str, Tensor]:
-    """The mean of each local latent given what the guide drew before it, or its draw where there is no closed form."""
-    trace = prune_subsample_sites(poutine.trace(guide).get_trace(*batch.args, **batch.kwargs))
-    means = {}
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site["is_observed"]:
-            continue
-        fn = site["fn"]
-        if tuple(fn.batch_shape) != (len(batch),):
-            continue
-        try:
-            means[name] = fn.mean.expand(fn.batch_shape + fn.event_shape)
-        except (NotImplementedError, AttributeError):  # no mean in closed form: a draw stands in
-            means[name] = site["value"]
-    return means
 
 
 class FreeBits(ELBO):
@@ -182,4 +111,4 @@ def _elementary(fn):
     return fn
 
 
-__all__ = ["FreeBits", "active_units"]
+__all__ = ["FreeBits"]
