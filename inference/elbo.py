@@ -31,6 +31,7 @@ from .engine import objectives
 from .engine.mixing import mixed_plates
 from .engine.noise import current_tape, drawn_twice
 from .engine.programs import (
+    Misfit,
     NoisyProgram,
     Program,
     Run,
@@ -524,6 +525,8 @@ class Binding(nn.Module):
         program.num_particles, program.generators = num_particles, self.generators
         try:
             ((run,),) = program.runs(args, kwargs)
+        except Misfit as error:
+            raise _fails_vectorized(error) from error
         except GumboError:
             raise
         except Exception as error:

@@ -95,6 +95,10 @@ class Run:
         return next(site for site in self.guide if site.name == name)
 
 
+class Misfit(BadInput):
+    """A plate or a parameter that does not fit where it stands, as Pyro's own statement finds."""
+
+
 class _Recorder(Messenger):
     """Keeps the sample statements of one program in the order they ran."""
 
@@ -528,7 +532,7 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         module = where.tb_frame.f_globals.get("__name__", "")
         if isinstance(error, GumboError) or not module.startswith(("pyro.poutine", "pyro.primitives")):
             raise
-        raise BadInput(str(error).splitlines()[0]) from error
+        raise Misfit(str(error).splitlines()[0]) from error
 
 
 def _check_met(name: str, msg: Any, met: Any, max_plate_nesting: int) -> None:

@@ -6,10 +6,10 @@ import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from stranger_programs import CLOSED, EXACT, REFUSED, SAME, STOCK
+from stranger_programs import CLOSED, EXACT, REFUSED, SAME, STOCK, PlateThatParticlesMisfit
 from ztest import misses
 
-from gumbo.errors import GumboError
+from gumbo.errors import GumboError, GumboWarning
 from gumbo.inference import SiteELBO
 from gumbo.inference.auditing.exact import exact_elbo, mean_over_draws
 
@@ -85,6 +85,16 @@ def test_what_cannot_be_meant_is_refused_in_one_line(name, word, param_store):
     with pytest.raises(GumboError, match=entry.says) as caught:
         SiteELBO(word, **entry.options).differentiable_loss(pair.model, pair.guide)
     assert "\n" not in str(caught.value)
+
+
+def test_where_particles_do_not_fit_a_plate_they_run_one_by_one(param_store):
+    pair = PlateThatParticlesMisfit()
+    exact = -exact_elbo(pair.model, pair.guide)
+    loss = SiteELBO("score", num_particles=2)
+    with pytest.warns(GumboWarning, match="does not vectorize.*one by one"):
+        loss.differentiable_loss(pair.model, pair.guide)
+    found = mean_over_draws(lambda: with_gradient(loss.differentiable_loss(pair.model, pair.guide), pair))
+    assert torch.allclose(found, with_gradient(exact, pair), rtol=0, atol=1e-10)
 
 
 def test_there_are_sixty_programs():

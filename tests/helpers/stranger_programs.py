@@ -1459,3 +1459,19 @@ class PlatesOfTwoSizes(Pair):
     def guide(self):
         with pyro.plate("data", 2):
             pyro.sample("z", dist.Normal(self.m, 1.0))
+
+
+class PlateThatParticlesMisfit(Pair):
+    """A sum over the last dimension takes the particles for a plate, so that a later plate does not fit."""
+
+    fields = {"a": [0.4, -0.2]}
+
+    def model(self):
+        with pyro.plate("few", 2):
+            z = pyro.sample("z", dist.Bernoulli(logits=torch.zeros(2, dtype=F64)))
+        with pyro.plate("more", 3):
+            pyro.sample("x", dist.Bernoulli(logits=z.sum(-1)).expand([3]), obs=t(0.0, 1.0, 1.0))
+
+    def guide(self):
+        with pyro.plate("few", 2):
+            pyro.sample("z", dist.Bernoulli(logits=self.a))
