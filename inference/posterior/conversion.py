@@ -48,14 +48,11 @@ def to_arviz(
 ) -> Any:
     """Draws of ``guide`` and ``model`` on data as ArviZ takes them: InferenceData, or DataTree in 1.x.
 
-    The data are the programs' arguments and keywords, ``to_arviz(model, guide, x, y, mask=mask)``, or one object in the
-    form that ``fit`` takes: a tuple is the positional arguments, a mapping the keywords, anything else the one argument
-    (a tuple or a mapping that is itself an argument stands in a tuple).
-
     Any Pyro model and guide will do, with local and global, discrete and continuous latents. Dimensions are ``(chain,
-    draw, *plates, *event)``: the plates give their names, and row numbers as coordinates; ``dims`` names the event
-    dimensions of a variable, ``coords`` gives coordinates. A subsampled plate is visited in full. ``batch_size`` passes
-    so many rows of the arguments at a time.
+    draw, *plates, *event)``: the plates give their names, and row numbers as coordinates. A subsampled plate is visited
+    in full. Discrete sites that the model enumerates and the guide leaves out are drawn from their exact conditional. A
+    relaxed pair that knows its discrete form is taken in that form. A chain is an independent fit. What memory the
+    draws need is said before the start where it is much. No global state is touched.
 
     A *datum* is an element of the plates that enclose every observed site, without those that hold no latent;
     ``data_plates`` says otherwise. Latents inside them are *local*, all others *global*. Groups (all log-probabilities
@@ -74,15 +71,34 @@ def to_arviz(
     - ``vi_stats``: for each datum k̂, the importance effective sample size, log-evidence and its standard error, ELBO;
       for each latent dimension KL and whether it is active; k̂ of the global latents.
 
-    A chain is an independent fit: ``num_refits`` fits the guide so many times from other initial values with the model
-    as it is (``refit``, a function from a seed to a fitted guide, does it in your way); or ``guide`` is a sequence of
-    guides fitted by yourself. ``groups`` restricts what is made; ``thin`` keeps every so-manieth draw, of all groups or
-    of those that a mapping names. What is needed is said before the start where it is much, and refused beyond
-    ``memory_limit`` GiB. The same ``seed`` gives the same draws (None draws from the current stream); no global state
-    is touched. A relaxed pair that knows its discrete form is taken in that form.
+    Args:
+        model: the Pyro model.
+        guide: the Pyro guide, or a sequence of guides that were fitted independently, one a chain.
+        args: the programs' own arguments, or one object in the form that ``fit`` takes: a tuple is the positional
+            arguments, a mapping the keywords, anything else the one argument.
+        num_samples: draws a chain, at least 2.
+        batch_size: how many rows of the arguments are passed at a time; None passes all.
+        coords: coordinates by dimension.
+        dims: names of the event dimensions by variable.
+        num_refits: chains in all; the guide is fitted from other initial values until there are so many, with the model
+            as it is.
+        seed: of the draws; the same seed gives the same draws, and None draws from the current stream.
+        groups: the groups that are made; None makes all.
+        thin: keep every ``thin``-th draw, of all groups or of those that a mapping names.
+        data_plates: the plates that make a datum.
+        num_local_samples: draws of the local latents for each of the global ones, behind ``log_likelihood``.
+        memory_limit: GiB that the draws may take.
+        progress: True shows how far it is, False nothing; None decides by size.
+        refit: a function from a seed to a fitted guide, which ``num_refits`` calls.
+        kwargs: keywords of the programs.
 
-    Raises :class:`~gumbo.errors.BadInput` for programs whose sites do not match or change from draw to draw, and for
-    names and sizes that do not fit.
+    Returns:
+        ``InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x.
+
+    Raises:
+        BadInput: the programs' sites do not match or change from draw to draw; names or sizes do not fit; the draws
+            need more than ``memory_limit``.
+        UnknownName: a group that does not exist.
 
     Burda et al. 2015, arXiv:1509.00519 (the integral over local latents); Vehtari et al. 2024, arXiv:1507.02646 (k̂).
 
@@ -131,8 +147,19 @@ def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "po
     One chain has no R̂, and none is shown; chains are refits, and R̂ compares them. Draws are independent, so their
     number is the effective sample size *of the guide*, which says nothing of the posterior: instead of Monte Carlo's
     ``ess`` columns there is ``khat``, the k̂ of the datum that the row belongs to (of the global latents for a global
-    one), where above 0.7 the guide cannot be trusted (Vehtari et al. 2024, arXiv:1507.02646). ``options`` go to
-    ``az.summary``.
+    one), where above 0.7 the guide cannot be trusted (Vehtari et al. 2024, arXiv:1507.02646).
+
+    Args:
+        idata: what :func:`to_arviz` returned.
+        var_names: the variables shown; None shows all.
+        group: the group that they are in.
+        options: passed on to ``az.summary``.
+
+    Returns:
+        A ``pandas.DataFrame``, one row for each number.
+
+    Raises:
+        UnknownName: ``idata`` has no such group.
 
     >>> import pyro.distributions as dist
     >>> def model(x):
