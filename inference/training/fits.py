@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +32,11 @@ from ..stock import is_differentiable
 from .batches import TRANSFORMED, Batches
 from .distributed import Processes
 from .inspection import Inspection, inspect_programs, parameter_of_rows, refuse_parameter_of_rows
-from .metrics import require_tensorboard
 from .optimizers import make_optimizer, without_addresses
 from .schedules import Schedule
+from .settings import FitSettings
 from .steps import Step, StoreStep, TorchStep
-from .trainer import FitResult, Plan, Run
+from .trainer import FitResult, Run
 
 
 def fit(
@@ -77,49 +74,72 @@ def fit(
 ) -> FitResult:
     """Train a model and guide in place; the same arguments give the same numbers, interrupted or not.
 
-    ``train`` and ``valid`` are what the programs take: a tuple is the positional arguments, a mapping the keywords,
-    anything else the one argument (a tuple or a mapping that is itself an argument stands in a tuple). N is the number
-    of rows of the first tensor; tensors (and NumPy arrays) with N rows are cut into batches, everything else (a
-    PackedSequence, None, a number, a list, other tensors) is passed whole. Where no argument has rows, every step sees
-    all data. ``valid`` has rows of its own.
-    ``loss`` is any ELBO or its word. ``transform(batch, generator)`` makes of a training batch, in the form ``train``
-    has, what the programs take (dynamic binarization, conditions from labels); what it draws, it draws from the
-    generator. ``drop_last=None`` drops a last partial batch just where the loss keeps something for each batch
-    position. ``patience`` stops after that many epochs without a better ``valid_elbo``; ``restore_best`` leaves the
-    parameters of the best epoch rather than of the last.
-
-    ``optimizer`` is a word or a torch optimizer's class (with ``lr``), a callable that makes a torch optimizer of a
-    list of parameters, or a ``pyro.optim`` optimizer, with arguments by parameter name and schedules if it has them.
-    ``lr`` may be a schedule of the step. ``scheduler`` makes a ``torch.optim.lr_scheduler`` of the optimizer, moved at
-    every epoch's end or, with ``scheduler_every="step"``, after every step; ReduceLROnPlateau is given −``valid_elbo``
-    (without validation data, −the training objective). ``clip_norm`` bounds the norm of the gradients of all parameters
-    together, ``clip_value`` each of their elements.
-
-    The first batch runs under Pyro's validation, and every row is held against its site's support once (in each epoch
-    where ``transform`` or ``drop_last`` shows other rows); ``validate=True`` keeps all of Pyro's validation on.
-
-    ``compile=True`` makes one graph of the loss, its gradient and Adam, and machine code of the graph: it takes some
-    seconds at the start, needs a C++ compiler, and pays on long runs of small networks. Programs that decide by values
-    are refused; batches of another size than ``batch_size`` run without it.
-
     Losses with a differentiable scalar run in torch's idiom; the others (stock TraceGraph_ELBO) as ``SVI.step`` does.
-    Both run in a scope of the param store and under generators of their own: the store and the seeds stay as they are.
+    Both run in a scope of the param store and under generators of their own: the seeds stay as they are, and the store
+    too, but for parameters of ``pyro.param`` that no module owns, whose trained values it has afterwards. Several
+    threads take turns.
 
-    ``run_dir`` receives ``metrics.jsonl``, ``checkpoints/last.pt`` and the one before it as ``previous.pt``
-    (parameters, optimizer, random state, baselines, place in the epoch, best so far), the best parameters as
-    ``best.pt``, and with ``tensorboard=True`` scalars under ``tensorboard/``. A checkpoint is written before the first
-    step, every ``checkpoint_every`` epochs, and, where asked for, every ``checkpoint_steps`` steps or
-    ``checkpoint_minutes``. ``resume=True`` goes on from the last one, with as many epochs as are asked for and all else
-    unchanged; a damaged one is warned of, and the one before it taken. With a ``run_dir``, SIGINT and SIGTERM stop the
-    run at the next step's end: it is saved, and :class:`~gumbo.errors.Interrupted` (a KeyboardInterrupt) is raised.
+    With a ``run_dir``, SIGINT and SIGTERM stop the run at the next step's end: it is saved, and
+    :class:`~gumbo.errors.Interrupted` (a KeyboardInterrupt) is raised. Started by ``torchrun`` or ``accelerate
+    launch``, the processes fit one model together: each batch is split by rows, gradients are added up to those of one
+    process, and the main process writes, shows progress and calls ``on_epoch`` (docs/several-processes.md says what is
+    refused).
 
-    Started by ``torchrun`` or ``accelerate launch``, the processes fit one model together: each batch is split by rows,
-    gradients are added up to those of one process, and the main process writes, shows progress and calls ``on_epoch``
-    (see docs/several-processes.md for what is refused).
+    Args:
+        model, guide: Pyro programs: modules, functions, bound methods (``vae.model, vae.guide``). What they register,
+            by ``pyro.module``, ``pyro.param`` or as a module's parameters, is trained.
+        train: what the programs take. A tuple is the positional arguments, a mapping the keywords, anything else the
+            one argument (a tuple or a mapping that is itself an argument stands in a tuple). N is the number of rows of
+            the first tensor; tensors (and NumPy arrays) with N rows are cut into batches, everything else (a
+            PackedSequence, None, a number, a list, other tensors) is passed whole. Where no argument has rows, every
+            step sees all data.
+        valid: validation data in the same form, with rows of their own.
+        loss: any ELBO, or its word.
+        optimizer: a word or a torch optimizer's class (with ``lr``), a callable that makes a torch optimizer of a list
+            of parameters, or a ``pyro.optim`` optimizer, with arguments by parameter name and schedules if it has them.
+        lr: the learning rate, or a schedule of the step.
+        scheduler: makes a ``torch.optim.lr_scheduler`` of the optimizer; ReduceLROnPlateau is given −``valid_elbo``
+            (without validation data, −the training objective).
+        scheduler_every: ``"epoch"``, or ``"step"`` to move the scheduler after every step.
+        clip_norm: a bound on the norm of the gradients of all parameters together.
+        clip_value: a bound on each element of the gradients.
+        epochs: how many epochs, on resuming in all.
+        batch_size: rows a step.
+        seed: decides the batches and the noise.
+        run_dir: a folder for ``metrics.jsonl``, ``checkpoints/last.pt`` and the one before it as ``previous.pt``
+            (parameters, optimizer, random state, baselines, place in the epoch, best so far), and the best parameters
+            as ``best.pt``.
+        resume: go on from the last checkpoint in ``run_dir``, with as many epochs as are asked for and all else
+            unchanged; a damaged one is warned of, and the one before it taken.
+        patience: stop after that many epochs without a better ``valid_elbo``.
+        restore_best: leave the parameters of the best epoch rather than of the last.
+        drop_last: drop a last partial batch; None does so where the loss keeps something for each batch position.
+        transform: ``transform(batch, generator)`` makes of a training batch, in the form ``train`` has, what the
+            programs take (dynamic binarization, conditions from labels); what it draws, it draws from the generator.
+        valid_samples: draws a datum behind ``valid_elbo``.
+        checkpoint_every: epochs between checkpoints; one is written before the first step too.
+        checkpoint_steps: also after so many steps.
+        checkpoint_minutes: also after so many minutes.
+        tensorboard: also write scalars under ``tensorboard/`` in ``run_dir``.
+        validate: keep all of Pyro's validation on. Otherwise the first batch runs under it, and every row is held
+            against its site's support once (in each epoch where ``transform`` or ``drop_last`` shows other rows; sites
+            whose distribution has ``validate_args=False`` are left out).
+        compile: make one graph of the loss, its gradient and Adam, and machine code of the graph. It takes some seconds
+            at the start, needs a C++ compiler, and pays on long runs of small networks. Programs that decide by values
+            are refused; batches of another size than ``batch_size`` run without it.
+        progress: show progress on standard error.
+        title: what the progress lines begin with.
+        on_epoch: called with each epoch's numbers.
 
-    Raises :class:`~gumbo.errors.BadInput` for data or settings that cannot be used, and for a run folder that holds
-    another run; :class:`~gumbo.errors.GumboError` naming the parameter or site when the loss stops being finite, and
-    naming the file where it cannot be written.
+    Returns:
+        A :class:`FitResult`: the numbers of each epoch, in nats per datum (under a plate that subsamples, per datum of
+        the whole), and which epoch was best.
+
+    Raises:
+        BadInput: data, programs or settings that cannot be used; a run folder that holds another run; a guide with
+            parameters for each row of a batch, where there are several batches.
+        GumboError: the loss stops being finite (the parameter or site is named), or a file cannot be written.
+        Interrupted: a signal stopped a run that has a ``run_dir``.
 
     >>> from gumbo.models import GaussianVAE
     >>> from gumbo.guides import NormalGuide
@@ -134,40 +154,12 @@ def fit(
     >>> result.epochs, result.history[-1]["elbo"] > result.history[0]["elbo"]
     (3, True)
     """
+    given = dict(locals())
     _refuse_programs(model, guide)
-    counts = {"epochs": epochs, "batch_size": batch_size, "checkpoint_every": checkpoint_every}
-    counts |= {"checkpoint_steps": checkpoint_steps, "valid_samples": valid_samples, "patience": patience}
-    for name, value in counts.items():
-        may_be_none = name in ("checkpoint_steps", "patience")
-        if not (value is None and may_be_none) and not (is_whole(value) and 1 <= value < 2**63):
-            raise BadInput(f"{name} is {value!r}: expected at least 1, a whole number")
-    # NumPy's integers are none that JSON and checkpoints know.
-    epochs, batch_size, valid_samples = int(epochs), int(batch_size), int(valid_samples)
-    checkpoint_every, patience = int(checkpoint_every), None if patience is None else int(patience)
-    checkpoint_steps = None if checkpoint_steps is None else int(checkpoint_steps)
-    if checkpoint_minutes is not None and not (isinstance(checkpoint_minutes, Real) and checkpoint_minutes > 0):
-        raise BadInput(f"checkpoint_minutes is {checkpoint_minutes!r}: expected a positive number")
-    if not (is_whole(seed) and -(2**63) <= seed < 2**64):
-        raise BadInput(
-            f"seed is {seed!r}: expected a whole number that torch.manual_seed takes, at least 0, below 2**64"
-        )
-    seed = int(seed)
-    if run_dir is not None:
-        _refuse_folder(run_dir)
-    for name, value in (("transform", transform), ("on_epoch", on_epoch)):
-        if value is not None and not callable(value):
-            raise BadInput(f"{name} is {type(value).__name__}: expected a function")
-    if (patience is not None or restore_best) and valid is None:
+    options = FitSettings.of(given)
+    if (options.patience is not None or options.restore_best) and valid is None:
         raise BadInput("patience and restore_best choose by validation data: pass valid=")
-    if (resume or tensorboard) and run_dir is None:
-        what = (
-            "resume=True needs the run_dir of the run to go on with" if resume else "tensorboard=True needs a run_dir"
-        )
-        raise BadInput(what)
-    if tensorboard:
-        require_tensorboard()
-    if compile and validate:
-        raise BadInput("validate=True looks at values, which compile=True cannot: leave one of them out")
+    batch_size, seed = options.batch_size, options.seed
     rows = Rows(train, "train").check("train")
     valid_rows = None if valid is None else Rows(valid, "valid").check("valid")
     loss, loss_name = _make_loss(loss)
@@ -197,31 +189,14 @@ def fit(
     make, optimizer_name = make_optimizer(optimizer, lr, clip_norm, clip_value, scheduler, scheduler_every)
     batches = Batches(rows, batch_size, seed, drop_last, transform, device)
     batches.in_order = found.of_rows is not None
-    settings = {
+    identity = options.deciding() | {
         "loss": loss_name,
         "optimizer": optimizer_name,
-        "batch_size": batch_size,
-        "seed": seed,
         "drop_last": drop_last,
-        "transform": None if transform is None else getattr(transform, "__qualname__", type(transform).__name__),
         "train": _fingerprint(rows),
         "valid": None if valid_rows is None else _fingerprint(valid_rows),
-        "valid_samples": valid_samples,
-        "compile": compile,
         "processes": 1 if processes is None else processes.world_size,
     }
-    plan = Plan(
-        epochs=epochs,
-        patience=patience,
-        restore_best=restore_best,
-        checkpoint_every=checkpoint_every,
-        checkpoint_steps=checkpoint_steps,
-        checkpoint_minutes=checkpoint_minutes,
-        tensorboard=tensorboard,
-        progress=progress,
-        title=title,
-        on_epoch=on_epoch,
-    )
     with (
         one_at_a_time,
         found.trained(),
@@ -233,23 +208,10 @@ def fit(
         step = _make_step(model, guide, loss, make, first, compile, processes, seed)
         step.validate, step.unchecked = validate, found.unchecked
         objective = getattr(getattr(step, "module", loss), "objective_name", "elbo")
-        folder = None if run_dir is None else Path(run_dir)
-        run = Run(
-            model,
-            guide,
-            step,
-            batches,
-            valid_rows,
-            valid_samples,
-            settings,
-            folder,
-            objective,
-            processes,
-            found.num_data,
-        )
+        run = Run(model, guide, step, batches, valid_rows, options, identity, objective, processes, found.num_data)
         try:
-            run.begin(resume)
-            return run.go(plan)
+            run.begin()
+            return run.go()
         finally:
             run.end()
 
@@ -259,15 +221,6 @@ def keeps_batch_positions(loss: ELBO) -> bool:
     from ..stock import TraceGraphBaselineELBO
 
     return isinstance(loss, TraceGraphBaselineELBO)
-
-
-def is_whole(value: object) -> bool:
-    """Whether a value is a whole number, also one of NumPy's; a bool is none.
-
-    >>> is_whole(np.int64(3)), is_whole(3.0), is_whole(True)
-    (True, False, False)
-    """
-    return isinstance(value, Integral) and not isinstance(value, (bool, np.bool_))
 
 
 def _device_of(model: Callable, guide: Callable, rows: Rows) -> torch.device:
@@ -294,19 +247,6 @@ def _inspected(model: Callable, guide: Callable, batch: Rows, seed: int, of_rows
             "model and guide have no parameter to train: register networks by pyro.module, or use pyro.param"
         )
     return found if of_rows is None else replace(found, of_rows=of_rows)
-
-
-def _refuse_folder(run_dir: object) -> None:
-    """Raise BadInput for what no file system could take as a folder's name."""
-    if not isinstance(run_dir, (str, os.PathLike)):
-        raise BadInput(f"run_dir is {type(run_dir).__name__}: expected a path")
-    try:
-        os.lstat(Path(run_dir) / "checkpoints")
-    except ValueError as error:
-        raise BadInput(f"run_dir is {str(run_dir)!r}: expected a path, and this is none ({error})") from error
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise BadInput(f"run_dir has a name that is too long for this file system: {str(run_dir)!r}") from error
 
 
 def _make_loss(loss: ELBO | str) -> tuple[ELBO, str]:

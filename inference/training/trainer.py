@@ -8,10 +8,8 @@ import math
 import time
 import warnings
 import zlib
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,6 +26,7 @@ from .distributed import OnMain, Processes, SharedInterrupts
 from .locks import FolderLock
 from .metrics import Metrics, Scalars
 from .nonfinite import Guard
+from .settings import FitSettings
 from .signals import Interrupts
 from .steps import Step
 
@@ -70,22 +69,6 @@ class FitResult:
 
 
 @dataclass
-class Plan:
-    """How long a run goes on, when it saves, and whom it tells: what may differ when it is resumed."""
-
-    epochs: int
-    patience: int | None = None
-    restore_best: bool = False
-    checkpoint_every: int = 1
-    checkpoint_steps: int | None = None
-    checkpoint_minutes: float | None = None
-    tensorboard: bool = False
-    progress: bool = True
-    title: str = "fit"
-    on_epoch: Callable[[dict[str, float]], None] | None = None
-
-
-@dataclass
 class _Epoch:
     """How far the epoch at hand has come: batches done, the objective summed over the rows seen, the time it took."""
 
@@ -100,7 +83,7 @@ class _Epoch:
 class Run:
     """Steps, validation, checkpoints. Everything here that changes is in the checkpoint, at every step's end.
 
-    ``settings`` are what tells this run from another: a folder that holds other ones is refused. ``num_data`` is how
+    ``identity`` is what tells this run from another: a folder that holds another is refused. ``num_data`` is how
     many data the loss of a batch stands for, None where that is the batch's length. Of several ``processes`` all make
     the same run; the main one writes and speaks.
     """
@@ -112,21 +95,21 @@ class Run:
         step: Step,
         batches: Batches,
         valid: Rows | None,
-        valid_samples: int,
-        settings: dict[str, Any],
-        folder: Path | None,
+        options: FitSettings,
+        identity: dict[str, Any],
         objective_name: str,
         processes: Processes | None = None,
         num_data: int | None = None,
     ):
         self.num_data = num_data
         self.model, self.guide, self.step, self.batches = model, guide, step, batches
-        self.valid, self.valid_samples, self.folder = valid, valid_samples, folder
+        self.valid, self.options, self.folder = valid, options, options.folder
+        folder = self.folder
         self.objective_name, self.processes = objective_name, processes
         shapes = {name: list(parameter.shape) for name, parameter in step.parameters.items()}
-        self.settings = settings | {"parameters": zlib.crc32(json.dumps(shapes).encode())}
+        self.identity = identity | {"parameters": zlib.crc32(json.dumps(shapes).encode())}
         if step.optimizer.started_as:
-            self.settings["scheduler"] = step.optimizer.started_as
+            self.identity["scheduler"] = step.optimizer.started_as
         self.guard = Guard(model, guide, step.parameters)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": None, "elbo": None, "module": {}}
@@ -143,7 +126,7 @@ class Run:
         self._best_is_saved = True
         self._saved_at = self._began = time.perf_counter()
 
-    def begin(self, resume: bool) -> None:
+    def begin(self) -> None:
         """Start afresh, or from the checkpoint; a folder that cannot be written to is found out here."""
         if self.folder is None:
             return
@@ -152,7 +135,7 @@ class Run:
         else:
             self.processes.from_main(self.lock.acquire)
         if self.checkpoints.exist():
-            if not resume:
+            if not self.options.resume:
                 raise BadInput(f"{self.folder} holds a run already: pass resume=True to go on, or another run_dir")
             self._load()
             if self.best["epoch"] is not None:
@@ -166,29 +149,32 @@ class Run:
         if self.folder is not None:
             self.lock.release()
 
-    def go(self, plan: Plan) -> FitResult:
-        steps = plan.epochs * self.batches.per_epoch
+    def go(self) -> FitResult:
+        options = self.options
+        steps = options.epochs * self.batches.per_epoch
         with ExitStack() as stack:
             interrupts = stack.enter_context(self._interrupts())
-            shown = stack.enter_context(make_progress(plan.progress and self.speaks, plan.title, plan.epochs, steps))
+            shown = stack.enter_context(
+                make_progress(options.progress and self.speaks, options.title, options.epochs, steps)
+            )
             if self.step.note:
                 shown.begin(self.step.note)
             if self.folder is not None:
                 shown.begin(f"into {self.folder} from {self._where()}")
             scalars = None
-            if plan.tensorboard and self.folder is not None and self.speaks:
+            if options.tensorboard and self.folder is not None and self.speaks:
                 scalars = Scalars(self.folder, int(self.history[-1]["step"]) if self.history else None)
                 stack.callback(scalars.close)
             try:
-                self._epochs(plan, interrupts, shown, scalars)
+                self._epochs(interrupts, shown, scalars)
                 interrupts.check()
             except Interrupted as error:
                 with interrupts.ignored():
                     self._save()
                 advice = f"; saved in {self.folder}: the same call with resume=True goes on from there"
                 raise Interrupted(error.signal, self._where(), advice) from None
-        stopped = self._out_of_patience(plan.patience)
-        if plan.restore_best and self.best["module"]:
+        stopped = self._out_of_patience()
+        if options.restore_best and self.best["module"]:
             self.step.load({"module": self.best["module"], "store": {}})
         times = [numbers["ms_per_step"] for numbers in self.history if "ms_per_step" in numbers]
         return FitResult(
@@ -204,13 +190,14 @@ class Run:
         kept = self.folder is not None
         return Interrupts(kept) if self.processes is None else SharedInterrupts(self.processes, kept)
 
-    def _epochs(self, plan: Plan, interrupts: Interrupts, shown: Progress, scalars: Scalars | None) -> None:
+    def _epochs(self, interrupts: Interrupts, shown: Progress, scalars: Scalars | None) -> None:
+        options = self.options
         if self.valid is not None and not self.history:
             with interrupts.at_once():
                 numbers = {"epoch": 0, "step": 0, **self._validate()}
             self._record(numbers, scalars)
-        while self.now.number <= plan.epochs and not self._out_of_patience(plan.patience):
-            self._steps(plan, interrupts, shown)
+        while self.now.number <= options.epochs and not self._out_of_patience():
+            self._steps(interrupts, shown)
             with interrupts.at_once():
                 numbers = self._numbers()
             self.step.optimizer.end_epoch(-numbers.get("valid_elbo", numbers[self.objective_name]))
@@ -218,14 +205,14 @@ class Run:
             self._record(numbers, scalars)
             epoch = int(numbers["epoch"])
             if self.folder is not None and (
-                epoch % plan.checkpoint_every == 0 or epoch == plan.epochs or self._out_of_patience(plan.patience)
+                epoch % options.checkpoint_every == 0 or epoch == options.epochs or self._out_of_patience()
             ):
                 self._save()
             shown.epoch(epoch, numbers)
-            if plan.on_epoch is not None and self.speaks:
-                plan.on_epoch(numbers)
+            if options.on_epoch is not None and self.speaks:
+                options.on_epoch(numbers)
 
-    def _steps(self, plan: Plan, interrupts: Interrupts, shown: Progress) -> None:
+    def _steps(self, interrupts: Interrupts, shown: Progress) -> None:
         """What is left of the epoch's steps."""
         now, before = self.now, (self.now.number - 1) * self.batches.per_epoch
         self._began = time.perf_counter() - now.seconds
@@ -253,17 +240,18 @@ class Run:
             now.done += 1
             shown.step(before + now.done)
             interrupts.check()
-            if self._is_due(plan, before + now.done, end):
+            if self._is_due(before + now.done, end):
                 self._save()
         self.guard.after_step(self._where())
 
-    def _is_due(self, plan: Plan, step: int, moment: float) -> bool:
+    def _is_due(self, step: int, moment: float) -> bool:
         """Whether a checkpoint is due within the epoch."""
-        if plan.checkpoint_steps is not None and step % plan.checkpoint_steps == 0:
+        steps, minutes = self.options.checkpoint_steps, self.options.checkpoint_minutes
+        if steps is not None and step % steps == 0:
             return self.folder is not None
-        if plan.checkpoint_minutes is None or self.folder is None:
+        if minutes is None or self.folder is None:
             return False
-        due = moment - self._saved_at >= 60 * plan.checkpoint_minutes
+        due = moment - self._saved_at >= 60 * minutes
         return due if self.processes is None else bool(self.processes.largest(due and self.speaks))
 
     def _where(self) -> str:
@@ -281,7 +269,11 @@ class Run:
         return numbers | {"ms_per_step": median(now.took), "seconds": time.perf_counter() - self._began}
 
     def _validate(self) -> dict[str, float]:
-        options: dict[str, Any] = {"num_samples": self.valid_samples, "num_local_samples": 1, "seed": self.batches.seed}
+        options: dict[str, Any] = {
+            "num_samples": self.options.valid_samples,
+            "num_local_samples": 1,
+            "seed": self.batches.seed,
+        }
         found = evaluate(self.model, self.guide, self.valid, **options, processes=self.processes)
         return {"valid_elbo": found.elbo}
 
@@ -308,7 +300,8 @@ class Run:
         if scalars is not None:
             scalars.epoch(numbers)
 
-    def _out_of_patience(self, patience: int | None) -> bool:
+    def _out_of_patience(self) -> bool:
+        patience = self.options.patience
         if patience is None or self.best["epoch"] is None or not self.history:
             return False
         return self.history[-1]["epoch"] - self.best["epoch"] >= patience
@@ -325,7 +318,7 @@ class Run:
             "now": asdict(self.now),
             "history": self.history,
             "best": self.best,
-            "settings": self.settings,
+            "settings": self.identity,
             "made_on": self.made_on,
         }
         self.checkpoints.save(state)
@@ -343,12 +336,12 @@ class Run:
                 f"{self.checkpoints.last} is a checkpoint of something else than fit ({wrong}); use another run_dir"
             )
         there = state["settings"]
-        differing = sorted(key for key in {*there, *self.settings} if there.get(key) != self.settings.get(key))
+        differing = sorted(key for key in {*there, *self.identity} if there.get(key) != self.identity.get(key))
         if differing:
             key = differing[0]
             raise BadInput(
                 f"{self.folder} holds a run of another configuration: {', '.join(differing)} differ "
-                f"({key}: {there.get(key)} there, {self.settings.get(key)} here); use another run_dir"
+                f"({key}: {there.get(key)} there, {self.identity.get(key)} here); use another run_dir"
             )
         for name, value in state["made_on"].items():
             if value != self.made_on[name]:
@@ -390,4 +383,4 @@ def _not_of_fit(state: dict[str, Any]) -> str:
     return ""
 
 
-__all__ = ["FitResult", "Plan", "Run"]
+__all__ = ["FitResult", "Run"]

@@ -1,0 +1,135 @@
+"""What ``fit`` was asked for, in one dataclass: checked once, and told from another run's."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro.optim
+import torch
+from pyro.infer import ELBO
+
+from ...errors import BadInput
+from .metrics import require_tensorboard
+from .schedules import Schedule
+
+WHOLE = ("epochs", "batch_size", "valid_samples", "checkpoint_every")
+WHOLE_OR_NONE = ("checkpoint_steps", "patience")
+FUNCTIONS = ("transform", "on_epoch")
+# What decides a run's numbers. All else (how long it goes on, when it saves, whom it tells) may differ on resuming.
+DECIDING = ("batch_size", "seed", "valid_samples", "compile")
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """The options of :func:`~gumbo.inference.fit`, which says what they mean."""
+
+    loss: ELBO | str = "default"
+    optimizer: str | pyro.optim.PyroOptim | Callable[..., torch.optim.Optimizer] = "adam"
+    lr: float | Schedule = 1e-3
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    scheduler_every: str = "epoch"
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    epochs: int = 10
+    batch_size: int = 128
+    seed: int = 0
+    run_dir: str | Path | None = None
+    resume: bool = False
+    patience: int | None = None
+    restore_best: bool = False
+    drop_last: bool | None = None
+    transform: Callable[[Any, torch.Generator], Any] | None = None
+    valid_samples: int = 10
+    checkpoint_every: int = 1
+    checkpoint_steps: int | None = None
+    checkpoint_minutes: float | None = None
+    tensorboard: bool = False
+    validate: bool = False
+    compile: bool = False
+    progress: bool = True
+    title: str = "fit"
+    on_epoch: Callable[[dict[str, float]], None] | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> FitSettings:
+        """The settings among a function's arguments; the others are no settings.
+
+        >>> FitSettings.of({"epochs": np.int64(3), "train": None}).epochs
+        3
+        """
+        return cls(**{item.name: given[item.name] for item in fields(cls) if item.name in given}).checked()
+
+    @property
+    def folder(self) -> Path | None:
+        """The run folder, if one was asked for."""
+        return None if self.run_dir is None else Path(self.run_dir)
+
+    def checked(self) -> FitSettings:
+        """Itself with Python's own numbers, once every option is known to be one that can be meant.
+
+        Raises:
+            BadInput: an option that cannot be used, or two that exclude each other.
+        """
+        for name in (*WHOLE, *WHOLE_OR_NONE):
+            value = getattr(self, name)
+            if not (is_whole(value) and 1 <= value < 2**63) and not (value is None and name in WHOLE_OR_NONE):
+                raise BadInput(f"{name} is {value!r}: expected at least 1, a whole number")
+        minutes = self.checkpoint_minutes
+        if minutes is not None and not (isinstance(minutes, Real) and not isinstance(minutes, bool) and minutes > 0):
+            raise BadInput(f"checkpoint_minutes is {minutes!r}: expected a positive number")
+        if not (is_whole(self.seed) and -(2**63) <= self.seed < 2**64):
+            raise BadInput(
+                f"seed is {self.seed!r}: expected a whole number that torch.manual_seed takes, at least 0, below 2**64"
+            )
+        if self.run_dir is not None:
+            _refuse_folder(self.run_dir)
+        for name in FUNCTIONS:
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise BadInput(f"{name} is {type(value).__name__}: expected a function")
+        if self.run_dir is None and self.resume:
+            raise BadInput("resume=True needs the run_dir of the run to go on with")
+        if self.run_dir is None and self.tensorboard:
+            raise BadInput("tensorboard=True needs a run_dir")
+        if self.tensorboard:
+            require_tensorboard()
+        if self.compile and self.validate:
+            raise BadInput("validate=True looks at values, which compile=True cannot: leave one of them out")
+        # NumPy's integers are none that JSON and checkpoints know.
+        whole = {name: getattr(self, name) for name in (*WHOLE, *WHOLE_OR_NONE, "seed")}
+        return replace(self, **{name: None if value is None else int(value) for name, value in whole.items()})
+
+    def deciding(self) -> dict[str, Any]:
+        """Plain values of the options that tell this run from another; a folder that holds other ones is refused."""
+        transform = self.transform
+        named = None if transform is None else getattr(transform, "__qualname__", type(transform).__name__)
+        return {name: getattr(self, name) for name in DECIDING} | {"transform": named}
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, also one of NumPy's; a bool is none.
+
+    >>> is_whole(np.int64(3)), is_whole(3.0), is_whole(True)
+    (True, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, (bool, np.bool_))
+
+
+def _refuse_folder(run_dir: object) -> None:
+    """Raise BadInput for what no file system could take as a folder's name."""
+    if not isinstance(run_dir, (str, os.PathLike)):
+        raise BadInput(f"run_dir is {type(run_dir).__name__}: expected a path")
+    try:
+        os.lstat(Path(run_dir) / "checkpoints")
+    except ValueError as error:
+        raise BadInput(f"run_dir is {str(run_dir)!r}: expected a path, and this is none ({error})") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadInput(f"run_dir has a name that is too long for this file system: {str(run_dir)!r}") from error
