@@ -359,9 +359,10 @@ class Run:
             for device, random in zip(devices_of(self.model, self.guide), state["random"][1:], strict=False):
                 torch.cuda.set_rng_state(random.cpu(), device)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            first = (str(error).splitlines() or [""])[0]
+            said = " ".join(str(error).split())
+            said = said if len(said) < 300 else f"{said[:300]} …"
             raise BadInput(
-                f"{self.folder} holds a run of other programs: what it saved does not fit these ({first})"
+                f"{self.folder} holds a run of other programs: what it saved does not fit these ({said})"
             ) from error
         self.guard.advice = f"; {self.checkpoints.last} still holds it at {self._where()}"
 
