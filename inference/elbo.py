@@ -856,10 +856,10 @@ def plates_mixed_by(
     >>> import pyro.distributions as dist
     >>> def guide():
     ...     with pyro.plate("data", 3):
-    ...         return pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.5)))
+    ...         pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.5)))
     >>> def model():
-    ...     z = guide()
     ...     with pyro.plate("data", 3):
+    ...         z = pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.5)))
     ...         pyro.sample("x", dist.Normal(z - z.mean(), 1.0), obs=torch.zeros(3))
     >>> sorted(plates_mixed_by(model, guide, (), {}))
     ['data']
