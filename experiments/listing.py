@@ -86,7 +86,7 @@ def combinations(names: Iterable[str] | None = None) -> list[dict[str, Any]]:
 
     from gumbo.guides import guides
     from gumbo.inference import stock_elbos
-    from gumbo.inference.elbo import refusals
+    from gumbo.inference.engine.looks import refusals
     from gumbo.inference.estimators import estimators
     from gumbo.models import models
 

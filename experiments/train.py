@@ -248,7 +248,7 @@ def make_loss(config: Train):
 
 def with_temperature(word: Any, temperature: Any) -> Any:
     """The estimator, or those among several that have a temperature, at this one."""
-    from gumbo.inference.elbo import as_estimator
+    from gumbo.inference.engine.resolution import as_estimator
 
     words = {site: as_estimator(one) for site, one in (word if isinstance(word, dict) else {"*": word}).items()}
     relaxed = [estimator for estimator in words.values() if hasattr(estimator, "temperature")]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .errors import BadInput, UnsupportedSite
 from .inference.auditing.exact import exact_elbo
-from .inference.elbo import SiteELBO, as_estimator
+from .inference.elbo import SiteELBO
+from .inference.engine.resolution import as_estimator
 from .inference.estimators import Estimator
 from .inference.estimators._distributions import describe
 

@@ -182,7 +182,8 @@ FACE = {"elbo", "stock"}
 WINGS = {
     "estimators": set(),
     "engine": {"estimators"},
-    "elbo": {"engine", "estimators"},
+    "objectives": {"engine", "estimators"},
+    "elbo": {"engine", "estimators", "objectives"},
     "stock": {"elbo"},
     "auditing": {"engine", "estimators", *FACE},
     "posterior": {"engine", "estimators", *FACE},

@@ -13,7 +13,8 @@ from pyro.infer import ELBO
 
 from ...errors import BadInput, GumboError, UnknownName, UnsupportedSite
 from ...options import holds_to_annotations
-from ..elbo import SiteELBO, as_estimator
+from ..elbo import SiteELBO
+from ..engine.resolution import as_estimator
 from ..engine.rows import given_arguments
 from ..engine.scopes import modules_of
 from ..estimators import Estimator, estimators

@@ -17,9 +17,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...errors import BadInput, GumboError
-from ..elbo import SiteELBO, check_shared_names, plates_mixed_by
-from ..engine.programs import kept_buffers
-from ..engine.scopes import modes_kept, private_seed, private_store
+from ..elbo import SiteELBO
+from ..engine.looks import plates_mixed_by
+from ..engine.scopes import check_shared_names, kept_buffers, modes_kept, private_seed, private_store
 from ..estimators._base import detached_draw
 from ..estimators._distributions import is_deterministic
 from .directions import Directions

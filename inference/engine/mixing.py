@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..estimators._base import Draw, detached_draw
 from ..estimators._distributions import coordinate_values, elementary
-from .programs import Frame, Program, Run, Site
+from .programs import Program
+from .records import Frame, Run, Site
 
 
 def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> frozenset[str]:

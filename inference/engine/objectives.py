@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import BadInput
 from ..estimators._base import SiteView
-from .programs import Frames, Run, Site
+from .records import Frames, Run, Site
 
 NO_FRAMES: Frames = frozenset()
 
@@ -172,6 +172,24 @@ class Row:
 
 
 MakeView = Callable[[list[Row], "Tensor | None", Tensor, Any], SiteView]
+
+
+@dataclass
+class Recorded:
+    """What one call of a loss has seen of the programs.
+
+    Attributes:
+        groups: for each group of particles that ran together, its runs: one for each path through enumerated values.
+        layout: what the dimensions of the terms in these mean.
+        view: ``view(rows, log_prob, cost, bound)`` is what an estimator sees of its site.
+        again: ``again()`` runs the programs once more at the same values, cut from the graph, with the guide's
+            parameters frozen; the same groups.
+    """
+
+    groups: list[list[Run]]
+    layout: Layout
+    view: MakeView
+    again: Callable[[], list[list[Run]]]
 
 
 def factor_share(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tensor:

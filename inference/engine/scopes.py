@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
 from pyro.params.param_store import StateDict
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from ...errors import BadInput
 from ...options import check_seed
 
 # Pyro's handlers and its param store, and torch's generators, belong to the process: threads take turns at them.
@@ -155,3 +159,84 @@ def shared_names(model: Callable, guide: Callable) -> list[str]:
     if len(named) < 2:
         return []
     return [name for name, parameter in named[0].items() if named[1].get(name, parameter) != parameter]
+
+
+def check_shared_names(model: Any, guide: Any) -> None:
+    """Two networks of one name share one entry of the param store and silently train as one."""
+    if not (isinstance(model, pyro.nn.PyroModule) and isinstance(guide, pyro.nn.PyroModule)):
+        return
+    mine = dict(torch.nn.Module.named_parameters(model, prefix=model._pyro_name))
+    for name, parameter in torch.nn.Module.named_parameters(guide, prefix=guide._pyro_name):
+        if name in mine and mine[name] is not parameter:
+            raise BadInput(
+                f"model and guide both have a parameter called {name!r}, which Pyro's param store would take for one;"
+                " rename one of the modules"
+            )
+
+
+@contextmanager
+def networks_at_hand(*programs: Any) -> Iterator[None]:
+    """Programs whose class says ``plain_networks = True`` find their networks without a statement for each parameter.
+
+    To be used where the param store knows the parameters already. Other programs keep Pyro's way, which registers all
+    parameters of a network at every mention of it, since a handler of theirs may listen to that.
+    """
+    plain = [program for program in programs if getattr(type(program), "plain_networks", False)]
+    found = [(vars(program), program._modules) for program in plain]
+    for attributes, networks in found:
+        attributes.update(networks)
+    try:
+        yield
+    finally:
+        for attributes, networks in found:
+            for name in networks:
+                attributes.pop(name, None)
+
+
+@contextmanager
+def kept_buffers(*programs: Any) -> Iterator[None]:
+    """Leave the buffers of modules (running statistics) as they were."""
+    modules = [program for program in programs if isinstance(program, torch.nn.Module)]
+    before = [(module, dict(module.named_buffers())) for module in modules]
+    made = [b for _, buffers in before for b in buffers.values() if not torch.nn.parameter.is_lazy(b)]
+    saved = [(buffer, buffer.detach().clone()) for buffer in made]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+@contextmanager
+def modules_met() -> Iterator[Collection[torch.nn.Module]]:
+    """The modules that are called within; each buffer of theirs is afterwards what it was before the first call."""
+    met: dict[torch.nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def note(module: torch.nn.Module, inputs: Any) -> None:
+        if module not in met:
+            met[module] = [(buffer, buffer.detach().clone()) for buffer in module.buffers(recurse=False)]
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield met.keys()
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for saved in met.values():
+                for buffer, value in saved:
+                    buffer.copy_(value)
+
+
+@contextmanager
+def evaluating(*programs: Any) -> Iterator[None]:
+    """Modules in evaluation mode for a while."""
+    modules = [m for program in programs if isinstance(program, torch.nn.Module) for m in program.modules()]
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,6 +1,6 @@
 """The contract of a gradient estimator: how a site draws, and how the gradient passes through the draw.
 
-The engine (``inference/elbo.py``) runs guide and model, and hands each latent site of the guide to its estimator three
+The engine (``inference/engine/``) runs guide and model, and hands each latent site of the guide to its estimator three
 times: to ``draw`` when the site is reached, to ``guide_fn``/``model_fn`` when the log-probabilities of the draw are
 taken, and to ``surrogate`` when all terms are known. A new estimator is one class in one file of this folder, a word in
 ``estimators`` and one import line in the folder's ``__init__``.

@@ -7,34 +7,14 @@ file of this folder, a word in ``objectives`` and one import line in the folder'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ...errors import BadInput, Refusal, UnknownName
 from ...registry import Registry
-from ..engine.objectives import Layout, MakeView
-from ..engine.programs import Run
+from ..engine.objectives import Recorded
 from ..estimators._base import Estimator
-
-
-@dataclass
-class Recorded:
-    """What one call of a loss has seen of the programs.
-
-    Attributes:
-        groups: for each group of particles that ran together, its runs: one for each path through enumerated values.
-        layout: what the dimensions of the terms in these mean.
-        view: ``view(rows, log_prob, cost, bound)`` is what an estimator sees of its site.
-        again: ``again()`` runs the programs once more at the same values, cut from the graph, with the guide's
-            parameters frozen; the same groups.
-    """
-
-    groups: list[list[Run]]
-    layout: Layout
-    view: MakeView
-    again: Callable[[], list[list[Run]]]
 
 
 class Objective:

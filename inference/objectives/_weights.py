@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedSite
 from ..engine.objectives import Layout, common_frames, summed_to
-from ..engine.programs import Frames, Run, Site
+from ..engine.records import Frames, Run, Site
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedSite
 from ..engine.objectives import Layout, MakeView, Row, check_shape, magic, summed_to, surrogate_of
-from ..engine.programs import Run
+from ..engine.records import Run
 from ..estimators._base import Estimator
 from ._base import Objective, Recorded, objectives
 from ._weights import Bound, Weights, importance_weights

@@ -34,11 +34,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ...errors import PROGRAM, BadInput, GumboError, UnsupportedSite
-from ..elbo import SiteELBO, SiteELBOModule, looking, one_particle
+from ..elbo import SiteELBO, SiteELBOModule
 from ..engine import objectives
-from ..engine.programs import Program, Run, Site, evaluating
+from ..engine.looks import looking, one_particle
+from ..engine.programs import Program
+from ..engine.records import Run, Site
 from ..engine.rows import Rows
-from ..engine.scopes import devices_of
+from ..engine.scopes import devices_of, evaluating
 from ..estimators._base import Draw, Estimator, SiteView
 from ..estimators._distributions import has_score_term
 from ..stock import TraceEnumELBO

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ...errors import BadInput, GumboWarning
-from ..engine.programs import kept_buffers
 from ..engine.rows import Rows
-from ..engine.scopes import modes_kept, modules_of, owned_parameters, private_seed, private_store
+from ..engine.scopes import kept_buffers, modes_kept, modules_of, owned_parameters, private_seed, private_store
 from ..estimators._distributions import turns_validation_off
 
 

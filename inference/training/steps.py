@@ -16,9 +16,9 @@ from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 
 from ...errors import BadInput
-from ..engine.programs import kept_buffers, observed_in_support
+from ..engine.programs import observed_in_support
 from ..engine.rows import Rows
-from ..engine.scopes import owned_parameters, private_seed
+from ..engine.scopes import kept_buffers, owned_parameters, private_seed
 from ..estimators._distributions import describe
 from .compile.products import layers_through_onednn, linear_layers
 from .optimizers import Updates

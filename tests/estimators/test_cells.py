@@ -10,7 +10,7 @@ import torch
 from gumbo.errors import UnsupportedSite
 from gumbo.experiments.listing import loss_for
 from gumbo.guides import guides
-from gumbo.inference.elbo import refusals
+from gumbo.inference.engine.looks import refusals
 from gumbo.inference.estimators import estimators
 from gumbo.models import models
 

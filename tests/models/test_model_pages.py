@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gumbo.guides import fitting, guides
-from gumbo.inference.elbo import refusals
+from gumbo.inference.engine.looks import refusals
 from gumbo.models import models
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,350 @@
+"""One loss bound to a model and a guide: what it finds out about them, and the value of a call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from ...errors import ANY, PROGRAM, BadInput, CallsAutograd, CannotVectorize, GumboError, GumboWarning, UnsupportedSite
+from ..estimators import Estimator
+from ..estimators._base import at_step
+from ..estimators._distributions import has_score_term
+from .looks import looking, one_particle, plates_mixed_by
+from .noise import current_tape
+from .objectives import Layout, NeedsJoint, Recorded
+from .programs import Program, check_same_kind
+from .records import Run, Site
+from .reruns import Reruns, RunsAgain
+from .resolution import Resolution, Words
+from .scopes import check_shared_names, devices_of, one_at_a_time
+from .streams import Generators
+from .vectorizing import check_at_once
+from .views import Inputs, Views
+
+SIZES = 4  # for so many batch sizes in each mode the programs are looked at
+
+
+class Loss(Words, Protocol):
+    """What a binding asks of the loss that it belongs to; :class:`SiteELBO` is one."""
+
+    requested_nesting: int | None
+    requested_vectorized: bool | None
+    vectorize_particles: bool
+    kl_weight: float | Callable[[int], float]
+    max_alternatives: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The programs of a binding, whose parameters belong to whoever owns the binding."""
+
+    model: Callable
+    guide: Callable
+
+
+class Binding(nn.Module):
+    """What one loss has found out about one model and guide: sites, plates, particles, and the estimators' state."""
+
+    uncaptured = frozenset({"steps"})
+
+    def __init__(self, elbo: Loss, model: Callable, guide: Callable):
+        super().__init__()
+        self.elbo, self.pair = elbo, Pair(model, guide)
+        self.resolution = Resolution(elbo)
+        self.chosen: dict[str, Estimator] = {}  # the estimators of the sites that the first call met
+        self.enum_dims: dict[str, int] = {}
+        self.stand_ins: dict[Any, Estimator] = {}
+        self.states = nn.ModuleDict()
+        self.steps = 0
+        self.num_particles: int | None = None
+        self.max_plate_nesting: int | None = None
+        self.mixed_plates: tuple[str, ...] = ()
+        self.looks: set[tuple[Any, ...]] = set()  # modes and batch sizes in which the programs were looked at
+        self.modules_met: list[nn.Module] = []
+        self.generators = Generators()
+        self.stacks = True  # whether many alternatives of a draw are run at once
+        self.runs_again = False  # once it does, the programs' own noise is kept apart
+        self.make_layout: Callable[..., Layout] = Layout
+        self.apart = False  # whether particles, and enumerated values, are run one by one
+        self.scored = False  # whether a factor, or a draw with a path, leaves a score term
+        self.calls_autograd = False  # found out when a run without gradients fails for it
+
+    @property
+    def model(self) -> Callable:
+        return self.pair.model
+
+    @property
+    def guide(self) -> Callable:
+        return self.pair.guide
+
+    @property
+    def joint(self) -> set[str]:
+        """The enumerated sites whose values are listed jointly over their plates."""
+        return self.resolution.joint
+
+    def has_state(self) -> bool:
+        return len(self.states) > 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.steps = int(state["steps"])
+
+    def ready(self) -> bool:
+        return self.num_particles is not None
+
+    def state_of(self, site: Site, inputs: Callable[[], list[Tensor]]) -> nn.Module | None:
+        """The module of a site's estimator; one is made for a site that the first call did not meet."""
+        key = _key(site.name)
+        if key not in self.states:
+            state = site.estimator.make_state({"name": site.name, "fn": site.fn, "infer": site.infer}, inputs)
+            if state is None:
+                return None
+            if site.name not in self.chosen and any(True for _ in state.parameters()):
+                raise UnsupportedSite(
+                    site.name,
+                    site.estimator.name,
+                    "it has parameters to learn, and the site did not show in the first call, when optimizers ask",
+                )
+            self.states[key] = state.to(site.log_prob.device)
+        return self.states[key]
+
+    # The first call, and looks at the programs.
+
+    def initialize(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Run the programs once to see their sites, leaving random streams and statistics as they were."""
+        if self.ready():
+            return
+        if _handles_itself(self.guide):
+            raise BadInput(
+                "a guide that runs the model itself (AutoMessenger) cannot be given estimators; use stock ELBOs"
+            )
+        with one_at_a_time, looking(self.model, self.guide, *args) as met:
+            if self.ready():
+                return
+            program = one_particle(self.model, self.guide, self.elbo.requested_nesting, self.resolution.as_drawn)
+            program.generators = Generators(devices_of(self.model, self.guide, *args), others=True)
+            seen = program.run(args, kwargs)
+            self.modules_met = list(met)
+            self.generators = Generators(program.generators.devices, others=seen.noise.drew_elsewhere)
+            self._study(program, seen, args, kwargs)
+
+    def look(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Look for rows that are mixed within a plate, once in each mode and for each of the first batch sizes."""
+        if not self._needs_plates() or current_tape():
+            return
+        mode = tuple(module.training for module in self.modules_met)
+        size = tuple(item.shape[:1] for item in (*args, *kwargs.values()) if isinstance(item, Tensor))
+        if (mode, size) in self.looks:
+            return
+        if sum(mode == other for other, _ in self.looks) < SIZES:
+            nesting = self.max_plate_nesting or self.elbo.requested_nesting
+            with one_at_a_time:
+                found = plates_mixed_by(self.model, self.guide, args, kwargs, nesting, self.resolution.as_drawn)
+            if new := sorted(found.difference(self.mixed_plates)):
+                self._mixed(new)
+        self.looks.add((mode, size))
+
+    def _needs_plates(self) -> bool:
+        """Whether anything is estimated row by row: without surrogates and weights all terms are summed anyway."""
+        weighs = (type(e).surrogate is not Estimator.surrogate or e.enumerates for e in self.chosen.values())
+        return self.elbo.plates == "check" and (self.elbo.target.weighs_rows or self.scored or any(weighs))
+
+    def _mixed(self, plates: list[str]) -> None:
+        """Rows of these plates turned out to be mixed: from now on they are summed."""
+        what = f"a change of one row's draw changes other rows of plate {plates[0]!r}"
+        if self.elbo.target.weighs_rows:
+            raise UnsupportedSite(
+                PROGRAM,
+                ANY,
+                f"{what} (a layer such as BatchNorm mixes them), so that a weight for each row means nothing under"
+                f" objective {self.elbo.objective!r}; pass plates='ignore' for one weight for all rows, or"
+                " plates='trust'",
+            )
+        if self.looks and any(estimator.lazy_parameters for estimator in self.chosen.values()):
+            raise BadInput(
+                f"{what} in this mode or for this batch size, and a network was built for rows that are kept apart:"
+                " call loss.initialize(x) in training mode, or pass plates='ignore'"
+            )
+        self.mixed_plates = (*self.mixed_plates, *plates)
+        self.joint.update(name for name, estimator in self.chosen.items() if estimator.enumerates)
+
+    def _study(self, program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        check_shared_names(self.model, self.guide)
+        check_same_kind(seen)
+        chosen = self.resolution.of_all(seen)
+        needed = max([estimator.min_particles for estimator in chosen.values()], default=1)
+        self.chosen = chosen
+        self.scored = any(site.factor or (site.latent and has_score_term(site.fn)) for site in seen.guide)
+        self.look(args, kwargs)
+        trusted = self.elbo.plates != "ignore"
+        layout = Layout(1 + program.max_plate_nesting, 1, trust_plates=trusted, mixed_plates=self.mixed_plates)
+        for site in seen.guide:
+            if site.name in chosen:
+                self.state_of(site, partial(self._inputs(layout, args, kwargs), [seen], site))
+        self.max_plate_nesting = program.max_plate_nesting
+        self.num_particles = self.elbo.requested_particles or needed
+        leading = self.num_particles > 1 or any(e.enumerates or e.reruns for e in chosen.values())
+        if self.vectorized and leading:
+            try:
+                self._settle(seen, args, kwargs)
+            except GumboError:
+                self.num_particles = None
+                raise
+        self.runs_again = any(e.runs_again or (e.enumerates and not self.vectorized) for e in chosen.values())
+
+    def _settle(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Find out what the programs take at once: particles and alternatives, enumerated values only, or nothing."""
+        reruns = any(estimator.reruns for estimator in self.chosen.values())
+        try:
+            # Two particles stand for alternatives, which are run in another such dimension.
+            self._check(seen, args, kwargs, max(self.num_particles, 2) if reruns else self.num_particles)
+            return
+        except GumboError as error:
+            if not _of_the_dimensions(error):
+                raise
+            first = error
+        if self.num_particles == 1 and reruns:
+            self.stacks = False
+            if not any(estimator.enumerates for estimator in self.chosen.values()):
+                return
+            self.enum_dims.clear()
+            try:
+                self._check(seen, args, kwargs, 1)
+                return
+            except GumboError as error:
+                if not _of_the_dimensions(error):
+                    raise
+        if self.elbo.requested_vectorized:
+            raise first
+        self.enum_dims.clear()
+        self.apart = True
+        what = "particles" if self.num_particles > 1 else "enumerated values"
+        why = str(first).split("; pass vectorize_particles")[0]
+        warnings.warn(
+            f"{why}; {what} are run one by one (vectorize_particles=False does so without this warning)",
+            GumboWarning,
+            stacklevel=2,
+        )
+
+    def _check(self, seen: Run, args: tuple, kwargs: Mapping[str, Any], num_particles: int) -> None:
+        program = self.program()
+        program.num_particles, program.generators = num_particles, self.generators
+        check_at_once(program, seen, args, kwargs)
+
+    # Every call.
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether leading dimensions are in use; a single particle with nothing enumerated has none to speak of."""
+        return self.elbo.vectorize_particles and not self.apart
+
+    def program(self) -> Program:
+        return Program(
+            self.model,
+            self.guide,
+            resolve=self.resolution,
+            num_particles=self.num_particles,
+            max_plate_nesting=self.max_plate_nesting,
+            vectorized=self.vectorized,
+            joint=self.joint,
+            enum_dims=self.enum_dims,
+            step=self.steps,
+            generators=self.generators if self.runs_again else None,
+        )
+
+    def layout(self) -> Layout:
+        return self.make_layout(
+            room=1 + self.max_plate_nesting,
+            num_particles=self.num_particles,
+            kl_weight=at_step(self.elbo.kl_weight, self.steps),
+            trust_plates=self.elbo.plates != "ignore",
+            mixed_plates=self.mixed_plates,
+        )
+
+    def loss(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """The loss on these arguments: a scalar whose value is the objective and whose gradient is the estimator."""
+        self.initialize(args, kwargs)
+        self.look(args, kwargs)
+        before = [] if current_tape() else self.generators.states()
+        moving = self.training and torch.is_grad_enabled()
+        while True:
+            try:
+                with torch.enable_grad() if self.calls_autograd else nullcontext():
+                    value = self._value(self.program(), self.layout(), moving, args, kwargs)
+                break
+            except CallsAutograd:
+                if self.calls_autograd or torch.is_grad_enabled():
+                    raise
+                self.calls_autograd = True
+            except NeedsJoint as mixed:
+                # A later site mixes what the plate keeps apart: from now on its elements are enumerated together.
+                if mixed.site in self.joint:
+                    raise UnsupportedSite(
+                        mixed.site, "enumerate", "a later plate mixes its values in a way that cannot be enumerated"
+                    ) from None
+                self.joint.add(mixed.site)
+            except RunsAgain:
+                self.runs_again = True
+            if before:
+                self.generators.restore(before)
+        if moving:
+            self.steps += 1
+        return -value if torch.is_grad_enabled() else -value.detach()
+
+    def _value(self, program: Program, layout: Layout, moving: bool, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        objective = self.elbo.target.refined(self.chosen)
+        groups = program.runs(args, kwargs, with_model=objective.runs_model)
+        reruns = self._reruns(program, layout, args, kwargs)
+        reruns.through_values(groups)
+        if not any(run.sites for paths in groups for run in paths):
+            return torch.zeros(())
+        views = Views(self._inputs(layout, args, kwargs), reruns.evaluate, self.state_of, self.steps, moving)
+        try:
+            return objective.value(Recorded(groups, layout, views, partial(reruns.cut, groups)))
+        finally:
+            self.calls_autograd = reruns.calls_autograd
+
+    def _reruns(self, program: Program, layout: Layout, args: tuple, kwargs: Mapping[str, Any]) -> Reruns:
+        return Reruns(
+            program,
+            layout,
+            args,
+            kwargs,
+            stand_ins=self.stand_ins,
+            stacks=self.stacks,
+            at_once=self.elbo.max_alternatives,
+            calls_autograd=self.calls_autograd,
+        )
+
+    def _inputs(self, layout: Layout, args: tuple, kwargs: Mapping[str, Any]) -> Inputs:
+        return Inputs(layout, args, kwargs, weighted=self.elbo.target.weighs_rows)
+
+    def objective_name(self) -> str:
+        return self.elbo.target.value_name(self.chosen, self.elbo.kl_weight)
+
+
+def _handles_itself(guide: Any) -> bool:
+    return isinstance(pyro.poutine.unwrap(guide), pyro.poutine.messenger.Messenger)
+
+
+def _key(site: str) -> str:
+    return site.replace(".", "/")
+
+
+def _of_the_dimensions(error: GumboError) -> bool:
+    """Whether a run with leading dimensions failed for these, as far as its error can tell."""
+    if isinstance(error, CannotVectorize):
+        return True
+    if isinstance(error, UnsupportedSite):
+        return error.estimator == ANY
+    return isinstance(error, BadInput) and not isinstance(error, CallsAutograd)

@@ -1,0 +1,237 @@
+"""Pyro's messengers of a run: they record it, let sites draw as estimators say, and give the model the draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ...errors import ANY, BadInput, UnsupportedSite
+from ..estimators._base import Draw, Estimator
+from ..estimators._distributions import finite_support, is_deterministic
+
+PARTICLES = "_gumbo_particles"
+MAX_CHOICES = 64  # enumerated sites of one run, where these are run value by value
+
+StandIn = Callable[[Any, Estimator, bool], Estimator]
+Aside = Callable[[], AbstractContextManager[None]]  # a sample statement draws within it
+
+
+class Bound(Protocol):
+    """What the handlers ask of the program that is run; :class:`~gumbo.inference.engine.programs.Program` is one."""
+
+    resolve: Callable[[Any], Estimator | None]
+    max_plate_nesting: int | None
+    vectorized: bool
+    joint: set[str]
+    enum_dims: dict[str, int]
+    step: int
+
+
+class Recorder(Messenger):
+    """Keeps the sample statements of one program in the order they ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages: dict[str, Any] = {}
+        self.params: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg) -> None:
+        if msg["infer"].get("_do_not_trace"):
+            return
+        if msg["name"] in self.messages:
+            raise BadInput(f"site {msg['name']!r} is sampled twice in one program; give each sample a name of its own")
+        self.messages[msg["name"]] = msg.copy()
+
+    def _pyro_post_param(self, msg) -> None:
+        self.params[msg["name"]] = msg["value"]
+
+
+class SharedSubsamples(Messenger):
+    """Lets all particles see the same rows of a subsampled plate."""
+
+    def __init__(self, subsamples: dict[str, Tensor], sizes: dict[str, int], aside: Aside):
+        super().__init__()
+        self.subsamples, self.sizes, self.aside = subsamples, sizes, aside
+
+    def _pyro_sample(self, msg) -> None:
+        if not site_is_subsample(msg) or msg["done"] or msg["value"] is not None:
+            return
+        if msg["name"] in self.subsamples:
+            rows, plate = self.subsamples[msg["name"]], msg["fn"]
+            # Without a subsample_size a plate of the same size takes the rows that the other program chose, as in Pyro.
+            same = plate.subsample_size is None and plate.size == self.sizes.get(msg["name"])
+            expected = plate.size if plate.subsample_size is None else plate.subsample_size
+            if expected is not None and expected >= 0 and len(rows) != expected and not same:
+                raise BadInput(
+                    f"plate {msg['name']!r} has {len(rows)} rows where it is first met and {expected} later; give model"
+                    " and guide plates of one size"
+                )
+            msg["value"] = rows
+        else:
+            whole = msg["fn"].subsample_size in (None, msg["fn"].size)  # nothing is drawn
+            with nullcontext() if whole else self.aside():
+                msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+        msg["done"] = True
+
+    def _pyro_post_sample(self, msg) -> None:
+        if site_is_subsample(msg) and msg["name"] != PARTICLES:
+            self.subsamples.setdefault(msg["name"], msg["value"])
+            self.sizes.setdefault(msg["name"], msg["fn"].size)
+
+
+class Draws(Messenger):
+    """Lets each latent site of the guide draw as its estimator says, or take a given draw."""
+
+    def __init__(
+        self,
+        program: Bound,
+        fixed: Mapping[str, Draw],
+        choices: dict[str, int],
+        fork: Callable[[dict[str, int], dict[str, Draw]], None] | None,
+        stand_in: StandIn | None = None,
+        aside: Aside = nullcontext,
+    ):
+        super().__init__()
+        self.program, self.fixed, self.fork, self.stand_in = program, fixed, fork, stand_in
+        self.aside = aside
+        self.choices = choices
+        self.draws: dict[str, Draw] = {}
+        self.roles: dict[str, tuple[Estimator | None, int | None, bool]] = {}
+        self.listed: dict[str, tuple[int, frozenset[str]]] = {}  # for each enumerated site its values and plates
+        self.limit = 0  # the largest of the limits that these have
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
+            return
+        name, fn = msg["name"], msg["fn"]
+        if is_deterministic(fn):
+            if name in self.fixed:
+                self._take(msg, self.fixed[name])
+            self.roles[name] = (None, None, False)
+            return
+        estimator = self.program.resolve(msg)
+        if self.stand_in is not None and estimator is not None:
+            estimator = self.stand_in(msg, estimator, name in self.fixed)
+        enum_dim, joint = None, False
+        if name in self.fixed:
+            draw = self.fixed[name]
+        elif estimator is not None and estimator.enumerates:
+            draw, enum_dim, joint = self._enumerate(msg, estimator)
+        else:
+            with self.aside():
+                if estimator is None:
+                    draw = Draw(fn(*msg["args"], **msg["kwargs"]))
+                else:
+                    draw = estimator.draw(fn, self.program.step, msg["args"], msg["kwargs"])
+        self.roles[name] = (estimator, enum_dim, joint)
+        self._take(msg, draw)
+
+    def _pyro_post_sample(self, msg) -> None:
+        if msg["name"] in self.roles and msg["name"] not in self.draws:
+            self.draws[msg["name"]] = Draw(msg["value"])
+
+    def _take(self, msg, draw: Draw) -> None:
+        self.draws[msg["name"]] = draw
+        msg["value"] = draw.value
+        msg["done"] = True
+
+    def _enumerate(self, msg: Any, estimator: Estimator) -> tuple[Draw, int | None, bool]:
+        program, name, fn = self.program, msg["name"], msg["fn"]
+        parallel = program.vectorized
+        joint = not parallel or name in program.joint
+        # One by one, nothing tells whether a program keeps the elements of a plate apart, so they go together.
+        trailing = min(program.max_plate_nesting, len(fn.batch_shape)) if joint else 0
+        values = finite_support(fn, joint=trailing, limit=estimator.limit)
+        if isinstance(values, str):
+            advice = "; vectorize_particles=True with num_particles=1 enumerates the elements of a plate in parallel"
+            raise UnsupportedSite(name, estimator.name, values if parallel else values + advice)
+        self._count(msg, len(values), estimator.limit)
+        if not parallel:
+            if name not in self.choices:
+                upstream = {**self.fixed, **self.draws}
+                for index in range(1, len(values)):
+                    self.fork({**self.choices, name: index}, upstream)
+                self.choices[name] = 0
+            return Draw(values[self.choices[name]]), None, True
+        enum_dim = program.enum_dims.setdefault(name, -(2 + program.max_plate_nesting + len(program.enum_dims)))
+        # Dimensions further left belong to alternatives of a site upstream: they take the same values.
+        excess = max(0, len(fn.batch_shape) + 1 + enum_dim)
+        values = values[(slice(None),) + (0,) * excess]
+        ones = (1,) * (-enum_dim - 1 - len(fn.batch_shape) + excess)
+        return Draw(values.reshape(values.shape[:1] + ones + values.shape[1:])), enum_dim, joint
+
+    def _count(self, msg: Any, count: int, limit: int) -> None:
+        """Refuse a program whose enumerated sites have too many values together, before these are laid out."""
+        plates = frozenset(f.name for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLES)
+        self.listed[msg["name"]] = (count, plates)
+        self.limit = max(self.limit, limit)
+        if self.program.vectorized:
+            # Values of sites in plates that lie apart are summed over apart.
+            counts = {n: c for n, (c, other) in self.listed.items() if other <= plates or plates <= other}
+            if math.prod(counts.values()) > self.limit:
+                raise too_many(counts, math.prod(counts.values()), self.limit)
+        elif len(self.choices) > MAX_CHOICES:
+            raise UnsupportedSite(
+                msg["name"],
+                "enumerate",
+                f"it is the {len(self.choices)}th enumerated site of one run, as in a loop that a draw ends (a"
+                " geometric variable): what has no end cannot be listed; bound the loop, or take 'score' or 'rloo'",
+            )
+
+
+class Replay(Messenger):
+    """Gives the model the guide's draws, and each relaxed draw the log-probability its estimator wants."""
+
+    def __init__(self, draws: Draws):
+        super().__init__()
+        self.draws = draws
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
+            return
+        name = msg["name"]
+        if name not in self.draws.draws:
+            self._refuse(msg)
+        draw = self.draws.draws[name]
+        estimator = self.draws.roles[name][0]
+        if estimator is not None:
+            msg["fn"] = estimator.model_fn(msg["fn"], draw, self.draws.program.step)
+        msg["value"] = draw.value
+        msg["done"] = True
+
+    def _refuse(self, msg) -> None:
+        name = msg["name"]
+        if msg["infer"].get("enumerate"):
+            reason = "it is enumerated in the model, which only the stock 'trace-enum' does"
+        else:
+            reason = "it is latent in the model and has no site in the guide; sample it there too, or observe it"
+        raise UnsupportedSite(name, ANY, reason)
+
+
+def too_many(counts: Mapping[str, int], total: int, limit: int) -> UnsupportedSite:
+    names = ", ".join([repr(name) for name in list(counts)[:6]] + ["…"] * (len(counts) > 6))
+    return UnsupportedSite(
+        next(iter(counts)),
+        "enumerate",
+        f"the {len(counts)} enumerated sites ({names}) have {total} combinations of values together, more than the"
+        f" limit of {limit}; enumerate fewer of them, or raise Enumerate(limit=…)",
+    )
+
+
+def nesting(recorder: Recorder) -> int:
+    """How many plates deep the statements of one program stand."""
+    return max(
+        (
+            -frame.dim
+            for msg in recorder.messages.values()
+            for frame in msg["cond_indep_stack"]
+            if frame.vectorized and frame.name != PARTICLES
+        ),
+        default=0,
+    )

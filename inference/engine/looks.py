@@ -1,0 +1,95 @@
+"""Runs that are only looked at: what the programs are, found out without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import nn
+
+from ..estimators import Estimator, estimators
+from ..estimators._distributions import is_deterministic
+from .mixing import mixed_plates
+from .programs import Program
+from .scopes import devices_of, kept_buffers, modules_met
+from .streams import Generators
+
+
+@contextmanager
+def looking(model: Callable, guide: Callable, *args: Any) -> Iterator[Collection[nn.Module]]:
+    """A run that is only looked at: random streams and buffers are as they were before.
+
+    Gradients are recorded even where the caller has none, since only they show a support that moves. Gives the modules
+    that take part, also those that plain functions call.
+    """
+    generators = Generators(devices_of(model, guide, *args), others=True)
+    with generators.kept(), kept_buffers(model, guide), modules_met() as met, torch.enable_grad():
+        yield met
+
+
+def one_particle(
+    model: Callable,
+    guide: Callable,
+    max_plate_nesting: int | None = None,
+    resolve: Callable[[Any], Estimator | None] = lambda msg: None,
+) -> Program:
+    """A model and a guide as they were written, without estimators; ``resolve`` may say how a site draws."""
+    return Program(
+        model,
+        guide,
+        resolve=resolve,
+        num_particles=1,
+        max_plate_nesting=max_plate_nesting,
+        vectorized=False,
+    )
+
+
+def plates_mixed_by(
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    max_plate_nesting: int | None = None,
+    resolve: Callable[[Any], Estimator | None] = lambda msg: None,
+) -> frozenset[str]:
+    """The plates whose rows a pair of programs is found to mix, at their present parameters and in their present mode.
+
+    >>> import pyro.distributions as dist
+    >>> def guide():
+    ...     with pyro.plate("data", 3):
+    ...         pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.5)))
+    >>> def model():
+    ...     with pyro.plate("data", 3):
+    ...         z = pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.5)))
+    ...         pyro.sample("x", dist.Normal(z - z.mean(), 1.0), obs=torch.zeros(3))
+    >>> sorted(plates_mixed_by(model, guide, (), {}))
+    ['data']
+    """
+    with looking(model, guide, *args):
+        program = one_particle(model, guide, max_plate_nesting, resolve)
+        program.generators = Generators(devices_of(model, guide, *args), others=True)
+        return mixed_plates(program, args, kwargs)
+
+
+def refusals(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """For each estimator's word why it cannot serve all sites of a pair, empty if it can; one run of the programs.
+
+    >>> import pyro.distributions as dist
+    >>> program = lambda: pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> refusals(program, program)["arm"]
+    "site 'z': antithetic pairs need a Bernoulli site, this one is Normal"
+    >>> refusals(program, program)["rloo"]
+    ''
+    """
+    with pyro.get_param_store().scope(), looking(model, guide, *args):
+        seen = one_particle(model, guide).run(args, kwargs)
+    sites = [site for site in seen.guide if site.latent and not is_deterministic(site.fn)]
+    found = {}
+    for word, make in estimators.items():
+        estimator = make()
+        of_sites = (estimator.refusal({"name": site.name, "fn": site.fn}) for site in sites)
+        found[word] = next((refusal for refusal in of_sites if refusal is not None), "")
+    return found

@@ -1,0 +1,69 @@
+"""What one run of a guide and a model leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..estimators._base import Draw, Estimator
+from .streams import OwnNoise
+
+Frame = tuple[str, int, int]
+Frames = frozenset[Frame]
+
+
+@dataclass
+class Site:
+    """One recorded sample statement, its log-probability laid out as above."""
+
+    name: str
+    fn: Any
+    value: Tensor
+    frames: Frames
+    log_prob: Tensor
+    scale: Any = 1.0
+    latent: bool = False
+    settled: bool = False  # a Delta or a pyro.deterministic: it can carry a dependence, but draws nothing
+    estimator: Estimator | None = None
+    draw: Draw | None = None
+    score: Tensor | None = None
+    enum_dim: int | None = None
+    joint: bool = False
+    factor: bool = False  # a pyro.factor of the guide that stands for draws without a path, made somewhere before it
+    infer: Mapping[str, Any] = field(default_factory=dict)
+    scored: bool = True  # False where a replayed draw cannot be scored, and only the other sites can be compared
+
+    @property
+    def drawn(self) -> bool:
+        return self.estimator is not None and not self.estimator.enumerates
+
+
+@dataclass
+class Run:
+    """One execution of guide and model: K particles at once, or one particle, or one path through enumerated values."""
+
+    guide: list[Site]
+    model: list[Site]
+    choices: dict[str, int] = field(default_factory=dict)
+    subsamples: dict[str, Tensor] = field(default_factory=dict)
+    guide_params: dict[str, Tensor] = field(default_factory=dict)
+    model_params: dict[str, Tensor] = field(default_factory=dict)
+    partial_plates: Frames = frozenset()
+    listed: dict[str, int] = field(default_factory=dict)  # how many values each enumerated site has
+    limit: int = 0
+    partial_loops: frozenset[str] = frozenset()  # sequential plates of which only some elements were visited
+    noise: OwnNoise | None = None  # what the programs drew outside of sample statements; None: not kept apart
+
+    @property
+    def sites(self) -> list[Site]:
+        return self.guide + self.model
+
+    def guide_site(self, name: str) -> Site:
+        return next(site for site in self.guide if site.name == name)
+
+    def upstream(self, name: str) -> list[Site]:
+        """The guide's sites that ran before this one."""
+        return self.guide[: next(i for i, site in enumerate(self.guide) if site.name == name)]

@@ -1,0 +1,187 @@
+"""Which estimator each latent site of a guide takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ...errors import BadInput, GumboError, TooFewParticles, UnsupportedSite
+from ..estimators import Enumerate, Estimator, MovingAverage, ScoreFunction, estimators
+from ..estimators._base import Draw, detached_draw
+from ..estimators._distributions import describe, is_deterministic
+from .records import Run
+
+
+class Target(Protocol):
+    """What is asked of an objective; :class:`~gumbo.inference.objectives.Objective` is one."""
+
+    takes_estimators: bool
+    weighs_rows: bool
+
+    def accepts(self, estimator: Estimator) -> bool: ...
+
+    def refusal(self, estimator: Estimator) -> Any: ...
+
+
+class Words(Protocol):
+    """What a loss was told: an estimator for some sites by name, and one for all others."""
+
+    given: dict[str, Estimator]
+    otherwise: Estimator | None
+    objective: str
+    target: Target
+    plates: str
+    requested_particles: int | None
+
+
+def as_estimator(word: str | Estimator) -> Estimator:
+    """The estimator that a word names, or the estimator itself.
+
+    >>> as_estimator("rloo")
+    ScoreFunction(baseline=LeaveOneOut())
+    """
+    if isinstance(word, Estimator):
+        return word
+    if isinstance(word, type) and issubclass(word, Estimator):
+        return word()
+    if not isinstance(word, str):
+        raise BadInput(f"an estimator is a word or an Estimator, got {word!r}")
+    found = estimators[word]()
+    if not isinstance(found, Estimator):
+        raise BadInput(f"{word!r} names {found!r}, which is not an Estimator")
+    return found
+
+
+class _Default(Estimator):
+    """Stands for `pathwise where there is an rsample`, so that the error can say what to do."""
+
+    name = "default"  # type: ignore[assignment]
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        return f"{describe(site['fn'])} has no reparameterized sampler, so that no estimator is the default: name one"
+
+
+class Detached(Estimator):
+    """Draws without a gradient, for objectives that need none through their draws."""
+
+    def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
+        return detached_draw(fn, args, kwargs)
+
+
+def check_particles(site: str, estimator: Estimator, num_particles: int | None) -> None:
+    if num_particles is not None and num_particles < estimator.min_particles:
+        raise TooFewParticles(
+            site,
+            estimator.name,
+            f"it needs num_particles ≥ {estimator.min_particles}, got {num_particles}",
+            [word for word, make in estimators.items() if make().min_particles <= num_particles],
+        )
+
+
+class Resolution:
+    """The estimators that the sites of one guide take, by what the loss and the sites say.
+
+    Attributes:
+        joint: the enumerated sites whose values are listed jointly over their plates.
+    """
+
+    def __init__(self, words: Words):
+        self.words = words
+        self.known: dict[tuple[str, type], Estimator] = {}
+        self.joint: set[str] = set()
+
+    def __call__(self, msg: Mapping[str, Any]) -> Estimator:
+        """The estimator of a site, checked once for each kind of distribution that the site shows."""
+        key = (msg["name"], type(msg["fn"]))
+        if key not in self.known:
+            self.known[key] = self._choose(msg)
+        return self.known[key]
+
+    def of_all(self, seen: Run) -> dict[str, Estimator]:
+        """The estimators of all sites that a run of the guide shows, by name; a site's own is noted in the run.
+
+        Raises UnsupportedSite where a site cannot be served by its estimator, or sites cannot be served together.
+        """
+        latent = [site for site in seen.guide if site.latent]
+        names = {site.name for site in latent}
+        for name in self.words.given:
+            if name not in names:
+                known = ", ".join(sorted(names)) or "none"
+                raise BadInput(
+                    f"the estimators name a site {name!r} that the guide does not sample (its sites: {known})"
+                )
+        chosen = {}
+        for site in latent:
+            if not is_deterministic(site.fn):
+                message = {"name": site.name, "fn": site.fn, "infer": site.infer}
+                site.estimator = chosen[site.name] = self(message)
+        if any(estimator.together for estimator in chosen.values()):
+            for site in seen.guide:
+                if site.factor:
+                    word = next(estimator.name for estimator in chosen.values() if estimator.together)
+                    reason = "a factor with has_rsample=False is a score term, which has no path"
+                    raise UnsupportedSite(site.name, word, reason, ["pathwise"])
+        for name, estimator in chosen.items():
+            if any(other.together for other in chosen.values()) and not estimator.together:
+                word = next(other.name for other in chosen.values() if other.together)
+                raise UnsupportedSite(name, estimator.name, f"where one site takes {word!r}, every site must", [word])
+        return chosen
+
+    def as_drawn(self, msg: Mapping[str, Any]) -> Estimator | None:
+        """For a look at the programs: what is to be drawn without a path is, since a simulator may ask for that."""
+        try:
+            return Detached() if self(msg).log_q == "value" else None
+        except GumboError:  # said later, when all sites are known
+            return None
+
+    def _choose(self, msg: Mapping[str, Any]) -> Estimator:
+        elbo, name, fn = self.words, msg["name"], msg["fn"]
+        infer = msg["infer"]
+        if not elbo.target.takes_estimators:
+            return Detached()
+        if name in elbo.given:
+            estimator = elbo.given[name]
+        elif infer.get("estimator") is not None:
+            estimator = as_estimator(infer["estimator"])
+        elif infer.get("enumerate"):
+            estimator = Enumerate()
+        elif infer.get("baseline"):
+            estimator = _honoured_baseline(name, infer["baseline"])
+        elif elbo.otherwise is not None:
+            estimator = elbo.otherwise
+        elif getattr(fn, "has_rsample", False):
+            estimator = estimators["pathwise"]()
+        else:
+            estimator = _Default()
+        refusal = estimator.refusal({"name": name, "fn": fn, "infer": infer, "is_observed": False})
+        refusal = elbo.target.refusal(estimator) if refusal is None else refusal
+        if refusal is not None:
+            raise refusal.about(name, estimator.name, self.alternatives(msg)).error()
+        check_particles(name, estimator, elbo.requested_particles)
+        if estimator.enumerates and elbo.plates == "ignore":
+            self.joint.add(name)
+        return estimator
+
+    def alternatives(self, msg: Mapping[str, Any]) -> list[str]:
+        made = {word: make() for word, make in estimators.items()}
+        return [
+            word for word, estimator in made.items() if self.words.target.accepts(estimator) and estimator.supports(msg)
+        ]
+
+
+def _honoured_baseline(name: str, options: Mapping[str, Any]) -> Estimator:
+    """What TraceGraph_ELBO's own marks ask for, as an estimator."""
+    unknown = {key for key, value in options.items() if value is not None} - {
+        "use_decaying_avg_baseline",
+        "baseline_beta",
+    }
+    if unknown:
+        raise UnsupportedSite(
+            name,
+            "score",
+            f"its infer={{'baseline': …}} asks for {sorted(unknown)[0]!r}; say it as"
+            " ScoreFunction(baseline=…) for this site",
+        )
+    if not options.get("use_decaying_avg_baseline"):
+        return ScoreFunction()
+    return ScoreFunction(baseline=MovingAverage(decay=options.get("baseline_beta", 0.9)))

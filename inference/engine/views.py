@@ -1,0 +1,111 @@
+"""What the estimators of one call see of their sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..estimators import SiteView
+from ..estimators._base import Draw, pad_left
+from .noise import drawn_twice
+from .objectives import Layout, Row, common_frames, joined_dims
+from .records import Run, Site
+
+StateOf = Callable[[Site, Callable[[], list[Tensor]]], "nn.Module | None"]
+
+
+@dataclass
+class Inputs:
+    """What is known before a site draws: the programs' arguments and the values upstream.
+
+    Attributes:
+        layout, args, kwargs: those of the call.
+        weighted: whether an importance weight, and not a cost, is what is predicted from it.
+    """
+
+    layout: Layout
+    args: tuple
+    kwargs: Mapping[str, Any]
+    weighted: bool
+
+    def __call__(self, runs: list[Run], site: Site) -> list[Tensor]:
+        """Each laid out as ``(…, K or 1, *plates, features)``."""
+        room = self.layout.room
+        frames = common_frames(runs, self.layout) if self.weighted else self.layout.frames(site)
+        found = [torch.ones((1,) * room + (1,), dtype=site.log_prob.dtype, device=site.log_prob.device)]
+        sizes = {dim: size for _, dim, size in frames}
+        depth = max((-dim for dim in sizes), default=0)
+        rows = tuple(sizes.get(dim, 1) for dim in range(-depth, 0))
+        for item in (*self.args, *self.kwargs.values()):
+            if isinstance(item, Tensor) and depth and tuple(item.shape[:depth]) == rows:
+                found.append(pad_left(item.detach().reshape(rows + (-1,)), room + 1))
+        for name in [other.name for other in runs[0].upstream(site.name) if other.latent]:
+            others = [run.guide_site(name) for run in runs]
+            if others[0].frames <= frames:
+                values = [_features(_laid_out(other, room).value.detach(), other.fn.event_dim) for other in others]
+                found.append(values[0] if len(values) == 1 else torch.cat(values, dim=-room - 1))
+        return [tensor.to(found[0].dtype) for tensor in found]
+
+
+@dataclass
+class Views:
+    """Makes the :class:`SiteView` of one site after the other.
+
+    Attributes:
+        inputs: what is known before a site draws.
+        evaluate: the cost of other draws, ``Reruns.evaluate``.
+        state_of: the module of a site's estimator.
+        step: training steps made so far.
+        moving: whether statistics may move.
+    """
+
+    inputs: Inputs
+    evaluate: Callable[..., Any]
+    state_of: StateOf
+    step: Any
+    moving: bool
+
+    def __call__(self, rows: list[Row], log_prob: Tensor | None, cost: Tensor, bound: Any) -> SiteView:
+        layout, site = self.inputs.layout, rows[0].site
+        runs = [row.run for row in rows]
+        inputs = partial(self.inputs, runs, site)
+        draws = [_laid_out(row.site, layout.room) for row in rows]
+        return SiteView(
+            name=site.name,
+            fns=[row.site.fn for row in rows],
+            draw=_join_draws(draws, layout.room + site.fn.event_dim),
+            log_prob=log_prob,
+            cost=cost,
+            particle_dim=-layout.room,
+            num_particles=cost.shape[-layout.room],
+            step=self.step,
+            state=self.state_of(site, inputs),
+            training=self.moving,
+            bound=bound,
+            inputs=inputs,
+            evaluate=partial(self.evaluate, rows),
+            find_joined=partial(joined_dims, runs, site.name, layout),
+            mean=partial(layout.mean, site),
+            drawn_twice=drawn_twice,
+        )
+
+
+def _laid_out(site: Site, room: int) -> Draw:
+    """A site's draw with dimensions for particles and plates, whether or not it was run with them."""
+    return site.draw.map(lambda t: pad_left(t, room + site.fn.event_dim))
+
+
+def _features(value: Tensor, event_dim: int) -> Tensor:
+    return value.flatten(-event_dim) if event_dim else value.unsqueeze(-1)
+
+
+def _join_draws(draws: list[Draw], dims: int) -> Draw:
+    if len(draws) == 1:
+        return draws[0]
+    extra = {name: torch.cat([draw.extra[name] for draw in draws], dim=-dims) for name in draws[0].extra}
+    return Draw(torch.cat([draw.value for draw in draws], dim=-dims), extra)
