@@ -61,7 +61,12 @@ class Objective:
         return self.name
 
 
-objectives: Registry[Callable[[], Objective]] = Registry("objective")
+def _expected(found: Any) -> str:
+    own = isinstance(found, type) and issubclass(found, Objective)
+    return "" if own else "a subclass of Objective"
+
+
+objectives: Registry[Callable[[], Objective]] = Registry("objective", _expected)
 
 
 def as_objective(word: str | Objective | type[Objective]) -> Objective:
