@@ -15,14 +15,14 @@ from torch import nn
 from gumbo.errors import BadInput, Refusal, UnknownName, UnsupportedSite
 from gumbo.inference import SiteELBO, fit
 from gumbo.inference.auditing.exact import exact_elbo, mean_over_draws
-from gumbo.inference.elbo import refusals
+from gumbo.inference.engine.looks import refusals
 from gumbo.inference.estimators import Pathwise, ScoreFunction
 from gumbo.inference.objectives import Objective, as_objective, objectives
 
 SOURCE = '''
 """Half of the evidence lower bound."""
 
-from gumbo.inference.elbo import refusals
+from gumbo.inference.engine.looks import refusals
 from gumbo.inference.estimators import Pathwise, ScoreFunction
 from gumbo.inference.objectives import Objective, objectives
 from gumbo.inference.engine.objectives import elbo_value
