@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 from pyro.poutine.messenger import Messenger
@@ -73,11 +75,16 @@ class SharedSubsamples(Messenger):
                     " and guide plates of one size"
                 )
             msg["value"] = rows
-        else:
-            whole = msg["fn"].subsample_size in (None, msg["fn"].size)  # nothing is drawn
-            with nullcontext() if whole else self.aside():
-                msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
-        msg["done"] = True
+            msg["done"] = True
+        elif msg["fn"].subsample_size not in (None, msg["fn"].size):
+            # Drawn later, unless a handler further out gives the rows.
+            plate = copy.copy(msg["fn"])
+            plate.sample = partial(self._draw, msg["fn"])
+            msg["fn"] = plate
+
+    def _draw(self, plate: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with self.aside():
+            return plate.sample(*args, **kwargs)
 
     def _pyro_post_sample(self, msg) -> None:
         if site_is_subsample(msg) and msg["name"] != PARTICLES:

@@ -12,6 +12,7 @@ from programs import DISCRETE, F64, ChainGuide, ChainModel, OneCoinGuide, OneCoi
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
 from torch import nn
 
 from gumbo.errors import BadInput, CannotVectorize, UnknownName, UnsupportedSite
@@ -975,3 +976,34 @@ def test_a_learned_baseline_wants_its_site_in_the_first_call():
             loss = SiteELBO({"z": "score", "*": "nvil"})(model, guide).initialize()
         for _ in range(50):
             loss()
+
+
+@pytest.mark.parametrize("word", ["score", "disarm"])
+def test_rows_that_a_handler_outside_chooses_are_kept(word):
+    """The draw of a plate's rows is made last, whether or not the programs' own noise is kept apart."""
+    seen = []
+
+    def model():
+        with pyro.plate("data", 5, subsample_size=2) as rows:
+            seen.append(rows.tolist())
+            z = pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.5, dtype=F64)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.arange(5.0, dtype=F64)[rows])
+
+    class Guide(Params):
+        def __init__(self):
+            super().__init__(a=[0.1, 0.2])
+
+        def forward(self):
+            with pyro.plate("data", 5, subsample_size=2):
+                pyro.sample("z", dist.Bernoulli(logits=self.a))
+
+    class Rows(Messenger):
+        def _pyro_sample(self, msg):
+            if msg["name"] == "data" and not msg["done"]:
+                msg["value"], msg["done"] = torch.tensor([3, 1]), True
+
+    loss = SiteELBO(word)(model, Guide())
+    with Rows():
+        for _ in range(3):
+            loss()
+    assert {tuple(rows) for rows in seen} == {(3, 1)}
