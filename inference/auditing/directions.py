@@ -18,8 +18,9 @@ class Directions:
     elements are nonzero in few. ``parameters`` maps each group of components to its parameter; the group
     ``"(gradient)"``, along the whole reference gradient, belongs to none.
 
-    >>> directions = Directions({"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0])})
-    >>> found = directions.project({"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([7.0])})
+    >>> gradient = {"a": torch.tensor([3.0, 4.0]).double(), "b": torch.zeros(1).double()}
+    >>> directions = Directions(gradient)
+    >>> found = directions.project(gradient)
     >>> [(group, len(components)) for group, components in found.items()], found["(gradient)"].item()
     ([('a (directions)', 5), ('b (directions)', 1), ('(gradient)', 1)], 5.0)
     """

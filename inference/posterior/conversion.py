@@ -102,6 +102,7 @@ def to_arviz(
 
     Burda et al. 2015, arXiv:1509.00519 (the integral over local latents); Vehtari et al. 2024, arXiv:1507.02646 (k̂).
 
+    >>> import torch
     >>> import pyro.distributions as dist
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
@@ -161,6 +162,7 @@ def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "po
     Raises:
         UnknownName: ``idata`` has no such group.
 
+    >>> import torch
     >>> import pyro.distributions as dist
     >>> def model(x):
     ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))

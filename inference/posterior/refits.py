@@ -24,7 +24,9 @@ from .runner import random_sites
 def loss_of(estimators: Any, num_particles: int | None, model, guide, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """A loss with its particles at once, or one by one for programs that take no particle dimension."""
     try:
-        return SiteELBO(estimators, num_particles=num_particles)(model, guide).initialize(*args, **kwargs)
+        return SiteELBO(estimators, num_particles=num_particles, vectorize_particles=True)(model, guide).initialize(
+            *args, **kwargs
+        )
     except CannotVectorize:
         elbo = SiteELBO(estimators, num_particles=num_particles, vectorize_particles=False)
         return elbo(model, guide).initialize(*args, **kwargs)

@@ -235,6 +235,11 @@ class ByRow(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags or (kwargs or {}).get("generator") is not None:
             return func(*args, **(kwargs or {}))
         name, like = func.overloadpacket.__name__, args[0]
+        if not isinstance(like, torch.Tensor):  # a shape or a bound, which knows of no rows: the same for all
+            self.calls += 1
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1000 * self.seed + self.calls)
+                return func(*args, **(kwargs or {}))
         with torch.utils._python_dispatch._disable_current_modes():
             u = self.uniform(like)
         if name == "normal_":

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ....errors import BadInput, GumboError
 from ...elbo import SiteELBOModule
+from ...engine import noise
 from ...engine.noise import Noise, Tape
 from ...engine.programs import observed_in_support
 from ...engine.rows import Rows
@@ -332,7 +333,12 @@ def asks_for_a_value(line: str) -> BadInput:
 def _innermost(frames: Sequence[traceback.FrameSummary], *packages: Any) -> str:
     """The innermost line that is in none of these packages."""
     folders = [Path(package.__file__).parent for package in packages if package.__file__]
-    outside = [frame for frame in frames if not any(Path(frame.filename).is_relative_to(folder) for folder in folders)]
+    outside = [
+        frame
+        for frame in frames
+        # A random operation of the program passes through the tape, which is no line of the program.
+        if frame.filename != noise.__file__ and not any(Path(frame.filename).is_relative_to(f) for f in folders)
+    ]
     if not outside:
         return "an unknown line"
     frame = outside[-1]
