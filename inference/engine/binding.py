@@ -73,6 +73,7 @@ class Binding(nn.Module):
         self.stacks = True  # whether many alternatives of a draw are run at once
         self.runs_again = False  # once it does, the programs' own noise is kept apart
         self.make_layout: Callable[..., Layout] = Layout
+        self.checks_plates = True  # whether plates="check" looks at the programs; others may have looked before
         self.apart = False  # whether particles, and enumerated values, are run one by one
         self.scored = False  # whether a factor, or a draw with a path, leaves a score term
         self.calls_autograd = False  # found out when a run without gradients fails for it
@@ -157,7 +158,11 @@ class Binding(nn.Module):
     def _needs_plates(self) -> bool:
         """Whether anything is estimated row by row: without surrogates and weights all terms are summed anyway."""
         weighs = (type(e).surrogate is not Estimator.surrogate or e.enumerates for e in self.chosen.values())
-        return self.elbo.plates == "check" and (self.elbo.target.weighs_rows or self.scored or any(weighs))
+        return (
+            self.elbo.plates == "check"
+            and self.checks_plates
+            and (self.elbo.target.weighs_rows or self.scored or any(weighs))
+        )
 
     def _mixed(self, plates: list[str]) -> None:
         """Rows of these plates turned out to be mixed: from now on they are summed."""

@@ -131,7 +131,10 @@ class OwnNoise:
         """A sample statement draws within, from the caller's generators."""
         if self._end is not None and not self.drew:
             return nullcontext()
-        return self._outside_seed() if self.tape is None else self.tape.within(None)
+        if self.tape is not None:
+            return self.tape.within(None)
+        # Who has put another stream in the body's place, for a site that all processes draw alike, has its way.
+        return self._outside_seed() if torch.default_generator.initial_seed() == self._seed else nullcontext()
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:

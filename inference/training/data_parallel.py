@@ -493,6 +493,7 @@ class ProcessStep(TorchStep):
         self.split = SplitRows(processes, found, model, guide, seed)
         if isinstance(self.module, SiteELBOModule):
             self.module.binding.make_layout = self.split.make_layout
+            self.module.binding.checks_plates = False  # the study has held rows against fewer of them
         processes.same_as_main(self._tensors())
 
     def _study(self, model, guide, loss: ELBO, batch: Rows) -> Study:

@@ -356,3 +356,19 @@ def test_a_compiled_step_repeats_the_mask():
         kinds = [request.kind for request in step.noise.requests]
         # One mask, coins for the draw, and none for the second run of the guide and the model.
         assert kinds == ["uniform"] * 2
+
+
+def test_a_stream_that_a_handler_puts_in_place_for_a_site_is_drawn_from():
+    """As for sites that several processes draw alike."""
+    common = torch.Generator().manual_seed(5).get_state()
+    noise, drawn = OwnNoise(TORCH), []
+    with TORCH.kept():
+        for _ in range(2):
+            with noise.entered():
+                torch.rand(2)
+                body = torch.get_rng_state()
+                torch.set_rng_state(common)
+                with noise.aside():
+                    drawn.append(torch.rand(1).item())
+                torch.set_rng_state(body)
+    assert drawn == [torch.rand(1, generator=torch.Generator().manual_seed(5)).item()] * 2

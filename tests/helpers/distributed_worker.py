@@ -285,6 +285,9 @@ def compare(name: str, processes: Processes) -> dict[str, float]:
     store = pyro.get_param_store()
     with store.scope() as one:
         alone = TorchStep(*pair_of(classes, scaled), make_loss(), make, Rows(data(9)))
+        for count in BATCHES:  # looks at the programs draw numbers too, which are not to be counted below
+            if hasattr(alone.module, "initialize"):
+                alone.module.initialize(data(count))
     with store.scope() as many:
         several = ProcessStep(*pair_of(classes, scaled), make_loss(), make, Rows(data(9)), processes, seed=0)
     worst = {"gradient": 0.0, "loss": 0.0, "buffers": 0.0, "size": 0.0}
