@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pyro
@@ -22,8 +23,9 @@ from pyro.nn import PyroModule
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gumbo import inference
 from gumbo.errors import BadInput, GumboError
-from gumbo.inference import SiteELBO, evaluate, fit
+from gumbo.inference import evaluate, fit
 from gumbo.inference.engine.rows import Rows
 from gumbo.inference.estimators import GumbelSoftmax, ScoreFunction
 from gumbo.inference.estimators.score import Baseline
@@ -35,6 +37,8 @@ from gumbo.inference.training.schedules import Linear
 from gumbo.inference.training.steps import TorchStep
 
 F64 = torch.float64
+# A look at a batch of another size winds generators back, and cannot wind back the table of :class:`ByRow`.
+SiteELBO = partial(inference.SiteELBO, plates="trust")
 WIDTH, LATENT, ALL = 3, 2, 40  # ALL is how much data a subsampled plate stands for
 
 
@@ -49,7 +53,7 @@ class Program(PyroModule):
 
     def rows(self, x):
         if self.scaled:
-            return pyro.plate("rows", ALL, subsample=x, dim=-1)
+            return pyro.plate("rows", ALL, subsample=torch.arange(len(x)), dim=-1)
         return pyro.plate("rows", len(x), dim=-1)
 
 
