@@ -114,8 +114,9 @@ def takes(function: Callable[..., Any], count: int) -> bool:
 def import_paths(settings: Mapping[str, Any]) -> dict[str, str]:
     """The import paths among an experiment's settings, each with the setting that names it.
 
-    >>> import_paths({"model": "gaussian-vae", "estimator": {"z": "mypkg:Mine"}, "lr": "1.0"})
-    {'mypkg:Mine': 'estimator'}
+    >>> settings = {"model": "gaussian-vae", "data": "shutil.rmtree", "estimator": {"z": "mypkg:Mine"}, "lr": "1.0"}
+    >>> sorted(import_paths(settings).items())
+    [('mypkg:Mine', 'estimator'), ('shutil.rmtree', 'data')]
     """
     return {text: name for name in NAMES for text in _texts(settings.get(name)) if is_import_path(text)}
 

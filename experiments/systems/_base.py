@@ -29,7 +29,7 @@ class System:
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
         """The numbers by name; the picture goes to ``run.plots``."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define measure(run)")
 
     @property
     def name(self) -> str:

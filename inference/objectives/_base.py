@@ -54,7 +54,7 @@ class Objective:
 
     def value(self, recorded: Recorded) -> Tensor:
         """A scalar: its value is that of the objective, its gradient an estimate of the objective's gradient."""
-        raise NotImplementedError
+        raise BadInput(f"objective {type(self).__name__} must define value(recorded), a scalar tensor")
 
     def value_name(self, chosen: Mapping[str, Estimator], kl_weight: Any) -> str:
         """What the value is called, given the sites' estimators."""
