@@ -19,13 +19,13 @@ from ..estimators._base import at_step
 from ..estimators._distributions import has_score_term
 from .looks import looking, one_particle, plates_mixed_by
 from .noise import current_tape
-from .objectives import Layout, NeedsJoint, Recorded
 from .programs import Program, check_same_kind
 from .records import Run, Site
 from .reruns import Reruns, RunsAgain
 from .resolution import Resolution, Words
 from .scopes import check_shared_names, devices_of, one_at_a_time
 from .streams import Generators
+from .terms import Layout, NeedsJoint, Recorded
 from .vectorizing import check_at_once
 from .views import Inputs, Views
 

@@ -17,9 +17,9 @@ from ..estimators import Estimator, GumbelSoftmax, Pathwise
 from ..estimators._base import Draw, pad_left
 from ..estimators._distributions import describe, has_score_term
 from ..estimators.relaxation import Mean
-from .objectives import Layout, Row, cost_at
 from .programs import Program
 from .records import Run, Site
+from .terms import Layout, Row, cost_at
 
 Cost = Callable[[Run, Draw], Tensor]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..estimators import SiteView
 from ..estimators._base import Draw, pad_left
 from .noise import drawn_twice
-from .objectives import Layout, Row, common_frames, joined_dims
 from .records import Run, Site
+from .terms import Layout, Row, common_frames, joined_dims
 
 StateOf = Callable[[Site, Callable[[], list[Tensor]]], "nn.Module | None"]
 

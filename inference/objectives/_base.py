@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import BadInput, Refusal, UnknownName
 from ...registry import Registry
-from ..engine.objectives import Recorded
+from ..engine.terms import Recorded
 from ..estimators._base import Estimator
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedSite
-from ..engine.objectives import Layout, common_frames, summed_to
 from ..engine.records import Frames, Run, Site
+from ..engine.terms import Layout, common_frames, summed_to
 
 
 @dataclass

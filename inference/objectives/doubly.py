@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..engine.objectives import magic
+from ..engine.terms import magic
 from ._base import Objective, Recorded
 from ._weights import Bound, importance_weights
 

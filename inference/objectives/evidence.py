@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..engine.objectives import elbo_value
+from ..engine.terms import elbo_value
 from ..estimators._base import Estimator
 from ._base import Objective, Recorded, objectives
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedSite
-from ..engine.objectives import Layout, MakeView, Row, check_shape, magic, summed_to, surrogate_of
 from ..engine.records import Run
+from ..engine.terms import Layout, MakeView, Row, check_shape, magic, summed_to, surrogate_of
 from ..estimators._base import Estimator
 from ._base import Objective, Recorded, objectives
 from ._weights import Bound, Weights, importance_weights

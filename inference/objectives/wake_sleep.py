@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..engine.objectives import magic
+from ..engine.terms import magic
 from ._base import Objective, Recorded, objectives
 from ._weights import Bound, importance_weights
 

@@ -35,12 +35,12 @@ from torch import Tensor, nn
 
 from ...errors import PROGRAM, BadInput, GumboError, UnsupportedSite
 from ..elbo import SiteELBO, SiteELBOModule
-from ..engine import objectives
 from ..engine.looks import looking, one_particle
 from ..engine.programs import Program
 from ..engine.records import Run, Site
 from ..engine.rows import Rows
 from ..engine.scopes import devices_of, evaluating
+from ..engine.terms import CostToGo, Layout
 from ..estimators._base import Draw, Estimator, SiteView
 from ..estimators._distributions import has_score_term
 from ..stock import TraceEnumELBO
@@ -433,12 +433,12 @@ class SplitRows:
 
 
 @dataclass
-class SplitLayout(objectives.Layout):
+class SplitLayout(Layout):
     """A layout that knows of the rows that other processes hold."""
 
     split: SplitRows | None = None
 
-    def cost(self, site: Site, costs: objectives.CostToGo) -> Tensor:
+    def cost(self, site: Site, costs: CostToGo) -> Tensor:
         split = self.split
         if not split.has_rows(site):
             total = costs.total().detach()
@@ -453,9 +453,9 @@ class SplitLayout(objectives.Layout):
             frames: term if any(name == plate for name, _, _ in frames) else term / split.share.weight
             for frames, term in costs.terms.items()
         }
-        return objectives.CostToGo(whole).total()
+        return CostToGo(whole).total()
 
-    def cost_once(self, site: Site, costs: objectives.CostToGo) -> Tensor:
+    def cost_once(self, site: Site, costs: CostToGo) -> Tensor:
         total = costs.scalar()
         if total.requires_grad and torch.is_grad_enabled() and not self.split.has_rows(site):
             raise UnsupportedSite(

@@ -25,7 +25,7 @@ SOURCE = '''
 from gumbo.inference.engine.looks import refusals
 from gumbo.inference.estimators import Pathwise, ScoreFunction
 from gumbo.inference.objectives import Objective, objectives
-from gumbo.inference.engine.objectives import elbo_value
+from gumbo.inference.engine.terms import elbo_value
 
 
 @objectives.register("half-elbo")
