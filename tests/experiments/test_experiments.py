@@ -91,6 +91,25 @@ def test_an_arm_whose_latents_know_nothing_is_called_collapsed(comparison):
     assert [row[-1] for row in rows if row[0] == "concrete"] == ["collapsed"]
 
 
+@pytest.mark.parametrize(
+    ("score", "error", "starts", "says"),
+    [
+        (-80.0, 20.0, "Pathwise", "ends 60.0 ± 20.0 nats lower."),
+        (-80.0, 60.0, "Pathwise", "ends 60.0 ± 60.0 nats lower, too near to tell with these seeds."),
+        (-15.0, 1.0, "The score function", "ends 5.0 ± 1.0 nats higher."),
+        (-15.0, 4.0, "Pathwise", "ends 5.0 ± 4.0 nats higher, too near to tell with these seeds."),
+        (-80.0, float("nan"), "Pathwise", "ends 60.0 nats lower."),
+    ],
+)
+def test_the_conclusion_claims_no_more_than_its_standard_error(score, error, starts, says):
+    rows = [
+        {"family": "continuous", "arm": arm, "elbo": elbo, "ratio_initial": (9.0, 0.0), "ratio_trained": (3.0, 0.0)}
+        for arm, elbo in (("trace (pathwise)", (-20.0, 0.0)), ("trace (score)", (score, error)))
+    ]
+    said = compare.conclusion(rows)
+    assert said.startswith(f"Pathwise or score function? {starts}") and said.endswith(says)
+
+
 def test_every_arm_warms_up(param_store):
     from gumbo.inference import Linear
 
