@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import BadInput, GumboError
 from ..elbo import SiteELBO
+from ..engine.handlers import CheckedRows
 from ..engine.looks import plates_mixed_by
 from ..engine.scopes import check_shared_names, kept_buffers, modes_kept, private_seed, private_store
 from ..estimators._base import detached_draw
@@ -71,7 +72,7 @@ class Stage:
     def __init__(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), CheckedRows():
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
                 with _Count() as count:
                     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -54,6 +55,14 @@ class Recorder(Messenger):
         self.params[msg["name"]] = msg["value"]
 
 
+class CheckedRows(Messenger):
+    """Refuses plates whose ``subsample=`` is no list of row numbers."""
+
+    def _pyro_post_sample(self, msg) -> None:
+        if site_is_subsample(msg):
+            row_numbers(msg["name"], msg["value"])
+
+
 class SharedSubsamples(Messenger):
     """Lets all particles see the same rows of a subsampled plate."""
 
@@ -62,7 +71,10 @@ class SharedSubsamples(Messenger):
         self.subsamples, self.sizes, self.aside = subsamples, sizes, aside
 
     def _pyro_sample(self, msg) -> None:
-        if not site_is_subsample(msg) or msg["done"] or msg["value"] is not None:
+        if not site_is_subsample(msg) or msg["done"]:
+            return
+        if msg["value"] is not None:
+            row_numbers(msg["name"], msg["value"])  # before a handler further out gives other rows
             return
         if msg["name"] in self.subsamples:
             rows, plate = self.subsamples[msg["name"]], msg["fn"]
@@ -88,6 +100,7 @@ class SharedSubsamples(Messenger):
 
     def _pyro_post_sample(self, msg) -> None:
         if site_is_subsample(msg) and msg["name"] != PARTICLES:
+            row_numbers(msg["name"], msg["value"])
             self.subsamples.setdefault(msg["name"], msg["value"])
             self.sizes.setdefault(msg["name"], msg["fn"].size)
 
@@ -219,6 +232,25 @@ class Replay(Messenger):
         else:
             reason = "it is latent in the model and has no site in the guide; sample it there too, or observe it"
         raise UnsupportedSite(name, ANY, reason)
+
+
+def row_numbers(plate: str, subsample: Any) -> Tensor:
+    """The rows that a plate was given by ``subsample=``, or drew; anything else than a list of numbers is refused.
+
+    >>> row_numbers("data", [2, 0])
+    tensor([2, 0])
+    """
+    try:
+        rows = torch.as_tensor(subsample)
+    except (TypeError, ValueError, RuntimeError):  # whatever no tensor can hold
+        raise BadInput(
+            f"plate {plate!r}: subsample= is {type(subsample).__name__}, expected row numbers (B,)"
+        ) from None
+    if rows.dim() != 1:
+        raise BadInput(f"plate {plate!r}: subsample= has shape {tuple(rows.shape)}, expected row numbers (B,)")
+    if rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
+        raise BadInput(f"plate {plate!r}: subsample= holds {rows.dtype}, expected row numbers (B,), integers")
+    return rows
 
 
 def too_many(counts: Mapping[str, int], total: int, limit: int) -> UnsupportedSite:

@@ -20,6 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
 from ...errors import BadInput, GumboError
+from ..engine.handlers import CheckedRows, row_numbers
 from ..engine.scopes import device_of, modes_kept, modules_of, private_seed, private_store
 from .enumerated import completed
 from .vmapped import Coordinates, Lane, Seen, outside, random_sites, run_lanes, unmasked
@@ -138,7 +139,7 @@ class Pass:
         return self.seen[name].coordinates(self.layouts[name].event)
 
 
-class _Subsamples(Messenger):
+class _Subsamples(CheckedRows):
     """Gives subsampled plates their rows, and notes which of them would have drawn them at random."""
 
     def __init__(self, rows: Mapping[str, torch.Tensor]):
@@ -277,7 +278,7 @@ class Sweep:
             with subsamples:
                 guide = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
             rows = {
-                name: site["value"]
+                name: row_numbers(name, site["value"])
                 for name, site in guide.nodes.items()
                 if site["type"] == "sample" and site_is_subsample(site)
             }
@@ -296,12 +297,11 @@ class Sweep:
         open_ended = _lengths(guide, model)
         for trace in (guide, model):
             for name, site in trace.nodes.items():
-                if site["type"] == "sample" and site_is_subsample(site) and site["value"].dim() != 1:
-                    raise BadInput(
-                        f"plate {name!r}: subsample= has shape {tuple(site['value'].shape)}, expected row numbers (B,)"
-                    )
-                if site["type"] == "sample" and site_is_subsample(site) and name not in self.at_hand:
-                    self.row_ids[name] = site["value"].detach().cpu()
+                if not (site["type"] == "sample" and site_is_subsample(site)):
+                    continue
+                numbers = row_numbers(name, site["value"])
+                if name not in self.at_hand:
+                    self.row_ids[name] = numbers.detach().cpu()
                     if name in subsamples.random:
                         self._look_for_rows(name, site["fn"], rows | {name: site["value"]}, held, model)
             for _, site in random_sites(trace):

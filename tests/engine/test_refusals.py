@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +16,7 @@ from programs import F64, OneCoinGuide, OneCoinModel, Params, X, gradient
 from torch import nn
 
 from gumbo.errors import BadInput, CallsAutograd, UnsupportedSite
-from gumbo.inference import SiteELBO
+from gumbo.inference import SiteELBO, audit, diagnose, evaluate, fit, to_arviz
 from gumbo.inference.auditing.exact import mean_over_draws
 
 # The importance-weighted objectives.
@@ -215,3 +216,60 @@ def test_a_copy_of_a_used_loss_goes_on_with_what_it_learnt(again, param_store):
     assert learnt.keys() == kept.keys() and learnt["states.z.seen"] == 3
     for name, value in learnt.items():
         assert value == kept[name] if name.endswith("_extra_state") else torch.equal(value, kept[name])
+
+
+# The rows of a plate.
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (torch.arange(12).reshape(3, 4), r"has shape \(3, 4\)"),
+        (torch.tensor([0.0, 1.0, 2.0]), "holds torch.float32"),
+        (torch.tensor([True, False, True]), "holds torch.bool"),
+        (["a", "b", "c"], "is list"),
+    ],
+)
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_rows_of_a_plate_are_a_list_of_numbers_for_everyone(rows, said, where):
+    def data(here):
+        return pyro.plate("data", 12, subsample=rows if where == here else torch.arange(3))
+
+    def model(x):
+        with data("model"):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros((), dtype=F64))
+        with data("guide"):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    x = torch.arange(3, dtype=F64)
+    refused = pytest.raises(BadInput, match=rf"^plate 'data': subsample= {said}, expected row numbers \(B,\)")
+    takes = [partial(take, model, guide, x) for take in (evaluate, to_arviz, diagnose, SiteELBO("rloo").loss)]
+    takes += [partial(audit, model, guide, x, num_samples=10), partial(fit, model, guide, x, progress=False)]
+    for take in takes:
+        with pyro.get_param_store().scope(), refused:
+            take()
+
+
+def test_rows_of_a_plate_may_be_a_plain_list():
+    def program(rows, obs):
+        with pyro.plate("data", 12, subsample=rows):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=F64), 1.0))
+            if obs is not None:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=obs)
+
+    x, values = torch.arange(3, dtype=F64), []
+    for rows in ([4, 0, 2], torch.tensor([4, 0, 2])):
+
+        def model(x, rows=rows):
+            program(rows, x)
+
+        def guide(x, rows=rows):
+            program(rows, None)
+
+        torch.manual_seed(0)
+        values.append((SiteELBO().loss(model, guide, x), evaluate(model, guide, x, num_samples=3, seed=0).elbo))
+    assert values[0] == values[1]

@@ -904,17 +904,6 @@ def test_arviz_takes_the_log_prior_for_power_scaling(line_draws, quiet):
     assert len(found)
 
 
-def test_a_matrix_of_rows_is_refused_in_one_line():
-    def model(x):
-        with pyro.plate("data", 12, subsample=torch.arange(12).reshape(3, 4)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:3])
-
-    for take in (to_arviz, evaluate):
-        with pytest.raises(BadInput, match=r"plate 'data': subsample= has shape \(3, 4\), expected row numbers"):
-            take(model, pyro.poutine.block(model, hide=["x"]), X)
-
-
 @pytest.mark.parametrize("size", [3, 8])
 @pytest.mark.parametrize("family", [dist.LKJCholesky, dist.LKJ])
 def test_correlation_matrices_are_drawn_at_any_precision(family, size):

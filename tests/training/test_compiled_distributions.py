@@ -6,7 +6,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.distributions import transforms
@@ -47,6 +52,19 @@ class Correlated(PyroModule):
             pyro.sample("x", law, obs=x)
 
 
+class CorrelatedMatrices(PyroModule):
+    """A correlation matrix and a factor for each group, whose concentration is drawn too."""
+
+    def forward(self, x):
+        concentration = pyro.sample("concentration", dist.Gamma(2.0, 1.0))
+        correlation = pyro.sample("correlation", dist.LKJ(3, 1 + concentration))
+        with pyro.plate("groups", 2):
+            factors = pyro.sample("factors", dist.LKJCholesky(3, 1 + concentration))
+        covariance = correlation + (factors @ factors.mT).sum(0)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.MultivariateNormal(torch.zeros(3), covariance), obs=x)
+
+
 def masks_in(graph: torch.fx.GraphModule) -> list[str]:
     """Operations that take a truth value as an index: their shapes depend on values, and no compiler takes them."""
     found = []
@@ -57,8 +75,12 @@ def masks_in(graph: torch.fx.GraphModule) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal])
-@pytest.mark.parametrize("program, data", [(Regression, (X, X.sum(1))), (Correlated, X)])
+@pytest.mark.parametrize(
+    "kind", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal]
+)
+@pytest.mark.parametrize(
+    "program, data", [(Regression, (X, X.sum(1))), (Correlated, X), (CorrelatedMatrices, torch.cat([X, X[:, :1]], 1))]
+)
 def test_distributions_made_under_validation_and_triangular_ones_are_captured(kind, program, data):
     assert pyro.infer.util.is_validation_enabled()
     graphs = []
