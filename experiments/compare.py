@@ -401,7 +401,7 @@ def checkpoint(run: RunFolder, arm: Arm, seed: int) -> Path:
 def sample_pictures(config: Compare, run: RunFolder, arm: Arm):
     """Test images with what the arm's first seed makes of them, and draws from its model."""
     from gumbo.experiments.plots import prior_draws, reconstructions
-    from gumbo.inference.posterior.evaluation import exact_pair
+    from gumbo.inference.posterior.parts import exact_pair
     from gumbo.inference.training.checkpoints import load_checkpoint
 
     data = images(config.data)

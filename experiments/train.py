@@ -323,7 +323,7 @@ def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> Non
     import numpy as np
 
     from gumbo.experiments.plots import image_rows, learning_curves, prior_draws, reconstructions
-    from gumbo.inference.posterior.evaluation import exact_pair
+    from gumbo.inference.posterior.parts import exact_pair
 
     curve = np.array([[numbers["valid_elbo"] for numbers in result.history]])
     title = "true ELBO on validation data"

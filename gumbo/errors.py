@@ -37,6 +37,22 @@ class UnknownName(GumboError, ValueError):
         super().__init__(f"unknown {kind} {name!r}: {hint}(known: {', '.join(known)})")
 
 
+# What programs raise that do not take the arguments, one more dimension, or other rows than they were written for.
+PROGRAM_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
+
+
+def first_line(error: BaseException, kind: bool = False) -> str:
+    """What an error says in its first line; the name of its class where it says nothing, and before it with ``kind``.
+
+    >>> first_line(ValueError("no rows\\nat all")), first_line(KeyError()), first_line(ValueError("no rows"), kind=True)
+    ('no rows', 'KeyError', 'ValueError: no rows')
+    """
+    name, said = type(error).__name__, str(error).strip().splitlines()
+    if not said:
+        return name
+    return f"{name}: {said[0]}" if kind else said[0]
+
+
 PROGRAM = "(program)"  # stands for a site where the whole program is refused
 ANY = "any"  # stands for an estimator where every one would be refused
 

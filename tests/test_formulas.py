@@ -27,7 +27,8 @@ from gumbo.experiments.data import load
 from gumbo.guides import FlowGuide, LayeredGuide, NormalGuide, TriangularNormalGuide
 from gumbo.inference import SiteELBO
 from gumbo.inference.estimators import Concrete, GumbelSoftmax, Pathwise, ScoreFunction
-from gumbo.inference.posterior.evaluation import evaluate, log_weights
+from gumbo.inference.posterior.evaluation import evaluate
+from gumbo.inference.posterior.parts import log_weights
 from gumbo.models import GaussianVAE, SigmoidBeliefNetwork
 
 ALARM = 1e-6  # how often a right formula may fail a test on draws, were the seed not fixed

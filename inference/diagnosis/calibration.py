@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import BadInput, GumboError
+from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
 from ..engine.progress import Stages
+from ..engine.scopes import quietly
 from ..posterior.refits import refitted
-from ..posterior.runner import _REFUSALS, Pass, Sweep, _first_line, quietly
+from ..posterior.runner import Pass, Sweep
 from .report import ALARM, OK, Verdict, not_done
 from .thresholds import ROUNDING, UNIFORM
 from .units import to_units
@@ -46,8 +47,8 @@ def calibration(
     except _Unread:
         skipped["calibration"] = _UNREAD
         return {"calibration": not_done("calibration", _UNREAD, _OFFER)}
-    except (GumboError, *_REFUSALS) as error:
-        reason = str(error) if isinstance(error, GumboError) else f"it failed ({_first_line(error)})"
+    except (GumboError, *PROGRAM_ERRORS) as error:
+        reason = str(error) if isinstance(error, GumboError) else f"it failed ({first_line(error, kind=True)})"
         skipped["calibration"] = reason
         advice = "programs whose observed sites take their data from an argument can be calibrated"
         return {"calibration": not_done("calibration", reason, advice)}

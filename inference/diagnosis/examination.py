@@ -15,8 +15,8 @@ from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
 from ..posterior.collection import Collection
 from ..posterior.conversion import _afford, _refits
-from ..posterior.evaluation import exact_pair
 from ..posterior.naming import Naming
+from ..posterior.parts import exact_pair
 from ..posterior.runner import Sweep
 from ..posterior.weights import weight_statistics
 from .agreement import between_refits

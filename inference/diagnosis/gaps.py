@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import GumboError
+from ...errors import PROGRAM_ERRORS, GumboError, first_line
 from ..engine.progress import Stages
 from ..engine.rows import Rows
+from ..engine.scopes import quietly
 from ..posterior.collection import Collection
 from ..posterior.importance import importance_ess, log_evidence
 from ..posterior.refinement import can_refine, refined_for
-from ..posterior.runner import _REFUSALS, Block, Sweep, _first_line, quietly
+from ..posterior.runner import Sweep
+from ..posterior.sites import Block
 from .report import ALARM, CANNOT_SAY, OK, Verdict, three_way
 from .rows import few_rows
 from .thresholds import GAP, INNER_NOISE
@@ -98,8 +100,8 @@ def with_parts(
         better = refined_for(sweep.model, sweep.guide, rows, steps=steps, seed=seed, shared=shared, progress=say)
         before = unit_weights(fewer, 1000, seed)
         after = unit_weights(Sweep(sweep.model, better, args, kwargs, **options), 1000, seed)
-    except (GumboError, *_REFUSALS) as error:
-        skipped["amortization gap"] = f"refining failed ({_first_line(error)})"
+    except (GumboError, *PROGRAM_ERRORS) as error:
+        skipped["amortization gap"] = f"refining failed ({first_line(error, kind=True)})"
         return verdict
     old, new = before.mean(1), after.mean(1)
     # The guide whose weights are more even knows the evidence better.

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import GumboError
+from ...errors import PROGRAM_ERRORS, GumboError, first_line
 from ..engine.progress import Progress, Stages
+from ..engine.scopes import quietly
 from ..posterior.importance import khat, khat_limit, log_evidence
-from ..posterior.runner import _REFUSALS, Sweep, _first_line, quietly
+from ..posterior.runner import Sweep
 from .annealing import annealed
 from .gaps import unit_weights
 from .images import images_of, in_other_modes
@@ -60,8 +61,8 @@ def missed_mass(
             say.stage(f"searching for mass that the guide misses{sweep.slowly()}")
             own = unit_weights(fewer, max(num_samples, 1000), seed, plan.given, plan.plates)
             found = _search(target, own, say)
-    except (GumboError, *_REFUSALS) as error:
-        return undone(f"the search failed ({_first_line(error)})", refit)
+    except (GumboError, *PROGRAM_ERRORS) as error:
+        return undone(f"the search failed ({first_line(error, kind=True)})", refit)
     return {"missed-mass": _judged(found, plan, target, refit)}
 
 

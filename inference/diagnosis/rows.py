@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from ..posterior.runner import _REFUSALS, Sweep, _has_rows
+from ...errors import PROGRAM_ERRORS
+from ..posterior.runner import Sweep
+from ..posterior.sites import has_rows
 
 
 def few_rows(sweep: Sweep, num_data: int, options: Mapping[str, Any]) -> tuple[Sweep, tuple, dict]:
@@ -20,13 +22,13 @@ def few_rows(sweep: Sweep, num_data: int, options: Mapping[str, Any]) -> tuple[S
     rows = torch.linspace(0, size - 1, num_data).round().long()
 
     def cut(value):
-        return value[rows.to(value.device)] if _has_rows(value, size) else value
+        return value[rows.to(value.device)] if has_rows(value, size) else value
 
     fewer = tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
-    if not any(_has_rows(value, size) for value in (*args, *kwargs.values())):
+    if not any(has_rows(value, size) for value in (*args, *kwargs.values())):
         return sweep, args, kwargs
     try:
         smaller = Sweep(sweep.model, sweep.guide, *fewer, **options)
-    except _REFUSALS:
+    except PROGRAM_ERRORS:
         return sweep, args, kwargs
     return (smaller, *fewer) if smaller.sizes.get(plates[0]) == num_data else (sweep, args, kwargs)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.distributions import biject_to
 
-from ..posterior.runner import Block, Layout, Pass, Sweep
+from ..posterior.runner import Pass, Sweep
+from ..posterior.sites import Block, SiteLayout
 from .units import from_units, to_units
 
 
@@ -108,6 +109,6 @@ def _plain(support: Any) -> Any:
     return support
 
 
-def _kept(layout: Layout, plates: Sequence[str]) -> Layout:
+def _kept(layout: SiteLayout, plates: Sequence[str]) -> SiteLayout:
     names = tuple(name for name in layout.names if name in plates)
     return replace(layout, names=names)

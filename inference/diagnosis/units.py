@@ -12,11 +12,11 @@ import torch
 
 from ..posterior.collection import Collection
 from ..posterior.importance import importance_ess
-from ..posterior.runner import Layout
+from ..posterior.sites import SiteLayout
 from .thresholds import BARELY, ENOUGH, INNER_NOISE, allowed
 
 
-def to_units(value: torch.Tensor, layout: Layout, plates: Sequence[str]) -> torch.Tensor:
+def to_units(value: torch.Tensor, layout: SiteLayout, plates: Sequence[str]) -> torch.Tensor:
     """``(S, *batch, *event)`` as ``(S, units, numbers of a unit)``, a unit being an element of ``plates``."""
     axes = [1 + layout.names.index(plate) for plate in plates]
     moved = value.movedim(axes, list(range(1, 1 + len(axes))))
@@ -24,7 +24,7 @@ def to_units(value: torch.Tensor, layout: Layout, plates: Sequence[str]) -> torc
     return moved.reshape(len(value), units, -1)
 
 
-def from_units(flat: torch.Tensor, layout: Layout, plates: Sequence[str], event: Sequence[int]) -> torch.Tensor:
+def from_units(flat: torch.Tensor, layout: SiteLayout, plates: Sequence[str], event: Sequence[int]) -> torch.Tensor:
     """The way back; ``event`` is the shape of a value's event dimensions."""
     sizes = dict(zip(layout.names, layout.sizes, strict=True))
     others = [size for name, size in zip(layout.names, layout.sizes, strict=True) if name not in plates]

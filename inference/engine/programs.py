@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ...errors import ANY, BadInput, CallsAutograd, GumboError, UnsupportedSite
+from ...errors import ANY, BadInput, CallsAutograd, GumboError, UnsupportedSite, first_line
 from ..estimators._base import Draw, Estimator
 from ..estimators._distributions import (
     describe,
@@ -232,7 +232,7 @@ class Program:
                 [] if site.estimator is not None and site.estimator.name == "pathwise" else ["pathwise"],
             ) from error
         except ValueError as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            first = first_line(error)
             raise BadInput(f"site {name!r}: {describe(fn)} cannot score its value ({first})") from error
         site.log_prob = self._lay_out(name, scale_and_mask(unscaled, msg["scale"], msg["mask"]), frames)
         if site.estimator is not None and (site.estimator.log_q == "value" or site.estimator.enumerates):
@@ -269,7 +269,7 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
     except RuntimeError as error:
         if not any(said in str(error) for said in ("does not require grad", "to not have been used in the graph")):
             raise
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise CallsAutograd(
             f"the program calls autograd inside, and something there carries no gradient ({first}); draws have one"
             " under 'pathwise' only, parameters under every word but stl, dreg, rebar and muprop"
@@ -282,7 +282,7 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         module = where.tb_frame.f_globals.get("__name__", "")
         if isinstance(error, GumboError) or not module.startswith(("pyro.poutine", "pyro.primitives")):
             raise
-        raise Misfit(str(error).splitlines()[0]) from error
+        raise Misfit(first_line(error)) from error
 
 
 def _check_met(name: str, msg: Any, met: Any, max_plate_nesting: int) -> None:

@@ -240,3 +240,17 @@ def evaluating(*programs: Any) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def quietly(model: Callable, guide: Callable, seed: int | None) -> Iterator[None]:
+    """No gradients, evaluation mode, and a param store and random stream of our own.
+
+    The stream is not that of ``torch.manual_seed(seed)``: a guide that was trained under the same seed would be judged
+    by the very noise that it was trained on.
+    """
+    own = None if seed is None else (seed * 0x9E3779B9 + 0x5EED) % 2**63
+    with private_store(model, guide), private_seed(own, model, guide), modes_kept(model, guide), torch.no_grad():
+        for module in modules_of(model, guide):
+            module.eval()
+        yield

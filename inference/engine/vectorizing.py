@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ANY, PROGRAM, CannotVectorize, GumboError
+from ...errors import ANY, PROGRAM, CannotVectorize, GumboError, first_line
 from ..estimators._base import Draw
 from .programs import Misfit, Program
 from .records import Run
@@ -144,5 +144,4 @@ def does_not_vectorize(site: str, reason: str) -> CannotVectorize:
 
 
 def _fails_vectorized(error: Exception) -> CannotVectorize:
-    first = str(error).splitlines()[0] if str(error) else ""
-    return does_not_vectorize(PROGRAM, f"with a leading dimension it fails with {type(error).__name__}: {first}")
+    return does_not_vectorize(PROGRAM, f"with a leading dimension it fails with {first_line(error, kind=True)}")

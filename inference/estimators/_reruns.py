@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import CallsAutograd, UnsupportedSite
+from ...errors import CallsAutograd, UnsupportedSite, first_line
 from ._base import Draw, Estimator, SiteView
 
 
@@ -43,7 +43,7 @@ def cost_between(view: SiteView, estimator: Estimator, value: Tensor, downstream
     except (UnsupportedSite, torch.cuda.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = first_line(error)
         raise UnsupportedSite(
             view.name,
             estimator.name,

@@ -13,8 +13,10 @@ import torch
 from ...errors import BadInput, UnknownName
 from ...options import fits
 from ..engine.progress import Progress
+from ..engine.scopes import quietly
 from .importance import integrated, pieces
-from .runner import Block, Layout, Pass, Sweep, quietly
+from .runner import Pass, Sweep
+from .sites import Block, SiteLayout
 
 GROUPS = (
     "posterior",
@@ -37,7 +39,7 @@ class Array:
 
     group: str
     name: str
-    layout: Layout | None
+    layout: SiteLayout | None
     plates: tuple[str | None, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -118,7 +120,7 @@ class Collection:
     def _sizes(self, plates: Sequence[str]) -> tuple[int, ...]:
         return tuple(self.sweep.sizes[plate] for plate in plates)
 
-    def _add(self, group: str, name: str, layout: Layout, every: int, by_draw: bool = True) -> None:
+    def _add(self, group: str, name: str, layout: SiteLayout, every: int, by_draw: bool = True) -> None:
         dtype = layout.dtype
         if name in self.sweep.masked and not dtype.is_floating_point:
             dtype = torch.float64  # what a mask hides is NaN
@@ -356,7 +358,7 @@ class Collection:
         by_chain = self.kl_together.setdefault("+".join(sites), [0.0] * self.chains)
         by_chain[chain] += float(torch.as_tensor(total).mean()) * guide.count / self.num_samples
 
-    def _share(self, block: Block, layout: Layout) -> float:
+    def _share(self, block: Block, layout: SiteLayout) -> float:
         """What part of a site's rows a block brings."""
         share = 1.0
         for plate, span in block.at.items():
@@ -379,7 +381,7 @@ def _kind_of(dtype: torch.dtype) -> np.dtype:
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
-def _sums(layout: Layout) -> np.dtype:
+def _sums(layout: SiteLayout) -> np.dtype:
     """What to add a site's values up in."""
     return np.dtype(np.float32 if layout.dtype == torch.float32 else np.float64)
 

@@ -16,8 +16,8 @@ from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
 from . import _arviz
 from .collection import GROUPS, Collection
-from .evaluation import exact_pair
 from .naming import Naming
+from .parts import exact_pair
 from .runner import Sweep
 from .weights import weight_statistics
 

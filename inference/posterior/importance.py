@@ -14,7 +14,8 @@ from torch.distributions import constraints
 from . import _arviz
 
 if TYPE_CHECKING:
-    from .runner import Block, Pass, Sweep
+    from .runner import Pass, Sweep
+    from .sites import Block
 
 _NUMBERS_A_PIECE = 2**20
 # Log-weights closer together than this are one number but for rounding; their tail has no shape.

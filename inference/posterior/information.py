@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import BadInput
+from ...errors import PROGRAM_ERRORS, BadInput
 from ..engine.rows import Rows
+from ..engine.scopes import quietly
 from .collection import Collection
 from .naming import Naming
-from .runner import _REFUSALS, Sweep, quietly
+from .runner import Sweep
 from .weights import weight_statistics
 
 _NOTES = {
@@ -104,7 +105,7 @@ def _sweep(model: Callable, guide: Callable, rows: Rows, count: int, plate: str 
             sweep = Sweep(model, guide, few.args, few.kwargs, data_plates=plate)
             if sweep.local and not sweep.outside_data():
                 return sweep
-        except (BadInput, *_REFUSALS):
+        except (BadInput, *PROGRAM_ERRORS):
             pass
     # Programs that were written for so many rows, and latents of all rows together, take all or none.
     return Sweep(model, guide, rows.args, rows.kwargs, data_plates=plate)

@@ -21,9 +21,9 @@ from ..engine.progress import Progress
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, modes_kept, modules_of, private_seed, private_store
 from ..estimators import Estimator
-from .evaluation import exact_pair, log_weights
+from .parts import exact_pair, log_weights
 from .refits import loss_of, words
-from .runner import random_sites
+from .vmapped import random_sites
 
 STEPS, RATE, PARTICLES = 200, 0.05, 8
 _FEATURES = "/features"

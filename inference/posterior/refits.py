@@ -18,7 +18,7 @@ from ..elbo import SiteELBO
 from ..engine.progress import Progress
 from ..engine.scopes import modes_kept, modules_of, private_seed, private_store
 from ..estimators._distributions import is_deterministic
-from .runner import random_sites
+from .vmapped import random_sites
 
 
 def loss_of(estimators: Any, num_particles: int | None, model, guide, args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ...errors import BadInput, GumboError, Interrupted
+from ...errors import BadInput, GumboError, Interrupted, first_line
 from ...launcher import launched
 from .signals import Interrupts
 
@@ -210,10 +210,6 @@ def alone(error: GumboError, rank: int) -> GumboError:
     error.process = rank  # type: ignore[attr-defined]
     _failed_alone.append(error)
     return error
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _told(error: Exception) -> tuple[bool, str]:

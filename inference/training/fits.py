@@ -16,7 +16,7 @@ import pyro.optim
 import torch
 from pyro.infer import ELBO, TraceGraph_ELBO
 
-from ...errors import BadInput, GumboError
+from ...errors import BadInput, GumboError, first_line
 from ..engine.rows import Rows, leaves_of
 from ..engine.scopes import (
     denormals_flushed,
@@ -342,13 +342,9 @@ def _explained(batch: Rows, model: Callable, guide: Callable) -> Iterator[None]:
     except Exception as error:
         batch.check(TRANSFORMED)
         raise BadInput(
-            f"the programs cannot run on a batch of train, {_described(batch)}: {_first_line(error)}"
+            f"the programs cannot run on a batch of train, {_described(batch)}: {first_line(error)}"
             f"{_about_dtypes(batch, model, guide)}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _about_dtypes(batch: Rows, *programs: Callable) -> str:

@@ -21,8 +21,9 @@ from gumbo.inference.diagnosis.proposals import clusters, mixture_evidence
 from gumbo.inference.diagnosis.target import Target
 from gumbo.inference.diagnosis.units import Units
 from gumbo.inference.diagnosis.weights import tails
+from gumbo.inference.engine.scopes import quietly
 from gumbo.inference.posterior.importance import importance_ess, khat, khat_error, khat_limit
-from gumbo.inference.posterior.runner import Sweep, quietly
+from gumbo.inference.posterior.runner import Sweep
 
 QUICK = {"num_simulations": 40, "refine_steps": 0}
 ZERO, ONE = torch.zeros(()).double(), torch.ones(()).double()

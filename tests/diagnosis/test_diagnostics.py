@@ -18,10 +18,11 @@ from gumbo.inference import diagnose, evaluate, to_arviz
 from gumbo.inference.diagnosis.annealing import annealed
 from gumbo.inference.diagnosis.calibration import simulated_ranks, uniformity
 from gumbo.inference.diagnosis.target import Target
+from gumbo.inference.engine.scopes import quietly
 from gumbo.inference.posterior import _arviz
 from gumbo.inference.posterior.importance import importance_ess, khat
 from gumbo.inference.posterior.refinement import refine
-from gumbo.inference.posterior.runner import Sweep, quietly
+from gumbo.inference.posterior.runner import Sweep
 
 QUICK = {"num_samples": 1000, "num_simulations": 120, "refine_steps": 20}
 X = torch.linspace(-2.5, 2.5, 15).double()

@@ -18,7 +18,7 @@ from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
 from gumbo.inference import evaluate, make_loss, to_arviz
 from gumbo.inference.auditing.moments import gradient_draws, gradient_moments
 from gumbo.inference.posterior import _arviz
-from gumbo.inference.posterior.evaluation import log_weights
+from gumbo.inference.posterior.parts import log_weights
 from gumbo.models import CategoricalVAE, GaussianVAE
 
 X = torch.tensor([[0.3, -1.2], [1.0, 0.4], [-0.7, 0.1]], dtype=torch.float64)

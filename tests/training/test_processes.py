@@ -26,10 +26,11 @@ from gumbo.errors import BadInput, UnsupportedSite
 from gumbo.inference import FreeBits, SiteELBO, evaluate, fit, make_loss
 from gumbo.inference.engine.rows import Rows
 from gumbo.inference.stock import TraceEnumELBO
-from gumbo.inference.training.data_parallel import Streams, refuse, share_of, study
 from gumbo.inference.training.distributed import Processes
 from gumbo.inference.training.fits import _make_step
 from gumbo.inference.training.optimizers import make_optimizer
+from gumbo.inference.training.split_rows import Streams, share_of
+from gumbo.inference.training.splittable import refuse, study
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 missing = importlib.util.find_spec("accelerate") is None

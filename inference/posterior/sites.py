@@ -1,0 +1,107 @@
+"""Where the numbers of a site lie, and which rows of its plates a run sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.trace_struct import Trace
+
+from .vmapped import random_sites
+
+
+@dataclass(frozen=True)
+class SiteLayout:
+    """Where the numbers of a site lie: dimensions ``(*batch, *event)``, those of size 1 outside plates left out.
+
+    ``dims`` are the batch dimensions that are kept, as negative numbers from the right of the program's batch shape;
+    ``names`` are their plates, None where a batch dimension stands in no plate.
+    """
+
+    name: str
+    kind: str
+    dims: tuple[int, ...]
+    names: tuple[str | None, ...]
+    sizes: tuple[int, ...]
+    event: tuple[int, ...]
+    depth: int
+    dtype: torch.dtype
+    point: bool = False
+    discrete: bool = False
+
+    @property
+    def plates(self) -> frozenset[str]:
+        return frozenset(name for name in self.names if name is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.sizes, *self.event)
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows: where they go (``at``) and which of those that a run returns are new (``take``), by plate."""
+
+    at: Mapping[str, slice] = field(default_factory=dict)
+    take: Mapping[str, slice] = field(default_factory=dict)
+    rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def first(self, layout: SiteLayout) -> bool:
+        """Whether no block before this one has seen the site's numbers, or those of its rows."""
+        return all(span.start == 0 for plate, span in self.at.items() if plate not in layout.plates)
+
+    def index(self, names: Sequence[str | None]) -> tuple[slice, ...]:
+        return tuple(self.at.get(name, slice(None)) for name in names)
+
+    def fresh(self, names: Sequence[str | None]) -> tuple[slice, ...]:
+        return tuple(self.take.get(name, slice(None)) for name in names)
+
+
+def innermost(fn: Any) -> Any:
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def lengths_of(*traces: Trace) -> dict[str, int]:
+    """How many rows stand in each plate that has no size of its own (``pyro.plate("data")``)."""
+    found: dict[str, int] = {}
+    for trace in traces:
+        for _, site in random_sites(trace):
+            value, fn = site["value"], site["fn"]
+            if site["infer"].get("_deterministic"):
+                continue  # to Pyro all of its dimensions are event dimensions
+            batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+            for frame in site["cond_indep_stack"]:
+                if frame.vectorized and frame.size == -1:
+                    rows = batch[frame.dim] if -frame.dim <= len(batch) else 1
+                    found[frame.name] = max(rows, found.get(frame.name, 1))
+    return found
+
+
+def kind_of(site: Mapping[str, Any]) -> str:
+    if site["infer"].get("_deterministic"):
+        return "deterministic"
+    fn = site["fn"]
+    while hasattr(fn, "base_dist") and not isinstance(fn, torch.distributions.TransformedDistribution):
+        fn = fn.base_dist
+    if isinstance(fn, dist.Unit):
+        return "factor"
+    if site["is_observed"]:
+        return "observed"
+    return "latent"
+
+
+def key_of(layout: SiteLayout, block: Block) -> tuple:
+    return (layout.name, *((plate, span.start) for plate, span in block.at.items() if plate in layout.plates))
+
+
+def has_rows(value: object, size: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size

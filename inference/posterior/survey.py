@@ -1,0 +1,260 @@
+"""What a pair of programs is: its sites and where their numbers lie, its plates, its rows, its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+
+from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
+from ..engine.handlers import row_numbers
+from ..engine.interventions import ChosenRows, GivenValues
+from ..engine.scopes import device_of, quietly
+from .enumerated import completed
+from .sites import SiteLayout, has_rows, innermost, kind_of, lengths_of
+from .vmapped import random_sites, unmasked
+
+
+class Survey:
+    """A model and a guide on their arguments: sites, plates, rows, and which latents belong to one datum.
+
+    Attributes:
+        guide: the guide, completed by the sites that the model enumerates (``summed_out``).
+        guide_sites, model_sites: where the numbers of each site lie, by name.
+        sizes, full_sizes: the rows that are there in each plate, and those that its scale speaks of.
+        swept: plates that are visited in blocks, with the rows of one block.
+        at_hand: plates that would draw their rows and are given a batch instead, with these rows.
+        row_ids: the number of each row, by plate.
+        depth: how many batch dimensions the programs use.
+
+    Raises:
+        BadInput: programs that fail on the arguments, or a latent that only one of the two draws.
+    """
+
+    def __init__(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], latents_needed: bool = True
+    ):
+        self.latents_needed = latents_needed
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
+        self.device = device_of(model, guide)
+        self.row_ids: dict[str, torch.Tensor] = {}
+        self.sizes: dict[str, int] = {}
+        self.full_sizes: dict[str, int] = {}
+        self.swept: dict[str, int] = {}
+        self.at_hand: dict[str, torch.Tensor] = {}
+        self.depth = 0
+        self.summed_out: frozenset[str] = frozenset()
+        with quietly(model, guide, None):
+            self._discover()
+
+    def _discover(self) -> None:
+        subsamples = ChosenRows({})
+        try:
+            with subsamples:
+                guide = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+            rows = {
+                name: row_numbers(name, site["value"])
+                for name, site in guide.nodes.items()
+                if site["type"] == "sample" and site_is_subsample(site)
+            }
+            subsamples.rows = rows
+            with subsamples, GivenValues({name: site["value"] for name, site in random_sites(guide)}):
+                model = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        except GumboError:
+            raise
+        except PROGRAM_ERRORS as error:
+            raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}") from error
+        whole = completed(self.model, self.guide, guide, model)
+        if whole is not self.guide:
+            self.guide, self.summed_out = whole, frozenset(whole.sites)
+            return self._discover()
+        held = {name: site["value"] for name, site in random_sites(guide)}
+        open_ended = lengths_of(guide, model)
+        for trace in (guide, model):
+            for name, site in trace.nodes.items():
+                if not (site["type"] == "sample" and site_is_subsample(site)):
+                    continue
+                numbers = row_numbers(name, site["value"])
+                if name not in self.at_hand:
+                    self.row_ids[name] = numbers.detach().cpu()
+                    if name in subsamples.random:
+                        self._look_for_rows(name, site["fn"], rows | {name: site["value"]}, held, model)
+            for _, site in random_sites(trace):
+                batch = len(site["fn"].batch_shape)
+                frames = [-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
+                if kind_of(site) == "deterministic":
+                    stack = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+                    batch = len(self._deterministic_batch(site["value"], site["fn"].event_dim, stack))
+                self.depth = max(self.depth, batch, *frames, 0)
+                for frame in site["cond_indep_stack"]:
+                    if frame.vectorized and frame.size == -1:
+                        self.sizes[frame.name] = self.full_sizes[frame.name] = open_ended.get(frame.name, 1)
+                    elif frame.vectorized:
+                        swept = frame.name in subsamples.random and frame.name not in self.at_hand
+                        self.full_sizes[frame.name] = frame.full_size or frame.size
+                        self.sizes[frame.name] = frame.full_size if swept else frame.size
+                        if swept:
+                            self.swept[frame.name] = frame.size
+                            self.row_ids[frame.name] = torch.arange(frame.full_size)
+        self.guide_sites = {name: self._layout(name, site) for name, site in random_sites(guide)}
+        self.model_sites = {name: self._layout(name, site) for name, site in random_sites(model)}
+        self._check(guide, model)
+        # What the guide computes from auxiliary draws it computes again from them: were it fixed as well, a value that
+        # is off by rounding would have no density.
+        auxiliary = self.guide_sites.keys() - self.model_sites.keys()
+        self.computed = {name for name, layout in self.guide_sites.items() if layout.point and auxiliary}
+        self.supports = {
+            name: model.nodes[name]["fn"].support
+            for name, layout in self.model_sites.items()
+            if layout.kind == "latent"
+        }
+        observed = [name for name, layout in self.model_sites.items() if layout.kind == "observed"]
+        self.observed_values = {name: model.nodes[name]["value"].detach() for name in observed}
+        self.masked = frozenset(name for name in observed if unmasked(model.nodes[name]) is not None)
+
+    def _look_for_rows(self, plate: str, subsample: Any, rows: Mapping, held: Mapping, model: Trace) -> None:
+        """Whether a plate that would draw its rows is given a batch instead: then these are the rows there are.
+
+        So it is with programs that are called with a batch under ``plate(size=…, subsample_size=len(batch))``: no
+        argument has all rows, one has as many as are drawn, and other numbers of rows bring the same data.
+        """
+        full, size = subsample.size, subsample.subsample_size
+        values = (*self.args, *self.kwargs.values())
+        if any(has_rows(value, full) for value in values) or not any(has_rows(value, size) for value in values):
+            return
+        others = {**rows, plate: (rows[plate] + 1) % full}
+        with ChosenRows(others), GivenValues(held):
+            again = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        same = [
+            torch.equal(site["value"], model.nodes[name]["value"])
+            for name, site in random_sites(again)
+            if site["is_observed"] and name in model.nodes
+        ]
+        if all(same):
+            self.at_hand[plate] = torch.arange(size)
+            self.row_ids[plate] = torch.arange(size)
+
+    def _check(self, guide: Trace, model: Trace) -> None:
+        latent = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]
+        drawn = [name for name, layout in self.guide_sites.items() if layout.kind == "latent"]
+        for name in latent:
+            if name not in drawn:
+                raise BadInput(
+                    f"site {name!r} is latent in the model but the guide does not draw it: add it to the guide, or mark"
+                    " a discrete one infer={'enumerate': 'parallel'} in the model"
+                )
+        for name in drawn:
+            auxiliary = guide.nodes[name]["infer"].get("is_auxiliary") or name in self.model_sites
+            if name not in latent and not auxiliary:
+                raise BadInput(
+                    f"site {name!r} is drawn by the guide but is no latent of the model: remove it, rename it, or mark"
+                    " it infer={'is_auxiliary': True}"
+                )
+        if not latent and self.latents_needed:
+            raise BadInput("the model has no latent site, so that there is no posterior")
+
+    def _layout(self, name: str, site: Mapping[str, Any]) -> SiteLayout:
+        kind, fn, value = kind_of(site), site["fn"], site["value"]
+        frames = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+        if kind == "deterministic":
+            batch = self._deterministic_batch(value, fn.event_dim, frames)
+            event_dim = value.dim() - len(batch)
+        elif kind == "factor":
+            event_dim, batch = 1, tuple(fn.batch_shape)
+        else:
+            event_dim = fn.event_dim
+            batch = tuple(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - event_dim]))
+        depth = len(batch)
+        # What is drawn once under a plate without a size is not drawn for each of its rows.
+        for dim in [dim for dim, frame in frames.items() if frame.size == -1 and -dim <= depth]:
+            if batch[dim] != self.sizes[frames[dim].name]:
+                del frames[dim]
+        dims = [dim for dim in range(-depth, 0) if dim in frames or batch[dim] > 1]
+        names = tuple(frames[dim].name if dim in frames else None for dim in dims)
+        return SiteLayout(
+            name,
+            kind,
+            tuple(dims),
+            names,
+            tuple(self.sizes.get(plate, batch[dim]) for plate, dim in zip(names, dims, strict=True)),
+            tuple(value.shape[value.dim() - event_dim :]),
+            depth,
+            value.dtype,
+            isinstance(innermost(fn), dist.Delta) and kind == "latent",
+            kind in ("latent", "observed") and bool(fn.support.is_discrete),
+        )
+
+    @staticmethod
+    def _deterministic_batch(value: torch.Tensor, event_dim: int, frames: Mapping[int, Any]) -> tuple[int, ...]:
+        """The leading dimensions that are the plates', since ``pyro.deterministic`` calls all of them event."""
+        if event_dim < value.dim():
+            return tuple(value.shape[: value.dim() - event_dim])
+        depth = max((-dim for dim in frames), default=0)
+        leading = value.shape[:depth]
+        fits = len(leading) == depth and all(frame.size in (-1, leading[depth + dim]) for dim, frame in frames.items())
+        return tuple(leading) if fits else ()
+
+    def divide(self, data_plates: str | Sequence[str] | None) -> None:
+        """Which plates make a datum, and which latents belong to one datum alone."""
+        observed = [layout for layout in self.model_sites.values() if layout.kind == "observed"]
+        # Where nothing is observed, factors are what the model says of a datum.
+        observed = observed or [layout for layout in self.model_sites.values() if layout.kind == "factor"]
+        self.latents = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]
+        self.observed = [layout.name for layout in observed if layout.kind == "observed"]
+        self.evidence = "+".join(layout.name for layout in observed)
+        common = frozenset.intersection(*[layout.plates for layout in observed]) if observed else frozenset()
+        self.around_data = common
+        depth_of = {
+            plate: dim
+            for layout in observed
+            for plate, dim in zip(layout.names, layout.dims, strict=True)
+            if plate is not None
+        }
+        if data_plates is None:
+            with_latents = common & frozenset().union(*[self.model_sites[name].plates for name in self.latents])
+            chosen = with_latents or common
+        else:
+            asked = (data_plates,) if isinstance(data_plates, str) else tuple(data_plates)
+            for plate in asked:
+                if plate not in common:
+                    raise BadInput(
+                        f"no plate {plate!r} encloses every observed site; those that do: "
+                        f"{', '.join(sorted(common)) or 'none'}"
+                    )
+            chosen = frozenset(asked)
+        self.data_plates = tuple(sorted(chosen, key=depth_of.__getitem__))
+        wanted = set(self.data_plates)
+        candidates = [name for name in self.latents if wanted and wanted <= self.model_sites[name].plates]
+        self.local = [name for name in candidates if wanted <= self.guide_sites[name].plates]
+        # Latents of single data whose draws the guide ties together: no weight of one datum can be formed.
+        self.tied = len(self.local) < len(candidates) or (bool(candidates) and self._tied(candidates, wanted))
+        if self.tied:
+            self.local = []
+        self.shared = [name for name in self.latents if name not in self.local]
+        self.weight_plates = self.data_plates if self.local else ()
+        shared = [self.model_sites[name] for name in self.shared]
+        inside = frozenset.intersection(*[layout.plates for layout in shared]) if shared else frozenset()
+        self.shared_plates = tuple(plate for plate in self.data_plates if plate in inside)
+
+    def _tied(self, candidates: list[str], wanted: set[str]) -> bool:
+        """Whether latents of single data get their values from one draw for all, or a factor joins them."""
+        auxiliary = [layout for name, layout in self.guide_sites.items() if name not in self.model_sites]
+        inside = [layout for layout in auxiliary if wanted <= layout.plates]
+        points = [name for name in candidates if self.guide_sites[name].point]
+        factors = [layout for layout in self.model_sites.values() if layout.kind == "factor"]
+        joined = any(not wanted <= layout.plates for layout in factors)
+        return joined or len(inside) < len(auxiliary) and len(inside) < len(points)
+
+    def outside_data(self) -> list[str]:
+        """What the guide draws outside the data's plates."""
+        wanted = set(self.data_plates)
+        return [
+            name
+            for name, layout in self.guide_sites.items()
+            if layout.kind == "latent" and not (wanted and wanted <= layout.plates)
+        ]
