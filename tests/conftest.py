@@ -32,6 +32,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+MOST_WORKERS = 4  # a worker takes most of a gigabyte
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite runs on all cores; chosen files or tests in this process, where a debugger can stop them."""
+    chosen = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword or config.option.usepdb
+    return 0 if chosen else min(MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+
+
 TENTH_SECONDS = 180
 
 
