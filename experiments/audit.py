@@ -89,7 +89,7 @@ def audit(config: Audit):
             seed=config.seed,
             burn_in=config.burn_in,
             alpha=config.alpha,
-            vectorize_particles=not config.one_by_one,
+            vectorize_particles=False if config.one_by_one else None,
             max_plate_nesting=config.max_plate_nesting,
             kl_weight=config.kl_weight,
             progress=say,

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyro.infer import ELBO
 
-from ...errors import BadInput, GumboError, UnknownName, UnsupportedSite
+from ...errors import BadInput, GumboError, GumboWarning, UnsupportedSite
 from ...options import holds_to_annotations
 from ..elbo import SiteELBO
+from ..engine.binding import ONE_BY_ONE
 from ..engine.resolution import as_estimator
 from ..engine.rows import given_arguments
 from ..engine.scopes import modules_of
 from ..estimators import Estimator, estimators
+from ..objectives import Objective, as_objective
 from ..stock import make_loss, stock_elbos
 from .directions import Directions
 from .reference import find_reference
@@ -41,12 +43,12 @@ def audit(
     estimators: Any = None,
     num_samples: int = 2000,
     num_particles: int | None = None,
-    objective: str = "elbo",
+    objective: str | Objective = "elbo",
     reference: Any = "auto",
     seed: int = 0,
     burn_in: int = 200,
     alpha: float = 0.05,
-    vectorize_particles: bool = True,
+    vectorize_particles: bool | None = None,
     max_plate_nesting: int | None = None,
     kl_weight: float = 1.0,
     progress: Callable[[str, int, int], None] | None = None,
@@ -67,7 +69,9 @@ def audit(
             A word applies to every latent site, whatever marks the sites carry.
         num_samples: gradients drawn with each estimator.
         num_particles: K; None is each estimator's own minimum.
-        objective: ``"elbo"`` or ``"iwae"``, the importance-weighted bound (which needs ``num_particles``).
+        objective: what is estimated, a word or an :class:`~gumbo.inference.objectives.Objective` that takes estimators:
+            ``"elbo"``, or ``"iwae"``, the importance-weighted bound. One that weighs each datum (``iwae``) needs
+            ``num_particles``. Only ``elbo`` and ``iwae`` have an exact reference, others a long run.
         reference: ``"auto"``: the exact gradient by enumeration where that can be had, and otherwise a long run of
             pathwise and leave-one-out gradients, whose own error enters the verdicts; ``"exact"`` and ``"long-run"``
             insist; an estimator's word (or anything ``estimators`` takes) is run long.
@@ -75,7 +79,8 @@ def audit(
         burn_in: steps in which baselines and control variates settle, and their parameters take Adam steps, while model
             and guide stay; then they are frozen, so that draws are independent.
         alpha: the probability that any unbiased estimator is flagged, over all tests of the audit together.
-        vectorize_particles: False runs particles one after the other.
+        vectorize_particles: as for :class:`SiteELBO`: None runs particles one after the other where the programs mean
+            another thing for many at once, and warns of it once; False always does; True refuses such programs.
         max_plate_nesting: how deep plates nest; None finds it in the first run.
         kl_weight: a factor of all latent terms, a number.
         progress: called with a label, the rows done and the number of rows.
@@ -128,14 +133,14 @@ def audit(
     check_settings(num_samples, num_particles, objective, burn_in, alpha, kl_weight)
     entries = labelled(estimators)
     options = {
-        "objective": objective,
+        "objective": as_objective(objective),
         "vectorize_particles": vectorize_particles,
         "max_plate_nesting": max_plate_nesting,
         "kl_weight": float(kl_weight),
     }
     say = progress or (lambda label, done, total: None)
     with set_aside(model, guide, seed):
-        stage = Stage(model, guide, args, kwargs)
+        stage = Stage(model, guide, args, kwargs, max_plate_nesting)
         rows = [_make_row(stage, label, entry, num_particles, options) for label, entry in entries.items()]
         say("reference", 0, len(rows))
         truth = find_reference(
@@ -148,7 +153,9 @@ def audit(
             _draw(row, num_samples, seed, truth.directions)
         say("", len(rows), len(rows))
         sites = stage.sites_of_parameters()
+    _say_once(rows)
     settings = {"num_samples": num_samples, "seed": seed, "burn_in": burn_in, "alpha": alpha, **options}
+    settings["objective"] = options["objective"].name
     settings["mixed_plates"] = ", ".join(stage.mixed_plates)
     settings["num_particles"] = "own minimum" if num_particles is None else num_particles
     return dataset_of(stage, rows, truth, sites, settings)
@@ -156,8 +163,12 @@ def audit(
 
 def check_settings(num_samples, num_particles, objective, burn_in, alpha, kl_weight) -> None:
     """Raise BadInput or UnknownName for numbers and words that no audit can have."""
-    if objective not in ("elbo", "iwae"):
-        raise UnknownName("objective", objective, ("elbo", "iwae"))
+    target = as_objective(objective)
+    if not target.takes_estimators:
+        raise BadInput(
+            f"objective {target.name!r} takes no estimator, so that an audit has nothing to compare: take 'elbo' or"
+            " 'iwae', or another objective that takes estimators"
+        )
     if num_samples < 10:
         raise BadInput(f"num_samples is {num_samples}: an audit needs at least 10 draws, and says little below 1000")
     if burn_in < 0:
@@ -166,8 +177,8 @@ def check_settings(num_samples, num_particles, objective, burn_in, alpha, kl_wei
         raise BadInput(f"alpha is {alpha}: expected a number between 0 and 1")
     if callable(kl_weight):
         raise BadInput("kl_weight is a schedule: an audit stands at one step, so give the number for it")
-    if objective == "iwae" and num_particles is None:
-        raise BadInput("objective 'iwae' is another bound for every K: give num_particles")
+    if target.weighs_rows and num_particles is None:
+        raise BadInput(f"objective {target.name!r} is another bound for every K: give num_particles")
 
 
 def labelled(given: Any) -> dict[str, Any]:
@@ -231,7 +242,7 @@ def _make_row(stage: Stage, label: str, entry: Any, num_particles: int | None, o
 
 
 def _make_loss(stage: Stage, entry: Any, num_particles: int | None, options: dict[str, Any]) -> ELBO:
-    objective, weight = options["objective"], options["kl_weight"]
+    objective, weight = options["objective"].name, options["kl_weight"]
     if isinstance(entry, ELBO):
         other = getattr(entry, "objective", objective), getattr(entry, "kl_weight", weight)
         if other != (objective, weight):
@@ -244,12 +255,20 @@ def _make_loss(stage: Stage, entry: Any, num_particles: int | None, options: dic
         return make_loss(
             entry,
             num_particles,
-            vectorize_particles=options["vectorize_particles"] and (num_particles or 1) > 1,
+            vectorize_particles=(num_particles or 1) > 1 and stage.at_once(options["vectorize_particles"]),
             max_plate_nesting=stage.nesting if nesting is None else nesting,
         )
     # Named site by site, a word outranks the marks that sites carry.
     words = entry if isinstance(entry, Mapping) else dict.fromkeys((*stage.latents, "*"), entry)
     return SiteELBO(words, num_particles=num_particles, **options)
+
+
+def _say_once(rows: list[Row]) -> None:
+    """Warn of what was run one by one, once for all estimators that were."""
+    slow = [(row.label, text) for row in rows for text in row.warned if ONE_BY_ONE in text]
+    if slow:
+        labels = ", ".join(dict.fromkeys(label for label, _ in slow))
+        warnings.warn(f"{slow[0][1]}; here for {labels}", GumboWarning, stacklevel=4)
 
 
 def _attempt(row: Row, action: Callable[[], None]) -> None:

@@ -74,9 +74,12 @@ def exact_reference(stage: Stage, num_particles: int | None, options: dict[str, 
         return apart
     if not _repeats_itself(stage):
         return "the programs draw noise of their own, so that two runs on the same values differ"
-    if options["objective"] == "iwae" and stage.mixed_plates:
+    objective = options["objective"].name
+    if objective not in ("elbo", "iwae"):
+        return f"objective {objective!r} is not one whose exact gradient is listed here"
+    if objective == "iwae" and stage.mixed_plates:
         return f"the programs mix the rows of plate {stage.mixed_plates[0]!r}, so that no row has a bound of its own"
-    if options["objective"] == "iwae":
+    if objective == "iwae":
         try:
             return _as_reference(stage, "exact (every tuple of values)", exact_bound(stage, num_particles))
         except UnsupportedSite as error:
@@ -85,12 +88,15 @@ def exact_reference(stage: Stage, num_particles: int | None, options: dict[str, 
         with stage.held(), LatentsWeighted(options["kl_weight"]):
             loss = -exact_elbo(stage.model, stage.guide, *stage.args, **stage.kwargs)
         return _as_reference(stage, "exact (every value)", loss)
-    if apart > AT_ONCE or not options["vectorize_particles"]:
-        count = apart if options["vectorize_particles"] else jointly
+    at_once = options["vectorize_particles"] is not False
+    if apart > AT_ONCE or not at_once:
+        count = apart if at_once else jointly
         return f"there are {count} joint values" if isinstance(count, int) else count
     try:
         with stage.held():
-            loss = SiteELBO(dict.fromkeys((*stage.latents, "*"), "enumerate"), **options)
+            loss = SiteELBO(
+                dict.fromkeys((*stage.latents, "*"), "enumerate"), **options | {"vectorize_particles": True}
+            )
             value = loss.differentiable_loss(stage.model, stage.guide, *stage.args, **stage.kwargs)
     except GumboError as error:
         return str(error)
@@ -239,7 +245,8 @@ def long_run(
             raise UnsupportedSite(
                 name, "any", f"no unbiased gradient of {describe(fn)} serves as a reference ({reason}); name one"
             )
-    if options["objective"] == "iwae":
+    options = options | {"vectorize_particles": stage.at_once(options["vectorize_particles"])}
+    if options["objective"].name != "elbo":
         return run_long(stage, SiteELBO(words, num_particles=num_particles, **options), 4 * num_samples, seed)
     try:
         if options["vectorize_particles"]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -19,7 +20,7 @@ from torch import Tensor
 from ...errors import BadInput, GumboError
 from ..elbo import SiteELBO
 from ..engine.handlers import CheckedRows
-from ..engine.looks import plates_mixed_by
+from ..engine.looks import plates_mixed_by, takes_particles_at_once
 from ..engine.scopes import check_shared_names, kept_buffers, modes_kept, private_seed, private_store
 from ..estimators._base import detached_draw
 from ..estimators._distributions import is_deterministic
@@ -69,8 +70,16 @@ class Stage:
     the plates whose rows the programs are found to mix.
     """
 
-    def __init__(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]):
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        max_plate_nesting: int | None = None,
+    ):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
+        self.max_plate_nesting = max_plate_nesting
         try:
             with torch.no_grad(), CheckedRows():
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -100,6 +109,15 @@ class Stage:
         self.store = pyro.get_param_store().get_state()
         with self.held():
             self.mixed_plates = sorted(plates_mixed_by(model, guide, args, self.kwargs))
+
+    def at_once(self, asked: bool | None) -> bool:
+        """Whether many particles are run at once; where nobody asks, whether the programs mean the same so."""
+        return self._vectorizes if asked is None else asked
+
+    @cached_property
+    def _vectorizes(self) -> bool:
+        with self.held():
+            return takes_particles_at_once(self.model, self.guide, self.args, self.kwargs, self.max_plate_nesting)
 
     def new_store(self) -> Any:
         """A state of the param store that holds the programs' own parameters and nothing else."""

@@ -29,6 +29,7 @@ from .terms import Layout, NeedsJoint, Recorded
 from .vectorizing import check_at_once
 from .views import Inputs, Views
 
+ONE_BY_ONE = "are run one by one"
 SIZES = 4  # for so many batch sizes in each mode the programs are looked at
 
 
@@ -152,7 +153,7 @@ class Binding(nn.Module):
             with one_at_a_time:
                 found = plates_mixed_by(self.model, self.guide, args, kwargs, nesting, self.resolution.as_drawn)
             if new := sorted(found.difference(self.mixed_plates)):
-                self._mixed(new)
+                self.mix(new)
         self.looks.add((mode, size))
 
     def _needs_plates(self) -> bool:
@@ -164,8 +165,8 @@ class Binding(nn.Module):
             and (self.elbo.target.weighs_rows or self.scored or any(weighs))
         )
 
-    def _mixed(self, plates: list[str]) -> None:
-        """Rows of these plates turned out to be mixed: from now on they are summed."""
+    def mix(self, plates: list[str]) -> None:
+        """Rows of these plates turned out to be mixed: from now on they are summed, or the objective refuses them."""
         what = f"a change of one row's draw changes other rows of plate {plates[0]!r}"
         if self.elbo.target.weighs_rows:
             raise UnsupportedSite(
@@ -236,7 +237,7 @@ class Binding(nn.Module):
         what = "particles" if self.num_particles > 1 else "enumerated values"
         why = str(first).split("; pass vectorize_particles")[0]
         warnings.warn(
-            f"{why}; {what} are run one by one (vectorize_particles=False does so without this warning)",
+            f"{why}; {what} {ONE_BY_ONE} (vectorize_particles=False does so without this warning)",
             GumboWarning,
             stacklevel=2,
         )

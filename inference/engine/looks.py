@@ -10,12 +10,14 @@ import pyro
 import torch
 from torch import nn
 
+from ...errors import GumboError
 from ..estimators import Estimator, estimators
 from ..estimators._distributions import is_deterministic
 from .mixing import mixed_plates
 from .programs import Program
 from .scopes import devices_of, kept_buffers, modules_met
 from .streams import Generators
+from .vectorizing import check_at_once
 
 
 @contextmanager
@@ -72,6 +74,32 @@ def plates_mixed_by(
         program = one_particle(model, guide, max_plate_nesting, resolve)
         program.generators = Generators(devices_of(model, guide, *args), others=True)
         return mixed_plates(program, args, kwargs)
+
+
+def takes_particles_at_once(
+    model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], max_plate_nesting: int | None = None
+) -> bool:
+    """Whether a pair of programs means the same for two particles at once as for one alone, as far as one run tells.
+
+    >>> import pyro.distributions as dist
+    >>> def guide():
+    ...     pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    >>> def model():
+    ...     w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    ...     pyro.sample("x", dist.Normal(torch.ones(3, 2) @ w, 1.0).to_event(1), obs=torch.zeros(3))
+    >>> takes_particles_at_once(model, guide, (), {})
+    False
+    """
+    with looking(model, guide, *args):
+        program = one_particle(model, guide, max_plate_nesting)
+        program.generators = Generators(devices_of(model, guide, *args), others=True)
+        seen = program.run(args, kwargs)
+        program.num_particles, program.vectorized = 2, True
+        try:
+            check_at_once(program, seen, args, kwargs)
+        except GumboError:
+            return False
+    return True
 
 
 def refusals(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, str]:

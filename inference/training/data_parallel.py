@@ -44,12 +44,21 @@ class ProcessStep(TorchStep):
     def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows, processes: Processes, seed: int):
         self.processes, self.calls = processes, 0
         processes.together(lambda: TorchStep.__init__(self, model, guide, loss, make_optimizer, batch))
+        self._agree_on_plates()
         found = processes.together(lambda: self._study(model, guide, loss, batch))
         self.split = SplitRows(processes, found, model, guide, seed)
         if isinstance(self.module, SiteELBOModule):
             self.module.binding.make_layout = self.split.make_layout
             self.module.binding.checks_plates = False  # the study has held rows against fewer of them
         processes.same_as_main(self._tensors())
+
+    def _agree_on_plates(self) -> None:
+        """What one process has found to mix its rows is mixed for all: each looks at random rows of its own."""
+        if not isinstance(self.module, SiteELBOModule):
+            return
+        binding = self.module.binding
+        found = set().union(*self.processes.gather(binding.mixed_plates)).difference(binding.mixed_plates)
+        self.processes.together(lambda: binding.mix(sorted(found)) if found else None)
 
     def _study(self, model, guide, loss: ELBO, batch: Rows) -> Study:
         found = study(model, guide, batch)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from programs import DISCRETE, F64, Params, X
 
-from gumbo.errors import BadInput, UnknownName
+from gumbo.errors import BadInput, GumboWarning, UnknownName
 from gumbo.experiments.audit import main
 from gumbo.inference import SiteELBO, audit, plot_audit, recommend
 from gumbo.inference.auditing.bias import compare, holm
@@ -20,6 +20,7 @@ from gumbo.inference.auditing.moments import Moments
 from gumbo.inference.auditing.plot import pareto_front
 from gumbo.inference.auditing.reference import Reference
 from gumbo.inference.estimators import Baseline, GumbelSoftmax, LeaveOneOut, Pathwise, ScoreFunction
+from gumbo.inference.objectives.evidence import EvidenceLowerBound
 
 QUICK = {"num_samples": 150, "burn_in": 20}
 
@@ -443,6 +444,54 @@ def test_the_exact_bound_of_a_plate_is_that_of_its_elements():
     assert whole.attrs["reference_loss"] == pytest.approx(sum(half.attrs["reference_loss"] for half in halves))
 
 
+def test_an_objective_of_somebodys_own_is_held_against_a_long_run():
+    class Halved(EvidenceLowerBound):
+        name = "halved"
+
+        def accepts(self, estimator):
+            return super().accepts(estimator) or "elbo" in estimator.objectives
+
+        def value(self, recorded):
+            return super().value(recorded) / 2
+
+    words = {"rloo": "rloo", "score": "score", "flipped": Flipped()}
+    whole, half = run("one coin", words), run("one coin", words, objective=Halved(), num_samples=400)
+    assert whole.attrs["reference_is_exact"] and not half.attrs["reference_is_exact"]
+    assert half.attrs["objective"] == "halved" and set(half.objective_name.values) == {"halved"}
+    error = half.attrs["reference_total_error"]
+    assert 0 < error < 0.1 * whole.attrs["reference_total_norm"]
+    assert half.attrs["reference_total_norm"] == pytest.approx(whole.attrs["reference_total_norm"] / 2, abs=4 * error)
+    said = verdicts(half)
+    assert said["rloo"] == said["score"] == "ok" and said["flipped"].startswith("flagged")
+    with pytest.raises(BadInput, match="'halved' is not one whose exact gradient is listed"):
+        run("one coin", words, objective=Halved(), reference="exact")
+
+
+def test_programs_that_take_no_particles_at_once_are_audited_one_by_one_and_it_is_said_once():
+    matrix = torch.tensor([[0.3, -1.0], [1.2, 0.4], [0.1, 0.8]], dtype=F64)
+
+    class Guide(Params):
+        def __init__(self):
+            super().__init__(loc=0.4)
+
+        def forward(self):
+            pyro.sample("w", dist.Normal(self.loc.expand(2), 1.0).to_event(1))
+
+    def model():
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(matrix @ w, 1.0).to_event(1), obs=torch.ones(3, dtype=F64))
+
+    words = ["pathwise", "rloo", "trace"]
+    with pytest.warns(GumboWarning, match="particles are run one by one .*; here for pathwise, rloo$") as caught:
+        report = audit(model, Guide(), estimators=words, num_particles=2, num_samples=600)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert verdicts(report) == dict.fromkeys(words, "ok")
+    for options in ({"num_particles": 1}, {"num_particles": 2, "vectorize_particles": False}):
+        audit(model, Guide(), estimators=["pathwise", "trace"], **QUICK | {"num_samples": 20} | options)
+    refused = audit(model, Guide(), estimators=["pathwise"], num_particles=2, vectorize_particles=True, **QUICK)
+    assert verdicts(refused)["pathwise"].startswith("refused")
+
+
 # What can be audited, and what is refused.
 
 
@@ -509,7 +558,8 @@ def test_gradients_that_are_not_finite_are_told():
         ({"estimators": ["rloo"], "num_samples": 3}, BadInput, "num_samples"),
         ({"estimators": ["rloo"], "alpha": 0.0}, BadInput, "alpha"),
         ({"estimators": ["rloo"], "objective": "iwae"}, BadInput, "num_particles"),
-        ({"estimators": ["rloo"], "objective": "rws"}, UnknownName, "objective"),
+        ({"estimators": ["rloo"], "objective": "rws"}, BadInput, "takes no estimator"),
+        ({"estimators": ["rloo"], "objective": "evidence"}, UnknownName, "objective"),
         ({"estimators": ["rloo"], "kl_weight": lambda step: 1.0}, BadInput, "kl_weight.*expected a finite number"),
     ],
 )

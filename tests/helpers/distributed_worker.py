@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import unittest.mock
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -323,6 +324,7 @@ def everything_short(folder: Path) -> dict:
         "draws": draws(processes),
         "evaluation": evaluation(processes),
         "resumed": resumed(processes, folder),
+        "mixed": mixed(processes),
         "one fails": one_fails(processes),
         "statistics of its own": said_by(processes, lambda: own_statistics(processes)),
         "depends on rows later": said_by(processes, lambda: depends_on_rows_later(processes)),
@@ -369,6 +371,27 @@ def evaluation(processes: Processes) -> list:
     model, guide = pair_of(COINS, False)
     found = [evaluate(model, guide, data(600), num_samples=3, processes=every).as_dict() for every in (processes, None)]
     return processes.gather(found)
+
+
+def mixed(processes: Processes) -> dict:
+    """What each process takes for mixed where the second one's look alone finds something."""
+    found = {}
+    sees = frozenset() if processes.main else frozenset({"inner"})
+    for objective in ("elbo", "iwae"):
+
+        def step(objective=objective):
+            loss = inference.SiteELBO("rloo", objective=objective, num_particles=2)
+            with pyro.get_param_store().scope():
+                made = step_of(processes, pair_of(COINS, False), loss)
+                made(Rows(data(9)))
+            found[objective] = processes.gather(list(made.module.binding.mixed_plates))
+
+        with unittest.mock.patch("gumbo.inference.engine.binding.plates_mixed_by", lambda *_: sees):
+            if objective == "elbo":
+                step()
+            else:
+                found[objective] = said_by(processes, step)
+    return found
 
 
 def resumed(processes: Processes, folder: Path) -> dict:

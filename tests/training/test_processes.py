@@ -107,6 +107,13 @@ def test_evaluation_finds_what_one_process_does(found):
 
 
 @several_processes
+def test_plates_that_one_process_finds_mixed_are_mixed_for_all(found):
+    assert found["mixed"]["elbo"] == [["inner"], ["inner"]]
+    first, second = found["mixed"]["iwae"]
+    assert "changes other rows of plate 'inner'" in first and "changes other rows of plate 'inner'" in second
+
+
+@several_processes
 def test_a_run_that_went_on_is_the_whole_run(found):
     whole, parts = found["resumed"]["whole"], found["resumed"]["in parts"]
     assert whole[0] == whole[1], "the processes hold the same"
