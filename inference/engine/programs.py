@@ -209,6 +209,7 @@ class Program:
             latent=latent,
             settled=is_settled(msg),
             infer=msg["infer"],
+            masked=msg["mask"] is not None,
         )
         if draws is not None and not latent and isinstance(elementary(fn), pyro.distributions.Unit):
             site.factor = not _has_rsample(msg)

@@ -34,6 +34,7 @@ class Site:
     joint: bool = False
     factor: bool = False  # a pyro.factor of the guide that stands for draws without a path, made somewhere before it
     infer: Mapping[str, Any] = field(default_factory=dict)
+    masked: bool = False  # a mask of the program hides some of its elements
     scored: bool = True  # False where a replayed draw cannot be scored, and only the other sites can be compared
 
     @property

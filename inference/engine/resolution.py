@@ -154,7 +154,8 @@ class Resolution:
         else:
             estimator = _Default()
         refusal = estimator.refusal({"name": name, "fn": fn, "infer": infer, "is_observed": False})
-        refusal = elbo.target.refusal(estimator) if refusal is None else refusal
+        if refusal is None or (isinstance(estimator, _Default) and not self.alternatives(msg)):
+            refusal = elbo.target.refusal(estimator) or refusal
         if refusal is not None:
             raise refusal.about(name, estimator.name, self.alternatives(msg)).error()
         check_particles(name, estimator, elbo.requested_particles)

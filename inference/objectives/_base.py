@@ -26,9 +26,11 @@ class Objective:
         takes_estimators: whether sites take estimators; otherwise all draws are made without gradients.
         takes_kl_weight: whether a weight of the latent terms is defined.
         runs_model: whether the first runs are of the model too.
+        sums_over_rows: whether the value is a sum over rows and over terms outside their plate: several processes may
+            hold a part of the rows each.
 
     >>> sorted(objectives)
-    ['elbo', 'iwae', 'rws']
+    ['elbo', 'free-bits', 'iwae', 'rws']
     """
 
     name: str = ""
@@ -36,6 +38,7 @@ class Objective:
     takes_estimators: bool = True
     takes_kl_weight: bool = False
     runs_model: bool = True
+    sums_over_rows: bool = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -18,6 +18,7 @@ class DoublyReparameterizedBound(Objective):
     """
 
     name = "iwae"
+    sums_over_rows = True
     weighs_rows = True
     runs_model = False
 

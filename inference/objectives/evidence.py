@@ -17,6 +17,7 @@ class EvidenceLowerBound(Objective):
     """E[log p(x, z) − log q(z)], averaged over particles; ``kl_weight`` weighs the terms of latent sites."""
 
     name = "elbo"
+    sums_over_rows = True
     takes_kl_weight = True
 
     def value(self, recorded: Recorded) -> Tensor:

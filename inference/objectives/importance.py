@@ -24,6 +24,7 @@ class ImportanceWeightedBound(Objective):
     """
 
     name = "iwae"
+    sums_over_rows = True
     weighs_rows = True
 
     def refined(self, chosen: Mapping[str, Estimator]) -> Objective:

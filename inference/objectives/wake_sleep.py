@@ -17,6 +17,7 @@ class WakeSleep(Objective):
     """
 
     name = "rws"
+    sums_over_rows = True
     weighs_rows = True
     takes_estimators = False
 

@@ -199,6 +199,11 @@ def refuse(loss: ELBO, module: nn.Module, found: Study) -> None:
 
 def _refuse_site_elbo(loss: SiteELBO, chosen: Mapping[str, Estimator], found: Study, vectorized: bool) -> None:
     outside = [site.name for site in found.run.sites if not site.settled and not found.has_rows(site)]
+    if not loss.target.sums_over_rows:
+        raise UnsupportedSite(
+            f"objective {loss.objective!r} is not known to be a sum over rows, and several processes add their"
+            " gradients up: take objective='elbo', or use one process"
+        )
     if loss.target.weighs_rows:
         if loss.plates == "ignore":
             raise UnsupportedSite(

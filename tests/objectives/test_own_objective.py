@@ -91,7 +91,7 @@ def test_what_an_objective_does_not_take_is_one_line(half):
     with pytest.raises(BadInput, match="kl_weight is not defined for objective 'half-elbo'"):
         SiteELBO(objective="half-elbo", kl_weight=0.5)
     with pytest.raises(
-        UnknownName, match=r"unknown objective 'iwea': did you mean 'iwae'\? \(known: elbo, half-elbo, iwae"
+        UnknownName, match=r"unknown objective 'iwea': did you mean 'iwae'\? \(known: elbo, free-bits, half-elbo, iwae"
     ):
         SiteELBO(objective="iwea")
 

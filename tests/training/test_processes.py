@@ -326,7 +326,7 @@ def test_a_batch_of_one_row_is_refused():
             "multiplies its terms into the costs of rows",
         ),
         (worker.NORMAL, lambda: RenyiELBO(num_particles=2), "RenyiELBO is not known to be a sum over rows"),
-        (worker.NORMAL, lambda: FreeBits(0.5), "FreeBits is not known to be a sum over rows"),
+        (worker.NORMAL, lambda: FreeBits(0.5), "objective 'free-bits' is not known to be a sum over rows"),
     ],
 )
 def test_losses_that_reach_over_all_rows_are_refused(pair, loss, words, param_store):

@@ -6,14 +6,17 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.poutine.util import prune_subsample_sites
 
 from gumbo.errors import BadInput, UnknownName, UnsupportedSite
 from gumbo.guides import BernoulliGuide, FlowGuide, LayeredGuide, NormalGuide
 from gumbo.inference import SiteELBO, fit
 from gumbo.inference.estimators import GumbelSoftmax
+from gumbo.inference.objectives.free_bits import FreeBitsBound
 from gumbo.inference.posterior.activity import active_units
 from gumbo.inference.training.free_bits import FreeBits
 from gumbo.inference.training.schedules import (
@@ -186,6 +189,94 @@ def test_free_bits_without_a_floor_are_the_mean_field_bound(param_store):
     torch.manual_seed(1)
     stock = TraceMeanField_ELBO().differentiable_loss(model, guide, x)
     torch.testing.assert_close(ours, stock)
+
+
+def formula(floor, model, guide, x, num_particles):
+    """Free bits on Pyro's own traces, particle by particle: −Σ log p(x | z) + Σ_j max(N floor, Σ_n KL)."""
+    total = 0.0
+    for _ in range(num_particles):
+        drawn = poutine.trace(guide).get_trace(x)
+        trace = prune_subsample_sites(poutine.trace(poutine.replay(model, trace=drawn)).get_trace(x))
+        trace.compute_log_prob()
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and site["is_observed"]:
+                total = total - site["log_prob_sum"]
+            elif site["type"] == "sample":
+                kl = torch.distributions.kl_divergence(drawn.nodes[name]["fn"].base_dist, site["fn"].base_dist)
+                total = total + site["scale"] * len(x) * kl.mean(0).clamp(min=floor).sum()
+    return total / num_particles
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_free_bits_are_one_number_as_a_loss_and_as_an_objective(num_particles, param_store):
+    model = HierarchicalVAE(SHAPE, **HierarchicalVAE.variants[0], data_size=100)
+    guide, x = LayeredGuide(model), images()
+    torch.manual_seed(1)
+    as_loss = FreeBits(0.2, num_particles=num_particles).loss(model, guide, x)
+    bound = FreeBitsBound(0.2)
+    torch.manual_seed(1)
+    as_objective = SiteELBO(objective=bound, num_particles=num_particles, vectorize_particles=False)(model, guide)(x)
+    torch.manual_seed(1)
+    exact = formula(0.2, model, guide, x, num_particles)
+    assert as_loss == as_objective.item() == pytest.approx(exact.item(), rel=1e-6)
+    torch.manual_seed(1)
+    assert as_loss > FreeBits(0.0, num_particles=num_particles).loss(model, guide, x)  # the floor is active
+
+
+class StackedModel(pyro.nn.PyroModule):
+    """z around y: its KL depends on the draw of y, and differs from particle to particle."""
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("z", dist.Normal(y, 1.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+
+class StackedGuide(pyro.nn.PyroModule):
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x, 0.5))
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_each_particle_has_a_floor_of_its_own(vectorize, param_store):
+    x, floor = torch.tensor([0.1, 0.9]), torch.tensor(0.1)
+    loss = SiteELBO(objective=FreeBitsBound(0.1), num_particles=2, vectorize_particles=vectorize)
+    loss = loss(StackedModel(), StackedGuide())
+    loss(x)  # which checks that particles may run together
+    torch.manual_seed(3)
+    found = loss(x)
+    torch.manual_seed(3)
+    if vectorize:
+        y = torch.randn(2, 2)
+    else:
+        y = torch.stack([torch.randn(2, 2)[0] for _ in range(2)])
+    y = x + 0.5 * y
+    kl_y = (math.log(2.0) + (0.25 + x**2) / 2 - 0.5).mean().clamp(min=floor)
+    kl_z = ((x - y) ** 2 / 2).mean(-1).clamp(min=floor).mean()
+    assert found.item() == pytest.approx((2 * (kl_y + kl_z) - dist.Normal(0.0, 1.0).log_prob(x).sum()).item(), rel=1e-5)
+
+
+def test_free_bits_refuse_what_has_no_such_bound(param_store):
+    model = GaussianVAE(SHAPE, latent_dim=2, hidden=(8,), likelihood="bernoulli")
+    guide, x = NormalGuide(model), images()
+    with pytest.raises(UnsupportedSite, match="'rloo': its draws are not reparameterized.*use 'pathwise'"):
+        SiteELBO("rloo", objective="free-bits").loss(model, guide, x)
+    with pytest.raises(UnsupportedSite, match="'stl': it changes log q"):
+        SiteELBO("stl", objective="free-bits").loss(model, guide, x)
+    with pytest.raises(BadInput, match="kl_weight is not defined for objective 'free-bits'"):
+        SiteELBO(objective="free-bits", kl_weight=0.5)
+    with pytest.raises(UnsupportedSite, match="site 'z'.*it is masked"):
+        FreeBits(0.1).loss(poutine.mask(model, mask=torch.ones(len(x)) > 0), guide, x)
+
+    def with_factor(x):
+        pyro.factor("extra", torch.zeros(()), has_rsample=True)
+        return guide(x)
+
+    with pytest.raises(UnsupportedSite, match="site 'extra'"):
+        FreeBits(0.1).loss(model, with_factor, x)
 
 
 def test_a_dimension_below_the_floor_costs_the_floor_and_gets_no_gradient(param_store):
