@@ -188,7 +188,7 @@ WINGS = {
     "auditing": {"engine", "estimators", *FACE},
     "posterior": {"engine", "estimators", *FACE},
     # `fit` reports the same held-out numbers as `evaluate`.
-    "training": {"engine", "estimators", "posterior", *FACE},
+    "training": {"engine", "estimators", "objectives", "posterior", *FACE},
     "diagnosis": {"engine", "estimators", "posterior", *FACE},
 }
 
