@@ -185,7 +185,7 @@ WINGS = {
     "objectives": {"engine", "estimators"},
     "elbo": {"engine", "estimators", "objectives"},
     "stock": {"elbo"},
-    "auditing": {"engine", "estimators", *FACE},
+    "auditing": {"engine", "estimators", "objectives", *FACE},
     "posterior": {"engine", "estimators", *FACE},
     # `fit` reports the same held-out numbers as `evaluate`.
     "training": {"engine", "estimators", "objectives", "posterior", *FACE},
