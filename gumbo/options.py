@@ -18,6 +18,8 @@ from .errors import BadInput
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
+SIMPLE = (int, float, bool, str, type(None))
+KINDS = (collections.abc.Mapping, collections.abc.Callable)
 LARGEST = 2**31 - 1  # of a size; torch's own limits lie not far beyond
 
 
@@ -68,7 +70,7 @@ def check_options(cls: type, args: tuple, kwargs: Mapping[str, Any]) -> dict[str
 
 
 def holds_to_annotations(*left_out: str) -> Callable[[Call], Call]:
-    """A decorator: a function whose numbers, switches and words are held against their annotations before it begins.
+    """A decorator: a function whose numbers, switches, words, mappings and functions are what their annotations say.
 
     What range a number lies in is the function's own to say, and so is everything about its other arguments.
     """
@@ -80,7 +82,7 @@ def holds_to_annotations(*left_out: str) -> Callable[[Call], Call]:
             for name, parameter in signature.parameters.items()
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             and name not in left_out
-            and {int, float, bool, str, type(None)} >= set(_choices(hints.get(name, Any)))
+            and all(hint in SIMPLE or typing.get_origin(hint) in KINDS for hint in _choices(hints.get(name, Any)))
         }
 
         @functools.wraps(function)

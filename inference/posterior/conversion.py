@@ -33,7 +33,7 @@ def to_arviz(
     *args: Any,
     num_samples: int = 1000,
     batch_size: int | None = None,
-    coords: Mapping[str, Sequence] | None = None,
+    coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     num_refits: int | None = None,
     seed: int | None = 0,

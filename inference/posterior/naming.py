@@ -16,13 +16,25 @@ from .runner import Sweep
 COPIED = 2**25  # bytes: larger data are shown, and not copied
 
 
+def _listed(name: str, values: Any) -> np.ndarray:
+    try:
+        listed = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor that carries a gradient
+        listed = np.asarray(None)
+    if listed.ndim != 1:
+        raise BadInput(
+            f"coords for {name!r} is {type(values).__name__}: expected one value for each element, in a list"
+        )
+    return listed
+
+
 class Naming:
     """Dimension names and coordinates: plates and row numbers, and what the user says of the others."""
 
     def __init__(self, sweep: Sweep, coords: Mapping[str, Sequence], dims: Mapping[str, Sequence[str]]):
         self.sweep, self.dims = sweep, dict(dims)
         self.coords = {plate: sweep.row_ids[plate].numpy() for plate in sweep.row_ids if plate in sweep.sizes}
-        self.coords |= {name: np.asarray(values) for name, values in coords.items()}
+        self.coords |= {name: _listed(name, values) for name, values in coords.items()}
 
     def variable(self, array: Array, collection: Collection) -> Any:
         """An ``xarray.DataArray`` around the numbers."""

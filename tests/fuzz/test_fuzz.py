@@ -22,7 +22,7 @@ from gumbo.experiments import cli, compare, train
 from gumbo.experiments import data as data_sets
 from gumbo.experiments._runs import RunFolder
 from gumbo.guides import NormalGuide, fitting, guides
-from gumbo.inference import SiteELBO, audit, estimators, evaluate, fit, make_loss, parse_schedule, to_arviz
+from gumbo.inference import SiteELBO, audit, estimators, diagnose, evaluate, fit, make_loss, parse_schedule, to_arviz
 from gumbo.inference.training.checkpoints import load_checkpoint, save_checkpoint
 from gumbo.inference.training.schedules import schedules
 from gumbo.models import GaussianVAE, models
@@ -195,14 +195,20 @@ API = {
     evaluate: ["num_samples", "seed", "batch_size"],
     to_arviz: ["num_samples", "seed", "num_chains", "thin", "coords", "dims"],
     audit: ["num_samples", "seed", "num_particles", "alpha", "burn_in", "estimators", "kl_weight", "objective"],
+    diagnose: [
+        *("num_samples", "num_data", "num_simulations", "num_local_samples", "batch_size", "data_plates"),
+        *("refine_steps", "num_refits", "calibration_refits", "refit_steps", "refit", "seed"),
+    ],
 }
 QUICK = {
     fit: {"epochs": 1, "batch_size": 3, "progress": False},
     evaluate: {"num_samples": 2},
     to_arviz: {"num_samples": 2},
     audit: {"num_samples": 10, "estimators": ["pathwise"], "burn_in": 0},
+    diagnose: {"num_samples": 100, "num_simulations": 20, "refine_steps": 1, "refit_steps": 1, "progress": False},
 }
-COUNTS = ("epochs", "batch_size", "seed", "patience", "num_samples", "num_particles", "num_chains")
+COUNTS = ("epochs", "batch_size", "seed", "patience", "num_samples", "num_particles", "num_chains", "num_data")
+COUNTS += ("num_simulations", "num_local_samples", "refine_steps", "num_refits", "calibration_refits", "refit_steps")
 
 
 @share(0.12)
