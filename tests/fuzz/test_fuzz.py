@@ -22,7 +22,7 @@ from gumbo.experiments import cli, compare, train
 from gumbo.experiments import data as data_sets
 from gumbo.experiments._runs import RunFolder
 from gumbo.guides import NormalGuide, fitting, guides
-from gumbo.inference import SiteELBO, audit, estimators, diagnose, evaluate, fit, make_loss, parse_schedule, to_arviz
+from gumbo.inference import SiteELBO, audit, diagnose, estimators, evaluate, fit, make_loss, parse_schedule, to_arviz
 from gumbo.inference.training.checkpoints import load_checkpoint, save_checkpoint
 from gumbo.inference.training.schedules import schedules
 from gumbo.models import GaussianVAE, models
