@@ -22,6 +22,7 @@ VERBS = {
     "train": Verb("train", "train a model with a guide and an estimator on a data set"),
     "evaluate": Verb("evaluate", "judge a run of `gumbo train` on a split of its data"),
     "inspect": Verb("inspect_posterior", "the posterior of a run for ArviZ, in pictures and verdicts"),
+    "export": Verb("export", "write a run's parameters as safetensors, with the config that makes its programs"),
     "audit": Verb("audit", "hold gradient estimators against the exact gradient, on any model and guide"),
     "system": Verb("system", "one of the small demonstrations: a picture and its numbers"),
     "reproduce": Verb("reproduce", "train the cells of a published table and set them beside the published numbers"),

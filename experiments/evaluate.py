@@ -9,6 +9,7 @@ from typing import Any
 
 from gumbo.errors import BadInput, UnknownName
 from gumbo.experiments._command import checked, run_command
+from gumbo.experiments._loading import load_parameters
 from gumbo.experiments._runs import RunFolder
 from gumbo.experiments.train import Train, build, inputs_of, load_data, settings_of, show
 
@@ -47,7 +48,7 @@ def reopened(
     run = RunFolder(Path(folder))
     data = load_data(settings)
     model, guide = build(settings, data.data_shape)
-    load_parameters(model, guide, run, best=best or settings.patience is not None)
+    load_parameters(model, guide, run, settings, best or None)
     if split == "train" and settings.binarize == "dynamic":
         raise BadInput(f"the train split is drawn anew each epoch under dynamic binarization: {verb} valid or test")
     return settings, run, data, model, guide
@@ -89,24 +90,6 @@ def show_information(found: dict[str, Any]) -> None:
 def flat(numbers: Any) -> list[float]:
     """The numbers of nested lists."""
     return [one for part in numbers for one in flat(part)] if isinstance(numbers, list) else [numbers]
-
-
-def load_parameters(model, guide, run: RunFolder, best: bool) -> None:
-    """Give the pair what the run's checkpoint holds."""
-    from gumbo.inference.training.checkpoints import Checkpoints
-
-    state = Checkpoints(run.checkpoints).load()
-    module = state.get("module")
-    if best:
-        module = state["best"].get("module") if isinstance(state.get("best"), dict) else None
-    if not isinstance(module, dict) or not all(isinstance(key, str) for key in module):
-        raise BadInput(f"{run.path}: its checkpoint is of something else than gumbo train")
-    for prefix, program in (("model.", model), ("guide.", guide)):
-        weights = {key.removeprefix(prefix): value for key, value in module.items() if key.startswith(prefix)}
-        try:
-            program.load_state_dict(weights)
-        except (RuntimeError, AttributeError, TypeError, ValueError) as error:
-            raise BadInput(f"{run.path}: the checkpoint does not fit config.yaml ({error})") from error
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "gumbo evaluate") -> None:

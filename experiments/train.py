@@ -362,6 +362,10 @@ def recorded(run: str) -> dict[str, Any]:
     try:
         found = read_settings(path)
     except BadInput as error:
+        if not path.exists() and (Path(run) / "checkpoints").is_dir():
+            raise BadInput(
+                f"{run} is a run of fit, which keeps no programs: make them, and call fit with resume=True"
+            ) from error
         raise BadInput(f"{run} is not a run folder: {error}") from error
     if found.pop("experiment", None) != "train":
         raise BadInput(f"{run} is not a run of gumbo train")

@@ -8,9 +8,11 @@ from ._version import __version__
 
 # Loaded when used: `import gumbo` costs torch and pyro only once something that needs them is touched.
 _ROOMS = ("errors", "models", "guides", "inference", "experiments", "testing")
-_NAMES = dict.fromkeys(
-    ("SiteELBO", "audit", "diagnose", "evaluate", "fit", "to_arviz", "summary"), "inference"
-) | dict.fromkeys(("GumboError", "BadInput", "UnknownName", "UnsupportedSite"), "errors")
+_NAMES = (
+    dict.fromkeys(("SiteELBO", "audit", "diagnose", "evaluate", "fit", "predict", "to_arviz", "summary"), "inference")
+    | dict.fromkeys(("GumboError", "BadInput", "UnknownName", "UnsupportedSite"), "errors")
+    | {"load": "experiments._loading"}
+)
 
 __all__ = ["__version__", *_ROOMS, *_NAMES]
 

@@ -118,6 +118,7 @@ class SiteELBO(ELBO):
         self.requested_nesting = max_plate_nesting
         self._bindings: list[Binding] = []
         self._learnt: tuple[nn.ModuleDict, int] | None = None
+        self.begins_with: Mapping[str, Any] | None = None  # of an earlier training: its step, baselines, networks
         super().__init__(
             num_particles=num_particles or 1,
             max_plate_nesting=float("inf") if self.requested_nesting is None else self.requested_nesting,
@@ -153,7 +154,8 @@ class SiteELBO(ELBO):
         used = sorted(self._bindings, key=Binding.has_state)
         # The param store hangs weak references on parameters, which copies are free of.
         learnt = (copy.deepcopy(used[-1].states), used[-1].steps) if used else self._learnt
-        return {**self.__dict__, "_bindings": [], "_learnt": learnt}
+        begins_with = None if used else self.begins_with
+        return {**self.__dict__, "_bindings": [], "_learnt": learnt, "begins_with": begins_with}
 
     def _binding(self, model: Callable, guide: Callable) -> Binding:
         for binding in self._bindings:

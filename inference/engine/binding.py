@@ -41,6 +41,7 @@ class Loss(Words, Protocol):
     vectorize_particles: bool
     kl_weight: float | Callable[[int], float]
     max_alternatives: int
+    begins_with: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,18 @@ class Binding(nn.Module):
                 self.num_particles = None
                 raise
         self.runs_again = any(e.runs_again or (e.enumerates and not self.vectorized) for e in chosen.values())
+        if self.elbo.begins_with is not None:
+            self._begin_with(self.elbo.begins_with)
+
+    def _begin_with(self, state: Mapping[str, Any]) -> None:
+        try:
+            self.load_state_dict(dict(state))
+        except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as error:
+            self.num_particles = None
+            said = " ".join(str(error).split())
+            raise BadInput(
+                f"what an earlier training left of this loss does not fit these programs ({said})"
+            ) from error
 
     def _settle(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Find out what the programs take at once: particles and alternatives, enumerated values only, or nothing."""

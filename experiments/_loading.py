@@ -1,0 +1,180 @@
+"""What a run of ``gumbo train`` has left, as Python objects: programs, loss, settings and metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from gumbo.errors import BadInput
+from gumbo.experiments._command import checked
+from gumbo.experiments._runs import RunFolder
+from gumbo.experiments.train import Train, build, guide_of, inputs_of, load_data, make_loss, settings_of
+
+WEIGHTS = "model.safetensors"  # the parameters of an exported run, in place of its checkpoints
+
+
+class LoadedRun(NamedTuple):
+    """A run of ``gumbo train``, or what ``gumbo export`` made of one.
+
+    Attributes: ``model`` and ``guide``, in evaluation mode, with the parameters that the run found; ``loss``, the
+    ``SiteELBO`` (or Pyro's ELBO) that they were trained with, whose schedules and baselines go on where they stood;
+    ``settings``, the run's resolved :class:`~gumbo.experiments.train.Train`; ``metrics``, a dict an epoch as in
+    ``metrics.jsonl``.
+    """
+
+    model: Any
+    guide: Any
+    loss: Any
+    settings: Train
+    metrics: list[dict[str, Any]]
+
+    def inputs(self, split: str = "test", count: int | None = None) -> dict[str, Any]:
+        """What the programs take of the first ``count`` rows of a split of the run's own data, as keywords."""
+        return inputs_of(self.model, load_data(self.settings), split, count)
+
+    def __repr__(self) -> str:
+        guide, epochs = self.settings.guide, len(self.metrics)
+        return f"LoadedRun({self.settings.model}, {guide}, {self.settings.data}, {epochs} lines of metrics)"
+
+
+def load(run: str | Path, trust: bool = False, best: bool | None = None) -> LoadedRun:
+    """A run of ``gumbo train`` (or an export of one), ready for the programs' own calls, ``to_arviz`` and training.
+
+    ``fit(run.model, run.guide, data, loss=run.loss)`` trains on from the loaded parameters with a new optimizer, KL
+    weights and temperatures where they stood; ``gumbo train --resume`` goes on to the same bits. A run folder is data:
+    nothing that only its ``config.yaml`` names is imported unless ``trust`` is True.
+
+    Args:
+        run: the run's folder, or that of an export.
+        trust: import what the run's config.yaml names by import path; such code runs with your rights.
+        best: take the parameters of the best epoch rather than of the last; None does so where the run stopped by
+            ``patience``.
+
+    Returns:
+        A :class:`LoadedRun`, which unpacks into ``model, guide, loss, settings, metrics``.
+
+    Raises:
+        BadInput: no run folder; one that names import paths, without ``trust``; parameters that are damaged, missing
+            or of other programs.
+
+    >>> import contextlib, io
+    >>> import gumbo
+    >>> from gumbo.experiments.train import Train, train
+    >>> asked = Train(epochs=1, batch_size=400, importance_samples=2, model_options={"hidden": [8]}, folder="run")
+    >>> with contextlib.redirect_stdout(io.StringIO()):
+    ...     _ = train(asked)
+    >>> run = gumbo.load("run")
+    >>> run.settings.guide, len(run.metrics), run.loss(run.model, run.guide)(**run.inputs("test", 10)).shape
+    ('normal', 2, torch.Size([]))
+    """
+    settings = checked(Train, settings_of(str(run), trust), Path(run) / "config.yaml")
+    folder = RunFolder(Path(run))
+    shape = exported_shape(folder)
+    model, guide = build(settings, load_data(settings).data_shape if shape is None else shape)
+    loss = make_loss(settings)
+    rest = load_parameters(model, guide, folder, settings, best)
+    if rest and hasattr(loss, "begins_with"):
+        loss.begins_with = rest
+    settings = replace(settings, guide=guide_of(settings, model))
+    return LoadedRun(model.eval(), guide.eval(), loss, settings, folder.read_metrics())
+
+
+def load_parameters(
+    model: torch.nn.Module, guide: torch.nn.Module, run: RunFolder, settings: Train, best: bool | None
+) -> dict[str, Any]:
+    """Give the pair what the run's checkpoint, or its export, holds; returns the state of the loss.
+
+    ``best=None`` takes the best epoch's where the run chose by ``patience``.
+    """
+    if (run.path / WEIGHTS).exists():
+        if best:
+            raise BadInput(f"{run.path} is an export, which holds one set of parameters: leave out best")
+        load_weights(model, guide, run.path / WEIGHTS)
+        return {}
+    module = parameters_of(run, settings.patience is not None if best is None else best)
+    for prefix, program in (("model.", model), ("guide.", guide)):
+        weights = {key.removeprefix(prefix): value for key, value in module.items() if key.startswith(prefix)}
+        try:
+            program.load_state_dict(weights)
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+            raise BadInput(f"{run.path}: the checkpoint does not fit config.yaml ({error})") from error
+    return {key.removeprefix("binding."): value for key, value in module.items() if key.startswith("binding.")}
+
+
+def parameters_of(run: RunFolder, best: bool) -> dict[str, Any]:
+    """The state of the modules in the run's checkpoint, by name."""
+    from gumbo.inference.training.checkpoints import Checkpoints
+
+    state = Checkpoints(run.checkpoints).load()
+    module = state.get("module")
+    if best:
+        module = state["best"].get("module") if isinstance(state.get("best"), dict) else None
+    if not isinstance(module, dict) or not all(isinstance(key, str) for key in module):
+        raise BadInput(f"{run.path}: its checkpoint is of something else than gumbo train")
+    if best and not module:
+        raise BadInput(f"{run.path} has no best epoch: its run had no validation data")
+    return module
+
+
+def safetensors() -> Any:
+    """The library, an extra: BadInput where it is not installed."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise BadInput(
+            'exports need safetensors: pip install "gumbo-ppl[export]" (in a checkout: pip install -e ".[export]")'
+        ) from error
+    return safetensors.torch
+
+
+def save_weights(run: LoadedRun, path: Path, **said: str) -> None:
+    """One file of both programs' tensors, those that are tied once, as ``model.…`` and ``guide.…``."""
+    from gumbo import __version__
+
+    shape = getattr(run.model, "config", {}).get("data_shape") or load_data(run.settings).data_shape
+    metadata = {"format": "pt", "gumbo": __version__, "data_shape": json.dumps(list(shape)), **said}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        safetensors().save_model(_together(run.model, run.guide), str(partial), metadata=metadata)
+        os.replace(partial, path)
+    except Exception as error:  # safetensors' own error on a full disk, and on state that is no tensor
+        partial.unlink(missing_ok=True)
+        raise BadInput(f"{path} cannot be written ({' '.join(str(error).split())})") from error
+
+
+def load_weights(model: torch.nn.Module, guide: torch.nn.Module, path: Path) -> None:
+    """Give the pair what :func:`save_weights` wrote."""
+    library = safetensors()
+    try:
+        library.load_model(_together(model, guide), str(path))
+    except Exception as error:  # safetensors' own error on a damaged file, and torch's on shapes
+        raise BadInput(f"{path} does not fit config.yaml, or is damaged ({' '.join(str(error).split())})") from error
+
+
+def _together(model: torch.nn.Module, guide: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.ModuleDict({"model": model, "guide": guide})
+
+
+def exported_shape(run: RunFolder) -> tuple[int, ...] | None:
+    """The shape of a datum that an export was made for; None where the folder is no export."""
+    path = run.path / WEIGHTS
+    if not path.exists():
+        return None
+    safetensors()
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            said: Mapping[str, str] = file.metadata() or {}
+        shape = json.loads(said.get("data_shape", ""))
+    except Exception as error:  # safetensors' own error on a damaged file
+        raise BadInput(f"{path} is damaged, or no export of gumbo ({' '.join(str(error).split())})") from error
+    if not (isinstance(shape, list) and all(isinstance(size, int) and 0 < size < 2**31 for size in shape)):
+        raise BadInput(f"{path} is no export of gumbo: its data_shape is {shape!r}")
+    return tuple(shape)

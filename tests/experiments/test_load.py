@@ -1,0 +1,185 @@
+"""What a run has left, in Python: `gumbo.load`, and `gumbo export` to safetensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import gumbo
+from gumbo.errors import BadInput
+from gumbo.experiments import cli
+from gumbo.experiments.export import Export, export
+from gumbo.guides import guides
+from gumbo.inference.training.checkpoints import Checkpoints
+from gumbo.models import models
+
+QUICK = ["--epochs", "2", "--importance_samples", "2", "--batch_size", "400", "--model_options.hidden=[8]"]
+
+TIED = """
+from pathlib import Path
+
+from torch import nn
+
+from gumbo.models import GaussianVAE
+
+Path({witness!r}).touch()
+
+
+class Tied(GaussianVAE):
+    def __init__(self, data_shape):
+        super().__init__(data_shape, latent_dim=2, hidden=(8, 8))
+        self.decoder_twin = nn.Linear(8, 8)
+        layers = [layer for layer in self.decoder.modules() if isinstance(layer, nn.Linear) and layer.in_features == 8]
+        self.decoder_twin.weight = layers[0].weight
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    options = ["--model", "categorical-vae", "--estimator", "nvil", "--kl_weight", "linear(100)"]
+    cli.main(["train", "--folder", str(folder), *QUICK, *options])
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def said(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(argv))
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_a_loaded_run_is_what_was_trained(run):
+    model, guide, loss, settings, metrics = found = gumbo.load(run)
+    kept = Checkpoints(run / "checkpoints").load()["module"]
+    for name, value in {f"model.{n}": v for n, v in model.state_dict().items()}.items():
+        assert torch.equal(value, kept[name])
+    for name, value in guide.state_dict().items():
+        assert torch.equal(value, kept[f"guide.{name}"])
+    assert (settings.model, settings.guide, settings.epochs) == ("categorical-vae", "categorical", 2)
+    assert [line["epoch"] for line in metrics] == [0, 1, 2]
+    assert metrics == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(repr(found)) < 200 and not model.training
+    idata = gumbo.to_arviz(model, guide, num_samples=3, groups=["posterior"], **found.inputs("test", 4))
+    assert idata.posterior["y"].sizes["data"] == 4
+
+
+def test_a_loaded_loss_goes_on_where_its_schedules_and_baselines_stood(run):
+    found = gumbo.load(run)
+    kept = Checkpoints(run / "checkpoints").load()["module"]
+    module = found.loss(found.model, found.guide)
+    module(**found.inputs("test", 4)).backward()
+    assert module.binding.steps == kept["binding._extra_state"]["steps"] + 1 == 9
+    states = {name: value for name, value in kept.items() if name.startswith("binding.states.")}
+    again = gumbo.load(run)
+    module = again.loss(again.model, again.guide).initialize(**again.inputs("test", 4))
+    assert states and all(torch.equal(module.state_dict()[name], value) for name, value in states.items())
+    model = models["categorical-vae"]((1, 4, 4), hidden=(8,))
+    with pytest.raises(BadInput, match="earlier training"):
+        again.loss(model, guides["categorical"](model)).initialize(torch.zeros(2, 1, 4, 4))
+
+
+def test_a_loaded_run_trains_on(run):
+    found = gumbo.load(run)
+    x = found.inputs("train", 40)
+    result = gumbo.fit(found.model, found.guide, x, loss=found.loss, epochs=1, batch_size=40, progress=False)
+    assert result.epochs == 1 and result.objective_name == "weighted-elbo"
+
+
+def test_best_takes_the_best_epochs_parameters(run):
+    best = Checkpoints(run / "checkpoints").load()["best"]["module"]
+    found = gumbo.load(run, best=True)
+    assert all(torch.equal(value, best[f"model.{name}"]) for name, value in found.model.state_dict().items())
+
+
+def test_an_export_loads_as_the_run_does_and_is_judged_alike(run, capsys):
+    written = export(Export(str(run)))
+    assert yaml.safe_load((run / "export" / "config.yaml").read_text())["experiment"] == "train"
+    ours, theirs = gumbo.load(run), gumbo.load(run / "export")
+    assert ours.metrics == theirs.metrics
+    for program in ("model", "guide"):
+        for (name, value), (other, loaded) in zip(
+            getattr(ours, program).state_dict().items(), getattr(theirs, program).state_dict().items(), strict=True
+        ):
+            assert name == other and torch.equal(value, loaded)
+    from safetensors import safe_open
+
+    with safe_open(written["weights"], framework="pt") as file:
+        assert json.loads(file.metadata()["data_shape"]) == [1, 8, 8]
+    capsys.readouterr()
+    for folder in (run, run / "export"):
+        cli.main(["evaluate", str(folder), "--importance_samples", "2"])
+    first, second = capsys.readouterr().out.split("test:")[1:]
+    assert first == second
+    assert "one set of parameters" in said(capsys, "evaluate", str(run / "export"), "--best")
+    assert "not an empty folder" in said(capsys, "export", str(run))
+
+
+def test_tied_weights_are_written_once_and_trust_is_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs.py").write_text(TIED.format(witness=str(tmp_path / "imported")))
+    try:
+        cli.main(["train", "--folder", "run", *QUICK[:-1], "--model", "theirs:Tied"])
+        sys.modules.pop("theirs")
+        (tmp_path / "imported").unlink()
+        capsys.readouterr()
+        with pytest.raises(BadInput, match="trust=True"):
+            gumbo.load("run")
+        assert "--trust" in said(capsys, "export", "run")
+        assert not (tmp_path / "imported").exists()
+        cli.main(["export", "run", "--folder", "out", "--trust"])
+        with pytest.raises(BadInput, match="trust=True"):
+            gumbo.load("out")
+        model = gumbo.load("out", trust=True).model
+    finally:
+        sys.modules.pop("theirs", None)
+    from safetensors import safe_open
+
+    with safe_open(str(tmp_path / "out" / "model.safetensors"), framework="pt") as file:
+        written = set(file.keys())
+    tied = [
+        name for name, value in model.named_parameters(remove_duplicate=False) if value is model.decoder_twin.weight
+    ]
+    assert len(tied) == 2 and len(written & {f"model.{name}" for name in tied}) == 1
+
+
+@pytest.mark.parametrize("broken", ["weights", "config", "missing", "fit"])
+def test_what_cannot_be_loaded_is_said_in_one_line(broken, run, tmp_path):
+    export(Export(str(run), folder="out"))
+    folder = tmp_path / "out"
+    if broken == "weights":
+        (folder / "model.safetensors").write_bytes(b"\x08" + bytes(40))
+    elif broken == "config":
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        settings["model_options"]["hidden"] = [9]
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    elif broken == "missing":
+        (folder / "model.safetensors").unlink()
+    else:
+        (folder / "config.yaml").unlink()
+        (folder / "model.safetensors").unlink()
+        (run / "checkpoints").rename(folder / "checkpoints")
+    with pytest.raises(BadInput) as found:
+        gumbo.load(folder)
+    assert "\n" not in str(found.value)
+    if broken == "fit":
+        assert "resume=True" in str(found.value)
+
+
+def test_an_export_without_safetensors_says_what_to_install(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "gumbo-ppl[export]" in said(capsys, "export", str(run))
+    assert not (run / "export").exists()
