@@ -10,6 +10,7 @@ from .elbo import SiteELBO
 from .posterior.activity import active_units
 from .posterior.conversion import summary, to_arviz
 from .posterior.evaluation import evaluate
+from .posterior.prediction import predict
 from .posterior.refinement import refine, refinement_gap
 from .stock import make_loss, stock_elbos
 from .training.fits import fit
@@ -34,6 +35,7 @@ __all__ = [
     "make_loss",
     "parse_schedule",
     "plot_audit",
+    "predict",
     "recommend",
     "refine",
     "refinement_gap",

@@ -14,7 +14,7 @@ from ..engine.progress import Stages
 from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
 from ..posterior.collection import Collection
-from ..posterior.conversion import _afford, _refits
+from ..posterior.conversion import _refits, afford
 from ..posterior.naming import Naming
 from ..posterior.parts import exact_pair
 from ..posterior.runner import Sweep
@@ -191,7 +191,7 @@ def _examined(
     sweeps = [sweep, *(Sweep(model, one, args, kwargs, **options) for one in guides[1:])]
     groups = frozenset({"posterior", "log_likelihood", "vi_stats"})
     collection = Collection(sweep, len(sweeps), num_samples, groups, num_local_samples=num_local_samples)
-    _afford(collection.bytes_needed(), 4.0)
+    afford(collection.bytes_needed(), 4.0)
     collection.allocate()
     for chain, one in enumerate(sweeps):
         say.stage(f"drawing from the guide{one.slowly()}", collection.steps(one))

@@ -131,7 +131,7 @@ def to_arviz(
     sweeps = [Sweep(model, one, args, kwargs, **options) for one in guides]
     collection = Collection(sweeps[0], len(sweeps), num_samples, wanted, thin, num_local_samples)
     need = collection.bytes_needed()
-    _afford(need, memory_limit)
+    afford(need, memory_limit)
     loud = sum(need.values()) > _QUIET_BYTES if progress is None else progress
     if loud:
         print(f"to_arviz: {_in_words(need)}", file=sys.stderr, flush=True)
@@ -216,13 +216,12 @@ def _wanted(groups: Iterable[str] | None) -> frozenset[str]:
     return frozenset(chosen)
 
 
-def _afford(need: Mapping[str, int], limit: float) -> None:
+def afford(need: Mapping[str, int], limit: float, remedy: str = "") -> None:
+    """Raise BadInput where draws need more than ``limit`` GiB; by default the remedy is to thin the largest group."""
     if sum(need.values()) > limit * _GIB:
         largest = max(need, key=need.__getitem__)
-        raise BadInput(
-            f"{_in_words(need)}, more than memory_limit={limit:g} GiB: thin the largest, as in"
-            f" thin={{{largest!r}: 10}}, name fewer groups=, or raise memory_limit"
-        )
+        remedy = remedy or f"thin the largest, as in thin={{{largest!r}: 10}}, name fewer groups="
+        raise BadInput(f"{_in_words(need)}, more than memory_limit={limit:g} GiB: {remedy}, or raise memory_limit")
 
 
 def _in_words(need: Mapping[str, int]) -> str:

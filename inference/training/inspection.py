@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,15 +12,13 @@ from typing import Any
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ...errors import BadInput, GumboWarning
+from ..engine.row_parameters import autoguides_in, positional_parameter, sites_of, traces_of
 from ..engine.rows import Rows
-from ..engine.scopes import kept_buffers, modes_kept, modules_of, owned_parameters, private_seed, private_store
+from ..engine.scopes import kept_buffers, modes_kept, private_seed, private_store
 from ..estimators._distributions import turns_validation_off
 
 
@@ -110,7 +107,7 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
         stack.enter_context(kept_buffers(model, guide))
         stack.enter_context(torch.enable_grad())
         called = stack.enter_context(_Called())
-        traces = _run(model, guide, batch)
+        traces = traces_of(model, guide, batch)
         store = pyro.get_param_store()
         stored = {name: (store._params[name], store._constraints[name]) for name in _names(*traces) if name in store}
         unchecked = _unchecked(traces[1]) if pyro.infer.util.is_validation_enabled() else frozenset()
@@ -125,12 +122,12 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
             _as_module(program, trace, stored, called.modules, unregistered)
             for program, trace in zip((model, guide), reversed(traces), strict=True)
         ]
-        if not any(True for trace in traces for _ in _sites(trace)):
+        if not any(True for trace in traces for _ in sites_of(trace)):
             raise BadInput("model and guide have no sample sites, so that there is no objective")
         of_rows = None
         # What cannot be looked at more closely trains without the closer look.
         with suppress(Exception), modes_kept(*programs):
-            of_rows = _parameter_of_rows(*programs, batch, seed)
+            of_rows = positional_parameter(*programs, batch, seed)
         if len(batch) == 1 and not batch.whole:
             of_rows = _autoguide_of_one_row(guide, traces[1])
     if unregistered:
@@ -145,7 +142,7 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
 
 def parameter_of_rows(model: Callable, guide: Callable, batch: Rows, seed: int) -> str | None:
     """The parameter that would have elements for each row of a batch, looked at in copies of the programs."""
-    if any(_autoguides(program) for program in (model, guide)):
+    if any(autoguides_in(program) for program in (model, guide)):
         return None  # they cannot be copied, and say themselves what they keep for a row
     with suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore", GumboWarning)
@@ -153,22 +150,13 @@ def parameter_of_rows(model: Callable, guide: Callable, batch: Rows, seed: int) 
     return None
 
 
-def _autoguides(program: Callable) -> list[AutoGuide]:
-    """Pyro's autoguides that are a program, or in it."""
-    held: list[Any] = [program, getattr(program, "__self__", None)]
-    if inspect.isfunction(program):
-        names = inspect.getclosurevars(program)
-        held += [*names.nonlocals.values(), *names.globals.values()]
-    return [module for root in modules_of(*held) for module in root.modules() if isinstance(module, AutoGuide)]
-
-
 def _autoguide_of_one_row(guide: Callable, model: poutine.Trace) -> str | None:
     """A parameter of an autoguide of latents in the data plate, where that has one row."""
-    observed = {frame.name for site in _sites(model) if site["is_observed"] for frame in site["cond_indep_stack"]}
-    for autoguide in _autoguides(guide):
+    observed = {frame.name for site in sites_of(model) if site["is_observed"] for frame in site["cond_indep_stack"]}
+    for autoguide in autoguides_in(guide):
         if autoguide.prototype_trace is None or autoguide.create_plates is not None:
             continue
-        for site in _sites(autoguide.prototype_trace):
+        for site in sites_of(autoguide.prototype_trace):
             frames = [frame for frame in site["cond_indep_stack"] if frame.full_size == 1 and frame.name in observed]
             if frames and not site["is_observed"]:
                 return next((name for name, _ in autoguide.named_parameters()), None)
@@ -176,34 +164,6 @@ def _autoguide_of_one_row(guide: Callable, model: poutine.Trace) -> str | None:
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
-
-
-def _run(model: Callable, guide: Callable, batch: Rows) -> tuple[poutine.Trace, poutine.Trace]:
-    with _OwnParameters():
-        guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch.args, **batch.kwargs)
-    return guide_trace, model_trace
-
-
-class _OwnParameters(Messenger):
-    """A network registered by ``pyro.module`` takes its own parameters, not what another has left in the store."""
-
-    def __init__(self):
-        super().__init__()
-        self._given: dict[str, nn.Parameter] = {}
-
-    def _pyro_param(self, msg) -> None:
-        store, name = pyro.get_param_store(), msg["name"]
-        given = msg["args"][1] if len(msg["args"]) > 1 else None
-        if not isinstance(given, nn.Parameter):
-            return
-        if self._given.setdefault(name, given) is not given:
-            raise BadInput(
-                f"two networks register a parameter {name.replace('$$$', '.')!r}: in Pyro's param store they would "
-                "train as one; give pyro.module another name for one of them"
-            )
-        if store._params.get(name, given) is not given:
-            del store[name]
 
 
 class _Called:
@@ -308,24 +268,18 @@ def _unchecked(trace: poutine.Trace) -> frozenset[str]:
     )
 
 
-def _sites(trace: poutine.Trace) -> Iterator[Mapping[str, Any]]:
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and not site_is_subsample(site):
-            yield site
-
-
 def _num_data(trace: poutine.Trace, batch: Rows) -> int | None:
     """How many data a loss on this batch stands for, if it is not the batch's length.
 
     The plates that enclose every observed site say it: one that subsamples scales its terms to all that it counts.
     """
-    observed = [site for site in _sites(trace) if site["is_observed"] and not site["infer"].get("_deterministic")]
+    observed = [site for site in sites_of(trace) if site["is_observed"] and not site["infer"].get("_deterministic")]
     if not observed:
         return None
     common = frozenset.intersection(*[frozenset(frame.name for frame in site["cond_indep_stack"]) for site in observed])
     plates = {frame.name: frame for frame in observed[0]["cond_indep_stack"] if frame.name in common}
     if batch.whole:
-        latents = [site for site in _sites(trace) if not site["is_observed"]]
+        latents = [site for site in sites_of(trace) if not site["is_observed"]]
         around = {frame.name for site in latents for frame in site["cond_indep_stack"]}
         chosen = [frame for name, frame in plates.items() if name in around] or list(plates.values())
         count = 1
@@ -337,72 +291,6 @@ def _num_data(trace: poutine.Trace, batch: Rows) -> int | None:
         if frame.size == len(batch) < full:
             return full
     return None
-
-
-def _parameter_of_rows(model: nn.Module, guide: nn.Module, batch: Rows, seed: int) -> str | None:
-    """A parameter that has elements of its own for each position in the batch, whatever row stands there.
-
-    The terms of several rows are differentiated. Elements that one row's terms depend on and no other's belong to the
-    row; if they stay where they are when the rows change places, they belong to the position.
-    """
-    if batch.whole or len(batch) < 2:
-        return None
-    model.eval()
-    guide.eval()
-    found: dict[str, list[Tensor]] | None = None
-    for turn in range(3):
-        torch.manual_seed(seed + turn)
-        turned = batch[torch.arange(len(batch)).roll(turn)]
-        supports = _supports(model, guide, turned)
-        if found is None:
-            found = {name: by_row for name, by_row in supports.items() if _disjoint(by_row)}
-        else:
-            found = {
-                name: by_row
-                for name, by_row in found.items()
-                if all(torch.equal(a, b) for a, b in zip(by_row, supports[name], strict=True))
-            }
-        if not found:
-            return None
-    return next(iter(found))
-
-
-def _supports(model: nn.Module, guide: nn.Module, batch: Rows) -> dict[str, list[Tensor]]:
-    """For some rows, which elements of each parameter the row's log-probabilities depend on."""
-    traces = _run(model, guide, batch)
-    size = len(batch)
-    total: Tensor | None = None
-    for trace in traces:
-        for site in _sites(trace):
-            frame = next((f for f in site["cond_indep_stack"] if f.vectorized and f.size == size), None)
-            if frame is None or site["infer"].get("_deterministic"):
-                continue
-            terms = site["fn"].log_prob(site["value"])
-            if terms.dim() < -frame.dim or terms.shape[frame.dim] != size:
-                continue
-            others = [dim for dim in range(-terms.dim(), 0) if dim != frame.dim]
-            terms = terms.sum(others) if others else terms
-            total = terms if total is None else total + terms
-    leaves = {
-        name: leaf
-        for name, leaf in owned_parameters(model, guide).items()
-        if leaf.requires_grad and leaf.numel() >= size
-    }
-    if total is None or not total.requires_grad or not leaves:
-        return {}
-    rows = sorted({0, 1, size // 2, size - 1})
-    found: dict[str, list[Tensor]] = {name: [] for name in leaves}
-    for row in rows:
-        slopes = torch.autograd.grad(total[row], list(leaves.values()), retain_graph=True, allow_unused=True)
-        for (name, leaf), slope in zip(leaves.items(), slopes, strict=True):
-            found[name].append(torch.zeros_like(leaf, dtype=torch.bool) if slope is None else slope != 0)
-    return found
-
-
-def _disjoint(supports: Sequence[Tensor]) -> bool:
-    """Whether at least two rows have elements, and no element belongs to two rows."""
-    together = torch.stack(list(supports)).flatten(1)
-    return int(together.any(1).sum()) > 1 and int(together.sum(0).max()) < 2
 
 
 def refuse_parameter_of_rows(inspection: Inspection, batch_size: int, num_rows: int) -> None:

@@ -444,7 +444,7 @@ def test_many_rows_are_judged_by_some_of_them():
 
 def test_the_example_of_the_page_runs(capsys):
     page = (Path(__file__).resolve().parents[2] / "docs" / "posteriors.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.S))
     exec(compile(code, "docs/posteriors.md", "exec"), {})
     said = capsys.readouterr().out
     assert "z[0]" in said and "ALARM khat" in said

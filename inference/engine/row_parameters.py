@@ -1,0 +1,130 @@
+"""Parameters that belong to positions among the rows, as those of a guide that keeps its own for each datum."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from ...errors import BadInput
+from .rows import Rows
+from .scopes import modules_of, owned_parameters
+
+
+def traces_of(model: Callable, guide: Callable, batch: Rows) -> tuple[Trace, Trace]:
+    """One run of the guide, and of the model at its draws."""
+    with _OwnParameters():
+        guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch.args, **batch.kwargs)
+    return guide_trace, model_trace
+
+
+class _OwnParameters(Messenger):
+    """A network registered by ``pyro.module`` takes its own parameters, not what another has left in the store."""
+
+    def __init__(self):
+        super().__init__()
+        self._given: dict[str, nn.Parameter] = {}
+
+    def _pyro_param(self, msg) -> None:
+        store, name = pyro.get_param_store(), msg["name"]
+        given = msg["args"][1] if len(msg["args"]) > 1 else None
+        if not isinstance(given, nn.Parameter):
+            return
+        if self._given.setdefault(name, given) is not given:
+            raise BadInput(
+                f"two networks register a parameter {name.replace('$$$', '.')!r}: in Pyro's param store they would "
+                "train as one; give pyro.module another name for one of them"
+            )
+        if store._params.get(name, given) is not given:
+            del store[name]
+
+
+def sites_of(trace: Trace) -> Iterator[Mapping[str, Any]]:
+    """The random choices of a run, the rows that plates chose left out."""
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            yield site
+
+
+def positional_parameter(model: Callable, guide: Callable, batch: Rows, seed: int) -> str | None:
+    """A parameter that has elements of its own for each position in the batch, whatever row stands there.
+
+    The terms of several rows are differentiated. Elements that one row's terms depend on and no other's belong to the
+    row; if they stay where they are when the rows change places, they belong to the position.
+    """
+    if batch.whole or len(batch) < 2:
+        return None
+    for module in modules_of(model, guide):
+        module.eval()
+    found: dict[str, list[Tensor]] | None = None
+    for turn in range(3):
+        torch.manual_seed(seed + turn)
+        turned = batch[torch.arange(len(batch)).roll(turn)]
+        supports = _supports(model, guide, turned)
+        if found is None:
+            found = {name: by_row for name, by_row in supports.items() if _disjoint(by_row)}
+        else:
+            found = {
+                name: by_row
+                for name, by_row in found.items()
+                if all(torch.equal(a, b) for a, b in zip(by_row, supports[name], strict=True))
+            }
+        if not found:
+            return None
+    return next(iter(found))
+
+
+def _supports(model: Callable, guide: Callable, batch: Rows) -> dict[str, list[Tensor]]:
+    """For some rows, which elements of each parameter the row's log-probabilities depend on."""
+    traces = traces_of(model, guide, batch)
+    size = len(batch)
+    total: Tensor | None = None
+    for trace in traces:
+        for site in sites_of(trace):
+            frame = next((f for f in site["cond_indep_stack"] if f.vectorized and f.size == size), None)
+            if frame is None or site["infer"].get("_deterministic"):
+                continue
+            terms = site["fn"].log_prob(site["value"])
+            if terms.dim() < -frame.dim or terms.shape[frame.dim] != size:
+                continue
+            others = [dim for dim in range(-terms.dim(), 0) if dim != frame.dim]
+            terms = terms.sum(others) if others else terms
+            total = terms if total is None else total + terms
+    known: dict[str, Tensor] = dict(owned_parameters(model, guide))
+    owned = {id(leaf) for leaf in known.values()}
+    known |= {name: leaf for name, leaf in pyro.get_param_store()._params.items() if id(leaf) not in owned}
+    leaves = {name: leaf for name, leaf in known.items() if leaf.requires_grad and leaf.numel() >= size}
+    if total is None or not total.requires_grad or not leaves:
+        return {}
+    rows = sorted({0, 1, size // 2, size - 1})
+    found: dict[str, list[Tensor]] = {name: [] for name in leaves}
+    for row in rows:
+        slopes = torch.autograd.grad(total[row], list(leaves.values()), retain_graph=True, allow_unused=True)
+        for (name, leaf), slope in zip(leaves.items(), slopes, strict=True):
+            found[name].append(torch.zeros_like(leaf, dtype=torch.bool) if slope is None else slope != 0)
+    return found
+
+
+def _disjoint(supports: Sequence[Tensor]) -> bool:
+    """Whether at least two rows have elements, and no element belongs to two rows."""
+    together = torch.stack(list(supports)).flatten(1)
+    return int(together.any(1).sum()) > 1 and int(together.sum(0).max()) < 2
+
+
+def autoguides_in(program: Callable) -> list[AutoGuide]:
+    """Pyro's autoguides that are a program, or in it."""
+    held: list[Any] = [program, getattr(program, "__self__", None)]
+    if inspect.isfunction(program):
+        names = inspect.getclosurevars(program)
+        held += [*names.nonlocals.values(), *names.globals.values()]
+    return [module for root in modules_of(*held) for module in root.modules() if isinstance(module, AutoGuide)]

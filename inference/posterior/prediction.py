@@ -1,0 +1,324 @@
+"""``predict``: draws for data that the guide was not fitted to, as ArviZ takes them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+
+from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
+from ...options import holds_to_annotations
+from ..engine.row_parameters import autoguides_in, positional_parameter, sites_of
+from ..engine.rows import Rows, given_arguments
+from ..engine.scopes import kept_buffers, modules_of, private_seed, quietly
+from . import _arviz
+from .collection import Array
+from .conversion import afford, bar
+from .naming import Naming
+from .parts import exact_pair
+from .runner import Sweep
+
+GROUP = "predictions"
+REMEDY = (
+    "predict takes a guide that reads the data, or one of global latents; refit it to the new rows, or take "
+    "to_arviz(…).posterior_predictive for those that it was fitted to"
+)
+
+
+@holds_to_annotations("memory_limit")
+def predict(
+    model: Callable,
+    guide: Callable | Sequence[Callable],
+    *args: Any,
+    num_samples: int = 1000,
+    batch_size: int | None = None,
+    coords: Mapping[str, Sequence] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    seed: int | None = 0,
+    memory_limit: float = 4.0,
+    progress: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Draws for new data: what the model draws at the guide's latents, in ArviZ's group ``predictions``.
+
+    Global latents are drawn from the guide as it was fitted; latents of a datum from the guide given the new rows, as
+    in a variational autoencoder, whose predictions are reconstructions. Drawn by the model, and so predicted, are the
+    sites that it observes (a value that is given for one counts for its shape, and for what the guide reads of it),
+    those that are left open (``obs=None``), those that it enumerates, and what it computes by ``pyro.deterministic``.
+
+    A guide with parameters per datum (AutoNormal of a latent in the data plate, a refined guide) knows nothing of new
+    rows and is refused.
+
+    Args:
+        model: the Pyro model.
+        guide: the Pyro guide, or a sequence of guides that were fitted independently, one a chain.
+        args: the programs' own arguments for the new rows, or one object in the form that ``fit`` takes.
+        num_samples: draws a chain.
+        batch_size: how many rows of the arguments are passed at a time; None passes all.
+        coords: coordinates by dimension.
+        dims: names of the event dimensions by variable.
+        seed: of the draws; None draws from the current stream.
+        memory_limit: GiB that the draws may take.
+        progress: True shows how far it is, False nothing; None decides by size.
+        kwargs: keywords of the programs.
+
+    Returns:
+        ``InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x, with the groups ``predictions``, of dims
+        ``(chain, draw, *plates, *event)``, and ``predictions_constant_data``, the tensors among the arguments that no
+        site observes.
+
+    Raises:
+        BadInput: a guide with parameters per datum; programs that cannot run on the new data; no site to predict; more
+            draws than ``memory_limit`` holds.
+
+    >>> import pyro
+    >>> import pyro.distributions as dist
+    >>> def model(t, y=None):
+    ...     slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(t)):
+    ...         pyro.sample("y", dist.Normal(slope * t, 0.1), obs=y)
+    >>> def guide(t, y=None):
+    ...     pyro.sample("slope", dist.Normal(2.0, 0.01))
+    >>> found = predict(model, guide, torch.tensor([1.0, 10.0]), num_samples=200)
+    >>> found.predictions["y"].dims, [round(float(mean)) for mean in found.predictions["y"].mean(["chain", "draw"])]
+    (('chain', 'draw', 'data'), [2, 20])
+    """
+    args, kwargs = given_arguments(args, kwargs)
+    if num_samples < 1:
+        raise BadInput(f"num_samples is {num_samples}: expected at least 1")
+    guides = list(guide) if isinstance(guide, (list, tuple)) else [guide]
+    if not guides:
+        raise BadInput("the sequence of guides is empty")
+    with private_seed(None, model, *guides):
+        pairs = [exact_pair(model, one) for one in guides]
+    sweeps = []
+    for whole, one in pairs:
+        _refuse_parameters_of_data(whole, one, args, kwargs)
+        with _explained(one, args, kwargs):
+            opened = _opened(whole, one, args, kwargs)
+            sweeps.append(Sweep(opened, one, args, kwargs, batch_size=batch_size, latents_needed=False))
+    drawn = Predictions(sweeps[0], len(sweeps), num_samples)
+    need = drawn.bytes_needed()
+    afford({GROUP: need}, memory_limit, "draw fewer num_samples=, or predict fewer rows")
+    loud = need > 2**28 if progress is None else progress
+    for chain, sweep in enumerate(sweeps):
+        with bar(loud, "predict", drawn.steps(sweep)) as shown:
+            drawn.fill(chain, sweep, None if seed is None else seed + chain, shown)
+    return drawn.as_arviz(Naming(sweeps[0], coords or {}, dims or {}), args, kwargs)
+
+
+class Predictions:
+    """The arrays ``(chain, draw, *plates, *event)`` of all that is predicted, and how they are filled."""
+
+    def __init__(self, sweep: Sweep, chains: int, num_samples: int):
+        self.sweep, self.chains, self.num_samples = sweep, chains, num_samples
+        computed = [name for name, layout in sweep.model_sites.items() if layout.kind == "deterministic"]
+        enumerated = [name for name in sweep.model_sites if name in sweep.summed_out]
+        names = [*sweep.observed, *enumerated, *computed]
+        if not sweep.observed and not enumerated:
+            raise BadInput("the model has no site to predict: all that it draws the guide draws as well")
+        self.arrays = [self._array(name) for name in names]
+
+    def _array(self, name: str) -> Array:
+        layout = self.sweep.model_sites[name]
+        dtype = layout.dtype
+        if name in self.sweep.masked and not dtype.is_floating_point:
+            dtype = torch.float64  # what a mask hides is NaN
+        return Array(GROUP, name, layout, layout.names, layout.shape, dtype)
+
+    def full_shape(self, array: Array) -> tuple[int, ...]:
+        return (self.chains, self.num_samples, *array.shape)
+
+    def bytes_needed(self) -> int:
+        return sum(math.prod(self.full_shape(array)) * array.dtype.itemsize for array in self.arrays)
+
+    def _chunks(self, sweep: Sweep) -> list[tuple[int, int]]:
+        size = sweep.draws_a_run()
+        return [(start, min(start + size, self.num_samples)) for start in range(0, self.num_samples, size)]
+
+    def steps(self, sweep: Sweep) -> int:
+        return len(self._chunks(sweep)) * len(list(sweep.blocks()))
+
+    def fill(self, chain: int, sweep: Sweep, seed: int | None, progress: Any) -> None:
+        """Draw one chain."""
+        for array in self.arrays if chain == 0 else ():
+            array.data = np.zeros(self.full_shape(array), torch.empty(0, dtype=array.dtype).numpy().dtype)
+        done = 0
+        with quietly(sweep.model, sweep.guide, seed):
+            for start, stop in self._chunks(sweep):
+                held: dict[tuple, torch.Tensor] = {}
+                for block in sweep.blocks():
+                    fixed, new = sweep.known(held, block, sweep.guide_sites)
+                    guide = sweep.guide_run(stop - start, block, fixed)
+                    sweep.keep(held, guide, new, sweep.guide_sites)
+                    values = {name: sweep.held(guide, name) for name in sweep.latents}
+                    model = sweep.model_run(stop - start, block, values, observe=False)
+                    for array in self.arrays:
+                        where = (chain, slice(start, stop), *block.index(array.plates))
+                        array.data[where] = model.shown_value(array.name).cpu().numpy()
+                    done += 1
+                    progress.step(done)
+                    progress.epoch(done, {})
+
+    def as_arviz(self, naming: Naming, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        import xarray
+
+        from ..._version import __version__
+
+        attrs = {"inference_library": "gumbo", "inference_library_version": __version__}
+        groups = {GROUP: {array.name: naming.variable(array, self) for array in self.arrays}}
+        given = [value.cpu().numpy() for name, value in self.sweep.observed_values.items() if not self._is_open(name)]
+        if constants := naming.constants(args, kwargs, given):
+            groups[f"{GROUP}_constant_data"] = constants
+        return _arviz.make({name: xarray.Dataset(group, attrs=attrs) for name, group in groups.items()})
+
+    def _is_open(self, name: str) -> bool:
+        return isinstance(self.sweep.model, OpenedModel) and name in self.sweep.model.values
+
+
+# --- sites that nothing observes and the guide leaves out -------------------------------------------------------------
+
+
+class OpenedModel:
+    """A model whose open sites count as observed, at one draw of their own, so that they can be drawn anew."""
+
+    def __init__(self, model: Callable, values: Mapping[str, torch.Tensor]):
+        self.inner_program, self.values = model, dict(values)
+        program = model.forward if isinstance(model, torch.nn.Module) else model
+        self.__signature__ = inspect.signature(program)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Observed(self.values):
+            return self.inner_program(*args, **kwargs)
+
+
+class _Observed(Messenger):
+    def __init__(self, values: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg) -> None:
+        if msg["name"] not in self.values or msg["is_observed"]:
+            return
+        value = self.values[msg["name"]]
+        for frame in msg["cond_indep_stack"]:
+            dim = frame.dim - msg["fn"].event_dim if frame.vectorized else 0
+            if frame.vectorized and 0 < frame.size < (value.shape[dim] if -dim <= value.dim() else 0):
+                value = value.narrow(dim, 0, frame.size)
+        msg["value"], msg["is_observed"], msg["done"] = value, True, True
+
+
+def _opened(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Callable:
+    """The model with sites that nothing observes and the guide leaves out as predicted ones; itself without any."""
+    with quietly(model, guide, 0):
+        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+        run = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+    left = {
+        site["name"]: site["value"].detach()
+        for site in sites_of(run)
+        if not site["is_observed"] and site["name"] not in drawn and site["infer"].get("enumerate") != "parallel"
+    }
+    return OpenedModel(model, left) if left else model
+
+
+# --- guides that know the rows they were fitted to --------------------------------------------------------------------
+
+
+def _refuse_parameters_of_data(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Raise BadInput for a guide whose parameters belong to the data that it was fitted to."""
+    for auto in autoguides_in(guide):
+        if auto.prototype_trace is None:
+            continue
+        latents = {site["name"]: site for site in sites_of(auto.prototype_trace) if not site["is_observed"]}
+        plates = _plates(model, args, kwargs, latents.keys())
+        for name, site in latents.items():
+            if shared := sorted({frame.name for frame in site["cond_indep_stack"]} & plates.keys()):
+                raise BadInput(
+                    f"the guide has parameters per datum ({type(auto).__name__}, of site {name!r} in plate "
+                    f"{shared[0]!r}) and knows nothing of new rows: {REMEDY}"
+                )
+    rows, kept = Rows.of(args, kwargs), _plates(guide, args, kwargs)
+    for name, size in _plates(model, args, kwargs).items():
+        if not rows.whole and size == len(rows) != kept.get(name, size):
+            raise BadInput(
+                f"the guide has parameters per datum ({kept[name]} in plate {name!r}, whatever it is given) and knows "
+                f"nothing of {size} new rows: {REMEDY}"
+            )
+    if found := _looked_at(model, guide, rows):
+        raise BadInput(f"the guide has parameters per datum ({found!r}) and knows nothing of new rows: {REMEDY}")
+
+
+def _looked_at(model: Callable, guide: Callable, rows: Rows) -> str | None:
+    """The parameter with elements for each position among the rows; None too where this cannot be found out."""
+    with suppress(Exception), quietly(model, guide, 0), torch.enable_grad(), kept_buffers(model, guide):
+        return positional_parameter(model, guide, rows, 0)
+    return None
+
+
+def _plates(
+    program: Callable, args: tuple, kwargs: Mapping[str, Any], left_out: Collection[str] = ()
+) -> dict[str, int]:
+    """The plates around a program's sites, and their sizes; none where it does not run on these arguments."""
+    try:
+        with quietly(program, program, 0):
+            run = poutine.trace(program).get_trace(*args, **kwargs)
+    except PROGRAM_ERRORS:
+        return {}
+    sites = [site for site in sites_of(run) if site["name"] not in left_out]
+    return {frame.name: frame.size for site in sites for frame in site["cond_indep_stack"]}
+
+
+@contextmanager
+def _explained(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Programs that fail on new rows, for a parameter that has the number of the old ones or otherwise, in one line."""
+    try:
+        yield
+    except (GumboError, *PROGRAM_ERRORS) as error:
+        if found := _parameter_of_other_rows(guide, Rows.of(args, kwargs)):
+            raise BadInput(
+                f"the guide has parameters per datum ({found[0]!r}, of {found[1]} data) and knows nothing of new rows: "
+                f"{REMEDY}"
+            ) from error
+        if isinstance(error, GumboError):
+            raise
+        raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}") from error
+
+
+def _parameter_of_other_rows(guide: Callable, rows: Rows) -> tuple[str, int] | None:
+    """A parameter with as many elements as there must be rows for the guide to run, which it does not on these."""
+    asked = _Asked()
+    if rows.whole or _runs(guide, rows, asked):
+        return None
+    shapes = {name: leaf.shape for module in modules_of(guide) for name, leaf in module.named_parameters()}
+    for name, shape in (shapes | asked.shapes).items():
+        for count in shape:
+            if count != len(rows) and _runs(guide, rows[torch.arange(count) % len(rows)]):
+                return name, count
+    return None
+
+
+class _Asked(Messenger):
+    """Notes the shapes of the parameters that a program asks the param store for."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: dict[str, torch.Size] = {}
+
+    def _pyro_post_param(self, msg) -> None:
+        self.shapes[msg["name"]] = msg["value"].shape
+
+
+def _runs(guide: Callable, rows: Rows, look: Messenger | None = None) -> bool:
+    try:
+        with quietly(guide, guide, 0), look or nullcontext():
+            poutine.trace(guide).get_trace(*rows.args, **rows.kwargs)
+    except (GumboError, *PROGRAM_ERRORS):
+        return False
+    return True
