@@ -9,6 +9,7 @@ from .categorical import CategoricalGuide, RelaxedCategoricalGuide
 from .flow import FlowGuide
 from .label_conditional import LabelConditionalGuide
 from .layered import LayeredGuide
+from .mean_field import MeanFieldGuide
 from .none import NoGuide
 from .normal import NormalGuide
 from .top_down import TopDownNormalGuide
@@ -24,6 +25,7 @@ __all__ = [
     "Guide",
     "LabelConditionalGuide",
     "LayeredGuide",
+    "MeanFieldGuide",
     "NoGuide",
     "NormalGuide",
     "RelaxedCategoricalGuide",

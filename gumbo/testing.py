@@ -25,6 +25,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam  # type: ignore[attr-defined]
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.nn import Module
@@ -294,8 +295,22 @@ def _isolated() -> Iterator[None]:
 @contextmanager
 def _off_device() -> Iterator[None]:
     """For runs on the meta device, which computes shapes and no values: validation would have to read values."""
-    with pyro.validation_enabled(False), torch.no_grad():
+    with pyro.validation_enabled(False), torch.no_grad(), _UnreadDraws():
         yield
+
+
+class _UnreadDraws(Messenger):
+    """Leaves out the draws that torch cannot make without values: a rejection loop, a kernel of numbers only."""
+
+    def _pyro_sample(self, msg) -> None:
+        base = msg["fn"]
+        while isinstance(base, torch.distributions.Independent):
+            base = base.base_dist
+        if msg["value"] is None and isinstance(base, _NEED_VALUES):
+            msg["value"] = torch.empty(base.shape(), device="meta")
+
+
+_NEED_VALUES = tuple(getattr(torch.distributions, name) for name in ("VonMises", "Beta", "Dirichlet", "Binomial"))
 
 
 def _trace(program, *args, **kwargs) -> poutine.Trace:

@@ -19,6 +19,7 @@ from ..errors import BadInput
 from ..options import check_options
 from ..registry import Registry
 from .families import Latent
+from .likelihoods import Observation
 
 
 def _expected(found: Any) -> str:
@@ -166,12 +167,21 @@ class GenerativeModel(OverData):
     label_site: str | None = None
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     binary_data = False
+    observation: Observation
+
+    def observe_by(self, likelihood: str, options: Mapping[str, Any] | None = None) -> int:
+        """Observe x by that likelihood; how many numbers a decoder gives it. ``observation`` makes p(x | output)."""
+        self.observation = Observation(likelihood, self.data_shape, options)
+        self.binary_data = likelihood == "bernoulli"
+        return self.observation.outputs * math.prod(self.data_shape)
 
     def forward(self, x: torch.Tensor | None = None, *, batch_size: int = 1) -> torch.Tensor:
         raise TypeError(f"{type(self).__name__} must define forward(x=None, *, batch_size=1)")
 
     def check_values(self, x: torch.Tensor) -> None:
         super().check_values(x)
+        if hasattr(self, "observation") and not self.binary_data:
+            self.observation.check(x, type(self).__name__)
         if self.binary_data and not ((x == 0) | (x == 1)).all():
             raise BadInput(
                 f"{type(self).__name__}: a Bernoulli likelihood needs x of zeros and ones; "

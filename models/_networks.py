@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -20,11 +21,24 @@ ACTIVATIONS = {
 }
 
 
+# Those with a number of their own: the slope below zero, alpha, beta.
+WITH_A_NUMBER = ("leaky-relu", "elu", "softplus")
+
+
 def activation_layer(name: str) -> nn.Module:
-    """The activation of that name, as a layer."""
-    if name not in ACTIVATIONS:
+    """The activation of that name, as a layer; ``leaky-relu(0.3)`` has that slope below zero, ``leaky-relu`` 0.01.
+
+    >>> activation_layer("leaky-relu(0.3)")
+    LeakyReLU(negative_slope=0.3)
+    """
+    word, bracket, number = name.partition("(")
+    if word not in ACTIVATIONS:
         raise UnknownName("activation", name, ACTIVATIONS)
-    return ACTIVATIONS[name]()
+    if not bracket:
+        return ACTIVATIONS[word]()
+    if word not in WITH_A_NUMBER or not re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?\)", number):
+        raise BadInput(f"activation {name!r}: only {', '.join(WITH_A_NUMBER)} take a number, as in leaky-relu(0.3)")
+    return ACTIVATIONS[word](float(number[:-1]))
 
 
 def mlp(sizes: Sequence[int], activation: str = "relu", activate_last: bool = False) -> nn.Sequential:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -48,13 +48,17 @@ class BernoulliVAE(GenerativeModel):
         hidden: Sequence[int] = (200, 200),
         learn_prior: bool = True,
         activation: str = "leaky-relu",
+        likelihood: str = "bernoulli",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
         self.latents = {"z": Latent("bernoulli", (num_latents,))}
         hidden = tuple(hidden) if nonlinear else ()
         self.mirror = {"channels": (), "hidden": hidden, "activation": activation}
-        self.decoder = mlp([num_latents, *reversed(hidden), math.prod(self.data_shape)], activation)
+        self.decoder = mlp(
+            [num_latents, *reversed(hidden), self.observe_by(likelihood, likelihood_options)], activation
+        )
         if learn_prior:
             self.decoder_prior_logits = nn.Parameter(torch.zeros(num_latents))
         else:
@@ -67,5 +71,4 @@ class BernoulliVAE(GenerativeModel):
 
     def likelihood(self, z: torch.Tensor) -> dist.TorchDistribution:
         """p(x | z) for ``z`` of shape ``(..., num_latents)``, batch shape ``(...)``."""
-        logits = self.decoder(z).unflatten(-1, self.data_shape)
-        return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
+        return self.observation(self.decoder(z))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -50,6 +50,8 @@ class CategoricalVAE(GenerativeModel):
         temperature: float = 0.5,
         hidden: Sequence[int] = (256, 128),
         activation: str = "relu",
+        likelihood: str = "bernoulli",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
@@ -57,7 +59,9 @@ class CategoricalVAE(GenerativeModel):
         self.relaxed = relaxed
         family = "relaxed-categorical" if relaxed else "categorical"
         self.latents = {"y": Latent(family, (num_latents, num_classes))}
-        self.decoder = mlp([num_latents * num_classes, *reversed(hidden), math.prod(self.data_shape)], activation)
+        self.decoder = mlp(
+            [num_latents * num_classes, *reversed(hidden), self.observe_by(likelihood, likelihood_options)], activation
+        )
         self.register_buffer("prior_logits", torch.zeros(num_latents, num_classes), persistent=False)
         if relaxed:
             self.register_buffer("temperature", torch.tensor(float(temperature)))
@@ -83,5 +87,4 @@ class CategoricalVAE(GenerativeModel):
 
     def likelihood(self, y: torch.Tensor) -> dist.TorchDistribution:
         """p(x | y) for ``y`` of shape ``(..., num_latents, num_classes)``, batch shape ``(...)``."""
-        logits = self.decoder(y.flatten(-2)).unflatten(-1, self.data_shape)
-        return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
+        return self.observation(self.decoder(y.flatten(-2)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -52,6 +53,8 @@ class ConditionalVAE(GenerativeModel):
         prior_hidden: int = 64,
         min_sd: float = 1e-3,
         activation: str = "relu",
+        likelihood: str = "bernoulli",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
@@ -60,7 +63,9 @@ class ConditionalVAE(GenerativeModel):
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
         self.conditional_prior, self.min_sd = conditional_prior, min_sd
         size = math.prod(condition_shape)
-        self.decoder = mlp([latent_dim + size, *reversed(hidden), math.prod(self.data_shape)], activation)
+        self.decoder = mlp(
+            [latent_dim + size, *reversed(hidden), self.observe_by(likelihood, likelihood_options)], activation
+        )
         if conditional_prior:
             self.decoder_prior = mlp([size, prior_hidden, 2 * latent_dim], activation)
         else:
@@ -85,8 +90,7 @@ class ConditionalVAE(GenerativeModel):
     def likelihood(self, z: torch.Tensor, c: torch.Tensor) -> dist.TorchDistribution:
         """p(x | z, c) for ``z`` of shape ``(..., B, D)`` and ``c`` of shape ``(B, *condition_shape)``."""
         joined = torch.cat([z, c.flatten(1).expand(*z.shape[:-1], -1)], -1)
-        logits = self.decoder(joined).unflatten(-1, self.data_shape)
-        return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
+        return self.observation(self.decoder(joined))
 
     def inputs(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Images as ``x`` and their labels ``(N,)``, one-hot, as ``c``; other conditions are for the caller to give."""

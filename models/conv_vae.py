@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -41,12 +42,16 @@ class ConvVAE(GenerativeModel):
         latent_dim: int = 2,
         channels: Sequence[int] = (32, 64),
         activation: str = "relu",
+        likelihood: str = "bernoulli",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
         self.latents = {"z": Latent("normal", (latent_dim,))}
         self.mirror = {"channels": tuple(channels), "hidden": (), "activation": activation}
-        self.decoder = Deconvolutions(latent_dim, self.data_shape, channels, activation)
+        self.observe_by(likelihood, likelihood_options)
+        maps = (self.observation.outputs * self.data_shape[0], *self.data_shape[1:])
+        self.decoder = Deconvolutions(latent_dim, maps, channels, activation)
         self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("prior_scale", torch.ones(latent_dim), persistent=False)
 
@@ -57,4 +62,4 @@ class ConvVAE(GenerativeModel):
 
     def likelihood(self, z: torch.Tensor) -> dist.TorchDistribution:
         """p(x | z) for ``z`` of shape ``(..., D)``, batch shape ``(...)``."""
-        return dist.Bernoulli(logits=self.decoder(z)).to_event(3)
+        return self.observation(self.decoder(z).flatten(-3))

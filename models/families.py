@@ -22,6 +22,7 @@ from ..registry import Registry
 from ._relaxed import RelaxedOneHot
 
 MIN_SD = 1e-4
+MIN_CONCENTRATION = 0.05
 TEMPERATURE = 2 / 3
 
 
@@ -56,9 +57,12 @@ families: Registry[Family] = Registry(
 class Latent:
     """What a model says of one latent site: its family, and the shape of one datum's value.
 
-    ``family`` is a word of ``families``: ``normal``, ``categorical`` (one-hot vectors), ``relaxed-categorical`` (points
-    of the simplex), ``bernoulli``. For the two categorical families the last dimension of ``shape`` runs over classes.
-    A latent that is not ``local`` is global: one value for all data (a weight), drawn outside of the data plate.
+    ``family`` is a word of ``families``: ``normal``, ``log-normal``, ``gamma``, ``beta``, ``von-mises`` (angles),
+    ``bernoulli``, ``poisson``, ``negative-binomial``, ``binomial``, ``categorical`` (one-hot vectors), and points of
+    the simplex, ``dirichlet`` and ``relaxed-categorical``. For one-hot vectors and points of the simplex the last
+    dimension of ``shape`` runs over classes. ``total_count`` is the fixed r of negative binomial and n of binomial
+    latents. A latent that is not ``local`` is global: one value for all data (a weight), drawn outside of the data
+    plate.
 
     >>> Latent("categorical", (20, 10)).size
     200
@@ -67,6 +71,7 @@ class Latent:
     family: str
     shape: tuple[int, ...]
     local: bool = True
+    total_count: int = 8
 
     def __post_init__(self):
         if self.family not in families:
@@ -93,8 +98,10 @@ def distribution(
 ) -> dist.TorchDistribution:
     """q of one latent from ``output`` ``(..., num_outputs)``: batch shape ``(...)``, event shape ``latent.shape``.
 
-    A Normal has standard deviation ``softplus(output) + min_sd``; the discrete families and their relaxations take
-    their logits from the output.
+    A Normal, also one whose exponential is log-normal, has standard deviation ``softplus(output) + min_sd``; coins and
+    one-hot vectors, binomial and negative binomial counts, and relaxations take their logits from the output; a
+    Poisson its log rate; Gamma, Beta and Dirichlet take ``softplus(output)`` plus a floor as their parameters; an angle
+    its location, and ``softplus(output)`` plus a floor as its concentration.
     """
     return families[latent.family].make(latent, output, min_sd=min_sd, temperature=temperature)
 
@@ -117,14 +124,94 @@ def _zeros(latent: Latent, zero: Tensor) -> Tensor:
 
 
 def _normal(latent: Latent, output: Tensor, *, min_sd: float = MIN_SD, **_: Any) -> dist.TorchDistribution:
-    rank = len(latent.shape)
-    loc, raw = output.unflatten(-1, (2, *latent.shape)).unbind(-1 - rank)
-    return dist.Normal(loc, softplus(raw) + min_sd).to_event(rank)
+    loc, raw = _pair(latent, output)
+    return dist.Normal(loc, softplus(raw) + min_sd).to_event(len(latent.shape))
 
 
 def _standard_normal(latent: Latent, zero: Tensor) -> dist.TorchDistribution:
     zeros = _zeros(latent, zero)
     return dist.Normal(zeros, torch.ones_like(zeros)).to_event(len(latent.shape))
+
+
+def _pair(latent: Latent, output: Tensor) -> tuple[Tensor, Tensor]:
+    """The two numbers that the network gives for each number of the value."""
+    return output.unflatten(-1, (2, *latent.shape)).unbind(-1 - len(latent.shape))
+
+
+def _positive(raw: Tensor) -> Tensor:
+    """Concentrations and rates; the floor keeps draws of small concentration away from the end of the number range."""
+    return softplus(raw) + MIN_CONCENTRATION
+
+
+def rate(output: Tensor) -> Tensor:
+    """The rate of a Poisson from its logarithm, held where float32 can draw from it.
+
+    >>> rate(torch.tensor([0.0, 1000.0])).isfinite().all()
+    tensor(True)
+    """
+    return output.clamp(-30.0, 15.0).exp()
+
+
+def _log_normal(latent: Latent, output: Tensor, *, min_sd: float = MIN_SD, **_: Any) -> dist.TorchDistribution:
+    loc, raw = _pair(latent, output)
+    return dist.LogNormal(loc, softplus(raw) + min_sd).to_event(len(latent.shape))
+
+
+def _standard_log_normal(latent: Latent, zero: Tensor) -> dist.TorchDistribution:
+    zeros = _zeros(latent, zero)
+    return dist.LogNormal(zeros, torch.ones_like(zeros)).to_event(len(latent.shape))
+
+
+def _gamma(latent: Latent, output: Tensor, **_: Any) -> dist.TorchDistribution:
+    concentration, speed = _pair(latent, output)
+    return dist.Gamma(_positive(concentration), _positive(speed)).to_event(len(latent.shape))
+
+
+def _beta(latent: Latent, output: Tensor, **_: Any) -> dist.TorchDistribution:
+    one, other = _pair(latent, output)
+    return dist.Beta(_positive(one), _positive(other)).to_event(len(latent.shape))
+
+
+def _von_mises(latent: Latent, output: Tensor, **_: Any) -> dist.TorchDistribution:
+    loc, raw = _pair(latent, output)
+    return dist.VonMises(loc, softplus(raw) + MIN_CONCENTRATION).to_event(len(latent.shape))
+
+
+def _with_ones(make: Callable[..., dist.TorchDistribution]):
+    """The member of a family of two positive parameters that has both of them one."""
+
+    def standard(latent: Latent, zero: Tensor) -> dist.TorchDistribution:
+        ones = _zeros(latent, zero) + 1
+        return make(ones, ones).to_event(len(latent.shape))
+
+    return standard
+
+
+def _nearly_uniform_angle(latent: Latent, zero: Tensor) -> dist.TorchDistribution:
+    zeros = _zeros(latent, zero)
+    return dist.VonMises(zeros, zeros + 1e-4).to_event(len(latent.shape))
+
+
+def _dirichlet(latent: Latent, output: Tensor, **_: Any) -> dist.TorchDistribution:
+    return dist.Dirichlet(_positive(_logits(latent, output))).to_event(len(latent.shape) - 1)
+
+
+def _flat_dirichlet(latent: Latent, zero: Tensor) -> dist.TorchDistribution:
+    return dist.Dirichlet(_zeros(latent, zero) + 1).to_event(len(latent.shape) - 1)
+
+
+def _poisson(latent: Latent, output: Tensor, **_: Any) -> dist.TorchDistribution:
+    return dist.Poisson(rate(_logits(latent, output))).to_event(len(latent.shape))
+
+
+def _counted(make: Callable[..., dist.TorchDistribution]):
+    """Counts of a fixed ``total_count``, from logits."""
+
+    def of(latent: Latent, output: Tensor, **_: Any) -> dist.TorchDistribution:
+        logits = _logits(latent, output)
+        return make(total_count=torch.full_like(logits, latent.total_count), logits=logits).to_event(len(latent.shape))
+
+    return of
 
 
 def _bernoulli(latent: Latent, output: Tensor, **_: Any) -> dist.TorchDistribution:
@@ -158,3 +245,16 @@ families.register(
     Family(_Simplex(), _relaxed, _uniform(_relaxed, temperature=1.0), relaxes="categorical"),
 )
 families.register("bernoulli", Family(constraints.boolean, _bernoulli, _uniform(_bernoulli)))
+families.register("log-normal", Family(constraints.positive, _log_normal, _standard_log_normal, outputs=2))
+families.register("gamma", Family(constraints.positive, _gamma, _with_ones(dist.Gamma), outputs=2))
+families.register("beta", Family(constraints.unit_interval, _beta, _with_ones(dist.Beta), outputs=2))
+families.register(
+    "von-mises", Family(constraints.interval(-math.pi, math.pi), _von_mises, _nearly_uniform_angle, outputs=2)
+)
+families.register("dirichlet", Family(_Simplex(), _dirichlet, _flat_dirichlet))
+families.register("poisson", Family(constraints.nonnegative_integer, _poisson, _uniform(_poisson)))
+for _word, _made in (
+    ("negative-binomial", _counted(dist.NegativeBinomial)),
+    ("binomial", _counted(dist.Binomial)),
+):
+    families.register(_word, Family(constraints.nonnegative_integer, _made, _uniform(_made)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -45,13 +45,16 @@ class GaussianMixtureVAE(GenerativeModel):
         hidden: Sequence[int] = (256, 128),
         spread: float = 1.0,
         activation: str = "relu",
+        likelihood: str = "bernoulli",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
         self.latents = {"y": Latent("categorical", (num_components,)), "z": Latent("normal", (latent_dim,))}
         self.guide_parents = {"y": (), "z": ("y",)}
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
-        self.decoder = mlp([latent_dim, *reversed(hidden), math.prod(self.data_shape)], activation)
+        outputs = self.observe_by(likelihood, likelihood_options)
+        self.decoder = mlp([latent_dim, *reversed(hidden), outputs], activation)
         self.decoder_prior_logits = nn.Parameter(torch.zeros(num_components))
         self.decoder_means = nn.Parameter(spread * torch.randn(num_components, latent_dim))
         self.decoder_log_sds = nn.Parameter(torch.zeros(num_components, latent_dim))
@@ -68,5 +71,4 @@ class GaussianMixtureVAE(GenerativeModel):
 
     def likelihood(self, z: torch.Tensor) -> dist.TorchDistribution:
         """p(x | z) for ``z`` of shape ``(..., latent_dim)``, batch shape ``(...)``."""
-        logits = self.decoder(z).unflatten(-1, self.data_shape)
-        return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
+        return self.observation(self.decoder(z))

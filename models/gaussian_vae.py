@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import nn
 
-from ..errors import BadInput, UnknownName
+from ..errors import BadInput
 from ._base import GenerativeModel, Latent, models
 from ._networks import mlp
 
 
 @models.register("gaussian-vae")
 class GaussianVAE(GenerativeModel):
-    r"""Normal latents, a perceptron decoder, and a Bernoulli or a Normal likelihood.
+    r"""Normal latents, a perceptron decoder, and a likelihood: Bernoulli, Normal, or another by its word.
 
     .. math:: z \sim N(0, I_D), \qquad x \mid z \sim \prod_i \mathrm{Bernoulli}(x_i; \sigma(f(z)_i))
               \quad\text{or}\quad \prod_i N(x_i; f(z)_i, s^2)
 
     Shapes: ``x`` is ``(B, *data_shape)``, site ``z`` is ``(B, latent_dim)``. ``hidden`` is given in the encoder's
     order, so that a guide with the same sizes mirrors the decoder. ``likelihood_sd`` fixes s of the Normal likelihood;
-    by default s is learned, one positive scalar that starts at 1. Raises BadInput for data of another shape and, under
+    by default s is learned, one positive scalar that starts at 1. Other words of ``likelihood`` (``poisson``,
+    ``negative-binomial``, ``multinomial``, ``categorical``, ``discretized-logistic``, ...) are those of
+    `gumbo.models.likelihoods`, with their ``likelihood_options``. Raises BadInput for data of another shape and, under
     validation, for NaN or for values other than 0 and 1 under a Bernoulli likelihood.
 
     Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
@@ -46,22 +49,23 @@ class GaussianVAE(GenerativeModel):
         likelihood: str = "bernoulli",
         likelihood_sd: float | None = None,
         activation: str = "relu",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
-        if likelihood not in ("bernoulli", "normal"):
-            raise UnknownName("likelihood", likelihood, ["bernoulli", "normal"])
         if likelihood_sd is not None and (likelihood != "normal" or likelihood_sd <= 0):
             raise BadInput(f"likelihood_sd={likelihood_sd} must be positive and goes with likelihood='normal'")
         self.latents = {"z": Latent("normal", (latent_dim,))}
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
-        self.binary_data = likelihood == "bernoulli"
-        self.decoder = mlp([latent_dim, *reversed(hidden), math.prod(self.data_shape)], activation)
+        outputs = self.observe_by(likelihood, likelihood_options)
+        self.decoder = mlp([latent_dim, *reversed(hidden), outputs], activation)
         self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("prior_scale", torch.ones(latent_dim), persistent=False)
-        if likelihood == "normal":
-            log_sd = torch.tensor(math.log(likelihood_sd or 1.0))
-            if likelihood_sd is None:
+        self.normal = likelihood == "normal"
+        if self.normal:
+            fixed = (likelihood_options or {}).get("sd", likelihood_sd)
+            log_sd = torch.tensor(math.log(fixed or 1.0))
+            if fixed is None:
                 self.decoder_log_sd = nn.Parameter(log_sd)
             else:
                 self.register_buffer("decoder_log_sd", log_sd)
@@ -73,7 +77,8 @@ class GaussianVAE(GenerativeModel):
 
     def likelihood(self, z: torch.Tensor) -> dist.TorchDistribution:
         """p(x | z) for ``z`` of shape ``(..., D)``, batch shape ``(...)``."""
-        output = self.decoder(z).unflatten(-1, self.data_shape)
-        if self.binary_data:
-            return dist.Bernoulli(logits=output).to_event(len(self.data_shape))
-        return dist.Normal(output, self.decoder_log_sd.exp()).to_event(len(self.data_shape))
+        output = self.decoder(z)
+        if not self.normal:
+            return self.observation(output)
+        loc = output.unflatten(-1, self.data_shape)
+        return dist.Normal(loc, self.decoder_log_sd.exp()).to_event(len(self.data_shape))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -51,6 +51,8 @@ class HierarchicalVAE(GenerativeModel):
         level_hidden: int = 64,
         min_sd: float = 1e-3,
         activation: str = "relu",
+        likelihood: str = "bernoulli",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
@@ -62,7 +64,9 @@ class HierarchicalVAE(GenerativeModel):
         self.guide_parents = {names[0]: ()} | {below: (above,) for above, below in pairwise(names)}
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
         self.min_sd = min_sd
-        self.decoder = mlp([latent_dims[0], *reversed(hidden), math.prod(self.data_shape)], activation)
+        self.decoder = mlp(
+            [latent_dims[0], *reversed(hidden), self.observe_by(likelihood, likelihood_options)], activation
+        )
         # Keyed by the site whose mean and standard deviation each network gives.
         self.decoder_levels = nn.ModuleDict(
             {below: mlp([sizes[above], level_hidden, 2 * sizes[below]], activation) for above, below in pairwise(names)}
@@ -81,5 +85,4 @@ class HierarchicalVAE(GenerativeModel):
 
     def likelihood(self, z1: torch.Tensor) -> dist.TorchDistribution:
         """p(x | z1) for ``z1`` of shape ``(..., latent_dims[0])``, batch shape ``(...)``."""
-        logits = self.decoder(z1).unflatten(-1, self.data_shape)
-        return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
+        return self.observation(self.decoder(z1))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -48,13 +48,17 @@ class SemiSupervisedVAE(GenerativeModel):
         latent_dim: int = 50,
         hidden: Sequence[int] = (256, 128),
         activation: str = "softplus",
+        likelihood: str = "bernoulli",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
         self.latents = {"y": Latent("categorical", (num_classes,)), "z": Latent("normal", (latent_dim,))}
         self.guide_parents = {"y": (), "z": ("y",)}
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
-        self.decoder = mlp([num_classes + latent_dim, *reversed(hidden), math.prod(self.data_shape)], activation)
+        self.decoder = mlp(
+            [num_classes + latent_dim, *reversed(hidden), self.observe_by(likelihood, likelihood_options)], activation
+        )
         self.register_buffer("prior_logits", torch.zeros(num_classes), persistent=False)
         self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("prior_scale", torch.ones(latent_dim), persistent=False)
@@ -72,8 +76,7 @@ class SemiSupervisedVAE(GenerativeModel):
         """p(x | y, z) for one-hot ``y`` ``(..., num_classes)`` and ``z`` ``(..., latent_dim)``."""
         leading = torch.broadcast_shapes(y.shape[:-1], z.shape[:-1])
         joined = torch.cat([y.expand(*leading, -1), z.expand(*leading, -1)], -1)
-        logits = self.decoder(joined).unflatten(-1, self.data_shape)
-        return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
+        return self.observation(self.decoder(joined))
 
     def inputs(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Images as ``x``, and their labels as ``y`` if they are given."""

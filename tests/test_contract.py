@@ -11,6 +11,7 @@ from gumbo.experiments.data import load
 from gumbo.guides import NormalGuide, fitting, guides
 from gumbo.inference import SiteELBO
 from gumbo.models import GenerativeModel, Latent, models
+from gumbo.models.families import families
 from gumbo.testing import check_guide, check_model
 
 SHAPE = (1, 8, 8)
@@ -54,7 +55,8 @@ def test_guide_contract(name, variant, guide):
 
 
 # How each family's draws are differentiated below.
-ESTIMATORS = {"normal": "pathwise", "relaxed-categorical": "pathwise", "categorical": "rloo", "bernoulli": "rloo"}
+SMOOTH = ("normal", "relaxed-categorical", "log-normal", "gamma", "beta", "dirichlet")
+ESTIMATORS = {family: "pathwise" if family in SMOOTH else "rloo" for family in families}
 
 
 @pytest.mark.parametrize("name, variant", variants())
