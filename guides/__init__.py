@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._base import AnyGuide, Guide, fitting, guides
+from .amortized import AmortizedGuide, Decision, amortize
 from .auto import AutoGuide
 from .bernoulli import BernoulliGuide
 from .categorical import CategoricalGuide, RelaxedCategoricalGuide
@@ -17,10 +18,12 @@ from .triangular_normal import TriangularNormalGuide
 from .unconditional import UnconditionalGuide
 
 __all__ = [
+    "AmortizedGuide",
     "AnyGuide",
     "AutoGuide",
     "BernoulliGuide",
     "CategoricalGuide",
+    "Decision",
     "FlowGuide",
     "Guide",
     "LabelConditionalGuide",
@@ -32,6 +35,7 @@ __all__ = [
     "TopDownNormalGuide",
     "TriangularNormalGuide",
     "UnconditionalGuide",
+    "amortize",
     "fitting",
     "guides",
 ]

@@ -151,6 +151,8 @@ class Resolution:
             estimator = elbo.otherwise
         elif getattr(fn, "has_rsample", False):
             estimator = estimators["pathwise"]()
+        elif infer.get("default_estimator") is not None:
+            estimator = as_estimator(infer["default_estimator"])
         else:
             estimator = _Default()
         refusal = estimator.refusal({"name": name, "fn": fn, "infer": infer, "is_observed": False})

@@ -1,0 +1,280 @@
+"""`amortize` beside AutoNormal and AutoStructured on twelve programs that are not the collection's.
+
+    python benchmarks/amortize.py [--only "state space"] [--steps 1500] [--out RESULTS.json] [--page]
+
+The programs are those of tests/helpers/own_programs.py. Each guide is fitted by the same steps of Adam, of the same
+number of particles, to all data at once; sites that a model marks are summed out by TraceEnum_ELBO for every guide.
+The reference is a closed form or a quadrature where a program has one. Elsewhere the marginals are those of a long run
+of NUTS, and log p comes from importance sampling with a Student t distribution that has the run's mean and covariance
+in unconstrained space; its standard error stands beside it.
+
+For each guide: the bound with its standard error; its gap to log p; the largest error of a posterior mean, in posterior
+standard deviations, and the root mean square; the same of the logarithm of the standard deviations; and whether
+`diagnose` alarms, beside whether the reference says that it should: a mean off by half a standard deviation or a
+standard deviation off by a third. Results come program by program into the JSON file; ``--page`` writes its table into
+docs/your-own-program.md. The status is 1 where the bound of an amortized guide under "faithful" lies more than two
+standard errors below AutoNormal's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoNormal, AutoStructured
+from pyro.infer.mcmc.util import initialize_model
+
+from gumbo.guides import amortize
+from gumbo.inference import diagnose
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+
+from own_programs import PROGRAMS, Own  # noqa: E402
+
+OUT = ROOT / "benchmarks" / "results" / "amortize.json"
+PAGE = ROOT / "docs" / "your-own-program.md"
+WORDS = ("mean-field", "faithful", "full")
+GUIDES = ("AutoNormal", "AutoStructured", *WORDS)
+PARTICLES, FINAL, DRAWS = 8, 4000, 4000
+MEAN_OFF, SCALE_OFF = 0.5, math.log(1.5)
+
+
+def latents(own: Own) -> dict[str, torch.Tensor]:
+    """Every latent site that is drawn, with one value of it."""
+    trace = poutine.trace(own.model).get_trace(*own.args)
+    return {
+        name: site["value"]
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and type(site["fn"]).__name__ != "_Subsample"
+        and not site["infer"].get("enumerate")
+    }
+
+
+# ---- the reference
+
+
+def reference(own: Own, warmup: int, draws: int) -> dict:
+    """log p, its standard error, and mean and standard deviation of every number of every site."""
+    if own.exact is not None:
+        evidence, moments = own.exact()
+        return {"kind": "exact", "log_p": evidence, "se": 0.0, "moments": moments}
+    kernel = NUTS(own.model, jit_compile=True, ignore_jit_warnings=True, max_tree_depth=7)
+    run = MCMC(kernel, draws, warmup_steps=warmup, disable_progbar=True)
+    run.run(*own.args)
+    samples = run.get_samples()
+    moments = {name: (value.mean(0), value.std(0)) for name, value in samples.items()}
+    evidence, error, khat = evidence_by_importance(own, samples)
+    return {"kind": "NUTS", "log_p": evidence, "se": error, "khat": khat, "moments": moments}
+
+
+def evidence_by_importance(own: Own, samples: dict[str, torch.Tensor], count: int = 4000) -> tuple[float, float, float]:
+    """log p by importance sampling from a t distribution around NUTS draws, in unconstrained space."""
+    import arviz as az
+
+    _, potential, transforms, _ = initialize_model(own.model, own.args, jit_compile=True, skip_jit_warnings=True)
+    free = {name: transforms[name](value) if name in transforms else value for name, value in samples.items()}
+    flat = torch.cat([value.reshape(len(value), -1) for value in free.values()], -1).double()
+    mean, size = flat.mean(0), flat.shape[1]
+    covariance = torch.cov(flat.T).reshape(size, size) * 1.1 + 1e-8 * torch.eye(size).double()
+    proposal = pyro.distributions.MultivariateStudentT(
+        torch.tensor(7.0).double(), mean, torch.linalg.cholesky(covariance * 5 / 7)
+    )
+    draws = proposal.sample((count,))
+    shapes = [(name, value.shape[1:]) for name, value in free.items()]
+    weights = []
+    for draw in draws.float():
+        parts, place = {}, 0
+        for name, shape in shapes:
+            parts[name] = draw[place : place + math.prod(shape)].reshape(shape)
+            place += math.prod(shape)
+        weights.append(-potential(parts).detach())
+    weights = torch.stack(weights).double() - proposal.log_prob(draws)
+    log_p = weights.logsumexp(0) - math.log(count)
+    ratio = (weights - log_p).exp()
+    _, khat = az.psislw(weights.numpy())
+    return float(log_p), float(ratio.std() / math.sqrt(count)), float(khat)
+
+
+# ---- the guides
+
+
+def make(name: str, own: Own):
+    if name in WORDS:
+        return amortize(own.model, *own.args, dependencies=name, quiet=True)
+    drawn = list(latents(own))
+    kind = {"AutoNormal": AutoNormal, "AutoStructured": AutoStructured}[name]
+    guide = kind(poutine.block(own.model, expose=drawn) if own.summed else own.model)
+    guide(*own.args)
+    return guide
+
+
+def loss_of(own: Own, particles: int):
+    kind = TraceEnum_ELBO if own.summed else Trace_ELBO
+    options = {"num_particles": particles, "vectorize_particles": own.vectorizes}
+    return kind(max_plate_nesting=3, **options) if own.summed else kind(**options)
+
+
+def fit(own: Own, guide, steps: int, lr: float) -> None:
+    loss = loss_of(own, PARTICLES if own.vectorizes else 2)(own.model, guide)
+    loss(*own.args)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 1e-4)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(*own.args).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def bound(own: Own, guide, draws: int) -> tuple[float, float]:
+    """The bound and its standard error."""
+    size = 100 if own.vectorizes else 1
+    loss = loss_of(own, size)
+    with torch.no_grad():
+        values = torch.tensor([-loss.loss(own.model, guide, *own.args) for _ in range(draws // size)])
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+
+def errors(own: Own, guide, truth: dict, draws: int) -> dict[str, float]:
+    """Errors of means in posterior standard deviations, and of the logarithms of standard deviations."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in latents(own)}
+    with torch.no_grad():
+        for _ in range(draws):
+            drawn = poutine.trace(guide).get_trace(*own.args).nodes
+            for name in found:
+                found[name].append(drawn[name]["value"])
+    means, scales = [], []
+    for name, values in found.items():
+        mean, scale = (part.flatten() for part in truth["moments"][name])
+        drawn = torch.stack(values).reshape(draws, -1)
+        means.append((drawn.mean(0) - mean).abs() / scale)
+        scales.append((drawn.std(0) / scale).log().abs())
+    mean, scale = torch.cat(means), torch.cat(scales)
+    return {
+        "mean_rms": float(mean.square().mean().sqrt()),
+        "mean_max": float(mean.max()),
+        "scale_rms": float(scale.square().mean().sqrt()),
+        "scale_max": float(scale.max()),
+    }
+
+
+def judged(own: Own, guide) -> dict:
+    try:
+        report = diagnose(
+            own.model, guide, *own.args, refine_steps=0, num_simulations=40, num_samples=1000, progress=False
+        )
+    except Exception as error:
+        return {"alarms": None, "why": str(error).splitlines()[0]}
+    return {"alarms": report.alarms, "cannot_say": report.cannot_say}
+
+
+def measure(name: str, own: Own, steps: int, lr: float, warmup: int, draws: int, diagnosed: bool) -> dict:
+    pyro.set_rng_seed(0)
+    start = time.perf_counter()
+    with pyro.get_param_store().scope():
+        truth = reference(own, warmup, draws)
+    row = {
+        "reference": truth["kind"],
+        "log_p": truth["log_p"],
+        "log_p_se": truth["se"],
+        "khat": truth.get("khat"),
+        "guides": {},
+    }
+    print(
+        f"{name}: {truth['kind']} log p {truth['log_p']:.2f} ± {truth['se']:.2f} ({time.perf_counter() - start:.0f} s)",
+        flush=True,
+    )
+    for kind in GUIDES:
+        pyro.set_rng_seed(1)
+        start = time.perf_counter()
+        with pyro.get_param_store().scope():
+            guide = make(kind, own)
+            fit(own, guide, steps, lr)
+            seconds = time.perf_counter() - start
+            value, error = bound(own, guide, FINAL)
+            one = {"elbo": value, "se": error, "gap": truth["log_p"] - value, "seconds": seconds}
+            one |= errors(own, guide, truth, 1000)
+            one["should_alarm"] = one["mean_max"] > MEAN_OFF or one["scale_max"] > SCALE_OFF
+            if diagnosed and kind in WORDS:
+                one["diagnose"] = judged(own, guide)
+        row["guides"][kind] = one
+        print(
+            f"  {kind:15} {value:9.3f} ± {error:.3f}  gap {one['gap']:7.3f}  mean {one['mean_rms']:.2f}"
+            f" sd {one['scale_rms']:.2f}  should alarm {one['should_alarm']}  {one.get('diagnose', '')}",
+            flush=True,
+        )
+    return row
+
+
+def falls_short(row: dict) -> bool:
+    """Whether the bound of the faithful guide lies more than two standard errors below AutoNormal's."""
+    ours, auto = row["guides"]["faithful"], row["guides"]["AutoNormal"]
+    return ours["elbo"] < auto["elbo"] - 2 * math.hypot(ours["se"], auto["se"])
+
+
+def table(rows: dict[str, dict]) -> str:
+    lines = [
+        "| program | log p | AutoNormal | AutoStructured | mean-field | faithful | full | mean, sd off: AutoNormal |"
+        " faithful | `diagnose` of faithful (wanted) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for name, row in rows.items():
+        guides = row["guides"]
+        gaps = [f"{guides[kind]['gap']:.2f} ± {guides[kind]['se']:.2f}" for kind in GUIDES]
+        off = [f"{guides[k]['mean_rms']:.2f}, {guides[k]['scale_rms']:.2f}" for k in ("AutoNormal", "faithful")]
+        found = guides["faithful"].get("diagnose") or {}
+        alarms = found.get("alarms")
+        said = "–" if alarms is None else ", ".join(alarms) or "no alarm"
+        wanted = "alarm" if guides["faithful"]["should_alarm"] else "none"
+        log_p = f"{row['log_p']:.2f}" + (f" ± {row['log_p_se']:.2f}" if row["log_p_se"] else "")
+        lines.append(
+            f"| {name} ({row['reference']}) | {log_p} | {' | '.join(gaps)} | {' | '.join(off)} | {said} ({wanted}) |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", default=[], help="a program's name; may be given again")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--warmup", type=int, default=400)
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--no-diagnose", action="store_true")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--page", action="store_true", help="only write the table of the results into the page")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if not options.page:
+        for name, own in PROGRAMS.items():
+            if not options.only or name in options.only:
+                rows[name] = measure(
+                    name, own, options.steps, options.lr, options.warmup, options.draws, not options.no_diagnose
+                )
+                ordered = {each: rows[each] for each in PROGRAMS if each in rows}
+                options.out.write_text(json.dumps(ordered, indent=1) + "\n")
+    rows = {each: rows[each] for each in PROGRAMS if each in rows}
+    print(table(rows))
+    if options.page:
+        text = PAGE.read_text()
+        new = f"<!-- amortize -->\n{table(rows)}\n<!-- end -->"
+        PAGE.write_text(re.sub(r"<!-- amortize -->.*?<!-- end -->", lambda _: new, text, flags=re.S))
+    return 1 if any(falls_short(row) for row in rows.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
