@@ -6,16 +6,16 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gumbo.errors import BadInput
 from gumbo.experiments._command import run_command
 from gumbo.experiments._runs import environment
+from gumbo.experiments.compare import mean_and_error
 from gumbo.files import write_whole
-
-QUICK_ROWS, QUICK_STEPS = 400, 8
+from gumbo.tables import plain
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Reproduce:
     """Train the cells of a published table and set them beside the published numbers.
 
     Args:
-        table: a table's name: arm, coins, gumbel-softmax or iwae.
+        table: a table's name: arm, coins, gumbel-softmax, iwae, question or toy.
         cells: names or patterns, as in `[nonlinear/*]`; by default all.
         seeds: the seeds to run each cell with.
         steps: steps a cell; by default the paper's own budget.
@@ -62,9 +62,10 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
         from joblib import Parallel, delayed
 
         parallel = Parallel(n_jobs=min(config.jobs, len(missing) or 1), return_as="generator_unordered")
-        for cell, seed, found in parallel(delayed(_run)(config, table.name, *task) for task in missing):
+        for cell, seed, numbers in parallel(delayed(_run)(config, table.name, *task) for task in missing):
             # The caller writes: a worker that dies leaves no half of a file.
-            found |= {"table": table.name, "command": command_of(config, cell, seed), "env": environment()}
+            found = {"cell": asdict(cell), "seed": seed, **numbers, "table": table.name}
+            found |= {"command": command_of(config, cell, seed), "env": environment()}
             path = path_of(results, table.name, cell, seed)
             text = json.dumps(found, indent=1) + "\n"
             write_whole(path, lambda file, text=text: file.write(text.encode()))
@@ -79,12 +80,8 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
 
 
 def _run(config: Reproduce, table: str, cell, seed: int):
-    from gumbo.experiments.reproduction.cells import run_cell
-
     folder = Path(config.folder) / ("quick" if config.quick else "") / table / f"{slug(cell)}-seed{seed}"
-    if config.quick:
-        return cell, seed, run_cell(cell, seed, QUICK_STEPS, folder, rows=QUICK_ROWS, compile=False)
-    return cell, seed, run_cell(cell, seed, config.steps or cell.steps, folder, device=config.device)
+    return cell, seed, cell.run(seed, config.steps or cell.steps, folder, quick=config.quick, device=config.device)
 
 
 def slug(cell) -> str:
@@ -103,19 +100,36 @@ def command_of(config: Reproduce, cell, seed: int) -> str:
 
 
 def show(table, found: Sequence[dict[str, Any]]) -> None:
-    """The table on standard output: published beside ours, mean ± standard error over seeds."""
-    from gumbo.experiments.compare import mean_and_error
+    """The table on standard output, and what it concludes."""
+    print(f"{table.name}: {table.source}; {table.value}")
+    print("\n".join(plain(*rows_of(table, found))))
+    for sentence in table.conclude(found) if table.conclude else ():
+        print(sentence)
 
-    print(f"{table.name}: {table.source}; nats per datum, smaller is better")
-    print(f"{'cell':28} {'published':>9} {'ours':>16} {'seeds':>5} {'steps':>9} {'share':>6}")
+
+def rows_of(table, found: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells: published beside ours, mean ± standard error over seeds, and what stands beside."""
+    heads = ["cell", "published", "ours", "seeds", "steps", "share"]
+    beside = list(dict.fromkeys(head for numbers in found for head in numbers.get("beside", ())))
+    rows = []
     for cell in table.cells:
         runs = [numbers for numbers in found if numbers["cell"]["name"] == cell.name]
         if not runs:
             continue
         mean, error = mean_and_error([numbers["value"] for numbers in runs])
-        published = "" if cell.published is None else f"{cell.published:.2f}"
-        ours = f"{mean:.2f}" if len(runs) == 1 else f"{mean:.2f} ± {error:.2f}"
-        print(f"{cell.name:28} {published:>9} {ours:>16} {len(runs):5} {runs[0]['steps']:9,} {runs[0]['share']:6.1%}")
+        row = [cell.name, "" if cell.published is None else f"{cell.published:.2f}"]
+        row.append(number(mean) if len(runs) == 1 else f"{number(mean)} ± {number(error)}")
+        row += [str(len(runs)), f"{runs[0]['steps']:,}", f"{runs[0]['share']:.1%}"]
+        for head in beside:
+            values = [numbers["beside"][head] for numbers in runs if head in numbers.get("beside", ())]
+            row.append(number(sum(values) / len(values)) if values else "")
+        rows.append(row)
+    return heads + beside, rows
+
+
+def number(value: float) -> str:
+    """Two decimals where these tell something, else three digits."""
+    return f"{value:.2f}" if 0.1 <= abs(value) < 1e5 or value == 0 else f"{value:.3g}"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "gumbo reproduce") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gumbo.experiments.reproduction import arm, gumbel_softmax, iwae, two_hundred_coins
+from gumbo.experiments.reproduction import arm, gumbel_softmax, iwae, question, toy, two_hundred_coins
 from gumbo.experiments.reproduction.cells import Cell, Table, tables
 
-__all__ = ["Cell", "Table", "arm", "gumbel_softmax", "iwae", "tables", "two_hundred_coins"]
+__all__ = ["Cell", "Table", "arm", "gumbel_softmax", "iwae", "question", "tables", "toy", "two_hundred_coins"]

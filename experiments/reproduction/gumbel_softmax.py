@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gumbo.experiments.reproduction.cells import Cell, register
+from gumbo.experiments.reproduction.cells import register
+from gumbo.experiments.reproduction.trained import TrainedCell
 
 # By row of the paper's table: score function, MuProp, straight-through, Gumbel-softmax, straight-through Gumbel.
 WORDS = {"SF": "score-average", "MuProp": "muprop", "GS": "gumbel-softmax", "ST-GS": "straight-through"}
@@ -19,7 +20,7 @@ MODELS = {
 }
 
 
-def cells() -> list[Cell]:
+def cells() -> list[TrainedCell]:
     found = []
     for family, (model, model_options, guide, guide_options) in MODELS.items():
         published = PUBLISHED[family]
@@ -31,14 +32,14 @@ def cells() -> list[Cell]:
         ]
         for column, word, particles in rows:
             found.append(
-                Cell(
+                TrainedCell(
                     f"{family}/{column}",
-                    model,
-                    guide,
-                    word,
                     published.get(column),
-                    model_options,
-                    guide_options,
+                    model=model,
+                    guide=guide,
+                    estimator=word,
+                    model_options=model_options,
+                    guide_options=guide_options,
                     particles=particles,
                     temperature="exponential(1.0, 0.5, 3e-5)" if column in ("GS", "ST-GS") else None,
                     lr="cosine({steps}, 1e-3, 1e-5)",

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from gumbo.experiments.reproduction.cells import Cell, register
+from gumbo.experiments.reproduction.cells import register
+from gumbo.experiments.reproduction.trained import TrainedCell
 
 PUBLISHED = {("pathwise", 1): 88.71, ("pathwise", 5): 87.63, ("pathwise", 50): 87.10}
 OURS = (("stl", 1), ("dreg", 5))
 
 
-def cells() -> list[Cell]:
+def cells() -> list[TrainedCell]:
     found = []
     for word, particles in (*PUBLISHED, *OURS):
         found.append(
-            Cell(
+            TrainedCell(
                 f"one-layer/{word}-k{particles}",
-                "gaussian-vae",
-                "normal",
-                word,
                 PUBLISHED.get((word, particles)),
-                {"latent_dim": 50, "hidden": [200, 200], "activation": "tanh"},
+                model="gaussian-vae",
+                guide="normal",
+                estimator=word,
+                model_options={"latent_dim": 50, "hidden": [200, 200], "activation": "tanh"},
                 particles=particles,
                 objective="iwae" if particles > 1 else "elbo",
                 lr="cosine({steps}, 1e-3, 1e-5)",

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from gumbo.experiments.reproduction.cells import Cell, register
+from gumbo.experiments.reproduction.cells import register
+from gumbo.experiments.reproduction.trained import TrainedCell
 
 ARMS = (("disarm", 1), ("rloo", 2), ("rloo", 4), ("disarm", 2), ("rebar", 1), ("relax", 1))
 
 
-def cells() -> list[Cell]:
+def cells() -> list[TrainedCell]:
     return [
-        Cell(
+        TrainedCell(
             f"nonlinear/{word}-k{particles * (2 if word == 'disarm' else 1)}",
-            "bernoulli-vae",
-            "bernoulli",
-            word,
             101.6 if (word, particles) == ("disarm", 1) else None,
-            {"num_latents": 200},
+            model="bernoulli-vae",
+            guide="bernoulli",
+            estimator=word,
+            model_options={"num_latents": 200},
             particles=particles,
             metric="negative-elbo",
             draws=100,

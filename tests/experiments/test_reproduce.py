@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gumbo.experiments import reproduce
@@ -62,6 +63,45 @@ def test_cells_have_names_of_their_own(name):
     names = [cell.name for cell in tables[name].cells]
     assert len(set(names)) == len(names)
     assert len({cell.replace("/", "-") for cell in names}) == len(names)
+
+
+def test_the_toy_lists_every_estimator_that_serves_a_coin_and_knows_its_gradient(run, tmp_path):
+    words = {cell.estimator for cell in tables["toy"].cells}
+    assert {"score", "rloo", "disarm", "rebar", "gumbel-softmax", "enumerate"} <= words and "pathwise" not in words
+    status, said = run("toy", "--quick", "--cells", "[0.45/enumerate,0.45/rloo]")
+    assert status == 0 and "q(b = 1)" in said.out
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.rglob("0.45-*.json")}
+    beside = found["0.45-enumerate-seed0.json"]["beside"]
+    assert beside["gradient"] == pytest.approx(beside["exact"]) and beside["variance"] < 1e-12
+    beside = found["0.45-rloo-seed0.json"]["beside"]
+    assert abs(beside["gradient"] - beside["exact"]) < 4 * beside["± se"]
+
+
+@pytest.mark.parametrize("name", [cell.name for cell in tables["question"].cells if cell.estimator == "score"])
+def test_the_gradients_that_the_question_compares_with_are_exact(name):
+    from scipy import integrate, stats
+
+    from gumbo.experiments.reproduction.question import exact_gradient
+
+    (cell,) = tables["question"].chosen([name])
+    functions = {"square": np.square, "sin": lambda z: np.sin(cell.frequency * z), "jump": lambda z: 1.0 * (z > 1)}
+
+    def expectation(theta):
+        law = stats.norm(theta, 1) if cell.site == "normal" else stats.gamma(2, scale=1 / theta)
+        ends = (-9, 10) if cell.site == "normal" else (0, 45)
+        integrand = lambda z: functions[cell.function](z) * law.pdf(z)  # noqa: E731
+        return integrate.quad(integrand, *ends, points=[1.0], limit=2000, epsabs=1e-13)[0]
+
+    theta = 0.5 if cell.site == "normal" else 1.0
+    slope = (expectation(theta + 1e-4) - expectation(theta - 1e-4)) / 2e-4
+    assert exact_gradient(cell) == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+def test_the_question_is_answered_by_variance_and_time_and_tells_bias(run):
+    status, said = run("question", "--quick", "--cells", "[normal/jump/*,normal/sin-16/*]")
+    assert status == 0
+    answer = next(line for line in said.out.splitlines() if line.startswith("normal: by variance"))
+    assert "at sin-16;" in answer and answer.endswith("biased at jump.")
 
 
 @pytest.mark.slow
