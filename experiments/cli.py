@@ -26,7 +26,7 @@ VERBS = {
     "audit": Verb("audit", "hold gradient estimators against the exact gradient, on any model and guide"),
     "system": Verb("system", "one of the small demonstrations: a picture and its numbers"),
     "reproduce": Verb("reproduce", "train the cells of a published table and set them beside the published numbers"),
-    "list": Verb("listing", "show models, guides, estimators, and which combinations are valid"),
+    "list": Verb("listing", "show models, guides, estimators, objectives, and which combinations are valid"),
 }
 
 

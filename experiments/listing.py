@@ -1,53 +1,72 @@
-"""``gumbo list``: models, guides, estimators, and which combinations are valid."""
+"""``gumbo list``: models, guides, families of latents, estimators, objectives, and which combinations are valid."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gumbo.errors import UnknownName
 from gumbo.experiments._command import run_command
 
 DATA_SHAPE = (1, 8, 8)
 
 
+KINDS = ("models", "guides", "families", "estimators", "objectives", "stock", "combinations")
+
+
 @dataclass
 class List:
-    """Show models, guides, estimators, and which combinations are valid.
+    """Show models, guides, estimators, objectives, and which combinations are valid.
 
     Args:
+        kind: only these: models, guides, families, estimators, objectives, stock or combinations; may stand without
+            the flag, as in `gumbo list objectives`.
         json: everything as JSON.
         reasons: also say why each other combination is not valid.
     """
 
+    kind: str | None = None
     json: bool = False
     reasons: bool = False
 
 
-def catalogue(names: Iterable[str] | None = None) -> dict[str, Any]:
-    """Models, guides, estimators and stock ELBOs with what they declare, and the grid of combinations.
+def catalogue(names: Iterable[str] | None = None, kinds: Iterable[str] = KINDS) -> dict[str, Any]:
+    """What each registry holds, with what it declares, and the grid of combinations.
 
     Args:
         names: the models of the grid by their registered names, by default all.
+        kinds: which of `KINDS` to look at.
+
+    Returns:
+        For each kind a dict by name; for ``combinations`` a list, see :func:`combinations`.
     """
     from gumbo.guides import guides
     from gumbo.inference import stock_elbos
     from gumbo.inference.estimators import estimators
+    from gumbo.inference.objectives import objectives
     from gumbo.models import models
+    from gumbo.models.families import families
 
-    return {
-        "models": {name: _model(cls) for name, cls in models.items()},
-        "guides": {
+    made: dict[str, Callable[[], Any]] = {
+        "models": lambda: {name: _model(cls) for name, cls in models.items()},
+        "guides": lambda: {
             name: {"class": cls.__name__, "families": list(cls.families), "summary": _summary(cls)}
             for name, cls in guides.items()
         },
-        "estimators": {name: _estimator(make) for name, make in estimators.items()},
-        "stock": {name: {"class": cls.__name__, "summary": _summary(cls)} for name, cls in stock_elbos.items()},
-        "combinations": combinations(names),
+        "families": lambda: {
+            name: {"support": str(family.support), "outputs": family.outputs} for name, family in families.items()
+        },
+        "estimators": lambda: {name: _estimator(make) for name, make in estimators.items()},
+        "objectives": lambda: {name: _objective(make()) for name, make in objectives.items()},
+        "stock": lambda: {name: {"class": cls.__name__, "summary": _summary(cls)} for name, cls in stock_elbos.items()},
+        "combinations": lambda: combinations(names),
     }
+    return {kind: made[kind]() for kind in kinds}
 
 
 def _summary(thing: Any) -> str:
@@ -73,6 +92,19 @@ def _estimator(make: Any) -> dict[str, Any]:
         "needs_relaxed_model": estimator.needs_relaxed_model,
         "objectives": sorted(estimator.objectives),
         "summary": _summary(type(estimator)),
+    }
+
+
+def _objective(objective: Any) -> dict[str, Any]:
+    from gumbo.inference.estimators import estimators
+
+    takes = objective.takes_estimators
+    return {
+        "class": repr(objective),
+        "estimators": [word for word, make in estimators.items() if takes and objective.accepts(make())],
+        "takes_kl_weight": objective.takes_kl_weight,
+        "weighs_rows": objective.weighs_rows,
+        "summary": _summary(type(objective)),
     }
 
 
@@ -149,41 +181,60 @@ def loss_for(word: str):
 
 
 def show(config: List) -> None:
-    found = catalogue()
+    if config.kind is not None and config.kind not in KINDS:
+        raise UnknownName("kind", config.kind, KINDS)
+    found = catalogue(kinds=KINDS if config.kind is None else (config.kind,))
     if config.json:
         print(json.dumps(found, indent=1))
         return
-    print("models")
-    for name, model in found["models"].items():
-        latents = ", ".join(f"{site}: {latent['family']}" for site, latent in model["latents"].items())
-        print(f"  {name:24} {latents:28} {model['summary']}")
-    print("\nguides")
-    for name, guide in found["guides"].items():
-        print(f"  {name:24} {', '.join(guide['families']):28} {guide['summary']}")
-    print("\nestimators")
-    for name, estimator in found["estimators"].items():
-        said = "unbiased" if estimator["unbiased"] else "biased"
-        said += f", {estimator['min_particles']}+ particles" if estimator["min_particles"] > 1 else ""
-        said += ", relaxes the model" if estimator["needs_relaxed_model"] else ""
-        print(f"  {name:24} {said:36} {', '.join(estimator['objectives']):12} {estimator['class']}")
-    print("\nPyro's own")
-    for name, stock in found["stock"].items():
-        print(f"  {name:24} {stock['class']}")
-    print("\nvalid combinations")
+    for place, (kind, entries) in enumerate(found.items()):
+        print(("\n" if place else "") + TITLES.get(kind, kind))
+        if kind == "combinations":
+            _show_combinations(entries, config.reasons)
+            continue
+        for name, entry in entries.items():
+            print(f"  {name:24} {_line(kind, entry)}")
+
+
+TITLES = {"families": "families of latents", "stock": "Pyro's own", "combinations": "valid combinations"}
+
+
+def _line(kind: str, entry: dict[str, Any]) -> str:
+    """What is said of one entry, in columns."""
+    if kind == "models":
+        latents = ", ".join(f"{site}: {latent['family']}" for site, latent in entry["latents"].items())
+        return f"{latents:28} {entry['summary']}"
+    if kind == "guides":
+        return f"{', '.join(entry['families']):28} {entry['summary']}"
+    if kind == "families":
+        return f"{entry['support']:28} outputs for each number of a value: {entry['outputs']}"
+    if kind == "estimators":
+        said = "unbiased" if entry["unbiased"] else "biased"
+        said += f", {entry['min_particles']}+ particles" if entry["min_particles"] > 1 else ""
+        said += ", relaxes the model" if entry["needs_relaxed_model"] else ""
+        return f"{said:36} {', '.join(entry['objectives']):12} {entry['class']}"
+    if kind == "objectives":
+        words = entry["estimators"]
+        said = words[0] if len(words) == 1 else f"{len(words) or 'no'} estimators"
+        return f"{said:16} {entry['summary']}"
+    return entry["class"]
+
+
+def _show_combinations(found: list[dict[str, Any]], reasons: bool) -> None:
     pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in found["combinations"]:
+    for row in found:
         pairs.setdefault((_form(row), row["guide"]), []).append(row)
     for (form, guide), rows in pairs.items():
         refused = {row["estimator"] for row in rows if row["reason"]}
         valid = [word for word in dict.fromkeys(row["estimator"] for row in rows) if word not in refused]
         if valid:
             print(f"  {form} with guide {guide}\n      {', '.join(valid)}")
-        if config.reasons:
+        if reasons:
             for row in rows:
                 if row["reason"]:
                     what = f"guide {guide}" if row["estimator"] == "*" else f"guide {guide}, {row['estimator']}"
                     print(f"    not {form} with {what}: {row['reason']}")
-    if not config.reasons:
+    if not reasons:
         print("\n`gumbo list --reasons` says why the others are not valid.")
 
 
@@ -194,6 +245,9 @@ def _form(row: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "gumbo list") -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        argv = ["--kind", *argv]
     run_command(List, show, argv, prog)
 
 

@@ -19,6 +19,7 @@ from .inference.elbo import SiteELBO
 from .inference.engine.resolution import as_estimator
 from .inference.estimators import Estimator
 from .inference.estimators._distributions import describe
+from .inference.objectives import objectives
 
 F64 = torch.float64
 COPIES, CALLS = 2000, 24
@@ -193,8 +194,10 @@ def _check_declarations(estimator: Estimator, who: str) -> None:
     _require(isinstance(least, int) and least >= 1, who, "must declare min_particles as a positive integer")
     runs = estimator.evaluations(least)
     _require(isinstance(runs, int) and runs >= 1, who, "must say how many model runs it needs")
-    known = {"elbo", "iwae", "rws"}
-    _require(bool(estimator.objectives) and estimator.objectives <= known, who, f"must name objectives among {known}")
+    known = set(objectives)
+    _require(
+        bool(estimator.objectives) and estimator.objectives <= known, who, f"must name objectives among {sorted(known)}"
+    )
     _require(estimator.log_q in ("full", "value", "path"), who, 'must set log_q to "full", "value" or "path"')
     if least > 1:
         try:

@@ -1,4 +1,4 @@
-"""The contracts of models, guides and estimators as functions, for this package's classes and for anybody's.
+"""The contracts of models, guides, estimators and objectives as functions, for this package's classes and others.
 
 Each check takes a built object and a batch, and raises AssertionError with a one-line reason at the first fault. They
 work on copies: the objects, the param store and the random stream are left as they were.
@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ._check_estimator import check_estimator
+from ._check_objective import check_objective
 from .errors import BadInput
 from .models.families import families
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from .guides._base import AnyGuide
     from .models._base import GenerativeModel
 
-__all__ = ["check_estimator", "check_guide", "check_model"]
+__all__ = ["check_estimator", "check_guide", "check_model", "check_objective"]
 
 PARTICLES = 3
 

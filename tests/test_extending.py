@@ -15,6 +15,7 @@ from gumbo.experiments import cli
 from gumbo.experiments.data import datasets
 from gumbo.guides import guides
 from gumbo.inference.estimators import estimators
+from gumbo.inference.objectives import objectives
 from gumbo.models import models
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
@@ -24,7 +25,7 @@ FILES = dict(re.findall(r"```py\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DO
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """The page's files in the current folder; what they register is taken back."""
-    before = [(registry, dict(registry._items)) for registry in (models, guides, estimators, datasets)]
+    before = [(registry, dict(registry._items)) for registry in (models, guides, estimators, objectives, datasets)]
     for name, body in FILES.items():
         (tmp_path / name).write_text(body)
     monkeypatch.chdir(tmp_path)
@@ -37,7 +38,7 @@ def written(tmp_path, monkeypatch):
 
 
 def test_the_page_has_a_file_for_each_kind():
-    assert list(FILES) == ["mymodel.py", "myguide.py", "myestimator.py", "mydata.py"]
+    assert list(FILES) == ["mymodel.py", "myguide.py", "myestimator.py", "myobjective.py", "mydata.py"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,4 +1,4 @@
-"""One file and one registration add a model, a guide, an estimator or a latent family: everything else picks it up."""
+"""One file and one registration add a model, guide, estimator, family or objective: everything else picks it up."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 from gumbo.errors import BadInput
 from gumbo.experiments import listing
 from gumbo.guides import fitting, guides
-from gumbo.inference import audit, fit
+from gumbo.inference import SiteELBO, audit, fit
 from gumbo.inference.estimators import estimators
+from gumbo.inference.objectives import objectives
 from gumbo.models import Latent, models
 from gumbo.models.families import families
-from gumbo.testing import check_estimator, check_guide, check_model
+from gumbo.testing import check_estimator, check_guide, check_model, check_objective
 
-REGISTRIES = (models, guides, estimators, families)
+REGISTRIES = (models, guides, estimators, families, objectives)
 
 MODEL = '''
 import math
@@ -103,6 +104,25 @@ def standard(latent, zero):
 
 families.register("toy", Family(constraints.real, make, standard, outputs=2))
 """
+
+
+OBJECTIVE = '''
+from gumbo.inference.objectives import objectives
+from gumbo.inference.objectives.evidence import EvidenceLowerBound
+
+
+@objectives.register("toy")
+class ToyBound(EvidenceLowerBound):
+    """Twice the evidence lower bound."""
+
+    name = "toy"
+
+    def accepts(self, estimator):
+        return "elbo" in estimator.objectives
+
+    def value(self, recorded):
+        return 2 * super().value(recorded)
+'''
 
 
 @pytest.fixture
@@ -195,3 +215,37 @@ def test_a_family(add):
     report = audit(model, guide, x, estimators=["pathwise", "rloo"], num_samples=20, seed=0)
     assert len(report.estimator) == 2
     assert trains(model, guide, "pathwise").history
+
+
+def test_an_objective(add):
+    add(MODEL + OBJECTIVE)
+    check_objective("toy")
+    found = listing.catalogue(kinds=["objectives"])["objectives"]
+    assert found["toy"]["summary"] == "Twice the evidence lower bound."
+    assert {"pathwise", "rloo"} <= set(found["toy"]["estimators"]) and "dreg" not in found["toy"]["estimators"]
+    model, guide = pair("normal")
+    x = model.example(2)["x"]
+    report = audit(model, guide, x, estimators=["pathwise", "rloo"], objective="toy", num_samples=20, seed=0)
+    plain = audit(model, guide, x, estimators=["pathwise"], num_samples=20, seed=0)
+    assert report.attrs["objective"] == "toy" and report.estimator.values.tolist() == ["pathwise", "rloo"]
+    spreads = [each.variance.sel(estimator="pathwise").values for each in (report, plain)]
+    assert spreads[0] == pytest.approx(4 * spreads[1], rel=1e-4)  # the same draws
+    assert trains(model, guide, SiteELBO("pathwise", objective="toy")).history
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "words"),
+    [
+        ("2 * super().value(recorded)", "super().value(recorded).square()", "is no sum over rows|has another mean"),
+        (
+            "    def accepts",
+            "    def refusal(self, _):\n        return 'no'\n\n    def accepts",
+            "accepts and refusal disagree",
+        ),
+        ('name = "toy"', 'name = "toy"\n    takes_kl_weight = 1', "must declare takes_kl_weight as a bool"),
+    ],
+)
+def test_an_objective_that_breaks_its_word_is_caught(right, wrong, words, add):
+    add(OBJECTIVE.replace(right, wrong))
+    with pytest.raises(AssertionError, match=words):
+        check_objective("toy")

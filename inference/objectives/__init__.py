@@ -2,15 +2,18 @@
 
 from . import doubly, evidence, free_bits, importance, wake_sleep
 from ._base import Objective, Recorded, as_objective, objectives
+from ._weights import Weights, importance_weights
 
 __all__ = [
     "Objective",
     "Recorded",
+    "Weights",
     "as_objective",
     "doubly",
     "evidence",
     "free_bits",
     "importance",
+    "importance_weights",
     "objectives",
     "wake_sleep",
 ]
