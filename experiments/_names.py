@@ -27,6 +27,7 @@ NAMES = (
     "estimator",
     "estimators",
     "objective",
+    "objective_options",
     "data",
     "args",
     "optimizer",
@@ -43,6 +44,14 @@ def named(registry: Registry[T], name: str) -> T:
     """
     with current_folder_importable():
         return registry[name]
+
+
+def named_objective(word: str, options: Mapping[str, Any]) -> Any:
+    """The objective of that name or import path, told its options."""
+    from gumbo.inference.objectives import as_objective
+
+    with current_folder_importable():
+        return as_objective(word, options)
 
 
 def imported(path: str, kind: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gumbo.errors import BadInput, GumboError
 from gumbo.experiments._command import run_command
-from gumbo.experiments._names import current_folder_importable, imported, program
+from gumbo.experiments._names import current_folder_importable, imported, named_objective, program
 from gumbo.experiments._runs import RunFolder
 from gumbo.registry import Registry
 from gumbo.tables import digits, markdown
@@ -28,7 +28,8 @@ class Audit:
         batch_size: how many images.
         estimators: words of estimators and of Pyro's own ELBOs, or for each site one, as in
             `--estimators rloo '{gate: enumerate, z: pathwise}'`; by default every word there is.
-        objective: elbo, or iwae (with `--particles`).
+        objective: elbo, or iwae or renyi (with `--particles`).
+        objective_options: what the objective is told beside its word, as in `--objective_options.alpha=0.5` of renyi.
         particles: draws a step; by default each estimator's own minimum.
         num_samples: gradients drawn of each estimator.
         reference: auto, exact, long-run, or an estimator to be run long.
@@ -51,6 +52,7 @@ class Audit:
     batch_size: int = 16
     estimators: list[dict[str, str] | str] = field(default_factory=list)
     objective: str = "elbo"
+    objective_options: dict[str, Any] = field(default_factory=dict)
     particles: int | None = None
     num_samples: int = 2000
     reference: str = "auto"
@@ -84,7 +86,7 @@ def audit(config: Audit):
             estimators=config.estimators or None,
             num_samples=config.num_samples,
             num_particles=config.particles,
-            objective=config.objective,
+            objective=named_objective(config.objective, config.objective_options),
             reference=config.reference,
             seed=config.seed,
             burn_in=config.burn_in,
@@ -121,9 +123,8 @@ def check(config: Audit) -> None:
         labelled(config.estimators or None)
         if config.reference not in ("auto", "exact", "long-run"):
             labelled(config.reference)
-    check_settings(
-        config.num_samples, config.particles, config.objective, config.burn_in, config.alpha, config.kl_weight
-    )
+    objective = named_objective(config.objective, config.objective_options)
+    check_settings(config.num_samples, config.particles, objective, config.burn_in, config.alpha, config.kl_weight)
 
 
 def say(label: str, done: int, total: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName
 from gumbo.experiments._command import run_command, speaks
-from gumbo.experiments._names import current_folder_importable, marked, named, refuse_untrusted
+from gumbo.experiments._names import current_folder_importable, marked, named, named_objective, refuse_untrusted
 from gumbo.experiments._runs import RunFolder, read_settings
 from gumbo.launcher import launched
 
@@ -31,7 +31,8 @@ class Train:
         guide: a guide's name or import path; by default the first that fits the model.
         estimator: how each random choice gets its gradient: one word, or one for each site, as in
             `--estimator '{gate: enumerate, z: pathwise}'`; Pyro's own ELBOs are `trace`, `trace-graph`, ….
-        objective: what is estimated; elbo, iwae or rws.
+        objective: what is estimated; elbo, iwae, renyi or rws.
+        objective_options: what the objective is told beside its word, as in `--objective_options.alpha=0.5` of renyi.
         particles: draws a step; by default the estimator's own minimum.
         kl_weight: the weight of the KL in training, a number or a schedule of the step, as in `linear(1000)` or
             `cyclical(4000, 4)`; what is reported is always the bound at weight 1.
@@ -63,6 +64,7 @@ class Train:
     guide: str | None = None
     estimator: dict[str, str] | str = "default"
     objective: str = "elbo"
+    objective_options: dict[str, Any] = field(default_factory=dict)
     particles: int | None = None
     kl_weight: str = "1.0"
     temperature: str | None = None
@@ -236,10 +238,11 @@ def inputs_of(model, data, split: str, count: int | None = None) -> dict[str, An
 def make_loss(config: Train):
     from gumbo.inference import make_loss, parse_schedule
 
-    options: dict[str, Any] = {} if config.objective == "elbo" else {"objective": config.objective}
+    target = named_objective(config.objective, config.objective_options)
+    options: dict[str, Any] = {} if target.name == "elbo" else {"objective": target}
     if str(config.kl_weight) not in ("1", "1.0"):
         options["kl_weight"] = parse_schedule(config.kl_weight)
-    word: Any = "default" if config.objective == "rws" else config.estimator
+    word: Any = config.estimator if target.takes_estimators else "default"
     with current_folder_importable():
         if config.temperature is not None:
             word = with_temperature(word, parse_schedule(config.temperature))

@@ -30,7 +30,8 @@ class SiteELBO(ELBO):
         estimators: one word (or :class:`Estimator`) for all sites, or a mapping from site names to words, where
             ``"*"`` stands for the sites that it does not name. Where a mapping does not name a site, the site's own
             ``infer={"estimator": …}`` speaks first, then ``"*"``; a site that nothing names is pathwise if it can be.
-        objective: ``"elbo"``; ``"iwae"``, the importance-weighted bound; ``"rws"``, reweighted wake-sleep.
+        objective: ``"elbo"``; ``"iwae"``, the importance-weighted bound; ``"renyi"``, the bound of order
+            ``alpha``; ``"rws"``, reweighted wake-sleep; or an :class:`~gumbo.inference.objectives.Objective`.
         num_particles: K; None is the estimators' own minimum.
         vectorize_particles: True runs all K at once, in a plate to the left of all others; the first call replays one
             of them alone, compares, and refuses programs that mean another thing so. False runs one after the other.
@@ -42,6 +43,7 @@ class SiteELBO(ELBO):
             another batch size; a plate whose rows are mixed (by BatchNorm, by a mean over it) is summed under
             ``"elbo"`` and refused under the other objectives. This can find mixing, and cannot prove that there is
             none. ``"trust"`` skips the check; ``"ignore"`` sums every plate.
+        objective_options: what the objective is told beside its word, as in ``objective="renyi", alpha=0.5``.
 
     It serves Pyro's idiom, ``SVI(model, guide, optim, loss=SiteELBO("rloo"))``, and torch's:
     ``loss = SiteELBO("rloo")(model, guide)`` is a module, ``loss(x).backward()``. The value is a loss, −bound, in nats,
@@ -81,8 +83,9 @@ class SiteELBO(ELBO):
         max_plate_nesting: int | None = None,
         kl_weight: float | Callable[[int], float] = 1.0,
         plates: str = "check",
+        **objective_options: Any,
     ):
-        self.target = as_objective(objective)
+        self.target = as_objective(objective, objective_options)
         if not isinstance(plates, str) or plates not in PLATES:
             raise UnknownName("plates", plates, PLATES)
         if not fits(num_particles, int | None):
@@ -135,7 +138,9 @@ class SiteELBO(ELBO):
         if self.otherwise is not None:
             words["*"] = _said(self.otherwise)
         said = words if self.given else words.get("*", "default")
-        parts = [repr(said), f"objective={self.objective!r}", f"num_particles={self.requested_particles}"]
+        parts = [repr(said), f"objective={self.objective!r}"]
+        parts += [f"{name}={value!r}" for name, value in self.target.options.items()]
+        parts.append(f"num_particles={self.requested_particles}")
         for name, value, usual in (
             ("vectorize_particles", self.requested_vectorized, None),
             ("max_plate_nesting", self.requested_nesting, None),

@@ -70,8 +70,8 @@ def audit(
         num_samples: gradients drawn with each estimator.
         num_particles: K; None is each estimator's own minimum.
         objective: what is estimated, a word or an :class:`~gumbo.inference.objectives.Objective` that takes estimators:
-            ``"elbo"``, or ``"iwae"``, the importance-weighted bound. One that weighs each datum (``iwae``) needs
-            ``num_particles``. Only ``elbo`` and ``iwae`` have an exact reference, others a long run.
+            ``"elbo"``, ``"iwae"``, or ``RenyiBound(0.5)``. One that weighs each datum (``iwae``) needs ``num_particles``.
+            ``elbo`` and what is a function of a datum's importance weights have an exact reference, others a long run.
         reference: ``"auto"``: the exact gradient by enumeration where that can be had, and otherwise a long run of
             pathwise and leave-one-out gradients, whose own error enters the verdicts; ``"exact"`` and ``"long-run"``
             insist; an estimator's word (or anything ``estimators`` takes) is run long.
@@ -130,10 +130,10 @@ def audit(
     ('ok', 'exact (every value)')
     """
     args, kwargs = given_arguments(args, kwargs)
-    check_settings(num_samples, num_particles, objective, burn_in, alpha, kl_weight)
+    target = check_settings(num_samples, num_particles, objective, burn_in, alpha, kl_weight)
     entries = labelled(estimators)
     options = {
-        "objective": as_objective(objective),
+        "objective": target,
         "vectorize_particles": vectorize_particles,
         "max_plate_nesting": max_plate_nesting,
         "kl_weight": float(kl_weight),
@@ -155,14 +155,14 @@ def audit(
         sites = stage.sites_of_parameters()
     _say_once(rows)
     settings = {"num_samples": num_samples, "seed": seed, "burn_in": burn_in, "alpha": alpha, **options}
-    settings["objective"] = options["objective"].name
+    settings["objective"] = target.said
     settings["mixed_plates"] = ", ".join(stage.mixed_plates)
     settings["num_particles"] = "own minimum" if num_particles is None else num_particles
     return dataset_of(stage, rows, truth, sites, settings)
 
 
-def check_settings(num_samples, num_particles, objective, burn_in, alpha, kl_weight) -> None:
-    """Raise BadInput or UnknownName for numbers and words that no audit can have."""
+def check_settings(num_samples, num_particles, objective, burn_in, alpha, kl_weight) -> Objective:
+    """The objective; raises BadInput or UnknownName for numbers and words that no audit can have."""
     target = as_objective(objective)
     if not target.takes_estimators:
         raise BadInput(
@@ -179,6 +179,7 @@ def check_settings(num_samples, num_particles, objective, burn_in, alpha, kl_wei
         raise BadInput("kl_weight is a schedule: an audit stands at one step, so give the number for it")
     if target.weighs_rows and num_particles is None:
         raise BadInput(f"objective {target.name!r} is another bound for every K: give num_particles")
+    return target
 
 
 def labelled(given: Any) -> dict[str, Any]:
@@ -242,9 +243,10 @@ def _make_row(stage: Stage, label: str, entry: Any, num_particles: int | None, o
 
 
 def _make_loss(stage: Stage, entry: Any, num_particles: int | None, options: dict[str, Any]) -> ELBO:
-    objective, weight = options["objective"].name, options["kl_weight"]
+    objective, weight = options["objective"].said, options["kl_weight"]
     if isinstance(entry, ELBO):
-        other = getattr(entry, "objective", objective), getattr(entry, "kl_weight", weight)
+        target = getattr(entry, "target", None)
+        other = objective if target is None else target.said, getattr(entry, "kl_weight", weight)
         if other != (objective, weight):
             raise BadInput(f"it estimates {other[0]!r} at kl_weight {other[1]}, and this audit another objective")
         return copy.deepcopy(entry, {id(program): program for program in modules_of(stage.model, stage.guide)})

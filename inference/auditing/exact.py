@@ -94,16 +94,31 @@ def exact_elbo(model: Callable, guide: Callable, *args: Any, limit: int = LIMIT,
     return torch.stack(terms).sum()
 
 
-def exact_iwae(model: Callable, guide: Callable, *args: Any, num_particles: int, limit: int = 2**14, **kwargs: Any):
-    """The importance-weighted bound of the whole program as a sum over every tuple of K joint values."""
+def mean_weight(log_weight: Tensor, dim: int) -> Tensor:
+    """The logarithm of the mean of importance weights along ``dim``, of size 1 in what is returned."""
+    return log_weight.logsumexp(dim, keepdim=True) - math.log(log_weight.shape[dim])
+
+
+def exact_iwae(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_particles: int,
+    limit: int = 2**14,
+    bound: Callable[[Tensor, int], Tensor] = mean_weight,
+    **kwargs: Any,
+):
+    """The importance-weighted bound of the whole program as a sum over every tuple of K joint values.
+
+    ``bound(log_weight, dim)`` is another function of the K log weights along ``dim``.
+    """
     listed = [(log_q, p - q) for log_q, p, q in outcomes(model, guide, args, kwargs, limit=limit)]
     if len(listed) ** num_particles > limit:
         raise UnsupportedSite("(program)", "enumerate", f"{len(listed)}^{num_particles} tuples are too many to list")
     total: Any = 0.0
     for tuple_ in itertools.product(listed, repeat=num_particles):
         log_q = sum(log_q for log_q, _ in tuple_)
-        bound = torch.stack([weight for _, weight in tuple_]).logsumexp(0) - math.log(num_particles)
-        total = total + log_q.exp() * bound
+        total = total + log_q.exp() * bound(torch.stack([weight for _, weight in tuple_]), 0).squeeze(0)
     return total
 
 

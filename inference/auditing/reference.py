@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,8 @@ from ...errors import BadInput, CannotVectorize, GumboError, UnsupportedSite
 from ..elbo import SiteELBO
 from ..estimators import LeaveOneOut, Pathwise, ScoreFunction
 from ..estimators._distributions import describe, finite_support, is_deterministic, score_log_prob
+from ..objectives import Objective
+from ..objectives.evidence import EvidenceLowerBound
 from ..stock import LatentsWeighted
 from .directions import Directions
 from .exact import _advance, _turn, exact_elbo, exact_iwae
@@ -74,14 +75,15 @@ def exact_reference(stage: Stage, num_particles: int | None, options: dict[str, 
         return apart
     if not _repeats_itself(stage):
         return "the programs draw noise of their own, so that two runs on the same values differ"
-    objective = options["objective"].name
-    if objective not in ("elbo", "iwae"):
-        return f"objective {objective!r} is not one whose exact gradient is listed here"
-    if objective == "iwae" and stage.mixed_plates:
+    target: Objective = options["objective"]
+    weighed = target.weighs_rows and type(target).bound is not Objective.bound
+    if not weighed and not isinstance(target.refined({}), EvidenceLowerBound):
+        return f"objective {target.name!r} is not one whose exact gradient is listed here"
+    if weighed and stage.mixed_plates:
         return f"the programs mix the rows of plate {stage.mixed_plates[0]!r}, so that no row has a bound of its own"
-    if objective == "iwae":
+    if weighed:
         try:
-            return _as_reference(stage, "exact (every tuple of values)", exact_bound(stage, num_particles))
+            return _as_reference(stage, "exact (every tuple of values)", exact_bound(stage, num_particles, target))
         except UnsupportedSite as error:
             return error.reason
     if isinstance(jointly, int) and jointly <= ONE_BY_ONE:
@@ -155,8 +157,8 @@ class _ChooseAlike(Messenger):
         self.scores.append(score_log_prob(msg["fn"], msg["value"]))
 
 
-def exact_bound(stage: Stage, num_particles: int | None) -> Tensor:
-    """Minus the importance-weighted bound of K particles, summed over every tuple of values, datum by datum.
+def exact_bound(stage: Stage, num_particles: int | None, target: Objective) -> Tensor:
+    """Minus an importance-weighted bound of K particles, summed over every tuple of values, datum by datum.
 
     A datum is an element of the plates that enclose every site. Raises UnsupportedSite where a latent site has plates
     of its own within, and where the tuples are too many.
@@ -169,7 +171,13 @@ def exact_bound(stage: Stage, num_particles: int | None) -> Tensor:
         inner = next((site for site in _random(guide) if not site["is_observed"] and _plates(site) != plates), None)
         if not plates:
             bound = exact_iwae(
-                stage.model, stage.guide, *stage.args, num_particles=num_particles, limit=TUPLES, **stage.kwargs
+                stage.model,
+                stage.guide,
+                *stage.args,
+                num_particles=num_particles,
+                limit=TUPLES,
+                bound=target.bound,
+                **stage.kwargs,
             )
             return -bound
         if inner is not None:
@@ -190,7 +198,7 @@ def exact_bound(stage: Stage, num_particles: int | None) -> Tensor:
     index = torch.cartesian_prod(*[torch.arange(len(weights), device=weights[0].device)] * num_particles)
     index = index.reshape(-1, num_particles)
     probability = torch.stack(scores)[index].sum(1).exp()
-    bound = torch.stack(weights)[index].logsumexp(1) - math.log(num_particles)
+    bound = target.bound(torch.stack(weights)[index], 1).squeeze(1)
     return -(scale * probability * bound).sum()
 
 
@@ -246,7 +254,7 @@ def long_run(
                 name, "any", f"no unbiased gradient of {describe(fn)} serves as a reference ({reason}); name one"
             )
     options = options | {"vectorize_particles": stage.at_once(options["vectorize_particles"])}
-    if options["objective"].name != "elbo":
+    if not isinstance(options["objective"].refined({}), EvidenceLowerBound):
         return run_long(stage, SiteELBO(words, num_particles=num_particles, **options), 4 * num_samples, seed)
     try:
         if options["vectorize_particles"]:

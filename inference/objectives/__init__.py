@@ -1,6 +1,6 @@
 """What is estimated, one file an objective."""
 
-from . import doubly, evidence, free_bits, importance, wake_sleep
+from . import doubly, evidence, free_bits, importance, renyi, wake_sleep
 from ._base import Objective, Recorded, as_objective, objectives
 from ._weights import Weights, importance_weights
 
@@ -15,5 +15,6 @@ __all__ = [
     "importance",
     "importance_weights",
     "objectives",
+    "renyi",
     "wake_sleep",
 ]

@@ -1,23 +1,27 @@
 """The contract of an objective: what is estimated, which estimators serve it, and what its value is called.
 
 ``SiteELBO`` runs the programs, and hands what it recorded to its objective once. A new objective is one class in one
-file of this folder, a word in ``objectives`` and one import line in the folder's ``__init__``.
+file of this folder, a word in ``objectives`` and one import line in the folder's ``__init__``. What it may be told
+beside its word (an order, a proposal) are the arguments of its constructor: ``SiteELBO(objective=word, option=…)``
+hands them on, and they are held against their annotations.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ...errors import BadInput, Refusal, UnknownName
+from ...options import Checked
 from ...registry import Registry
 from ..engine.terms import Recorded
 from ..estimators._base import Estimator
 
 
-class Objective:
+class Objective(Checked):
     """What a loss estimates; a class of its own for each.
 
     Class attributes:
@@ -30,7 +34,7 @@ class Objective:
             hold a part of the rows each.
 
     >>> sorted(objectives)
-    ['elbo', 'free-bits', 'iwae', 'rws']
+    ['elbo', 'free-bits', 'iwae', 'renyi', 'rws']
     """
 
     name: str = ""
@@ -40,8 +44,19 @@ class Objective:
     runs_model: bool = True
     sums_over_rows: bool = False
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it was told beside its word, by name."""
+        return {name: value for name, value in sorted(vars(self).items()) if not name.startswith("_")}
+
+    @property
+    def said(self) -> str:
+        """The word, and the options if there are any, as in ``renyi(alpha=0.5)``."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{self.name}({options})" if options else self.name
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
 
     def accepts(self, estimator: Estimator) -> bool:
         """Whether an estimator's gradient is derived for this objective."""
@@ -54,6 +69,14 @@ class Objective:
     def refined(self, chosen: Mapping[str, Estimator]) -> Objective:
         """The objective whose gradient the estimators of all sites together ask for; mostly itself."""
         return self
+
+    def bound(self, log_weight: Tensor, dim: int) -> Tensor:
+        """The value of a datum whose log importance weights lie along ``dim``, of size 1 in what is returned.
+
+        For objectives that weigh rows and are a function of the weights alone, which is what an exact answer is
+        listed from.
+        """
+        raise BadInput(f"objective {self.name!r} is not a function of importance weights alone")
 
     def value(self, recorded: Recorded) -> Tensor:
         """A scalar: its value is that of the objective, its gradient an estimate of the objective's gradient."""
@@ -72,19 +95,34 @@ def _expected(found: Any) -> str:
 objectives: Registry[Callable[[], Objective]] = Registry("objective", _expected)
 
 
-def as_objective(word: str | Objective | type[Objective]) -> Objective:
-    """The objective that a word names, or the objective itself.
+def as_objective(word: str | Objective | type[Objective], options: Mapping[str, Any] | None = None) -> Objective:
+    """The objective that a word names, made with these options, or the objective itself.
 
     >>> as_objective("iwae")
     ImportanceWeightedBound()
+    >>> as_objective("renyi", {"alpha": 0.25}).said
+    'renyi(alpha=0.25)'
     """
+    options = dict(options or {})
     if isinstance(word, Objective):
+        if options:
+            raise BadInput(f"objective {word!r} is made already: give {sorted(options)[0]!r} to {type(word).__name__}")
         return word
     if isinstance(word, type) and issubclass(word, Objective):
-        return word()
-    if not isinstance(word, str):
+        make: Callable[..., Objective] = word
+    elif isinstance(word, str):
+        make = objectives[word]
+    else:
         raise UnknownName("objective", word, objectives)
-    found = objectives[word]()
+    make_of = make.__init__ if isinstance(make, type) else make
+    known = (
+        [] if make_of is object.__init__ else [name for name in inspect.signature(make_of).parameters if name != "self"]
+    )
+    for name in options:
+        if name not in known:
+            its = f"its options: {', '.join(known)}" if known else "it has none"
+            raise BadInput(f"objective {word!r} has no option {name!r} ({its}), and SiteELBO has none of that name")
+    found = make(**options)
     if not isinstance(found, Objective):
         raise BadInput(f"{word!r} names {found!r}, which is not an Objective")
     return found

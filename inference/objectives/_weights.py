@@ -16,15 +16,19 @@ from ..engine.terms import Layout, common_frames, summed_to
 
 @dataclass
 class Bound:
-    """Per-datum log importance weights ``(K, *plates)`` and the bounds that they give."""
+    """Per-datum log importance weights ``(K, *plates)`` and the bounds of order ``alpha`` that they give."""
 
     log_weight: Tensor
     dim: int
+    alpha: float = 0.0
 
     def value(self) -> Tensor:
-        """log (1/K) Σₖ wₖ per datum."""
-        count = self.log_weight.shape[self.dim]
-        return self.log_weight.logsumexp(self.dim, keepdim=True) - math.log(count)
+        """(1/(1 − α)) log (1/K) Σₖ wₖ^(1 − α) per datum: at α = 0 log (1/K) Σₖ wₖ."""
+        return power_mean(self.log_weight, self.dim, self.alpha)
+
+    def normalized(self) -> Tensor:
+        """The derivative of :meth:`value` by each log weight: the weights to the power 1 − α over their sum."""
+        return ((1 - self.alpha) * self.log_weight).softmax(self.dim)
 
     def leave_one_out(self) -> Tensor:
         """For each k the bound with log wₖ replaced by the mean of the others (Mnih & Rezende 2016, 1602.06725)."""
@@ -33,7 +37,29 @@ class Bound:
         others = (weights.sum(-1, keepdim=True) - weights) / (count - 1)
         diagonal = torch.eye(count, dtype=torch.bool, device=weights.device)
         replaced = torch.where(diagonal, others.unsqueeze(-1), weights.unsqueeze(-2))
-        return (replaced.logsumexp(-1) - math.log(count)).movedim(-1, self.dim)
+        return power_mean(replaced, -1, self.alpha).squeeze(-1).movedim(-1, self.dim)
+
+
+def power_mean(log_weight: Tensor, dim: int, alpha: float) -> Tensor:
+    """The logarithm of the mean of w^(1 − α) along ``dim``, over 1 − α; at α = 1 the mean of log w.
+
+    >>> log_weight = torch.tensor([0.0, 2.0], dtype=torch.float64)
+    >>> [round(power_mean(log_weight, 0, alpha).item(), 4) for alpha in (0.0, 0.5, 1.0 - 1e-12, 1.0, 2.0)]
+    [1.4338, 1.2402, 1.0, 1.0, 0.5662]
+    """
+    power = 1.0 - alpha
+    count = log_weight.shape[dim]
+    if power == 0.0:
+        return log_weight.mean(dim, keepdim=True)
+    if power == 1.0:
+        return log_weight.logsumexp(dim, keepdim=True) - math.log(count)
+    # About the mean, so that nothing is lost where the power is small and a sum of exponentials is all but K.
+    middle = log_weight.detach().mean(dim, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
+    offset = power * (log_weight - middle)
+    near = offset.clamp(-1.0, 1.0).expm1().mean(dim, keepdim=True).log1p()
+    far = offset.logsumexp(dim, keepdim=True) - math.log(count)
+    is_near = offset.detach().abs().amax(dim, keepdim=True) <= 1.0
+    return middle + torch.where(is_near, near, far) / power
 
 
 def common_scale(runs: list[Run]) -> Any:

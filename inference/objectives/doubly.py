@@ -11,10 +11,11 @@ from ._weights import Bound, importance_weights
 
 
 class DoublyReparameterizedBound(Objective):
-    """The value of ``iwae``, and the gradient that the estimator ``dreg`` asks for (Tucker et al. 2018).
+    """The value of ``iwae`` or ``renyi``, and the gradient that the estimator ``dreg`` asks for (Tucker et al. 2018).
 
     The draws z(φ) are those of the first runs; the weights come from the programs run again at the same values, cut
-    from the graph, with the guide's parameters frozen. w̃² enters once, where all values together leave the second run.
+    from the graph, with the guide's parameters frozen. The factor w̃² (at order α it is α w̃ + (1 − α) w̃², Daudel et al.
+    2023, arXiv 2210.06226) enters once, where all values together leave the second run.
     """
 
     name = "iwae"
@@ -22,14 +23,20 @@ class DoublyReparameterizedBound(Objective):
     weighs_rows = True
     runs_model = False
 
+    def __init__(self, alpha: float = 0.0):
+        self.alpha = alpha
+
+    _ranges = {"alpha": 0}
+
     def value(self, recorded: Recorded) -> Tensor:
         groups, layout = recorded.again(), recorded.layout
         weights = importance_weights(groups, layout)
         log_weight = weights.log_p - weights.log_q
-        value = (weights.scale * Bound(log_weight.detach(), -layout.room).value()).sum()
+        bound = Bound(log_weight.detach(), -layout.room, self.alpha)
+        value = (weights.scale * bound.value()).sum()
         if not torch.is_grad_enabled():
             return value
-        normalized = log_weight.detach().softmax(-layout.room)
+        normalized = bound.normalized()
         value = value + magic((weights.scale * normalized * log_weight).sum())
         pairs = [
             (before.draw.value, after.draw.value)
@@ -40,8 +47,9 @@ class DoublyReparameterizedBound(Objective):
         ]
         if not pairs:
             return value
+        factor = normalized * (self.alpha + (1 - self.alpha) * normalized)
         slopes = torch.autograd.grad(
-            (weights.scale * normalized.square() * log_weight).sum(),
+            (weights.scale * factor * log_weight).sum(),
             [leaf for _, leaf in pairs],
             retain_graph=True,
             allow_unused=True,

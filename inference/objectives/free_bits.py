@@ -38,6 +38,7 @@ class FreeBitsBound(Objective):
     """
 
     name = "free-bits"
+    _unchecked = ("floor",)
 
     def __init__(self, floor: float = 0.25):
         number = isinstance(floor, int | float) and not isinstance(floor, bool)

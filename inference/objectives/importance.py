@@ -26,17 +26,21 @@ class ImportanceWeightedBound(Objective):
     name = "iwae"
     sums_over_rows = True
     weighs_rows = True
+    alpha = 0.0
+
+    def bound(self, log_weight: Tensor, dim: int) -> Tensor:
+        return Bound(log_weight, dim, self.alpha).value()
 
     def refined(self, chosen: Mapping[str, Estimator]) -> Objective:
         doubly = any(estimator.together for estimator in chosen.values())
-        return DoublyReparameterizedBound() if doubly else self
+        return DoublyReparameterizedBound(self.alpha) if doubly else self
 
     def value(self, recorded: Recorded) -> Tensor:
         groups, layout, view = recorded.groups, recorded.layout, recorded.view
         weights = importance_weights(groups, layout)
-        bound = Bound(weights.log_p - weights.log_q, -layout.room)
+        bound = Bound(weights.log_p - weights.log_q, -layout.room, self.alpha)
         value = (weights.scale * bound.value()).sum()
-        fixed = Bound(bound.log_weight.detach(), bound.dim)
+        fixed = Bound(bound.log_weight.detach(), bound.dim, bound.alpha)
         signal = fixed.value().expand_as(fixed.log_weight)
         runs = [run for paths in groups for run in paths]
         scored = (site for run in runs for site in run.guide if site.score is not None and (site.drawn or site.factor))
