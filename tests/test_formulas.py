@@ -27,6 +27,7 @@ from gumbo.experiments.data import load
 from gumbo.guides import FlowGuide, LayeredGuide, NormalGuide, TriangularNormalGuide
 from gumbo.inference import SiteELBO
 from gumbo.inference.estimators import Concrete, GumbelSoftmax, Pathwise, ScoreFunction
+from gumbo.inference.objectives._weights import power_mean
 from gumbo.inference.posterior.evaluation import evaluate
 from gumbo.inference.posterior.parts import log_weights
 from gumbo.models import GaussianVAE, SigmoidBeliefNetwork
@@ -1052,6 +1053,28 @@ def test_18_layered_guide_is_a_product_of_conditionals():
     assert close(second.exp().sum(1), torch.ones(4))
     product = torch.outer(joint.sum(1), joint.sum(0))
     assert (joint * (joint / product).log()).sum() > 0.05
+
+
+# 31: the Rényi bound.
+
+
+def test_31_renyi_bound_falls_with_its_order_and_a_negative_one_bounds_nothing():
+    prior, posterior_odds, q = 0.5, 3.0, 0.2  # z ~ Bernoulli(prior), p(x | z) such that the posterior is 3 : 1
+    log_p = torch.tensor([math.log((1 - prior) * 0.2), math.log(prior * 0.2 * posterior_odds)])
+    log_q = torch.tensor([math.log(1 - q), math.log(q)])
+    evidence = log_p.logsumexp(0)
+
+    def bound(alpha, count):
+        tuples = torch.cartesian_prod(*[torch.arange(2)] * count)
+        return (log_q[tuples].sum(1).exp() * power_mean((log_p - log_q)[tuples], 1, alpha).squeeze(1)).sum()
+
+    values = [bound(alpha, 4) for alpha in (0.0, 0.3, 0.9999, 1.0, 1.5, 3.0)]
+    assert all(a > b for a, b in itertools.pairwise(values)) and values[0] < evidence
+    elbo = (log_q.exp() * (log_p - log_q)).sum()
+    assert close(bound(1.0, 4), elbo) and close(bound(1 - 1e-9, 4), elbo, 1e-8)
+    assert bound(-2.0, 4) > evidence + 0.05
+    with pytest.raises(BadInput, match="no lower bound"):
+        SiteELBO(objective="renyi", alpha=-2.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

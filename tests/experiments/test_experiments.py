@@ -291,8 +291,9 @@ def test_training_in_two_parts_is_training_in_one(tmp_path):
         {"model": "semi-supervised-vae", "estimator": "default", "model_options": {"latent_dim": 2, "hidden": [8]}},
         {"estimator": "trace", "model_options": {"relaxed": True, "hidden": [8], "num_latents": 2, "num_classes": 3}},
         {"patience": 1, "epochs": 3, "lr": 0.5},
+        {"objective": "renyi", "objective_options": {"alpha": 0.5}, "estimator": "rloo", "particles": 2},
     ],
-    ids=["dynamic", "halves", "labels", "seen latents", "relaxed", "patience"],
+    ids=["dynamic", "halves", "labels", "seen latents", "relaxed", "patience", "renyi"],
 )
 def test_other_models_train_through_the_same_door(tmp_path, changes):
     results = train.train(config_of(tmp_path, "run", **({"epochs": 1} | changes)))
@@ -300,6 +301,12 @@ def test_other_models_train_through_the_same_door(tmp_path, changes):
     assert (tmp_path / "run" / "plots" / "reconstructions.png").exists()
     found = evaluate.evaluate(evaluate.Evaluate(str(tmp_path / "run"), importance_samples=5))
     assert found == results["test"]
+
+
+def test_an_option_that_the_objective_has_not_is_one_line(tmp_path):
+    with pytest.raises(BadInput, match="objective 'renyi' has no option 'alhpa'"):
+        train.train(config_of(tmp_path, "run", objective="renyi", objective_options={"alhpa": 0.5}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_names_the_guide_that_it_used(tmp_path, capsys):

@@ -132,6 +132,15 @@ def test_reweighted_wake_sleep_is_captured(name):
     agree(*steps_of(PAIRS[name], loss), [data(dtype=F64), 1 - data(dtype=F64)], 1e-10)
 
 
+@pytest.mark.parametrize("word, name", [("pathwise", "normal"), ("dreg", "normal"), ("rloo", "layers")])
+@pytest.mark.parametrize("alpha", [0.4, 1.0])
+def test_the_renyi_bound_is_captured(word, name, alpha):
+    if (word, alpha) == ("dreg", 1.0):
+        pytest.skip("at order 1 the words are those of the ELBO")
+    loss = SiteELBO(word, objective="renyi", alpha=alpha, num_particles=3)
+    agree(*steps_of(PAIRS[name], loss), [data(dtype=F64), 1 - data(dtype=F64)], 1e-10)
+
+
 @pytest.mark.parametrize("word", ["score", "rloo", "straight-through", "relax"])
 def test_particles_one_by_one_are_captured(word):
     loss = SiteELBO(word, num_particles=2, vectorize_particles=False)
