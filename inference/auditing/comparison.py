@@ -70,7 +70,7 @@ def audit(
         num_samples: gradients drawn with each estimator.
         num_particles: K; None is each estimator's own minimum.
         objective: what is estimated, a word or an :class:`~gumbo.inference.objectives.Objective` that takes estimators:
-            ``"elbo"``, ``"iwae"``, or ``RenyiBound(0.5)``. One that weighs each datum (``iwae``) needs ``num_particles``.
+            ``"elbo"``, ``"iwae"``, or ``RenyiBound(0.5)``. One that weighs each datum needs ``num_particles``.
             ``elbo`` and what is a function of a datum's importance weights have an exact reference, others a long run.
         reference: ``"auto"``: the exact gradient by enumeration where that can be had, and otherwise a long run of
             pathwise and leave-one-out gradients, whose own error enters the verdicts; ``"exact"`` and ``"long-run"``
