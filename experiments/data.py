@@ -9,6 +9,9 @@ name                image       train / valid / test       splits
 ``mnist-test``      1 x 28 x 28 7,000 / 1,000 / 2,000      MNIST's 10,000 test images alone, in their own order
 ``omniglot``        1 x 28 x 28 17,280 / 2,000 / 13,180    a fixed permutation of the background set; the evaluation set
 ``binarized-mnist`` 1 x 28 x 28 50,000 / 10,000 / 10,000   as Larochelle & Murray 2011 fixed them; no labels
+``reuters``         1 x 4258    300 / 45 / 50              word counts of 395 news; a fixed permutation; no labels
+``jsb-chorales``    1 x T x 88  229 / 76 / 77              piano rolls of Boulanger-Lewandowski; labels: lengths
+``cells``           1 x 60      1,500 / 500 / 1,000        counts drawn from ``cells_law``; labels: types of cell
 =================== =========== ========================== =========================================================
 
 Files are looked for under the folder that the environment variable ``GUMBO_DATA`` names (by default ``gumbo`` in the
@@ -202,11 +205,14 @@ def _permutation(size: int) -> np.ndarray:
     return np.random.RandomState(0).permutation(size)
 
 
-def _cut(images: np.ndarray, labels: np.ndarray, sizes: Sequence[int]) -> dict[str, Split]:
+def _cut(images: np.ndarray, labels: np.ndarray | None, sizes: Sequence[int]) -> dict[str, Split]:
     """Consecutive pieces of the given sizes, by split."""
     ends = np.cumsum(sizes)
     pieces = zip(SPLITS[: len(sizes)], sizes, ends, strict=True)
-    return {split: (images[end - size : end], labels[end - size : end]) for split, size, end in pieces}
+    return {
+        split: (images[end - size : end], None if labels is None else labels[end - size : end])
+        for split, size, end in pieces
+    }
 
 
 def _only(read: dict[str, Split], splits: Sequence[str]) -> dict[str, Split]:
@@ -461,3 +467,87 @@ def _convert_binarized_mnist(path: Path) -> None:
 def _save(path: Path, **arrays: np.ndarray) -> None:
     """Write an ``.npz`` whole or not at all."""
     write_whole(path, lambda file: np.savez_compressed(file, **arrays), shared=True)
+
+
+@dataset("reuters")
+def _reuters(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    path = folder / "reuters_counts.npz"
+    if path.exists():
+        counts = _read_npz(path, ("counts",))["counts"]
+    else:
+        counts = _ldas("load_reuters", path)
+    order = _permutation(len(counts))
+    rows = counts[order].astype(np.float32)
+    return _only(_cut(rows, None, (len(rows) - 95, 45, 50)), splits)
+
+
+def reuters_vocabulary(root: str | Path | None = None) -> list[str]:
+    """The words that the columns of ``reuters`` count.
+
+    Args:
+        root: the folder where data lie, by default the one that ``load`` uses.
+
+    Raises:
+        BadInput: if there is no file and the package ``lda`` is not installed.
+    """
+    path = (Path(root) if root is not None else data_folder()) / "reuters_counts.npz"
+    if not path.exists():
+        return list(_ldas("load_reuters_vocab", path))
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return [str(word) for word in held["vocabulary"]]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path} holds no vocabulary ({type(error).__name__}: {error})") from error
+
+
+def _ldas(function: str, path: Path) -> Any:
+    """What the package ``lda`` ships, if it is installed."""
+    try:
+        import lda.datasets
+    except ImportError as error:
+        advice = f"pip install lda, or put {path.name} into {path.parent}"
+        raise BadInput(
+            f"reuters is not on disk, and the package lda, which ships it, not installed: {advice}"
+        ) from error
+    return getattr(lda.datasets, function)()
+
+
+@dataset("jsb-chorales")
+def _jsb_chorales(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    """Rolls (N, T, 88), padded with silence to the longest chorale of all splits; the lengths stand as labels."""
+    path = folder / "jsb_chorales.npz"
+    if not path.exists():
+        raise BadInput(f"jsb-chorales is not on disk: put jsb_chorales.npz into {folder}")
+    held = _read_npz(path, [name for split in SPLITS for name in (split, f"{split}_lengths")])
+    longest = max(held[split].shape[1] for split in SPLITS)
+    read = {}
+    for split in splits:
+        rolls = np.unpackbits(held[split], axis=-1)[..., :88].astype(np.float32)
+        padding = ((0, 0), (0, longest - rolls.shape[1]), (0, 0))
+        read[split] = np.pad(rolls, padding), held[f"{split}_lengths"].astype(np.int64)
+    return read
+
+
+CELL_TYPES, CELL_GENES, CELL_LIBRARY = 5, 60, (5.0, 0.5)  # mean and standard deviation of log totals
+
+
+def cells_law() -> tuple[np.ndarray, np.ndarray]:
+    """What the data set ``cells`` is drawn from: each type's shares of the genes ``(5, 60)``, and their total counts.
+
+    A cell's type is uniform, its library l log-normal with the numbers ``CELL_LIBRARY``, and each gene's count negative
+    binomial with mean l times the share, and with the gene's total count.
+    """
+    random = np.random.RandomState(0)
+    shares = random.dirichlet(np.full(CELL_GENES, 0.5), CELL_TYPES)
+    return shares, random.uniform(1.0, 5.0, CELL_GENES)
+
+
+@dataset("cells")
+def _cells(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    shares, totals = cells_law()
+    random = np.random.RandomState(1)
+    types = random.randint(CELL_TYPES, size=3_000)
+    library = np.exp(CELL_LIBRARY[0] + CELL_LIBRARY[1] * random.randn(len(types)))
+    mean = library[:, None] * shares[types]
+    counts = random.poisson(random.gamma(totals, mean / totals)).astype(np.float32)
+    return _only(_cut(counts, types.astype(np.int64), (1_500, 500, 1_000)), splits)

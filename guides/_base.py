@@ -85,6 +85,7 @@ class Guide(AnyGuide):
         super().__init__(model)
         asked = {"hidden": hidden, "channels": channels, "activation": activation}
         self.layout = {name: model.mirror[name] if value is None else value for name, value in asked.items()}
+        self.layout["inputs"] = model.mirror.get("inputs", "identity")
         self.encoder = Trunk(self.data_shape, **self.layout, extra=sum(map(math.prod, self.conditions.values())))
 
     def features(self, x: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._base import GenerativeModel, Latent, models
+from ._topics import npmi, perplexity, top_words
 from .bayesian_regression import BayesianRegression
 from .bernoulli_vae import BernoulliVAE
 from .categorical_vae import CategoricalVAE
@@ -13,8 +14,12 @@ from .gaussian_mixture_vae import GaussianMixtureVAE
 from .gaussian_vae import GaussianVAE
 from .heteroscedastic_regression import HeteroscedasticRegression
 from .hierarchical_vae import HierarchicalVAE
+from .latent_dirichlet_allocation import LatentDirichletAllocation
+from .negative_binomial_vae import NegativeBinomialVAE
 from .neural_bayes_net import NeuralBayesNet
 from .neural_classifier import NeuralClassifier
+from .poisson_vae import PoissonVAE
+from .prod_lda import ProdLDA
 from .semi_supervised_vae import SemiSupervisedVAE
 from .sigmoid_belief_network import SigmoidBeliefNetwork
 from .structured_prediction import StructuredPrediction
@@ -32,11 +37,18 @@ __all__ = [
     "HeteroscedasticRegression",
     "HierarchicalVAE",
     "Latent",
+    "LatentDirichletAllocation",
+    "NegativeBinomialVAE",
     "NeuralBayesNet",
     "NeuralClassifier",
+    "PoissonVAE",
+    "ProdLDA",
     "SemiSupervisedVAE",
     "SigmoidBeliefNetwork",
     "StructuredPrediction",
     "models",
+    "npmi",
+    "perplexity",
     "rewards",
+    "top_words",
 ]

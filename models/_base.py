@@ -154,7 +154,8 @@ class GenerativeModel(OverData):
     ``model(x, y=y)`` observes the ``targets`` (keywords, with the shape of one datum each), ``model(x)`` draws them.
 
     Values may carry particle dimensions in front, ``(K, B, ...)``: networks accept any number of leading dimensions.
-    ``mirror`` says what a guide's networks are by default, so that they mirror the decoder. ``guide_parents`` may say
+    ``mirror`` says what a guide's networks are by default, so that they mirror the decoder, and, as ``inputs``, what of
+    x they see (``log1p`` for counts). ``guide_parents`` may say
     on which latents each latent's posterior should depend, and ``label_site`` which latent is a label that may be
     observed. ``variants`` are small configurations that stand for the class in contract tests and in tables.
     """

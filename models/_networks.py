@@ -54,8 +54,14 @@ def mlp(sizes: Sequence[int], activation: str = "relu", activate_last: bool = Fa
     return nn.Sequential(*(layers if activate_last else layers[:-1]))
 
 
+# What an encoder sees of x.
+INPUTS = {"identity": lambda x: x, "log1p": torch.log1p}
+
+
 class Trunk(nn.Module):
     """Features of data ``(B, *data_shape)`` and of what stands beside it: convolutions if any, then dense layers.
+
+    ``inputs="log1p"`` shows the networks log(1 + x) instead of x, as counts want it.
 
     Each of ``channels`` is a 3 x 3 convolution that halves height and width; ``extra`` is the number of further inputs,
     which join before the dense layers. ``size`` is the number of features.
@@ -73,20 +79,25 @@ class Trunk(nn.Module):
         hidden: Sequence[int] = (),
         activation: str = "relu",
         extra: int = 0,
+        inputs: str = "identity",
     ):
         super().__init__()
+        if inputs not in INPUTS:
+            raise UnknownName("form of inputs", inputs, INPUTS)
+        self.inputs = inputs
         layers: list[nn.Module] = []
         size = math.prod(data_shape)
         if channels:
             height, width = halved(data_shape, len(channels))
-            for inputs, outputs in zip((data_shape[0], *channels[:-1]), channels, strict=True):
-                layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), activation_layer(activation)]
+            for before, after in zip((data_shape[0], *channels[:-1]), channels, strict=True):
+                layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), activation_layer(activation)]
             size = channels[-1] * height * width
         self.convolutions = nn.Sequential(*layers)
         self.dense = mlp([size + extra, *hidden], activation, activate_last=True)
         self.size = hidden[-1] if hidden else size + extra
 
     def forward(self, x: Tensor, *beside: Tensor) -> Tensor:
+        x = INPUTS[self.inputs](x)
         return self.dense(torch.cat([self.convolutions(x).flatten(1), *(part.flatten(1) for part in beside)], -1))
 
 

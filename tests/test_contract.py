@@ -63,11 +63,12 @@ ESTIMATORS = {family: "pathwise" if family in SMOOTH else "rloo" for family in f
 def test_the_loss_falls_on_digits(name, variant):
     data = load("digits", binarize="static")
     extra = {"condition_shape": (10,)} if name == "conditional-vae" else {}
+    extra |= {"num_batches": 10} if "num_batches" in models[name].variants[variant] else {}
     model = models[name](**{"data_shape": SHAPE, **models[name].variants[variant], **extra})
     guide = guides[[guide for guide in fitting(model) if guide != "unconditional"][-1]](model)
     words = {site: ESTIMATORS[latent.family] for site, latent in model.latents.items() if latent.local}
     loss = SiteELBO(words, num_particles=2)(model, guide)
-    labelled = model.x_is_given or name in ("conditional-vae", "neural-bayes-net")
+    labelled = model.x_is_given or name in ("conditional-vae", "neural-bayes-net", "negative-binomial-vae")
     optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=1e-2)
     losses = []
     for step in range(60):

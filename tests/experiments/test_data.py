@@ -14,7 +14,7 @@ import torch
 
 from gumbo.errors import BadInput, UnknownName
 from gumbo.experiments import data
-from gumbo.experiments.data import load
+from gumbo.experiments.data import cells_law, load, reuters_vocabulary
 from gumbo.experiments.train import Train
 
 
@@ -390,3 +390,37 @@ def test_a_data_set_is_one_function_and_one_registration(images, monkeypatch):
     found = data.load("toy", binarize="auto")
     assert found.train.shape == (12, 1, 2, 3) and found.labels["test"].tolist() == list(range(12))
     assert bool(((found.train == 0) | (found.train == 1)).all()) == images
+
+
+def test_chorales_are_padded_to_one_length_with_their_lengths_as_labels(tmp_path):
+    rolls = {split: np.zeros((2, steps, 88), np.uint8) for split, steps in (("train", 3), ("valid", 5), ("test", 4))}
+    for split in rolls:
+        rolls[split][:, :3, 7] = 1
+    packed = {split: np.packbits(roll, axis=-1) for split, roll in rolls.items()}
+    lengths = {f"{split}_lengths": np.array([3, roll.shape[1]]) for split, roll in rolls.items()}
+    np.savez(tmp_path / "jsb_chorales.npz", **packed, **lengths)
+    found = load("jsb-chorales", root=tmp_path)
+    assert found.data_shape == (1, 5, 88) and found.test.shape == (2, 1, 5, 88)
+    assert found.labels["test"].tolist() == [3, 4]
+    assert found.train.sum() == 6 and (found.train[:, 0, :3, 7] == 1).all()
+
+
+def test_missing_chorales_are_one_line(tmp_path):
+    with pytest.raises(BadInput, match=r"put jsb_chorales.npz into"):
+        load("jsb-chorales", root=tmp_path)
+
+
+def test_reuters_are_counts_with_a_word_for_each(tmp_path):
+    counts = np.arange(120 * 3).reshape(120, 3) % 5
+    np.savez(tmp_path / "reuters_counts.npz", counts=counts.astype(np.uint8), vocabulary=np.array(["a", "b", "c"]))
+    found = load("reuters", root=tmp_path, binarize="auto")
+    assert found.data_shape == (1, 3) and [len(part) for part in (found.train, found.valid, found.test)] == [25, 45, 50]
+    assert sum(part.sum().item() for part in (found.train, found.valid, found.test)) == counts.sum()
+    assert reuters_vocabulary(tmp_path) == ["a", "b", "c"]
+
+
+def test_cells_have_the_means_of_their_law():
+    cells, (shares, _) = load("cells"), cells_law()
+    for kind in range(5):
+        counts = cells.train[cells.labels["train"] == kind].flatten(1).numpy().sum(0)
+        assert np.abs(counts / counts.sum() - shares[kind]).max() < 0.02

@@ -1,0 +1,93 @@
+"""What topic models share: their topics by words, perplexity, and coherence."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+
+
+def top_words(topics: Tensor, vocabulary: Sequence[str], count: int = 10) -> list[list[str]]:
+    """The most probable words of each topic.
+
+    Args:
+        topics: probabilities ``(K, V)``.
+        vocabulary: the V words.
+        count: how many words a topic.
+
+    Returns:
+        K lists of words, the most probable first.
+
+    Raises:
+        BadInput: if there are not as many words as columns.
+
+    >>> top_words(torch.tensor([[0.1, 0.6, 0.3]]), ["a", "b", "c"], 2)
+    [['b', 'c']]
+    """
+    if len(vocabulary) != topics.shape[-1]:
+        raise BadInput(f"top_words: {len(vocabulary)} words for topics over {topics.shape[-1]}: expected one for each")
+    return [[vocabulary[i] for i in row] for row in topics.topk(min(count, topics.shape[-1])).indices.tolist()]
+
+
+def perplexity(log_prob: Tensor, counts: Tensor) -> float:
+    """The perplexity per word, of a model of word counts.
+
+    Counts have a multinomial coefficient that a sequence of words has not; it is taken out. A lower bound of log p(x)
+    gives an upper bound of the perplexity.
+
+    Args:
+        log_prob: log p(x) of each document ``(N,)``, or a lower bound of it, in nats.
+        counts: the documents ``(N, ...)``.
+
+    Returns:
+        exp of minus the nats per word, over all documents together.
+
+    >>> from gumbo.models.likelihoods import MultinomialCounts
+    >>> counts = torch.tensor([[2.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    >>> round(perplexity(MultinomialCounts(torch.zeros(2, 4)).log_prob(counts), counts), 4)
+    4.0
+    """
+    words = counts.flatten(1)
+    ways = torch.lgamma(words.sum(-1) + 1) - torch.lgamma(words + 1).sum(-1)
+    return math.exp(-((log_prob - ways).sum() / words.sum()).item())
+
+
+def npmi(topics: Tensor, counts: Tensor, count: int = 10) -> Tensor:
+    """The coherence of each topic: the mean normalised pointwise mutual information of its top words.
+
+    Two words of a topic are coherent where documents that hold the one tend to hold the other: 1 where they always go
+    together, 0 where they are independent, −1 where they never meet (Lau, Newman & Baldwin 2014).
+
+    Args:
+        topics: probabilities ``(K, V)``.
+        counts: documents ``(N, ...)`` of V counts, to count the meetings in.
+        count: how many words of a topic are looked at.
+
+    Returns:
+        K numbers in [−1, 1].
+
+    >>> documents = torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]])
+    >>> npmi(torch.tensor([[0.5, 0.4, 0.1, 0.0], [0.5, 0.1, 0.4, 0.0]]), documents, count=2)
+    tensor([ 1., -1.])
+    """
+    present = (counts.flatten(1) > 0).double()
+    found = []
+    for words in topics.topk(min(count, topics.shape[-1])).indices:
+        chosen = present[:, words]
+        alone, together = chosen.mean(0), chosen.mT @ chosen / len(chosen)
+        scores = []
+        for i, j in itertools.combinations(range(len(words)), 2):
+            both = together[i, j]
+            if both == 0:
+                scores.append(-1.0)
+            elif both == 1:
+                scores.append(1.0)
+            else:
+                scores.append((-(both / (alone[i] * alone[j])).log() / both.log()).item())
+        found.append(sum(scores) / len(scores))
+    return torch.tensor(found)
