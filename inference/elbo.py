@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import BadInput, UnknownName
 from ..options import check_option, fits
 from .engine.binding import Binding
+from .engine.contraction import MEMORY_LIMIT
 from .engine.resolution import as_estimator, check_particles
 from .engine.scopes import networks_at_hand, one_at_a_time
 from .estimators import Estimator, estimators
@@ -43,7 +44,11 @@ class SiteELBO(ELBO):
             another batch size; a plate whose rows are mixed (by BatchNorm, by a mean over it) is summed under
             ``"elbo"`` and refused under the other objectives. This can find mixing, and cannot prove that there is
             none. ``"trust"`` skips the check; ``"ignore"`` sums every plate.
+        memory_limit: GiB that the sum over sites that the model lists may need at once; more is refused.
         objective_options: what the objective is told beside its word, as in ``objective="renyi", alpha=0.5``.
+
+    Sites that the model marks ``infer={"enumerate": "parallel"}`` and the guide leaves out are summed over exactly, by
+    elimination: chains under ``pyro.markov`` and trees take time in proportion to their length.
 
     It serves Pyro's idiom, ``SVI(model, guide, optim, loss=SiteELBO("rloo"))``, and torch's:
     ``loss = SiteELBO("rloo")(model, guide)`` is a module, ``loss(x).backward()``. The value is a loss, −bound, in nats,
@@ -83,6 +88,7 @@ class SiteELBO(ELBO):
         max_plate_nesting: int | None = None,
         kl_weight: float | Callable[[int], float] = 1.0,
         plates: str = "check",
+        memory_limit: float = MEMORY_LIMIT / 2**30,
         **objective_options: Any,
     ):
         self.target = as_objective(objective, objective_options)
@@ -102,7 +108,10 @@ class SiteELBO(ELBO):
                 f"kl_weight is not defined for objective {self.target.name!r}, which needs the whole of log p − log q;"
                 f" leave it at 1, or take objective='elbo', got {kl_weight!r}"
             )
+        if not fits(memory_limit, float, 0):
+            raise BadInput(f"memory_limit must be a number of GiB ≥ 0, got {memory_limit!r}")
         self.objective, self.plates, self.kl_weight = self.target.name, plates, kl_weight
+        self.memory_limit = memory_limit
         self.given: dict[str, Estimator] = {}
         self.otherwise: Estimator | None = None
         if isinstance(estimators, Mapping):
@@ -146,6 +155,7 @@ class SiteELBO(ELBO):
             ("max_plate_nesting", self.requested_nesting, None),
             ("kl_weight", self.kl_weight, 1.0),
             ("plates", self.plates, "check"),
+            ("memory_limit", self.memory_limit, MEMORY_LIMIT / 2**30),
         ):
             if value != usual:
                 parts.append(f"{name}={value!r}")

@@ -15,6 +15,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from ...errors import UnsupportedSite
+from ..engine.elimination import is_marked
 from ..estimators._distributions import finite_support, is_deterministic, score_log_prob
 
 LIMIT = 2**18
@@ -23,14 +24,18 @@ LIMIT = 2**18
 class _Choose(Messenger):
     """Gives every latent site one of its values; a site met for the first time opens the others for later."""
 
-    def __init__(self, script: list[list[int]], limit: int):
+    def __init__(self, script: list[list[int]], limit: int, among: Callable[[Any], bool] = lambda msg: True):
         super().__init__()
-        self.script, self.limit, self.at = script, limit, 0
+        self.script, self.limit, self.at, self.among = script, limit, 0, among
         self.log_q: Any = 0.0
+        self.names: set[str] = set()
 
     def _pyro_sample(self, msg) -> None:
         if msg["is_observed"] or msg["done"] or site_is_subsample(msg) or is_deterministic(msg["fn"]):
             return
+        if not self.among(msg):
+            return
+        self.names.add(msg["name"])
         fn = msg["fn"]
         values = finite_support(fn, joint=len(fn.batch_shape), limit=self.limit)
         if isinstance(values, str):
@@ -60,19 +65,39 @@ def _advance(script: list[list[int]]) -> bool:
 def outcomes(
     model: Callable, guide: Callable, args: tuple = (), kwargs: Mapping[str, Any] | None = None, *, limit: int = LIMIT
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every joint value of the guide's sites: (log q of it, log p(x, z), log q(z)), the last two scaled and masked."""
+    """Every joint value of the guide's sites: (log q of it, log p(x, z), log q(z)), the last two scaled and masked.
+
+    Sites that the model marks ``infer={"enumerate": "parallel"}`` and the guide leaves out are summed over in log p.
+    """
     kwargs = kwargs or {}
     script: list[list[int]] = []
     for _ in range(limit):
         with _Choose(script, limit) as choose:
             guide_trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
-        model_trace = prune_subsample_sites(
-            poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        )
-        yield torch.as_tensor(choose.log_q), model_trace.log_prob_sum(), guide_trace.log_prob_sum()
+        log_p = _summed(poutine.replay(model, trace=guide_trace), set(guide_trace.nodes), args, kwargs, limit)
+        yield torch.as_tensor(choose.log_q), log_p, guide_trace.log_prob_sum()
         if not _advance(script):
             return
     raise UnsupportedSite("(program)", "enumerate", f"it has more than {limit} joint values")
+
+
+def _summed(model: Callable, drawn: set[str], args: tuple, kwargs: Mapping[str, Any], limit: int) -> Tensor:
+    """log p(x, z), summed over every joint value of the sites that the model marks and that are not ``drawn``."""
+    script: list[list[int]] = []
+    found = []
+    for _ in range(limit):
+        choose = _Choose(script, limit, lambda msg: msg["name"] not in drawn and is_marked(msg))
+        trace = prune_subsample_sites(poutine.trace(choose(model)).get_trace(*args, **kwargs))
+        if not choose.names:
+            return trace.log_prob_sum()
+        for name in trace.nodes:
+            if trace.nodes[name]["type"] == "sample" and trace.nodes[name]["scale"] != 1:
+                raise UnsupportedSite(name, "enumerate", "it has a scale, and a sum over values of others has none")
+        others = trace.log_prob_sum(lambda name, site, listed=choose.names: name not in listed)
+        found.append(choose.log_q + others)
+        if not _advance(script):
+            return torch.stack(found).logsumexp(0)
+    raise UnsupportedSite("(program)", "enumerate", f"the model lists more than {limit} joint values")
 
 
 def exact_elbo(model: Callable, guide: Callable, *args: Any, limit: int = LIMIT, **kwargs: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from .resolution import Resolution, Words
 from .scopes import check_shared_names, devices_of, one_at_a_time
 from .streams import Generators
 from .terms import Layout, NeedsJoint, Recorded
-from .vectorizing import check_at_once
+from .vectorizing import check_at_once, check_listed, differs_listed
 from .views import Inputs, Views
 
 ONE_BY_ONE = "are run one by one"
@@ -42,6 +42,7 @@ class Loss(Words, Protocol):
     kl_weight: float | Callable[[int], float]
     max_alternatives: int
     begins_with: Mapping[str, Any] | None
+    memory_limit: float
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,9 @@ class Binding(nn.Module):
         check_shared_names(self.model, self.guide)
         check_same_kind(seen)
         chosen = self.resolution.of_all(seen)
+        if seen.eliminated:
+            self._check_weight(seen.eliminated)
+            self._settle_listed(program, seen, args, kwargs)
         needed = max([estimator.min_particles for estimator in chosen.values()], default=1)
         self.chosen = chosen
         self.scored = any(site.factor or (site.latent and has_score_term(site.fn)) for site in seen.guide)
@@ -220,6 +224,43 @@ class Binding(nn.Module):
             raise BadInput(
                 f"what an earlier training left of this loss does not fit these programs ({said})"
             ) from error
+
+    def _check_weight(self, eliminated: Sequence[str]) -> None:
+        """Refuse a weight of latent terms, where a latent site has no term of its own."""
+        if callable(self.elbo.kl_weight) or self.elbo.kl_weight != 1:
+            raise UnsupportedSite(
+                eliminated[0],
+                ANY,
+                "the model sums over it, which leaves no log p(z) − log q(z) of its own for kl_weight to weigh; leave"
+                " kl_weight at 1, or draw the site in the guide (where 'enumerate' sums over it exactly)",
+            )
+
+    def _settle_listed(self, program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Find out which sites that the model sums over are to be listed jointly over their plates."""
+        program.joint, program.memory_limit = self.joint, self.elbo.memory_limit * 2**30
+        if self.elbo.plates == "ignore":
+            self.joint.update(seen.eliminated)
+        plates = {site.name: site.frames for site in seen.model}
+        while True:
+            try:
+                difference = check_listed(program, seen, args, kwargs)
+            except NeedsJoint as mixed:
+                self._list_jointly(mixed.site)
+                continue
+            if difference is None:
+                return
+            site, reason, names = difference
+            apart = [name for name in names if plates[name] and name not in self.joint]
+            if not apart or self.elbo.plates == "trust":
+                raise differs_listed(site, reason, names)
+            self.joint.update(apart)
+
+    def _list_jointly(self, site: str) -> None:
+        if site in self.joint:
+            raise UnsupportedSite(
+                site, "enumerate", "a later plate mixes its values in a way that cannot be enumerated"
+            ) from None
+        self.joint.add(site)
 
     def _settle(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Find out what the programs take at once: particles and alternatives, enumerated values only, or nothing."""
@@ -279,6 +320,7 @@ class Binding(nn.Module):
             enum_dims=self.enum_dims,
             step=self.steps,
             generators=self.generators if self.runs_again else None,
+            memory_limit=self.elbo.memory_limit * 2**30,
         )
 
     def layout(self) -> Layout:
@@ -307,11 +349,7 @@ class Binding(nn.Module):
                 self.calls_autograd = True
             except NeedsJoint as mixed:
                 # A later site mixes what the plate keeps apart: from now on its elements are enumerated together.
-                if mixed.site in self.joint:
-                    raise UnsupportedSite(
-                        mixed.site, "enumerate", "a later plate mixes its values in a way that cannot be enumerated"
-                    ) from None
-                self.joint.add(mixed.site)
+                self._list_jointly(mixed.site)
             except RunsAgain:
                 self.runs_again = True
             if before:
@@ -323,6 +361,8 @@ class Binding(nn.Module):
     def _value(self, program: Program, layout: Layout, moving: bool, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         objective = self.elbo.target.refined(self.chosen)
         groups = program.runs(args, kwargs, with_model=objective.runs_model)
+        for run in (run for paths in groups for run in paths if run.eliminated):
+            self._check_weight(run.eliminated)
         reruns = self._reruns(program, layout, args, kwargs)
         reruns.through_values(groups)
         if not any(run.sites for paths in groups for run in paths):

@@ -17,8 +17,9 @@ from torch import Tensor
 from ...errors import ANY, BadInput, UnsupportedSite
 from ..estimators._base import Draw, Estimator
 from ..estimators._distributions import finite_support, is_deterministic
+from .elimination import is_marked
+from .records import PARTICLES
 
-PARTICLES = "_gumbo_particles"
 MAX_CHOICES = 64  # enumerated sites of one run, where these are run value by value
 
 StandIn = Callable[[Any, Estimator, bool], Estimator]
@@ -206,18 +207,31 @@ class Draws(Messenger):
 
 
 class Replay(Messenger):
-    """Gives the model the guide's draws, and each relaxed draw the log-probability its estimator wants."""
+    """Gives the model the guide's draws, and each relaxed draw the log-probability its estimator wants.
 
-    def __init__(self, draws: Draws):
+    Sites that the model is to sum over are drawn from it, or take the ``values`` given, where nothing has listed them.
+    """
+
+    def __init__(self, draws: Draws, values: Mapping[str, Tensor] | None = None):
         super().__init__()
-        self.draws = draws
+        self.draws, self.values = draws, values or {}
+        self.eliminated: list[str] = []
 
     def _pyro_sample(self, msg) -> None:
         if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
             return
         name = msg["name"]
         if name not in self.draws.draws:
-            self._refuse(msg)
+            if not is_marked(msg):
+                self._refuse(msg)
+            self.eliminated.append(name)
+            if name in self.values:
+                msg["value"] = self.values[name]
+            else:
+                with self.draws.aside(), torch.no_grad():
+                    msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+            msg["done"] = True
+            return
         draw = self.draws.draws[name]
         estimator = self.draws.roles[name][0]
         if estimator is not None:
@@ -227,10 +241,9 @@ class Replay(Messenger):
 
     def _refuse(self, msg) -> None:
         name = msg["name"]
-        if msg["infer"].get("enumerate"):
-            reason = "it is enumerated in the model, which only the stock 'trace-enum' does"
-        else:
-            reason = "it is latent in the model and has no site in the guide; sample it there too, or observe it"
+        reason = "it is latent in the model and has no site in the guide; sample it there too, or observe it"
+        if getattr(msg["fn"], "has_enumerate_support", False):
+            reason += ", or mark it infer={'enumerate': 'parallel'} in the model, which sums over it"
         raise UnsupportedSite(name, ANY, reason)
 
 

@@ -32,8 +32,10 @@ from ..estimators._distributions import (
     score_log_prob,
     score_term,
 )
-from .handlers import PARTICLES, Draws, Recorder, Replay, SharedSubsamples, StandIn, nesting, too_many
-from .records import Frames, Run, Site
+from .contraction import MEMORY_LIMIT
+from .elimination import Listing, Terms, plates_of
+from .handlers import Draws, Recorder, Replay, SharedSubsamples, StandIn, nesting, too_many
+from .records import PARTICLES, Frames, Run, Site
 from .streams import Generators, OwnNoise
 
 
@@ -48,7 +50,9 @@ class Program:
     """A model and a guide, bound to the way they are run.
 
     With ``max_plate_nesting=None`` the first run, of one particle, finds it. With ``generators`` the programs' own
-    noise is kept apart from the sites' draws, so that it can be repeated.
+    noise is kept apart from the sites' draws, so that it can be repeated. Sites that the model lists and the guide
+    leaves out are summed over, within ``memory_limit`` bytes; where ``eliminates`` is false, and in the run that finds
+    the nesting, they are drawn from the model.
     """
 
     def __init__(
@@ -64,8 +68,10 @@ class Program:
         enum_dims: dict[str, int] | None = None,
         step: int = 0,
         generators: Generators | None = None,
+        memory_limit: float = MEMORY_LIMIT,
     ):
         self.model, self.guide, self.resolve = model, guide, resolve
+        self.memory_limit, self.eliminates = memory_limit, True
         self.num_particles, self.max_plate_nesting = num_particles, max_plate_nesting
         self.vectorized, self.step, self.generators = vectorized, step, generators
         self.joint = set() if joint is None else joint
@@ -126,11 +132,13 @@ class Program:
         stand_in: StandIn | None = None,
         around_guide: AbstractContextManager | None = None,
         noise: OwnNoise | None = None,
+        values: Mapping[str, Tensor] | None = None,
     ) -> Run:
         """Execute the guide, then the model against it.
 
         ``stand_in`` may put one estimator in place of another; ``around_guide`` is entered while the guide is run and
-        its draws are scored; ``noise`` is that of another run, to be repeated.
+        its draws are scored; ``noise`` is that of another run, to be repeated; ``values`` are taken by sites that the
+        model would draw in place of summing over them.
         """
         choices = {} if choices is None else choices
         subsamples = {} if subsamples is None else subsamples
@@ -143,10 +151,16 @@ class Program:
                 guide = self._record(self.guide, args, kwargs, draws, SharedSubsamples(subsamples, sizes, aside))
                 self._check_nesting(guide)
                 guide_sites = self._sites(guide, draws) if self.max_plate_nesting is not None else []
-            model = Recorder()
+            model, replay = Recorder(), Replay(draws, values)
+            terms = self._terms(draws)
             if with_model:
                 model = self._record(
-                    self.model, args, kwargs, Replay(draws), SharedSubsamples(subsamples, sizes, aside)
+                    self.model,
+                    args,
+                    kwargs,
+                    replay,
+                    SharedSubsamples(subsamples, sizes, aside),
+                    terms and terms.listing,
                 )
             self._check_nesting(model)
             if self.max_plate_nesting is None:
@@ -156,9 +170,10 @@ class Program:
                 for name, msg in guide.messages.items():
                     if not msg["is_observed"] and not site_is_subsample(msg):
                         _check_met(name, msg, model.messages.get(name), self.max_plate_nesting)
-            model_sites = self._sites(model, None)
-        run = Run(guide_sites, model_sites, choices, subsamples, guide.params, model.params, noise=noise)
+            model_sites = self._model_sites(model, terms, set(replay.eliminated))
+        run = Run(guide_sites, model_sites, choices, subsamples, guide.params, model.params, noise=noise, terms=terms)
         run.listed, run.limit = {name: count for name, (count, _) in draws.listed.items()}, draws.limit
+        run.eliminated = (*replay.eliminated, *(terms.listing.listed if terms is not None else ()))
         subsampled = [
             f
             for recorder in (guide, model)
@@ -181,9 +196,40 @@ class Program:
     def _sites(self, recorder: Recorder, draws: Draws | None) -> list[Site]:
         return [self._site(msg, draws) for msg in recorder.messages.values() if not site_is_subsample(msg)]
 
-    def _record(self, fn: Callable, args, kwargs, handler: Messenger, subsamples: SharedSubsamples) -> Recorder:
+    def _terms(self, draws: Draws) -> Terms | None:
+        """The model's listed values go to the left of all else: particles, the guide's values, alternative draws."""
+        if not self.eliminates or self.max_plate_nesting is None:
+            return None
+        first = -3 - self.max_plate_nesting - len(self.enum_dims)
+        listing = Listing(draws.draws.keys(), first, self.joint, self.max_plate_nesting, self.memory_limit)
+        return Terms(listing, 1 + self.max_plate_nesting)
+
+    def _model_sites(self, recorder: Recorder, terms: Terms | None, eliminated: set[str]) -> list[Site]:
+        messages = [msg for msg in recorder.messages.values() if not site_is_subsample(msg)]
+        if terms is None or not terms.listing.listed:
+            sites = [self._site(msg, None) for msg in messages]
+            for site in sites:
+                if site.name in eliminated:  # drawn, to be compared with what it is where it is summed over
+                    site.score = self._lay_out(site.name, score_log_prob(site.fn, site.value), site.frames)
+            return sites
+        sites = [self._site(msg, None, terms, place) for place, msg in enumerate(messages)]
+        # From the last one on, so that the places of those before stay what they are.
+        for place, site in sorted(terms.summed(), key=lambda found: found[0], reverse=True):
+            site.log_prob = self._lay_out(site.name, site.log_prob, site.frames)
+            sites.insert(place + 1, site)
+        return sites
+
+    def _record(
+        self,
+        fn: Callable,
+        args,
+        kwargs,
+        handler: Messenger,
+        subsamples: SharedSubsamples,
+        inner: Messenger | None = None,
+    ) -> Recorder:
         recorder = Recorder()
-        with recorder, subsamples, handler:
+        with recorder, subsamples, handler, inner or nullcontext():
             if self.vectorized and self.num_particles > 1:
                 with pyro.poutine.block(hide=[PARTICLES]):
                     particles = pyro.plate(PARTICLES, self.num_particles, dim=-1 - self.max_plate_nesting)
@@ -193,12 +239,10 @@ class Program:
                 _call(fn, args, kwargs)
         return recorder
 
-    def _site(self, msg, draws: Draws | None) -> Site:
+    def _site(self, msg, draws: Draws | None, terms: Terms | None = None, place: int = 0) -> Site:
         name, fn, value = msg["name"], msg["fn"], msg["value"]
         latent = not msg["is_observed"]
-        frames = frozenset(
-            (f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLES
-        )
+        frames = plates_of(msg)
         site = Site(
             name,
             fn,
@@ -235,6 +279,14 @@ class Program:
         except ValueError as error:
             first = first_line(error)
             raise BadInput(f"site {name!r}: {describe(fn)} cannot score its value ({first})") from error
+        if terms is not None:
+            if name in terms.listing.listed:
+                # The values of what a mask hides sum to one all the same.
+                factor = score_log_prob(fn, value) if has_own_mask(fn) else unscaled
+            else:
+                factor = scale_and_mask(unscaled, 1.0, msg["mask"])
+            if terms.take(site, msg, factor, place):
+                return site
         site.log_prob = self._lay_out(name, scale_and_mask(unscaled, msg["scale"], msg["mask"]), frames)
         if site.estimator is not None and (site.estimator.log_q == "value" or site.estimator.enumerates):
             raw = score_log_prob(fn, value) if has_own_mask(fn) or site.fn is not fn else unscaled

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..estimators._base import Draw, Estimator
 from .streams import OwnNoise
 
+PARTICLES = "_gumbo_particles"  # the plate of particles
 Frame = tuple[str, int, int]
 Frames = frozenset[Frame]
 
@@ -36,6 +37,7 @@ class Site:
     infer: Mapping[str, Any] = field(default_factory=dict)
     masked: bool = False  # a mask of the program hides some of its elements
     scored: bool = True  # False where a replayed draw cannot be scored, and only the other sites can be compared
+    summed: bool = False  # a factor of a sum over listed sites of the model, which another site's log_prob holds
 
     @property
     def drawn(self) -> bool:
@@ -56,6 +58,8 @@ class Run:
     listed: dict[str, int] = field(default_factory=dict)  # how many values each enumerated site has
     limit: int = 0
     partial_loops: frozenset[str] = frozenset()  # sequential plates of which only some elements were visited
+    eliminated: tuple[str, ...] = ()  # the sites that the model lists and the guide leaves out
+    terms: Any = None  # the factors that were summed over these (elimination.Terms)
     noise: OwnNoise | None = None  # what the programs drew outside of sample statements; None: not kept apart
 
     @property

@@ -104,8 +104,13 @@ class Resolution:
         """
         latent = [site for site in seen.guide if site.latent]
         names = {site.name for site in latent}
-        for name in self.words.given:
-            if name not in names:
+        for name, given in self.words.given.items():
+            if name in seen.eliminated:
+                if not given.enumerates:
+                    raise UnsupportedSite(
+                        name, given.name, "the model sums over it, so that nothing is drawn; draw it in the guide"
+                    )
+            elif name not in names:
                 known = ", ".join(sorted(names)) or "none"
                 raise BadInput(
                     f"the estimators name a site {name!r} that the guide does not sample (its sites: {known})"

@@ -146,6 +146,8 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] 
         above.append(met)
         met = met | site.frames if site.latent else met
     for site, before in zip(reversed(run.model), reversed(above), strict=True):
+        if site.summed:
+            continue
         costs.add(site.frames, site.log_prob if plain or not site.latent else beta * site.log_prob)
         if site.settled and not site.latent and before - site.frames:
             # A deterministic value outside a plate may mix what the plate keeps apart.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ANY, PROGRAM, CannotVectorize, GumboError, first_line
+from ...errors import ANY, PROGRAM, CannotVectorize, GumboError, UnsupportedSite, first_line
 from ..estimators._base import Draw
+from .mixing import another_value
 from .programs import Misfit, Program
-from .records import Run
+from .records import Run, Site
 from .scopes import evaluating
+from .streams import OwnNoise
+from .terms import summed_to
 
 
 def check_at_once(program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -50,8 +53,10 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
         num_particles=1,
         max_plate_nesting=program.max_plate_nesting,
         vectorized=False,
+        joint=program.joint,
         step=program.step,
         generators=program.generators,
+        memory_limit=program.memory_limit,
     )
     alone.skips_unscored = True
     if (stray := _stray_dimension(program, run)) is not None:
@@ -66,6 +71,97 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
     if run.noise.drew:  # perhaps in another shape, with which nothing can be compared
         raise NoisyProgram
     raise does_not_vectorize(*difference)
+
+
+def check_listed(
+    program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[str, str, list[str]] | None:
+    """Hold what each statement says where values are listed against what it says where the sites take single values.
+
+    The values are those of ``seen``, in which the model drew the sites that it lists, and others. Rows of a plate take
+    values of their own, so that rows that a program mixes show too.
+
+    Returns:
+        The first statement that differs, how, and the listed sites that it depends on; None where all agree.
+    """
+    for changed in (False, True):
+        values = {site.name: site.value for site in seen.model if site.name in seen.eliminated}
+        if changed:
+            values = {site.name: _other_values(site) for site in seen.model if site.name in values}
+        found = _listed_difference(program, seen, values, args, kwargs)
+        if found is not None and program.generators is not None and found[3].drew:
+            # Layers that draw noise of their own draw it in another shape for many values.
+            with evaluating(program.model, program.guide):
+                found = _listed_difference(program, seen, values, args, kwargs)
+        if found is not None:
+            return found[:3]
+    return None
+
+
+def _other_values(site: Site) -> Tensor:
+    """Other values for half of a site's elements."""
+    other = another_value(site)
+    batch = site.value.shape[: site.value.dim() - site.fn.event_dim]
+    half = torch.rand(batch, device=site.value.device) < 0.5 if batch else torch.tensor(True, device=site.value.device)
+    return torch.where(half.reshape(half.shape + (1,) * site.fn.event_dim), other, site.value)
+
+
+def _listed_difference(
+    program: Program, seen: Run, values: Mapping[str, Tensor], args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[str, str, list[str], OwnNoise] | None:
+    draws = {site.name: Draw(site.value.detach()) for site in seen.guide if site.latent}
+    options: dict[str, Any] = {"fixed": draws, "subsamples": dict(seen.subsamples)}
+    program.eliminates = False
+    try:
+        plain = program.run(args, kwargs, values=values, **options)
+    finally:
+        program.eliminates = True
+    try:
+        listed = program.run(args, kwargs, noise=plain.noise, **options)
+    except GumboError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        names = ", ".join(map(repr, list(values)[:3]))
+        raise UnsupportedSite(
+            next(iter(values)),
+            ANY,
+            f"where the values of {names} lie along dimensions to the left the model fails with"
+            f" {first_line(error, kind=True)}; {_LISTED_ADVICE}",
+        ) from error
+    by_name = {site.name: site for site in plain.model}
+    for term, at_values in listed.terms.at(values):
+        other = by_name.get(term.site.name)
+        if other is None:
+            return term.site.name, "it is missing where its values are single ones", _depends(term, listed), plain.noise
+        if other.score is not None:
+            expected = summed_to(other.score, other.frames, term.site.frames)
+        else:
+            at_values, expected = term.scale * at_values, other.log_prob
+        gap = _gap(at_values.detach(), expected.detach())
+        if gap is not None:
+            return (
+                term.site.name,
+                f"its log-probability differs by {gap:.3g} between all values at once and single ones",
+                _depends(term, listed),
+                plain.noise,
+            )
+    for site in listed.model:  # what shows no dimension of listed values
+        other = by_name.get(site.name)
+        gap = None if site.summed or other is None else _gap(site.log_prob.detach(), other.log_prob.detach())
+        if gap is not None:
+            reason = f"its log-probability differs by {gap:.3g} between all values at once and single ones"
+            return site.name, reason, list(values), plain.noise
+    return None
+
+
+def _depends(term: Any, run: Run) -> list[str]:
+    return [run.terms.listing.by_number[number].name for number in term.numbers]
+
+
+_LISTED_ADVICE = (
+    "index with pyro.ops.indexing.Vindex, let layers accept leading dimensions, raise pyro.markov(…, history=…) where"
+    " an earlier site is read, or draw these sites in the guide"
+)
 
 
 def _stray_dimension(program: Program, run: Run) -> tuple[str, str] | None:
@@ -120,18 +216,31 @@ def _difference(run: Run, single: Run, max_plate_nesting: int) -> tuple[str, str
                 continue
             a = _last(site.log_prob.detach(), 0, max_plate_nesting)
             b = _last(by_name[site.name].log_prob.detach(), 0, max_plate_nesting)
-            a, b = torch.broadcast_tensors(a, b)
-            size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
-            if not torch.allclose(a, b, rtol=0.0, atol=_tolerance(b) * (1 + size), equal_nan=True):
-                gap = (a - b).abs().max().item()
+            gap = _gap(a, b)
+            if gap is not None:
                 return site.name, f"its log-probability differs by {gap:.3g} between many at once and one alone"
     return None
+
+
+def _gap(a: Tensor, b: Tensor) -> float | None:
+    """By how much two tensors differ; None if by rounding only."""
+    tolerance = max(_tolerance(a), _tolerance(b))
+    a, b = torch.broadcast_tensors(a.double(), b.double())
+    size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
+    if torch.allclose(a, b, rtol=0.0, atol=tolerance * (1 + size), equal_nan=True):
+        return None
+    return (a - b).abs().max().item()
 
 
 def _tolerance(like: Tensor) -> float:
     if like.dtype == torch.float64:
         return 1e-9
     return 2e-3 if like.device.type == "cuda" or like.dtype != torch.float32 else 5e-5
+
+
+def differs_listed(site: str, reason: str, listed: Sequence[str]) -> UnsupportedSite:
+    names = ", ".join(map(repr, listed[:3]))
+    return UnsupportedSite(site, ANY, f"{reason} of {names}, so that no sum over these is right; {_LISTED_ADVICE}")
 
 
 def does_not_vectorize(site: str, reason: str) -> CannotVectorize:

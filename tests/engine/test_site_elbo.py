@@ -337,8 +337,8 @@ def test_marks_of_pyro_are_honoured_or_refused():
     assert repr(elbo._bindings[0].chosen["a"]) == repr(ScoreFunction(baseline=MovingAverage(0.7)))
     with pytest.raises(UnsupportedSite, match="'nn_baseline'"):
         SiteELBO("score").loss(model, marked(baseline={"nn_baseline": nn.Linear(1, 1)}))
-    enumerated_model = lambda: pyro.sample("b", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})  # noqa: E731
-    with pytest.raises(UnsupportedSite, match="'b'.*trace-enum"):
+    enumerated_model = lambda: pyro.sample("b", dist.Bernoulli(0.5), infer={"enumerate": "sequential"})  # noqa: E731
+    with pytest.raises(UnsupportedSite, match="'b'.*mark it 'parallel'"):
         SiteELBO("score").loss(enumerated_model, lambda: None)
 
 

@@ -1327,11 +1327,11 @@ class SiteOfTheModelAlone(Coin):
         pyro.sample("y", dist.Normal(t(0.0), 1.0))
 
 
-@enter(REFUSED, "score", says="'y'.*enumerated in the model")
-class SummedOutByTheModel(Coin):
+@enter(REFUSED, "score", says="'y'.*sequential")
+class ListedInSequenceByTheModel(Coin):
     def model(self):
         super().model()
-        pyro.sample("y", dist.Bernoulli(t(0.3)), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Bernoulli(t(0.3)), infer={"enumerate": "sequential"})
 
 
 @enter(REFUSED, "score", says="'z'.*pmf.*density")

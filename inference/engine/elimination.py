@@ -1,0 +1,462 @@
+"""Sites that the model lists and the guide leaves out: their values laid out, and summed over by elimination.
+
+A chain or a tree of such sites has too many joint values to list, and its sum needs none of them: variables are summed
+out one after the other, each from the few factors that it stands in (Obermeyer et al. 2019, "Tensor variable
+elimination for plated factor graphs", arXiv 1902.03210). The values of a site lie along a dimension of their own, which
+other sites use again where ``pyro.markov`` or a sequential plate hides it from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from opt_einsum import get_symbol
+from pyro.ops.contract import contract_tensor_tree
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ...errors import ANY, UnsupportedSite
+from ..estimators._distributions import finite_support
+from .contraction import MEMORY_LIMIT, SumProduct, TooLarge, impossible
+from .records import PARTICLES, Frame, Frames, Site
+from .terms import NeedsJoint
+
+MAX_DIMS = 60  # torch holds 64
+JOINT_LIMIT = 2**14  # joint values of one site over its plates
+
+
+def is_marked(msg: Mapping[str, Any]) -> bool:
+    """Whether a statement of the model asks for its values to be summed over.
+
+    Raises UnsupportedSite for a mark that elimination does not serve.
+    """
+    mark = msg["infer"].get("enumerate")
+    if not mark or msg["is_observed"]:
+        return False
+    if mark != "parallel":
+        raise UnsupportedSite(
+            msg["name"],
+            ANY,
+            f"the guide does not draw it and the model marks it infer={{'enumerate': {mark!r}}}; mark it 'parallel', "
+            "which sums over it exactly",
+        )
+    if msg["infer"].get("num_samples") is not None:
+        raise UnsupportedSite(
+            msg["name"],
+            ANY,
+            "infer={'num_samples': …} asks for draws of a site that the guide leaves out, which gives no exact sum;"
+            " drop num_samples, or draw the site in the guide",
+        )
+    return True
+
+
+@dataclass
+class Listed:
+    """A site whose values lie along a dimension: which, and under which number the dimension is known."""
+
+    name: str
+    dim: int
+    number: int
+    frames: Frames
+    values: Tensor  # (L, *joint plates, *event)
+    event_dim: int
+    joint: bool
+
+
+class Listing(Messenger):
+    """Inside a model's handlers: lays out the values of its listed sites, and notes what each dimension stands for.
+
+    Args:
+        drawn: the sites that the guide draws; these take their draws.
+        first: the dimensions from here to the left belong to listed values.
+        joint: sites whose values are listed jointly over their plates.
+        nesting: how many dimensions belong to plates.
+        limit: bytes that the log-probability of one site may need.
+    """
+
+    def __init__(
+        self, drawn: Collection[str], first: int, joint: Collection[str], nesting: int, limit: float = MEMORY_LIMIT
+    ):
+        super().__init__()
+        self.drawn, self.first, self.joint, self.nesting, self.limit = drawn, first, joint, nesting, limit
+        self.listed: dict[str, Listed] = {}
+        self.by_number: list[Listed] = []
+        self.dims: dict[str, dict[int, int]] = {}  # by site: what its dimensions stand for
+        self._values: dict[str, dict[int, int]] = {}  # the same of its value
+        self._depths: dict[str, int] = {}
+        self._loops: dict[tuple, dict[int, int]] = {(): {}}  # by elements of sequential plates: what is seen there
+
+    def _pyro_sample(self, msg) -> None:
+        if site_is_subsample(msg):
+            return
+        name, infer = msg["name"], msg["infer"]
+        loops = tuple((f.name, f.counter) for f in msg["cond_indep_stack"] if not f.vectorized)[::-1]
+        dims: dict[int, int] = {}
+        for depth in range(len(loops) + 1):
+            dims.update(self._loops.get(loops[:depth], {}))
+        scope = infer.get("_markov_scope")
+        if scope is not None:
+            for other, depth in scope.items():
+                if self._depths.get(other) == depth:  # else its markov context has ended
+                    dims.update(self._values.get(other, {}))
+            self._depths[name] = infer["_markov_depth"]
+        self.dims[name] = dims
+        if not msg["done"] and name not in self.drawn and is_marked(msg):
+            self._list(msg, dims, loops, scope is None)
+
+    def _list(self, msg: Any, dims: dict[int, int], loops: tuple, lasting: bool) -> None:
+        taken = set(dims)
+        if lasting:
+            # What stands deeper in the same elements may be met again.
+            for place, inside in self._loops.items():
+                if place[: len(loops)] == loops:
+                    taken |= set(inside)
+        dim = self.first
+        while dim in taken:
+            dim -= 1
+        name, fn = msg["name"], msg["fn"]
+        if -dim > MAX_DIMS:
+            raise UnsupportedSite(
+                name,
+                ANY,
+                f"it sees {len(taken)} other listed sites, each with a dimension of its own, and torch has no more;"
+                " put loops under pyro.markov, or make them a vectorized plate",
+            )
+        if len(fn.batch_shape) >= -dim and fn.batch_shape[dim] > 1:
+            raise UnsupportedSite(
+                name,
+                ANY,
+                "it depends on a listed site that pyro.markov hides from it; raise pyro.markov(…, history=…)",
+            )
+        joint = name in self.joint
+        values = self._values_of(msg, joint)
+        listed = Listed(
+            name,
+            dim,
+            len(self.by_number),
+            frozenset() if joint else plates_of(msg),
+            values,
+            fn.event_dim,
+            joint,
+        )
+        needed = len(values) * math.prod(fn.batch_shape) * values.element_size()
+        if needed > self.limit:
+            raise too_large(needed, self.limit, [name])
+        # values is (L, *plates or nothing, *event); the rest of the dimensions to its right are 1.
+        between = -dim - (values.dim() - fn.event_dim)
+        laid = values.reshape(values.shape[:1] + (1,) * between + values.shape[1:])
+        support = getattr(values, "_pyro_categorical_support", None)
+        if support is not None:
+            laid._pyro_categorical_support = support  # spares Categorical.log_prob a gather
+        self.listed[name] = listed
+        self.by_number.append(listed)
+        dims[dim] = listed.number
+        if lasting:
+            self._loops.setdefault(loops, {})[dim] = listed.number
+        msg["value"] = laid
+        msg["done"] = True
+
+    def _values_of(self, msg: Any, joint: bool) -> Tensor:
+        fn = msg["fn"]
+        if not joint and getattr(fn, "has_enumerate_support", False):
+            try:
+                values = fn.enumerate_support(expand=False)
+            except (NotImplementedError, ValueError):  # a product over the coordinates of an event
+                pass
+            else:
+                support = getattr(values, "_pyro_categorical_support", None)
+                values = values.reshape(values.shape[:1] + fn.event_shape)
+                if support is not None:
+                    values._pyro_categorical_support = support
+                return values
+        trailing = min(self.nesting, len(fn.batch_shape)) if joint else 0
+        values = finite_support(fn, joint=trailing, limit=JOINT_LIMIT)
+        if isinstance(values, str):
+            raise UnsupportedSite(
+                msg["name"],
+                ANY,
+                f"the model marks it infer={{'enumerate': 'parallel'}}, and {values}; draw it in the guide",
+            )
+        return values[(slice(None),) + (0,) * (len(fn.batch_shape) - trailing)]
+
+    def _pyro_post_sample(self, msg) -> None:
+        name, value = msg["name"], msg["value"]
+        if value is None or name not in self.dims:
+            return
+        batch = value.shape[: value.dim() - msg["fn"].event_dim]
+        self._values[name] = {
+            dim: number for dim, number in self.dims[name].items() if len(batch) >= -dim and batch[dim] > 1
+        }
+
+
+def plates_of(msg: Mapping[str, Any]) -> Frames:
+    """The vectorized plates that a statement stands in, without that of the particles."""
+    return frozenset((f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLES)
+
+
+def subsampled(msg: Mapping[str, Any]) -> frozenset[tuple[str, int | None]]:
+    """The plates of which only a part of the elements is visited; an element of a sequential one by its number."""
+    return frozenset(
+        (f.name, None if f.vectorized else f.counter)
+        for f in msg["cond_indep_stack"]
+        if f.full_size not in (None, f.size)
+    )
+
+
+@dataclass
+class Term:
+    """A factor of the sum: a site's log-probability without its scale, and the listed sites that it depends on."""
+
+    site: Site
+    tensor: Tensor
+    numbers: tuple[int, ...]
+    scale: Any
+    parts: frozenset[tuple[str, int | None]]
+    place: int
+
+
+@dataclass
+class Terms:
+    """The factors of one run of a model that are to be summed over, with the listed sites that they depend on."""
+
+    listing: Listing
+    room: int
+    found: list[Term] = field(default_factory=list)
+    zero: Tensor | None = None  # what a factor leaves behind
+
+    def take(self, site: Site, msg: Mapping[str, Any], tensor: Tensor, place: int) -> bool:
+        """Whether a site's log-probability is one of them; if so it is kept here."""
+        listing = self.listing
+        listed = listing.listed.get(site.name)
+        left = [dim for dim in range(-tensor.dim(), listing.first + 1) if tensor.shape[dim] > 1]
+        if listed is None and not left:
+            return False
+        known = listing.dims.get(site.name, {})
+        for dim in left:
+            if dim not in known:
+                raise UnsupportedSite(
+                    site.name,
+                    ANY,
+                    f"its log-probability {tuple(tensor.shape)} has dimension {dim} of its own, or one of a listed site"
+                    " that pyro.markov hides from it; declare a plate, or raise pyro.markov(…, history=…)",
+                )
+        frames = site.frames
+        if listed is not None and listed.joint:
+            gone = [dim for _, dim, _ in frames if tensor.dim() >= -dim]
+            tensor, frames = tensor.sum(gone, keepdim=True) if gone else tensor, frozenset()
+        numbers = tuple(known[dim] for dim in left)
+        if listed is not None and listed.number not in numbers:  # a site of one value
+            numbers = (*numbers, listed.number)
+        for number in numbers:
+            if not listing.by_number[number].frames <= frames:
+                raise NeedsJoint(listing.by_number[number].name)
+        site.frames = frames
+        self.found.append(Term(site, tensor, numbers, msg["scale"], subsampled(msg), place))
+        if self.zero is None:
+            self.zero = tensor.new_zeros((1,) * self.room)
+        site.summed, site.log_prob = True, self.zero
+        return True
+
+    def at(self, values: Mapping[str, Tensor]) -> Iterator[tuple[Term, Tensor]]:
+        """Each factor where the listed sites take these values, laid out along plates; without its scale."""
+        index = {name: self._index(self.listing.listed[name], value) for name, value in values.items()}
+        for term in self.found:
+            known = self.listing.dims[term.site.name]
+            tensor = term.tensor
+            sizes = dict(zip(range(-tensor.dim(), 0), tensor.shape, strict=True))
+            left = [dim for dim in range(-tensor.dim(), self.listing.first + 1) if sizes[dim] > 1]
+            own = tensor.shape[-self.room :] if tensor.dim() >= self.room else tensor.shape
+            tensor = tensor.reshape([sizes[dim] for dim in left] + [1] * (self.room - len(own)) + list(own))
+            for dim in left:
+                where = index[self.listing.by_number[known[dim]].name]
+                rows = torch.broadcast_shapes(tensor.shape[-self.room :], where.shape)
+                tensor = tensor.expand(tensor.shape[: -self.room] + rows)
+                tensor = tensor.gather(0, where.expand((1, *tensor.shape[1 : -self.room], *rows))).squeeze(0)
+            yield term, tensor
+
+    def _index(self, listed: Listed, value: Tensor) -> Tensor:
+        """Which of the listed values these are, along ``room`` dimensions of plates."""
+        own, event = listed.values.shape[1:], listed.event_dim
+        laid = value.reshape((1,) * (self.room + event - value.dim()) + value.shape)
+        same = laid == listed.values.reshape(listed.values.shape[:1] + (1,) * (laid.dim() - len(own)) + own)
+        same = same.flatten(1 + self.room).all(-1) if event else same
+        if listed.joint:
+            same = same.flatten(1).all(-1).reshape(same.shape[:1] + (1,) * self.room)
+        return same.to(torch.uint8).argmax(0)
+
+    def components(self) -> Iterator[list[Term]]:
+        """Factors that share listed sites, directly or through others."""
+        leader = list(range(len(self.listing.by_number)))
+
+        def root(number: int) -> int:
+            while leader[number] != number:
+                leader[number] = leader[leader[number]]
+                number = leader[number]
+            return number
+
+        for term in self.found:
+            for number in term.numbers[1:]:
+                leader[root(number)] = root(term.numbers[0])
+        groups: dict[int, list[Term]] = {}
+        for term in self.found:
+            groups.setdefault(root(term.numbers[0]), []).append(term)
+        yield from groups.values()
+
+    def summed(self) -> list[tuple[int, Site]]:
+        """One site for each component, to stand after the last of its factors; its log-probability is the sum."""
+        return [(terms[-1].place, site) for terms in self.components() for site in self._sum(terms)]
+
+    def _sum(self, terms: list[Term]) -> Iterator[Site]:
+        names = [site.name for site in self._listed(terms)]
+        _check_parts(terms, names)
+        scale = _common_scale(terms, names)
+        symbols = _Symbols(self.listing.first)
+        tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+        over: set[str] = set()
+        for term in terms:
+            packed = symbols.packed(term, self.listing)
+            over.update(symbols.of_listed(number) for number in term.numbers)
+            tree.setdefault(frozenset(symbols.of_frame(frame) for frame in term.site.frames), []).append(packed)
+        ring = SumProduct(self.listing.limit)
+        try:
+            contracted = contract_tensor_tree(tree, over, ring=ring)
+        except TooLarge as error:
+            joined = [n for n in names if symbols.of_listed(self.listing.listed[n].number) in error.names]
+            raise too_large(error.needed, self.listing.limit, joined or names) from None
+        except NotImplementedError:
+            # Plates that cross: what is summed over in one of them is tied to the other.
+            apart = [site for site in self._listed(terms) if site.frames]
+            if not apart:
+                raise
+            raise NeedsJoint(apart[-1].name) from None
+        first = terms[0].site
+        name = f"sum over {', '.join(map(repr, names[:3]))}{', …' if len(names) > 3 else ''}"
+        parts = [(ordinal, tensor) for ordinal, tensors in contracted.items() for tensor in tensors]
+        for number, (ordinal, tensor) in enumerate(parts):
+            log_prob = impossible(symbols.unpacked(tensor, self.room))
+            yield Site(
+                f"{name} ({number + 1})" if number else name,
+                first.fn,
+                first.value,
+                frozenset(symbols.frames[symbol] for symbol in ordinal),
+                log_prob if isinstance(scale, (int, float)) and scale == 1 else scale * log_prob,
+                scale=scale,
+            )
+
+    def _listed(self, terms: Sequence[Term]) -> list[Listed]:
+        numbers = dict.fromkeys(number for term in terms for number in term.numbers)
+        return [self.listing.by_number[number] for number in sorted(numbers)]
+
+
+class _Symbols:
+    """A character for each plate, each listed site, and each dimension of particles and of the guide's values."""
+
+    def __init__(self, first: int):
+        self.first = first
+        self.symbols: dict[Any, str] = {}
+        self.frames: dict[str, Frame] = {}
+        self.dims: dict[str, int] = {}
+
+    def _of(self, key: Any, dim: int | None = None) -> str:
+        symbol = self.symbols.get(key)
+        if symbol is None:
+            symbol = self.symbols[key] = get_symbol(len(self.symbols))
+            if dim is not None:
+                self.dims[symbol] = dim
+        return symbol
+
+    def of_frame(self, frame: Frame) -> str:
+        symbol = self._of(frame, frame[1])
+        self.frames[symbol] = frame
+        return symbol
+
+    def of_listed(self, number: int) -> str:
+        return self._of(number)
+
+    def packed(self, term: Term, listing: Listing) -> Any:
+        tensor, known = term.tensor, listing.dims[term.site.name]
+        plates = {frame[1]: frame for frame in term.site.frames}
+        names = ""
+        for dim, size in zip(range(-tensor.dim(), 0), tensor.shape, strict=True):
+            if size == 1:
+                continue
+            if dim <= self.first:
+                names += self.of_listed(known[dim])
+            elif dim in plates:
+                names += self.of_frame(plates[dim])
+            else:
+                names += self._of(("dim", dim), dim)
+        tensor = tensor.squeeze() if len(names) < tensor.dim() else tensor[...]
+        tensor._pyro_dims = names
+        return tensor
+
+    def unpacked(self, tensor: Any, room: int) -> Tensor:
+        names = tensor._pyro_dims
+        dims = [self.dims[name] for name in names]
+        order = sorted(range(len(dims)), key=dims.__getitem__)
+        shape = [1] * max(room, *(-dim for dim in dims), 0)
+        for dim, size in zip(dims, tensor.shape, strict=True):
+            shape[dim] = size
+        return tensor.permute(order).reshape(shape)
+
+
+def _check_parts(terms: Sequence[Term], names: Sequence[str]) -> None:
+    """Refuse a sum that reaches out of a subsampled plate: over a part of its elements it stands for no other sum."""
+    for term in terms[1:]:
+        odd = term.parts ^ terms[0].parts
+        if odd:
+            plate = min(name for name, _ in odd)
+            raise UnsupportedSite(
+                names[0],
+                ANY,
+                f"it is summed over outside the subsampled plate {plate!r}, and a part of the data does not estimate"
+                " such a sum over all of it; run the plate in full, or draw the site in the guide",
+            )
+
+
+def _common_scale(terms: Sequence[Term], names: Sequence[str]) -> Any:
+    first = terms[0].scale
+    for term in terms:
+        scale = term.scale
+        if isinstance(scale, Tensor) and scale.numel() > 1:
+            raise UnsupportedSite(
+                term.site.name, ANY, f"{names[0]!r} is summed over in it, and its scale is no single number"
+            )
+        if scale is first:
+            continue
+        if isinstance(scale, Tensor) or isinstance(first, Tensor):
+            same = float(scale) == float(first)
+        else:
+            same = scale == first
+        if not same:
+            raise UnsupportedSite(
+                term.site.name,
+                ANY,
+                f"its scale is {float(scale):.6g} where that of {terms[0].site.name!r} is {float(first):.6g}, and both"
+                f" are joined by the sum over {names[0]!r}, which has one scale; scale them alike",
+            )
+    return first
+
+
+def too_large(needed: int, limit: float, names: Sequence[str]) -> UnsupportedSite:
+    said = ", ".join([repr(name) for name in names[:6]] + ["…"] * (len(names) > 6))
+    return UnsupportedSite(
+        names[0],
+        ANY,
+        f"summing over {said} needs {_bytes(needed)} at once, more than the limit of {_bytes(limit)}; put chains under"
+        " pyro.markov, take a smaller batch, draw some of these sites in the guide ('rloo'), or raise"
+        " SiteELBO(memory_limit=…)",
+    )
+
+
+def _bytes(number: float) -> str:
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if number >= 1024**power:
+            return f"{number / 1024**power:.3g} {unit}"
+    return f"{number:.0f} bytes"

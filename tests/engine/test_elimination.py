@@ -1,0 +1,581 @@
+"""Sites that the model lists and the guide leaves out, against the forward algorithm, listing and Pyro's own ELBO."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact_means import exact_gradient, mean_gradient
+from programs import F64, Params, gradient
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.ops.indexing import Vindex
+from torch import nn
+from ztest import misses
+
+from gumbo.errors import GumboError, UnsupportedSite
+from gumbo.inference import SiteELBO
+from gumbo.inference.auditing.exact import exact_elbo, exact_iwae
+from gumbo.inference.engine import contraction
+
+PARALLEL = {"enumerate": "parallel"}
+
+
+def nothing(*args, **kwargs):
+    """A guide without a site."""
+
+
+def t(*values):
+    return torch.tensor(values if len(values) != 1 else values[0], dtype=F64)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+class Chain(Params):
+    """A hidden Markov model of K states with Normal observations."""
+
+    def __init__(self, states=3, dtype=F64):
+        super().__init__()
+        self.steps = nn.Parameter(randn(states, states).to(dtype))
+        self.means = nn.Parameter(3 * randn(states, seed=1).to(dtype))
+
+    def forward(self, y, shift=0.0):
+        z = 0
+        for i in pyro.markov(range(len(y))):
+            z = pyro.sample(f"z{i}", dist.Categorical(logits=self.steps[z]), infer=PARALLEL)
+            pyro.sample(f"y{i}", dist.Normal(self.means[z] + shift, 1.0), obs=y[i])
+
+
+def forward(steps, seen):
+    """The forward algorithm: log of the sum over all paths; ``seen`` is (T, …, K)."""
+    steps = steps.log_softmax(-1)
+    alpha = steps[0] + seen[0]
+    for now in seen[1:]:
+        alpha = torch.logsumexp(alpha.unsqueeze(-1) + steps, -2) + now
+    return torch.logsumexp(alpha, -1)
+
+
+def evidence(chain, y, shift=0.0):
+    return forward(chain.steps, dist.Normal(chain.means + shift, 1.0).log_prob(y[:, None]))
+
+
+def close(found, expected, relative=1e-8):
+    return ((found - expected).norm() <= relative * expected.norm()).item()
+
+
+@pytest.mark.parametrize("length", [5, 50, 500])
+def test_a_chain_has_the_evidence_and_gradient_of_the_forward_algorithm(length):
+    chain, y = Chain(16), 3 * randn(length)
+    loss = SiteELBO()(chain, nothing)
+    value, exact = loss(y), -evidence(chain, y)
+    assert value.item() == pytest.approx(exact.item(), rel=1e-12)
+    assert close(gradient(value, chain), gradient(exact, chain), 1e-10)
+    assert loss.objective_name == "elbo"
+
+
+def test_sums_of_tiny_products_are_kept_where_pyros_own_contraction_rounds_them(param_store):
+    chain, y = Chain(2, torch.float32), t(0.0, 30.0, 0.0, 30.0).float()
+    chain.steps.data, chain.means.data = torch.tensor([[0.0, -200.0], [-200.0, 0.0]]), torch.tensor([0.0, 30.0])
+    exact = -evidence(copy.deepcopy(chain).double(), y.double()).item()
+    assert SiteELBO()(chain, nothing)(y).item() == pytest.approx(exact, rel=1e-6)
+    stock = TraceEnum_ELBO(max_plate_nesting=0).differentiable_loss(chain, nothing, y).item()
+    assert abs(stock - exact) > 100
+
+
+def test_impossible_values_count_for_nothing_and_leave_gradients_finite():
+    logits = nn.Parameter(t(0.3, -0.2, 0.1))
+
+    def model(low):
+        for i in pyro.markov(range(3)):
+            z = pyro.sample(f"z{i}", dist.Categorical(logits=logits), infer=PARALLEL)
+            pyro.sample(f"y{i}", dist.Uniform(z * 1.0, z + 1.0, validate_args=False), obs=t(low))
+
+    value = SiteELBO()(model, nothing)(1.5)
+    q = logits.log_softmax(-1)[1]
+    assert value.item() == pytest.approx(-3 * q.item())
+    (found,), (exact,) = torch.autograd.grad(value, logits), torch.autograd.grad(-3 * q, logits)
+    assert close(found, exact)
+    nowhere = SiteELBO()(model, nothing)(9.0)
+    assert nowhere.item() == math.inf
+    assert torch.autograd.grad(nowhere, logits)[0].isfinite().all()
+
+
+# Programs of many shapes, against Pyro's own ELBO and against every joint value.
+
+
+class Programs(Params):
+    """Parameters of the programs below; each is a method that takes no data."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.Parameter(randn(2, 2, seed=2))
+        self.more = nn.Parameter(randn(2, 2, 2, seed=3))
+        self.means = nn.Parameter(2 * randn(2, 2, seed=4))
+
+    def _state(self, name, logits):
+        return pyro.sample(name, dist.Categorical(logits=logits), infer=PARALLEL)
+
+    def chain_in_a_plate_with_lengths(self):
+        """Sequences of several lengths and a plate of observations within each, masked beyond their ends."""
+        y, lengths = randn(2, 3, 2, seed=5), torch.tensor([3, 2])
+        inner = pyro.plate("tones", 2, dim=-1)
+        with pyro.plate("sequences", 2, dim=-2):
+            x = 0
+            for i in pyro.markov(range(3)):
+                with poutine.mask(mask=(i < lengths).unsqueeze(-1)):
+                    x = self._state(f"x{i}", self.steps[x])
+                    with inner as tones:
+                        pyro.sample(f"y{i}", dist.Normal(self.means[x, tones], 1.0), obs=y[:, i])
+
+    def sequences_one_by_one(self):
+        """A sequential plate of chains, each with its own length."""
+        y = randn(2, 4, 2, seed=5)
+        inner = pyro.plate("tones", 2, dim=-1)
+        for s in pyro.plate("sequences", 2):
+            x = 0
+            for i in pyro.markov(range(4 - s)):
+                x = self._state(f"x{s}_{i}", self.steps[x])
+                with inner as tones:
+                    pyro.sample(f"y{s}_{i}", dist.Normal(Vindex(self.means)[x, tones], 1.0), obs=y[s, i])
+
+    def autoregressive(self):
+        """Observations that depend on the state and on the observation before."""
+        seen = t([0.0, 1.0, 1.0], [1.0, 0.0, 1.0])
+        with pyro.plate("sequences", 2, dim=-1):
+            x, y = 0, torch.zeros(2).long()
+            for i in pyro.markov(range(3)):
+                x = self._state(f"x{i}", self.steps[x])
+                y = pyro.sample(f"y{i}", dist.Bernoulli(logits=Vindex(self.means)[x, y]), obs=seen[:, i]).long()
+
+    def factorial(self):
+        """Two chains behind each observation, in sequences of several lengths."""
+        y, lengths = randn(2, 2, seed=6), torch.tensor([2, 1])
+        with pyro.plate("sequences", 2, dim=-1):
+            w, x = 0, 0
+            for i in pyro.markov(range(2)):
+                with poutine.mask(mask=i < lengths):
+                    w = self._state(f"w{i}", self.steps[w])
+                    x = self._state(f"x{i}", self.more[0][x])
+                    pyro.sample(f"y{i}", dist.Normal(Vindex(self.means)[w, x], 1.0), obs=y[:, i])
+
+    def factorial_with_ties(self):
+        """The second chain depends on the first as well."""
+        y = randn(2, 2, seed=6)
+        with pyro.plate("sequences", 2, dim=-1):
+            w = x = torch.tensor(0)
+            for i in pyro.markov(range(2)):
+                w = self._state(f"w{i}", self.steps[w])
+                x = self._state(f"x{i}", Vindex(self.more)[w, x])
+                pyro.sample(f"y{i}", dist.Normal(Vindex(self.means)[w, x], 1.0), obs=y[:, i])
+
+    def two_back(self):
+        """A chain whose states depend on two before them."""
+        y = randn(5, seed=7)
+        x = before = torch.tensor(0)
+        for i in pyro.markov(range(5), history=2):
+            x, before = self._state(f"x{i}", Vindex(self.more)[before, x]), x
+            pyro.sample(f"y{i}", dist.Normal(self.means[0][x], 1.0), obs=y[i])
+
+    def tree(self):
+        """Branches that share their root, with depth three."""
+        y = randn(14, seed=8)
+        count = itertools.count()
+
+        @pyro.markov
+        def grow(parent, name, depth):
+            x = self._state(f"x{name}", self.steps[parent])
+            pyro.sample(f"y{name}", dist.Normal(self.means[0][x], 1.0), obs=y[next(count)])
+            for side in "ab" if depth else "":
+                grow(x, name + side, depth - 1)
+
+        grow(0, "", 2)
+
+    def mixture(self):
+        """Assignments in a plate, their weights outside, and a coin that all rows share."""
+        y = randn(4, seed=9)
+        coin = pyro.sample("coin", dist.Bernoulli(logits=self.steps[0, 0]), infer=PARALLEL)
+        with pyro.plate("data", 4):
+            k = self._state("k", self.steps[1])
+            pyro.sample("y", dist.Normal(self.means[0][k] + coin, 1.0), obs=y)
+
+    def nested(self):
+        """Groups with a state each, their members with states of their own."""
+        y = randn(3, 2, seed=10)
+        with pyro.plate("groups", 2, dim=-1):
+            group = self._state("group", self.steps[0])
+            with pyro.plate("members", 3, dim=-2):
+                member = self._state("member", self.steps[group])
+                pyro.sample("y", dist.Normal(Vindex(self.means)[group, member], 1.0), obs=y)
+
+    def several_families(self):
+        """One-hot and Bernoulli sites, and a site of one value."""
+        one = pyro.sample("one", dist.Categorical(logits=self.steps[0, :1]), infer=PARALLEL)
+        hot = pyro.sample("hot", dist.OneHotCategorical(logits=self.steps[one]), infer=PARALLEL)
+        coin = pyro.sample("coin", dist.Bernoulli(logits=(hot * self.means[0]).sum(-1)), infer=PARALLEL)
+        pyro.sample("y", dist.Normal(coin * self.means[1, 0] + (hot * self.means[1]).sum(-1), 1.0), obs=t(0.4))
+
+
+PROGRAMS = [name for name, found in vars(Programs).items() if callable(found) and not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_have_the_sum_over_every_joint_value_and_the_number_of_trace_enum_elbo(name, param_store):
+    programs = Programs()
+    model = getattr(programs, name)
+    value = SiteELBO()(model_of(programs, name), nothing)()
+    exact = -exact_elbo(model, nothing)
+    assert value.item() == pytest.approx(exact.item(), rel=1e-12)
+    assert torch.allclose(gradient(value, programs), gradient(exact, programs), rtol=0, atol=1e-10)
+    stock = TraceEnum_ELBO(max_plate_nesting=2).differentiable_loss(model, nothing)
+    assert value.item() == pytest.approx(stock.item(), rel=1e-9)
+
+
+class model_of(pyro.nn.PyroModule):
+    """One method of a module of programs, as a program."""
+
+    def __init__(self, programs, name):
+        super().__init__()
+        self.programs, self.of = programs, name
+
+    def forward(self, *args):
+        return getattr(self.programs, self.of)(*args)
+
+
+def test_config_enumerate_marks_what_the_guide_leaves_out():
+    def model():
+        a = pyro.sample("a", dist.Bernoulli(t(0.3)))
+        b = pyro.sample("b", dist.Categorical(t(0.2, 0.5, 0.3)))
+        pyro.sample("y", dist.Normal(a + b, 1.0), obs=t(1.2))
+
+    def guide():
+        pyro.sample("a", dist.Bernoulli(t(0.6)))
+
+    marked = config_enumerate(model)
+    assert SiteELBO("enumerate")(marked, guide)().item() == pytest.approx(-exact_elbo(marked, guide).item(), rel=1e-12)
+
+
+# Beside other sites: the sum stands where a factor with the forward algorithm's number would stand.
+
+
+class Shifted(pyro.nn.PyroModule):
+    """A chain whose observations are shifted by a Normal site and a coin, which the guide draws."""
+
+    def __init__(self, as_factor):
+        super().__init__()
+        self.chain, self.as_factor = Chain(2), as_factor
+        self.weight = nn.Parameter(t(0.7))
+
+    def forward(self, y):
+        with pyro.plate("sequences", y.shape[-1], dim=-1):
+            shift = pyro.sample("shift", dist.Normal(t(0.0), 1.0))
+            coin = pyro.sample("coin", dist.Bernoulli(logits=self.weight * shift))
+            move = shift + self.weight * coin
+            if self.as_factor:
+                seen = dist.Normal(self.chain.means + move.unsqueeze(-1), 1.0)
+                pyro.factor("evidence", forward(self.chain.steps, [seen.log_prob(row.unsqueeze(-1)) for row in y]))
+                return
+            z = 0
+            for i in pyro.markov(range(len(y))):
+                z = pyro.sample(f"z{i}", dist.Categorical(logits=self.chain.steps[z]), infer=PARALLEL)
+                pyro.sample(f"y{i}", dist.Normal(self.chain.means[z] + move, 1.0), obs=y[i])
+
+
+class ShiftedGuide(Params):
+    def __init__(self):
+        super().__init__(loc=[0.2, -0.4, 0.1], log_scale=-0.5, logit=0.3)
+
+    def forward(self, y):
+        with pyro.plate("sequences", y.shape[-1], dim=-1):
+            shift = pyro.sample("shift", dist.Normal(self.loc, self.log_scale.exp()))
+            pyro.sample("coin", dist.Bernoulli(logits=self.logit + shift))
+
+
+WORDS = [
+    ({"coin": "score"}, {}),
+    ({"coin": "rloo"}, {"num_particles": 3}),
+    ({"coin": "rloo"}, {"num_particles": 2, "vectorize_particles": False}),
+    ({"coin": "gumbel-softmax"}, {"num_particles": 2}),
+    ({"coin": "enumerate"}, {"num_particles": 2}),
+    ({"coin": "enumerate"}, {"vectorize_particles": False}),
+    ({"coin": "arm"}, {}),
+    ({"coin": "local-expectation"}, {}),
+    ({"coin": "score", "shift": "stl"}, {"num_particles": 2, "plates": "ignore"}),
+    ({"coin": "nvil"}, {"num_particles": 2}),
+    ({"coin": "score"}, {"objective": "iwae", "num_particles": 3}),
+    ({}, {"objective": "rws", "num_particles": 3}),
+]
+
+
+@pytest.mark.parametrize(("words", "options"), WORDS, ids=lambda case: "-".join(map(str, case.values())))
+def test_every_estimator_gives_the_number_that_a_factor_of_the_evidence_gives(words, options):
+    y, found = randn(4, 3, seed=11), []
+    for as_factor in (False, True):
+        pyro.set_rng_seed(5)
+        model, guide = Shifted(as_factor), ShiftedGuide()
+        loss = SiteELBO(words or "default", **options)(model, guide).initialize(y)
+        value = loss(y)
+        found.append((value.item(), gradient(value, nn.ModuleList([model, guide]))))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-10)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-9, atol=1e-11)
+
+
+class Small(Params):
+    """Two coins that the guide draws and a chain of three coins that the model lists, small enough to list by hand."""
+
+    def __init__(self):
+        super().__init__(steps=[[0.3, -0.4], [0.1, 0.9]], means=[-0.5, 1.0], weight=0.6)
+
+    def forward(self):
+        a = pyro.sample("a", dist.Bernoulli(logits=self.weight))
+        with pyro.plate("data", 2):
+            b = pyro.sample("b", dist.Bernoulli(logits=self.weight * a))
+            z = torch.tensor(0)
+            for i in pyro.markov(range(2)):
+                z = pyro.sample(f"z{i}", dist.Categorical(logits=self.steps[z] * (1 + a).unsqueeze(-1)), infer=PARALLEL)
+                y = t([0.3, -1.0], [1.4, 0.2])[i]
+                pyro.sample(f"y{i}", dist.Normal(Vindex(self.means)[z] + self.weight * b, 1.0), obs=y)
+
+
+class SmallGuide(Params):
+    def __init__(self):
+        super().__init__(of_a=0.4, of_b=[0.3, -0.6], tie=0.5)
+
+    def forward(self):
+        a = pyro.sample("a", dist.Bernoulli(logits=self.of_a))
+        with pyro.plate("data", 2):
+            pyro.sample("b", dist.Bernoulli(logits=self.of_b + self.tie * a))
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("score", {}),
+        ({"a": "score", "b": "enumerate"}, {}),
+        ("enumerate", {}),
+        ({"a": "enumerate", "b": "rloo"}, {"num_particles": 2}),
+        ({"a": "local-expectation", "b": "score"}, {}),
+        ("score", {"vectorize_particles": False}),
+        ("rloo", {"num_particles": 2}),
+    ],
+)
+def test_the_mean_over_every_tuple_of_draws_is_the_exact_gradient(words, options):
+    model, guide = Small(), SmallGuide()
+    found = mean_gradient(words, model, guide, **options)
+    assert torch.allclose(found, exact_gradient(model, guide), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("word", ["score", "rloo"])
+def test_under_iwae_the_mean_over_every_pair_of_draws_is_the_exact_gradient(word, param_store):
+    model, guide = Small(), SmallGuide()
+    exact = gradient(-exact_iwae(model, guide, num_particles=2), nn.ModuleList([model, guide]))
+    found = mean_gradient(word, model, guide, objective="iwae", num_particles=2, plates="ignore")
+    assert torch.allclose(found, exact, rtol=0, atol=1e-10)
+
+
+def test_a_normal_site_beside_a_chain_has_the_gradient_of_a_quadrature():
+    chain, y = Chain(2), randn(4, seed=12)
+    guide = Params(loc=0.3, log_scale=-0.2)
+
+    def draw(y):
+        pyro.sample("shift", dist.Normal(guide.loc, guide.log_scale.exp()))
+
+    def model(y):
+        chain(y, shift=pyro.sample("shift", dist.Normal(t(0.0), 1.0)))
+
+    def bound():
+        q = dist.Normal(guide.loc, guide.log_scale.exp())
+        nodes = torch.linspace(-9, 9, 4001, dtype=F64)
+        shift = guide.loc + guide.log_scale.exp() * nodes
+        inside = forward(chain.steps, dist.Normal(chain.means + shift[:, None], 1.0).log_prob(y[:, None, None]))
+        weights = dist.Normal(t(0.0), 1.0).log_prob(nodes).exp() * (nodes[1] - nodes[0])
+        return (weights * (inside + dist.Normal(t(0.0), 1.0).log_prob(shift) - q.log_prob(shift))).sum()
+
+    both = nn.ModuleList([chain, guide])
+    loss = SiteELBO(num_particles=400)
+    with pyro.get_param_store().scope():
+        draws = [gradient(loss.differentiable_loss(model, draw, y), both) for _ in range(150)]
+        truth = gradient(-bound(), both)
+    assert not misses(torch.stack(draws), truth, 0.25)
+
+
+# What no elimination serves: listed jointly where that is possible, and otherwise refused in one line.
+
+
+def test_rows_that_a_program_mixes_are_listed_jointly():
+    """x_i depends on the states of all rows, which no dimension of a tensor shows."""
+    logits = nn.Parameter(t(0.3, -0.4))
+
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Bernoulli(logits=logits[0]), infer=PARALLEL)
+            total = z.expand(torch.broadcast_shapes(z.shape, (3,))).sum(-1, keepdim=True)
+            pyro.sample("x", dist.Normal(total * logits[1], 1.0), obs=t(0.2, -0.4, 1.0))
+
+    for options in ({}, {"plates": "ignore"}):
+        value, exact = SiteELBO(**options)(model, nothing)(), -exact_elbo(model, nothing)
+        assert value.item() == pytest.approx(exact.item(), rel=1e-12)
+        assert close(*(torch.autograd.grad(one, logits)[0] for one in (value, exact)))
+    with pytest.raises(UnsupportedSite, match="'x'.*between all values at once and single ones of 'z'"):
+        SiteELBO(plates="trust")(model, nothing)()
+
+
+def test_a_term_outside_a_plate_has_the_sites_in_it_listed_jointly():
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Bernoulli(t(0.3)), infer=PARALLEL)
+        pyro.sample("x", dist.Normal((z * t(1.0, 2.0, 3.0)).sum(-1, keepdim=True), 1.0), obs=t(2.0))
+
+    assert SiteELBO()(model, nothing)().item() == pytest.approx(-exact_elbo(model, nothing).item(), rel=1e-12)
+
+
+def test_crossing_plates_are_listed_jointly():
+    """An observation for each pair of a row and a column, each with a state of its own."""
+    y = randn(3, 2, seed=13)
+
+    def model():
+        rows, columns = pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 2, dim=-1)
+        with rows:
+            a = pyro.sample("a", dist.Bernoulli(t(0.3)), infer=PARALLEL)
+        with columns:
+            b = pyro.sample("b", dist.Bernoulli(t(0.6)), infer=PARALLEL)
+        with rows, columns:
+            pyro.sample("y", dist.Normal(a + 2 * b, 1.0), obs=y)
+
+    assert SiteELBO()(model, nothing)().item() == pytest.approx(-exact_elbo(model, nothing).item(), rel=1e-12)
+
+
+def chain_of(step, observe=True):
+    def model():
+        z = [torch.tensor(0)]
+        for i in pyro.markov(range(4)):
+            z.append(pyro.sample(f"z{i}", dist.Categorical(step(z)), infer=PARALLEL))
+            if observe:
+                pyro.sample(f"y{i}", dist.Normal(z[-1] * 1.0, 1.0), obs=t(0.5))
+
+    return model
+
+
+ROWS = t([0.3, 0.7], [0.6, 0.4])
+
+
+def hidden_from_markov():
+    return chain_of(lambda z: ROWS[z[max(0, len(z) - 2)]])()
+
+
+def branching():
+    z = pyro.sample("z", dist.Bernoulli(t(0.3)), infer=PARALLEL)
+    pyro.sample("x", dist.Normal(1.0 if z > 0.5 else t(0.0), 1.0), obs=t(0.4))
+
+
+def mixing_values():
+    z = pyro.sample("z", dist.Categorical(t(0.2, 0.3, 0.5)), infer=PARALLEL)
+    pyro.sample("x", dist.Normal(z.double().mean(), 1.0), obs=t(0.4))
+
+
+def counting():
+    z = pyro.sample("z", dist.Poisson(t(2.0)), infer=PARALLEL)
+    pyro.sample("x", dist.Normal(z, 1.0), obs=t(0.4))
+
+
+def in_sequence():
+    pyro.sample("z", dist.Bernoulli(t(0.3)), infer={"enumerate": "sequential"})
+
+
+def of_some_draws():
+    pyro.sample("z", dist.Bernoulli(t(0.3)), infer={"enumerate": "parallel", "num_samples": 4})
+
+
+def unmarked():
+    pyro.sample("z", dist.Bernoulli(t(0.3)))
+
+
+def outside_a_subsample():
+    z = pyro.sample("z", dist.Bernoulli(t(0.3)), infer=PARALLEL)
+    with pyro.plate("data", 6, subsample_size=2):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=t(0.4, 0.2))
+
+
+def outside_a_sequential_subsample():
+    z = pyro.sample("z", dist.Bernoulli(t(0.3)), infer=PARALLEL)
+    for i in pyro.plate("data", 6, subsample_size=2):
+        pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=t(0.4))
+
+
+def scaled_apart():
+    z = pyro.sample("z", dist.Bernoulli(t(0.3)), infer=PARALLEL)
+    with poutine.scale(scale=3.0):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=t(0.4))
+
+
+def without_markov():
+    z = torch.tensor(0)
+    for i in range(80):
+        z = pyro.sample(f"z{i}", dist.Categorical(ROWS[z]), infer=PARALLEL)
+
+
+def in_full(count=40):
+    """Every state depends on all others."""
+    z = [pyro.sample(f"z{i}", dist.Bernoulli(t(0.3)), infer=PARALLEL) for i in range(count)]
+    for i, one in enumerate(z):
+        for other in z[:i]:
+            pyro.sample(f"x{i}_{len(z)}_{id(other)}", dist.Normal(one + other, 1.0), obs=t(0.4))
+
+
+def too_many_rows():
+    with pyro.plate("data", 40):
+        z = pyro.sample("z", dist.Bernoulli(t(0.3)), infer=PARALLEL)
+    pyro.sample("x", dist.Normal((z * torch.ones(40)).sum(-1, keepdim=True), 1.0), obs=t(2.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        (branching, {}, "'z'.*fails with RuntimeError.*draw these sites in the guide"),
+        (mixing_values, {}, "'x'.*between all values at once and single ones of 'z'"),
+        (counting, {}, "'z'.*Poisson has no finite support; draw it in the guide"),
+        (in_sequence, {}, "'z'.*'sequential'.*mark it 'parallel'"),
+        (of_some_draws, {}, "'z'.*num_samples"),
+        (unmarked, {}, "'z'.*no site in the guide.*mark it"),
+        (outside_a_subsample, {}, "'z'.*outside the subsampled plate 'data'"),
+        (outside_a_sequential_subsample, {}, "'z'.*outside the subsampled plate 'data'"),
+        (scaled_apart, {}, "'x'.*its scale is 3 where that of 'z' is 1"),
+        (without_markov, {}, "'z5.'.*pyro.markov"),
+        (in_full, {}, "summing over 'z.*needs .*iB at once, more than the limit of 4 GiB.*pyro.markov"),
+        (lambda: Chain(16)(randn(8)), {"memory_limit": 2.0**-20}, "needs .*KiB at once, more than the limit of 1 KiB"),
+        (too_many_rows, {}, r"'z'.*2\^40 values, more than the limit"),
+        (lambda: chain_of(lambda z: ROWS[z[-1]])(), {"kl_weight": 0.5}, "'z0'.*kl_weight"),
+        (lambda: chain_of(lambda z: ROWS[z[-1]])(), {"kl_weight": lambda step: 1.0}, "'z0'.*kl_weight"),
+        (lambda: chain_of(lambda z: ROWS[z[-1]])(), {"estimators": {"z1": "rloo"}}, "'z1'.*'rloo'.*sums over it"),
+    ],
+)
+def test_what_no_elimination_serves_is_refused_in_one_line(model, options, says):
+    with pytest.raises(GumboError, match=says) as caught:
+        SiteELBO(**options)(model, nothing)()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_state_that_reads_one_that_markov_hides_is_refused():
+    with pytest.raises(UnsupportedSite, match="history=") as caught:
+        SiteELBO()(hidden_from_markov, nothing)()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_word_enumerate_may_be_said_of_what_the_model_sums_over():
+    model = chain_of(lambda z: ROWS[z[-1]])
+    assert SiteELBO({"z1": "enumerate"})(model, nothing)().item() == SiteELBO()(model, nothing)().item()
+
+
+def test_a_plan_is_linear_in_the_length_of_a_chain():
+    def numbers(length):
+        names = [chr(200 + i) for i in range(length + 1)]
+        factors = tuple(names[0] if i == 0 else names[i - 1] + names[i] for i in range(length))
+        return contraction.plan(factors, tuple((4,) * len(f) for f in factors), frozenset("".join(factors))).numbers
+
+    assert numbers(200) - numbers(100) == numbers(300) - numbers(200) == 100 * 16
