@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName
 from gumbo.experiments._command import run_command, speaks
 from gumbo.experiments._names import current_folder_importable, marked, named, named_objective, refuse_untrusted
+from gumbo.experiments._programs import AMORTIZE, ROWS, OwnProgram, amortized, own_model
 from gumbo.experiments._runs import RunFolder, read_settings
 from gumbo.launcher import launched
 
@@ -27,8 +28,8 @@ class Train:
     """Train a model with a guide and an estimator on a data set; `gumbo list` shows the names.
 
     Args:
-        model: a model's name, or the import path of a class.
-        guide: a guide's name or import path; by default the first that fits the model.
+        model: a model's name, or the import path of a class or of any Pyro program, `mypkg:model`.
+        guide: a guide's name or import path, or `amortize`, which fits any program; by default the first that fits.
         estimator: how each random choice gets its gradient: one word, or one for each site, as in
             `--estimator '{gate: enumerate, z: pathwise}'`; Pyro's own ELBOs are `trace`, `trace-graph`, ….
         objective: what is estimated; elbo, iwae, renyi or rws.
@@ -271,10 +272,19 @@ def build(config: Train, data_shape: Sequence[int]):
 
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = construct(
-            named(models, config.model), config.model, "model", (tuple(data_shape),), config.model_options
-        )
+        own = own_model(models, config.model)
+        if own is None:
+            found = named(models, config.model)
+            model = construct(found, config.model, "model", (tuple(data_shape),), config.model_options)
+        else:
+            if isinstance(own, type):
+                own = construct(own, config.model, "model", (), config.model_options)
+            elif config.model_options:
+                raise BadInput(f"model {config.model!r} is no class that could take options: leave model_options out")
+            model = OwnProgram(own, config.model)
         name = guide_of(config, model)
+        if name == AMORTIZE:
+            return model, amortized(model, inputs_of(model, load_data(config), "train", ROWS), config.guide_options)
         return model, construct(named(guides, name), name, "guide", (model,), config.guide_options)
 
 
@@ -284,6 +294,8 @@ def guide_of(config: Train, model) -> str:
 
     if config.guide is not None:
         return config.guide
+    if isinstance(model, OwnProgram):
+        return AMORTIZE
     found = fitting(model)
     if not found:
         raise BadInput(f"no registered guide fits model {config.model!r}: name one with --guide")

@@ -1,0 +1,74 @@
+"""Pyro programs of a user's own where the verbs expect a model of the collection, and guides made for them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from gumbo.errors import BadInput
+from gumbo.experiments._names import program
+from gumbo.registry import Registry, is_import_path
+
+AMORTIZE = "amortize"
+ROWS = 64  # of the training data, on which a program is looked at
+
+
+class OwnProgram(PyroModule):
+    """A Pyro program as the verbs call a model: its first argument is the images, one called ``labels`` the labels.
+
+    ``latents`` are the names of its latent sites, once a guide has looked at it.
+    """
+
+    plain_networks = False
+    x_is_given = True  # nothing is known of what it draws, so that no pictures are made of it
+    observed: tuple[str, ...] = ()
+    label_site = None
+
+    def __init__(self, own: Callable, name: str):
+        super().__init__()
+        try:
+            called = own.forward if isinstance(own, nn.Module) else own
+            parameters = list(inspect.signature(called).parameters.values())
+        except (TypeError, ValueError):
+            parameters = []
+        places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if not places:
+            raise BadInput(f"model {name!r} takes no argument: expected a Pyro program of a batch of data")
+        self._own = (own,) if not isinstance(own, nn.Module) else None
+        self.own = own if isinstance(own, nn.Module) else None
+        self.first, self.takes = places[0].name, {p.name for p in parameters}
+        self.latents: dict[str, Any] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.own if self._own is None else self._own[0])(*args, **kwargs)
+
+    def inputs(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The keywords of a call."""
+        beside = {"labels": labels} if labels is not None and "labels" in self.takes else {}
+        return {self.first: images} | beside
+
+
+def own_model(registry: Registry[Any], name: str) -> Callable | None:
+    """The program behind an import path, where it is one and no model of the collection's kind."""
+    if not is_import_path(name):
+        return None
+    found = program(registry, name)
+    return None if registry.expected is not None and not registry.expected(found) else found
+
+
+def amortized(model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]):
+    """The guide that `amortize` makes of a model and some rows of its data."""
+    from gumbo.guides import amortize
+
+    known = ("hidden", "dependencies", "order")
+    for option in options:
+        if option not in known:
+            raise BadInput(f"guide {AMORTIZE!r} has no option {option!r}; its options: {', '.join(known)}")
+    guide = amortize(model, **inputs, **{"quiet": True, **options})
+    if isinstance(model, OwnProgram):
+        model.latents = {decision.site: decision for decision in guide.decisions if decision.scope != "summed out"}
+    return guide
