@@ -320,6 +320,14 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
     try:
         fn(*args, **kwargs)
     except RuntimeError as error:
+        if any(
+            said in str(error) for said in ("numpy() on Tensor that requires grad", "used in an in-place operation")
+        ):
+            first = str(error).splitlines()[0]
+            raise BadInput(
+                f"the program does something with a draw or a parameter that torch does not allow where gradients are"
+                f" followed ({first}); call .detach() first, or take an estimator of values alone, such as 'rloo'"
+            ) from error
         if not any(said in str(error) for said in ("does not require grad", "to not have been used in the graph")):
             raise
         first = first_line(error)

@@ -153,8 +153,7 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] 
             # A deterministic value outside a plate may mix what the plate keeps apart.
             costs.sum_out(lambda own, mixed=before - site.frames: own & mixed)
     for site in reversed(run.guide):
-        dropped = site.factor or (site.estimator is not None and site.estimator.log_q == "value")
-        costs.add(site.frames, -beta * (site.log_prob.detach() if dropped else site.log_prob))
+        costs.add(site.frames, -beta * (site.log_prob.detach() if is_dropped(site) else site.log_prob))
         costs.keep_only(layout.apart(site.frames))
         if visit is not None and (site.drawn or site.factor):
             visit(site, costs)
@@ -163,14 +162,33 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] 
     return costs
 
 
+def is_dropped(site: Site) -> bool:
+    """Whether −log q of a guide's site is counted and not differentiated."""
+    return site.factor or (site.estimator is not None and site.estimator.log_q == "value")
+
+
+def sloping_cost(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tensor | None:
+    """The cost at a site as a function of its draw, each term counted once; None where its slope is not asked for."""
+    if not site.estimator.takes_slope or not torch.is_grad_enabled():
+        return None
+    later = run.guide[next(i for i, other in enumerate(run.guide) if other is site) :]
+    # These terms are in the cost as numbers, and depend on the draw all the same.
+    counted = [other.log_prob.sum() for other in later if is_dropped(other)]
+    return layout.cost_once(site, costs) - layout.kl_weight * sum(counted)
+
+
 @dataclass
 class Row:
-    """A draw of one site, with its cost and the probability of the enumerated choices that led to it."""
+    """A draw of one site, with its cost and the probability of the enumerated choices that led to it.
+
+    ``once`` is the cost with each term counted once, differentiable, for estimators that ask for its slope.
+    """
 
     run: Run
     site: Site
     cost: Tensor
     weight: Tensor | None = None
+    once: Tensor | None = None
 
 
 MakeView = Callable[[list[Row], "Tensor | None", Tensor, Any], SiteView]
@@ -240,14 +258,14 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
     rows: dict[tuple, list[Row]] = defaultdict(list)
     for paths in groups:
         for run in paths:
-            found: list[tuple[Site, Tensor]] = []
+            found: list[tuple[Site, Tensor, Tensor | None]] = []
             factors: list[Tensor] = []
 
             def visit(site: Site, costs: CostToGo, run=run, found=found, factors=factors) -> None:
                 if site.factor:
                     factors.append(factor_share(run, site, costs, layout))
                 else:
-                    found.append((site, layout.cost(site, costs).detach()))
+                    found.append((site, layout.cost(site, costs).detach(), sloping_cost(run, site, costs, layout)))
 
             total = walk_back(run, layout, visit).scalar()
             chosen = [(site.name, site.score.sum().exp()) for site in run.guide if site.name in run.choices]
@@ -264,20 +282,23 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
 def _share(paths: list[Run], run: Run, found: list, chosen: list, rows: dict[tuple, list[Row]]) -> None:
     """Paths that agree up to a site share its draw; the cost there is their expectation over what they chose later."""
     order = {site.name: i for i, site in enumerate(run.guide)}
-    for site, cost in found:
+    for site, cost, once in found:
         made = tuple((name, run.choices[name]) for name, _ in chosen if order[name] < order[site.name])
         if not chosen:
-            rows[site.name, made].append(Row(run, site, cost))
+            rows[site.name, made].append(Row(run, site, cost, once=once))
             continue
         before = math.prod((q for name, q in chosen if order[name] < order[site.name]), start=cost.new_ones(()))
         after = math.prod((q for name, q in chosen if order[name] > order[site.name]), start=cost.new_ones(()))
         share = torch.where(after > 0, after * cost, torch.zeros_like(cost)).detach()
+        if once is not None:
+            once = torch.where(after > 0, after.detach() * once, 0.0)
         # Paths run one particle after the other, so a row of this particle is the last one, if it is there.
         last = rows[site.name, made][-1] if rows[site.name, made] else None
         if last is not None and any(last.run is other for other in paths):
             last.cost = last.cost + share
+            last.once = None if once is None or last.once is None else last.once + once
         else:
-            rows[site.name, made].append(Row(run, site, share, before.detach()))
+            rows[site.name, made].append(Row(run, site, share, before.detach(), once))
 
 
 def cost_at(name: str, paths: list[Run], layout: Layout) -> tuple[Tensor, Tensor]:

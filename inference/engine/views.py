@@ -92,7 +92,21 @@ class Views:
             find_joined=partial(joined_dims, runs, site.name, layout),
             mean=partial(layout.mean, site),
             drawn_twice=drawn_twice,
+            find_slope=partial(_slope, rows, layout.room + site.fn.event_dim) if site.estimator.takes_slope else None,
         )
+
+
+def _slope(rows: list[Row], dims: int) -> Tensor:
+    """The derivative of the cost with respect to the draws; zero where it says nothing."""
+    leaves = [row.site.draw.value for row in rows]
+    with torch.enable_grad():  # wherever it is asked for
+        total = sum((row.once for row in rows if row.once is not None), start=leaves[0].new_zeros(()))
+    found: list[Tensor | None] = [None] * len(leaves)
+    if total.requires_grad:
+        found = list(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True))
+    slopes = [torch.zeros_like(at) if slope is None else slope for at, slope in zip(leaves, found, strict=True)]
+    laid_out = [pad_left(torch.nan_to_num(slope, posinf=0.0, neginf=0.0), dims).detach() for slope in slopes]
+    return laid_out[0] if len(laid_out) == 1 else torch.cat(laid_out, dim=-dims)
 
 
 def _laid_out(site: Site, room: int) -> Draw:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from ._base import Draw, Estimator, SiteState, SiteView, estimators
 from .antithetic import ARM, DisARM
 from .control_variates import Rebar, Relax
+from .counts import Fini
+from .coupled import ARMS, CARMS
+from .double_control_variates import DoubleControlVariates
 from .doubly import DoublyReparameterized
 from .enumeration import Enumerate
+from .gapped import GappedStraightThrough
 from .local_expectation import LocalExpectation
 from .measure_valued import MeasureValued
 from .muprop import MuProp
@@ -17,13 +21,18 @@ from .score import Baseline, LeaveOneOut, MovingAverage, Neural, ScoreFunction
 
 __all__ = [
     "ARM",
+    "ARMS",
     "Baseline",
+    "CARMS",
     "Concrete",
     "DisARM",
+    "DoubleControlVariates",
     "DoublyReparameterized",
     "Draw",
     "Enumerate",
     "Estimator",
+    "Fini",
+    "GappedStraightThrough",
     "GumbelSoftmax",
     "LeaveOneOut",
     "LocalExpectation",

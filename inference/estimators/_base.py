@@ -84,6 +84,10 @@ class SiteView:
             since several processes may hold a part of the rows each.
         drawn_twice: ``with drawn_twice(devices):`` lets what is drawn within, on the CPU and those CUDA devices, be
             drawn again after.
+        slope: the derivative of the sum of all costs with respect to the draws, each term counted once, shaped like
+            ``value``; for estimators that ask for it by ``takes_slope``. It comes from the run at hand. Where the
+            programs are not differentiable in the draw it is zero, or misses what they did not differentiate; what
+            later sites drew is held still. A control variate may use it, and nothing that must be right.
         joined: the plate dimensions whose elements something after this site may join, so that ``cost`` tells them
             apart no longer: alternatives for one element at a time must be evaluated one element at a time.
     """
@@ -102,12 +106,19 @@ class SiteView:
     inputs: Callable[[], list[Tensor]]
     evaluate: Callable[..., Tensor]
     find_joined: Callable[[], tuple[int, ...]] = tuple
+    find_slope: Callable[[], Tensor] | None = None
     mean: Callable[[Tensor], Tensor] = torch.mean
     drawn_twice: Callable[[Sequence[int]], AbstractContextManager] = torch.random.fork_rng
 
     @property
     def joined(self) -> tuple[int, ...]:
         return self.find_joined()
+
+    @property
+    def slope(self) -> Tensor:
+        if self.find_slope is None:
+            raise BadInput("the slope of a cost is found for estimators that set takes_slope")
+        return self.find_slope()
 
     @property
     def value(self) -> Tensor:
@@ -182,6 +193,7 @@ class Estimator(Checked):
         enumerates: whether the site is summed over rather than drawn.
         reruns: whether ``surrogate`` calls ``view.evaluate`` with several alternatives, which asks programs to accept
             leading dimensions.
+        takes_slope: whether ``surrogate`` reads ``view.slope``; ``draw`` then gives a leaf that requires a gradient.
         runs_again: whether one gradient takes further runs of the programs (``view.evaluate``, ``log_q = "path"``).
         together: whether all sites must take this estimator if one does.
         lazy_parameters: whether the state has parameters, whose shapes only data can tell.
@@ -195,6 +207,7 @@ class Estimator(Checked):
     has_path: bool = False
     enumerates: bool = False
     reruns: bool = False
+    takes_slope: bool = False
     together: bool = False
     lazy_parameters: bool = False
 
@@ -213,7 +226,8 @@ class Estimator(Checked):
     @property
     def runs_again(self) -> bool:
         """Whether one gradient takes further runs of the programs, which then have to repeat their own noise."""
-        return type(self).surrogate is not Estimator.surrogate or self.log_q == "path" or self.together
+        again = type(self).surrogate is not Estimator.surrogate and not self.takes_slope
+        return again or self.log_q == "path" or self.together
 
     def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
         """Model runs that one gradient costs."""
@@ -268,6 +282,11 @@ def detached_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = 
     return Draw(value.detach())
 
 
+def sloping_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
+    """A draw that carries no gradient of parameters, and with respect to which costs can be differentiated."""
+    return detached_draw(fn, args, kwargs).map(lambda value: value.clone().requires_grad_())
+
+
 def score_why_not(site: Mapping[str, Any]) -> str | None:
     """What the score-function family asks of a site."""
     fn = site["fn"]
@@ -305,4 +324,5 @@ __all__ = [
     "pad_left",
     "score_log_prob",
     "score_why_not",
+    "sloping_draw",
 ]

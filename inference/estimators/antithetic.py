@@ -1,4 +1,4 @@
-"""Antithetic pairs of coins: ARM (Yin & Zhou 2019) and DisARM (Dong, Mnih & Tucker 2020)."""
+"""Antithetic pairs: ARM (Yin & Zhou 2019) and DisARM (Dong, Mnih & Tucker 2020, 2021)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import coupled
 from ._base import Draw, Estimator, SiteView, estimators
-from ._distributions import clear_caches, describe, is_bernoulli, logits_of
-
-
-def coin_uniforms(probs: Tensor) -> Tensor:
-    """The uniform behind each coin; the coin shows 1 where it is below ``probs``."""
-    return torch.rand_like(probs)
+from ._distributions import clear_caches, describe, is_bernoulli, is_one_hot, logits_of
 
 
 class ARM(Estimator):
@@ -41,7 +37,7 @@ class ARM(Estimator):
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
         with torch.no_grad():
             probs = logits_of(fn).sigmoid().expand(fn.shape(*args, **(kwargs or {}))).contiguous()
-            uniform = coin_uniforms(probs)
+            uniform = coupled.coin_uniforms(probs)
         clear_caches(fn)
         return Draw((uniform < probs).to(probs.dtype), {"uniform": uniform})
 
@@ -66,9 +62,25 @@ class DisARM(ARM):
     Each logit gets ½ (f(b) − f(b̃)) (b − b̃) σ(|α|), which is zero where both coins show the same side. One particle is
     one pair, which costs one run and one more for each such site; f need not be differentiable.
 
+    A one-hot site is read off coins in a row (Dong, Mnih & Tucker 2021, "Coupled gradient estimators for discrete
+    latent variables"): the first class whose coin shows 1, where α is the logit of a class against those after it. A
+    coin that one draw of the pair did not come to is averaged out, which leaves ½ (f − f̃) (b − σ(α)) of the other's.
+
     >>> DisARM().name, DisARM().min_particles
     ('disarm', 1)
     """
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        fn = site["fn"]
+        if is_bernoulli(fn) or is_one_hot(fn):
+            return None
+        return f"antithetic pairs need a Bernoulli or OneHotCategorical site, this one is {describe(fn)}"
+
+    def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
+        return coupled.coupled_draw(fn, 2, args, kwargs) if is_one_hot(fn) else super().draw(fn, step, args, kwargs)
+
+    def surrogate(self, view: SiteView) -> Tensor:
+        return coupled.coupled_surrogate(view) if is_one_hot(view.fns[0]) else super().surrogate(view)
 
     def weigh(self, gap: Tensor, value: Tensor, partner: Tensor, uniform: Tensor, logits: Tensor) -> Tensor:
         # Chosen, not multiplied: where the coins agree the gap does not count, be it infinite.

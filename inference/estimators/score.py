@@ -47,9 +47,9 @@ class _Average(nn.Module):
     weight: Tensor
 
 
-def _decay(baseline: Baseline, decay: float) -> float:
+def check_decay(owner: Any, decay: float) -> float:
     if not 0.0 <= decay < 1.0:
-        raise BadInput(f"{type(baseline).__name__}(decay=…) must lie in [0, 1), got {decay!r}")
+        raise BadInput(f"{type(owner).__name__}(decay=…) must lie in [0, 1), got {decay!r}")
     return float(decay)
 
 
@@ -60,7 +60,7 @@ class MovingAverage(Baseline):
     """
 
     def __init__(self, decay: float = 0.9):
-        self.decay = _decay(self, decay)
+        self.decay = check_decay(self, decay)
 
     def make_state(self, inputs: Callable[[], list[Tensor]]) -> nn.Module:
         return _Average()
@@ -167,7 +167,7 @@ class Neural(Baseline):
         hidden: int = 100,
         decay: float = 0.9,
     ):
-        self.net, self.inputs, self.hidden, self.decay = net, inputs, int(hidden), _decay(self, decay)
+        self.net, self.inputs, self.hidden, self.decay = net, inputs, int(hidden), check_decay(self, decay)
 
     def _inputs(self, given: list[Tensor]) -> list[Tensor]:
         return list(self.inputs(given)) if self.inputs is not None else given

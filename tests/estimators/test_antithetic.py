@@ -24,7 +24,7 @@ from ztest import misses
 from gumbo.errors import BadInput, UnsupportedSite
 from gumbo.inference import SiteELBO
 from gumbo.inference.auditing.exact import mean_over_draws
-from gumbo.inference.estimators import ARM, DisARM, Draw, antithetic
+from gumbo.inference.estimators import ARM, DisARM, Draw, coupled
 
 COINS = [
     "one coin",
@@ -55,7 +55,7 @@ def representative_uniforms(probs, cuts=()):
 
 @pytest.fixture
 def listed_uniforms(monkeypatch):
-    monkeypatch.setattr(antithetic, "coin_uniforms", representative_uniforms)
+    monkeypatch.setattr(coupled, "coin_uniforms", representative_uniforms)
 
 
 def is_unbiased(estimator, model, guide, **options):
@@ -182,7 +182,7 @@ def test_one_coupled_run_over_two_layers_fails_the_same_test(monkeypatch):
     model, guide = ChainModel(), ChainGuide()
     second = torch.stack([guide.b, guide.b + guide.c]).detach().sigmoid()
     cuts = torch.cat([second, 1 - second]).tolist()  # where the second coin turns, whatever the first one shows
-    monkeypatch.setattr(antithetic, "coin_uniforms", lambda probs: representative_uniforms(probs, cuts))
+    monkeypatch.setattr(coupled, "coin_uniforms", lambda probs: representative_uniforms(probs, cuts))
     assert is_unbiased("disarm", model, guide)
     first = CoupledRun()
     first.second = CoupledRun(first=first)
@@ -306,7 +306,9 @@ def test_arm_varies_as_its_closed_form_says_and_more_than_disarm():
 
 
 def test_other_families_are_refused_by_name():
-    with pytest.raises(UnsupportedSite, match=r"'y'.*disarm.*Bernoulli.*OneHotCategorical.*local-expectation"):
+    with pytest.raises(UnsupportedSite, match=r"'y'.*arm.*Bernoulli.*OneHotCategorical.*local-expectation"):
+        SiteELBO("arm")(DiceModel(), DiceGuide()).initialize()
+    with pytest.raises(UnsupportedSite, match=r"'c'.*disarm.*Bernoulli or OneHotCategorical.*Categorical.*score"):
         SiteELBO("disarm")(DiceModel(), DiceGuide()).initialize()
 
 
