@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -226,11 +225,7 @@ def _ranks(
         for place in np.unique(np.linspace(0, size - 1, min(size, _COORDINATES)).round().astype(int)):
             label = name if size == 1 else f"{name}[{place}]"
             found[label] = _rank(drawn[..., place], true[..., place])
-    density: list[Any] = [0.0, 0.0]
-    for side, run in enumerate((model, truth)):
-        for name, layout in run.layouts.items():
-            if layout.kind != "deterministic" and set(plates) <= layout.plates:
-                density[side] = density[side] + run.log_prob(name, plates)
+    density = [run.joint_log_prob(plates) for run in (model, truth)]
     found["log p(x, z)"] = _rank(density[0].reshape(draws, -1), density[1].reshape(1, -1), 1e-5)
     return found
 

@@ -17,7 +17,7 @@ from ..engine.scopes import quietly
 from ..posterior.collection import Collection
 from ..posterior.importance import importance_ess, log_evidence
 from ..posterior.refinement import can_refine, refined_for
-from ..posterior.runner import Sweep
+from ..posterior.runner import Sweep, log_weight
 from ..posterior.sites import Block
 from .report import ALARM, CANNOT_SAY, OK, Verdict, three_way
 from .rows import few_rows
@@ -138,10 +138,5 @@ def unit_weights(
         for start in range(0, draws, sweep.draws_a_run(block)):
             count = min(sweep.draws_a_run(block), draws - start)
             fixed = {name: value.expand(count, *value.shape[1:]) for name, value in (given or {}).items()}
-            total: Any = 0.0
-            for run, sign in zip(sweep.run(count, block, fixed), (-1.0, 1.0), strict=True):
-                for name, layout in run.layouts.items():
-                    if layout.kind != "deterministic" and set(plates) <= layout.plates:
-                        total = total + sign * run.log_prob(name, plates)
-            found.append(total.reshape(count, -1))
+            found.append(log_weight(*sweep.run(count, block, fixed), plates).reshape(count, -1))
     return torch.cat(found).T.cpu().numpy()

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.distributions import constraints
 
 from . import _arviz
-
-if TYPE_CHECKING:
-    from .runner import Pass, Sweep
-    from .sites import Block
+from .runner import Pass, Sweep, log_weight
+from .sites import Block
 
 _NUMBERS_A_PIECE = 2**20
 # Log-weights closer together than this are one number but for rounding; their tail has no shape.
@@ -153,11 +150,7 @@ def integrated(
                 density = guide.log_prob(name).unflatten(0, (size, now))
                 before = seen.log_prob(name)[torch.as_tensor(picks[start : start + outer])].unsqueeze(1)
                 known &= bool(torch.allclose(density, before.expand_as(density), rtol=1e-4, atol=1e-4))
-            weight: Any = 0.0
-            for run, sign in ((model, 1.0), (guide, -1.0)):
-                for name, layout in run.layouts.items():
-                    if layout.kind != "deterministic" and set(sweep.data_plates) <= layout.plates:
-                        weight = weight + sign * run.log_prob(name, sweep.data_plates, scaled=scaled)
+            weight = log_weight(guide, model, sweep.data_plates, scaled=scaled)
             part = torch.logsumexp(weight.unflatten(0, (size, now)), 1)
             total = part if total is None else torch.logaddexp(total, part)
             left -= now

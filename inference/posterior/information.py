@@ -127,7 +127,7 @@ def _mutual(sweep: Sweep, seed: int | None) -> float | None:
         for turn in range(size):
             turned = args[torch.arange(size).roll(turn)]
             again = sweep.guide_run(1, fixed=held, arguments=(turned.args, turned.kwargs))
-            density = sum(again.log_prob(name, sweep.data_plates) for name in sweep.local)[0]
+            density = again.joint_log_prob(sweep.data_plates, sweep.local)[0]
             own = density if own is None else own
             total = density if total is None else torch.logaddexp(total, density)
     return float((own - total + math.log(size)).mean())

@@ -6,7 +6,7 @@ The rows of a subsampled plate are visited block by block, so that every row is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -79,9 +79,32 @@ class Pass:
         others = [1 + place for place, plate in enumerate(layout.names) if plate not in keep]
         return laid.sum(others) if others else laid
 
+    def joint_log_prob(
+        self, plates: Sequence[str], names: Collection[str] | None = None, *, scaled: bool = False
+    ) -> torch.Tensor:
+        """The log-probability of all sites in these plates together, ``(count, *plates)`` in nats.
+
+        Args:
+            plates: those whose elements are told apart; a site outside one of them is left out.
+            names: of these sites only.
+            scaled: as for :meth:`log_prob`.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.sweep.device)
+        for name, layout in self.layouts.items():
+            if layout.kind == "deterministic" or not set(plates) <= layout.plates:
+                continue
+            if names is None or name in names:
+                total = total + self.log_prob(name, plates, scaled=scaled)
+        return total
+
     def coordinates(self, name: str) -> Coordinates | None:
         """Log-probabilities of a site's coordinates; None if they are tied."""
         return self.seen[name].coordinates(self.layouts[name].event)
+
+
+def log_weight(guide: Pass, model: Pass, plates: Sequence[str], *, scaled: bool = False) -> torch.Tensor:
+    """log p − log q of one run, ``(count, *plates)`` in nats, over the sites in these plates."""
+    return model.joint_log_prob(plates, scaled=scaled) - guide.joint_log_prob(plates, scaled=scaled)
 
 
 class Sweep(Survey):
