@@ -7,6 +7,7 @@ from .amortized import AmortizedGuide, Decision, amortize
 from .auto import AutoGuide
 from .bernoulli import BernoulliGuide
 from .categorical import CategoricalGuide, RelaxedCategoricalGuide
+from .combiner import CombinerGuide
 from .flow import FlowGuide
 from .label_conditional import LabelConditionalGuide
 from .layered import LayeredGuide
@@ -24,6 +25,7 @@ __all__ = [
     "BernoulliGuide",
     "CategoricalGuide",
     "Decision",
+    "CombinerGuide",
     "FlowGuide",
     "Guide",
     "LabelConditionalGuide",

@@ -9,6 +9,7 @@ from .bernoulli_vae import BernoulliVAE
 from .categorical_vae import CategoricalVAE
 from .conditional_vae import ConditionalVAE
 from .conv_vae import ConvVAE
+from .deep_markov_model import DeepMarkovModel
 from .expectation import Expectation, rewards
 from .gaussian_mixture_vae import GaussianMixtureVAE
 from .gaussian_vae import GaussianVAE
@@ -30,6 +31,7 @@ __all__ = [
     "CategoricalVAE",
     "ConditionalVAE",
     "ConvVAE",
+    "DeepMarkovModel",
     "Expectation",
     "GaussianMixtureVAE",
     "GaussianVAE",
