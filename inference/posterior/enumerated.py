@@ -7,17 +7,16 @@ it draws every latent, and each importance weight of a datum is the one with the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.infer.traceenum_elbo import _compute_model_factors, _find_ordinal
 from pyro.ops import packed
-from pyro.ops.contract import contract_to_tensor
-from pyro.ops.rings import LogRing
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
@@ -26,6 +25,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 
 from ...errors import BadInput
+from ..engine.contraction import MEMORY_LIMIT, log_sum
 
 
 def completed(model: Callable, guide: Callable, drawn: Trace, run: Trace) -> Callable:
@@ -74,6 +74,7 @@ class CompletedGuide:
 
     def __init__(self, model: Callable, guide: Callable, sites: tuple[str, ...], nesting: int):
         self.model, self.inner_program, self.sites, self.nesting = model, guide, sites, nesting
+        self.width = 1  # how many numbers a value of a site stands for while its conditional is found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         around = [handler for handler in _PYRO_STACK if isinstance(handler, IndepMessenger)]
@@ -88,8 +89,13 @@ class CompletedGuide:
         listed = prune_subsample_sites(listed.trace)
         listed.compute_log_prob()
         listed.pack_tensors()
-        with _Aside(set(self.sites)), _Conditional(listed, self.sites), _Given(values), _Along(around, set(self.sites)):
-            self.model(*args, **kwargs)
+        outside = {handler.name for handler in around}
+        drawn_from = _Backwards(listed, self.sites)
+        self.width = max(self.width, drawn_from.width)
+        for name in drawn_from.order:
+            site = listed.nodes[name]
+            with _StandingWhere(site, outside):
+                drawn_from.take(name, pyro.sample(name, drawn_from.conditional(name)))
         return found
 
 
@@ -147,78 +153,172 @@ class _Aside(Messenger):
         msg["stop"] = True
 
 
-class _SumOut(LogRing):
-    """Sums over products of log-factors, one dimension after the other, by operations that ``torch.vmap`` knows."""
+class _StandingWhere(Messenger):
+    """A statement stands in the plates of a site, has its scale and its mask."""
 
-    def sumproduct(self, terms, dims):
-        left = [(term, term._pyro_dims) for term in terms]
-        over = set(dims)
-        while over:
-            # The dimension whose factors share the fewest others goes first.
-            dim = min(sorted(over), key=lambda one: len({name for _, names in left for name in names if one in names}))
-            over.remove(dim)
-            joined, names = _product([(term, names) for term, names in left if dim in names])
-            summed = torch.logsumexp(joined, names.index(dim))
-            left = [(term, names) for term, names in left if dim not in names] + [(summed, names.replace(dim, ""))]
-        found, names = _product(left)
-        found._pyro_dims = names
-        return found
+    def __init__(self, site: Mapping[str, Any], outside: set[str]):
+        super().__init__()
+        self.site, self.outside = site, outside
+
+    def _pyro_sample(self, msg) -> None:
+        frames = tuple(frame for frame in self.site["cond_indep_stack"] if frame.name not in self.outside)
+        msg["cond_indep_stack"] = (*frames, *msg["cond_indep_stack"])
+        msg["scale"], msg["mask"] = self.site["scale"], self.site["mask"]
 
 
-def _product(terms: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, str]:
-    """The sum of log-factors whose dimensions have names."""
-    names = "".join(sorted(set("".join(dims for _, dims in terms))))
-    total: Any = 0.0
-    for term, dims in terms:
-        ordered = term.permute([dims.index(name) for name in names if name in dims])
-        sizes = iter(ordered.shape)
-        total = total + ordered.reshape([next(sizes) if name in dims else 1 for name in names])
-    return total, names
+class _Factor(NamedTuple):
+    """A log-factor whose dimensions have names, and the plates that it is a product over."""
+
+    tensor: torch.Tensor
+    names: str
+    plates: frozenset[str]
 
 
-class _Conditional(Messenger):
-    """Each enumerated site in turn gets its distribution given those before it, the others summed out.
+class _Backwards:
+    """Listed sites, each with its distribution given those drawn before it, the others summed out.
 
-    Obermeyer et al. 2019, "Tensor variable elimination for plated factor graphs", arXiv:1902.03210.
+    Sites are summed out one after the other, those in more plates first, the last ones of the program before the
+    first; what is joined for that holds each site's distribution given the sites that are left. Drawn in the opposite
+    order they have their exact joint distribution, in time linear in their number for a chain or a tree (forward
+    filtering, backward sampling; Obermeyer et al. 2019, arXiv:1902.03210).
     """
 
     def __init__(self, listed: Trace, sites: tuple[str, ...]):
-        super().__init__()
-        self.listed, self.sites = listed, sites
-        _, self.factors, _, self.summed, _ = _compute_model_factors(listed, Trace())
+        self.listed = listed
+        self.symbols = {name: listed.nodes[name]["infer"]["_enumerate_symbol"] for name in sites}
+        self.plates = {name: self._plates(listed.nodes[name]) for name in sites}
+        place = {name: number for number, name in enumerate(listed.nodes) if name in self.symbols}
+        self.order = sorted(sites, key=lambda name: (len(self.plates[name]), place[name]))
+        self.values: dict[str, torch.Tensor] = {}  # by symbol, with names of dimensions
+        self.joined: dict[str, _Factor] = {}
+        self.width = 1
+        self._sum_out()
 
-    def _pyro_sample(self, msg) -> None:
-        if msg["name"] not in self.sites:
-            return
-        seen = self.listed.nodes[msg["name"]]
-        dim = seen["infer"]["_enumerate_dim"]
-        logits = contract_to_tensor(
-            self.factors,
-            self.summed,
-            target_ordinal=_find_ordinal(self.listed, seen),
-            target_dims={seen["infer"]["_enumerate_symbol"]},
-            ring=_SumOut(),
+    def _plates(self, site: Mapping[str, Any]) -> frozenset[str]:
+        return frozenset(
+            self.listed.plate_to_symbol[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized
         )
-        logits = packed.unpack(logits, self.listed.symbol_to_dim)
-        logits = logits.unsqueeze(-1).transpose(-1, dim - 1)
-        while logits.dim() > 1 and logits.shape[0] == 1:
-            logits = logits.squeeze(0)
-        fn = msg["fn"]
-        if isinstance(fn, dist.Bernoulli):
-            msg["fn"] = dist.Bernoulli(logits=logits[..., 1] - logits[..., 0])
-        else:
-            msg["fn"] = type(fn)(logits=logits)
 
-    def _pyro_post_sample(self, msg) -> None:
-        if msg["name"] not in self.sites:
-            return
-        seen = self.listed.nodes[msg["name"]]["infer"]
-        value = msg["value"]
-        if isinstance(msg["fn"], dist.OneHotCategorical):
+    def _factors(self) -> list[_Factor]:
+        of_symbol = {symbol: name for name, symbol in self.symbols.items()}
+        found = []
+        for name, site in self.listed.nodes.items():
+            if site["type"] != "sample":
+                continue
+            log_prob = site["packed"]["unscaled_log_prob"]
+            if name not in self.symbols:
+                log_prob = packed.scale_and_mask(log_prob, mask=site["packed"]["mask"])
+            names, plates = log_prob._pyro_dims, self._plates(site)
+            for symbol in set(names) & set(of_symbol):
+                if not self.plates[of_symbol[symbol]] <= plates:
+                    raise BadInput(
+                        f"site {name!r} depends on {of_symbol[symbol]!r}, which the model enumerates in a plate that"
+                        f" {name!r} is not in, so that its elements are tied: draw {of_symbol[symbol]!r} in the guide"
+                    )
+            if name in self.symbols or set(names) & set(of_symbol):
+                found.append(_Factor(log_prob, names, plates))
+        return found
+
+    def _sum_out(self) -> None:
+        factors = dict(enumerate(self._factors()))
+        users: dict[str, set[int]] = {symbol: set() for symbol in self.symbols.values()}
+        of_symbol = {symbol: name for name, symbol in self.symbols.items()}
+
+        def keep(number: int, factor: _Factor) -> None:
+            factors[number] = factor
+            for symbol in users.keys() & set(factor.names):
+                users[symbol].add(number)
+
+        for number, factor in list(factors.items()):
+            keep(number, factor)
+        for name in reversed(self.order):
+            symbol, plates = self.symbols[name], self.plates[name]
+            mine = []
+            for number in sorted(users.pop(symbol)):
+                factor = factors.pop(number)
+                for other in users.keys() & set(factor.names):
+                    users[other].discard(number)
+                    if not self.plates[of_symbol[other]] <= plates:
+                        raise BadInput(
+                            f"sites {name!r} and {of_symbol[other]!r} are enumerated in the model, stand in plates that"
+                            " cross, and meet in one term, so that all their elements are tied: draw one in the guide"
+                        )
+                mine.append(_over(factor, factor.plates - plates))
+            if not mine:  # a site of one value
+                continue
+            joined = _product(mine, plates)
+            self.width = max(self.width, math.prod(_sizes(joined)[one] for one in joined.names if one in of_symbol))
+            needed = 2 * joined.tensor.numel() * joined.tensor.element_size()
+            if needed > MEMORY_LIMIT:
+                raise BadInput(
+                    f"site {name!r}, which the model enumerates, is tied to so many others that its conditional needs"
+                    f" {needed / 2**30:.3g} GiB: put chains under pyro.markov, take fewer rows, or draw it in the guide"
+                )
+            self.joined[name] = joined
+            left = log_sum(joined.tensor, joined.names.index(symbol))
+            keep(len(self.joined) + len(self.listed.nodes), _Factor(left, joined.names.replace(symbol, ""), plates))
+
+    def conditional(self, name: str) -> Any:
+        """The distribution of a site given the values of those before it in ``order``."""
+        fn, symbol = self.listed.nodes[name]["fn"], self.symbols[name]
+        if name not in self.joined:
+            return fn
+        tensor, names, _ = self.joined[name]
+        for other in self.values:
+            if other in names:
+                tensor, names = _at(tensor, names, other, *self.values[other])
+        logits = tensor.movedim(names.index(symbol), -1)
+        dims = [self.listed.symbol_to_dim[one] for one in names.replace(symbol, "")]
+        order = sorted(range(len(dims)), key=dims.__getitem__)
+        shape = [1] * -min(dims, default=0)
+        for place, dim in enumerate(dims):
+            shape[dim] = logits.shape[place]
+        logits = logits.permute(*order, -1).reshape(*shape, logits.shape[-1])
+        if isinstance(fn, dist.Bernoulli):
+            return dist.Bernoulli(logits=logits[..., 1] - logits[..., 0])
+        return type(fn)(logits=logits)
+
+    def take(self, name: str, value: torch.Tensor) -> None:
+        """The value that a site has drawn, or was given."""
+        if isinstance(self.listed.nodes[name]["fn"], dist.OneHotCategorical):
             value = value.argmax(-1)
-        value = packed.pack(value.long(), seen["_dim_to_symbol"])
-        for terms in self.factors.values():
-            for place, term in enumerate(terms):
-                if seen["_enumerate_symbol"] in term._pyro_dims:
-                    terms[place] = packed.gather(term, value, seen["_enumerate_symbol"])
-        self.summed.remove(seen["_enumerate_symbol"])
+        names = "".join(
+            self.listed.nodes[name]["infer"]["_dim_to_symbol"][dim - value.dim()]
+            for dim, size in enumerate(value.shape)
+            if size > 1
+        )
+        self.values[self.symbols[name]] = value.long().squeeze(), names
+
+
+def _sizes(factor: _Factor) -> dict[str, int]:
+    return dict(zip(factor.names, factor.tensor.shape, strict=True))
+
+
+def _over(factor: _Factor, plates: frozenset[str]) -> _Factor:
+    """The product over the elements of some plates."""
+    gone = [place for place, name in enumerate(factor.names) if name in plates]
+    tensor = factor.tensor.sum(gone) if gone else factor.tensor
+    return _Factor(tensor, "".join(name for name in factor.names if name not in plates), factor.plates - plates)
+
+
+def _laid_out(tensor: torch.Tensor, own: str, names: str) -> torch.Tensor:
+    """A tensor with dimensions of the given names, of size 1 where it has none of its own."""
+    ordered = tensor.permute([own.index(name) for name in names if name in own])
+    sizes = iter(ordered.shape)
+    return ordered.reshape([next(sizes) if name in own else 1 for name in names])
+
+
+def _product(factors: list[_Factor], plates: frozenset[str]) -> _Factor:
+    names = "".join(sorted(set("".join(factor.names for factor in factors))))
+    total: Any = 0.0
+    for factor in factors:
+        total = total + _laid_out(factor.tensor, factor.names, names)
+    return _Factor(total, names, plates)
+
+
+def _at(tensor: torch.Tensor, names: str, symbol: str, index: torch.Tensor, of_index: str) -> tuple[torch.Tensor, str]:
+    """The factor where a site has the values ``index``."""
+    others = "".join(sorted(set(names.replace(symbol, "")) | set(of_index)))
+    tensor, index = _laid_out(tensor, names, symbol + others), _laid_out(index, of_index, symbol + others)
+    shape = torch.broadcast_shapes(tensor.shape[1:], index.shape[1:])
+    return tensor.expand(-1, *shape).gather(0, index.expand(1, *shape)).squeeze(0), others

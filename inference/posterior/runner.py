@@ -383,6 +383,7 @@ class Sweep(Survey):
             for plate in layout.plates & set(block.rows):
                 size = size * len(block.rows[plate]) // self.sizes[plate]
             numbers += max(1, size)
+        numbers *= getattr(self.guide, "width", 1)
         return max(1, _NUMBERS_A_RUN // numbers) if self.vectorized else 1
 
     # --- shapes -------------------------------------------------------------------------------------------------------

@@ -9,14 +9,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import config_enumerate
+from pyro.ops.indexing import Vindex
+from scipy import stats as scipy_stats
 
 from gumbo.errors import BadInput
-from gumbo.inference import diagnose, evaluate, to_arviz
+from gumbo.inference import SiteELBO, diagnose, evaluate, to_arviz
 from gumbo.inference.posterior import _arviz
 from gumbo.inference.posterior.runner import Sweep
 
 X = torch.tensor([-2.3, -1.6, 1.2, 2.5, 2.1, 0.1]).double()
+PARALLEL = {"enumerate": "parallel"}
 WEIGHTS = torch.tensor([0.4, 0.6]).double()
 
 
@@ -98,7 +102,7 @@ def chained(family):
     return config_enumerate(model)
 
 
-def nothing(data):
+def nothing(*args, **kwargs):
     pass
 
 
@@ -197,3 +201,71 @@ def test_only_what_is_marked_and_left_out_is_summed():
 
     with pytest.raises(BadInput, match="'k' is enumerated in the model, and Binomial is none of"):
         evaluate(counts, nothing, X)
+
+
+def chains(y, lengths, shared=True):
+    """Sequences of several lengths, a switch that all share, and two linked chains in each."""
+    steps = torch.tensor([[0.8, 0.2], [0.3, 0.7]]).double()
+    switch = pyro.sample("switch", dist.Bernoulli(torch.tensor(0.4).double()), infer=PARALLEL) if shared else 0.0
+    with pyro.plate("sequences", len(y)):
+        w = x = torch.tensor(0)
+        for i in pyro.markov(range(y.shape[1])):
+            with poutine.mask(mask=i < lengths):
+                w = pyro.sample(f"w{i}", dist.Categorical(steps[w]), infer=PARALLEL)
+                x = pyro.sample(f"x{i}", dist.Categorical(Vindex(steps)[(w + x) % 2]), infer=PARALLEL)
+                pyro.sample(f"y{i}", dist.Normal(w + 2.0 * x + switch, 1.0), obs=y[:, i])
+
+
+def test_every_draw_of_linked_chains_has_the_evidence_for_its_weight():
+    generator = torch.Generator().manual_seed(0)
+    y, lengths = 2 * torch.randn(3, 12, generator=generator).double(), torch.tensor([12, 7, 1])
+    truth = -SiteELBO()(chains, nothing)(y, lengths, shared=False).item()
+    idata = to_arviz(chains, nothing, y, lengths, shared=False, num_samples=50, groups=["posterior", "sample_stats"])
+    assert group(idata, "posterior")["x11"].dims == ("chain", "draw", "sequences")
+    log_weight = group(idata, "sample_stats")["log_weight"].values
+    np.testing.assert_allclose(log_weight.reshape(50, -1).sum(-1), truth, atol=1e-8)
+
+
+def test_states_are_drawn_as_often_as_the_smoother_says():
+    generator = torch.Generator().manual_seed(1)
+    y, lengths = 2 * torch.randn(1, 3, generator=generator).double(), torch.tensor([3])
+    posterior = group(to_arviz(chains, nothing, y, lengths, num_samples=4000, groups=["posterior"]), "posterior")
+    drawn = np.stack(
+        [posterior["switch"].values[0], *(posterior[f"{c}{i}"].values[0, :, 0] for i in range(3) for c in "wx")]
+    )
+    codes = (drawn * 2 ** np.arange(7)[:, None]).sum(0)
+    exact = np.zeros(128)
+    for bits in itertools.product(range(2), repeat=7):
+        values = {"switch": torch.tensor(float(bits[0])).double()}
+        values |= {f"{c}{i}": torch.tensor([bits[1 + 2 * i + k]]) for i in range(3) for k, c in enumerate("wx")}
+        trace = poutine.trace(poutine.condition(chains, values)).get_trace(y, lengths)
+        exact[sum(bit << place for place, bit in enumerate(bits))] = trace.log_prob_sum().exp().item()
+    exact /= exact.sum()
+    often = exact * 4000 > 5
+    found = np.bincount(codes, minlength=128)
+    chi2 = (((found - exact * 4000) ** 2)[often] / (exact * 4000)[often]).sum()
+    assert chi2 < scipy_stats.chi2.ppf(1 - 1e-6, often.sum() - 1)
+    assert found[~often].sum() < 4000 * exact[~often].sum() + 6 * (4000 * exact[~often].sum()) ** 0.5
+
+
+def test_plates_that_cross_are_refused_in_one_line():
+    def model(y):
+        rows, columns = pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 2, dim=-1)
+        with rows:
+            a = pyro.sample("a", dist.Bernoulli(torch.tensor(0.3).double()), infer=PARALLEL)
+        with columns:
+            b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.6).double()), infer=PARALLEL)
+        with rows, columns:
+            pyro.sample("y", dist.Normal(a + 2 * b, 1.0), obs=y)
+
+    with pytest.raises(BadInput, match="plates that cross.*draw one in the guide") as caught:
+        to_arviz(model, nothing, torch.zeros(3, 2).double(), num_samples=5)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_evidence_of_long_chains():
+    generator = torch.Generator().manual_seed(2)
+    y, lengths = 2 * torch.randn(2, 40, generator=generator).double(), torch.tensor([40, 31])
+    truth = -SiteELBO()(chains, nothing)(y, lengths).item()
+    found = evaluate(chains, nothing, (y, lengths), num_samples=4)
+    assert 2 * found.log_evidence == pytest.approx(truth, abs=1e-7) == 2 * found.elbo
