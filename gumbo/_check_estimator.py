@@ -122,7 +122,7 @@ def _counts() -> _Family:
     )
 
 
-def _families() -> dict[str, _Family]:
+def small_programs() -> dict[str, _Family]:
     zeros = torch.zeros
     return {
         "coins": _discrete(
@@ -166,11 +166,11 @@ def check_estimator(estimator: str | Estimator) -> None:
     served = 0
     with torch.random.fork_rng(), pyro.get_param_store().scope():
         torch.manual_seed(0)
-        for kind, family in _families().items():
+        for kind, family in small_programs().items():
             fn = family.site()
             site = {"name": "z", "fn": fn, "infer": {}, "is_observed": False}
             reason = estimator.why_not(site)
-            _require(
+            require(
                 estimator.supports(site) == (reason is None), who, f"supports and why_not disagree on {describe(fn)}"
             )
             loss = SiteELBO(estimator, objective=objective)(family.model(), family.guide())
@@ -179,26 +179,26 @@ def check_estimator(estimator: str | Estimator) -> None:
                 continue
             served += 1
             _check_served(estimator, family, objective, f"{who} on {kind}")
-    _require(served > 0, who, "serves none of Bernoulli, one-hot, categorical, Normal and Poisson sites")
+    require(served > 0, who, "serves none of Bernoulli, one-hot, categorical, Normal and Poisson sites")
 
 
-def _require(truth: bool, who: str, what: str) -> None:
+def require(truth: bool, who: str, what: str) -> None:
     if not truth:
         raise AssertionError(f"{who} {what}")
 
 
 def _check_declarations(estimator: Estimator, who: str) -> None:
-    _require(isinstance(estimator.unbiased, bool), who, "must declare unbiased as a bool")
-    _require(isinstance(estimator.needs_relaxed_model, bool), who, "must declare needs_relaxed_model as a bool")
+    require(isinstance(estimator.unbiased, bool), who, "must declare unbiased as a bool")
+    require(isinstance(estimator.needs_relaxed_model, bool), who, "must declare needs_relaxed_model as a bool")
     least = estimator.min_particles
-    _require(isinstance(least, int) and least >= 1, who, "must declare min_particles as a positive integer")
+    require(isinstance(least, int) and least >= 1, who, "must declare min_particles as a positive integer")
     runs = estimator.evaluations(least)
-    _require(isinstance(runs, int) and runs >= 1, who, "must say how many model runs it needs")
+    require(isinstance(runs, int) and runs >= 1, who, "must say how many model runs it needs")
     known = set(objectives)
-    _require(
+    require(
         bool(estimator.objectives) and estimator.objectives <= known, who, f"must name objectives among {sorted(known)}"
     )
-    _require(estimator.log_q in ("full", "value", "path"), who, 'must set log_q to "full", "value" or "path"')
+    require(estimator.log_q in ("full", "value", "path"), who, 'must set log_q to "full", "value" or "path"')
     if least > 1:
         try:
             SiteELBO(estimator, num_particles=least - 1)
@@ -211,12 +211,12 @@ def _check_refused(loss: Any, who: str, kind: str) -> None:
     try:
         loss()
     except UnsupportedSite as error:
-        _require("\n" not in str(error), who, f"refuses {kind} in more than one line")
+        require("\n" not in str(error), who, f"refuses {kind} in more than one line")
     else:
         raise AssertionError(f"{who} serves {kind}, though it says that it does not")
 
 
-def _gradient(loss: Tensor, modules: nn.Module) -> Tensor:
+def gradient_of(loss: Tensor, modules: nn.Module) -> Tensor:
     parameters = list(modules.parameters())
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     zero = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
@@ -231,16 +231,16 @@ def _check_served(estimator: Estimator, family: _Family, objective: str, who: st
         loss = SiteELBO(estimator, **options)(model, guide)
         before = torch.get_rng_state()
         loss.initialize(COPIES if vectorize else 3)
-        _require(torch.equal(before, torch.get_rng_state()), who, "moves the random stream in the first call")
+        require(torch.equal(before, torch.get_rng_state()), who, "moves the random stream in the first call")
         value = loss(COPIES if vectorize else 3)
-        _require(value.dim() == 0 and value.requires_grad, who, "does not give a differentiable scalar")
-        _require(bool(value.isfinite()), who, "gives a loss that is not finite")
-        _require(bool(_gradient(value, both).isfinite().all()), who, "gives a gradient that is not finite")
+        require(value.dim() == 0 and value.requires_grad, who, "does not give a differentiable scalar")
+        require(bool(value.isfinite()), who, "gives a loss that is not finite")
+        require(bool(gradient_of(value, both).isfinite().all()), who, "gives a gradient that is not finite")
         _check_state(loss, estimator, options, model, guide, both, who)
     exact = estimator.unbiased and objective == "elbo" and estimator.objective_name() == "elbo"
     if exact:
         _check_unbiased(estimator, family, model, guide, both, who)
-    _require(len(pyro.get_param_store()) == 0, who, "leaves something in the param store")
+    require(len(pyro.get_param_store()) == 0, who, "leaves something in the param store")
 
 
 def _check_state(loss, estimator, options, model, guide, both, who) -> None:
@@ -249,25 +249,25 @@ def _check_state(loss, estimator, options, model, guide, both, who) -> None:
         loss(3)
     for name, value in loss.state_dict().items():
         if name in state:
-            _require(torch.equal(value, state[name]), who, f"moves its state {name!r} though gradients are off")
+            require(torch.equal(value, state[name]), who, f"moves its state {name!r} though gradients are off")
     other = SiteELBO(estimator, **options)(model, guide).initialize(3)
     other.load_state_dict(loss.state_dict())
     draws = []
     for module in (loss.eval(), other.eval()):
         torch.manual_seed(1)
-        draws.append(_gradient(module(3), both))
+        draws.append(gradient_of(module(3), both))
     loss.train()
-    _require(torch.equal(*draws), who, "gives another gradient once its state was saved and loaded")
+    require(torch.equal(*draws), who, "gives another gradient once its state was saved and loaded")
 
 
 def _check_unbiased(estimator, family, model, guide, both, who) -> None:
     with pyro.get_param_store().scope():
-        exact = _gradient(-family.bound(model, guide), both)
+        exact = gradient_of(-family.bound(model, guide), both)
     loss = SiteELBO(estimator)(model, guide).initialize(COPIES)
     for _ in range(3):
         loss(COPIES)
     loss.eval()
-    draws = torch.stack([_gradient(loss(COPIES) / COPIES, both) for _ in range(CALLS)])
+    draws = torch.stack([gradient_of(loss(COPIES) / COPIES, both) for _ in range(CALLS)])
     error = draws.std(0) / math.sqrt(CALLS)
     # Where nothing varies, what is left is rounding.
     miss = (draws.mean(0) - exact).abs() > BOUND * error + 1e-9 * (1 + exact.abs())

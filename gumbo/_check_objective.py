@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from ._check_estimator import _families, _gradient, _require
+from ._check_estimator import gradient_of, require, small_programs
 from .errors import BadInput, GumboError, UnsupportedSite
 from .inference.auditing.exact import mean_over_draws
 from .inference.elbo import SiteELBO
@@ -40,9 +40,9 @@ def check_objective(objective: str | Objective | type[Objective]) -> None:
     """
     target = as_objective(objective)
     who = f"objective {target.name or type(target).__name__!r}"
-    _require(isinstance(target.name, str) and bool(target.name), who, "must have a name")
+    require(isinstance(target.name, str) and bool(target.name), who, "must have a name")
     for flag in ("weighs_rows", "takes_estimators", "takes_kl_weight", "runs_model", "sums_over_rows"):
-        _require(isinstance(getattr(target, flag), bool), who, f"must declare {flag} as a bool")
+        require(isinstance(getattr(target, flag), bool), who, f"must declare {flag} as a bool")
     _check_kl_weight(target, who)
     served = 0
     with torch.random.fork_rng(), pyro.get_param_store().scope():
@@ -54,22 +54,22 @@ def check_objective(objective: str | Objective | type[Objective]) -> None:
             first = next(iter(means), None)
             for word, mean in means.items():
                 close = torch.allclose(mean, means[first], rtol=1e-8, atol=1e-10)  # type: ignore[index]
-                _require(close, who, f"has another mean gradient under {word!r} than under {first!r}")
-    _require(served > 0, who, "serves neither Bernoulli nor Normal sites with any estimator")
+                require(close, who, f"has another mean gradient under {word!r} than under {first!r}")
+    require(served > 0, who, "serves neither Bernoulli nor Normal sites with any estimator")
 
 
 def _check_kl_weight(target: Objective, who: str) -> None:
     try:
         SiteELBO(objective=target, kl_weight=0.5)
     except BadInput:
-        _require(not target.takes_kl_weight, who, "refuses a KL weight, though it says that it takes one")
+        require(not target.takes_kl_weight, who, "refuses a KL weight, though it says that it takes one")
     else:
-        _require(target.takes_kl_weight, who, "takes a KL weight, though it says that it does not")
+        require(target.takes_kl_weight, who, "takes a KL weight, though it says that it does not")
 
 
 def _check_word(target: Objective, kind: str, word: str, means: dict[str, Tensor], who: str) -> int:
     """Whether an estimator serves the objective there; its exact mean gradient is added to ``means``."""
-    family = _families()[kind]
+    family = small_programs()[kind]
     model, guide = family.model(), family.guide()
     estimator: Estimator | None = None if word == "default" else estimators[word]()
     site = {"name": "z", "fn": family.site(), "infer": {}, "is_observed": False}
@@ -77,34 +77,34 @@ def _check_word(target: Objective, kind: str, word: str, means: dict[str, Tensor
         return 0
     accepted = estimator is None or target.accepts(estimator)
     refusal = None if estimator is None else target.refusal(estimator)
-    _require(accepted == (refusal is None), who, "is accepted and refused at once: accepts and refusal disagree")
+    require(accepted == (refusal is None), who, "is accepted and refused at once: accepts and refusal disagree")
     loss = SiteELBO(word, objective=copy.deepcopy(target), num_particles=PARTICLES)(model, guide)
     before = torch.get_rng_state()
     try:
         loss.initialize(ROWS)
     except GumboError as error:
-        _require("\n" not in str(error), who, "is refused in more than one line")
-        _require(not accepted or isinstance(error, UnsupportedSite), who, f"fails: {error}")
+        require("\n" not in str(error), who, "is refused in more than one line")
+        require(not accepted or isinstance(error, UnsupportedSite), who, f"fails: {error}")
         return 0
-    _require(accepted, who, "is served, though the objective does not accept it")
-    _require(torch.equal(before, torch.get_rng_state()), who, "moves the random stream in the first look")
+    require(accepted, who, "is served, though the objective does not accept it")
+    require(torch.equal(before, torch.get_rng_state()), who, "moves the random stream in the first look")
     both = nn.ModuleList([model, guide])
     values = []
     for _ in range(2):
         torch.manual_seed(0)
         value = loss(ROWS)
-        _require(value.dim() == 0 and value.requires_grad, who, "does not give a differentiable scalar")
-        finite = bool(value.isfinite()) and bool(_gradient(value, both).isfinite().all())
-        _require(finite, who, "gives a value or a gradient that is not finite")
+        require(value.dim() == 0 and value.requires_grad, who, "does not give a differentiable scalar")
+        finite = bool(value.isfinite()) and bool(gradient_of(value, both).isfinite().all())
+        require(finite, who, "gives a value or a gradient that is not finite")
         values.append(value.item())
     if estimator is None or not estimator.lazy_parameters:
-        _require(values[0] == values[1], who, "gives another value for the same seed")
-    _require(bool(loss.objective_name), who, "has a value without a name")
+        require(values[0] == values[1], who, "gives another value for the same seed")
+    require(bool(loss.objective_name), who, "has a value without a name")
     if kind == "coins" and word in LISTED:
-        means[word] = mean_over_draws(lambda: _gradient(loss(1), both))
+        means[word] = mean_over_draws(lambda: gradient_of(loss(1), both))
         if target.sums_over_rows and word == "score":
             alone = SiteELBO(word, objective=copy.deepcopy(target), num_particles=1)(model, guide).initialize(2)
             one, several = (mean_over_draws(lambda rows=rows: alone(rows)) for rows in (1, 2))
-            _require(torch.allclose(several, 2 * one, rtol=1e-8), who, "is no sum over rows, though it says so")
-    _require(len(pyro.get_param_store()) == 0, who, "leaves something in the param store")
+            require(torch.allclose(several, 2 * one, rtol=1e-8), who, "is no sum over rows, though it says so")
+    require(len(pyro.get_param_store()) == 0, who, "leaves something in the param store")
     return 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyro.infer import ELBO
 
-from ...errors import BadInput, GumboError, GumboWarning, UnsupportedSite
+from ...errors import BadInput, GumboError, GumboWarning, Refusal, UnsupportedSite
 from ...options import holds_to_annotations
 from ..elbo import SiteELBO
 from ..engine.binding import ONE_BY_ONE
@@ -284,14 +284,14 @@ def _attempt(row: Row, action: Callable[[], None]) -> None:
         said = (" ".join(str(warning.message).split()) for warning in caught)
         row.warned += [text for text in dict.fromkeys(said) if text not in row.warned]
     except UnsupportedSite as error:
-        row.refused = f"refused: site {error.site!r}: {error.reason}"
+        row.refused = Refusal(error.reason, error.site, error.estimator, error.alternatives)
     except GumboError as error:
-        row.refused = f"refused: {error}"
+        row.refused = Refusal(str(error))
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
         # Pyro refuses what it cannot do by a NotImplementedError.
         is_refusal = isinstance(error, NotImplementedError) and first
-        row.refused = f"refused: {first}" if is_refusal else f"failed: {type(error).__name__}: {first}"
+        row.refused, row.failed = Refusal(first if is_refusal else f"{type(error).__name__}: {first}"), not is_refusal
 
 
 def _settle(rows: list[Row], burn_in: int, rounds: int, seed: int) -> None:
@@ -321,6 +321,6 @@ def _draw(row: Row, num_samples: int, seed: int, directions: Directions | None) 
         torch.manual_seed(seed)
         row.moments = row.draws.moments(num_samples, directions)
         if row.moments.bad:
-            row.refused = f"failed: {row.moments.bad} of {num_samples} gradients are not finite"
+            row.refused, row.failed = Refusal(f"{row.moments.bad} of {num_samples} gradients are not finite"), True
 
     _attempt(row, moments)

@@ -21,13 +21,30 @@ from ..estimators._distributions import finite_support, is_deterministic, score_
 LIMIT = 2**18
 
 
-class _Choose(Messenger):
-    """Gives every latent site one of its values; a site met for the first time opens the others for later."""
+class Choose(Messenger):
+    """Gives every latent site one of its values; a site met for the first time opens the others for later.
 
-    def __init__(self, script: list[list[int]], limit: int, among: Callable[[Any], bool] = lambda msg: True):
+    Args:
+        script: the odometer of values, which :func:`advance` turns.
+        limit: how many values one site may have.
+        among: the sites that are meant.
+        alike: all elements of a site's plates take the same value.
+
+    Attributes:
+        scores: log q of the values of each site, element by element.
+        names: the sites.
+    """
+
+    def __init__(
+        self,
+        script: list[list[int]],
+        limit: int,
+        among: Callable[[Any], bool] = lambda msg: True,
+        alike: bool = False,
+    ):
         super().__init__()
-        self.script, self.limit, self.at, self.among = script, limit, 0, among
-        self.log_q: Any = 0.0
+        self.script, self.limit, self.at, self.among, self.alike = script, limit, 0, among, alike
+        self.scores: list[Tensor] = []
         self.names: set[str] = set()
 
     def _pyro_sample(self, msg) -> None:
@@ -37,13 +54,18 @@ class _Choose(Messenger):
             return
         self.names.add(msg["name"])
         fn = msg["fn"]
-        values = finite_support(fn, joint=len(fn.batch_shape), limit=self.limit)
+        values = finite_support(fn, joint=0 if self.alike else len(fn.batch_shape), limit=self.limit)
         if isinstance(values, str):
             raise UnsupportedSite(msg["name"], "enumerate", values)
         msg["value"] = values[_turn(self.script, self.at, len(values))]
         msg["done"] = True
         self.at += 1
-        self.log_q = self.log_q + score_log_prob(fn, msg["value"]).sum()
+        self.scores.append(score_log_prob(fn, msg["value"]))
+
+    @property
+    def log_q(self) -> Tensor:
+        """log q of all values together, in nats."""
+        return sum((score.sum() for score in self.scores), start=torch.zeros(()))
 
 
 def _turn(script: list[list[int]], at: int, count: int) -> int:
@@ -53,7 +75,8 @@ def _turn(script: list[list[int]], at: int, count: int) -> int:
     return script[at][0]
 
 
-def _advance(script: list[list[int]]) -> bool:
+def advance(script: list[list[int]]) -> bool:
+    """Turn the odometer to the next values; False once all were there."""
     while script and script[-1][0] + 1 == script[-1][1]:
         script.pop()
     if not script:
@@ -72,11 +95,11 @@ def outcomes(
     kwargs = kwargs or {}
     script: list[list[int]] = []
     for _ in range(limit):
-        with _Choose(script, limit) as choose:
+        with Choose(script, limit) as choose:
             guide_trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
         log_p = _summed(poutine.replay(model, trace=guide_trace), set(guide_trace.nodes), args, kwargs, limit)
         yield torch.as_tensor(choose.log_q), log_p, guide_trace.log_prob_sum()
-        if not _advance(script):
+        if not advance(script):
             return
     raise UnsupportedSite("(program)", "enumerate", f"it has more than {limit} joint values")
 
@@ -86,7 +109,7 @@ def _summed(model: Callable, drawn: set[str], args: tuple, kwargs: Mapping[str, 
     script: list[list[int]] = []
     found = []
     for _ in range(limit):
-        choose = _Choose(script, limit, lambda msg: msg["name"] not in drawn and is_marked(msg))
+        choose = Choose(script, limit, lambda msg: msg["name"] not in drawn and is_marked(msg))
         trace = prune_subsample_sites(poutine.trace(choose(model)).get_trace(*args, **kwargs))
         if not choose.names:
             return trace.log_prob_sum()
@@ -95,7 +118,7 @@ def _summed(model: Callable, drawn: set[str], args: tuple, kwargs: Mapping[str, 
                 raise UnsupportedSite(name, "enumerate", "it has a scale, and a sum over values of others has none")
         others = trace.log_prob_sum(lambda name, site, listed=choose.names: name not in listed)
         found.append(choose.log_q + others)
-        if not _advance(script):
+        if not advance(script):
             return torch.stack(found).logsumexp(0)
     raise UnsupportedSite("(program)", "enumerate", f"the model lists more than {limit} joint values")
 
@@ -205,6 +228,6 @@ def mean_over_draws(function: Callable[[], Tensor], *, limit: int = LIMIT) -> Te
         weight = math.exp(math.fsum(log_weight))
         if weight > 0:  # what cannot happen may be NaN
             total = total + weight * result.detach()
-        if not _advance(script):
+        if not advance(script):
             return total
     raise UnsupportedSite("(program)", "enumerate", f"it makes more than {limit} tuples of draws")

@@ -8,20 +8,19 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ...errors import BadInput, CannotVectorize, GumboError, UnsupportedSite
 from ..elbo import SiteELBO
 from ..estimators import LeaveOneOut, Pathwise, ScoreFunction
-from ..estimators._distributions import describe, finite_support, is_deterministic, score_log_prob
+from ..estimators._distributions import describe, finite_support, is_deterministic
 from ..objectives import Objective
 from ..objectives.evidence import EvidenceLowerBound
 from ..stock import LatentsWeighted
 from .directions import Directions
-from .exact import _advance, _turn, exact_elbo, exact_iwae
+from .exact import Choose, advance, exact_elbo, exact_iwae
 from .moments import Gradient, Moments
 from .sampler import Draws, Stage
 
@@ -127,34 +126,14 @@ def _repeats_itself(stage: Stage) -> bool:
     for _ in range(2):
         script: list[list[int]] = []
         for _ in range(8):
-            with stage.held(), torch.no_grad(), _ChooseAlike(script):
+            with stage.held(), torch.no_grad(), Choose(script, AT_ONCE, alike=True):
                 found.append([float(trace.log_prob_sum()) for trace in _traces(stage)])
-            if not _advance(script):
+            if not advance(script):
                 break
     return found[: len(found) // 2] == found[len(found) // 2 :]
 
 
 # The importance-weighted bound, per datum.
-
-
-class _ChooseAlike(Messenger):
-    """Gives every latent site one of its values, the same one at all elements of its plates."""
-
-    def __init__(self, script: list[list[int]]):
-        super().__init__()
-        self.script, self.at = script, 0
-        self.scores: list[Tensor] = []
-
-    def _pyro_sample(self, msg) -> None:
-        if msg["is_observed"] or msg["done"] or site_is_subsample(msg) or is_deterministic(msg["fn"]):
-            return
-        values = finite_support(msg["fn"], joint=0, limit=AT_ONCE)
-        if isinstance(values, str):
-            raise UnsupportedSite(msg["name"], "enumerate", values)
-        msg["value"] = values[_turn(self.script, self.at, len(values))]
-        msg["done"] = True
-        self.at += 1
-        self.scores.append(score_log_prob(msg["fn"], msg["value"]))
 
 
 def exact_bound(stage: Stage, num_particles: int | None, target: Objective) -> Tensor:
@@ -187,13 +166,13 @@ def exact_bound(stage: Stage, num_particles: int | None, target: Objective) -> T
         script: list[list[int]] = []
         scores, weights = [], []
         while True:
-            with _ChooseAlike(script) as choose:
+            with Choose(script, AT_ONCE, alike=True) as choose:
                 guide, model = _traces(stage)
             scores.append(sum(_per_datum(score, plates) for score in choose.scores))
             weights.append(_total(model, plates, scale) - _total(guide, plates, scale))
             if len(weights) ** num_particles > TUPLES:
                 raise UnsupportedSite("(program)", "enumerate", f"more than {TUPLES} tuples of values are too many")
-            if not _advance(script):
+            if not advance(script):
                 break
     index = torch.cartesian_prod(*[torch.arange(len(weights), device=weights[0].device)] * num_particles)
     index = index.reshape(-1, num_particles)

@@ -7,18 +7,24 @@ from dataclasses import dataclass, field
 
 from pyro.infer import ELBO
 
+from ...errors import Refusal
 from .moments import Moments
 from .sampler import Draws
 
 
 @dataclass
 class Row:
-    """One estimator in the audit; ``refused`` says why it has no numbers."""
+    """One estimator in the audit.
+
+    Attributes:
+        refused: why it has no numbers; ``failed`` if that is no decision of ours or Pyro's but an error.
+    """
 
     label: str
     loss: ELBO | None = None
     draws: Draws | None = None
-    refused: str | None = None
+    refused: Refusal | None = None
+    failed: bool = False
     unbiased: bool = True
     objective: str = "elbo"
     num_particles: int = 0
@@ -26,6 +32,13 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     moments: Moments | None = None
     warned: list[str] = field(default_factory=list)
+
+    @property
+    def said(self) -> str:
+        """Why it has no numbers, in the words of the table; empty if it has some."""
+        if self.refused is None:
+            return ""
+        return f"{'failed' if self.failed else 'refused'}: {self.refused}"
 
     @property
     def judged(self) -> bool:

@@ -20,34 +20,12 @@ from torch import Tensor
 from ...errors import BadInput, GumboError
 from ..elbo import SiteELBO
 from ..engine.handlers import CheckedRows
+from ..engine.interventions import ChosenRows, DrawnDetached
 from ..engine.looks import plates_mixed_by, takes_particles_at_once
 from ..engine.scopes import check_shared_names, kept_buffers, modes_kept, private_seed, private_store
-from ..estimators._base import detached_draw
 from ..estimators._distributions import is_deterministic
 from .directions import Directions
 from .moments import Gradient, Moments, flat_gradient, grads_aside, parameters_of
-
-
-class _Subsamples(Messenger):
-    """Gives subsampled plates the rows that they had before."""
-
-    def __init__(self, rows: Mapping[str, Tensor]):
-        super().__init__()
-        self.rows = rows
-
-    def _pyro_sample(self, msg) -> None:
-        if site_is_subsample(msg) and not msg["done"] and msg["name"] in self.rows:
-            msg["value"] = self.rows[msg["name"]]
-            msg["done"] = True
-
-
-class _Detached(Messenger):
-    """Draws without gradients, so that each site depends on its own parameters only."""
-
-    def _pyro_sample(self, msg) -> None:
-        if not (msg["done"] or msg["is_observed"] or site_is_subsample(msg)):
-            msg["value"] = detached_draw(msg["fn"], msg["args"], msg["kwargs"]).value
-            msg["done"] = True
 
 
 class _Count(Messenger):
@@ -128,7 +106,7 @@ class Stage:
         """Run programs inside; ``store`` is a state of the param store that goes on where it stopped."""
         with (
             pyro.get_param_store().scope(self.new_store() if store is None else store),
-            _Subsamples(self.subsamples),
+            ChosenRows(self.subsamples, drawn_only=False),
             torch.enable_grad(),
         ):
             yield
@@ -147,7 +125,7 @@ class Stage:
     def sites_of_parameters(self) -> dict[str, str]:
         """For each parameter the sites whose own distribution it enters, joined by ``+``."""
         found: dict[str, list[str]] = {name: [] for name in self.parameters}
-        with self.held(), _Detached():
+        with self.held(), DrawnDetached():
             guide_trace = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
             model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
                 *self.args, **self.kwargs

@@ -125,7 +125,7 @@ def _summary(row: Row, names: list[str], truth: Reference, table: dict, i: int) 
     own = own if any(own) else [True] * len(names)
     norm = _norm(truth.gradient.values())
     found: dict[str, Any] = {
-        "verdict": row.refused or "",
+        "verdict": row.said,
         "warnings": "; ".join(row.warned),
         "unbiased": bool(row.unbiased and row.refused is None),
         "any_flagged": False,

@@ -14,7 +14,7 @@ from ..engine.progress import Stages
 from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
 from ..posterior.collection import Collection
-from ..posterior.conversion import _refits, afford
+from ..posterior.conversion import afford, refitted
 from ..posterior.naming import Naming
 from ..posterior.parts import exact_pair
 from ..posterior.runner import Sweep
@@ -185,7 +185,7 @@ def _examined(
     model, guides = pairs[0][0], [pair[1] for pair in pairs]
     if num_refits is not None:
         say.stage("fitting guides once more")
-        guides += _refits(model, guides, args, kwargs, num_refits, seed, None)
+        guides += refitted(model, guides, args, kwargs, num_refits, seed, None)
     options: dict[str, Any] = {"batch_size": batch_size, "data_plates": data_plates}
     sweep, args, kwargs = few_rows(Sweep(model, guides[0], args, kwargs, **options), num_data, options)
     sweeps = [sweep, *(Sweep(model, one, args, kwargs, **options) for one in guides[1:])]

@@ -8,15 +8,22 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
+from ..estimators._base import detached_draw
+from ..estimators._distributions import without_own_validation
 from .handlers import CheckedRows
 
 
 class ChosenRows(CheckedRows):
-    """Gives subsampled plates their rows, and notes which of them would have drawn them at random."""
+    """Gives subsampled plates their rows, and notes which of them would have drawn them at random.
 
-    def __init__(self, rows: Mapping[str, torch.Tensor]):
+    Args:
+        rows: the rows by plate.
+        drawn_only: leave alone the plates whose rows the program itself names.
+    """
+
+    def __init__(self, rows: Mapping[str, torch.Tensor], drawn_only: bool = True):
         super().__init__()
-        self.rows = rows
+        self.rows, self.drawn_only = rows, drawn_only
         self.random: set[str] = set()
 
     def _pyro_sample(self, msg) -> None:
@@ -24,7 +31,7 @@ class ChosenRows(CheckedRows):
             return
         if msg["value"] is None and msg["fn"].subsample_size not in (None, msg["fn"].size):
             self.random.add(msg["name"])
-        if msg["name"] in self.rows and msg["value"] is None:
+        if msg["name"] in self.rows and not msg["done"] and (msg["value"] is None or not self.drawn_only):
             msg["value"] = self.rows[msg["name"]].to(msg["fn"].device)
             msg["done"] = True
 
@@ -54,3 +61,20 @@ class DrawnAnew(Messenger):
             msg["is_observed"] = False
             msg["value"] = None
             msg["done"] = False
+
+
+class DrawnDetached(Messenger):
+    """Draws without gradients, so that each site depends on its own parameters only."""
+
+    def _pyro_sample(self, msg) -> None:
+        if not (msg["done"] or msg["is_observed"] or site_is_subsample(msg)):
+            msg["value"] = detached_draw(msg["fn"], msg["args"], msg["kwargs"]).value
+            msg["done"] = True
+
+
+class Unvalidated(Messenger):
+    """Distributions that were made under validation do not look at values either."""
+
+    def _pyro_sample(self, msg) -> None:
+        if isinstance(msg["fn"], torch.distributions.Distribution):
+            msg["fn"] = without_own_validation(msg["fn"])

@@ -215,7 +215,8 @@ def modules_met() -> Iterator[Collection[torch.nn.Module]]:
 
     def note(module: torch.nn.Module, inputs: Any) -> None:
         if module not in met:
-            met[module] = [(buffer, buffer.detach().clone()) for buffer in module.buffers(recurse=False)]
+            made = [b for b in module.buffers(recurse=False) if not torch.nn.parameter.is_lazy(b)]
+            met[module] = [(buffer, buffer.detach().clone()) for buffer in made]
 
     handle = register_module_forward_pre_hook(note)
     try:
@@ -229,17 +230,12 @@ def modules_met() -> Iterator[Collection[torch.nn.Module]]:
 
 
 @contextmanager
-def evaluating(*programs: Any) -> Iterator[None]:
+def evaluating(*programs: object) -> Iterator[None]:
     """Modules in evaluation mode for a while."""
-    modules = [m for program in programs if isinstance(program, torch.nn.Module) for m in program.modules()]
-    modes = [(module, module.training) for module in modules]
-    try:
-        for module in modules:
-            module.training = False
+    with modes_kept(*programs):
+        for module in modules_of(*programs):
+            module.eval()
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
@@ -250,7 +246,5 @@ def quietly(model: Callable, guide: Callable, seed: int | None) -> Iterator[None
     by the very noise that it was trained on.
     """
     own = None if seed is None else (seed * 0x9E3779B9 + 0x5EED) % 2**63
-    with private_store(model, guide), private_seed(own, model, guide), modes_kept(model, guide), torch.no_grad():
-        for module in modules_of(model, guide):
-            module.eval()
+    with private_store(model, guide), private_seed(own, model, guide), evaluating(model, guide), torch.no_grad():
         yield

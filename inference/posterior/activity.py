@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import BadInput
 from ..engine.rows import Rows
-from ..engine.scopes import device_of, modes_kept, modules_of, private_seed, private_store
+from ..engine.scopes import device_of, evaluating, private_seed, private_store
 
 # Burda, Grosse & Salakhutdinov 2015, arXiv:1509.00519.
 ACTIVE = 0.01
@@ -52,9 +52,7 @@ def active_units(
         raise BadInput("active_units: expected num_samples ≥ 1, batch_size ≥ 1 and threshold ≥ 0")
     device = device_of(guide)
     pieces: dict[str, list[Tensor]] = {}
-    with private_store(guide), private_seed(seed, guide), modes_kept(guide), torch.no_grad():
-        for module in modules_of(guide):
-            module.eval()
+    with private_store(guide), private_seed(seed, guide), evaluating(guide), torch.no_grad():
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size].to(device)
             draws = [_means(guide, batch) for _ in range(num_samples)]

@@ -126,7 +126,7 @@ def to_arviz(
         pairs = [exact_pair(model, one) for one in guides]
     model, guides = pairs[0][0], [pair[1] for pair in pairs]
     if num_refits is not None:
-        guides += _refits(model, guides, args, kwargs, num_refits, seed, refit)
+        guides += refitted(model, guides, args, kwargs, num_refits, seed, refit)
     options = {"batch_size": batch_size, "data_plates": data_plates}
     sweeps = [Sweep(model, one, args, kwargs, **options) for one in guides]
     collection = Collection(sweeps[0], len(sweeps), num_samples, wanted, thin, num_local_samples)
@@ -303,7 +303,7 @@ def _group_attrs(group: str, collection: Collection) -> dict[str, Any]:
     }
 
 
-def _refits(model, guides, args, kwargs, num_refits: int, seed: int | None, refit) -> list[Callable]:
+def refitted(model, guides, args, kwargs, num_refits: int, seed: int | None, refit) -> list[Callable]:
     """``num_refits`` chains in all, the given guide being the first."""
     if num_refits < len(guides):
         raise BadInput(f"num_refits is {num_refits}: expected at least {len(guides)}, the guide given counted")

@@ -19,7 +19,7 @@ from ...errors import BadInput, UnsupportedSite
 from ...options import holds_to_annotations
 from ..engine.progress import Progress
 from ..engine.rows import Rows
-from ..engine.scopes import device_of, modes_kept, modules_of, private_seed, private_store
+from ..engine.scopes import device_of, evaluating, private_seed, private_store
 from ..estimators import Estimator
 from .parts import exact_pair, log_weights
 from .refits import loss_of, words
@@ -190,9 +190,7 @@ def refined_for(
 ) -> RefinedGuide:
     """What `refine` does, for rows that need no check."""
     progress = progress or Progress()
-    with private_store(model, guide), private_seed(seed, model, guide), modes_kept(model, guide):
-        for module in modules_of(model, guide):
-            module.eval()
+    with private_store(model, guide), private_seed(seed, model, guide), evaluating(model, guide):
         refined = RefinedGuide(guide, rows, shared=shared)
         offsets = list(refined.offsets.values())
         optimizer = torch.optim.Adam(offsets, lr=lr)

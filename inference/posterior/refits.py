@@ -16,7 +16,7 @@ from torch import nn
 from ...errors import BadInput, CannotVectorize
 from ..elbo import SiteELBO
 from ..engine.progress import Progress
-from ..engine.scopes import modes_kept, modules_of, private_seed, private_store
+from ..engine.scopes import evaluating, modules_of, private_seed, private_store
 from ..estimators._distributions import is_deterministic
 from .vmapped import random_sites
 
@@ -63,9 +63,7 @@ def words(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, 
 def evaluated(*programs: Any) -> Iterator[None]:
     """Programs in evaluation mode, none of whose parameters asks for a gradient."""
     thawed = [p for module in modules_of(*programs) for p in module.parameters() if p.requires_grad]
-    with modes_kept(*programs):
-        for module in modules_of(*programs):
-            module.eval()
+    with evaluating(*programs):
         try:
             for parameter in thawed:
                 parameter.requires_grad_(False)

@@ -13,12 +13,11 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ...errors import BadInput, GumboWarning
 from ..engine.row_parameters import autoguides_in, positional_parameter, sites_of, traces_of
 from ..engine.rows import Rows
-from ..engine.scopes import kept_buffers, modes_kept, private_seed, private_store
+from ..engine.scopes import kept_buffers, modes_kept, modules_met, private_seed, private_store
 from ..estimators._distributions import turns_validation_off
 
 
@@ -106,7 +105,7 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
         stack.enter_context(private_seed(seed, model, guide))
         stack.enter_context(kept_buffers(model, guide))
         stack.enter_context(torch.enable_grad())
-        called = stack.enter_context(_Called())
+        called = stack.enter_context(modules_met())
         traces = traces_of(model, guide, batch)
         store = pyro.get_param_store()
         stored = {name: (store._params[name], store._constraints[name]) for name in _names(*traces) if name in store}
@@ -119,7 +118,7 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
         unregistered: list[nn.Parameter] = []
         stored = _as_parameters(stored)
         programs = [
-            _as_module(program, trace, stored, called.modules, unregistered)
+            _as_module(program, trace, stored, list(called), unregistered)
             for program, trace in zip((model, guide), reversed(traces), strict=True)
         ]
         if not any(True for trace in traces for _ in sites_of(trace)):
@@ -164,33 +163,6 @@ def _autoguide_of_one_row(guide: Callable, model: poutine.Trace) -> str | None:
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
-
-
-class _Called:
-    """Notes the modules that are called, and leaves their buffers as they were."""
-
-    def __init__(self):
-        self.modules: list[nn.Module] = []
-        self._known: set[int] = set()
-        self._buffers: list[tuple[Tensor, Tensor]] = []
-
-    def __enter__(self) -> _Called:
-        self._handle = register_module_forward_pre_hook(self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._handle.remove()
-        with torch.no_grad():
-            for buffer, value in self._buffers:
-                buffer.copy_(value)
-
-    def _note(self, module: nn.Module, inputs: Any) -> None:
-        if id(module) not in self._known:
-            self._known.add(id(module))
-            self.modules.append(module)
-            for buffer in module._buffers.values():
-                if buffer is not None and not nn.parameter.is_lazy(buffer):
-                    self._buffers.append((buffer, buffer.detach().clone()))
 
 
 def _names(*traces: poutine.Trace) -> list[str]:

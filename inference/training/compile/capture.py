@@ -33,11 +33,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ....errors import BadInput, GumboError
 from ...elbo import SiteELBOModule
 from ...engine import noise
+from ...engine.interventions import Unvalidated
 from ...engine.noise import Noise, Tape
 from ...engine.programs import observed_in_support
 from ...engine.rows import Rows
 from ...estimators._base import SiteState
-from ...estimators._distributions import describe, without_own_validation
+from ...estimators._distributions import describe
 from ..schedules import Schedule
 
 ADVICE = "pass compile=False"
@@ -88,14 +89,6 @@ class _Support(Messenger):
         inside = observed_in_support(msg)
         if inside is not None:
             self.inside[f"{msg['name']}\n{describe(msg['fn'])}"] = inside.all()
-
-
-class _Unvalidated(Messenger):
-    """Distributions that were made under validation do not look at values either."""
-
-    def _pyro_sample(self, msg) -> None:
-        if isinstance(msg["fn"], torch.distributions.Distribution):
-            msg["fn"] = without_own_validation(msg["fn"])
 
 
 @contextmanager
@@ -199,7 +192,7 @@ class Program:
         support = _Support()
         now = self.step
         step = TrainingStep(lambda schedule: self._value_of(schedule, scalars, now))
-        unvalidated = pyro.validation_enabled(False), _Unvalidated()
+        unvalidated = pyro.validation_enabled(False), Unvalidated()
         with undisturbed(self.module, step), unvalidated[0], unvalidated[1], triangles_by_index(), tape, support:
             loss = torch.func.functional_call(self.module, swapped, args, kwargs)
         moved = {
