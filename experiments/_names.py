@@ -47,11 +47,13 @@ def named(registry: Registry[T], name: str) -> T:
 
 
 def named_objective(word: str, options: Mapping[str, Any]) -> Any:
-    """The objective of that name or import path, told its options."""
+    """The objective of that name or import path, told its options, of which an import path is what it names."""
     from gumbo.inference.objectives import as_objective
 
+    paths = {name: text for name, text in options.items() if isinstance(text, str) and is_import_path(text)}
+    found = {name: imported(text, f"option {name!r} of the objective") for name, text in paths.items()}
     with current_folder_importable():
-        return as_objective(word, options)
+        return as_objective(word, {**options, **found})
 
 
 def imported(path: str, kind: str) -> Any:

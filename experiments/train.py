@@ -32,7 +32,7 @@ class Train:
         guide: a guide's name or import path, or `amortize`, which fits any program; by default the first that fits.
         estimator: how each random choice gets its gradient: one word, or one for each site, as in
             `--estimator '{gate: enumerate, z: pathwise}'`; Pyro's own ELBOs are `trace`, `trace-graph`, ….
-        objective: what is estimated; elbo, iwae, renyi or rws.
+        objective: what is estimated; a word of docs/objectives.md, such as elbo, iwae or renyi.
         objective_options: what the objective is told beside its word, as in `--objective_options.alpha=0.5` of renyi.
         particles: draws a step; by default the estimator's own minimum.
         kl_weight: the weight of the KL in training, a number or a schedule of the step, as in `linear(1000)` or

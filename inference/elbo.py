@@ -126,6 +126,10 @@ class SiteELBO(ELBO):
             )
         for site, estimator in [*self.given.items(), *([("*", self.otherwise)] if self.otherwise else [])]:
             check_particles(site, estimator, num_particles)
+        if num_particles is not None and num_particles < self.target.min_particles:
+            raise BadInput(
+                f"objective {self.objective!r} needs num_particles ≥ {self.target.min_particles}, got {num_particles}"
+            )
         self.requested_particles = num_particles
         self.requested_nesting = max_plate_nesting
         self._bindings: list[Binding] = []
@@ -148,7 +152,7 @@ class SiteELBO(ELBO):
             words["*"] = _said(self.otherwise)
         said = words if self.given else words.get("*", "default")
         parts = [repr(said), f"objective={self.objective!r}"]
-        parts += [f"{name}={value!r}" for name, value in self.target.options.items()]
+        parts += [f"{name}={value!r}" for name, value in self.target.options.items() if value is not None]
         parts.append(f"num_particles={self.requested_particles}")
         for name, value, usual in (
             ("vectorize_particles", self.requested_vectorized, None),

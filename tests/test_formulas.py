@@ -1077,6 +1077,27 @@ def test_31_renyi_bound_falls_with_its_order_and_a_negative_one_bounds_nothing()
         SiteELBO(objective="renyi", alpha=-2.0)
 
 
+# 32: the log-variance divergence.
+
+
+def test_32_half_the_variance_of_the_log_ratio_has_the_gradient_of_the_kl():
+    log_p = torch.log_softmax(torch.tensor([0.3, -1.0, 0.8]), 0) - 2.0  # three values, an evidence of e⁻²
+    logits = leaf(0.1, 0.4, -0.7)
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+
+    def mean_slope(over):
+        log_q = logits.log_softmax(0)
+        weight = log_q.detach()[pairs].sum(1).exp()
+        offset = (log_q - log_p)[pairs]
+        variance = (offset - offset.mean(1, keepdim=True)).square().sum(1) / over
+        return torch.autograd.grad((weight * variance / 2).sum(), logits)[0]
+
+    kl = (logits.softmax(0) * (logits.log_softmax(0) - log_p)).sum()
+    (truth,) = torch.autograd.grad(kl, logits)
+    assert close(mean_slope(1), truth)
+    assert not close(mean_slope(2), truth, 1e-2) and close(2 * mean_slope(2), truth)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 

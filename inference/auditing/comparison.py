@@ -246,7 +246,8 @@ def _make_loss(stage: Stage, entry: Any, num_particles: int | None, options: dic
     objective, weight = options["objective"].said, options["kl_weight"]
     if isinstance(entry, ELBO):
         target = getattr(entry, "target", None)
-        other = objective if target is None else target.said, getattr(entry, "kl_weight", weight)
+        own = objective if target is None else target.gradient_of or target.said
+        other = own, getattr(entry, "kl_weight", weight)
         if other != (objective, weight):
             raise BadInput(f"it estimates {other[0]!r} at kl_weight {other[1]}, and this audit another objective")
         return copy.deepcopy(entry, {id(program): program for program in modules_of(stage.model, stage.guide)})

@@ -193,7 +193,7 @@ class Binding(nn.Module):
         if seen.eliminated:
             self._check_weight(seen.eliminated)
             self._settle_listed(program, seen, args, kwargs)
-        needed = max([estimator.min_particles for estimator in chosen.values()], default=1)
+        needed = max([self.elbo.target.min_particles, *(estimator.min_particles for estimator in chosen.values())])
         self.chosen = chosen
         self.scored = any(site.factor or (site.latent and has_score_term(site.fn)) for site in seen.guide)
         self.look(args, kwargs)
@@ -202,6 +202,10 @@ class Binding(nn.Module):
         for site in seen.guide:
             if site.name in chosen:
                 self.state_of(site, partial(self._inputs(layout, args, kwargs), [seen], site))
+        for name in self.elbo.target.reports:
+            # A buffer, so that a captured step fills it; it belongs to no checkpoint.
+            zero = torch.zeros((), dtype=torch.float64, device=seen.sites[0].log_prob.device if seen.sites else None)
+            self.register_buffer(f"reported_{name}", zero, persistent=False)
         self.max_plate_nesting = program.max_plate_nesting
         self.num_particles = self.elbo.requested_particles or needed
         leading = self.num_particles > 1 or any(e.enumerates or e.reruns for e in chosen.values())
@@ -360,7 +364,7 @@ class Binding(nn.Module):
 
     def _value(self, program: Program, layout: Layout, moving: bool, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         objective = self.elbo.target.refined(self.chosen)
-        groups = program.runs(args, kwargs, with_model=objective.runs_model)
+        groups = program.runs(args, kwargs, with_model=objective.runs_model, proposal=objective.proposal)
         for run in (run for paths in groups for run in paths if run.eliminated):
             self._check_weight(run.eliminated)
         reruns = self._reruns(program, layout, args, kwargs)
@@ -369,7 +373,8 @@ class Binding(nn.Module):
             return torch.zeros(())
         views = Views(self._inputs(layout, args, kwargs), reruns.evaluate, self.state_of, self.steps, moving)
         try:
-            return objective.value(Recorded(groups, layout, views, partial(reruns.cut, groups)))
+            report = self._report if moving else _unreported
+            return objective.value(Recorded(groups, layout, views, partial(reruns.cut, groups), report))
         finally:
             self.calls_autograd = reruns.calls_autograd
 
@@ -388,8 +393,20 @@ class Binding(nn.Module):
     def _inputs(self, layout: Layout, args: tuple, kwargs: Mapping[str, Any]) -> Inputs:
         return Inputs(layout, args, kwargs, weighted=self.elbo.target.weighs_rows)
 
+    def _report(self, name: str, value: Tensor) -> None:
+        with torch.no_grad():
+            self.get_buffer(f"reported_{name}").copy_(value)
+
+    def reported(self) -> dict[str, Tensor]:
+        """What the objective has reported in the last call in training mode, by name."""
+        return {name: self.get_buffer(f"reported_{name}") for name in self.elbo.target.reports}
+
     def objective_name(self) -> str:
         return self.elbo.target.value_name(self.chosen, self.elbo.kl_weight)
+
+
+def _unreported(name: str, value: Tensor) -> None:
+    """What is found without moving anything is not kept."""
 
 
 def _handles_itself(guide: Any) -> bool:

@@ -37,7 +37,25 @@ class Bound(Protocol):
     step: int
 
 
-class Recorder(Messenger):
+class StaysFrozen(Messenger):
+    """A frozen parameter of a PyroModule stays so: to Pyro's param store whatever is registered requires a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self._frozen: set[str] = set()
+
+    def _pyro_param(self, msg) -> None:
+        given = msg["args"][1] if len(msg["args"]) > 1 else None
+        if isinstance(given, torch.nn.Parameter) and not given.requires_grad:
+            self._frozen.add(msg["name"])
+
+    def _pyro_post_param(self, msg) -> None:
+        value = msg["value"]
+        if msg["name"] in self._frozen and isinstance(value, Tensor) and value.is_leaf:
+            value.requires_grad_(False)
+
+
+class Recorder(StaysFrozen):
     """Keeps the sample statements of one program in the order they ran."""
 
     def __init__(self):
@@ -53,6 +71,7 @@ class Recorder(Messenger):
         self.messages[msg["name"]] = msg.copy()
 
     def _pyro_post_param(self, msg) -> None:
+        super()._pyro_post_param(msg)
         self.params[msg["name"]] = msg["value"]
 
 

@@ -7,6 +7,7 @@ own to the left of that.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -36,6 +37,7 @@ from .contraction import MEMORY_LIMIT
 from .elimination import Listing, Terms, plates_of
 from .handlers import Draws, Recorder, Replay, SharedSubsamples, StandIn, nesting, too_many
 from .records import PARTICLES, Frames, Run, Site
+from .resolution import Detached
 from .streams import Generators, OwnNoise
 
 
@@ -78,12 +80,34 @@ class Program:
         self.enum_dims = {} if enum_dims is None else enum_dims
         self.skips_unscored = False
 
-    def runs(self, args: tuple, kwargs: Mapping[str, Any], **options: Any) -> list[list[Run]]:
-        """For each group of particles that ran together, its paths through enumerated values."""
+    def runs(
+        self, args: tuple, kwargs: Mapping[str, Any], proposal: Callable | None = None, **options: Any
+    ) -> list[list[Run]]:
+        """For each group of particles that ran together, its paths through enumerated values.
+
+        A ``proposal`` makes the draws in the guide's place.
+        """
         subsamples: dict[str, Tensor] = {}
-        if self.vectorized:
-            return [[self.run(args, kwargs, subsamples=subsamples, **options)]]
-        return [list(self.paths(args, kwargs, subsamples, **options)) for _ in range(self.num_particles)]
+        groups: list[list[Run]] = []
+        for _ in range(1 if self.vectorized else self.num_particles):
+            drawn = None if proposal is None else self._proposed(proposal, args, kwargs, subsamples)
+            if self.vectorized:
+                groups.append([self.run(args, kwargs, subsamples=subsamples, fixed=drawn, **options)])
+            else:
+                groups.append(list(self.paths(args, kwargs, subsamples, fixed=drawn, **options)))
+            if drawn is not None:
+                _check_proposed(drawn, groups[-1][0])
+        return groups
+
+    def _proposed(
+        self, proposal: Callable, args: tuple, kwargs: Mapping[str, Any], subsamples: dict[str, Tensor]
+    ) -> dict[str, Draw]:
+        """The draws of another program than the guide, without gradients, by site."""
+        other = copy.copy(self)
+        other.guide, other.resolve = proposal, lambda msg: Detached()
+        with torch.no_grad():
+            run = other.run(args, kwargs, subsamples=subsamples, with_model=False)
+        return {site.name: Draw(site.value.detach()) for site in run.guide if site.latent and not site.settled}
 
     def paths(
         self,
@@ -344,6 +368,19 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if isinstance(error, GumboError) or not module.startswith(("pyro.poutine", "pyro.primitives")):
             raise
         raise Misfit(first_line(error)) from error
+
+
+def _check_proposed(drawn: Mapping[str, Draw], run: Run) -> None:
+    """Refuse a proposal that draws other sites than the guide, or sites of another shape."""
+    sites = {site.name: site for site in run.guide if site.latent and not site.settled}
+    for name in sorted({*sites} ^ {*drawn}):
+        who = ("guide", "proposal") if name in sites else ("proposal", "guide")
+        raise UnsupportedSite(name, ANY, f"the {who[0]} draws it and the {who[1]} does not; both must draw the same")
+    for name, site in sites.items():
+        shape = tuple(drawn[name].value.shape)
+        wanted = tuple(site.fn.batch_shape) + tuple(site.fn.event_shape)
+        if shape != wanted:
+            raise UnsupportedSite(name, ANY, f"the proposal's draw has shape {shape} where the guide's has {wanted}")
 
 
 def _check_met(name: str, msg: Any, met: Any, max_plate_nesting: int) -> None:

@@ -17,6 +17,8 @@ class Target(Protocol):
 
     takes_estimators: bool
     weighs_rows: bool
+    min_particles: int
+    reports: tuple[str, ...]
 
     def accepts(self, estimator: Estimator) -> bool: ...
 
@@ -63,6 +65,8 @@ class _Default(Estimator):
 
 class Detached(Estimator):
     """Draws without a gradient, for objectives that need none through their draws."""
+
+    log_q = "value"
 
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
         return detached_draw(fn, args, kwargs)

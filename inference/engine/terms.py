@@ -204,12 +204,14 @@ class Recorded:
         view: ``view(rows, log_prob, cost, bound)`` is what an estimator sees of its site.
         again: ``again()`` runs the programs once more at the same values, cut from the graph, with the guide's
             parameters frozen; the same groups.
+        report: ``report(name, value)`` keeps a further value of this call, a scalar in nats, summed as the objective's.
     """
 
     groups: list[list[Run]]
     layout: Layout
     view: MakeView
     again: Callable[[], list[list[Run]]]
+    report: Callable[[str, Tensor], None] = lambda name, value: None
 
 
 def factor_share(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tensor:

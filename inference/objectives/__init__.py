@@ -1,6 +1,6 @@
 """What is estimated, one file an objective."""
 
-from . import doubly, evidence, free_bits, importance, renyi, wake_sleep
+from . import doubly, evidence, free_bits, importance, log_variance, renyi, wake_sleep
 from ._base import Objective, Recorded, as_objective, objectives
 from ._weights import Weights, importance_weights
 
@@ -13,6 +13,7 @@ __all__ = [
     "evidence",
     "free_bits",
     "importance",
+    "log_variance",
     "importance_weights",
     "objectives",
     "renyi",

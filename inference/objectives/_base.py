@@ -30,11 +30,16 @@ class Objective(Checked):
         takes_estimators: whether sites take estimators; otherwise all draws are made without gradients.
         takes_kl_weight: whether a weight of the latent terms is defined.
         runs_model: whether the first runs are of the model too.
+        min_particles: the smallest K that it is defined for.
+        proposal: a program that makes the draws in the guide's place, or None.
+        reports: names of further values that it leaves by ``recorded.report(name, value)`` in each call; ``fit`` gives
+            them per datum.
+        gradient_of: the objective whose gradient it has on average, where that is another one; "" for its own.
         sums_over_rows: whether the value is a sum over rows and over terms outside their plate: several processes may
             hold a part of the rows each.
 
     >>> sorted(objectives)
-    ['elbo', 'free-bits', 'iwae', 'renyi', 'rws']
+    ['elbo', 'free-bits', 'iwae', 'log-variance', 'log-variance+elbo', 'renyi', 'rws']
     """
 
     name: str = ""
@@ -43,6 +48,10 @@ class Objective(Checked):
     takes_kl_weight: bool = False
     runs_model: bool = True
     sums_over_rows: bool = False
+    min_particles: int = 1
+    proposal: Callable | None = None
+    reports: tuple[str, ...] = ()
+    gradient_of: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -52,7 +61,7 @@ class Objective(Checked):
     @property
     def said(self) -> str:
         """The word, and the options if there are any, as in ``renyi(alpha=0.5)``."""
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)
         return f"{self.name}({options})" if options else self.name
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput, GumboWarning
+from ..engine.handlers import StaysFrozen
 from ..engine.row_parameters import autoguides_in, positional_parameter, sites_of, traces_of
 from ..engine.rows import Rows
 from ..engine.scopes import kept_buffers, modes_kept, modules_met, private_seed, private_store
@@ -105,6 +106,7 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
         stack.enter_context(private_seed(seed, model, guide))
         stack.enter_context(kept_buffers(model, guide))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(StaysFrozen())
         called = stack.enter_context(modules_met())
         traces = traces_of(model, guide, batch)
         store = pyro.get_param_store()

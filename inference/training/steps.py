@@ -73,6 +73,10 @@ class Step(ABC):
     @abstractmethod
     def load(self, state: Mapping[str, Any]) -> None: ...
 
+    def reported(self) -> dict[str, float]:
+        """Further values that the objective has reported of the last batch, in nats, summed as the loss is."""
+        return {}
+
     @contextmanager
     def checks(self) -> Iterator[None]:
         if self.validate:
@@ -108,6 +112,10 @@ class TorchStep(Step):
             value.backward()
             self.optimizer.step()
         return number
+
+    def reported(self) -> dict[str, float]:
+        binding = getattr(self.module, "binding", None)
+        return {} if binding is None else {name: value.item() for name, value in binding.reported().items()}
 
     def state(self) -> dict[str, Any]:
         return {"module": self.module.state_dict(), "store": {}}

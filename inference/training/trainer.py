@@ -36,9 +36,10 @@ class FitResult:
     """What :func:`fit` did.
 
     ``history`` has one dict an epoch: ``epoch``, ``step``, the training objective per datum under its own name
-    (``objective_name``), ``valid_elbo`` (the true bound, nats per datum) where there was validation data, ``lr`` where
-    it is scheduled, ``ms_per_step`` (median) and ``seconds``. With validation data, entry 0 is the state before the
-    first step. ``ms_per_step`` is the median epoch's. ``repr`` gives the last epoch's numbers, not the history.
+    (``objective_name``), what the objective reports beside it (``elbo`` of ``log-variance``), ``valid_elbo`` (the true
+    bound, nats per datum) where there was validation data, ``lr`` where it is scheduled, ``ms_per_step`` (median) and
+    ``seconds``. With validation data, entry 0 is the state before the first step. ``ms_per_step`` is the median
+    epoch's. ``repr`` gives the last epoch's numbers, not the history.
 
     >>> FitResult([{"epoch": 0, "valid_elbo": -9.0}, {"epoch": 1, "elbo": -7.5, "valid_elbo": -7.25}], best_epoch=1)
     FitResult(epochs=1, elbo=-7.5, valid_elbo=-7.25, best_epoch=1, stopped_early=False)
@@ -58,7 +59,7 @@ class FitResult:
     def __repr__(self) -> str:
         last = self.history[-1] if self.history else {}
         shown = {"epochs": self.epochs}
-        shown |= {name: last[name] for name in (self.objective_name, "valid_elbo") if name in last}
+        shown |= {name: last[name] for name in (self.objective_name, "elbo", "valid_elbo") if name in last}
         shown |= {"best_epoch": self.best_epoch, "best_elbo": self.best_elbo, "ms_per_step": self.ms_per_step}
         shown = {name: value for name, value in shown.items() if value is not None and value == value}
         shown["stopped_early"] = self.stopped_early
@@ -78,6 +79,7 @@ class _Epoch:
     seen: int = 0
     took: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    reported: dict[str, float] = field(default_factory=dict)  # what the objective reports beside its value, summed
 
 
 class Run:
@@ -235,7 +237,9 @@ class Run:
                 batch.check(TRANSFORMED)
                 self.guard.explain(loss, f"epoch {now.number}, step {before + now.done + 1}", batch)
             now.took.append(1e3 * (end - start))
-            now.total -= loss if self.num_data is None else loss * len(batch) / self.num_data
+            now.total -= self._of_rows(loss, batch)
+            for name, value in self.step.reported().items():
+                now.reported[name] = now.reported.get(name, 0.0) + self._of_rows(value, batch)
             now.seen += len(batch)
             now.done += 1
             shown.step(before + now.done)
@@ -243,6 +247,10 @@ class Run:
             if self._is_due(before + now.done, end):
                 self._save()
         self.guard.after_step(self._where())
+
+    def _of_rows(self, value: float, batch: Rows) -> float:
+        """A batch's value as a sum over its own rows."""
+        return value if self.num_data is None else value * len(batch) / self.num_data
 
     def _is_due(self, step: int, moment: float) -> bool:
         """Whether a checkpoint is due within the epoch."""
@@ -262,6 +270,7 @@ class Run:
         now, lr = self.now, self.step.optimizer.lr
         numbers: dict[str, float] = {"epoch": now.number, "step": now.number * self.batches.per_epoch}
         numbers[self.objective_name] = now.total / now.seen
+        numbers |= {name: value / now.seen for name, value in now.reported.items()}
         if self.valid is not None:
             numbers |= self._validate_trained(self.valid)
         if lr is not None:
@@ -376,7 +385,9 @@ def _not_of_fit(state: dict[str, Any]) -> str:
     if not {"epoch", "elbo", "module"} <= set(state["best"]) or not set(state["made_on"]) <= {"threads", "device"}:
         return "it does not say what was best, or on what it was made"
     now, counts = state["now"], ("number", "done", "seen")
-    if set(now) != {item.name for item in fields(_Epoch)} or not all(isinstance(now[name], int) for name in counts):
+    if {*now, "reported"} != {item.name for item in fields(_Epoch)} or not all(
+        isinstance(now[name], int) for name in counts
+    ):
         return "it does not say where it stands"
     history = state["history"]
     if not all(isinstance(numbers, dict) for numbers in history) or len(history) < now["number"] - 1:

@@ -132,6 +132,14 @@ def test_reweighted_wake_sleep_is_captured(name):
     agree(*steps_of(PAIRS[name], loss), [data(dtype=F64), 1 - data(dtype=F64)], 1e-10)
 
 
+@pytest.mark.parametrize("name", ["normal", "layers"])
+def test_the_log_variance_is_captured_with_the_bound_that_it_reports(name):
+    compiled, eager = steps_of(PAIRS[name], SiteELBO(objective="log-variance+elbo", num_particles=3))
+    agree(compiled, eager, [data(dtype=F64), 1 - data(dtype=F64)], 1e-10)
+    assert compiled.reported()["elbo"] == pytest.approx(eager.reported()["elbo"], rel=1e-10)
+    assert compiled.reported()["elbo"] < 0
+
+
 @pytest.mark.parametrize("word, name", [("pathwise", "normal"), ("dreg", "normal"), ("rloo", "layers")])
 @pytest.mark.parametrize("alpha", [0.4, 1.0])
 def test_the_renyi_bound_is_captured(word, name, alpha):

@@ -33,6 +33,7 @@ LOSSES = {
     "dreg": ("normal", lambda: SiteELBO("dreg", objective="iwae", num_particles=2)),
     "iwae": ("categorical", lambda: SiteELBO("rloo", objective="iwae", num_particles=2)),
     "renyi": ("categorical", lambda: SiteELBO("rloo", objective="renyi", alpha=0.5, num_particles=2)),
+    "log-variance": ("categorical", lambda: SiteELBO(objective="log-variance+elbo", num_particles=2)),
     "rws": ("categorical", lambda: SiteELBO(objective="rws", num_particles=2)),
     "score-average": ("categorical", lambda: "score-average"),
     "nvil": ("categorical", lambda: "nvil"),
