@@ -55,7 +55,7 @@ class Layout:
         """Tensors of single particles, side by side."""
         return tensors[0] if len(tensors) == 1 else torch.cat(torch.broadcast_tensors(*tensors), dim=-self.room)
 
-    # Where the rows of a batch are split over processes, these four know of the other rows.
+    # Where the rows of a batch are split over processes, these know of the other rows.
 
     def cost(self, site: Site, costs: CostToGo) -> Tensor:
         """The cost-to-go at a site, element by element of its plates."""
@@ -68,6 +68,10 @@ class Layout:
     def surrogate(self, site: Site, view: SiteView) -> Tensor | None:
         """What the site's estimator adds to the objective."""
         return surrogate_of(site, view)
+
+    def whole(self, total: Tensor) -> Tensor:
+        """A sum over the rows at hand as one over all rows."""
+        return total
 
     def mean(self, site: Site, tensor: Tensor) -> Tensor:
         """The mean of something shaped like a site's cost, over all of its elements."""
@@ -204,7 +208,8 @@ class Recorded:
         view: ``view(rows, log_prob, cost, bound)`` is what an estimator sees of its site.
         again: ``again()`` runs the programs once more at the same values, cut from the graph, with the guide's
             parameters frozen; the same groups.
-        report: ``report(name, value)`` keeps a further value of this call, a scalar in nats, summed as the objective's.
+        report: ``report(name, value)`` keeps a further value of this call, a scalar in nats, summed as the
+            objective's and over the rows of all processes (``layout.whole``).
     """
 
     groups: list[list[Run]]

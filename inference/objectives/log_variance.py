@@ -70,7 +70,7 @@ class LogVariance(Objective):
             offset = offset.expand(*offset.shape[:dim], count, *offset.shape[offset.dim() + dim + 1 :])
         middle = offset.mean(dim, keepdim=True)
         if self.reports:
-            recorded.report("elbo", -(scale * middle).sum())
+            recorded.report("elbo", layout.whole(-(scale * middle).sum()))
         # The slope of ½ the variance. That a draw is masked in log q does not mean that nothing depends on it.
         score = log_q if self.proposal is not None else _score(groups, layout, weights)
         value = -(scale * offset.var(dim, keepdim=True) / 2).sum()

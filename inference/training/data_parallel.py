@@ -134,14 +134,6 @@ class ProcessStep(TorchStep):
             for member, piece in zip(members, pieces, strict=True):
                 member.grad = piece.reshape(member.shape).clone()
 
-    def reported(self) -> dict[str, float]:
-        found = super().reported()
-        if not found:
-            return {}
-        mine = torch.tensor(list(found.values()), dtype=torch.float64, device=self.processes.device)
-        total = self.processes.all_reduce(torch.zeros_like(mine) if self.split.share.idle else mine)
-        return dict(zip(found, total.tolist(), strict=True))
-
     def state(self) -> dict[str, Any]:
         """What one process has, and where the own random stream of each process stands; all must ask together."""
         return super().state() | {"streams": self.processes.gather(self.split.streams.state())}

@@ -207,6 +207,10 @@ class SplitLayout(Layout):
             surrogate = site.estimator.surrogate(view)
         return None if surrogate is None else self.split.share.weight * surrogate
 
+    def whole(self, total: Tensor) -> Tensor:
+        mine = torch.zeros_like(total) if self.split.share.idle else total.detach().clone()
+        return self.split.processes.all_reduce(mine)
+
     def mean(self, site: Site, tensor: Tensor) -> Tensor:
         if not self.split.has_rows(site):
             return tensor.mean()

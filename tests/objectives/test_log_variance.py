@@ -164,7 +164,7 @@ def test_at_the_posterior_every_draw_of_any_proposal_gives_zero():
     guide.a.data.fill_((-0.3 + likelihood[1] - likelihood[0]).item())
 
     def proposal():
-        pyro.sample("z", dist.Bernoulli(torch.tensor(0.9)))
+        pyro.sample("z", dist.Bernoulli(torch.tensor(0.9, dtype=F64)))
 
     loss = SiteELBO(objective="log-variance", proposal=proposal, num_particles=4)(model, guide)
     for _ in range(5):
