@@ -41,7 +41,7 @@ def check_objective(objective: str | Objective | type[Objective]) -> None:
     target = as_objective(objective)
     who = f"objective {target.name or type(target).__name__!r}"
     require(isinstance(target.name, str) and bool(target.name), who, "must have a name")
-    for flag in ("weighs_rows", "takes_estimators", "takes_kl_weight", "runs_model", "sums_over_rows"):
+    for flag in ("weighs_rows", "takes_estimators", "takes_kl_weight", "runs_model", "sums_over_rows", "learns_model"):
         require(isinstance(getattr(target, flag), bool), who, f"must declare {flag} as a bool")
     _check_kl_weight(target, who)
     served = 0
@@ -71,6 +71,8 @@ def _check_word(target: Objective, kind: str, word: str, means: dict[str, Tensor
     """Whether an estimator serves the objective there; its exact mean gradient is added to ``means``."""
     family = small_programs()[kind]
     model, guide = family.model(), family.guide()
+    if not target.learns_model:
+        nn.Module.requires_grad_(model, False)
     estimator: Estimator | None = None if word == "default" else estimators[word]()
     site = {"name": "z", "fn": family.site(), "infer": {}, "is_observed": False}
     if estimator is not None and not estimator.supports(site):
@@ -88,7 +90,7 @@ def _check_word(target: Objective, kind: str, word: str, means: dict[str, Tensor
         return 0
     require(accepted, who, "is served, though the objective does not accept it")
     require(torch.equal(before, torch.get_rng_state()), who, "moves the random stream in the first look")
-    both = nn.ModuleList([model, guide])
+    both = nn.ModuleList([model, guide] if target.learns_model else [guide])
     values = []
     for _ in range(2):
         torch.manual_seed(0)

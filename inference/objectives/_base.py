@@ -30,6 +30,7 @@ class Objective(Checked):
         takes_estimators: whether sites take estimators; otherwise all draws are made without gradients.
         takes_kl_weight: whether a weight of the latent terms is defined.
         runs_model: whether the first runs are of the model too.
+        learns_model: whether it has a gradient for the model's parameters; otherwise it refuses those that could learn.
         min_particles: the smallest K that it is defined for.
         proposal: a program that makes the draws in the guide's place, or None.
         reports: names of further values that it leaves by ``recorded.report(name, value)`` in each call; ``fit`` gives
@@ -48,6 +49,7 @@ class Objective(Checked):
     takes_kl_weight: bool = False
     runs_model: bool = True
     sums_over_rows: bool = False
+    learns_model: bool = True
     min_particles: int = 1
     proposal: Callable | None = None
     reports: tuple[str, ...] = ()
