@@ -93,6 +93,8 @@ def holds_to_annotations(*left_out: str) -> Callable[[Call], Call]:
                         check_seed(kwargs[name])
                 else:
                     check_option(f"{function.__name__}: {name}", kwargs[name], plain[name], -math.inf)
+                if isinstance(kwargs[name], Integral) and not isinstance(kwargs[name], int):
+                    kwargs[name] = int(kwargs[name])  # NumPy's overflow in sums
             return function(*args, **kwargs)
 
         return called  # type: ignore[return-value]

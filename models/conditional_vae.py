@@ -58,6 +58,8 @@ class ConditionalVAE(GenerativeModel):
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
+        if not condition_shape:
+            raise BadInput("ConditionalVAE: condition_shape is (): expected a dimension, as in (10,) for labels as vectors")
         self.latents = {"z": Latent("normal", (latent_dim,))}
         self.conditions = {"c": tuple(condition_shape)}
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}

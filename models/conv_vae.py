@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
+from ..errors import BadInput
 from ._base import GenerativeModel, Latent, models
 from ._networks import Deconvolutions
 
@@ -47,6 +48,8 @@ class ConvVAE(GenerativeModel):
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
+        if not channels:
+            raise BadInput("ConvVAE: channels is (): expected a number of maps for at least one convolution")
         self.latents = {"z": Latent("normal", (latent_dim,))}
         self.mirror = {"channels": tuple(channels), "hidden": (), "activation": activation}
         self.observe_by(likelihood, likelihood_options)

@@ -25,8 +25,8 @@ from gumbo.inference.estimators import (
     Relax,
     ScoreFunction,
 )
-from gumbo.models import BayesianRegression, CategoricalVAE, GaussianVAE
-from gumbo.options import check_option
+from gumbo.models import BayesianRegression, CategoricalVAE, ConditionalVAE, ConvVAE, GaussianVAE
+from gumbo.options import check_option, holds_to_annotations
 
 SHAPE = (1, 2, 2)
 INF, NAN = math.inf, math.nan
@@ -43,6 +43,7 @@ CANNOT_BE_MEANT += [
     (GaussianVAE, {"hidden": value}) for value in (8, [-3], [0], "abc", [True], [2.5], {3}, [[3]], None)
 ]
 CANNOT_BE_MEANT += [(GaussianVAE, {"data_size": value}) for value in (0, -1, 1.5, True)]
+CANNOT_BE_MEANT += [(ConvVAE, {"channels": ()}), (ConditionalVAE, {"condition_shape": ()})]
 CANNOT_BE_MEANT += [(GaussianVAE, {"activation": value}) for value in (3, None, ["relu"])]
 CANNOT_BE_MEANT += [(CategoricalVAE, {"temperature": value}) for value in (0, -1.0, NAN, INF, True, "1")]
 CANNOT_BE_MEANT += [(CategoricalVAE, {"relaxed": value}) for value in (1, "no", None)]
@@ -137,3 +138,11 @@ def test_a_value_is_held_against_its_annotation(value, hint, fits):
     else:
         with pytest.raises(BadInput, match=r"^it is "):
             check_option("it", value, hint)
+
+
+def test_whole_numbers_of_numpy_reach_functions_as_pythons():
+    @holds_to_annotations()
+    def sums(*, seed: int | None = 0, count: int = 1) -> int:
+        return seed + 2**32 + count * 1000
+
+    assert sums(seed=np.uint8(3), count=np.int8(100)) == 2**32 + 100_003

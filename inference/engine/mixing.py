@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
+from ...errors import BadInput
 from ..estimators._base import Draw, detached_draw
 from ..estimators._distributions import coordinate_values, elementary
 from .programs import Program
@@ -22,8 +24,9 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
     """The names of the plates of which a change of one row's draws changes another row's terms.
 
     The draws of the first, the last and a random row are changed, with all other draws and the programs' own noise as
-    they were, and every other row's log-probabilities are compared bit for bit. This can find that rows are mixed; it
-    cannot prove that they are not: a program may mix them at other values, or other rows.
+    they were; then the same where all draws are other ones. Every other row's log-probabilities are compared bit for
+    bit. This can find that rows are mixed; it cannot prove that they are not: a program may mix them at other values,
+    or other rows.
 
     Args:
         program: one particle of the programs as they were written, whose own noise is kept apart. The run leaves
@@ -38,22 +41,32 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
 
     program.skips_unscored = True  # a flow may be unable to score a value that it did not draw
 
-    def again(draws: Mapping[str, Tensor]) -> Run:
+    def again(draws: Mapping[str, Tensor]) -> Run | None:
         fixed = {name: Draw(value.detach().clone()) for name, value in draws.items()}
-        return program.run(args, kwargs, fixed=fixed, subsamples=dict(first.subsamples), noise=first.noise)
+        try:
+            # A value may lie outside the support that another draw gives its distribution.
+            with pyro.validation_enabled(False):
+                return program.run(args, kwargs, fixed=fixed, subsamples=dict(first.subsamples), noise=first.noise)
+        except BadInput:
+            return None
 
     values = {name: site.value.detach() for name, site in drawn.items()}
     others = {name: another_value(site) for name, site in drawn.items()}
-    as_drawn, found = again(values), set()
-    for plate in plates:
-        for row in sorted({0, plate[2] - 1, int(torch.randint(plate[2], ()))}):
-            changed = {name: _with_row(drawn[name], others[name], plate, row) for name in drawn}
-            # Some kernels do not give the same bits twice; what they differ by says nothing.
-            if _reaches(again(changed), as_drawn, plate, row, None) and _reaches(
-                again(changed), as_drawn, plate, row, again(values)
-            ):
-                found.add(plate[0])
-                break
+    found: set[str] = set()
+    # Rows that are mixed at some values only (a product of coins) show from one side or from the other.
+    for here, there in ((values, others), (others, values)):
+        as_drawn = again(here)
+        for plate in plates:
+            if plate[0] in found:
+                continue
+            for row in sorted({0, plate[2] - 1, int(torch.randint(plate[2], ()))}):
+                changed = {name: _with_row(drawn[name], here[name], there[name], plate, row) for name in drawn}
+                # Some kernels do not give the same bits twice; what they differ by says nothing.
+                if _reaches(again(changed), as_drawn, plate, row, None) and _reaches(
+                    again(changed), as_drawn, plate, row, again(here)
+                ):
+                    found.add(plate[0])
+                    break
     return frozenset(found)
 
 
@@ -85,8 +98,7 @@ def _redrawn(fn: Any, value: Tensor, tries: int = 8) -> Tensor:
     return other
 
 
-def _with_row(site: Site, other: Tensor, plate: Frame, row: int) -> Tensor:
-    value = site.value.detach()
+def _with_row(site: Site, value: Tensor, other: Tensor, plate: Frame, row: int) -> Tensor:
     along = plate[1] - site.fn.event_dim
     if plate not in site.frames or value.dim() < -along or value.shape[along] != plate[2]:
         return value
@@ -95,8 +107,10 @@ def _with_row(site: Site, other: Tensor, plate: Frame, row: int) -> Tensor:
     return value
 
 
-def _reaches(changed: Run, as_drawn: Run, plate: Frame, row: int, repeated: Run | None) -> bool:
+def _reaches(changed: Run | None, as_drawn: Run | None, plate: Frame, row: int, repeated: Run | None) -> bool:
     """Whether a change of one row shows in another row's terms, beyond what a repetition shows."""
+    if changed is None or as_drawn is None:
+        return False
     _, dim, size = plate
     for which in ("guide", "model"):
         after = {site.name: site.log_prob.detach() for site in getattr(changed, which)}

@@ -61,16 +61,29 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
     alone.skips_unscored = True
     if (stray := _stray_dimension(program, run)) is not None:
         raise does_not_vectorize(*stray)
-    fixed = _last_particle(run, seen, program.max_plate_nesting)
-    # Gradients are on, for programs that call autograd inside.
-    with torch.enable_grad():
-        single = alone.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples), noise=run.noise)
-    difference = _difference(run, single, program.max_plate_nesting)
-    if difference is None:
-        return
-    if run.noise.drew:  # perhaps in another shape, with which nothing can be compared
-        raise NoisyProgram
-    raise does_not_vectorize(*difference)
+    for place in _places(program):
+        fixed = _one_of(run, seen, program.max_plate_nesting, place)
+        # Gradients are on, for programs that call autograd inside.
+        with torch.enable_grad():
+            single = alone.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples), noise=run.noise)
+        difference = _difference(run, single, program.max_plate_nesting, place)
+        if difference is None:
+            continue
+        if run.noise.drew:  # perhaps in another shape, with which nothing can be compared
+            raise NoisyProgram
+        raise does_not_vectorize(*difference)
+
+
+def _places(program: Program) -> list[dict[int, int]]:
+    """Where to look along the dimensions of enumerated values: at the last of all, and at mixtures of first and last.
+
+    A statement that moves one dimension onto another (an ``unsqueeze``, a sum) goes unseen where both stand at the
+    same value. Any two dimensions stand apart in one of these, the particles' being always at the last.
+    """
+    dims = sorted(program.enum_dims.values(), reverse=True)
+    bits = range(len(dims).bit_length())
+    mixtures = [{dim: 0 for i, dim in enumerate(dims, start=1) if i >> bit & 1} for bit in bits]
+    return [{}, *mixtures]
 
 
 def check_listed(
@@ -169,11 +182,13 @@ def _stray_dimension(program: Program, run: Run) -> tuple[str, str] | None:
 
     An ``unsqueeze`` moves the particles there, where they would be taken for more of them and summed.
     """
-    known = {-1 - program.max_plate_nesting, *program.enum_dims.values()}
+    particles = -1 - program.max_plate_nesting
+    known = {particles, *program.enum_dims.values()}
     for site in run.sites:
         shape = site.log_prob.shape
         for dim in range(-len(shape), -program.max_plate_nesting):
-            if shape[dim] > 1 and dim not in known:
+            size = 1 if dim != particles else program.num_particles
+            if shape[dim] not in (1, size) and (dim == particles or dim not in known):
                 return site.name, f"its log-probability {tuple(shape)} has dimension {dim} of its own"
     return None
 
@@ -182,30 +197,32 @@ class NoisyProgram(Exception):
     """A program whose layers draw noise of their own (dropout), so that two runs on the same draws differ."""
 
 
-def _last(tensor: Tensor, event_dim: int, max_plate_nesting: int) -> Tensor:
-    """The last particle, and the last of each enumerated value."""
-    while tensor.dim() - event_dim > max_plate_nesting:
-        tensor = tensor[-1]
+def _at(tensor: Tensor, event_dim: int, max_plate_nesting: int, place: Mapping[int, int]) -> Tensor:
+    """The last particle, and the enumerated values at a place: the last of those that it does not name."""
+    while (batch := tensor.dim() - event_dim) > max_plate_nesting:
+        tensor = tensor[place.get(-batch, -1)]
     return tensor
 
 
-def _last_particle(run: Run, seen: Run, max_plate_nesting: int) -> dict[str, Draw]:
+def _one_of(run: Run, seen: Run, max_plate_nesting: int, place: Mapping[int, int]) -> dict[str, Draw]:
     shapes = {site.name: site.value.shape for site in seen.guide}
     fixed = {}
     for site in run.guide:
         if site.latent:
             event_dim = site.fn.event_dim
             draw = site.draw.map(
-                lambda t, e=event_dim: _last(t, e, max_plate_nesting).detach().requires_grad_(t.requires_grad)
+                lambda t, e=event_dim: _at(t, e, max_plate_nesting, place).detach().requires_grad_(t.requires_grad)
             )
             shape = shapes.get(site.name, draw.value.shape)
             if draw.value.numel() == shape.numel():
                 draw = draw.map(lambda t, s=shape: t.reshape(s))
+            elif site.enum_dim is not None:  # listed values have no plates, where a draw alone has them
+                draw = draw.map(lambda t, s=shape: t.expand(s))
             fixed[site.name] = draw
     return fixed
 
 
-def _difference(run: Run, single: Run, max_plate_nesting: int) -> tuple[str, str] | None:
+def _difference(run: Run, single: Run, max_plate_nesting: int, place: Mapping[int, int]) -> tuple[str, str] | None:
     """The first site that says one thing among K particles and another alone, and how."""
     for many, one in ((run.guide, single.guide), (run.model, single.model)):
         by_name = {site.name: site for site in one}
@@ -214,8 +231,8 @@ def _difference(run: Run, single: Run, max_plate_nesting: int) -> tuple[str, str
                 return site.name, "it is missing when a particle runs alone"
             if not (site.scored and by_name[site.name].scored):
                 continue
-            a = _last(site.log_prob.detach(), 0, max_plate_nesting)
-            b = _last(by_name[site.name].log_prob.detach(), 0, max_plate_nesting)
+            a = _at(site.log_prob.detach(), 0, max_plate_nesting, place)
+            b = _at(by_name[site.name].log_prob.detach(), 0, max_plate_nesting, {})
             gap = _gap(a, b)
             if gap is not None:
                 return site.name, f"its log-probability differs by {gap:.3g} between many at once and one alone"

@@ -105,6 +105,59 @@ def test_rows_that_are_kept_apart_stay_apart():
     assert loss.binding.mixed_plates == () and loss.binding.looks
 
 
+class Product(Params):
+    """Rows that only a product of coins joins: from most draws no single change shows it."""
+
+    def __init__(self):
+        super().__init__(w=0.9)
+
+    def forward(self):
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.3, dtype=F64)))
+            pyro.sample("x", dist.Normal(self.w * z * z.prod(-1, keepdim=True), 0.5), obs=X[:2])
+
+
+class TwoCoins(Params):
+    def __init__(self):
+        super().__init__(a=[0.4, -0.7])
+
+    def forward(self):
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Bernoulli(logits=self.a))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_are_mixed_at_some_values_only_are_looked_at_from_both_sides(seed):
+    torch.manual_seed(seed)
+    loss = SiteELBO("score")(Product(), TwoCoins())
+    loss.initialize()
+    assert loss.binding.mixed_plates == ("data",)
+
+
+class Counts(Params):
+    """A support that another draw gives: of the row itself, and of something global."""
+
+    def __init__(self, observed):
+        super().__init__(**({} if observed else {"a": 0.2}))
+        self.observed = observed
+
+    def forward(self):
+        a = torch.zeros((), dtype=F64) if self.observed else self.a
+        g = pyro.sample("g", dist.Categorical(logits=a * torch.arange(3, dtype=F64)))
+        with pyro.plate("data", 3):
+            n = pyro.sample("n", dist.Poisson((1.0 + a).expand(3)))
+            k = pyro.sample("k", dist.Binomial(n + g, torch.full((3,), 0.5, dtype=F64)))
+            if self.observed:
+                pyro.sample("x", dist.Normal(k, 1.0), obs=X)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_changed_draw_may_move_the_support_of_another(seed):
+    torch.manual_seed(seed)
+    loss = SiteELBO("score")(Counts(True), Counts(False))
+    assert loss().isfinite() and loss.binding.mixed_plates == ()
+
+
 class Encoded(PyroModule):
     """A guide behind a batch norm that sees data only."""
 

@@ -204,3 +204,52 @@ def test_control_flow_is_run_one_by_one(word):
     assert torch.allclose(
         mean_over_draws(lambda: gradient(loss(), both)), exact_gradient(model, guide), rtol=0, atol=1e-10
     )
+
+
+# Enumerated values that a statement moves to where others stand.
+
+
+class Moved(Params):
+    """A global coin and one for each row; an ``unsqueeze`` puts the first where the second has its values."""
+
+    def __init__(self, observed):
+        super().__init__(**({"w": 0.7} if observed else {"a": [0.4, 0.1], "b": 0.3}))
+        self.observed = observed
+
+    def forward(self):
+        prior = self.observed
+        g = pyro.sample("g", dist.Bernoulli(logits=torch.tensor(-0.2, dtype=F64) if prior else self.b))
+        beside = g.unsqueeze(-1) if g.dim() else g
+        with pyro.plate("data", 2):
+            logits = 0.5 * beside + (torch.zeros(2, dtype=F64) if prior else self.a)
+            z = pyro.sample("z", dist.Bernoulli(logits=logits))
+            if prior:
+                pyro.sample("x", dist.Normal(self.w * z + beside, 1.0), obs=X)
+
+
+class Summed(Params):
+    """What stands outside the plate is a sum over its rows, which listed values do not have."""
+
+    def __init__(self, observed):
+        super().__init__(**({"w": 0.7} if observed else {"a": [0.4, 0.1]}))
+        self.observed = observed
+
+    def forward(self):
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Bernoulli(logits=torch.zeros(2, dtype=F64) if self.observed else self.a))
+        if self.observed:
+            total = pyro.deterministic("total", z.sum(-1))
+            pyro.sample("x", dist.Normal(self.w * total, 1.0), obs=X[0])
+
+
+@pytest.mark.parametrize("num_particles", [1, 2])
+@pytest.mark.parametrize("program", [Moved, Summed])
+def test_enumerated_values_that_are_moved_onto_others_are_run_one_by_one(program, num_particles):
+    model, guide = program(True), program(False)
+    loss = SiteELBO("enumerate", num_particles=num_particles)(model, guide)
+    with pytest.warns(GumboWarning, match="run one by one"):
+        loss.initialize()
+    found = gradient(loss(), nn.ModuleList([model, guide]))
+    torch.testing.assert_close(found, exact_gradient(model, guide), rtol=0, atol=1e-12)
+    with pytest.raises((CannotVectorize, UnsupportedSite)):
+        SiteELBO("enumerate", num_particles=num_particles, vectorize_particles=True)(model, guide)()
