@@ -59,7 +59,7 @@ class ConditionalVAE(GenerativeModel):
     ):
         super().__init__(data_shape, data_size)
         if not condition_shape:
-            raise BadInput("ConditionalVAE: condition_shape is (): expected a dimension, as in (10,) for labels as vectors")
+            raise BadInput("ConditionalVAE: condition_shape is (): expected a dimension, as (10,) for one-hot labels")
         self.latents = {"z": Latent("normal", (latent_dim,))}
         self.conditions = {"c": tuple(condition_shape)}
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
