@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,15 @@ def run(*command: str) -> str:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+# elimination.py
+
+
+def test_the_rivals_of_elimination_have_one_loss():
+    said = run(str(FOLDER / "elimination.py"), "--lengths", "4", "--states", "2", "--rounds", "1", "--float64")
+    ours, stock = re.search(r"losses (\S+) and (\S+)", said).groups()
+    assert ours == stock and "ratio" in said
 
 
 # step.py

@@ -1101,6 +1101,45 @@ def test_32_half_the_variance_of_the_log_ratio_has_the_gradient_of_the_kl():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# 41: elimination.
+
+
+def _chain(y, steps, means, mask=None, scale=1.0):
+    def model():
+        z = 0
+        with poutine.scale(scale=scale):
+            for t in pyro.markov(range(len(y))):
+                with poutine.mask(mask=torch.tensor(mask is None or mask[t])):
+                    z = pyro.sample(f"z{t}", dist.Categorical(steps[z]), infer={"enumerate": "parallel"})
+                    pyro.sample(f"y{t}", dist.Normal(means[z], 1.0), obs=y[t])
+
+    return -SiteELBO()(model, lambda: None)()
+
+
+def test_41_a_chain_is_summed_out_state_by_state():
+    steps, means, y = (
+        torch.tensor([[0.7, 0.3], [0.2, 0.8]]),
+        torch.tensor([-1.0, 60.0]),
+        torch.tensor([0.5, 59.0, 60.5]),
+    )
+    paths = [
+        sum(steps[(0, *z)[t], z[t]].log() + dist.Normal(means[z[t]], 1.0).log_prob(y[t]) for t in range(3))
+        for z in itertools.product(range(2), repeat=3)
+    ]
+    assert close(_chain(y, steps, means), torch.stack(paths).logsumexp(0))
+    products = sum(path.float().exp() for path in [one - 200.0 for one in paths])
+    assert products == 0.0  # what is multiplied in float32 is gone
+
+
+def test_41_masks_lie_within_the_sum_and_scales_outside():
+    steps, means, y = torch.tensor([[0.7, 0.3], [0.2, 0.8]]), torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 0.1, -0.5])
+    two, three = _chain(y[:2], steps, means), _chain(y, steps, means)
+    assert close(_chain(y, steps, means, mask=[True, True, False]), two)
+    masked_state = two + math.log(2)  # log K for a state whose own term is masked
+    assert not close(masked_state, two)
+    assert close(_chain(y, steps, means, scale=3.0), 3 * three)
+
+
 def test_docs_name_every_test_and_no_other():
     page = (Path(__file__).resolve().parents[1] / "docs" / "formulas.md").read_text()
     here = set(re.findall(r"^def (test_\d\d_\w+)", Path(__file__).read_text(), flags=re.M))
