@@ -154,6 +154,8 @@ def _parser(config_class: type, prog: str):
     switches = {field.name for field in fields(config_class) if field.type in (bool, "bool")}
     parser.add_class_arguments(config_class, as_positional=True, skip=switches)
     described = _descriptions(config_class)
+    for action in parser._actions:
+        action.help = described.get(action.dest, action.help)
     for field in fields(config_class):
         if field.name in switches:
             assert field.default is not MISSING
@@ -195,7 +197,11 @@ def _parse(parser, argv: Sequence[str], prog: str):
 
 
 def _descriptions(config_class: type) -> dict[str, str]:
+    """What the docstrings of a dataclass and of those that it extends say of each option."""
     import docstring_parser
 
-    found = docstring_parser.parse(config_class.__doc__ or "")
-    return {item.arg_name: item.description or "" for item in found.params}
+    return {
+        item.arg_name: item.description or ""
+        for base in reversed(config_class.__mro__)
+        for item in docstring_parser.parse(vars(base).get("__doc__") or "").params
+    }

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,29 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise BadInput(f"{path} cannot be read as settings ({type(error).__name__}: {error})") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise BadInput(f"{path} holds no settings: expected lines such as `epochs: 10`")
+    return found
+
+
+def run_settings(run: str, verb: str, config_class: type) -> dict[str, Any]:
+    """The settings in the ``config.yaml`` of a run of ``gumbo VERB``, by the fields of its dataclass.
+
+    Raises BadInput for what is no run folder, a run of another verb, and a setting that the dataclass lacks.
+    """
+    if not run:
+        raise BadInput("the name of the run folder is empty: name one (is a variable of your shell not set?)")
+    path = Path(run) / "config.yaml"
+    try:
+        found = read_settings(path)
+    except BadInput as error:
+        if not path.exists() and (Path(run) / "checkpoints").is_dir():
+            raise BadInput(
+                f"{run} is a run of fit, which keeps no programs: make them, and call fit with resume=True"
+            ) from error
+        raise BadInput(f"{run} is not a run folder: {error}") from error
+    if found.pop("experiment", None) != verb:
+        raise BadInput(f"{run} is not a run of gumbo {verb}")
+    if unknown := set(found) - {item.name for item in fields(config_class)}:
+        raise BadInput(f"{path} has an unknown setting {sorted(unknown)[0]!r}")
     return found
 
 

@@ -16,7 +16,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from gumbo.errors import BadInput, Interrupted, UnknownName
 from gumbo.experiments._command import run_command
 from gumbo.experiments._names import marked
-from gumbo.experiments._runs import RunFolder, Watch, available_cpus, read_settings
+from gumbo.experiments._runs import RunFolder, Watch, available_cpus, run_settings
 from gumbo.tables import digits, markdown, plain
 
 
@@ -215,17 +215,7 @@ def resumable(run: RunFolder, results: Sequence[Mapping[str, Any]]) -> Iterator[
 
 def resumed(run: str) -> dict[str, Any]:
     """The defaults that ``--resume RUN`` stands for: what the run recorded."""
-    if not run:
-        raise BadInput("the name of the run folder is empty: name one (is a variable of your shell not set?)")
-    path = Path(run) / "config.yaml"
-    try:
-        found = read_settings(path)
-    except BadInput as error:
-        raise BadInput(f"{run} is not a run folder: {error}") from error
-    if found.pop("experiment", None) != "compare":
-        raise BadInput(f"{run} is not a run of gumbo compare")
-    if unknown := set(found) - {item.name for item in fields(Compare)}:
-        raise BadInput(f"{path} has an unknown setting {sorted(unknown)[0]!r}")
+    found = run_settings(run, "compare", Compare)
     return {name: value for name, value in marked(found).items() if name not in ("folder", "resume", "quick")}
 
 

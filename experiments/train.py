@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName
 from gumbo.experiments._command import run_command, speaks
 from gumbo.experiments._names import current_folder_importable, marked, named, named_objective, refuse_untrusted
 from gumbo.experiments._programs import AMORTIZE, ROWS, OwnProgram, amortized, own_model
-from gumbo.experiments._runs import RunFolder, read_settings
+from gumbo.experiments._runs import RunFolder, run_settings
 from gumbo.launcher import launched
 
 if TYPE_CHECKING:
@@ -371,22 +371,7 @@ def settings_of(run: str, trust: bool = False) -> dict[str, Any]:
 
 def recorded(run: str) -> dict[str, Any]:
     """What ``config.yaml`` holds, whatever it names."""
-    if not run:
-        raise BadInput("the name of the run folder is empty: name one (is a variable of your shell not set?)")
-    path = Path(run) / "config.yaml"
-    try:
-        found = read_settings(path)
-    except BadInput as error:
-        if not path.exists() and (Path(run) / "checkpoints").is_dir():
-            raise BadInput(
-                f"{run} is a run of fit, which keeps no programs: make them, and call fit with resume=True"
-            ) from error
-        raise BadInput(f"{run} is not a run folder: {error}") from error
-    if found.pop("experiment", None) != "train":
-        raise BadInput(f"{run} is not a run of gumbo train")
-    known = {item.name for item in fields(Train)}
-    if unknown := set(found) - known:
-        raise BadInput(f"{path} has an unknown setting {sorted(unknown)[0]!r}")
+    found = run_settings(run, "train", Train)
     return found | {"folder": None, "resume": None, "trust": False}
 
 

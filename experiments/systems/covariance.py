@@ -18,10 +18,6 @@ class Covariance(System):
 
     Args:
         epochs: training epochs of each guide; by default 60, and 10 under `--quick`.
-        quick: a small run, for a first look and for tests.
-        seed: initial weights, batches and noise.
-        folder: the run folder; by default ./runs/<system>-<time>.
-        trust: import what the config.yaml of a run, given as `--config`, names by import path.
     """
 
     epochs: int | None = None

@@ -12,14 +12,7 @@ from gumbo.experiments.systems._base import System, systems
 @systems.register("gumbel-max")
 @dataclass
 class GumbelMax(System):
-    """argmax (log π + g) against π, the ink of the digits' pixels, by a χ² test; and with the noise's sign slipped.
-
-    Args:
-        quick: a small run, for a first look and for tests.
-        seed: initial weights, batches and noise.
-        folder: the run folder; by default ./runs/<system>-<time>.
-        trust: import what the config.yaml of a run, given as `--config`, names by import path.
-    """
+    """argmax (log π + g) against π, the ink of the digits' pixels, by a χ² test; and with the noise's sign slipped."""
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
         """The numbers; the picture goes to the run folder."""

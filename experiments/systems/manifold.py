@@ -17,10 +17,6 @@ class Manifold(System):
     Args:
         data: the images to learn; of mnist only the test split is read.
         epochs: training epochs; by default 30, and 2 under `--quick`.
-        quick: a small run, for a first look and for tests.
-        seed: initial weights, batches and noise.
-        folder: the run folder; by default ./runs/<system>-<time>.
-        trust: import what the config.yaml of a run, given as `--config`, names by import path.
     """
 
     data: str = "digits"

@@ -13,14 +13,7 @@ from gumbo.experiments.systems._base import System, diabetes, systems
 @systems.register("natural-gradient")
 @dataclass
 class NaturalGradient(System):
-    """Steps against Adam: a mean-field Gaussian with a known optimum, and heteroscedastic regression on real data.
-
-    Args:
-        quick: a small run, for a first look and for tests.
-        seed: initial weights, batches and noise.
-        folder: the run folder; by default ./runs/<system>-<time>.
-        trust: import what the config.yaml of a run, given as `--config`, names by import path.
-    """
+    """Steps against Adam: a mean-field Gaussian with a known optimum, and heteroscedastic regression on real data."""
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
         """The numbers; the picture goes to the run folder."""

@@ -12,14 +12,7 @@ from gumbo.experiments.systems._base import System, clear_store, systems
 @systems.register("policy")
 @dataclass
 class Policy(System):
-    """Policy gradients: point at the ink of a digit, paid or not; and write sequences of tokens that count.
-
-    Args:
-        quick: a small run, for a first look and for tests.
-        seed: initial weights, batches and noise.
-        folder: the run folder; by default ./runs/<system>-<time>.
-        trust: import what the config.yaml of a run, given as `--config`, names by import path.
-    """
+    """Policy gradients: point at the ink of a digit, paid or not; and write sequences of tokens that count."""
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
         """The numbers; the picture goes to the run folder."""

@@ -16,10 +16,6 @@ class Regression(System):
 
     Args:
         epochs: training epochs of each network; by default 300, and 20 under `--quick`.
-        quick: a small run, for a first look and for tests.
-        seed: initial weights, batches and noise.
-        folder: the run folder; by default ./runs/<system>-<time>.
-        trust: import what the config.yaml of a run, given as `--config`, names by import path.
     """
 
     epochs: int | None = None

@@ -21,10 +21,6 @@ class SemiSupervised(System):
         epochs: training epochs; by default 30, and 6 under `--quick`.
         seeds: how many seeds, from `seed` on; by default 3, and 1 under `--quick`.
         labels: how many labels are seen, as many of each class.
-        quick: a small run, for a first look and for tests.
-        seed: initial weights, batches and noise.
-        folder: the run folder; by default ./runs/<system>-<time>.
-        trust: import what the config.yaml of a run, given as `--config`, names by import path.
     """
 
     data: str = "digits"

@@ -16,10 +16,6 @@ class WarmUp(System):
 
     Args:
         epochs: training epochs of each loss; by default 60, and 2 under `--quick`.
-        quick: a small run, for a first look and for tests.
-        seed: initial weights, batches and noise.
-        folder: the run folder; by default ./runs/<system>-<time>.
-        trust: import what the config.yaml of a run, given as `--config`, names by import path.
     """
 
     epochs: int | None = None

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact_means import exact_gradient, mean_gradient
+from exact_means import exact_gradient, is_unbiased, mean_gradient
 from programs import (
     DISCRETE,
     F64,
@@ -56,11 +56,6 @@ def representative_uniforms(probs, cuts=()):
 @pytest.fixture
 def listed_uniforms(monkeypatch):
     monkeypatch.setattr(coupled, "coin_uniforms", representative_uniforms)
-
-
-def is_unbiased(estimator, model, guide, **options):
-    mean = mean_gradient(estimator, model, guide, **options)
-    return torch.allclose(mean, exact_gradient(model, guide), rtol=0, atol=1e-10)
 
 
 def cells():

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact_means import exact_gradient, mean_gradient
+from exact_means import exact_gradient, is_unbiased
 from programs import DISCRETE, F64, DiceGuide, DiceModel, OneCoinGuide, OneCoinModel, Params, X, gradient
 from ztest import misses
 
@@ -56,11 +56,6 @@ def listed_coins(probs, count):
 @pytest.fixture
 def listed(monkeypatch):
     monkeypatch.setattr(coupled, "coupled_coins", listed_coins)
-
-
-def is_unbiased(estimator, model, guide, **options):
-    mean = mean_gradient(estimator, model, guide, **options)
-    return torch.allclose(mean, exact_gradient(model, guide), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 6])

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact_means import exact_gradient, mean_gradient
+from exact_means import exact_gradient, is_unbiased, mean_gradient
 from programs import DISCRETE, F64, ChainGuide, OneCoinGuide, Params, X, gradient
 from ztest import misses
 
@@ -16,11 +16,6 @@ from gumbo.inference.estimators import DoubleControlVariates
 from gumbo.inference.estimators.double_control_variates import Coefficients
 
 SERVED = [name for name, case in DISCRETE.items() if name != "dice" and not case.large]
-
-
-def is_unbiased(estimator, model, guide, **options):
-    mean = mean_gradient(estimator, model, guide, **options)
-    return torch.allclose(mean, exact_gradient(model, guide), rtol=0, atol=1e-10)
 
 
 def cells():

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact_means import exact_gradient, mean_gradient
+from exact_means import exact_gradient, is_unbiased, mean_gradient
 from programs import DISCRETE, F64, DiceGuide, DiceModel, Params, PlateModel, X, gradient
 from ztest import misses
 
@@ -28,11 +28,6 @@ COINS = [
     "masked event",
     "masked draw",
 ]
-
-
-def is_unbiased(estimator, model, guide, **options):
-    mean = mean_gradient(estimator, model, guide, **options)
-    return torch.allclose(mean, exact_gradient(model, guide), rtol=0, atol=1e-10)
 
 
 def cells():

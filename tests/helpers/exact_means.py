@@ -23,3 +23,9 @@ def mean_gradient(estimator, model, guide, **options):
         loss()
     loss.eval()
     return mean_over_draws(lambda: gradient(loss(), torch.nn.ModuleList([model, guide])))
+
+
+def is_unbiased(estimator, model, guide, **options):
+    """Whether the mean over every tuple of draws is the exact gradient."""
+    mean = mean_gradient(estimator, model, guide, **options)
+    return torch.allclose(mean, exact_gradient(model, guide), rtol=0, atol=1e-10)

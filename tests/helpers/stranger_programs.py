@@ -951,29 +951,14 @@ class Automatic(pyro.nn.PyroModule):
         self.guide = type(self).make_guide(self.model)
 
 
-@enter(STOCK)
-class GuideOfNormals(Automatic):
-    make_guide = staticmethod(AutoNormal)
-
-
-@enter(STOCK)
-class GuideOfOneJointNormal(Automatic):
-    make_guide = staticmethod(AutoMultivariateNormal)
-
-
-@enter(STOCK)
-class GuideOfLowRank(Automatic):
-    make_guide = staticmethod(AutoLowRankMultivariateNormal)
-
-
-@enter(STOCK)
-class GuideOfPoints(Automatic):
-    make_guide = staticmethod(AutoDelta)
-
-
-@enter(STOCK)
-class GuideWithStructure(Automatic):
-    make_guide = staticmethod(AutoStructured)
+for name, make_guide in {
+    "GuideOfNormals": AutoNormal,
+    "GuideOfOneJointNormal": AutoMultivariateNormal,
+    "GuideOfLowRank": AutoLowRankMultivariateNormal,
+    "GuideOfPoints": AutoDelta,
+    "GuideWithStructure": AutoStructured,
+}.items():
+    enter(STOCK)(type(name, (Automatic,), {"make_guide": staticmethod(make_guide)}))
 
 
 # ---- closed forms
