@@ -26,6 +26,8 @@ VERBS = {
     "audit": Verb("audit", "hold gradient estimators against the exact gradient, on any model and guide"),
     "system": Verb("system", "one of the small demonstrations: a picture and its numbers"),
     "reproduce": Verb("reproduce", "train the cells of a published table and set them beside the published numbers"),
+    "doctor": Verb("doctor", "versions, devices, data found, and a self-test of ten seconds"),
+    "completion": Verb("completion", "a script that completes verbs, options and names in your shell"),
     "list": Verb("listing", "show models, guides, estimators, objectives, and which combinations are valid"),
 }
 
@@ -37,7 +39,8 @@ def usage() -> str:
         "usage: gumbo VERB [options]\n\n"
         "Deep generative models and amortized guides in Pyro; how each random choice gets its gradient is one word.\n\n"
         f"verbs:\n{verbs}\n\n"
-        "`gumbo VERB --help` shows the options of a verb; `gumbo --version` the version."
+        "`gumbo VERB --help` shows the options of a verb; `gumbo --version` the version.\n"
+        "Exit status: 0 done; 1 failed underway; 2 a mistake in what was asked; 128 + n stopped by signal n."
     )
 
 
