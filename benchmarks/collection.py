@@ -205,7 +205,7 @@ def chorales(seeds: int, scale: float) -> list[str]:
             judged = evaluate(whole, reads, given, num_samples=20, batch_size=77)
             found["elbo"].append(-whole.per_step(judged.values["elbo"], given["mask"]))
             found["evidence"].append(-whole.per_step(judged.values["log_evidence"], given["mask"]))
-            curves[f"{flows} couplings" if flows else "no flow"] = [one["train_objective"] for one in fitted.history]
+            curves[f"{flows} couplings" if flows else "no flow"] = [one["elbo"] for one in fitted.history]
         name = f"combiner, {flows} couplings" if flows else "combiner"
         rows.append([name, *(several(found[k]) for k in ("elbo", "evidence"))])
         rows[-1] += [several(found[k], 0) for k in ("steps", "seconds")]

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "models"
 START, END = "<!-- example: a run of gumbo train -->", "<!-- end of the example -->"
 PICTURES = {
-    "reconstructions": "test digits and their reconstructions",
+    "reconstructions": "test data and their reconstructions",
     "prior_draws": "means of p(x | z) at draws of the prior",
 }
 NUMBERS = {"elbo": "ELBO", "log_predictive": "log p", "rate": "rate", "distortion": "distortion"}
@@ -97,6 +97,31 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "--guide layered --estimator rloo --particles 4 --lr 3e-3 --epochs 25",
         "The network is label → style → image, of which data give the image alone.",
     ),
+    "latent-dirichlet-allocation": (
+        "--data reuters --model_options.hidden='[64]' --guide mean-field --estimator pathwise --lr 1e-2 "
+        "--batch_size 50 --epochs 60",
+        "These are probabilities of counts, multinomial coefficients included; perplexities are below.",
+    ),
+    "prod-lda": (
+        "--data reuters --model_options.hidden='[64]' --guide normal --estimator pathwise --lr 1e-2 --batch_size 50 "
+        "--epochs 60",
+        "These are probabilities of counts, multinomial coefficients included; perplexities are below.",
+    ),
+    "poisson-vae": (
+        "--model_options.num_latents=50 --guide mean-field --estimator rloo --particles 4 --kl_weight 'linear(500)' "
+        "--lr 3e-3 --epochs 40",
+        "",
+    ),
+    "negative-binomial-vae": (
+        "--data cells --model_options.latent_dim=2 --guide normal --estimator pathwise --lr 3e-3 --epochs 60",
+        "Given each cell's total; with the library as a latent the bound compares with the truth, see below.",
+    ),
+    "deep-markov-model": (
+        "--data jsb-chorales --model_options.latent_dim=20 --model_options.transition_hidden=50 --guide combiner "
+        "--guide_options.rnn_hidden=100 --estimator pathwise --lr 3e-3 --clip_norm 10 --batch_size 20 --epochs 8 "
+        "--importance_samples 10",
+        "Nats are per chorale, of 61 steps on average; pictures show the keys of each step, time running downwards.",
+    ),
     "expectation": (
         "--model_options.f=bandit --model_options.family=categorical --model_options.shape='[64]' "
         "--guide categorical --estimator rloo --particles 4 --kl_weight 0 --lr 1e-2 --epochs 25",
@@ -104,6 +129,22 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "It was trained at KL weight 0, so that the ELBO, at weight 1, counts what it was not asked for.",
     ),
 }
+
+# The study of `benchmarks/collection.py` whose table a page shows.
+STUDIES = {
+    "latent-dirichlet-allocation": "topics",
+    "prod-lda": "topics",
+    "negative-binomial-vae": "cells",
+    "deep-markov-model": "chorales",
+}
+
+
+def measured(name: str) -> list[str]:
+    """What a study found, if it has been run."""
+    path = ROOT / "benchmarks" / "results" / "collection" / f"{STUDIES.get(name, name)}.md"
+    if not path.exists():
+        return []
+    return ["## Measured", "", path.read_text().strip(), ""]
 
 
 def page(name: str, rows: list[dict[str, Any]], example: str) -> str:
@@ -139,6 +180,7 @@ def page(name: str, rows: list[dict[str, Any]], example: str) -> str:
         "",
         END,
         "",
+        *measured(name),
         "In Python:",
         "",
         "```pycon",
@@ -252,6 +294,8 @@ def run_example(name: str) -> str:
         for picture in drawn or ["learning_curve"]:
             shutil.copy(run / "plots" / f"{picture}.png", DOCS / "figures" / f"{name}-{picture}.png")
     test = found["test"]
+    told = re.search(r"--data (\S+)", options)
+    rows = f"rows of `{told[1]}`" if told else "digits"
     meaning = f"The value of log p is a lower bound, from {test['num_samples']} draws a datum."
     if test["log_evidence"] != test["log_predictive"]:
         meaning = f"Here log p is the log predictive density, over {test['num_samples']} draws of the weights."
@@ -260,7 +304,7 @@ def run_example(name: str) -> str:
         command,
         "```",
         "",
-        f"On the {test['num_data']} test digits, in nats per datum, after {found['epochs']} epochs of "
+        f"On the {test['num_data']} test {rows}, in nats per datum, after {found['epochs']} epochs of "
         f"{found['ms_per_step']:.1f} ms a step ({machine()}):",
         "",
         *markdown_table(list(NUMBERS.values()), [[f"{test[key]:.2f} ± {test[f'{key}_se']:.2f}" for key in NUMBERS]]),

@@ -17,6 +17,7 @@ from .normal import NormalGuide
 from .top_down import TopDownNormalGuide
 from .triangular_normal import TriangularNormalGuide
 from .unconditional import UnconditionalGuide
+from .vamp import VampGuide
 
 __all__ = [
     "AmortizedGuide",
@@ -37,6 +38,7 @@ __all__ = [
     "TopDownNormalGuide",
     "TriangularNormalGuide",
     "UnconditionalGuide",
+    "VampGuide",
     "amortize",
     "fitting",
     "guides",

@@ -6,50 +6,12 @@ from collections.abc import Sequence
 
 import pyro
 import torch
-from pyro.contrib.zuko import ZukoToPyro
 from torch import nn
-from torch.distributions import constraints
 
-from ..errors import UnknownName
 from ..models._base import GenerativeModel
+from ..models._flows import FlowDistribution, zuko_flow
 from ._base import Guide, guides
 from .triangular_normal import why_not_vectors
-
-FLOWS = ("maf", "nsf")
-
-
-class FlowDistribution(ZukoToPyro):
-    """A flow as a Pyro distribution that scores every value by itself.
-
-    The parent keeps the log-probability of each draw, computed along the way of drawing it. Estimators that need the
-    derivative of log q at a fixed value would be handed that one, so it is not kept here.
-    """
-
-    support = constraints.real_vector
-
-    def rsample(self, sample_shape=()):
-        return self.dist.rsample(torch.Size(sample_shape))
-
-    def sample(self, sample_shape=()):
-        with torch.no_grad():
-            return self.rsample(sample_shape)
-
-    def __call__(self, sample_shape=()):
-        return self.rsample(sample_shape)
-
-    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
-        return self.dist.log_prob(value)
-
-    def expand(self, batch_shape, _instance=None):
-        return type(self)(self.dist.expand(torch.Size(batch_shape)))
-
-
-def _zuko_flows():
-    """zuko's flows. Imported late, being slow, and in a context, since the import switches validation off for good."""
-    validates = pyro.settings.get("validate_distributions_torch")
-    with pyro.settings.context(validate_distributions_torch=validates):
-        import zuko.flows
-    return zuko.flows
 
 
 @guides.register("flow")
@@ -87,10 +49,8 @@ class FlowGuide(Guide):
         channels: Sequence[int] | None = None,
         activation: str | None = None,
     ):
-        if flow not in FLOWS:
-            raise UnknownName("flow", flow, FLOWS)
+        make = zuko_flow(flow)
         super().__init__(model, hidden, channels, activation)
-        make = getattr(_zuko_flows(), flow.upper())
         self.encoder_flows = nn.ModuleDict(
             {
                 site: make(

@@ -214,6 +214,7 @@ def _check_gradients(modules: dict[str, Module]) -> None:
             gradient = parameter.grad
             _require(gradient is not None and gradient.any(), who, f"no gradient reaches parameter {name!r}")
             _require(gradient.isfinite().all(), who, f"the gradient at parameter {name!r} is not finite")
+    for module in modules.values():  # when all are looked at: a guide may share a network with its model
         module.zero_grad()
 
 

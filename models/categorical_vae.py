@@ -9,14 +9,16 @@ import pyro
 import pyro.distributions as dist
 import torch
 
+from ..errors import BadInput
 from ._base import GenerativeModel, Latent, models
 from ._networks import mlp
 from ._relaxed import RelaxedOneHot
+from .priors import code_priors, made
 
 
 @models.register("categorical-vae")
 class CategoricalVAE(GenerativeModel):
-    r"""Several one-hot latents under a uniform prior, a perceptron decoder, and a Bernoulli likelihood.
+    r"""Several one-hot latents under a uniform or another prior, a perceptron decoder, and a Bernoulli likelihood.
 
     .. math:: y_n \sim \mathrm{Categorical}(1/C, \dots, 1/C),\ n = 1 \dots N, \qquad
               x \mid y \sim \prod_i \mathrm{Bernoulli}(x_i; \sigma(f(y)_i))
@@ -24,8 +26,9 @@ class CategoricalVAE(GenerativeModel):
     Shapes: ``x`` is ``(B, *data_shape)``, site ``y`` is ``(B, num_latents, num_classes)``, one-hot along the last
     dimension. With ``relaxed=True`` y is a point of the simplex instead, from RelaxedOneHotCategorical at
     ``temperature`` (a buffer: ``model.temperature.fill_(0.3)`` changes it); its bound is the relaxed model's and does
-    not compare with the discrete one's. Raises BadInput for data of another shape and, under validation, for NaN or for
-    values other than 0 and 1.
+    not compare with the discrete one's. ``prior`` of the discrete form is ``uniform``, ``independent`` (learned) or
+    ``autoregressive``, a word of `gumbo.models.priors`, with its ``prior_options``. Raises BadInput for data of another
+    shape and, under validation, for NaN or for values other than 0 and 1.
 
     Jang, Gu & Poole 2017, arXiv:1611.01144; Maddison, Mnih & Teh 2017, arXiv:1611.00712, whose prior temperature of 1/2
     is the default.
@@ -38,6 +41,7 @@ class CategoricalVAE(GenerativeModel):
     variants = (
         {"num_latents": 3, "num_classes": 4, "hidden": (16, 8)},
         {"num_latents": 3, "num_classes": 4, "hidden": (16,), "relaxed": True},
+        {"num_latents": 3, "num_classes": 4, "hidden": (8,), "prior": "autoregressive"},
     )
     binary_data = True
 
@@ -52,6 +56,8 @@ class CategoricalVAE(GenerativeModel):
         activation: str = "relu",
         likelihood: str = "bernoulli",
         likelihood_options: Mapping[str, Any] | None = None,
+        prior: str = "uniform",
+        prior_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
@@ -62,13 +68,19 @@ class CategoricalVAE(GenerativeModel):
         self.decoder = mlp(
             [num_latents * num_classes, *reversed(hidden), self.observe_by(likelihood, likelihood_options)], activation
         )
+        if relaxed and prior != "uniform":
+            raise BadInput(
+                f"CategoricalVAE: prior={prior!r} is a law of one-hot codes: it does not go with relaxed=True"
+            )
+        options = (prior_options, num_latents, num_classes)
+        self.decoder_prior = None if prior == "uniform" else made(code_priors, prior, *options)
         self.register_buffer("prior_logits", torch.zeros(num_latents, num_classes), persistent=False)
         if relaxed:
             self.register_buffer("temperature", torch.tensor(float(temperature)))
 
     def forward(self, x: torch.Tensor | None = None, *, batch_size: int = 1) -> torch.Tensor:
         with self.data_plate(x, batch_size):
-            y = pyro.sample("y", self.prior().to_event(1))
+            y = pyro.sample("y", self.prior().to_event(1) if self.decoder_prior is None else self.decoder_prior())
             return pyro.sample("x", self.likelihood(y), obs=x)
 
     def exact(self) -> CategoricalVAE:
@@ -80,7 +92,7 @@ class CategoricalVAE(GenerativeModel):
         return twin
 
     def prior(self) -> dist.TorchDistribution:
-        """The prior of the latents, batch shape ``(num_latents,)``."""
+        """The uniform prior of the latents, batch shape ``(num_latents,)``."""
         if self.relaxed:
             return RelaxedOneHot(self.temperature, logits=self.prior_logits)
         return dist.OneHotCategorical(logits=self.prior_logits)

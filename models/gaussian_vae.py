@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import BadInput
 from ._base import GenerativeModel, Latent, models
 from ._networks import mlp
+from .priors import made, priors
 
 
 @models.register("gaussian-vae")
@@ -27,7 +28,9 @@ class GaussianVAE(GenerativeModel):
     order, so that a guide with the same sizes mirrors the decoder. ``likelihood_sd`` fixes s of the Normal likelihood;
     by default s is learned, one positive scalar that starts at 1. Other words of ``likelihood`` (``poisson``,
     ``negative-binomial``, ``multinomial``, ``categorical``, ``discretized-logistic``, ...) are those of
-    `gumbo.models.likelihoods`, with their ``likelihood_options``. Raises BadInput for data of another shape and, under
+    `gumbo.models.likelihoods`, with their ``likelihood_options``. ``prior`` is a word of `gumbo.models.priors` with its
+    ``prior_options``: ``standard``, ``mixture``, ``vamp`` (whose encoder the guide ``vamp`` shares), ``flow``. Raises
+    BadInput for data of another shape and, under
     validation, for NaN or for values other than 0 and 1 under a Bernoulli likelihood.
 
     Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
@@ -37,7 +40,11 @@ class GaussianVAE(GenerativeModel):
     {'z': (5, 2), 'x': (5, 1, 8, 8)}
     """
 
-    variants = ({"latent_dim": 3, "hidden": (16, 8)}, {"latent_dim": 3, "hidden": (16,), "likelihood": "normal"})
+    variants = (
+        {"latent_dim": 3, "hidden": (16, 8)},
+        {"latent_dim": 3, "hidden": (16,), "likelihood": "normal"},
+        {"latent_dim": 2, "hidden": (8,), "prior": "vamp", "prior_options": {"components": 4}},
+    )
 
     _ranges = {"likelihood_sd": -math.inf}
 
@@ -50,6 +57,8 @@ class GaussianVAE(GenerativeModel):
         likelihood_sd: float | None = None,
         activation: str = "relu",
         likelihood_options: Mapping[str, Any] | None = None,
+        prior: str = "standard",
+        prior_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
@@ -59,8 +68,7 @@ class GaussianVAE(GenerativeModel):
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
         outputs = self.observe_by(likelihood, likelihood_options)
         self.decoder = mlp([latent_dim, *reversed(hidden), outputs], activation)
-        self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
-        self.register_buffer("prior_scale", torch.ones(latent_dim), persistent=False)
+        self.decoder_prior = made(priors, prior, prior_options, latent_dim, self.data_shape, self.mirror)
         self.normal = likelihood == "normal"
         if self.normal:
             fixed = (likelihood_options or {}).get("sd", likelihood_sd)
@@ -72,8 +80,13 @@ class GaussianVAE(GenerativeModel):
 
     def forward(self, x: torch.Tensor | None = None, *, batch_size: int = 1) -> torch.Tensor:
         with self.data_plate(x, batch_size):
-            z = pyro.sample("z", dist.Normal(self.prior_loc, self.prior_scale).to_event(1))
+            z = pyro.sample("z", self.decoder_prior())
             return pyro.sample("x", self.likelihood(z), obs=x)
+
+    @property
+    def prior_loc(self) -> torch.Tensor:
+        """The mean of the standard prior, a buffer."""
+        return self.decoder_prior.loc
 
     def likelihood(self, z: torch.Tensor) -> dist.TorchDistribution:
         """p(x | z) for ``z`` of shape ``(..., D)``, batch shape ``(...)``."""
