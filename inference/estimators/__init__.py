@@ -18,6 +18,7 @@ from .pathwise import Pathwise
 from .reinmax import ReinMax
 from .relaxation import Concrete, GumbelSoftmax
 from .score import Baseline, LeaveOneOut, MovingAverage, Neural, ScoreFunction
+from .stein import Rodeo
 
 __all__ = [
     "ARM",
@@ -44,6 +45,7 @@ __all__ = [
     "Rebar",
     "ReinMax",
     "Relax",
+    "Rodeo",
     "ScoreFunction",
     "SiteState",
     "SiteView",

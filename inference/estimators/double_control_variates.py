@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,6 +87,30 @@ class Coefficients(nn.Module):
             mean.mul_(self.decay).add_((1 - self.decay) * found)
 
 
+@dataclass
+class Linear:
+    """A step's draws, and what linear models of the cost make of them.
+
+    Attributes:
+        slope, value, mean: of the site, without gradients, with an element for every particle and enumerated value.
+        weight: what the score is multiplied by, shaped like the cost.
+        vector: what the gradient of the mean is multiplied by, shaped like the value.
+        gradient: that of each natural parameter, shaped like the value.
+    """
+
+    slope: Tensor
+    value: Tensor
+    mean: Tensor
+    weight: Tensor
+    vector: Tensor
+    gradient: Tensor
+
+
+def times_event(weight: Tensor, tensor: Tensor, event_dim: int) -> Tensor:
+    """Something shaped like the cost times something shaped like the value."""
+    return weight.reshape(weight.shape + (1,) * event_dim) * tensor
+
+
 class DoubleControlVariates(Estimator):
     """Leave-one-out with a linear model of the cost on either side (Titsias & Shi 2022, arXiv 2111.05300).
 
@@ -130,27 +155,32 @@ class DoubleControlVariates(Estimator):
             view.state.observe(view, parts)
         return found
 
+    @torch.no_grad()
+    def linear_models(self, view: SiteView, mean: Tensor) -> Linear:
+        """What the gradient is with a linear model of the cost on either side."""
+        shape, event_dim = view.cost.shape, view.event_dim
+        slope, value, mean = (spread(tensor.detach(), view) for tensor in (view.slope, view.value, mean))
+        score = value - mean
+        theirs = others_mean(view, slope, event_dim)
+        own = view.sum_event(theirs * score).sum_to_size(shape)
+        at_theirs = others_mean(view, view.sum_event(slope * value).sum_to_size(shape))
+        other = at_theirs - view.sum_event(theirs * mean).sum_to_size(shape)
+        gap = view.cost - others_mean(view, view.cost)
+        parts = (
+            times_event(gap, score, event_dim),
+            covariance_times(view, theirs) - times_event(own, score, event_dim),
+            times_event(other, score, event_dim),
+        )
+        first, second = (a.to(gap.dtype) for a in self.coefficients(view, parts))
+        gradient = parts[0] + first * parts[1] + second * parts[2]
+        return Linear(slope, value, mean, gap + second * other - first * own, first * theirs, gradient)
+
     def surrogate(self, view: SiteView) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
         mean = view.parameter("mean")
-        with torch.no_grad():
-            shape = view.cost.shape
-            slope, value, at = (spread(tensor.detach(), view) for tensor in (view.slope, view.value, mean))
-            theirs = others_mean(view, slope, view.event_dim)
-            own = view.sum_event(theirs * (value - at)).sum_to_size(shape)
-            at_theirs = others_mean(view, view.sum_event(slope * value).sum_to_size(shape))
-            other = at_theirs - view.sum_event(theirs * at).sum_to_size(shape)
-            gap = view.cost - others_mean(view, view.cost)
-
-            def score(weight: Tensor) -> Tensor:
-                return weight.reshape(weight.shape + (1,) * view.event_dim) * (value - at)
-
-            parts = score(gap), covariance_times(view, theirs) - score(own), score(other)
-            first, second = (a.to(gap.dtype) for a in self.coefficients(view, parts))
-            weight = gap + second * other - first * own
-        path = view.sum_event(first * theirs * mean).sum_to_size(share_shape(view))
-        return weight * view.log_prob + path
+        found = self.linear_models(view, mean)
+        return found.weight * view.log_prob + view.sum_event(found.vector * mean).sum_to_size(share_shape(view))
 
 
 estimators.register("double-cv", DoubleControlVariates)

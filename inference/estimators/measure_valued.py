@@ -77,10 +77,14 @@ def poisson(view: SiteView) -> Tensor:
     return view.sum_event(gain * view.parameter("rate"))
 
 
+def coin(probs: Tensor) -> Tensor:
+    return torch.bernoulli(probs)
+
+
 def binomial(view: SiteView) -> Tensor:
     count = view.parameter("total_count").to(view.value.dtype)
     # One trial of the draw is left out at random; both of its outcomes are compared, and the draw has one of them.
-    success = torch.bernoulli((view.value / count.clamp(min=1)).clamp(0, 1))
+    success = coin((view.value / count.clamp(min=1)).clamp(0, 1))
     sign = 1 - 2 * success
     gain = gains(view, (view.value + torch.where(count > 0, sign, 0)).unsqueeze(0))[0]
     return view.sum_event(count * sign * gain * view.parameter("probs"))

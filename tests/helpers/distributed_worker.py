@@ -185,6 +185,7 @@ CASES = {
         for scaled, words in (
             (False, ("score", "rloo", "nvil", "arm", "muprop", "relax", "gumbel-softmax", "enumerate")),
             (True, ("score-average", "disarm", "rebar", "straight-through", "local-expectation", "measure-valued")),
+            (True, ("double-cv", "rodeo", "arms")),
         )
         for word in words
     },
@@ -202,6 +203,8 @@ CASES = {
     "shared arm": (SHARED, True, lambda: shared("arm", "disarm")),
     "shared local-expectation": (SHARED, False, lambda: shared("local-expectation", "rebar")),
     "shared measure-valued": (SHARED, True, lambda: shared("measure-valued", "muprop")),
+    "shared double-cv": (SHARED, True, lambda: shared("rloo", "double-cv", num_particles=3)),
+    "shared arms": (SHARED, False, lambda: shared("arms", "rodeo", num_particles=2)),
     "shared relaxed": (SHARED, True, lambda: shared(GumbelSoftmax(hard=True), "gumbel-softmax")),
     "shared enumerate": (SHARED, True, lambda: shared("enumerate", "rloo", num_particles=2)),
     "shared, rows enumerated": (SHARED, False, lambda: shared("rloo", "enumerate", num_particles=2)),
@@ -216,6 +219,8 @@ SHORT = (
     "coins rloo",
     "coins nvil",
     "coins relax",
+    "coins rodeo",
+    "shared double-cv",
     "shared rloo",
     "shared nvil",
 )

@@ -1,0 +1,165 @@
+"""RODEO: double control variates with a network in them, through discrete Stein operators (Shi et al. 2022)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._base import Draw, SiteView, estimators, sloping_draw
+from ._distributions import describe, elementary, is_bernoulli, is_one_hot
+from ._reruns import share_shape
+from .double_control_variates import (
+    Coefficients,
+    DoubleControlVariates,
+    Linear,
+    covariance_times,
+    others_mean,
+    times_event,
+)
+
+
+class Surrogate(Coefficients):
+    """The two coefficients, a network for what they leave of the cost, and the cost's running moments.
+
+    The network sees a cost and how far a linear model of it moves, both in the cost's own spread, and starts at zero.
+    """
+
+    def __init__(self, like: Tensor, decay: float, hidden: int):
+        super().__init__(like, decay)
+        options = {"dtype": like.dtype, "device": like.device}
+        self.net = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, 1)).to(**options)
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+        self.register_buffer("mean", torch.zeros((), **options))
+        self.register_buffer("variance", torch.zeros((), **options))
+        self.register_buffer("seen", torch.zeros((), **options))
+
+    mean: Tensor
+    variance: Tensor
+    seen: Tensor
+
+    def scale(self, cost: Tensor, average: Callable[[Tensor], Tensor]) -> Tensor:
+        """The spread of costs in earlier steps; their size where there are none."""
+        return torch.where(self.seen > 0, self.variance, average(cost.square())).clamp(min=1e-12).sqrt()
+
+    def forward(self, cost: Tensor, moved: Tensor, scale: Tensor) -> Tensor:
+        """What the network says of draws at which a linear model of the cost, right at a draw of it, has moved."""
+        cost, moved = torch.broadcast_tensors((cost - self.mean) / scale, moved / scale)
+        return scale * self.net(torch.stack([cost, moved], -1)).squeeze(-1)
+
+    @torch.no_grad()
+    def follow(self, cost: Tensor, average: Callable[[Tensor], Tensor]) -> None:
+        """Let the running moments see the costs of a step."""
+        keep = torch.where(self.seen > 0, self.decay, 0.0)
+        mean = average(cost)
+        moved = (mean - self.mean).square() * keep
+        self.mean.mul_(keep).add_((1 - keep) * mean)
+        self.variance.mul_(keep).add_((1 - keep) * (average((cost - mean).square()) + moved))
+        self.seen.add_(1)
+
+
+class Rodeo(DoubleControlVariates):
+    """``double-cv`` with a network beside its linear models of the cost (Shi et al. 2022, arXiv 2202.09497).
+
+    From a draw zⱼ with cost fⱼ and slope f′ⱼ, h(y) = net(fⱼ, f′ⱼ·(y − zⱼ)) says of a neighbour y what the cost is
+    there, beyond what is linear, with no run of any program. A discrete Stein operator A replaces coordinates by fresh
+    ones, so that A h has expectation zero:
+
+    * on the side of the draw, h of the *other* particles times the score, where coordinate i of the gradient replaces
+      coordinate i of zₖ: −h(zₖ) sₖᵢ + Σᵥ pᵢ(v) h(zₖ with i = v) sᵢ(v);
+    * in the baseline, h of each other particle at its own neighbours: Σᵢ Σᵥ pᵢ(v) (h(zⱼ with i = v) − h(zⱼ)).
+
+    The paper averages its operator over all coordinates in both places; replacing the one coordinate whose gradient it
+    is makes a linear h the ``double-cv`` term, exact for linear costs. The network is learnt from the squared gradient,
+    by the optimizer that the loss is given, and reaches nothing else; like the coefficients it is what earlier steps
+    made of it. Bernoulli and one-hot sites.
+
+    >>> Rodeo().name, Rodeo().min_particles, Rodeo().evaluations(num_particles=2, num_sites=3)
+    ('rodeo', 2, 2)
+    """
+
+    lazy_parameters = True
+
+    def __init__(self, hidden: int = 16, decay: float = 0.98):
+        super().__init__(decay)
+        self.hidden = int(hidden)
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        fn = site["fn"]
+        if is_bernoulli(fn) or is_one_hot(fn):
+            return None
+        return f"it replaces coordinates of Bernoulli and OneHotCategorical sites, this one is {describe(fn)}"
+
+    def make_state(self, site: Mapping[str, Any], inputs: Any) -> nn.Module:
+        return Surrogate(elementary(site["fn"]).mean, self.decay, self.hidden)
+
+    def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
+        return sloping_draw(fn, args, kwargs)
+
+    def own_term(self, view: SiteView, found: Linear) -> tuple[Tensor, Tensor]:
+        """h of the other particles at the draw, shaped like the cost, and how it changes with each coordinate there.
+
+        The second, shaped like the value, is what multiplies the gradient of the mean.
+        """
+        dim, event_dim, count = view.particle_dim, view.event_dim, view.num_particles
+        here, contrast = torch.zeros_like(view.cost), torch.zeros_like(found.value)
+        for shift in range(1, count):
+            cost = view.cost.roll(shift, dim)
+            slope, value = (tensor.roll(shift, dim - event_dim) for tensor in (found.slope, found.value))
+            moved = view.sum_event(slope * (found.value - value)).sum_to_size(view.cost.shape)
+            said, changed = self.neighbours(view, cost, moved, slope, found.value)
+            here = here + said / (count - 1)
+            contrast = contrast + changed / (count - 1)
+        return here, contrast
+
+    def baseline_term(self, view: SiteView, found: Linear) -> Tensor:
+        """The mean over the other particles of the Stein operator applied to their own h, shaped like the cost."""
+        _, changed = self.neighbours(view, view.cost, torch.zeros_like(view.cost), found.slope, found.value)
+        # The mean less the value, times the change of each coordinate: what fresh coordinates change on average.
+        fresh = view.sum_event((found.mean - found.value) * changed).sum_to_size(view.cost.shape)
+        return others_mean(view, fresh)
+
+    def neighbours(
+        self, view: SiteView, cost: Tensor, moved: Tensor, slope: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """h at a value, and h with each coordinate of it replaced: as a slope, one less zero for coins, or by class."""
+        scale, events = view.state.scale(view.cost, view.mean), (1,) * view.event_dim
+        said = view.state(cost, moved, scale)
+        one_hot = is_one_hot(view.fns[0])
+        step = slope - (slope * value).sum(-1, keepdim=True) if one_hot else slope * (1 - 2 * value)
+        cost, moved = cost.reshape(cost.shape + events), moved.reshape(moved.shape + events)
+        there = view.state(cost, moved + step, scale)
+        return said, there if one_hot else (there - said.reshape(said.shape + events)) * (1 - 2 * value)
+
+    def surrogate(self, view: SiteView) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        mean = view.parameter("mean")
+        found = self.linear_models(view, mean)
+        here, contrast = self.own_term(view, found)
+        fitted = here + self.baseline_term(view, found)
+        path = view.sum_event((found.vector + contrast.detach()) * mean).sum_to_size(share_shape(view))
+        share = (found.weight - fitted.detach()) * view.log_prob + path
+        if not view.training:
+            return share
+        score = times_event(fitted, found.value - found.mean, view.event_dim)
+        loss = self.variance_loss(view, found.gradient - score + covariance_times(view, contrast))
+        view.state.follow(view.cost, view.mean)
+        return share - loss / math.prod(share.shape)
+
+    def variance_loss(self, view: SiteView, gradient: Tensor) -> Tensor:
+        """A scalar whose gradient, for the network's parameters alone, is that of the squared gradient of the site."""
+        mean = gradient.mean(view.particle_dim - view.event_dim, keepdim=True)
+        loss = (mean / view.state.scale(view.cost, view.mean)).square().sum()
+        parameters = [p for p in view.state.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
+        # Linear in the parameters, so that nothing else that the loss passed through can receive a gradient.
+        pairs = [(p, g) for p, g in zip(parameters, found, strict=False) if g is not None]
+        return sum(((p * g).sum() for p, g in pairs), start=view.cost.new_zeros(()))
+
+
+estimators.register("rodeo", Rodeo)
