@@ -67,6 +67,18 @@ stock_elbos.register("trace-meanfield", TraceMeanField_ELBO)
 def make_loss(word: Any, num_particles: int | None = None, **options: Any) -> ELBO:
     """The loss that a word names: one of Pyro's ELBOs, or a :class:`SiteELBO` (which takes more options).
 
+    Args:
+        word: a word of `stock_elbos`; a word, a mapping or an estimator that :class:`SiteELBO` takes; or a loss.
+        num_particles: draws that the loss is averaged over; None is the estimators' own minimum, 1 for Pyro's ELBOs.
+        options: of :class:`SiteELBO`; of a stock ELBO ``vectorize_particles`` and ``max_plate_nesting`` only.
+
+    Returns:
+        The loss; one that is a loss already is returned as it is.
+
+    Raises:
+        UnknownName: a word that names neither.
+        BadInput: an option that the loss does not have.
+
     >>> type(make_loss("trace-graph")).__name__, make_loss("rloo")
     ('TraceGraph_ELBO', SiteELBO('rloo', objective='elbo', num_particles=None))
     """

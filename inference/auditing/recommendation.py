@@ -1,4 +1,4 @@
-"""Which estimator an audit speaks for."""
+"""The estimator that an audit recommends, and why."""
 
 from __future__ import annotations
 

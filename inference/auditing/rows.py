@@ -1,4 +1,4 @@
-"""What an audit knows of one estimator."""
+"""The state of one estimator in an audit."""
 
 from __future__ import annotations
 

@@ -83,7 +83,18 @@ class Weights:
 
 
 def importance_weights(groups: list[list[Run]], layout: Layout) -> Weights:
-    """log p(x, z) and log q(z | x) of each particle, per element of the plates that enclose all sites."""
+    """log p(x, z) and log q(z | x) of each particle, per element of the plates that enclose all sites.
+
+    Args:
+        groups: the runs, as in :class:`Recorded`.
+        layout: what the dimensions of their terms mean; particles lie along dimension ``-layout.room``.
+
+    Returns:
+        log p and log q in nats, each ``(K, *plates)``, and the scale that all terms share.
+
+    Raises:
+        UnsupportedSite: a plate is subsampled that does not enclose every site.
+    """
     runs = [run for paths in groups for run in paths]
     frames, scale = common_frames(runs, layout), common_scale(runs)
     for plate in sorted(runs[0].partial_loops):

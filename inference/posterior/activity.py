@@ -29,13 +29,24 @@ def active_units(
 ) -> dict[str, Tensor]:
     r"""Which latent dimensions the guide uses: :math:`\mathrm{Var}_x(E_{q(u \mid x)}[u]) >` ``threshold``.
 
-    Returns a boolean tensor of each latent site's event shape; ``.sum()`` counts them. A dimension whose posterior mean
-    does not move with the data says nothing about them: it has collapsed onto its prior. Means are taken in closed form
-    where the site's distribution has one, and averaged over ``num_samples`` draws of whatever the site depends on; the
-    variance that so few draws add is taken off again. Sites outside the data plate are left out.
+    A dimension whose posterior mean does not move with the data has collapsed onto its prior. The mean is taken in
+    closed form where the site's distribution has one, and averaged over draws of the sites that it depends on; the
+    variance that these draws add is subtracted. Sites outside the data plate are left out. Burda, Grosse &
+    Salakhutdinov 2015, arXiv:1509.00519.
 
-    Burda, Grosse & Salakhutdinov 2015, arXiv:1509.00519. Raises BadInput for data that the guide does not take, or for
-    fewer than two rows.
+    Args:
+        guide: the guide, a program of the data.
+        data: at least two rows, in any form that ``fit`` takes.
+        threshold: the variance above which a dimension is active, in the square of the latent's unit.
+        num_samples: draws of the sites that a site depends on.
+        batch_size: rows a run.
+        seed: of the draws; None draws from the current stream.
+
+    Returns:
+        A boolean tensor of each latent site's event shape, by site; ``.sum()`` counts the active dimensions.
+
+    Raises:
+        BadInput: data that the guide does not take, fewer than two rows, or a number out of range.
 
     >>> import pyro, pyro.distributions as dist
     >>> def guide(x):

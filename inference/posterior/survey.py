@@ -26,7 +26,7 @@ class Survey:
     Attributes:
         guide: the guide, completed by the sites that the model enumerates (``summed_out``).
         guide_sites, model_sites: where the numbers of each site lie, by name.
-        sizes, full_sizes: the rows that are there in each plate, and those that its scale speaks of.
+        sizes, full_sizes: the rows at hand in each plate, and the rows of the whole plate that its scale is for.
         swept: plates that are visited in blocks, with the rows of one block.
         at_hand: plates that would draw their rows and are given a batch instead, with these rows.
         row_ids: the number of each row, by plate.

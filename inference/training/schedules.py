@@ -154,8 +154,17 @@ class Cosine(_Checked):
 def parse_schedule(text: str | float | Schedule) -> Schedule:
     """The schedule that a short string says, as a command line takes it; a bare number is constant.
 
-    What is a schedule already is given back, and ``parse_schedule(repr(schedule)) == schedule``. Raises UnknownName
-    for an unknown schedule, and BadInput for arguments that it does not take.
+    ``parse_schedule(repr(schedule)) == schedule``.
+
+    Args:
+        text: a schedule in words, a number, or a schedule.
+
+    Returns:
+        A function of the training step; one that is a schedule already is returned as it is.
+
+    Raises:
+        UnknownName: an unknown schedule.
+        BadInput: arguments that the schedule does not take.
 
     >>> parse_schedule("exponential(1.0, 0.5, 1e-4)")
     Exponential(start=1.0, floor=0.5, rate=0.0001)

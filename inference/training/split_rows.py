@@ -171,7 +171,7 @@ class SplitRows:
 
 @dataclass
 class SplitLayout(Layout):
-    """A layout that knows of the rows that other processes hold."""
+    """A layout whose costs and means include the rows of other processes."""
 
     split: SplitRows | None = None
 

@@ -37,7 +37,7 @@ class Study:
 
 
 def study(model: nn.Module, guide: nn.Module, batch: Rows) -> Study:
-    """Find the plate over the rows, and hold that a row means the same whichever rows stand beside it.
+    """Find the plate over the rows, and check that a row's terms do not depend on the other rows.
 
     The programs run on all rows, and again on a part of them at the same draws; every log-probability is compared.
 
