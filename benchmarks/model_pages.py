@@ -116,6 +116,20 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "--data cells --model_options.latent_dim=2 --guide normal --estimator pathwise --lr 3e-3 --epochs 60",
         "Given each cell's total; with the library as a latent the bound compares with the truth, see below.",
     ),
+    "poisson-def": (
+        "--data reuters --model_options.layers='[20, 5]' --guide layered --estimator pathwise --lr 1e-2 --clip_norm 100 "
+        "--batch_size 50 --epochs 60",
+        "",
+    ),
+    "vector-quantized-vae": (
+        "--model_options.num_codes=8 --model_options.num_classes=8 --guide vector-quantized --estimator rloo --particles 4 "
+        "--lr 3e-3 --epochs 40",
+        "",
+    ),
+    "grid-world": (
+        "--guide grid-policy --estimator rloo --particles 4 --kl_weight 0 --lr 5e-2 --epochs 25",
+        "A datum is one walk, and the expected return is minus the distortion; the optimum is below.",
+    ),
     "deep-markov-model": (
         "--data jsb-chorales --model_options.latent_dim=20 --model_options.transition_hidden=50 --guide combiner "
         "--guide_options.rnn_hidden=100 --estimator pathwise --lr 3e-3 --clip_norm 10 --batch_size 20 --epochs 8 "
@@ -132,6 +146,9 @@ EXAMPLES: dict[str, tuple[str, str]] = {
 
 # The study of `benchmarks/collection.py` whose table a page shows.
 STUDIES = {
+    "vector-quantized-vae": "codes",
+    "gaussian-vae": "priors",
+    "grid-world": "grid",
     "latent-dirichlet-allocation": "topics",
     "prod-lda": "topics",
     "negative-binomial-vae": "cells",

@@ -18,6 +18,7 @@ from .top_down import TopDownNormalGuide
 from .triangular_normal import TriangularNormalGuide
 from .unconditional import UnconditionalGuide
 from .vamp import VampGuide
+from .vector_quantized import VectorQuantizedGuide
 
 __all__ = [
     "AmortizedGuide",
@@ -39,6 +40,7 @@ __all__ = [
     "TriangularNormalGuide",
     "UnconditionalGuide",
     "VampGuide",
+    "VectorQuantizedGuide",
     "amortize",
     "fitting",
     "guides",

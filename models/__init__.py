@@ -19,11 +19,13 @@ from .latent_dirichlet_allocation import LatentDirichletAllocation
 from .negative_binomial_vae import NegativeBinomialVAE
 from .neural_bayes_net import NeuralBayesNet
 from .neural_classifier import NeuralClassifier
+from .poisson_def import PoissonDEF
 from .poisson_vae import PoissonVAE
 from .prod_lda import ProdLDA
 from .semi_supervised_vae import SemiSupervisedVAE
 from .sigmoid_belief_network import SigmoidBeliefNetwork
 from .structured_prediction import StructuredPrediction
+from .vector_quantized_vae import VectorQuantizedVAE
 
 __all__ = [
     "BayesianRegression",
@@ -43,11 +45,13 @@ __all__ = [
     "NegativeBinomialVAE",
     "NeuralBayesNet",
     "NeuralClassifier",
+    "PoissonDEF",
     "PoissonVAE",
     "ProdLDA",
     "SemiSupervisedVAE",
     "SigmoidBeliefNetwork",
     "StructuredPrediction",
+    "VectorQuantizedVAE",
     "models",
     "npmi",
     "perplexity",
