@@ -117,13 +117,13 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "Given each cell's total; with the library as a latent the bound compares with the truth, see below.",
     ),
     "poisson-def": (
-        "--data reuters --model_options.layers='[20, 5]' --guide layered --estimator pathwise --lr 1e-2 --clip_norm 100 "
-        "--batch_size 50 --epochs 60",
+        "--data reuters --model_options.layers='[20, 5]' --guide layered --estimator pathwise --lr 1e-2 "
+        "--clip_norm 100 --batch_size 50 --epochs 60",
         "",
     ),
     "vector-quantized-vae": (
-        "--model_options.num_codes=8 --model_options.num_classes=8 --guide vector-quantized --estimator rloo --particles 4 "
-        "--lr 3e-3 --epochs 40",
+        "--model_options.num_codes=8 --model_options.num_classes=8 --guide vector-quantized --estimator rloo "
+        "--particles 4 --lr 3e-3 --epochs 40",
         "",
     ),
     "grid-world": (
