@@ -171,13 +171,11 @@ class _Counts(dist.NegativeBinomial):
         return super().log_prob(value - self.lower)
 
 
-def lower_triangular(scale: Tensor, below: Tensor) -> Tensor:
-    """The Cholesky factor with diagonal ``scale (..., n)``, each row scaled by it, from n (n − 1) / 2 numbers."""
+def lower_triangular(scale: Tensor, square: Tensor) -> Tensor:
+    """The Cholesky factor with diagonal ``scale (..., n)``, each row scaled by it; below stands ``square``."""
     size = scale.shape[-1]
-    rows, columns = torch.tril_indices(size, size, -1, device=scale.device)
-    unit = torch.eye(size, dtype=scale.dtype, device=scale.device).expand(*below.shape[:-1], size, size)
-    place = (rows * size + columns).expand(below.shape)
-    return scale.unsqueeze(-1) * unit.flatten(-2).scatter(-1, place, below).unflatten(-1, (size, size))
+    below = square.unflatten(-1, (size, size)).tril(-1)
+    return scale.unsqueeze(-1) * (below + torch.eye(size, dtype=scale.dtype, device=scale.device))
 
 
 def transformed(base: dist.TorchDistribution, shape: Sequence[int], support: Any) -> dist.TorchDistribution:
@@ -247,7 +245,7 @@ def family_of(seen: Seen, joint: bool, most_joint: int) -> Family:
         ) from None
     size = math.prod(inner)
     joint = joint and 1 < size <= most_joint
-    outputs = 2 * size + (size * (size - 1) // 2 if joint else 0)
+    outputs = 2 * size + (size * size if joint else 0)
     name = {"_Real": "real", "_GreaterThan": "positive", "_Simplex": "simplex", "_Interval": "interval"}.get(kind, kind)
     word = "joint Normal" if joint else "Normal"
     return Family(f"{word}, {name.strip('_')}", size, outputs, joint, inner, size)

@@ -209,14 +209,13 @@ class Pool(nn.Module):
         super().__init__()
         self.network = mlp([inputs, hidden, hidden], ACTIVATION)
         self.products = inputs <= MOST_MOMENTS
-        self.size = inputs + (inputs * (inputs + 1) // 2 if self.products else 0) + hidden + 1
+        self.size = inputs + (inputs * inputs if self.products else 0) + hidden + 1
 
     def forward(self, x: Tensor, valid: Tensor | None, dims: Sequence[int]) -> Tensor:
         """``x`` is ``(*plates, inputs)``; the plates of ``dims`` (as of a batch, from the right) become one row."""
         parts = [x, self.network(x)]
         if self.products:
-            rows, columns = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-            parts.append(x[..., rows] * x[..., columns])
+            parts.append((x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2))
         every = torch.cat(parts, -1)
         axes = [dim - 1 for dim in dims]
         weight = torch.ones_like(x[..., :1]) if valid is None else valid.to(x.dtype).unsqueeze(-1).expand_as(x[..., :1])

@@ -107,7 +107,7 @@ class AmortizedGuide(PyroModule):
                 family = Family(
                     family.kind.replace("Normal", "joint Normal", 1) if not family.joint else family.kind,
                     size,
-                    2 * size + size * (size - 1) // 2,
+                    2 * size + size * size,
                     True,
                     (size,),
                     size,
@@ -298,7 +298,10 @@ class AmortizedGuide(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         look = look_at(self._model[0], args, kwargs)
-        self._check(look)
+        # Under Pyro's idiom each mention of these registers all their parameters again.
+        trunks, sites = self.encoder_trunks, self.encoder_sites
+        heads = {name: sites[key] for name, key in self._heads.items()}
+        self._check(look, trunks)
         with poutine.block():
             plates = {
                 plate.name: pyro.plate(plate.name, dim=plate.dim)
@@ -312,14 +315,13 @@ class AmortizedGuide(PyroModule):
             seen = look.sites[name]
             trunk = self._trunk_of.get(name)
             if trunk is not None and trunk not in features:
-                features[trunk] = self.encoder_trunks[trunk](look, args, kwargs)
-            parents = [self._seen_by(name, other, values[other], look) for other in above]
+                features[trunk] = trunks[trunk](look, args, kwargs)
+            parents = [self._seen_by(name, other, values[other], look, heads[other]) for other in above]
             joined = beside_each_other(parents) if parents else None
-            head = self.encoder_sites[self._heads[name]]
             if trunk is not None:
-                output = head(features[trunk], joined)
+                output = heads[name](features[trunk], joined)
             else:
-                output = head(joined, self._row_index(name, look))
+                output = heads[name](joined, self._row_index(name, look))
             values[name] = self._sample(name, output, seen, look, plates)
         return values
 
@@ -351,12 +353,11 @@ class AmortizedGuide(PyroModule):
         with within(*contexts, mask, scale):
             return pyro.sample(name, dist.Delta(value, log_density=density, event_dim=rank))
 
-    def _seen_by(self, below: str, name: str, value: Tensor, look: Look) -> Tensor:
+    def _seen_by(self, below: str, name: str, value: Tensor, look: Look, head: nn.Module) -> Tensor:
         """A parent's value as features for the factor of the site ``below``."""
         seen, element = look.sites[name], self._elements[name]
         rank = len(seen.event_shape)
         x = aligned(element.read(value, seen), value.dim() - rank, self._depth)
-        head = self.encoder_sites[self._heads[name]]
         if isinstance(head, GlobalHead) and element.continuous:
             if self._coupled[name]:
                 shape = [1] * self._depth
@@ -380,10 +381,11 @@ class AmortizedGuide(PyroModule):
         plates = [look.plates[plate] for plate in look.sites[name].plates]
         return {plate.dim: plate.rows for plate in plates if plate.subsampled and plate.rows is not None}
 
-    def _check(self, look: Look) -> None:
+    def _check(self, look: Look, trunks: nn.ModuleDict) -> None:
         for name in look.latent:
             if name not in self.parents:
-                seen = "observed" if any(name == each for each in self._observed()) else "not there"
+                read = any(name in trunk.observed for trunk in trunks.values())
+                seen = "observed" if read else "not there"
                 raise BadInput(
                     f"amortize: site {name!r} is latent on these arguments, and was {seen} when the guide was built;"
                     " give the guide the arguments that the model is conditioned on"
@@ -392,16 +394,12 @@ class AmortizedGuide(PyroModule):
             if name not in look.sites or look.sites[name].observed:
                 what = "observed" if name in look.sites else "missing"
                 raise BadInput(f"amortize: latent site {name!r} is {what} on these arguments; build a guide for them")
-        for trunk in self.encoder_trunks.values():
+        for trunk in trunks.values():
             for name in trunk.observed:
                 if name not in look.observed:
                     raise BadInput(
                         f"amortize: site {name!r} is not observed on these arguments, and an encoder reads it"
                     )
-
-    def _observed(self) -> Iterator[str]:
-        for trunk in self.encoder_trunks.values():
-            yield from trunk.observed
 
     # ---- what it says
 

@@ -119,8 +119,11 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
         )
         unregistered: list[nn.Parameter] = []
         stored = _as_parameters(stored)
+        # A network of a module belongs to that module alone: under two names a captured step would take it for two.
+        whose = {id(part) for program in (model, guide) if isinstance(program, nn.Module) for part in program.modules()}
+        others = [part for part in called if id(part) not in whose]
         programs = [
-            _as_module(program, trace, stored, list(called), unregistered)
+            _as_module(program, trace, stored, others, unregistered)
             for program, trace in zip((model, guide), reversed(traces), strict=True)
         ]
         if not any(True for trace in traces for _ in sites_of(trace)):
