@@ -98,7 +98,11 @@ class Family:
         """The distribution of one site from numbers ``(..., outputs)``, on the support that it shows now."""
         rank = len(seen.event_shape)
         if self.continuous:
-            return transformed(self.base(output), self.shape, whole(seen.support, rank))
+            support = whole(seen.support, rank)
+            if self.joint:
+                return transformed(self.base(output), self.shape, support)
+            loc, scale = (part.reshape((*part.shape[:-1], *self.shape)) for part in self._moments(output))
+            return transformed(dist.Normal(loc, scale).to_event(len(self.shape)), self.shape, support)
         logits = output.unflatten(-1, (*seen.event_shape, -1)) if self.kind != "one-hot" else output
         if self.kind == "one-hot":
             return dist.OneHotCategorical(logits=output.unflatten(-1, seen.event_shape)).to_event(rank - 1)
@@ -113,12 +117,12 @@ class Family:
         return _Counts(count, logits=logits[..., 1] - count.log(), lower=self.lower).to_event(rank)
 
     def base(self, output: Tensor) -> dist.TorchDistribution:
-        """A Normal over unconstrained numbers ``(..., size)``."""
-        loc, raw = output[..., : self.size], output[..., self.size : 2 * self.size]
-        scale = softplus(raw) + MIN_SCALE
-        if not self.joint:
-            return dist.Normal(loc, scale).to_event(1)
+        """A Normal over unconstrained vectors ``(..., size)`` with a covariance."""
+        loc, scale = self._moments(output)
         return dist.MultivariateNormal(loc, scale_tril=lower_triangular(scale, output[..., 2 * self.size :]))
+
+    def _moments(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        return output[..., : self.size], softplus(output[..., self.size : 2 * self.size]) + MIN_SCALE
 
     def _allowed(self, logits: Tensor, seen: Seen) -> Tensor:
         upper = torch.as_tensor(bare(seen.support).upper_bound, device=logits.device)
@@ -179,9 +183,9 @@ def lower_triangular(scale: Tensor, square: Tensor) -> Tensor:
 
 
 def transformed(base: dist.TorchDistribution, shape: Sequence[int], support: Any) -> dist.TorchDistribution:
-    """Unconstrained vectors of ``base``, reshaped to events of ``shape`` and carried to the support."""
+    """Unconstrained draws of ``base``, reshaped to events of ``shape`` and carried to the support."""
     parts: list[Any] = []
-    if tuple(shape) != (base.event_shape[0],):
+    if tuple(shape) != tuple(base.event_shape):
         parts.append(T.ReshapeTransform(base.event_shape, torch.Size(shape)))
     if not isinstance(bare(support), type(constraints.real)):
         parts.append(biject_to(support))

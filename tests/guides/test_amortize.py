@@ -18,8 +18,11 @@ from torch import nn
 
 from gumbo.errors import BadInput, UnknownName
 from gumbo.guides import amortize
+from gumbo.guides._encoders import Recurrent
 from gumbo.guides._inversion import faithful_inverse
-from gumbo.inference import SiteELBO, evaluate, fit
+from gumbo.inference import SiteELBO, diagnose, evaluate, fit, to_arviz
+from gumbo.inference.engine.rows import Rows
+from gumbo.inference.training.inspection import inspect_programs
 
 WORDS = ("mean-field", "faithful", "full")
 
@@ -414,3 +417,155 @@ def test_fit_evaluate_and_words_for_discrete_sites():
     ).logsumexp(0)
     assert abs(float(exact.mean()) - evaluate(model, guide, x, num_samples=50).elbo) < 0.02
     assert SiteELBO("rloo", num_particles=2)(model, guide)(x).isfinite()
+
+
+@pytest.mark.slow
+def test_a_compiled_step_takes_it():
+    own = PROGRAMS["global and local"]
+    guide = made(own.model, *own.args, hidden=(4,))
+    before = {name: value.clone() for name, value in guide.named_parameters()}
+    fit(own.model, guide, *own.args, epochs=3, batch_size=25, compile=True, progress=False)
+    assert all(not torch.equal(before[name], value) for name, value in guide.named_parameters())
+
+
+def test_a_function_model_is_given_no_modules_of_its_guide():
+    own = PROGRAMS["global and local"]
+    guide = made(own.model, *own.args, hidden=(4,))
+    found = inspect_programs(own.model, guide, Rows(own.args[0]), 0)
+    assert not dict(found.model.named_parameters()) and found.guide is guide
+
+
+# ---- plates
+
+
+def rows_model(x, size=None):
+    """Rows of a larger data set, drawn here where ``size`` says how many."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x), subsample_size=size) as index:
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
+def test_a_subsampled_plate_shows_model_and_guide_the_same_rows():
+    x = torch.linspace(-3.0, 3.0, 40)
+    guide = made(rows_model, x, 8, hidden=(4,), dependencies="mean-field")
+    with pyro.get_param_store().scope():
+        traced = poutine.trace(guide).get_trace(x, 8)
+        model = poutine.trace(poutine.replay(rows_model, traced)).get_trace(x, 8)
+        rows = traced.nodes["rows"]["value"]
+        whole = poutine.trace(guide).get_trace(x)
+    assert torch.equal(rows, model.nodes["rows"]["value"]) and len(rows) == 8
+    assert traced.nodes["z"]["scale"] == model.nodes["z"]["scale"] == 5.0
+    assert torch.allclose(traced.nodes["z"]["fn"].mean, whole.nodes["z"]["fn"].mean[rows])
+    draws = torch.stack([SiteELBO()(rows_model, guide)(x, 8).detach() for _ in range(200)])
+    full = torch.stack([SiteELBO()(rows_model, guide)(x).detach() for _ in range(200)])
+    assert abs(draws.mean() - full.mean()) < 4 * (draws.var() / 200 + full.var() / 200).sqrt()
+
+
+def test_a_plate_without_a_size_is_served():
+    def model(x):
+        with pyro.plate("rows", dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.linspace(0.0, 1.0, 5)
+    guide = made(model, x, hidden=(4,))
+    assert guide.decisions[0].scope == "local"
+    with pyro.get_param_store().scope():
+        assert guide(x)["z"].shape == (5,) and guide(x[:3])["z"].shape == (3,)
+        assert Trace_ELBO().loss(model, guide, x[:3]) > 0
+
+
+def sequences(x, seen):
+    """Sequences of other lengths: a latent for each, steps of which some are seen."""
+    with pyro.plate("rows", len(x), dim=-2):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("steps", x.shape[1], dim=-1), poutine.mask(mask=seen):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_masks_and_other_lengths_leave_a_row_its_posterior():
+    x, seen = torch.randn(6, 9), torch.arange(9) < torch.tensor([9, 4, 7, 1, 5, 9]).unsqueeze(1)
+    guide = made(sequences, x, seen, hidden=(4,))
+    assert "set encoder" in str(guide)
+
+    def locs(x, seen):
+        with pyro.get_param_store().scope():
+            return poutine.trace(guide).get_trace(x, seen).nodes["z"]["fn"].mean.flatten()
+
+    padded = torch.where(seen, x, float("nan"))
+    assert torch.allclose(locs(x, seen), locs(padded, seen))
+    assert torch.allclose(locs(x[:2], seen[:2]), locs(x, seen)[:2])
+    assert torch.allclose(locs(x[1:2, :4], seen[1:2, :4]), locs(x, seen)[1:2], atol=1e-5)
+
+
+def test_a_recurrent_encoder_is_blind_to_padding():
+    def model(x, seen):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            fn = dist.Normal(z.unsqueeze(-1).unsqueeze(-1), 1.0).expand([len(x), *x.shape[1:]])
+            pyro.sample("x", fn.mask(seen.unsqueeze(-1)).to_event(2), obs=x)
+
+    x, seen = torch.randn(3, 8, 2), torch.ones(3, 8, dtype=torch.bool)
+    guide = made(model, x, seen, hidden=(4,))
+    assert "recurrent" in str(guide)
+    with pyro.get_param_store().scope():
+        assert guide(x[:, :5], seen[:, :5])["z"].shape == (3,)
+    states, ends = Recurrent(2, 3)(x, seen)
+    assert states.shape == (3, 8, 6) and ends.shape == (3, 6)
+    network = Recurrent(2, 3)
+    short = network(x[:, :5], None)[1]
+    assert torch.allclose(network(x, torch.arange(8).expand(3, 8) < 5)[1], short, atol=1e-6)
+
+
+def test_missing_values_that_the_model_fills_in_are_drawn_and_masked():
+    def model(x, seen):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x, obs_mask=seen)
+
+    x, seen = torch.randn(6), torch.tensor([True, False, True, True, False, True])
+    guide = made(model, x, seen, hidden=(4,))
+    assert set(guide.parents) == {"z", "x_unobserved"} and ("z",) in guide.parents.values()
+    with pyro.get_param_store().scope():
+        traced = poutine.trace(guide).get_trace(x, seen)
+        traced.compute_log_prob()
+    assert (traced.nodes["x_unobserved"]["log_prob"][seen] == 0).all()
+    assert (traced.nodes["x_unobserved"]["log_prob"][~seen] != 0).all()
+
+
+def test_images_are_read_by_convolutions_and_a_scale_around_a_site_is_kept():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            with poutine.scale(scale=0.5):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1)[..., None, None, None], 1.0).expand(x.shape).to_event(3), obs=x)
+
+    x = torch.randn(5, 1, 8, 8)
+    guide = made(model, x)
+    assert "convolution" in str(guide)
+    with pyro.get_param_store().scope():
+        assert poutine.trace(guide).get_trace(x).nodes["z"]["scale"] == 0.5
+
+
+@pytest.mark.parametrize("argument", ["other", "length"])
+def test_arguments_that_the_guide_was_not_built_for_are_one_line(argument, param_store):
+    own = PROGRAMS["missing data"]
+    x, seen = own.args
+    guide = made(own.model, x, seen, hidden=(4,))
+    if argument == "other":
+        guide.__dict__["_model"] = (PROGRAMS["factor model"].model,)
+        with pytest.raises(BadInput, match="not observed on these arguments"):
+            guide(x)
+    else:
+        with pytest.raises(BadInput, match="not observed on these arguments"):
+            guide(x[:, :4], seen[:, :4])
+
+
+def test_posterior_tools_take_it():
+    own = PROGRAMS["global and local"]
+    guide = made(own.model, *own.args, hidden=(4,))
+    found = to_arviz(own.model, guide, *own.args, num_samples=20)
+    assert found.posterior["rate"].sizes["draw"] == 20 and found.posterior["rate"].shape[-1] == 25
+    report = diagnose(own.model, guide, *own.args, num_samples=200, num_simulations=20, refine_steps=0, progress=False)
+    assert report.alarms  # it is not fitted
