@@ -107,8 +107,9 @@ def audit(config: Audit):
     report.to_netcdf(run.path / "audit.nc", engine="h5netcdf")
     (run.path / "table.md").write_text(as_markdown(report, f"{config.model} and {config.guide}"))
     plot_audit(report, run.plots / "audit.png")
+    write_report(run, report, f"{config.model} and {config.guide}")
     show(report)
-    print(f"gumbo audit: audit.nc, table.md and plots/audit.png in {run.path}", file=sys.stderr)
+    print(f"gumbo audit: audit.nc, table.md, report.html and plots/audit.png in {run.path}", file=sys.stderr)
     return report
 
 
@@ -215,6 +216,20 @@ def as_markdown(report, title: str) -> str:
     ]
     lines += markdown(["estimator", *(f"parameters of {site}" for site in sites)], body)
     return "\n".join([*lines, ""])
+
+
+def write_report(run: RunFolder, report, title: str) -> None:
+    """``report.html``: the recommendation, the table, the remarks."""
+    from gumbo.experiments._report import Report, finish
+    from gumbo.inference.auditing.report import HEADS, NOTE, advice, cells, facts, remarks
+
+    page = Report(f"gumbo audit: {title}", advice(report))
+    page.text(facts(report))
+    page.table(HEADS, cells(report), "Estimators, the least variance × time first")
+    page.text(NOTE)
+    for remark in remarks(report):
+        page.text(remark)
+    finish(run, page)
 
 
 def show(report) -> None:

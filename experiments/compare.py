@@ -169,6 +169,7 @@ def compare(config: Compare) -> dict[str, Any]:
             write_tables(run, config, arms, results)
     write_tables(run, config, arms, results)
     draw(run, config, arms, results)
+    write_report(run, config, arms, results)
     show(config, arms, results)
     whole = summary()
     run.write_json("results.json", whole)
@@ -600,6 +601,30 @@ def write_tables(run: RunFolder, config: Compare, arms: Sequence[Arm], results: 
     heads = ["latents", "estimator", "variance at start", "variance later", "SNR at start", "SNR later", "ms a step"]
     text += [*markdown(heads, more), "", "SNR: the norm of the mean gradient over the root of its total variance."]
     run.write_text("table.md", "\n".join([*text, ""]))
+
+
+def write_report(run: RunFolder, config: Compare, arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> None:
+    """``report.html``: the conclusion, the tables, the curves."""
+    from gumbo.experiments._report import Report, finish
+
+    rows = summarize(arms, results)
+    page = Report("gumbo compare: one model under each gradient", conclusion(rows))
+    for family in dict.fromkeys(arm.family for arm in arms):
+        title, body = table_of(family, rows)
+        page.table(HEADS, body, title[0].upper() + title[1:])
+        runs = {arm.name: [r for r in results if r["what"] == "training" and r["arm"] == arm.name] for arm in arms}
+        curves = {name: mean_curve([r for r in found if r["family"] == family]) for name, found in runs.items()}
+        page.curves(
+            f"True ELBO on validation data, {family} latents", curves, "epoch", "nats per datum, mean over seeds"
+        )
+    page.text(note(config))
+    finish(run, page)
+
+
+def mean_curve(runs: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(epoch, validation bound), the mean over seeds."""
+    heights = zip(*(run["valid_elbo"] for run in runs), strict=False)
+    return [(float(epoch), sum(height) / len(height)) for epoch, height in enumerate(heights)]
 
 
 def show(config: Compare, arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> None:

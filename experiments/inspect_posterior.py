@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gumbo.errors import BadInput
 from gumbo.experiments._command import run_command
+from gumbo.experiments._runs import RunFolder
 from gumbo.experiments.evaluate import reopened
 from gumbo.experiments.train import inputs_of
 
@@ -89,9 +91,23 @@ def inspect(config: Inspect) -> dict[str, Any]:
     labels = None if labels is None else labels[: config.num_data].numpy()
     groups = {name: _arviz.dataset_of(idata, name) for name in _arviz.groups_of(idata)}
     pictures = everything(run.plots, groups, report, labels, draws)
+    write_report(run, report, pictures)
     print(report)
-    print(f"gumbo inspect: posterior.nc, diagnosis.txt and {len(pictures)} pictures in {run.path}", file=sys.stderr)
+    print(
+        f"gumbo inspect: posterior.nc, diagnosis.txt, posterior.html and {len(pictures)} pictures in {run.path}",
+        file=sys.stderr,
+    )
     return found | {"pictures": [str(path) for path in pictures]}
+
+
+def write_report(run: RunFolder, report, pictures: Sequence[Path]) -> None:
+    """``posterior.html``, beside the run's own report: every verdict with its advice, and the pictures."""
+    from gumbo.experiments._report import Report, finish
+
+    page = Report(f"gumbo inspect: the posterior of {run.path.name}", str(report).splitlines()[0])
+    body = [[one.name, one.verdict, one.text, one.advice or ""] for one in report.verdicts]
+    page.table(["question", "verdict", "found", "what to do next"], body, "Verdicts")
+    finish(run, page, "posterior.html", pictures)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "gumbo inspect") -> None:

@@ -76,6 +76,8 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
         if path_of(results, table.name, *t).exists()
     ]
     show(table, found)
+    if found and not config.show:
+        write_report(Path(config.folder) / table.name / "report.html", table, found)
     return found
 
 
@@ -105,6 +107,31 @@ def show(table, found: Sequence[dict[str, Any]]) -> None:
     print("\n".join(plain(*rows_of(table, found))))
     for sentence in table.conclude(found) if table.conclude else ():
         print(sentence)
+
+
+def write_report(path: Path, table, found: Sequence[dict[str, Any]]) -> None:
+    """``report.html``: the table, what it concludes, and the curves of training."""
+    from gumbo.experiments._report import Report, again
+
+    concluded = table.conclude(found) if table.conclude else []
+    known = sum(cell.published is not None for cell in table.cells)
+    cells = len({numbers["cell"]["name"] for numbers in found})
+    said = f"{cells} of {len(table.cells)} cells have been run; for {known} of the table's cells a number is published."
+    page = Report(f"gumbo reproduce {table.name}", " ".join([said, *concluded]))
+    page.text(f"{table.source}. {table.note}")
+    page.table(*rows_of(table, found), f"Ours: {table.value}")
+    curves = {
+        f"{numbers['cell']['name']}, seed {numbers['seed']}": [
+            (point["step"], point.get("train", point.get("mean"))) for point in numbers["curve"]
+        ]
+        for numbers in found
+        if numbers.get("curve")
+    }
+    page.curves("Training", curves, "step", table.value.split(",")[0])
+    again(page, environment())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: file.write(page.html().encode()))
+    print(f"gumbo reproduce: {path}", file=sys.stderr)
 
 
 def rows_of(table, found: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -185,8 +185,9 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss, processe
     run.write_config("train", config, resume=None, folder=None)
     run.write_json("results.json", results)
     draw(run, result, model.cpu(), guide.cpu(), test)
+    report(run, config, result, found)
     show("test", found)
-    print(f"gumbo train: plots and numbers in {run.path}", file=sys.stderr)
+    print(f"gumbo train: plots, numbers and report.html in {run.path}", file=sys.stderr)
     return results
 
 
@@ -351,6 +352,26 @@ def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> Non
     image_rows(run.plots / "reconstructions.png", "test data, and means of p(x | z) at a draw of the guide", rows)
     title = "means of p(x | z) at draws of the prior"
     image_rows(run.plots / "prior_draws.png", title, {"": prior_draws(model, first)})
+
+
+def report(run: RunFolder, config: Train, result, found: Evaluation) -> None:
+    """``report.html``: the verdict, the numbers, the curves."""
+    from gumbo.experiments._report import Report, finish
+
+    numbers = found.as_dict()
+    page = Report(
+        f"gumbo train: {config.model} with guide {config.guide}",
+        f"After {result.epochs} epochs the true ELBO on the test data is {numbers['elbo']:.2f} nats per datum.",
+    )
+    rows = [[name, f"{value:.4g}"] for name, value in numbers.items() if isinstance(value, (int, float))]
+    page.table(["quantity (nats per datum)", "test"], rows, "Numbers")
+    names = {result.objective_name: f"training: {result.objective_name}", "valid_elbo": "validation: true ELBO"}
+    curves = {
+        label: [(line["epoch"], line[name]) for line in result.history if line.get(name) is not None]
+        for name, label in names.items()
+    }
+    page.curves("Learning curves", curves, "epoch", "nats per datum")
+    finish(run, page)
 
 
 def show(split: str, found: Evaluation) -> None:

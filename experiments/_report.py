@@ -1,0 +1,231 @@
+"""``report.html``: one self-contained file that says what was run, what came of it, and how to run it again."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from gumbo.experiments._runs import RunFolder, environment
+from gumbo.tables import digits
+
+MOST_BYTES = 5_000_000
+MOST_POINTS = 200  # of a curve: each carries a title to hover over
+COLORS = ("#3b82c4", "#d97706", "#2e9e5b", "#c8453b", "#8b5fbf", "#8c6d46", "#c95fa4", "#6b7280", "#9a9a1d", "#1fa3b0")
+DASHES = ("", "6 3", "2 2", "8 3 2 3")
+
+STYLE = """
+:root { color-scheme: light dark; --edge: #8886; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.verdict { border-left: 4px solid #3b82c4; padding: .5rem 1rem; background: #3b82c41a; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--edge); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+td:hover { background: #3b82c433; }
+svg { width: 100%; height: auto; max-width: 46rem; } svg text { fill: currentColor; font-size: 12px; }
+figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
+img { max-width: 100%; height: auto; background: white; }
+pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--edge); }
+ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; }
+"""
+
+Curve = Sequence[tuple[float, float]]
+
+
+class Report:
+    """A page that grows block by block.
+
+    Args:
+        title: what was run.
+        verdict: what came of it, in a sentence or two.
+
+    >>> page = Report("gumbo train", "The bound is −20.1 nats per datum.")
+    >>> page.table(["split", "ELBO"], [["test", "-20.1"]], "Numbers")
+    >>> "<td title=\\"test, ELBO: -20.1\\">-20.1</td>" in page.html()
+    True
+    """
+
+    def __init__(self, title: str, verdict: str):
+        self.title, self.verdict = title, verdict
+        self.blocks: list[str] = []
+
+    def heading(self, text: str) -> None:
+        self.blocks.append(f"<h2>{escape(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        self.blocks.append(f"<p>{escape(text)}</p>")
+
+    def pre(self, text: str) -> None:
+        self.blocks.append(f'<pre tabindex="0">{escape(text)}</pre>')
+
+    def table(self, heads: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> None:
+        """Rows of cells; a cell says on hovering to which row and column it belongs."""
+        self.heading(caption)
+        top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+        rows = []
+        for row in body:
+            cells = [
+                f'<td title="{escape(f"{row[0]}, {head}: {cell}")}">{escape(cell)}</td>'
+                for head, cell in zip(heads[1:], row[1:], strict=True)
+            ]
+            rows.append(f'<tr><th scope="row">{escape(row[0])}</th>{"".join(cells)}</tr>')
+        table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        self.blocks.append(
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">{table}</div>'
+        )
+
+    def curves(self, caption: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str) -> None:
+        """Lines of (x, y) points, each point with its numbers to hover over."""
+        lines = {name: [p for p in points if math.isfinite(p[1])] for name, points in lines.items()}
+        lines = {name: _thinned(points) for name, points in lines.items() if points}
+        if lines:
+            self.heading(caption)
+            self.blocks.append(_svg(caption, lines, xlabel, ylabel))
+
+    def picture(self, path: Path, caption: str) -> None:
+        """A PNG file, within the page."""
+        data = base64.b64encode(path.read_bytes()).decode()
+        image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+        self.blocks.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
+
+    def facts(self, caption: str, found: Mapping[str, Any]) -> None:
+        """Names and values, folded away."""
+        rows = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in found.items())
+        self.blocks.append(
+            f'<details><summary>{escape(caption)}</summary><div class="scroll"><table>{rows}</table></div></details>'
+        )
+
+    def html(self) -> str:
+        """The page."""
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            '<link rel="icon" href="data:,">'
+            f"<title>{escape(self.title)}</title><style>{STYLE}</style></head>\n<body><main>"
+            f'<h1>{escape(self.title)}</h1>\n<p class="verdict">{escape(self.verdict)}</p>\n'
+            + "\n".join(self.blocks)
+            + "\n</main></body></html>\n"
+        )
+
+
+def finish(run: RunFolder, page: Report, name: str = "report.html", pictures: Sequence[Path] | None = None) -> Path:
+    """Add pictures, settings, environment and command, and write the page into the run's folder.
+
+    ``pictures`` are by default all that the run has. Those that would make the file larger than 5 MB are left out, and
+    the page names them.
+    """
+    paths = sorted(run.plots.glob("*.png")) if pictures is None else pictures
+    if paths:
+        page.heading("Pictures")
+    size, left = len(page.html().encode()), []
+    for path in paths:
+        own = path.stat().st_size * 4 // 3 + 500
+        if size + own < MOST_BYTES - 100_000:
+            size += own
+            page.picture(path, re.sub(r"[_-]+", " ", path.stem))
+        else:
+            left.append(path.name)
+    if left:
+        page.text(f"Left out, to keep this file small: {', '.join(left)}, in plots/.")
+    again(page, environment())
+    settings = escape((run.path / "config.yaml").read_text())
+    page.blocks.append(f"<details><summary>settings of the run</summary><pre>{settings}</pre></details>")
+    run.write_text(name, page.html())
+    return run.path / name
+
+
+def again(page: Report, found: Mapping[str, Any]) -> None:
+    """Add the command that repeats what was run, and the environment that it ran in."""
+    page.heading("Again")
+    page.pre(command_line(found["command"]))
+    page.facts("environment", {name: value for name, value in found.items() if name != "command"})
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command of a process, as one would type it."""
+    script = Path(argv[0]).name if argv else "gumbo"
+    program = "gumbo" if script in ("gumbo", "__main__.py") else f"python {argv[0]}"
+    return " ".join([program, *(shlex.quote(str(part)) for part in argv[1:])])
+
+
+def _thinned(points: Curve) -> list[tuple[float, float]]:
+    step = max(1, -(-len(points) // MOST_POINTS))
+    kept = list(points[::step])
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two others, some five of them.
+
+    >>> _ticks(-43.0, -19.0)
+    [-40.0, -35.0, -30.0, -25.0, -20.0]
+    """
+    step = 10 ** math.floor(math.log10((high - low) / 5))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _svg(caption: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str) -> str:
+    width, height, left, right, top, bottom = 720, 380, 64, 12, 10, 44
+    xs, ys = zip(*(point for points in lines.values() for point in points), strict=True)
+    low, high = _visible(ys)
+    x0, x1 = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (x - x0) / (x1 - x0) * (width - left - right),
+            top + (high - y) / (high - low) * (height - top - bottom),
+        )
+
+    said = "; ".join(f"{name} ends at {digits(points[-1][1])}" for name, points in lines.items())
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(f"{caption}: {said}")}">']
+    for y in _ticks(low, high):
+        place = at(x0, y)[1]
+        parts.append(f'<path d="M{left} {place:.1f}H{width - right}" stroke="currentColor" opacity=".15"/>')
+        parts.append(f'<text x="{left - 6}" y="{place + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for x in _ticks(x0, x1):
+        parts.append(f'<text x="{at(x, low)[0]:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
+    middle = (top + height - bottom) / 2
+    parts.append(
+        f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{escape(xlabel)}</text>'
+    )
+    parts.append(
+        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(ylabel)}</text>'
+    )
+    clip = f"clip{abs(hash((caption, xlabel, ylabel))) % 10**8}"
+    parts.append(
+        f'<clipPath id="{clip}"><rect x="{left}" y="{top}" width="{width - left - right}" '
+        f'height="{height - top - bottom}"/></clipPath><g clip-path="url(#{clip})">'
+    )
+    legend = []
+    for k, (name, points) in enumerate(lines.items()):
+        color, dash = COLORS[k % len(COLORS)], DASHES[k // len(COLORS) % len(DASHES)]
+        places = [at(*point) for point in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>'
+        )
+        for (x, y), (cx, cy) in zip(points, places, strict=True):
+            title = escape(f"{name}: {xlabel} {x:g}, {digits(y)}")
+            parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="2.5" fill="{color}"><title>{title}</title></circle>')
+        swatch = f'<span style="color:{color}" aria-hidden="true">{"━" if not dash else "╍"}</span>'
+        legend.append(f"<li>{swatch} {escape(name)}</li>")
+    return "".join([*parts, "</g></svg>", f'<ul class="legend">{"".join(legend)}</ul>'])
+
+
+def _visible(ys: Sequence[float]) -> tuple[float, float]:
+    """The range that is shown: all of it, but for far outliers below, where training began."""
+    ordered = sorted(ys)
+    high, low = ordered[-1], ordered[0]
+    tenth = ordered[len(ordered) // 10]
+    if high > tenth and tenth - low > 3 * (high - tenth):
+        low = tenth - 0.5 * (high - tenth)
+    margin = 0.04 * (high - low) or max(1e-9, abs(high) * 0.01)
+    return low - margin, high + margin
