@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,8 @@ from ...errors import ANY, PROGRAM, BadInput, CallsAutograd, CannotVectorize, Gu
 from ..estimators import Estimator
 from ..estimators._base import at_step
 from ..estimators._distributions import has_score_term
+from .elimination import NeedsListing, TooMuchMemory
+from .handlers import in_chain
 from .looks import looking, one_particle, plates_mixed_by
 from .noise import current_tape
 from .programs import Program, check_same_kind
@@ -77,6 +79,7 @@ class Binding(nn.Module):
         self.runs_again = False  # once it does, the programs' own noise is kept apart
         self.make_layout: Callable[..., Layout] = Layout
         self.checks_plates = True  # whether plates="check" looks at the programs; others may have looked before
+        self.lists_chains = False  # whether enumerated sites under pyro.markov are summed over by elimination
         self.apart = False  # whether particles, and enumerated values, are run one by one
         self.scored = False  # whether a factor, or a draw with a path, leaves a score term
         self.calls_autograd = False  # found out when a run without gradients fails for it
@@ -192,7 +195,14 @@ class Binding(nn.Module):
         chosen = self.resolution.of_all(seen)
         if seen.eliminated:
             self._check_weight(seen.eliminated)
-            self._settle_listed(program, seen, args, kwargs)
+        chains = [site.name for site in seen.guide if in_chain({"infer": site.infer}, chosen.get(site.name))]
+        self.lists_chains = bool(chains) and self.vectorized
+        if self.lists_chains:
+            for name, estimator in chosen.items():  # dimensions of listed chains stand to the left of these
+                if estimator.enumerates and name not in chains:
+                    self.enum_dims.setdefault(name, -(2 + program.max_plate_nesting + len(self.enum_dims)))
+        if seen.eliminated or self.lists_chains:
+            self._settle_listed(program, seen, args, kwargs, chains)
         needed = max([self.elbo.target.min_particles, *(estimator.min_particles for estimator in chosen.values())])
         self.chosen = chosen
         self.scored = any(site.factor or (site.latent and has_score_term(site.fn)) for site in seen.guide)
@@ -239,25 +249,43 @@ class Binding(nn.Module):
                 " kl_weight at 1, or draw the site in the guide (where 'enumerate' sums over it exactly)",
             )
 
-    def _settle_listed(self, program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Find out which sites that the model sums over are to be listed jointly over their plates."""
+    def _settle_listed(
+        self, program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any], chains: Sequence[str]
+    ) -> None:
+        """Find out which sites are listed jointly over their plates, and whether elimination serves the chains."""
         program.joint, program.memory_limit = self.joint, self.elbo.memory_limit * 2**30
+        program.resolve = partial(self._as_listed, chains)
         if self.elbo.plates == "ignore":
-            self.joint.update(seen.eliminated)
-        plates = {site.name: site.frames for site in seen.model}
-        while True:
+            self.joint.update((*seen.eliminated, *(chains if self.lists_chains else ())))
+        plates = {site.name: site.frames for site in seen.sites}
+        while seen.eliminated or self.lists_chains:
+            program.lists_chains = self.lists_chains
             try:
-                difference = check_listed(program, seen, args, kwargs)
+                difference = check_listed(program, seen, args, kwargs, chains if self.lists_chains else ())
             except NeedsJoint as mixed:
                 self._list_jointly(mixed.site)
+                continue
+            except NeedsListing:
+                self.lists_chains = False
+                continue
+            except UnsupportedSite as error:
+                if not self.lists_chains or isinstance(error, TooMuchMemory):
+                    raise
+                self.lists_chains = False
                 continue
             if difference is None:
                 return
             site, reason, names = difference
             apart = [name for name in names if plates[name] and name not in self.joint]
-            if not apart or self.elbo.plates == "trust":
+            if apart and self.elbo.plates != "trust":
+                self.joint.update(apart)
+            elif self.lists_chains:
+                self.lists_chains = False
+            else:
                 raise differs_listed(site, reason, names)
-            self.joint.update(apart)
+
+    def _as_listed(self, chains: Collection[str], msg: Mapping[str, Any]) -> Estimator | None:
+        return self.resolution(msg) if msg["name"] in chains else self.resolution.as_drawn(msg)
 
     def _list_jointly(self, site: str) -> None:
         if site in self.joint:
@@ -301,9 +329,16 @@ class Binding(nn.Module):
         )
 
     def _check(self, seen: Run, args: tuple, kwargs: Mapping[str, Any], num_particles: int) -> None:
-        program = self.program()
-        program.num_particles, program.generators = num_particles, self.generators
-        check_at_once(program, seen, args, kwargs)
+        while True:
+            program = self.program()
+            program.num_particles, program.generators = num_particles, self.generators
+            try:
+                check_at_once(program, seen, args, kwargs)
+                return
+            except NeedsJoint as mixed:
+                self._list_jointly(mixed.site)
+            except NeedsListing:
+                self.lists_chains = False
 
     # Every call.
 
@@ -325,6 +360,8 @@ class Binding(nn.Module):
             step=self.steps,
             generators=self.generators if self.runs_again else None,
             memory_limit=self.elbo.memory_limit * 2**30,
+            lists_chains=self.lists_chains and self.vectorized,
+            kl_weight=at_step(self.elbo.kl_weight, self.steps),
         )
 
     def layout(self) -> Layout:
@@ -354,6 +391,8 @@ class Binding(nn.Module):
             except NeedsJoint as mixed:
                 # A later site mixes what the plate keeps apart: from now on its elements are enumerated together.
                 self._list_jointly(mixed.site)
+            except NeedsListing:
+                self.lists_chains = False
             except RunsAgain:
                 self.runs_again = True
             if before:

@@ -171,6 +171,17 @@ class SumProduct(LogRing):
         return result
 
 
+def laid_out(tensor: Tensor, own: Names, names: Names) -> Tensor:
+    """A tensor with dimensions of the given names, of size 1 where it has none of its own.
+
+    >>> laid_out(torch.zeros(2, 3), "ba", "abc").shape
+    torch.Size([3, 2, 1])
+    """
+    ordered = tensor.permute([own.index(name) for name in names if name in own])
+    sizes = iter(ordered.shape)
+    return ordered.reshape([next(sizes) if name in own else 1 for name in names])
+
+
 def log_sum(tensor: Tensor, dim: int) -> Tensor:
     """``logsumexp`` whose gradient is zero, and not NaN, where every term is −∞; the sum is then very low, not −∞.
 

@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ...errors import ANY, UnsupportedSite
 from ..estimators._distributions import finite_support
-from .contraction import MEMORY_LIMIT, SumProduct, TooLarge, impossible
+from .contraction import MEMORY_LIMIT, SumProduct, TooLarge, impossible, laid_out
 from .records import PARTICLES, Frame, Frames, Site
 from .terms import NeedsJoint
 
@@ -73,20 +74,31 @@ class Listing(Messenger):
     """Inside a model's handlers: lays out the values of its listed sites, and notes what each dimension stands for.
 
     Args:
-        drawn: the sites that the guide draws; these take their draws.
         first: the dimensions from here to the left belong to listed values.
         joint: sites whose values are listed jointly over their plates.
         nesting: how many dimensions belong to plates.
         limit: bytes that the log-probability of one site may need.
+        drawn: the sites that the guide draws; these take their draws. None in the guide, where :meth:`lay_out` is
+            called for the sites that are to be listed.
+        before: the listing of the guide, in the model that is run after it.
     """
 
     def __init__(
-        self, drawn: Collection[str], first: int, joint: Collection[str], nesting: int, limit: float = MEMORY_LIMIT
+        self,
+        first: int,
+        joint: Collection[str],
+        nesting: int,
+        limit: float = MEMORY_LIMIT,
+        drawn: Collection[str] | None = None,
+        before: Listing | None = None,
     ):
         super().__init__()
         self.drawn, self.first, self.joint, self.nesting, self.limit = drawn, first, joint, nesting, limit
+        self.given: dict[str, Listed] = before.listed if before is not None else {}
+        self.by_number: list[Listed] = before.by_number if before is not None else []
         self.listed: dict[str, Listed] = {}
-        self.by_number: list[Listed] = []
+        self._start = min([first, *(listed.dim - 1 for listed in self.given.values())])
+        self._here: tuple[tuple, bool] = ((), True)
         self.dims: dict[str, dict[int, int]] = {}  # by site: what its dimensions stand for
         self._values: dict[str, dict[int, int]] = {}  # the same of its value
         self._depths: dict[str, int] = {}
@@ -99,25 +111,41 @@ class Listing(Messenger):
         loops = tuple((f.name, f.counter) for f in msg["cond_indep_stack"] if not f.vectorized)[::-1]
         dims: dict[int, int] = {}
         for depth in range(len(loops) + 1):
-            dims.update(self._loops.get(loops[:depth], {}))
+            self._see(name, dims, self._loops.get(loops[:depth], {}))
         scope = infer.get("_markov_scope")
         if scope is not None:
             for other, depth in scope.items():
                 if self._depths.get(other) == depth:  # else its markov context has ended
-                    dims.update(self._values.get(other, {}))
+                    self._see(name, dims, self._values.get(other, {}))
             self._depths[name] = infer["_markov_depth"]
-        self.dims[name] = dims
-        if not msg["done"] and name not in self.drawn and is_marked(msg):
-            self._list(msg, dims, loops, scope is None)
+        if name in self.given:
+            self._see(name, dims, {self.given[name].dim: self.given[name].number})
+        self.dims[name], self._here = dims, (loops, scope is None)
+        if self.drawn is not None and not msg["done"] and name not in self.drawn and is_marked(msg):
+            self.lay_out(msg)
 
-    def _list(self, msg: Any, dims: dict[int, int], loops: tuple, lasting: bool) -> None:
+    def _see(self, name: str, dims: dict[int, int], more: Mapping[int, int]) -> None:
+        for dim, number in more.items():
+            if dims.setdefault(dim, number) != number:
+                one, other = (self.by_number[each].name for each in (dims[dim], number))
+                if self.given:
+                    raise NeedsListing(name)
+                raise UnsupportedSite(
+                    name,
+                    ANY,
+                    f"pyro.markov shows it {one!r} and {other!r}, which it hid from each other; raise history=",
+                )
+
+    def lay_out(self, msg: Any) -> None:
+        """Give a site all of its values at once, along a dimension that no site which it sees uses."""
+        dims, (loops, lasting) = self.dims[msg["name"]], self._here
         taken = set(dims)
         if lasting:
             # What stands deeper in the same elements may be met again.
             for place, inside in self._loops.items():
                 if place[: len(loops)] == loops:
                     taken |= set(inside)
-        dim = self.first
+        dim = self._start
         while dim in taken:
             dim -= 1
         name, fn = msg["name"], msg["fn"]
@@ -209,16 +237,34 @@ def subsampled(msg: Mapping[str, Any]) -> frozenset[tuple[str, int | None]]:
     )
 
 
+class NeedsListing(Exception):
+    """A chain of the guide turned out to be tied to other sites in a way that only a list of all values serves."""
+
+
 @dataclass
 class Term:
     """A factor of the sum: a site's log-probability without its scale, and the listed sites that it depends on."""
 
     site: Site
     tensor: Tensor
+    known: Mapping[int, int]  # which listed site each dimension stands for
     numbers: tuple[int, ...]
     scale: Any
     parts: frozenset[tuple[str, int | None]]
     place: int
+
+
+@dataclass
+class Cost:
+    """What a bound has to add: a tensor whose dimensions have names, and the plates that it is told apart by."""
+
+    name: str
+    tensor: Tensor
+    names: str
+    frames: Frames
+    scale: Any
+    place: int
+    like: Site
 
 
 @dataclass
@@ -227,16 +273,29 @@ class Terms:
 
     listing: Listing
     room: int
+    symbols: Symbols
     found: list[Term] = field(default_factory=list)
     zero: Tensor | None = None  # what a factor leaves behind
+    scaled: dict[str, Tensor] = field(default_factory=dict)  # in the guide, log q with scales and masks
 
-    def take(self, site: Site, msg: Mapping[str, Any], tensor: Tensor, place: int) -> bool:
-        """Whether a site's log-probability is one of them; if so it is kept here."""
+    @property
+    def of_guide(self) -> bool:
+        return self.listing.drawn is None
+
+    def take(
+        self, site: Site, msg: Mapping[str, Any], tensor: Tensor, place: int, scaled: Tensor | None = None
+    ) -> bool:
+        """Whether a site's log-probability is one of them; if so it is kept here.
+
+        In the guide ``scaled`` is log q with its scale and mask.
+        """
         listing = self.listing
         listed = listing.listed.get(site.name)
         left = [dim for dim in range(-tensor.dim(), listing.first + 1) if tensor.shape[dim] > 1]
         if listed is None and not left:
             return False
+        if listed is None and scaled is not None:
+            raise NeedsListing(site.name)  # a site of the guide that is drawn for each of the listed values
         known = listing.dims.get(site.name, {})
         for dim in left:
             if dim not in known:
@@ -250,6 +309,10 @@ class Terms:
         if listed is not None and listed.joint:
             gone = [dim for _, dim, _ in frames if tensor.dim() >= -dim]
             tensor, frames = tensor.sum(gone, keepdim=True) if gone else tensor, frozenset()
+            if scaled is not None and gone:
+                scaled = scaled.sum(gone, keepdim=True)
+        if scaled is not None:
+            self.scaled[site.name] = scaled
         numbers = tuple(known[dim] for dim in left)
         if listed is not None and listed.number not in numbers:  # a site of one value
             numbers = (*numbers, listed.number)
@@ -257,7 +320,7 @@ class Terms:
             if not listing.by_number[number].frames <= frames:
                 raise NeedsJoint(listing.by_number[number].name)
         site.frames = frames
-        self.found.append(Term(site, tensor, numbers, msg["scale"], subsampled(msg), place))
+        self.found.append(Term(site, tensor, known, numbers, msg["scale"], subsampled(msg), place))
         if self.zero is None:
             self.zero = tensor.new_zeros((1,) * self.room)
         site.summed, site.log_prob = True, self.zero
@@ -265,9 +328,10 @@ class Terms:
 
     def at(self, values: Mapping[str, Tensor]) -> Iterator[tuple[Term, Tensor]]:
         """Each factor where the listed sites take these values, laid out along plates; without its scale."""
-        index = {name: self._index(self.listing.listed[name], value) for name, value in values.items()}
+        listed = {each.name: each for each in self.listing.by_number}
+        index = {name: self._index(listed[name], value) for name, value in values.items() if name in listed}
         for term in self.found:
-            known = self.listing.dims[term.site.name]
+            known = term.known
             tensor = term.tensor
             sizes = dict(zip(range(-tensor.dim(), 0), tensor.shape, strict=True))
             left = [dim for dim in range(-tensor.dim(), self.listing.first + 1) if sizes[dim] > 1]
@@ -290,8 +354,12 @@ class Terms:
             same = same.flatten(1).all(-1).reshape(same.shape[:1] + (1,) * self.room)
         return same.to(torch.uint8).argmax(0)
 
+    def own(self, term: Term) -> list[int]:
+        """The model's own among the listed sites that a factor depends on; the guide's are left to an expectation."""
+        return [number for number in term.numbers if self.listing.by_number[number].name in self.listing.listed]
+
     def components(self) -> Iterator[list[Term]]:
-        """Factors that share listed sites, directly or through others."""
+        """Factors that share listed sites of the model, directly or through others."""
         leader = list(range(len(self.listing.by_number)))
 
         def root(number: int) -> int:
@@ -300,28 +368,30 @@ class Terms:
                 number = leader[number]
             return number
 
-        for term in self.found:
-            for number in term.numbers[1:]:
-                leader[root(number)] = root(term.numbers[0])
+        numbers = [self.own(term) for term in self.found] if self.listing.given else [t.numbers for t in self.found]
+        for own in numbers:
+            for number in own[1:]:
+                leader[root(number)] = root(own[0])
         groups: dict[int, list[Term]] = {}
-        for term in self.found:
-            groups.setdefault(root(term.numbers[0]), []).append(term)
+        for term, own in zip(self.found, numbers, strict=True):
+            if own:
+                groups.setdefault(root(own[0]), []).append(term)
         yield from groups.values()
 
-    def summed(self) -> list[tuple[int, Site]]:
-        """One site for each component, to stand after the last of its factors; its log-probability is the sum."""
-        return [(terms[-1].place, site) for terms in self.components() for site in self._sum(terms)]
+    def summed(self) -> list[Cost]:
+        """One cost for each component: the logarithm of its sum."""
+        return [cost for terms in self.components() for cost in self._sum(terms)]
 
-    def _sum(self, terms: list[Term]) -> Iterator[Site]:
+    def _sum(self, terms: list[Term]) -> Iterator[Cost]:
         names = [site.name for site in self._listed(terms)]
         _check_parts(terms, names)
         scale = _common_scale(terms, names)
-        symbols = _Symbols(self.listing.first)
+        symbols = self.symbols
         tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
         over: set[str] = set()
         for term in terms:
-            packed = symbols.packed(term, self.listing)
-            over.update(symbols.of_listed(number) for number in term.numbers)
+            packed = symbols.packed(term.tensor, term.known, term.site.frames)
+            over.update(symbols.of_listed(number) for number in self.own(term))
             tree.setdefault(frozenset(symbols.of_frame(frame) for frame in term.site.frames), []).append(packed)
         ring = SumProduct(self.listing.limit)
         try:
@@ -335,26 +405,28 @@ class Terms:
             if not apart:
                 raise
             raise NeedsJoint(apart[-1].name) from None
-        first = terms[0].site
-        name = f"sum over {', '.join(map(repr, names[:3]))}{', …' if len(names) > 3 else ''}"
+        first, place = terms[0].site, terms[-1].place
+        name = f"sum over {_named(names)}"
         parts = [(ordinal, tensor) for ordinal, tensors in contracted.items() for tensor in tensors]
-        for number, (ordinal, tensor) in enumerate(parts):
-            log_prob = impossible(symbols.unpacked(tensor, self.room))
-            yield Site(
-                f"{name} ({number + 1})" if number else name,
-                first.fn,
-                first.value,
-                frozenset(symbols.frames[symbol] for symbol in ordinal),
-                log_prob if isinstance(scale, (int, float)) and scale == 1 else scale * log_prob,
-                scale=scale,
+        for part, (ordinal, tensor) in enumerate(parts):
+            log_prob = impossible(tensor)
+            log_prob = log_prob if isinstance(scale, (int, float)) and scale == 1 else scale * log_prob
+            frames = frozenset(symbols.frames[symbol] for symbol in ordinal)
+            yield Cost(
+                f"{name} ({part + 1})" if part else name, log_prob, tensor._pyro_dims, frames, scale, place, first
             )
 
+    def laid_out(self, cost: Cost) -> Site:
+        """A cost as a site, to stand after the last of its factors."""
+        log_prob = self.symbols.unpacked(cost.tensor, cost.names, self.room)
+        return Site(cost.name, cost.like.fn, cost.like.value, cost.frames, log_prob, scale=cost.scale)
+
     def _listed(self, terms: Sequence[Term]) -> list[Listed]:
-        numbers = dict.fromkeys(number for term in terms for number in term.numbers)
+        numbers = dict.fromkeys(number for term in terms for number in self.own(term))
         return [self.listing.by_number[number] for number in sorted(numbers)]
 
 
-class _Symbols:
+class Symbols:
     """A character for each plate, each listed site, and each dimension of particles and of the guide's values."""
 
     def __init__(self, first: int):
@@ -379,9 +451,8 @@ class _Symbols:
     def of_listed(self, number: int) -> str:
         return self._of(number)
 
-    def packed(self, term: Term, listing: Listing) -> Any:
-        tensor, known = term.tensor, listing.dims[term.site.name]
-        plates = {frame[1]: frame for frame in term.site.frames}
+    def packed(self, tensor: Tensor, known: Mapping[int, int], frames: Frames) -> Any:
+        plates = {frame[1]: frame for frame in frames}
         names = ""
         for dim, size in zip(range(-tensor.dim(), 0), tensor.shape, strict=True):
             if size == 1:
@@ -396,8 +467,7 @@ class _Symbols:
         tensor._pyro_dims = names
         return tensor
 
-    def unpacked(self, tensor: Any, room: int) -> Tensor:
-        names = tensor._pyro_dims
+    def unpacked(self, tensor: Tensor, names: str, room: int) -> Tensor:
         dims = [self.dims[name] for name in names]
         order = sorted(range(len(dims)), key=dims.__getitem__)
         shape = [1] * max(room, *(-dim for dim in dims), 0)
@@ -444,9 +514,17 @@ def _common_scale(terms: Sequence[Term], names: Sequence[str]) -> Any:
     return first
 
 
-def too_large(needed: int, limit: float, names: Sequence[str]) -> UnsupportedSite:
+def _named(names: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, names[:3]))}{', …' if len(names) > 3 else ''}"
+
+
+class TooMuchMemory(UnsupportedSite):
+    """A sum over listed sites that would need more memory than it may."""
+
+
+def too_large(needed: int, limit: float, names: Sequence[str]) -> TooMuchMemory:
     said = ", ".join([repr(name) for name in names[:6]] + ["…"] * (len(names) > 6))
-    return UnsupportedSite(
+    return TooMuchMemory(
         names[0],
         ANY,
         f"summing over {said} needs {_bytes(needed)} at once, more than the limit of {_bytes(limit)}; put chains under"
@@ -460,3 +538,67 @@ def _bytes(number: float) -> str:
         if number >= 1024**power:
             return f"{number / 1024**power:.3g} {unit}"
     return f"{number:.0f} bytes"
+
+
+def expected(model: Terms, guide: Terms, kl_weight: Any) -> list[Cost]:
+    """The terms of both programs, expected over the sites that the guide lists; one cost for each set of plates.
+
+    ``guide.found`` holds log q of the listed sites. From the last of them to the first, the terms that depend on a site
+    are added up, weighed with its probabilities and summed over its values: in time linear in their number for a chain.
+    """
+    symbols, listing = model.symbols, guide.listing
+    costs: list[tuple[Tensor, str, Frames]] = []
+    for cost in model.summed():
+        costs.append((cost.tensor, cost.names, cost.frames))
+    for term in model.found:
+        if not model.own(term):
+            weight = term.scale * (kl_weight if term.site.latent else 1.0)
+            tensor = symbols.packed(term.tensor, term.known, term.site.frames)
+            costs.append((weight * tensor, tensor._pyro_dims, term.site.frames))
+    log_q: dict[int, tuple[Tensor, str]] = {}
+    for term in guide.found:
+        tensor = symbols.packed(term.tensor, term.known, term.site.frames)
+        log_q[listing.listed[term.site.name].number] = tensor, tensor._pyro_dims
+        tensor = symbols.packed(guide.scaled[term.site.name], term.known, term.site.frames)
+        costs.append((-kl_weight * tensor, tensor._pyro_dims, term.site.frames))
+    first = guide.found[0].site
+    place = max([term.place for term in model.found], default=-1)
+    held, numbers = dict(enumerate(costs)), count(len(costs))
+    users: dict[str, set[int]] = {symbols.of_listed(number): set() for number in log_q}
+    for number, (_, names, _) in held.items():
+        for symbol in users.keys() & set(names):
+            users[symbol].add(number)
+    for number in sorted(log_q, reverse=True):
+        symbol = symbols.of_listed(number)
+        logits, of_q = log_q[number]
+        by_plates: dict[Frames, list[tuple[Tensor, str]]] = {}
+        for used in sorted(users.pop(symbol)):
+            tensor, names, frames = held.pop(used)
+            for other in users.keys() & set(names):
+                users[other].discard(used)
+            by_plates.setdefault(frames, []).append((tensor, names))
+        for frames, terms in by_plates.items():
+            names = "".join(sorted(set(of_q).union(*(own for _, own in terms))))
+            total: Any = sum(laid_out(tensor, own, names) for tensor, own in terms)
+            needed = 2 * total.numel() * total.element_size()
+            if needed > listing.limit:
+                raise too_large(needed, listing.limit, list(listing.listed))
+            probabilities = laid_out(logits, of_q, names).exp()
+            # What cannot happen counts for nothing, be its log-probability −∞; nor may −∞ reach the gradient of q.
+            possible = torch.where(probabilities > 0, total, torch.zeros_like(total))
+            left, names = (probabilities * possible).sum(names.index(symbol)), names.replace(symbol, "")
+            made = next(numbers)
+            held[made] = left, names, frames
+            for other in users.keys() & set(names):
+                users[other].add(made)
+    named = _named([listing.by_number[number].name for number in sorted(log_q)])
+    together: dict[Frames, list[tuple[Tensor, str]]] = {}
+    for tensor, names, frames in held.values():
+        together.setdefault(frames, []).append((tensor, names))
+    found = []
+    for part, (frames, terms) in enumerate(together.items()):
+        names = "".join(sorted(set().union(*(own for _, own in terms))))
+        total = sum(laid_out(tensor, own, names) for tensor, own in terms)
+        name = f"expectation over {named}" + (f" ({part + 1})" if part else "")
+        found.append(Cost(name, total, names, frames, 1.0, place, first))
+    return found

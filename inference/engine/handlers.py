@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import ANY, BadInput, UnsupportedSite
 from ..estimators._base import Draw, Estimator
 from ..estimators._distributions import finite_support, is_deterministic
-from .elimination import is_marked
+from .elimination import Listing, NeedsListing, is_marked
 from .records import PARTICLES
 
 MAX_CHOICES = 64  # enumerated sites of one run, where these are run value by value
@@ -136,8 +136,10 @@ class Draws(Messenger):
         fork: Callable[[dict[str, int], dict[str, Draw]], None] | None,
         stand_in: StandIn | None = None,
         aside: Aside = nullcontext,
+        chains: Listing | None = None,
     ):
         super().__init__()
+        self.chains = chains  # lays out the values of enumerated sites under pyro.markov
         self.program, self.fixed, self.fork, self.stand_in = program, fixed, fork, stand_in
         self.aside = aside
         self.choices = choices
@@ -159,7 +161,10 @@ class Draws(Messenger):
         if self.stand_in is not None and estimator is not None:
             estimator = self.stand_in(msg, estimator, name in self.fixed)
         enum_dim, joint = None, False
-        if name in self.fixed:
+        if self.chains is not None and in_chain(msg, estimator):
+            self.chains.lay_out(msg)
+            draw, joint = Draw(msg["value"]), name in self.program.joint
+        elif name in self.fixed:
             draw = self.fixed[name]
         elif estimator is not None and estimator.enumerates:
             draw, enum_dim, joint = self._enumerate(msg, estimator)
@@ -200,6 +205,8 @@ class Draws(Messenger):
                 self.choices[name] = 0
             return Draw(values[self.choices[name]]), None, True
         enum_dim = program.enum_dims.setdefault(name, -(2 + program.max_plate_nesting + len(program.enum_dims)))
+        if self.chains is not None and enum_dim <= self.chains.first + 1:
+            raise NeedsListing(name)
         # Dimensions further left belong to alternatives of a site upstream: they take the same values.
         excess = max(0, len(fn.batch_shape) + 1 + enum_dim)
         values = values[(slice(None),) + (0,) * excess]
@@ -223,6 +230,11 @@ class Draws(Messenger):
                 f"it is the {len(self.choices)}th enumerated site of one run, as in a loop that a draw ends (a"
                 " geometric variable): what has no end cannot be listed; bound the loop, or take 'score' or 'rloo'",
             )
+
+
+def in_chain(msg: Mapping[str, Any], estimator: Estimator | None) -> bool:
+    """Whether a site of the guide is enumerated under ``pyro.markov``, where elimination takes the place of a list."""
+    return estimator is not None and estimator.enumerates and "_markov_scope" in msg["infer"]
 
 
 class Replay(Messenger):

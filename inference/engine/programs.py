@@ -34,7 +34,7 @@ from ..estimators._distributions import (
     score_term,
 )
 from .contraction import MEMORY_LIMIT
-from .elimination import Listing, Terms, plates_of
+from .elimination import Listing, Symbols, Terms, expected, plates_of
 from .handlers import Draws, Recorder, Replay, SharedSubsamples, StandIn, nesting, too_many
 from .records import PARTICLES, Frames, Run, Site
 from .resolution import Detached
@@ -54,7 +54,8 @@ class Program:
     With ``max_plate_nesting=None`` the first run, of one particle, finds it. With ``generators`` the programs' own
     noise is kept apart from the sites' draws, so that it can be repeated. Sites that the model lists and the guide
     leaves out are summed over, within ``memory_limit`` bytes; where ``eliminates`` is false, and in the run that finds
-    the nesting, they are drawn from the model.
+    the nesting, they are drawn from the model. With ``lists_chains`` enumerated sites of the guide under
+    ``pyro.markov`` are summed over likewise, where ``kl_weight`` weighs the terms of latent sites.
     """
 
     def __init__(
@@ -71,8 +72,11 @@ class Program:
         step: int = 0,
         generators: Generators | None = None,
         memory_limit: float = MEMORY_LIMIT,
+        lists_chains: bool = False,
+        kl_weight: Any = 1.0,
     ):
         self.model, self.guide, self.resolve = model, guide, resolve
+        self.lists_chains, self.kl_weight = lists_chains, kl_weight
         self.memory_limit, self.eliminates = memory_limit, True
         self.num_particles, self.max_plate_nesting = num_particles, max_plate_nesting
         self.vectorized, self.step, self.generators = vectorized, step, generators
@@ -168,15 +172,25 @@ class Program:
         subsamples = {} if subsamples is None else subsamples
         noise = noise or self._noise()
         aside = noise.aside if noise else nullcontext
-        draws = Draws(self, fixed or {}, choices, fork, stand_in, aside)
+        chains = self._terms() if self.lists_chains else None
+        draws = Draws(self, fixed or {}, choices, fork, stand_in, aside, chains and chains.listing)
         sizes: dict[str, int] = {}
         with noise.entered() if noise else nullcontext():
             with around_guide or nullcontext():
-                guide = self._record(self.guide, args, kwargs, draws, SharedSubsamples(subsamples, sizes, aside))
+                guide = self._record(
+                    self.guide,
+                    args,
+                    kwargs,
+                    draws,
+                    SharedSubsamples(subsamples, sizes, aside),
+                    chains and chains.listing,
+                )
                 self._check_nesting(guide)
-                guide_sites = self._sites(guide, draws) if self.max_plate_nesting is not None else []
+                if chains is not None and not chains.listing.listed:
+                    chains = None
+                guide_sites = self._sites(guide, draws, chains) if self.max_plate_nesting is not None else []
             model, replay = Recorder(), Replay(draws, values)
-            terms = self._terms(draws)
+            terms = self._terms(draws, chains)
             if with_model:
                 model = self._record(
                     self.model,
@@ -189,13 +203,14 @@ class Program:
             self._check_nesting(model)
             if self.max_plate_nesting is None:
                 self.max_plate_nesting = max(nesting(guide), nesting(model))
-                guide_sites = self._sites(guide, draws)
+                guide_sites = self._sites(guide, draws, None)
             if with_model:
                 for name, msg in guide.messages.items():
                     if not msg["is_observed"] and not site_is_subsample(msg):
                         _check_met(name, msg, model.messages.get(name), self.max_plate_nesting)
-            model_sites = self._model_sites(model, terms, set(replay.eliminated))
-        run = Run(guide_sites, model_sites, choices, subsamples, guide.params, model.params, noise=noise, terms=terms)
+            model_sites = self._model_sites(model, terms, set(replay.eliminated), chains)
+        run = Run(guide_sites, model_sites, choices, subsamples, guide.params, model.params, noise=noise)
+        run.terms = [each for each in (chains, terms) if each is not None]
         run.listed, run.limit = {name: count for name, (count, _) in draws.listed.items()}, draws.limit
         run.eliminated = (*replay.eliminated, *(terms.listing.listed if terms is not None else ()))
         subsampled = [
@@ -217,30 +232,38 @@ class Program:
         if self.max_plate_nesting is not None and deepest > self.max_plate_nesting:
             raise BadInput(f"max_plate_nesting is {self.max_plate_nesting}, but the plates nest {deepest} deep")
 
-    def _sites(self, recorder: Recorder, draws: Draws | None) -> list[Site]:
-        return [self._site(msg, draws) for msg in recorder.messages.values() if not site_is_subsample(msg)]
+    def _sites(self, recorder: Recorder, draws: Draws, chains: Terms | None) -> list[Site]:
+        messages = [msg for msg in recorder.messages.values() if not site_is_subsample(msg)]
+        return [self._site(msg, draws, chains, place) for place, msg in enumerate(messages)]
 
-    def _terms(self, draws: Draws) -> Terms | None:
-        """The model's listed values go to the left of all else: particles, the guide's values, alternative draws."""
+    def _terms(self, draws: Draws | None = None, chains: Terms | None = None) -> Terms | None:
+        """Listed values go to the left of all else: particles, other listed values of the guide, alternative draws."""
         if not self.eliminates or self.max_plate_nesting is None:
             return None
-        first = -3 - self.max_plate_nesting - len(self.enum_dims)
-        listing = Listing(draws.draws.keys(), first, self.joint, self.max_plate_nesting, self.memory_limit)
-        return Terms(listing, 1 + self.max_plate_nesting)
+        nesting, first = self.max_plate_nesting, -3 - self.max_plate_nesting - len(self.enum_dims)
+        drawn = None if draws is None else draws.draws.keys()
+        if chains is not None:
+            first = chains.listing.first
+        listing = Listing(first, self.joint, nesting, self.memory_limit, drawn, chains and chains.listing)
+        return Terms(listing, 1 + nesting, Symbols(first) if chains is None else chains.symbols)
 
-    def _model_sites(self, recorder: Recorder, terms: Terms | None, eliminated: set[str]) -> list[Site]:
+    def _model_sites(
+        self, recorder: Recorder, terms: Terms | None, eliminated: set[str], chains: Terms | None
+    ) -> list[Site]:
         messages = [msg for msg in recorder.messages.values() if not site_is_subsample(msg)]
-        if terms is None or not terms.listing.listed:
+        if terms is None or not (terms.listing.listed or chains):
             sites = [self._site(msg, None) for msg in messages]
             for site in sites:
                 if site.name in eliminated:  # drawn, to be compared with what it is where it is summed over
                     site.score = self._lay_out(site.name, score_log_prob(site.fn, site.value), site.frames)
             return sites
         sites = [self._site(msg, None, terms, place) for place, msg in enumerate(messages)]
+        costs = terms.summed() if chains is None else expected(terms, chains, self.kl_weight)
         # From the last one on, so that the places of those before stay what they are.
-        for place, site in sorted(terms.summed(), key=lambda found: found[0], reverse=True):
+        for cost in sorted(costs, key=lambda found: found.place, reverse=True):
+            site = terms.laid_out(cost)
             site.log_prob = self._lay_out(site.name, site.log_prob, site.frames)
-            sites.insert(place + 1, site)
+            sites.insert(cost.place + 1, site)
         return sites
 
     def _record(
@@ -309,7 +332,8 @@ class Program:
                 factor = score_log_prob(fn, value) if has_own_mask(fn) else unscaled
             else:
                 factor = scale_and_mask(unscaled, 1.0, msg["mask"])
-            if terms.take(site, msg, factor, place):
+            scaled = None if draws is None else scale_and_mask(unscaled, msg["scale"], msg["mask"])
+            if terms.take(site, msg, factor, place, scaled):
                 return site
         site.log_prob = self._lay_out(name, scale_and_mask(unscaled, msg["scale"], msg["mask"]), frames)
         if site.estimator is not None and (site.estimator.log_q == "value" or site.estimator.enumerates):

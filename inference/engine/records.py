@@ -59,7 +59,7 @@ class Run:
     limit: int = 0
     partial_loops: frozenset[str] = frozenset()  # sequential plates of which only some elements were visited
     eliminated: tuple[str, ...] = ()  # the sites that the model lists and the guide leaves out
-    terms: Any = None  # the factors that were summed over these (elimination.Terms)
+    terms: list[Any] = field(default_factory=list)  # the factors that were summed over (elimination.Terms)
     noise: OwnNoise | None = None  # what the programs drew outside of sample statements; None: not kept apart
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ...errors import ANY, PROGRAM, CannotVectorize, GumboError, UnsupportedSite, first_line
 from ..estimators._base import Draw
+from .elimination import NeedsListing
 from .mixing import another_value
 from .programs import Misfit, Program
 from .records import Run, Site
 from .scopes import evaluating
 from .streams import OwnNoise
-from .terms import summed_to
+from .terms import NeedsJoint, summed_to
 
 
 def check_at_once(program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -27,7 +28,7 @@ def check_at_once(program: Program, seen: Run, args: tuple, kwargs: Mapping[str,
         ((run,),) = program.runs(args, kwargs)
     except Misfit as error:
         raise _fails_vectorized(error) from error
-    except GumboError:
+    except (GumboError, NeedsJoint, NeedsListing):
         raise
     except Exception as error:
         raise _fails_vectorized(error) from error
@@ -57,6 +58,9 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
         step=program.step,
         generators=program.generators,
         memory_limit=program.memory_limit,
+        lists_chains=program.lists_chains,
+        kl_weight=program.kl_weight,
+        enum_dims=program.enum_dims,
     )
     alone.skips_unscored = True
     if (stray := _stray_dimension(program, run)) is not None:
@@ -87,20 +91,20 @@ def _places(program: Program) -> list[dict[int, int]]:
 
 
 def check_listed(
-    program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]
+    program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any], chains: Collection[str] = ()
 ) -> tuple[str, str, list[str]] | None:
     """Hold what each statement says where values are listed against what it says where the sites take single values.
 
-    The values are those of ``seen``, in which the model drew the sites that it lists, and others. Rows of a plate take
-    values of their own, so that rows that a program mixes show too.
+    The values are those of ``seen``, in which the model drew the sites that it lists and the guide its ``chains``, and
+    others. Rows of a plate take values of their own, so that rows that a program mixes show too.
 
     Returns:
         The first statement that differs, how, and the listed sites that it depends on; None where all agree.
     """
     for changed in (False, True):
-        values = {site.name: site.value for site in seen.model if site.name in seen.eliminated}
-        if changed:
-            values = {site.name: _other_values(site) for site in seen.model if site.name in values}
+        sites = [site for site in seen.model if site.name in seen.eliminated]
+        sites += [site for site in seen.guide if site.name in chains]
+        values = {site.name: _other_values(site) if changed else site.value.detach() for site in sites}
         found = _listed_difference(program, seen, values, args, kwargs)
         if found is not None and program.generators is not None and found[3].drew:
             # Layers that draw noise of their own draw it in another shape for many values.
@@ -122,7 +126,7 @@ def _other_values(site: Site) -> Tensor:
 def _listed_difference(
     program: Program, seen: Run, values: Mapping[str, Tensor], args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[str, str, list[str], OwnNoise] | None:
-    draws = {site.name: Draw(site.value.detach()) for site in seen.guide if site.latent}
+    draws = {site.name: Draw(values.get(site.name, site.value.detach())) for site in seen.guide if site.latent}
     options: dict[str, Any] = {"fixed": draws, "subsamples": dict(seen.subsamples)}
     program.eliminates = False
     try:
@@ -131,7 +135,7 @@ def _listed_difference(
         program.eliminates = True
     try:
         listed = program.run(args, kwargs, noise=plain.noise, **options)
-    except GumboError:
+    except (GumboError, NeedsJoint, NeedsListing):
         raise
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         names = ", ".join(map(repr, list(values)[:3]))
@@ -142,8 +146,10 @@ def _listed_difference(
             f" {first_line(error, kind=True)}; {_LISTED_ADVICE}",
         ) from error
     by_name = {site.name: site for site in plain.model}
-    for term, at_values in listed.terms.at(values):
-        other = by_name.get(term.site.name)
+    in_guide = {site.name: site for site in plain.guide}
+    at_all = [(terms.of_guide, *found) for terms in listed.terms for found in terms.at(values)]
+    for of_guide, term, at_values in at_all:
+        other = (in_guide if of_guide else by_name).get(term.site.name)
         if other is None:
             return term.site.name, "it is missing where its values are single ones", _depends(term, listed), plain.noise
         if other.score is not None:
@@ -168,7 +174,7 @@ def _listed_difference(
 
 
 def _depends(term: Any, run: Run) -> list[str]:
-    return [run.terms.listing.by_number[number].name for number in term.numbers]
+    return [run.terms[0].listing.by_number[number].name for number in term.numbers]
 
 
 _LISTED_ADVICE = (

@@ -44,7 +44,7 @@ class Inputs:
         for item in (*self.args, *self.kwargs.values()):
             if isinstance(item, Tensor) and depth and tuple(item.shape[:depth]) == rows:
                 found.append(pad_left(item.detach().reshape(rows + (-1,)), room + 1))
-        for name in [other.name for other in runs[0].upstream(site.name) if other.latent]:
+        for name in [other.name for other in runs[0].upstream(site.name) if other.latent and not other.summed]:
             others = [run.guide_site(name) for run in runs]
             if others[0].frames <= frames:
                 values = [_features(_laid_out(other, room).value.detach(), other.fn.event_dim) for other in others]

@@ -25,7 +25,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 
 from ...errors import BadInput
-from ..engine.contraction import MEMORY_LIMIT, log_sum
+from ..engine.contraction import MEMORY_LIMIT, laid_out, log_sum
 
 
 def completed(model: Callable, guide: Callable, drawn: Trace, run: Trace) -> Callable:
@@ -301,24 +301,17 @@ def _over(factor: _Factor, plates: frozenset[str]) -> _Factor:
     return _Factor(tensor, "".join(name for name in factor.names if name not in plates), factor.plates - plates)
 
 
-def _laid_out(tensor: torch.Tensor, own: str, names: str) -> torch.Tensor:
-    """A tensor with dimensions of the given names, of size 1 where it has none of its own."""
-    ordered = tensor.permute([own.index(name) for name in names if name in own])
-    sizes = iter(ordered.shape)
-    return ordered.reshape([next(sizes) if name in own else 1 for name in names])
-
-
 def _product(factors: list[_Factor], plates: frozenset[str]) -> _Factor:
     names = "".join(sorted(set("".join(factor.names for factor in factors))))
     total: Any = 0.0
     for factor in factors:
-        total = total + _laid_out(factor.tensor, factor.names, names)
+        total = total + laid_out(factor.tensor, factor.names, names)
     return _Factor(total, names, plates)
 
 
 def _at(tensor: torch.Tensor, names: str, symbol: str, index: torch.Tensor, of_index: str) -> tuple[torch.Tensor, str]:
     """The factor where a site has the values ``index``."""
     others = "".join(sorted(set(names.replace(symbol, "")) | set(of_index)))
-    tensor, index = _laid_out(tensor, names, symbol + others), _laid_out(index, of_index, symbol + others)
+    tensor, index = laid_out(tensor, names, symbol + others), laid_out(index, of_index, symbol + others)
     shape = torch.broadcast_shapes(tensor.shape[1:], index.shape[1:])
     return tensor.expand(-1, *shape).gather(0, index.expand(1, *shape)).squeeze(0), others

@@ -579,3 +579,132 @@ def test_a_plan_is_linear_in_the_length_of_a_chain():
         return contraction.plan(factors, tuple((4,) * len(f) for f in factors), frozenset("".join(factors))).numbers
 
     assert numbers(200) - numbers(100) == numbers(300) - numbers(200) == 100 * 16
+
+
+# Chains of the guide: the terms of the bound, expected over them by elimination.
+
+
+class ChainGuide(Params):
+    """A chain of its own over the states of `Chain`."""
+
+    def __init__(self, states=3, length=4):
+        super().__init__()
+        self.q_start = nn.Parameter(randn(states, seed=20))
+        self.q_steps = nn.Parameter(randn(length, states, states, seed=21))
+
+    def forward(self, y, shift=0.0):
+        z = None
+        for i in pyro.markov(range(len(y))):
+            logits = self.q_start if z is None else self.q_steps[i][z]
+            z = pyro.sample(f"z{i}", dist.Categorical(logits=logits), infer=PARALLEL)
+
+
+def bound_over(chain, guide, y):
+    """E[log p − log q] of `Chain` under `ChainGuide`, by its marginals one after the other."""
+    seen = dist.Normal(chain.means, 1.0).log_prob(y[:, None])
+    prior, log_q = chain.steps.log_softmax(-1), guide.q_start.log_softmax(-1)
+    now = log_q.exp()
+    total = (now * (prior[0] + seen[0] - log_q)).sum()
+    for i in range(1, len(y)):
+        log_q = guide.q_steps[i].log_softmax(-1)
+        joint = now[:, None] * log_q.exp()
+        total = total + (joint * (prior + seen[i] - log_q)).sum()
+        now = joint.sum(0)
+    return total
+
+
+@pytest.mark.parametrize("length", [4, 60])
+def test_a_chain_of_the_guide_has_the_expectation_over_its_marginals(length):
+    chain, guide, y = Chain(3), ChainGuide(3, length), 3 * randn(length, seed=22)
+    loss = SiteELBO()(chain, guide)
+    both = nn.ModuleList([chain, guide])
+    value, exact = loss(y), -bound_over(chain, guide, y)
+    assert loss.binding.lists_chains
+    assert value.item() == pytest.approx(exact.item(), rel=1e-12)
+    assert close(gradient(value, both), gradient(exact, both), 1e-10)
+
+
+class BesideGuide(Params):
+    """A coin, a chain in a plate that depends on it, and a coin of each row: before, after, or fed by the chain."""
+
+    def __init__(self, last):
+        super().__init__(coin=0.3, start=[[0.2, -0.1], [0.5, 0.3]], move=[[0.4, -0.3], [-0.2, 0.6]], row=[0.1, -0.4])
+        self.last = last
+
+    def forward(self):
+        coin = pyro.sample("a", dist.Bernoulli(logits=self.coin))
+        with pyro.plate("data", 2):
+            if self.last == "before":
+                pyro.sample("b", dist.Bernoulli(logits=self.row))
+            z = None
+            for i in pyro.markov(range(2)):
+                logits = Vindex(self.start)[coin.long()] if z is None else Vindex(self.move)[z]
+                z = pyro.sample(f"z{i}", dist.Categorical(logits=logits), infer=PARALLEL)
+            if self.last != "before":
+                pyro.sample("b", dist.Bernoulli(logits=self.row + (z if self.last == "fed" else 0)))
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "last"),
+    [
+        ({"*": "score"}, {}, "before"),
+        ({"*": "score"}, {}, "after"),
+        ({"*": "score"}, {}, "fed"),
+        ({"a": "enumerate", "b": "score"}, {}, "after"),
+        ({"a": "enumerate", "b": "rloo"}, {"num_particles": 2}, "before"),
+        ({"*": "score"}, {"plates": "ignore"}, "before"),
+        ({"a": "local-expectation", "b": "score"}, {}, "after"),
+    ],
+)
+def test_beside_a_chain_of_the_guide_the_mean_over_every_draw_is_the_exact_gradient(words, options, last):
+    model, guide = Small(), BesideGuide(last)
+    loss = SiteELBO(words, **options)(model, guide).initialize()
+    assert loss.binding.lists_chains == (last != "fed")  # what is drawn for each of its values is listed as before
+    found = mean_gradient(words, model, guide, **options)
+    assert torch.allclose(found, exact_gradient(model, guide), rtol=0, atol=1e-10)
+
+
+def test_a_weight_of_the_latent_terms_reaches_chains_of_the_guide():
+    chain, guide, y = Chain(2), ChainGuide(2, 3), randn(3, seed=23)
+    both = nn.ModuleList([chain, guide])
+    chained, listed = (
+        SiteELBO(kl_weight=0.3, vectorize_particles=together)(chain, guide)(y) for together in (True, False)
+    )
+    assert chained.item() == pytest.approx(listed.item(), rel=1e-12)
+    assert close(gradient(chained, both), gradient(listed, both))
+
+
+def test_model_and_guide_may_each_list_a_chain():
+    y = randn(3, seed=24)
+    chain, guide = Chain(2), ChainGuide(2, 3)
+
+    def model(y):
+        z = w = torch.tensor(0)
+        for i in pyro.markov(range(len(y))):
+            z = pyro.sample(f"z{i}", dist.Categorical(logits=chain.steps[z]))
+            w = pyro.sample(f"w{i}", dist.Categorical(logits=Vindex(chain.steps)[(w + z) % 2]), infer=PARALLEL)
+            pyro.sample(f"y{i}", dist.Normal(chain.means[w] + z, 1.0), obs=y[i])
+
+    loss = SiteELBO()
+    with pyro.get_param_store().scope():
+        value = loss.differentiable_loss(model, guide, y)
+        exact = -exact_elbo(model, guide, y)
+    assert value.item() == pytest.approx(exact.item(), rel=1e-12)
+    both = nn.ModuleList([chain, guide])
+    assert close(gradient(value, both), gradient(exact, both))
+
+
+def test_a_chain_that_reaches_further_back_in_the_model_than_in_the_guide_is_listed():
+    guide = ChainGuide(2, 4)
+    steps = nn.Parameter(randn(2, 2, 2, seed=25))
+
+    def model(y):
+        z = before = torch.tensor(0)
+        for i in pyro.markov(range(len(y)), history=2):
+            z, before = pyro.sample(f"z{i}", dist.Categorical(logits=Vindex(steps)[before, z])), z
+            pyro.sample(f"y{i}", dist.Normal(z.double(), 1.0), obs=y[i])
+
+    y = randn(4, seed=26)
+    with pyro.get_param_store().scope():
+        value, exact = SiteELBO().differentiable_loss(model, guide, y), -exact_elbo(model, guide, y)
+    assert value.item() == pytest.approx(exact.item(), rel=1e-12)
