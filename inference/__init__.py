@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .auditing.automatic import Auto
 from .auditing.comparison import audit
 from .auditing.plot import plot_audit
 from .auditing.recommendation import recommend
@@ -19,6 +20,7 @@ from .training.natural_gradient import NaturalGradient
 from .training.schedules import Constant, Cosine, Cyclical, Exponential, Linear, parse_schedule, schedules
 
 __all__ = [
+    "Auto",
     "Constant",
     "Cosine",
     "Cyclical",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from .engine.contraction import MEMORY_LIMIT
 from .engine.resolution import as_estimator, check_particles
 from .engine.scopes import networks_at_hand, one_at_a_time
 from .estimators import Estimator, estimators
+from .estimators._base import Chooser
 from .objectives import Objective, as_objective
 
 PLATES = ("check", "trust", "ignore")
@@ -31,6 +32,7 @@ class SiteELBO(ELBO):
         estimators: one word (or :class:`Estimator`) for all sites, or a mapping from site names to words, where
             ``"*"`` stands for the sites that it does not name. Where a mapping does not name a site, the site's own
             ``infer={"estimator": …}`` speaks first, then ``"*"``; a site that nothing names is pathwise if it can be.
+            ``"auto"``, or :class:`~gumbo.inference.Auto`, chooses a site's word by a pilot in the first call.
         objective: ``"elbo"``; ``"iwae"``, the importance-weighted bound; ``"renyi"``, the bound of order
             ``alpha``; ``"rws"``, reweighted wake-sleep; or an :class:`~gumbo.inference.objectives.Objective`.
         num_particles: K; None is the estimators' own minimum.
@@ -134,6 +136,7 @@ class SiteELBO(ELBO):
         self.requested_nesting = max_plate_nesting
         self._bindings: list[Binding] = []
         self._learnt: tuple[nn.ModuleDict, int] | None = None
+        self.choice: Any = None  # what a word that stands for a choice has chosen
         self.begins_with: Mapping[str, Any] | None = None  # of an earlier training: its step, baselines, networks
         super().__init__(
             num_particles=num_particles or 1,
@@ -164,6 +167,38 @@ class SiteELBO(ELBO):
             if value != usual:
                 parts.append(f"{name}={value!r}")
         return f"SiteELBO({', '.join(parts)})"
+
+    @property
+    def chooser(self) -> Chooser | None:
+        """The word that stands for a choice, if a site names one; the first of several chooses for all."""
+        named = [*self.given.values(), *([self.otherwise] if self.otherwise else [])]
+        return next((estimator for estimator in named if isinstance(estimator, Chooser)), None)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a site's word stands for a choice that is still to be made."""
+        return self.chooser is not None
+
+    def decided(self, model: Callable, guide: Callable, batches: Iterable, choice: Any = None) -> SiteELBO:
+        """This loss with the words chosen on these batches, ``(args, kwargs)`` each, or with those of a ``choice``."""
+        if choice is None:
+            choice = self.chooser.choose(self, model, guide, batches)
+            self.chooser.announce(choice)
+        self.choice = choice
+        found = self.settled_as(choice.words)
+        found.choice = choice
+        return found
+
+    def settled_as(self, words: Mapping[str, str]) -> SiteELBO:
+        """This loss with these words at the sites whose own stands for a choice."""
+        found = copy.copy(self)
+        given = {name: e for name, e in self.given.items() if not isinstance(e, Chooser)}
+        found.given = given | {name: as_estimator(word) for name, word in words.items()}
+        found.otherwise = None if isinstance(self.otherwise, Chooser) else self.otherwise
+        found._bindings = []
+        for name, estimator in found.given.items():
+            check_particles(name, estimator, self.requested_particles)
+        return found
 
     def _get_trace(self, model, guide, args, kwargs):
         raise BadInput("SiteELBO keeps its own records; use differentiable_loss, loss or loss_and_grads")

@@ -41,6 +41,8 @@ class Loss(Words, Protocol):
     requested_nesting: int | None
     requested_vectorized: bool | None
     vectorize_particles: bool
+    undecided: bool
+    decided: Callable[..., Any]
     kl_weight: float | Callable[[int], float]
     max_alternatives: int
     begins_with: Mapping[str, Any] | None
@@ -131,6 +133,9 @@ class Binding(nn.Module):
         """Run the programs once to see their sites, leaving random streams and statistics as they were."""
         if self.ready():
             return
+        if self.elbo.undecided:
+            self.elbo = self.elbo.decided(self.model, self.guide, [(args, kwargs)])
+            self.resolution = Resolution(self.elbo)
         if _handles_itself(self.guide):
             raise BadInput(
                 "a guide that runs the model itself (AutoMessenger) cannot be given estimators; use stock ELBOs"

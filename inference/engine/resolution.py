@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ...errors import BadInput, GumboError, TooFewParticles, UnsupportedSite
 from ..estimators import Enumerate, Estimator, MovingAverage, ScoreFunction, estimators
-from ..estimators._base import Draw, detached_draw
+from ..estimators._base import Draw, choosers, detached_draw
 from ..estimators._distributions import describe, is_deterministic
 from .records import Run
 
@@ -48,6 +48,10 @@ def as_estimator(word: str | Estimator) -> Estimator:
         return word()
     if not isinstance(word, str):
         raise BadInput(f"an estimator is a word or an Estimator, got {word!r}")
+    if word in choosers:
+        return choosers[word]()
+    if (head := word.partition("(")[0] + "(") in choosers and word != head:
+        return choosers[head](word)
     found = estimators[word]()
     if not isinstance(found, Estimator):
         raise BadInput(f"{word!r} names {found!r}, which is not an Estimator")

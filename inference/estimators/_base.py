@@ -274,6 +274,36 @@ class Estimator(Checked):
         return None
 
 
+class Chooser(Estimator):
+    """A word that stands for a choice: before a site is drawn, another estimator is put in its place.
+
+    A loss asks it once for all of its sites that name one; ``choose`` says a word for each of these.
+    """
+
+    lazy_parameters = True  # what is chosen may have some
+    objectives = frozenset()
+
+    def why_not(self, site: Mapping[str, Any]) -> str | None:
+        return "it is chosen for a loss, and not by a site's own mark: name it in SiteELBO, as in {'z': 'auto'}"
+
+    def choose(self, loss: Any, model: Callable, guide: Callable, batches: Any) -> Any:
+        """What was chosen, an object whose ``words`` map the sites to words.
+
+        Args:
+            loss: the :class:`SiteELBO` that names this word.
+            model, guide: the programs.
+            batches: pairs of arguments and keywords that they are called with.
+        """
+        raise BadInput(f"{type(self).__name__} does not choose")
+
+    def announce(self, choice: Any) -> None:
+        """Say what was chosen."""
+
+
+# Words that stand for a choice; one that ends in "(" takes a text with options, as in ``auto(allow_biased=True)``.
+choosers: dict[str, Callable[..., Chooser]] = {}
+
+
 def detached_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
     """A draw that carries no gradient, whatever the distribution could do."""
     with torch.no_grad():
@@ -313,12 +343,14 @@ def check_temperature(temperature: float | Schedule) -> float | Schedule:
 
 
 __all__ = [
+    "Chooser",
     "Draw",
     "Estimator",
     "SiteState",
     "SiteView",
     "at_step",
     "check_temperature",
+    "choosers",
     "detached_draw",
     "estimators",
     "pad_left",

@@ -1,0 +1,408 @@
+"""``"auto"``: the estimator of each site, chosen by a pilot that measures variance × cost on the first batches."""
+
+from __future__ import annotations
+
+import ast
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ...errors import BadInput, UnsupportedSite
+from ...options import check_seed
+from ...tables import digits, markdown
+from ..elbo import SiteELBO
+from ..estimators import Estimator, estimators
+from ..estimators._base import Chooser, choosers
+from ..estimators._distributions import finite_support
+from .sampler import Draws, Stage, set_aside
+
+COSTS = ("evaluations", "time")
+ROUND = 5  # the first round takes a fifth of the draws
+KEPT = 3.0  # those within this factor of the best in the first round are drawn on
+FEWEST = 8  # draws of the dearest candidate
+RUNS_PER_DRAW = 4  # a candidate may spend so many model runs for each draw of the budget
+BURN_IN = 20  # steps in which baselines and control variates settle
+
+
+@dataclass
+class Measured:
+    """One candidate at one site: variance and squared bias of the gradient (nats²), cost of a step, and the score."""
+
+    site: str
+    word: str
+    variance: float = math.nan
+    squared_bias: float = 0.0
+    evaluations: float = math.nan
+    seconds: float = math.nan
+    score: float = math.nan
+    draws: int = 0
+    note: str = ""
+    chosen: bool = False
+
+
+@dataclass
+class Choice:
+    """What a pilot chose: a word for each site, with what it measured; ``step`` counts the training steps before it."""
+
+    words: dict[str, str]
+    rows: list[Measured] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    note: str = ""
+
+    def __str__(self) -> str:
+        # What takes part, best first; what was refused is named below.
+        order = {site: i for i, site in enumerate(self.words)}
+        measured = sorted((r for r in self.rows if r.score == r.score), key=lambda r: (order[r.site], r.score))
+        table = markdown(
+            ["site", "estimator", "variance", "bias²", "model runs", "score", "draws", ""],
+            [
+                [
+                    row.site,
+                    row.word,
+                    digits(row.variance),
+                    digits(row.squared_bias),
+                    digits(row.evaluations),
+                    digits(row.score),
+                    str(row.draws),
+                    "chosen" if row.chosen else "",
+                ]
+                for row in measured
+            ],
+        )
+        chosen = ", ".join(f"{site}: {word}" for site, word in self.words.items())
+        cost = "model runs" if self.settings.get("cost") != "time" else "seconds"
+        said = f"auto chose {chosen} (score: variance × {cost} of a step)"
+        return "\n".join([said, *table, *([self.note] if self.note else [])])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as a run folder keeps them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Choice:
+        """The choice that a run folder keeps."""
+        return cls(**{**found, "rows": [Measured(**row) for row in found.get("rows", [])]})
+
+
+class Auto(Chooser):
+    """Choose for each site the word of the least variance × cost, measured by a pilot before training.
+
+    Sites are taken in the guide's order. Each candidate (every registered word that serves the site under the
+    objective) gives gradients of the whole program with the other sites as chosen so far; what is least in variance of
+    the guide's gradient × cost of a step is taken. A first round of a fifth of the draws leaves those within a factor
+    of 3 of the best. Parameters, baselines and random streams stay as they were; control variates settle for 20 steps.
+    The choice is the same for the same seed, as long as costs are counted and the budget of seconds lasts.
+
+    Args:
+        allow_biased: let biased words take part, with their squared bias (against the best unbiased word's mean, less
+            what sampling adds to it) added to the variance.
+        cost: ``"evaluations"`` counts model runs; ``"time"`` takes seconds, which differ from run to run.
+        draws: gradients of a candidate, fewer of one that spends more than ``4 × draws`` model runs.
+        seconds: after so much processor time no further candidate is drawn, and the table says which were left out.
+        batches: how many of the first batches of ``fit`` are used; elsewhere it is the first call's.
+        again: training steps before which ``fit`` looks again, in rising order; a change is written and said.
+        max_evaluations: candidates that take more model runs a step are left out, and named.
+        candidates: the words that take part; None: every registered one.
+        seed: of the pilot's draws.
+        quiet: do not print the table to standard error.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Bernoulli(0.5))
+    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.3))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.4))))
+    >>> elbo = SiteELBO(Auto(draws=20, candidates=["score", "rloo", "enumerate"], quiet=True))
+    >>> round(elbo.loss(model, guide), 4), elbo.choice.words
+    (1.0786, {'z': 'enumerate'})
+    """
+
+    def __init__(
+        self,
+        allow_biased: bool = False,
+        cost: str = "evaluations",
+        draws: int = 100,
+        seconds: float = 120.0,
+        batches: int = 2,
+        again: Sequence[int] = (),
+        max_evaluations: int = 1024,
+        candidates: Sequence[str] | None = None,
+        seed: int = 0,
+        quiet: bool = False,
+    ):
+        if cost not in COSTS:
+            raise BadInput(f"Auto: cost is {cost!r}: expected 'evaluations' or 'time'")
+        if draws < FEWEST:
+            raise BadInput(f"Auto: draws is {draws}: expected at least {FEWEST}")
+        if list(again) != sorted(set(again)):
+            raise BadInput(f"Auto: again is {list(again)}: expected steps in rising order")
+        check_seed(seed)
+        for word in candidates or ():
+            estimators[word]  # an unknown one is named
+        self.allow_biased, self.cost, self.draws, self.seconds = allow_biased, cost, draws, float(seconds)
+        self.batches, self.again, self.max_evaluations = batches, tuple(again), max_evaluations
+        self.candidates = None if candidates is None else tuple(candidates)
+        self.seed, self.quiet = seed, quiet
+
+    _ranges = {"seed": -math.inf}
+
+    @property
+    def unbiased(self) -> bool:  # type: ignore[override]
+        return not self.allow_biased
+
+    def choose(
+        self, loss: SiteELBO, model: Callable, guide: Callable, batches: Iterable[tuple[tuple, Mapping[str, Any]]]
+    ) -> Choice:
+        with set_aside(model, guide, self.seed):
+            return _Pilot(self, loss, model, guide, list(batches)).choose()
+
+    def announce(self, choice: Choice) -> None:
+        if not self.quiet:
+            print(choice, file=sys.stderr)
+
+
+def auto(text: str) -> Auto:
+    """The chooser that a text such as ``auto(allow_biased=True)`` says, its options by name.
+
+    >>> auto("auto(draws=50, cost='time')").draws
+    50
+    """
+    problem = BadInput(f"{text!r} is not auto(option=value, …): its options are those of Auto, by name")
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise problem
+        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise problem from error
+    return Auto(**options)
+
+
+choosers["auto"] = Auto
+choosers["auto("] = auto
+
+
+class _Contestant:
+    """One candidate at one site: its gradients on every batch."""
+
+    def __init__(self, row: Measured, stages: list[Stage], loss: Callable[[], SiteELBO]):
+        self.row, self.names = row, _guides(stages[0])
+        self.draws = [Draws(stage, loss()) for stage in stages]
+        self.took: list[float] = []
+        self.sums = [[torch.zeros(()), torch.zeros(()), 0] for _ in stages]  # mean, sum of squares about it, count
+
+    def settle(self) -> None:
+        for draws in self.draws:
+            for _ in range(BURN_IN if draws.has_state else 1):
+                draws.draw()
+        runs = [draws.evaluations() for draws in self.draws]
+        self.row.evaluations = statistics.mean(runs)
+        for draws in self.draws:
+            draws.freeze()
+
+    def draw(self, count: int, deadline: float) -> None:
+        """Draw until there are ``count`` gradients, spread over the batches, or the time is over."""
+        few = FEWEST * len(self.draws)
+        while self.row.draws < count and (self.row.draws < few or time.process_time() < deadline):
+            place = self.row.draws % len(self.draws)
+            gradient, _, seconds = self.draws[place].draw()
+            flat = torch.cat([gradient[name] for name in self.names]).cpu()
+            if not flat.isfinite().all():
+                self.row.note, self.row.score = "refused: a gradient is not finite", math.nan
+                return
+            mean, square, seen = self.sums[place]
+            step = flat - mean
+            mean = mean + step / (seen + 1)
+            self.sums[place] = [mean, square + (step * (flat - mean)).sum(), seen + 1]
+            self.row.draws += 1
+            self.took.append(seconds)
+        parts = [(float(square) / (seen - 1), seen) for _, square, seen in self.sums if seen > 1]
+        if parts:
+            self.row.variance = _still(statistics.mean(part for part, _ in parts), self.mean())
+            self.row.seconds = statistics.median(self.took)
+
+    def mean(self) -> Tensor:
+        """The mean gradient over the batches."""
+        return torch.stack([mean for mean, _, seen in self.sums if seen]).mean(0)
+
+    def error(self) -> float:
+        """The expected squared distance of :meth:`mean` from the gradient's own mean."""
+        parts = [float(square) / (seen - 1) / seen for _, square, seen in self.sums if seen > 1]
+        return sum(parts) / max(len(parts), 1) ** 2
+
+
+def _still(variance: float, mean: Tensor) -> float:
+    """No variance where there is none but of rounding."""
+    return 0.0 if variance <= 1e-10 * float(mean.square().sum()) else variance
+
+
+def _guides(stage: Stage) -> list[str]:
+    """The guide's parameters, where estimators differ; all of them where it has none."""
+    own = [name for name in stage.parameters if name.startswith("guide.")]
+    return own or list(stage.parameters)
+
+
+class _Pilot:
+    def __init__(self, auto: Auto, loss: SiteELBO, model: Callable, guide: Callable, batches: list):
+        self.auto, self.loss, self.began = auto, loss, time.process_time()
+        self.stages = [Stage(model, guide, args, kwargs, loss.requested_nesting) for args, kwargs in batches]
+        self.rows: list[Measured] = []
+        self.left_out: list[str] = []
+
+    @property
+    def deadline(self) -> float:
+        return self.began + self.auto.seconds
+
+    def choose(self) -> Choice:
+        words: dict[str, str] = {}
+        sites = self._sites()
+        for name in sites:
+            words[name] = self._first(name)
+        for name in sites:
+            words[name] = self._best(name, words)
+        note = f"left out, as {self.auto.seconds:g} s were over: {', '.join(self.left_out)}" if self.left_out else ""
+        settings = {"cost": self.auto.cost, "draws": self.auto.draws, "seconds": self.auto.seconds}
+        settings |= {"seed": self.auto.seed, "allow_biased": self.auto.allow_biased}
+        return Choice(words, self.rows, settings, note=note)
+
+    def _sites(self) -> list[str]:
+        """The sites that ask for a choice, in the guide's order."""
+        stage, loss = self.stages[0], self.loss
+        with stage.held(), torch.no_grad():
+            nodes = poutine.trace(stage.guide).get_trace(*stage.args, **stage.kwargs).nodes
+        found = []
+        for name in stage.latents:
+            own = loss.given.get(name)
+            infer = nodes[name]["infer"] if name in nodes else {}
+            marked = any(infer.get(mark) for mark in ("estimator", "enumerate", "baseline"))
+            if isinstance(own, Chooser) or (own is None and not marked and isinstance(loss.otherwise, Chooser)):
+                found.append(name)
+        return found
+
+    def _candidates(self, name: str) -> dict[str, Estimator]:
+        """The words that serve a site under the objective, as far as they say themselves."""
+        site = {"name": name, "fn": self.stages[0].latents[name], "infer": {}, "is_observed": False}
+        particles = self.loss.requested_particles
+        found = {}
+        for word in self.auto.candidates or estimators:
+            estimator = estimators[word]()
+            biased = not estimator.unbiased or estimator.objective_name() != "elbo"
+            fits = particles is None or estimator.min_particles <= particles
+            if (
+                self.loss.target.accepts(estimator)
+                and estimator.supports(site)
+                and not estimator.together
+                and fits
+                and (self.auto.allow_biased or not biased)
+            ):
+                found[word] = estimator
+        if not any(e.unbiased and e.objective_name() == "elbo" for e in found.values()):
+            raise UnsupportedSite(name, "auto", "no unbiased estimator among the candidates serves it")
+        return found
+
+    def _first(self, name: str) -> str:
+        """What a site takes until its own turn comes."""
+        found = self._candidates(name)
+        return next((word for word in ("pathwise", "rloo", "score") if word in found), next(iter(found)))
+
+    def _listed(self, name: str) -> int:
+        """How many values an enumerated site has."""
+        stage = self.stages[0]
+        fn = stage.latents[name]
+        joint = 0 if stage.at_once(self.loss.requested_vectorized) else len(fn.batch_shape)
+        values = finite_support(fn, joint=joint, limit=self.auto.max_evaluations)
+        return self.auto.max_evaluations + 1 if isinstance(values, str) else len(values)
+
+    def _best(self, name: str, words: dict[str, str]) -> str:
+        auto, contestants = self.auto, []
+        known = self._candidates(name)
+        listed = math.prod(
+            self._listed(other) for other, word in words.items() if estimators[word]().enumerates and other != name
+        )
+        # One that sums over the site comes first: where nothing is left to chance, no other can be better.
+        for word, estimator in sorted(known.items(), key=lambda item: not item[1].enumerates):
+            row = Measured(name, word)
+            self.rows.append(row)
+            if any(c.row.score == 0.0 for c in contestants):
+                row.note = "not drawn: another has no variance"
+                continue
+            if estimator.enumerates and listed * self._listed(name) > auto.max_evaluations:
+                row.note = f"left out: more than {auto.max_evaluations} model runs a step"
+                continue
+            if time.process_time() > self.deadline and contestants:
+                row.note = "left out: time"
+                self.left_out.append(f"{word} at {name}")
+                continue
+            try:
+                torch.manual_seed(auto.seed)
+                contestant = _Contestant(row, self.stages, lambda word=word: self._loss({**words, name: word}))
+                contestant.settle()
+                if row.evaluations > auto.max_evaluations:
+                    row.note = f"left out: {row.evaluations:.0f} model runs a step"
+                    continue
+                contestant.draw(self._count(row, auto.draws // ROUND), self.deadline)
+            except Exception as error:  # a word that cannot serve the program after all
+                row.note = f"refused: {' '.join(str(error).split())[:200]}"
+                continue
+            if row.variance == row.variance and not row.note:
+                contestants.append(contestant)
+                if row.variance == 0.0 and _is_unbiased(estimator):
+                    row.score = 0.0
+        unbiased = [c for c in contestants if _is_unbiased(known[c.row.word])]
+        if not unbiased:
+            said = next((row.note for row in reversed(self.rows) if row.site == name and row.note), "")
+            raise UnsupportedSite(name, "auto", f"no unbiased estimator could be drawn in the pilot ({said})")
+        self._judge(contestants, unbiased)
+        best = min(c.row.score for c in contestants)
+        for contestant in contestants:
+            if contestant.row.score <= KEPT * best and contestant.row.variance > 0:
+                contestant.draw(self._count(contestant.row, auto.draws), self.deadline)
+        self._judge(contestants, unbiased)
+        contestants = [c for c in contestants if c.row.score == c.row.score]
+        # Where there is no variance at all, the cheapest.
+        chosen = min(contestants, key=lambda c: (c.row.score, self._cost(c.row))).row
+        chosen.chosen = True
+        return chosen.word
+
+    def _loss(self, words: Mapping[str, str]) -> SiteELBO:
+        found = self.loss.settled_as(words)
+        if found.plates == "check" and not any(stage.mixed_plates for stage in self.stages):
+            found.plates = "trust"  # the stages have looked
+        return found
+
+    def _count(self, row: Measured, draws: int) -> int:
+        """How many gradients a candidate may draw: each spends its model runs."""
+        affordable = (
+            int(RUNS_PER_DRAW * draws / max(row.evaluations, 1.0)) if row.evaluations == row.evaluations else draws
+        )
+        return max(min(draws, affordable), FEWEST * len(self.stages))
+
+    def _cost(self, row: Measured) -> float:
+        if self.auto.cost == "time":
+            return row.seconds
+        return row.evaluations if row.evaluations == row.evaluations else 1.0
+
+    def _judge(self, contestants: list[_Contestant], unbiased: list[_Contestant]) -> None:
+        truth = min(unbiased, key=lambda c: c.error())
+        for contestant in contestants:
+            row = contestant.row
+            if contestant not in unbiased:
+                offset = float((contestant.mean() - truth.mean()).square().sum())
+                row.squared_bias = max(offset - contestant.error() - truth.error(), 0.0)
+            row.score = (row.variance + row.squared_bias) * self._cost(row) if not row.note else math.nan
+
+
+def _is_unbiased(estimator: Estimator) -> bool:
+    return estimator.unbiased and estimator.objective_name() == "elbo"
+
+
+__all__ = ["Auto", "Choice", "Measured", "auto"]
