@@ -189,6 +189,14 @@ class SiteELBO(ELBO):
         found.choice = choice
         return found
 
+    def changed(self, words: Mapping[str, str]) -> SiteELBO:
+        """This loss, of which words were chosen, with other words at the same sites."""
+        found = copy.copy(self)
+        found.given = self.given | {name: as_estimator(word) for name, word in words.items()}
+        found.choice, found._bindings = copy.copy(self.choice), []
+        found.choice.words = dict(words)
+        return found
+
     def settled_as(self, words: Mapping[str, str]) -> SiteELBO:
         """This loss with these words at the sites whose own stands for a choice."""
         found = copy.copy(self)

@@ -25,6 +25,7 @@ from ..estimators._distributions import finite_support
 from .sampler import Draws, Stage, set_aside
 
 COSTS = ("evaluations", "time")
+ALL, AS_CHOSEN = "(all)", "as chosen"  # the last contest: one word for all sites against those chosen one by one
 ROUND = 5  # the first round takes a fifth of the draws
 KEPT = 3.0  # those within this factor of the best in the first round are drawn on
 FEWEST = 8  # draws of the dearest candidate
@@ -60,7 +61,7 @@ class Choice:
 
     def __str__(self) -> str:
         # What takes part, best first; what was refused is named below.
-        order = {site: i for i, site in enumerate(self.words)}
+        order = {site: i for i, site in enumerate([*self.words, ALL])}
         measured = sorted((r for r in self.rows if r.score == r.score), key=lambda r: (order[r.site], r.score))
         table = markdown(
             ["site", "estimator", "variance", "bias²", "model runs", "score", "draws", ""],
@@ -164,6 +165,9 @@ class Auto(Chooser):
     ) -> Choice:
         with set_aside(model, guide, self.seed):
             return _Pilot(self, loss, model, guide, list(batches)).choose()
+
+    def recall(self, found: Mapping[str, Any]) -> Choice:
+        return Choice.from_dict(found)
 
     def announce(self, choice: Choice) -> None:
         if not self.quiet:
@@ -269,6 +273,8 @@ class _Pilot:
             words[name] = self._first(name)
         for name in sites:
             words[name] = self._best(name, words)
+        if len(sites) > 1:
+            words = self._together(words)
         note = f"left out, as {self.auto.seconds:g} s were over: {', '.join(self.left_out)}" if self.left_out else ""
         settings = {"cost": self.auto.cost, "draws": self.auto.draws, "seconds": self.auto.seconds}
         settings |= {"seed": self.auto.seed, "allow_biased": self.auto.allow_biased}
@@ -299,6 +305,7 @@ class _Pilot:
             fits = particles is None or estimator.min_particles <= particles
             if (
                 self.loss.target.accepts(estimator)
+                and not (self.auto.again and estimator.lazy_parameters)  # networks would come and go in mid-run
                 and estimator.supports(site)
                 and not estimator.together
                 and fits
@@ -323,28 +330,49 @@ class _Pilot:
         return self.auto.max_evaluations + 1 if isinstance(values, str) else len(values)
 
     def _best(self, name: str, words: dict[str, str]) -> str:
-        auto, contestants = self.auto, []
-        known = self._candidates(name)
-        listed = math.prod(
-            self._listed(other) for other, word in words.items() if estimators[word]().enumerates and other != name
-        )
+        """The best word at one site, with the others as they are."""
         # One that sums over the site comes first: where nothing is left to chance, no other can be better.
-        for word, estimator in sorted(known.items(), key=lambda item: not item[1].enumerates):
-            row = Measured(name, word)
+        known = sorted(self._candidates(name).items(), key=lambda item: not item[1].enumerates)
+        return self._contest([(Measured(name, word), {**words, name: word}) for word, _ in known]).word
+
+    def _together(self, words: dict[str, str]) -> dict[str, str]:
+        """These words, or one for all sites if that is better: sites chosen one by one may miss it."""
+        known = [set(self._candidates(name)) for name in words]
+        ranked = [
+            sorted((r for r in self.rows if r.site == name and r.score == r.score), key=lambda r: r.score)[:2]
+            for name in words
+        ]
+        tried = dict.fromkeys(["enumerate", *words.values(), *(row.word for rows in ranked for row in rows)])
+        uniform = {word: dict.fromkeys(words, word) for word in tried if all(word in served for served in known)}
+        entries = [(Measured(ALL, word), taken) for word, taken in uniform.items() if taken != words]
+        if not entries:
+            return words
+        best = self._contest([(Measured(ALL, AS_CHOSEN), words), *entries])
+        if best.word == AS_CHOSEN:
+            return words
+        for row in self.rows:
+            row.chosen = row is best
+        return uniform[best.word]
+
+    def _contest(self, entries: list[tuple[Measured, dict[str, str]]]) -> Measured:
+        """Measure the whole program under each assignment of words to sites; the row of the best."""
+        auto, contestants, unbiased = self.auto, [], []
+        for row, words in entries:
             self.rows.append(row)
             if any(c.row.score == 0.0 for c in contestants):
                 row.note = "not drawn: another has no variance"
                 continue
-            if estimator.enumerates and listed * self._listed(name) > auto.max_evaluations:
+            listed = math.prod(self._listed(name) for name, word in words.items() if estimators[word]().enumerates)
+            if listed > auto.max_evaluations:
                 row.note = f"left out: more than {auto.max_evaluations} model runs a step"
                 continue
-            if time.process_time() > self.deadline and contestants:
+            if contestants and time.process_time() > self.deadline:
                 row.note = "left out: time"
-                self.left_out.append(f"{word} at {name}")
+                self.left_out.append(f"{row.word} at {row.site}")
                 continue
             try:
                 torch.manual_seed(auto.seed)
-                contestant = _Contestant(row, self.stages, lambda word=word: self._loss({**words, name: word}))
+                contestant = _Contestant(row, self.stages, lambda words=words: self._loss(words))
                 contestant.settle()
                 if row.evaluations > auto.max_evaluations:
                     row.note = f"left out: {row.evaluations:.0f} model runs a step"
@@ -353,25 +381,27 @@ class _Pilot:
             except Exception as error:  # a word that cannot serve the program after all
                 row.note = f"refused: {' '.join(str(error).split())[:200]}"
                 continue
-            if row.variance == row.variance and not row.note:
-                contestants.append(contestant)
-                if row.variance == 0.0 and _is_unbiased(estimator):
-                    row.score = 0.0
-        unbiased = [c for c in contestants if _is_unbiased(known[c.row.word])]
+            if row.variance != row.variance or row.note:
+                continue
+            contestants.append(contestant)
+            if all(_is_unbiased(estimators[word]()) for word in words.values()):
+                unbiased.append(contestant)
+                row.score = 0.0 if row.variance == 0.0 else math.nan
+        site = entries[0][0].site
         if not unbiased:
-            said = next((row.note for row in reversed(self.rows) if row.site == name and row.note), "")
-            raise UnsupportedSite(name, "auto", f"no unbiased estimator could be drawn in the pilot ({said})")
+            said = next((row.note for row, _ in reversed(entries) if row.note), "")
+            raise UnsupportedSite(site, "auto", f"no unbiased estimator could be drawn in the pilot ({said})")
         self._judge(contestants, unbiased)
         best = min(c.row.score for c in contestants)
         for contestant in contestants:
             if contestant.row.score <= KEPT * best and contestant.row.variance > 0:
                 contestant.draw(self._count(contestant.row, auto.draws), self.deadline)
         self._judge(contestants, unbiased)
-        contestants = [c for c in contestants if c.row.score == c.row.score]
+        rows = [c.row for c in contestants if c.row.score == c.row.score]
         # Where there is no variance at all, the cheapest.
-        chosen = min(contestants, key=lambda c: (c.row.score, self._cost(c.row))).row
+        chosen = min(rows, key=lambda row: (row.score, self._cost(row)))
         chosen.chosen = True
-        return chosen.word
+        return chosen
 
     def _loss(self, words: Mapping[str, str]) -> SiteELBO:
         found = self.loss.settled_as(words)

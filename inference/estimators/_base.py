@@ -282,6 +282,8 @@ class Chooser(Estimator):
 
     lazy_parameters = True  # what is chosen may have some
     objectives = frozenset()
+    batches: int = 1  # how many of the first batches ``fit`` gives it
+    again: Sequence[int] = ()  # the training steps before which ``fit`` asks again
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
         return "it is chosen for a loss, and not by a site's own mark: name it in SiteELBO, as in {'z': 'auto'}"
@@ -298,6 +300,10 @@ class Chooser(Estimator):
 
     def announce(self, choice: Any) -> None:
         """Say what was chosen."""
+
+    def recall(self, found: Mapping[str, Any]) -> Any:
+        """A choice from what its ``as_dict()`` gave."""
+        raise BadInput(f"{type(self).__name__} recalls no choice")
 
 
 # Words that stand for a choice; one that ends in "(" takes a text with options, as in ``auto(allow_biased=True)``.

@@ -17,6 +17,7 @@ import torch
 from pyro.infer import ELBO, TraceGraph_ELBO
 
 from ...errors import BadInput, GumboError, first_line
+from ..elbo import SiteELBO
 from ..engine.rows import Rows, leaves_of
 from ..engine.scopes import (
     denormals_flushed,
@@ -30,6 +31,7 @@ from ..engine.scopes import (
 )
 from ..stock import is_differentiable
 from .batches import TRANSFORMED, Batches
+from .choices import Choices
 from .distributed import Processes
 from .inspection import Inspection, inspect_programs, parameter_of_rows, refuse_parameter_of_rows
 from .optimizers import make_optimizer, without_addresses
@@ -107,8 +109,8 @@ def fit(
         batch_size: rows a step.
         seed: decides the batches and the noise.
         run_dir: a folder for ``metrics.jsonl``, ``checkpoints/last.pt`` and the one before it as ``previous.pt``
-            (parameters, optimizer, random state, baselines, place in the epoch, best so far), and the best parameters
-            as ``best.pt``.
+            (parameters, optimizer, random state, baselines, place in the epoch, best so far), the best parameters as
+            ``best.pt``, and ``estimators.json``, what the word ``auto`` chose.
         resume: go on from the last checkpoint in ``run_dir``, with as many epochs as are asked for and all else
             unchanged; a damaged one is warned of, and the one before it taken.
         patience: stop after that many epochs without a better ``valid_elbo``.
@@ -205,10 +207,18 @@ def fit(
         modes_kept(model, guide),
         denormals_flushed(),
     ):
+        choices = None
+        if isinstance(loss, SiteELBO) and loss.undecided:
+            speaks = options.progress and (processes is None or processes.main)
+            choices = Choices(loss, options.folder, processes, speaks)
+            model.train()
+            guide.train()
+            loss = choices.settle(model, guide, batches, resume, compile)
         step = _make_step(model, guide, loss, make, first, compile, processes, seed)
         step.validate, step.unchecked = validate, found.unchecked
         objective = getattr(getattr(step, "module", loss), "objective_name", "elbo")
         run = Run(model, guide, step, batches, valid_rows, options, identity, objective, processes, found.num_data)
+        run.choices = choices
         try:
             run.begin()
             return run.go()

@@ -92,7 +92,7 @@ class TorchStep(Step):
     """One step in torch's idiom: the loss is a module, and its ``state_dict`` is all there is to keep."""
 
     def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
-        self.module = loss(model, guide)
+        self.module, self.batch = loss(model, guide), batch
         with private_seed(None, model, guide), kept_buffers(model, guide):
             if hasattr(self.module, "initialize"):
                 self.module.initialize(*batch.args, **batch.kwargs)
@@ -118,10 +118,32 @@ class TorchStep(Step):
         return {} if binding is None else {name: value.item() for name, value in binding.reported().items()}
 
     def state(self) -> dict[str, Any]:
-        return {"module": self.module.state_dict(), "store": {}}
+        choice = getattr(self.module.elbo, "choice", None)
+        kept = {} if choice is None else {"choice": dict(choice.words)}
+        return {"module": self.module.state_dict(), "store": {}, **kept}
 
     def load(self, state: Mapping[str, Any]) -> None:
+        elbo = self.module.elbo
+        if "choice" in state and elbo.choice is not None and state["choice"] != elbo.choice.words:
+            self.change(elbo.changed(state["choice"]))
         self.module.load_state_dict(state["module"])
+
+    def change(self, loss: ELBO) -> None:
+        """Go on with another loss of the same programs, whose estimators have no parameters of their own."""
+        before, model, guide = self.module.binding, self.module.model, self.module.guide
+        module = loss(model, guide)
+        with private_seed(None, model, guide), kept_buffers(model, guide):
+            module.initialize(*self.batch.args, **self.batch.kwargs)
+        module.train()
+        if dict(module.named_parameters()).keys() != self.parameters.keys():
+            raise BadInput("an estimator with parameters of its own cannot be put in the place of another in mid-run")
+        module.binding.steps = before.steps
+        for name, estimator in module.binding.chosen.items():
+            if name in before.chosen and repr(estimator) == repr(before.chosen[name]):
+                key = name.replace(".", "/")
+                if key in before.states:
+                    module.binding.states[key] = before.states[key]
+        self.module = module
 
 
 class StoreStep(Step):

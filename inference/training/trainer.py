@@ -22,6 +22,7 @@ from ..engine.scopes import devices_of
 from ..posterior.evaluation import evaluate
 from .batches import TRANSFORMED, Batches
 from .checkpoints import Checkpoints
+from .choices import Choices
 from .distributed import OnMain, Processes, SharedInterrupts
 from .locks import FolderLock
 from .metrics import Metrics, Scalars
@@ -113,6 +114,7 @@ class Run:
         if step.optimizer.started_as:
             self.identity["scheduler"] = step.optimizer.started_as
         self.guard = Guard(model, guide, step.parameters)
+        self.choices: Choices | None = None
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": None, "elbo": None, "module": {}}
         self.now = _Epoch()
@@ -144,6 +146,9 @@ class Run:
                 self.checkpoints.save_best(self.best)  # a crash may have come between the checkpoint and this
         else:
             self._save()
+        if self.choices is not None:
+            self.choices.keep_until((self.now.number - 1) * self.batches.per_epoch + self.now.done)
+            self.choices.write()
         self.metrics.rewrite(self.history)
 
     def end(self) -> None:
@@ -221,6 +226,8 @@ class Run:
         self.step.check_data = now.number == 1 or self.batches.show_other_rows
         interrupts.check()
         for batch in self.batches.of_epoch(now.number, now.done):
+            if self.choices is not None:
+                self.choices.before(before + now.done, batch, self.step)
             start = time.perf_counter()
             try:
                 loss = self.step(batch)
