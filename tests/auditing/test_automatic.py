@@ -128,7 +128,8 @@ def test_what_cannot_be_meant_is_one_line():
     def marked():
         pyro.sample("z", dist.Bernoulli(0.4), infer={"estimator": "auto"})
 
-    with pytest.raises(UnsupportedSite, match="chosen for a loss, and not by a site's own mark"):
+    chosen = "chosen for a loss, and not by a site's own mark"
+    with pyro.get_param_store().scope(), pytest.raises(UnsupportedSite, match=chosen):
         SiteELBO("rloo").loss(model, marked)
 
 
