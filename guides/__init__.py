@@ -9,6 +9,7 @@ from .bernoulli import BernoulliGuide
 from .categorical import CategoricalGuide, RelaxedCategoricalGuide
 from .combiner import CombinerGuide
 from .flow import FlowGuide
+from .grid_policy import GridPolicy
 from .label_conditional import LabelConditionalGuide
 from .layered import LayeredGuide
 from .mean_field import MeanFieldGuide
@@ -29,6 +30,7 @@ __all__ = [
     "Decision",
     "CombinerGuide",
     "FlowGuide",
+    "GridPolicy",
     "Guide",
     "LabelConditionalGuide",
     "LayeredGuide",

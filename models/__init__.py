@@ -13,6 +13,7 @@ from .deep_markov_model import DeepMarkovModel
 from .expectation import Expectation, rewards
 from .gaussian_mixture_vae import GaussianMixtureVAE
 from .gaussian_vae import GaussianVAE
+from .grid_world import GridWorld
 from .heteroscedastic_regression import HeteroscedasticRegression
 from .hierarchical_vae import HierarchicalVAE
 from .latent_dirichlet_allocation import LatentDirichletAllocation
@@ -38,6 +39,7 @@ __all__ = [
     "GaussianMixtureVAE",
     "GaussianVAE",
     "GenerativeModel",
+    "GridWorld",
     "HeteroscedasticRegression",
     "HierarchicalVAE",
     "Latent",
