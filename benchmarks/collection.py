@@ -353,7 +353,7 @@ def grid(seeds: int, scale: float) -> list[str]:
     return [
         f"4 × 4 cells, 10 steps; 8 walks and 4 draws of each a step, {max(1, round(400 * scale))} steps of Adam at",
         "0.1. The mean squared error of the gradient of a uniform policy over the squared length of the exact one, by",
-        f"forward marginals; the expected return reached, of which the best is {model.optimum():.2f}; steps to within 0.5",
+        f"forward marginals; the return reached, of which the best is {model.optimum():.2f}; steps to within 0.5",
         f"of it; mean ± standard error over {seeds} seeds.",
         "",
         *markdown(["estimator", "relative error of the gradient", "return", "steps to optimum − 0.5"], rows),
