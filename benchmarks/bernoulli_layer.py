@@ -1,13 +1,15 @@
-"""Estimators on a layer of 200 coins: variance of the gradient, time a step, and their product, as training goes on.
+"""Estimators on a layer of 200 coins, or its twins: variance of the gradient, time a step, and their product.
 
-    GUMBO_DATA=… python benchmarks/bernoulli_layer.py [--steps 0 500 1500] [--settle 0] [--draws 100] [--out FILE]
+    GUMBO_DATA=… python benchmarks/bernoulli_layer.py [--layer coins|one-hot|poisson] [--steps 0 500 1500] [--settle 0]
+                                                      [--draws 100] [--only WORD …] [--out FILE]
 
-A nonlinear BernoulliVAE on binarized MNIST, batch 50. Model and guide are trained with leave-one-out gradients; all
-baselines and control variates live through the same training, see every batch and take their own optimizer steps, as
-they would if they were in charge. At each stop everything is held still, every estimator draws gradients of the guide
-on one fresh batch, and full steps are timed one after the other in every round. The last column is the factor by which
-variance × time is below that of Pyro's TraceGraph_ELBO with its decaying-average baseline. ``--settle 100`` lets
-baselines and control variates see 100 batches at the initial parameters, before the first stop.
+A nonlinear autoencoder on binarized MNIST, batch 50: 200 Bernoulli latents, 20 one-hot ones of 10 classes, or 200
+Poisson ones. Model and guide are trained with leave-one-out gradients; all baselines and control variates live through
+the same training, see every batch and take their own optimizer steps, as they would if they were in charge. At each
+stop everything is held still, every estimator draws gradients of the guide on one fresh batch, and full steps are timed
+one after the other in every round. The last column is the factor by which variance × time is below that of Pyro's
+TraceGraph_ELBO with its decaying-average baseline. ``--settle 100`` lets baselines and control variates see 100 batches
+at the initial parameters, before the first stop.
 """
 
 from __future__ import annotations
@@ -23,30 +25,67 @@ import torch
 from _timing import interleaved, machine, median
 
 from gumbo.experiments.data import load
-from gumbo.guides import BernoulliGuide
+from gumbo.guides import BernoulliGuide, CategoricalGuide, MeanFieldGuide
 from gumbo.inference import SiteELBO, make_loss
-from gumbo.models import BernoulliVAE
+from gumbo.inference.estimators import ARMS, CARMS, Fini
+from gumbo.models import BernoulliVAE, CategoricalVAE, PoissonVAE
 
 REFERENCE = "trace-graph+baseline"
-ARMS = {
-    "trace": ("trace", 1),
-    "trace-graph": ("trace-graph", 1),
+COMMON = {
     REFERENCE: (REFERENCE, 1),
-    "score": ("score", 1),
     "score-average": ("score-average", 1),
     "nvil": ("nvil", 1),
     "rloo K=2": ("rloo", 2),
     "rloo K=4": ("rloo", 4),
     "rloo K=8": ("rloo", 8),
-    "disarm": ("disarm", 1),
-    "disarm K=2": ("disarm", 2),
-    "disarm K=4": ("disarm", 4),
+    "double-cv K=2": ("double-cv", 2),
+    "double-cv K=4": ("double-cv", 4),
+    "double-cv K=8": ("double-cv", 8),
+}
+PAIRS = {"disarm": ("disarm", 1), "disarm K=2": ("disarm", 2), "disarm K=4": ("disarm", 4)}
+RODEO = {"rodeo K=2": ("rodeo", 2), "rodeo K=4": ("rodeo", 4)}
+RELAXED = {"muprop": ("muprop", 1), "rebar": ("rebar", 1), "relax": ("relax", 1)}
+COINS = {
+    "trace": ("trace", 1),
+    "trace-graph": ("trace-graph", 1),
+    "score": ("score", 1),
+    **COMMON,
+    **PAIRS,
     "arm": ("arm", 1),
+    "arms, 3 draws": (ARMS(3), 1),
+    "arms, 4 draws": (ARMS(4), 1),
+    "arms, 8 draws": (ARMS(8), 1),
+    **RODEO,
     "local-expectation": ("local-expectation", 1),
     "measure-valued": ("measure-valued", 1),
+    **RELAXED,
+}
+CLASSES = {
+    **COMMON,
+    **PAIRS,
+    "carms, 4 draws": (CARMS(4), 1),
+    "carms, 8 draws": (CARMS(8), 1),
+    **RODEO,
+    "local-expectation": ("local-expectation", 1),
+    **RELAXED,
+    "reinmax (biased)": ("reinmax", 1),
+    "gapped-straight-through (biased)": ("gapped-straight-through", 1),
+}
+COUNTS = {
+    **COMMON,
     "muprop": ("muprop", 1),
-    "rebar": ("rebar", 1),
-    "relax": ("relax", 1),
+    "measure-valued": ("measure-valued", 1),
+    "fini 2 (biased)": (Fini(2), 1),
+    "fini 3 (biased)": (Fini(3), 1),
+}
+LAYERS = {
+    "coins": (COINS, lambda shape, options: BernoulliVAE(shape, num_latents=options.num_latents), BernoulliGuide),
+    "one-hot": (
+        CLASSES,
+        lambda shape, options: CategoricalVAE(shape, num_latents=20, num_classes=10),
+        CategoricalGuide,
+    ),
+    "poisson": (COUNTS, lambda shape, options: PoissonVAE(shape, num_latents=options.num_latents), MeanFieldGuide),
 }
 
 
@@ -157,6 +196,7 @@ def measure(arms, x, draws, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layer", choices=LAYERS, default="coins")
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 500, 1500])
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=25)
@@ -170,15 +210,16 @@ def main():
     options = parser.parse_args()
     torch.manual_seed(0)
     train = load(options.data, binarize="static").train
-    model = BernoulliVAE(tuple(train.shape[1:]), num_latents=options.num_latents)
-    guide = BernoulliGuide(model)
+    rivals, make_model, make_guide = LAYERS[options.layer]
+    model = make_model(tuple(train.shape[1:]), options)
+    guide = make_guide(model)
     driver = SiteELBO("rloo", num_particles=4)(model, guide).initialize(train[:2])
     optimizer = torch.optim.Adam(driver.parameters(), lr=options.lr)
     fresh, train = train[: options.batch_size], train[options.batch_size :]
     arms = {
-        name: (Stock if word.startswith("trace-graph") else Ours)(word, particles, model, guide, fresh)
-        for name, (word, particles) in ARMS.items()
-        if not options.only or word in (*options.only, REFERENCE)
+        name: (Stock if str(word).startswith("trace-graph") else Ours)(word, particles, model, guide, fresh)
+        for name, (word, particles) in rivals.items()
+        if not options.only or name.split()[0].rstrip(",") in (*options.only, REFERENCE)
     }
 
     def train_once(move):
@@ -198,16 +239,16 @@ def main():
             train_once(move=True)
         done = stop
         found[stop] = measure(arms, fresh, options.draws, options.rounds)
-        print(f"\nafter {stop} steps ({options.data}, batch {options.batch_size}; {machine()})")
-        print(f"{'estimator':<22}{'variance':>12}{'SNR':>9}{'ms':>9}{'var x ms':>12}{'x better':>12}")
+        print(f"\n{options.layer}: after {stop} steps ({options.data}, batch {options.batch_size}; {machine()})")
+        print(f"{'estimator':<34}{'variance':>12}{'SNR':>9}{'ms':>9}{'var x ms':>12}{'x better':>12}")
         for row in found[stop]:
             print(
-                f"{row['estimator']:<22}{row['variance']:>12.4g}{row['snr']:>9.3f}{row['ms']:>9.2f}"
+                f"{row['estimator']:<34}{row['variance']:>12.4g}{row['snr']:>9.3f}{row['ms']:>9.2f}"
                 f"{row['variance x ms']:>12.4g}{row['better than stock']:>12.4g}",
                 flush=True,
             )
         if options.out:
-            options.out.write_text(json.dumps({"machine": machine(), "stops": found}, indent=1))
+            options.out.write_text(json.dumps({"machine": machine(), "layer": options.layer, "stops": found}, indent=1))
 
 
 if __name__ == "__main__":

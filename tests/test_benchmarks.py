@@ -50,6 +50,22 @@ def test_the_rivals_of_elimination_have_one_loss():
     assert ours == stock and "ratio" in said
 
 
+# relaxation_bias.py
+
+
+def test_the_reference_of_the_bias_is_the_gradient_of_the_bound():
+    bias = script("relaxation_bias")
+    model, guide, images = bias.trained(1, latents=2, classes=3)
+    problem = bias.Problem(model, guide, images[:2])
+    leaf = problem.logits.clone().requires_grad_()
+    log_q = (problem.codes * leaf.log_softmax(-1)).sum((-1, -2))
+    bound = (log_q.exp() * problem.cost(problem.codes.expand(-1, 2, -1, -1), leaf)).sum()
+    assert torch.allclose(problem.exact(), torch.autograd.grad(bound, leaf)[0], rtol=0, atol=1e-10)
+    rows = {(row["estimator"], row["temperature"]): row for row in bias.measure(problem)}
+    assert rows["reinmax", 1.0]["bias"] < 0.2 < rows["gumbel-softmax", 3.0]["bias"]
+    assert rows["rloo K=2", None]["std"] > 0 and rows["reinmax", 1.0]["error"] == 0
+
+
 # step.py
 
 
