@@ -780,15 +780,27 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def short(rows: dict) -> dict:
-    """The rows without what their names say, and the number of comparisons in place of these."""
-    found = {}
+def short(rows: dict) -> dict[str, dict]:
+    """The rows by file, without what their names say, and the number of comparisons in place of these."""
+    found: dict[str, dict] = {}
     for name, row in rows.items():
-        kept = {key: value for key, value in row.items() if key not in ("test", "comparisons")}
+        kept = {key: value for key, value in row.items() if key not in ("test", "comparisons") and value != []}
         if row.get("comparisons"):
             kept["compared"] = len(row["comparisons"])
-        found[name] = kept
+        file, _, test = name.partition("::")
+        found.setdefault(file, {})[test] = kept
     return found
+
+
+def lines(found: dict[str, dict]) -> str:
+    """JSON with a line for each test or example."""
+    files = []
+    for file, tests in sorted(found.items()):
+        body = ",\n".join(
+            f"{json.dumps(name)}: {json.dumps(row, sort_keys=True)}" for name, row in sorted(tests.items())
+        )
+        files.append(f"{json.dumps(file)}: {{\n{body}\n}}")
+    return "{\n" + ",\n".join(files) + "\n}\n"
 
 
 def main() -> int:
@@ -811,7 +823,7 @@ def main() -> int:
         run_example(tree, options.child_example, options.out)
         return 0
     rows = run_all(tree, options.only, options.out.resolve(), options.timeout, options.resume)
-    options.out.with_suffix(".json").write_text(json.dumps(short(rows), indent=0, sort_keys=True) + "\n")
+    options.out.with_suffix(".json").write_text(lines(short(rows)))
     options.out.with_suffix(".md").write_text(table(rows))
     print(table(rows))
     return 1 if any(row["outcome"] == "failed" for row in rows.values()) else 0
