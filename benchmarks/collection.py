@@ -27,7 +27,7 @@ from gumbo.experiments.data import (
     reuters_vocabulary,
 )
 from gumbo.guides import CombinerGuide, GridPolicy, MeanFieldGuide, NormalGuide, VampGuide, VectorQuantizedGuide
-from gumbo.inference import SiteELBO, audit, evaluate, fit
+from gumbo.inference import Linear, SiteELBO, audit, evaluate, fit
 from gumbo.models import (
     DeepMarkovModel,
     GaussianVAE,
@@ -197,7 +197,7 @@ def chorales(seeds: int, scale: float) -> list[str]:
             start = time.perf_counter()
             fitted = fit(
                 model, guide, model.inputs(data.train[:, :, :longest], data.labels["train"]),
-                loss=SiteELBO("pathwise", kl_weight="linear(1000)"), lr=3e-3, clip_norm=10.0, batch_size=20,
+                loss=SiteELBO("pathwise", kl_weight=Linear(1000)), lr=3e-3, clip_norm=10.0, batch_size=20,
                 epochs=epochs, seed=seed, progress=False,
             )  # fmt: skip
             found["seconds"].append(time.perf_counter() - start)
@@ -256,7 +256,7 @@ def priors(seeds: int, scale: float) -> list[str]:
             guide = VampGuide(model) if prior == "vamp" else NormalGuide(model)
             start = time.perf_counter()
             fit(
-                model, guide, train, valid=valid, loss=SiteELBO("pathwise", kl_weight="linear(1000)"), lr=1e-3,
+                model, guide, train, valid=valid, loss=SiteELBO("pathwise", kl_weight=Linear(1000)), lr=1e-3,
                 batch_size=100, epochs=max(1, round(100 * scale)), seed=seed, restore_best=True, progress=False,
             )  # fmt: skip
             found["seconds"].append(time.perf_counter() - start)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.optim import Adam  # type: ignore[attr-defined]
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -72,7 +72,7 @@ def check_model(model: GenerativeModel, x: Tensor, /, **conditions: Tensor) -> N
         _check_save_and_load(model, [], trace, x, conditions, who)
         wide = copy.deepcopy(model).double()
         with _running(who, "in float64"):
-            _check_dtype(_trace(wide, x.double(), **_double(conditions)), torch.float64, who)
+            _check_dtype(_trace(wide, x.double(), **_double(conditions)), torch.float64, who, model.summed)
         with _off_device(), _running(who, "on another device (it makes a tensor without saying on which?)"):
             moved = _trace(copy.deepcopy(model).to("meta"), x.to("meta"), **_to_meta(conditions))
             _check_device(moved, who)
@@ -142,7 +142,7 @@ def _check_sites(
         within = bool(families[latent.family].support.check(value).all())
         _require(within, who, f"site {name!r} leaves the support of {latent.family} latents")
     for name, site in _sites(trace):
-        known = name in model.latents or name in model.observed or name in auxiliary
+        known = name in (*model.latents, *model.observed, *model.summed, *auxiliary)
         _require(known, who, f"samples {name!r}, which the model does not declare")
         log_prob = site["log_prob"]
         _require(log_prob.isfinite().all(), who, f"log-probability at {name!r} is not finite")
@@ -193,10 +193,11 @@ def _check_pair_trains(guide: AnyGuide, model: GenerativeModel, x: Tensor, condi
     """Stock SVI reaches and moves every parameter of the pair."""
     pair = {who: guide, type(model).__name__: model}
     before = {name: copy.deepcopy(module.state_dict()) for name, module in pair.items()}
-    with _running(who, "under stock SVI with Trace_ELBO"):
-        svi = SVI(model, guide, Adam({"lr": 1e-3}), Trace_ELBO(num_particles=PARTICLES))
+    with _running(who, "under stock SVI with Pyro's own ELBO"):
+        elbo = Trace_ELBO(PARTICLES) if not model.summed else TraceEnum_ELBO(PARTICLES, max_plate_nesting=1)
+        svi = SVI(model, guide, Adam({"lr": 1e-3}), elbo)
         with poutine.block():
-            loss = Trace_ELBO(num_particles=PARTICLES).differentiable_loss(model, guide, x, **conditions)
+            loss = elbo.differentiable_loss(model, guide, x, **conditions)
         loss.backward()
         _require(bool(loss.isfinite()), who, "stock Trace_ELBO is not finite")
         _check_gradients(pair)
@@ -237,9 +238,12 @@ def _check_save_and_load(
         _require(same, who, f"site {name!r} gives other numbers once saved, built again and loaded")
 
 
-def _check_dtype(trace: poutine.Trace, dtype: torch.dtype, who: str) -> None:
+def _check_dtype(trace: poutine.Trace, dtype: torch.dtype, who: str, whole: tuple[str, ...] = ()) -> None:
+    """``whole`` are sites whose values may be whole numbers of any type."""
     for name, site in _sites(trace):
         for what, tensor in (("value", site["value"]), ("log-probability", site["log_prob"])):
+            if what == "value" and name in whole:
+                continue
             _require(tensor.dtype == dtype, who, f"{what} at {name!r} is {tensor.dtype} after .double()")
 
 

@@ -15,6 +15,7 @@ from .gaussian_mixture_vae import GaussianMixtureVAE
 from .gaussian_vae import GaussianVAE
 from .grid_world import GridWorld
 from .heteroscedastic_regression import HeteroscedasticRegression
+from .hidden_markov_model import HiddenMarkovModel
 from .hierarchical_vae import HierarchicalVAE
 from .latent_dirichlet_allocation import LatentDirichletAllocation
 from .negative_binomial_vae import NegativeBinomialVAE
@@ -41,6 +42,7 @@ __all__ = [
     "GenerativeModel",
     "GridWorld",
     "HeteroscedasticRegression",
+    "HiddenMarkovModel",
     "HierarchicalVAE",
     "Latent",
     "LatentDirichletAllocation",

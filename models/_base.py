@@ -150,8 +150,10 @@ class GenerativeModel(OverData):
     """Base of the models p(x, z): ``model(x)`` is the Pyro program, ``model(batch_size=B)`` the same without data.
 
     ``latents`` maps the latent sites, in the order they are sampled, to what they are; the observed site is ``x``,
-    unless ``observed`` names others. Where ``x_is_given`` it is no site but what the rest depends on, p(y, z | x):
-    ``model(x, y=y)`` observes the ``targets`` (keywords, with the shape of one datum each), ``model(x)`` draws them.
+    unless ``observed`` names others, and ``summed`` are discrete sites that the model lists itself
+    (``infer={"enumerate": "parallel"}``), which no guide draws. Where ``x_is_given`` it is no site but what the rest
+    depends on, p(y, z | x): ``model(x, y=y)`` observes the ``targets`` (keywords, with the shape of one datum each),
+    ``model(x)`` draws them.
 
     Values may carry particle dimensions in front, ``(K, B, ...)``: networks accept any number of leading dimensions.
     ``mirror`` says what a guide's networks are by default, so that they mirror the decoder, and, as ``inputs``, what of
@@ -162,6 +164,7 @@ class GenerativeModel(OverData):
 
     latents: dict[str, Latent]
     observed: tuple[str, ...] = ("x",)
+    summed: tuple[str, ...] = ()
     targets: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     mirror: Mapping[str, Any] = MappingProxyType({"channels": (), "hidden": (256, 128), "activation": "relu"})
     guide_parents: Mapping[str, tuple[str, ...]] | None = None

@@ -7,19 +7,16 @@ from collections.abc import Sequence
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
-from ..errors import BadInput
-from ._base import GenerativeModel, Latent, models
+from ._base import Latent, models
 from ._chains import GatedTransition, NormalChain
 from ._networks import mlp
-
-SILENT = -100.0  # the logit of what a step that does not count shows: probability e^-100
+from ._sequences import SequenceModel, silent_where_masked
 
 
 @models.register("deep-markov-model")
-class DeepMarkovModel(GenerativeModel):
+class DeepMarkovModel(SequenceModel):
     r"""A chain of Normal latents under a sequence of binary vectors, such as chords.
 
     .. math:: z_t \mid z_{t-1} \sim N(\mu(z_{t-1}), \mathrm{diag}\,\sigma(z_{t-1})^2), \qquad
@@ -59,13 +56,9 @@ class DeepMarkovModel(GenerativeModel):
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
-        if len(self.data_shape) not in (2, 3) or (len(self.data_shape) == 3 and self.data_shape[0] != 1):
-            raise BadInput(f"DeepMarkovModel: data_shape {tuple(data_shape)} must be (T, D) or (1, T, D)")
-        self.steps, width = self.data_shape[-2:]
         self.latents = {"z": Latent("normal", (self.steps, latent_dim))}
-        self.conditions = {"mask": (self.steps,)}
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
-        self.decoder = mlp([latent_dim, *reversed(hidden), width], activation)
+        self.decoder = mlp([latent_dim, *reversed(hidden), self.width], activation)
         self.decoder_transition = GatedTransition(latent_dim, transition_hidden, min_sd)
         self.decoder_start = nn.Parameter(torch.zeros(latent_dim))
 
@@ -79,39 +72,5 @@ class DeepMarkovModel(GenerativeModel):
 
     def likelihood(self, z: Tensor, mask: Tensor) -> dist.TorchDistribution:
         """p(x | z) for ``z`` of shape ``(..., B, T, Z)`` and ``mask`` ``(B, T)``, batch shape ``(..., B)``."""
-        logits = self.decoder(z)
-        logits = torch.where(mask.unsqueeze(-1) > 0, logits, torch.full_like(logits, SILENT))
+        logits = silent_where_masked(self.decoder(z), mask)
         return dist.Bernoulli(logits=logits.unflatten(-2, self.data_shape[:-1])).to_event(len(self.data_shape))
-
-    def check_conditions(self, given, rows):
-        (mask,) = super().check_conditions(given, rows)
-        if is_validation_enabled() and not (((mask == 0) | (mask == 1)).all() and (mask.diff(dim=-1) <= 0).all()):
-            raise BadInput("DeepMarkovModel: mask must be ones from the first step to a sequence's last, then zeros")
-        return [mask]
-
-    def mask_of(self, lengths: Tensor) -> Tensor:
-        """The mask ``(B, T)`` of sequences of those lengths ``(B,)``."""
-        if lengths.min() < 1 or lengths.max() > self.steps:
-            found = f"{lengths.min().item()} to {lengths.max().item()}"
-            raise BadInput(f"DeepMarkovModel: lengths are {found}, expected 1 to {self.steps}: give them as labels")
-        like = self.decoder_start
-        return (torch.arange(self.steps, device=lengths.device) < lengths.unsqueeze(-1)).to(like.dtype)
-
-    def inputs(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Sequences as ``x``, and the mask of their lengths, which stand as labels; without labels all steps count."""
-        if labels is None:
-            labels = torch.full((len(images),), self.steps, device=images.device)
-        return {"x": images, "mask": self.mask_of(labels).to(images.dtype)}
-
-    def example(self, rows: int = 2) -> dict[str, Tensor]:
-        mask = self.mask_of(1 + torch.arange(rows, device=self.decoder_start.device) % self.steps)
-        return {"mask": mask, "x": self.sample_prior(rows, mask=mask)["x"]}
-
-    @staticmethod
-    def per_step(values: Tensor, mask: Tensor) -> float:
-        """Nats per time step, over all sequences together, of numbers for each sequence ``(N,)``.
-
-        >>> DeepMarkovModel.per_step(torch.tensor([-6.0, -2.0]), torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]))
-        -2.0
-        """
-        return (values.sum() / mask.sum()).item()

@@ -1,0 +1,71 @@
+"""What models of sequences share: padding, masks, lengths, nats per time step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pyro.poutine.util import is_validation_enabled
+from torch import Tensor
+
+from ..errors import BadInput
+from ._base import GenerativeModel
+
+SILENT = -100.0  # the logit of what a step that does not count shows: probability e^-100
+
+
+def silent_where_masked(logits: Tensor, mask: Tensor) -> Tensor:
+    """The logits ``(..., D)`` of binary vectors, such that zeros are sure where ``mask`` ``(...)`` is zero."""
+    return torch.where(mask.unsqueeze(-1) > 0, logits, torch.full_like(logits, SILENT))
+
+
+class SequenceModel(GenerativeModel):
+    """Base of models of sequences ``(B, T, D)`` or ``(B, 1, T, D)``, padded with zeros as ``mask`` ``(B, T)`` says."""
+
+    def __init__(self, data_shape: Sequence[int], data_size: int | None = None):
+        super().__init__(data_shape, data_size)
+        if len(self.data_shape) not in (2, 3) or (len(self.data_shape) == 3 and self.data_shape[0] != 1):
+            raise BadInput(f"{type(self).__name__}: data_shape {tuple(data_shape)} must be (T, D) or (1, T, D)")
+        self.steps, self.width = self.data_shape[-2:]
+        self.conditions = {"mask": (self.steps,)}
+
+    def check_conditions(self, given, rows):
+        (mask,) = super().check_conditions(given, rows)
+        if is_validation_enabled() and not (((mask == 0) | (mask == 1)).all() and (mask.diff(dim=-1) <= 0).all()):
+            raise BadInput(
+                f"{type(self).__name__}: mask must be ones from the first step to a sequence's last, then zeros"
+            )
+        return [mask]
+
+    def mask_of(self, lengths: Tensor) -> Tensor:
+        """The mask ``(B, T)`` of sequences of those lengths ``(B,)``."""
+        if lengths.min() < 1 or lengths.max() > self.steps:
+            found = f"{lengths.min().item()} to {lengths.max().item()}"
+            raise BadInput(
+                f"{type(self).__name__}: lengths are {found}, expected 1 to {self.steps}: give them as labels"
+            )
+        dtype = next(self.parameters()).dtype
+        return (torch.arange(self.steps, device=lengths.device) < lengths.unsqueeze(-1)).to(dtype)
+
+    def inputs(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Sequences as ``x``, and the mask of their lengths, which stand as labels; without labels all steps count."""
+        if labels is None:
+            labels = torch.full((len(images),), self.steps, device=images.device)
+        return {"x": images, "mask": self.mask_of(labels).to(images.dtype)}
+
+    def example(self, rows: int = 2) -> dict[str, Tensor]:
+        mask = self.mask_of(1 + torch.arange(rows, device=next(self.parameters()).device) % self.steps)
+        return {"mask": mask, "x": self.joined(self.sample_prior(rows, mask=mask))}
+
+    def joined(self, draws: Mapping[str, Tensor]) -> Tensor:
+        """Sequences ``(B, *data_shape)`` of what `sample_prior` has drawn."""
+        return draws["x"]
+
+    @staticmethod
+    def per_step(values: Tensor, mask: Tensor) -> float:
+        """Nats per time step, over all sequences together, of numbers for each sequence ``(N,)``.
+
+        >>> SequenceModel.per_step(torch.tensor([-6.0, -2.0]), torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]))
+        -2.0
+        """
+        return (values.sum() / mask.sum()).item()

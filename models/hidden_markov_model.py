@@ -1,0 +1,101 @@
+"""Hidden Markov models, whose states are summed out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.ops.indexing import Vindex
+from torch import Tensor, nn
+
+from ..errors import UnknownName
+from ._base import models
+from ._sequences import SequenceModel, silent_where_masked
+
+KINDS = ("plain", "autoregressive", "factorial")
+
+
+@models.register("hidden-markov-model")
+class HiddenMarkovModel(SequenceModel):
+    r"""A chain of discrete states under a sequence of binary vectors, such as chords; its likelihood is exact.
+
+    .. math:: z_t \mid z_{t-1} \sim \mathrm{Categorical}(\mathrm{softmax}\,A_{z_{t-1}}), \qquad
+              x_t \mid z_t \sim \prod_i \mathrm{Bernoulli}(x_{ti}; \sigma(E_{z_t i})), \qquad t = 1 \dots T
+
+    The states are no latents for a guide: the model marks them for enumeration, and with the guide ``none`` every ELBO,
+    `SiteELBO` among them, sums them out in time in proportion to T and is log p(x), maximum likelihood without
+    Baum–Welch. ``kind="autoregressive"`` adds weights of x_{t−1} to the emission's logits; ``kind="factorial"`` has two
+    independent chains of ``num_states`` states each, and a table of emissions for each pair of states.
+
+    Sequences of several lengths are padded with zeros: ``mask`` has ones for the steps that count, and a step that does
+    not shows zeros for sure. Called as ``model(x, mask=mask)``. Shapes: ``x`` is ``(B, T, D)`` or ``(B, 1, T, D)``,
+    ``mask`` ``(B, T)``; sites ``z1`` ... ``zT`` (and ``w1`` ...) are integers ``(B,)``, sites ``x1`` ... ``xT``
+    ``(B, D)``. ``inputs(x, lengths)`` makes the mask; ``per_step(values, mask)`` turns nats per sequence into nats per
+    step.
+
+    Rabiner 1989, "A tutorial on hidden Markov models"; Ghahramani & Jordan 1997 for the factorial kind.
+
+    >>> from gumbo.guides import NoGuide
+    >>> from gumbo.inference import SiteELBO
+    >>> model = HiddenMarkovModel(data_shape=(6, 4), num_states=3)
+    >>> given = model.example(5)
+    >>> SiteELBO()(model, NoGuide(model))(**given).item() > 0  # minus log p(x), exactly
+    True
+    """
+
+    variants = (
+        {"num_states": 3},
+        {"num_states": 3, "kind": "autoregressive"},
+        {"num_states": 3, "kind": "factorial"},
+    )
+    binary_data = True
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        num_states: int = 16,
+        kind: str = "plain",
+        data_size: int | None = None,
+    ):
+        super().__init__(data_shape, data_size)
+        if kind not in KINDS:
+            raise UnknownName("kind of hidden Markov model", kind, KINDS)
+        self.kind = kind
+        self.latents = {}
+        chains = ("w", "z") if kind == "factorial" else ("z",)
+        self.summed = tuple(f"{chain}{t}" for t in range(1, self.steps + 1) for chain in chains)
+        self.observed = tuple(f"x{t}" for t in range(1, self.steps + 1))
+        self.decoder_initial = nn.ParameterDict({chain: nn.Parameter(torch.zeros(num_states)) for chain in chains})
+        # States begin as staying where they are, a little, and emissions differ, so that the states come apart.
+        self.decoder_transition = nn.ParameterDict({chain: nn.Parameter(torch.eye(num_states)) for chain in chains})
+        pairs = (num_states,) * len(chains)
+        self.decoder_emission = nn.Parameter(torch.randn(*pairs, self.width) - 1)
+        self.decoder_previous = nn.Parameter(torch.zeros(self.width, self.width)) if kind == "autoregressive" else None
+
+    def forward(self, x: Tensor | None = None, *, mask: Tensor | None = None, batch_size: int = 1) -> Tensor:
+        with self.data_plate(x, batch_size):
+            (mask,) = self.check_conditions({"mask": mask}, batch_size if x is None else len(x))
+            rows = None if x is None else x.flatten(1, -2)
+            states: dict[str, Tensor] = {}
+            drawn: list[Tensor] = []
+            for t in pyro.markov(range(1, self.steps + 1)):
+                for chain, initial in self.decoder_initial.items():
+                    logits = Vindex(self.decoder_transition[chain])[states[chain]] if chain in states else initial
+                    fn = dist.Categorical(logits=logits)
+                    states[chain] = pyro.sample(f"{chain}{t}", fn, infer={"enumerate": "parallel"})
+                seen = None if rows is None else rows[:, t - 1]
+                fn = self.emission(states, mask[:, t - 1], drawn[-1] if drawn else None)
+                drawn.append(pyro.sample(f"x{t}", fn, obs=seen))
+        return torch.stack(drawn, -2).unflatten(-2, self.data_shape[:-1])
+
+    def emission(self, states: Mapping[str, Tensor], mask: Tensor, before: Tensor | None) -> dist.TorchDistribution:
+        """p(x_t) at states ``(...)`` of each chain, batch shape ``(...)``, and what stands before it, if anything."""
+        logits = Vindex(self.decoder_emission)[tuple(states.values())]
+        if self.decoder_previous is not None and before is not None:
+            logits = logits + before @ self.decoder_previous
+        return dist.Bernoulli(logits=silent_where_masked(logits, mask)).to_event(1)
+
+    def joined(self, draws: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([draws[name] for name in self.observed], -2).unflatten(-2, self.data_shape[:-1])
