@@ -26,12 +26,21 @@ from gumbo.experiments.data import (
     load,
     reuters_vocabulary,
 )
-from gumbo.guides import CombinerGuide, GridPolicy, MeanFieldGuide, NormalGuide, VampGuide, VectorQuantizedGuide
+from gumbo.guides import (
+    CombinerGuide,
+    GridPolicy,
+    MeanFieldGuide,
+    NoGuide,
+    NormalGuide,
+    VampGuide,
+    VectorQuantizedGuide,
+)
 from gumbo.inference import Linear, SiteELBO, audit, evaluate, fit
 from gumbo.models import (
     DeepMarkovModel,
     GaussianVAE,
     GridWorld,
+    HiddenMarkovModel,
     LatentDirichletAllocation,
     NegativeBinomialVAE,
     ProdLDA,
@@ -360,8 +369,44 @@ def grid(seeds: int, scale: float) -> list[str]:
     ]
 
 
+def hidden(seeds: int, scale: float) -> list[str]:
+    """Nats per time step of Bach's chorales under hidden Markov models, exactly."""
+    data = load("jsb-chorales")
+    longest = int(data.labels["train"].max())
+    rows = []
+    for kind, states in (("plain", 16), ("autoregressive", 16), ("factorial", 4)):
+        found: dict[str, list[float]] = {key: [] for key in ("train", "test", "steps", "seconds")}
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            model = HiddenMarkovModel((1, longest, 88), num_states=states, kind=kind)
+            whole = HiddenMarkovModel(data.data_shape, num_states=states, kind=kind)
+            start = time.perf_counter()
+            given = model.inputs(data.train[:, :, :longest], data.labels["train"])
+            fitted = fit(
+                model, NoGuide(model), given, loss=SiteELBO(), lr=5e-2, batch_size=len(data.train),
+                epochs=max(1, round(200 * scale)), seed=seed, progress=False,
+            )  # fmt: skip
+            found["seconds"].append(time.perf_counter() - start)
+            found["steps"].append(float(len(fitted.history)))
+            whole.load_state_dict(model.state_dict())
+            for split in ("train", "test"):
+                batch = whole.inputs(getattr(data, split), data.labels[split])
+                with torch.no_grad():
+                    total = SiteELBO()(whole, NoGuide(whole))(**batch)
+                found[split].append((total / batch["mask"].sum()).item())
+        size = sum(parameter.numel() for parameter in model.parameters())
+        rows.append([f"{kind}, {states} states", f"{size:,}", *(several(found[k]) for k in ("train", "test"))])
+        rows[-1] += [several(found[k], 0) for k in ("steps", "seconds")]
+    return [
+        "The standard split of the chorales; exact nats per time step (lower is better), states summed out by `SiteELBO`,",
+        f"Adam on all of the training data at once, mean ± standard error over {seeds} seeds ({machine()}).",
+        "",
+        *markdown(["model", "parameters", "train", "test", "steps", "seconds"], rows),
+    ]
+
+
 STUDIES: dict[str, Callable[[int, float], list[str]]] = {
-    study.__name__: study for study in (topics, cells, chorales, priors, codes, grid)
+    study.__name__: study for study in (topics, cells, chorales, priors, codes, grid, hidden)
 }
 
 

@@ -25,6 +25,7 @@ from .poisson_def import PoissonDEF
 from .poisson_vae import PoissonVAE
 from .prod_lda import ProdLDA
 from .semi_supervised_vae import SemiSupervisedVAE
+from .sequence_vae import SequenceVAE
 from .sigmoid_belief_network import SigmoidBeliefNetwork
 from .structured_prediction import StructuredPrediction
 from .vector_quantized_vae import VectorQuantizedVAE
@@ -53,6 +54,7 @@ __all__ = [
     "PoissonVAE",
     "ProdLDA",
     "SemiSupervisedVAE",
+    "SequenceVAE",
     "SigmoidBeliefNetwork",
     "StructuredPrediction",
     "VectorQuantizedVAE",
