@@ -398,8 +398,9 @@ def hidden(seeds: int, scale: float) -> list[str]:
         rows.append([f"{kind}, {states} states", f"{size:,}", *(several(found[k]) for k in ("train", "test"))])
         rows[-1] += [several(found[k], 0) for k in ("steps", "seconds")]
     return [
-        "The standard split of the chorales; exact nats per time step (lower is better), states summed out by `SiteELBO`,",
-        f"Adam on all of the training data at once, mean ± standard error over {seeds} seeds ({machine()}).",
+        "The standard split of the chorales; exact nats per time step (lower is better), states summed out by",
+        f"`SiteELBO`, Adam on all of the training data at once, mean ± standard error over {seeds} seeds",
+        f"({machine()}).",
         "",
         *markdown(["model", "parameters", "train", "test", "steps", "seconds"], rows),
     ]
