@@ -67,7 +67,8 @@ DIRECTIONS = 24  # how many products with a random direction stand for a long gr
 
 # Each refusal belongs to one rule of the design's section on gradients: (rule, what is refused, how its line reads).
 RULES: list[tuple[int, str, str]] = [
-    (6, "sites that are enumerated in the model: stock trace-enum sums them out", r"enumerated in the model"),
+    (6, "marks of the model that ask for no exact sum", r"marks it infer|asks for draws of a site"),
+    (3, "sums over values that join terms of different scale", r"joined by the sum"),
     (6, "a site that only one of model and guide has", r"no site in the guide|nowhere in the model|model observes"),
     (6, "more values than can be listed", r"more than the limit of|too many"),
     (6, "a site whose distribution cannot serve the word", r"has no reparameterized sampler|has no finite support"),
@@ -84,7 +85,7 @@ RULES: list[tuple[int, str, str]] = [
     (7, "a support that moves with parameters", r"support of .* depends on parameters"),
     (5, "a pmf against a density", r"a pmf|a density"),
     (3, "importance weights that no minibatch can estimate", r"subsampled plate"),
-    (9, "programs that mean another thing for K particles at once", r"does not vectorize"),
+    (9, "programs that mean another thing for K particles at once", r"does not vectorize|values at once|pyro\.markov"),
 ]
 
 # Tests of which the point is no value and no gradient, by name, with what they ask for instead.

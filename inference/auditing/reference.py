@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import BadInput, CannotVectorize, GumboError, UnsupportedSite
 from ..elbo import SiteELBO
+from ..engine.elimination import is_marked
 from ..estimators import LeaveOneOut, Pathwise, ScoreFunction
 from ..estimators._distributions import describe, finite_support, is_deterministic
 from ..objectives import Objective
@@ -85,7 +86,7 @@ def exact_reference(stage: Stage, num_particles: int | None, options: dict[str, 
             return _as_reference(stage, "exact (every tuple of values)", exact_bound(stage, num_particles, target))
         except UnsupportedSite as error:
             return error.reason
-    if isinstance(jointly, int) and jointly <= ONE_BY_ONE:
+    if isinstance(jointly, int) and jointly <= ONE_BY_ONE and not _sums_out(stage):
         with stage.held(), LatentsWeighted(options["kl_weight"]):
             loss = -exact_elbo(stage.model, stage.guide, *stage.args, **stage.kwargs)
         return _as_reference(stage, "exact (every value)", loss)
@@ -131,6 +132,13 @@ def _repeats_itself(stage: Stage) -> bool:
             if not advance(script):
                 break
     return found[: len(found) // 2] == found[len(found) // 2 :]
+
+
+def _sums_out(stage: Stage) -> bool:
+    """Whether the model sums over sites that the guide leaves out: their chains are too long to list."""
+    with stage.held(), torch.no_grad():
+        guide, model = _traces(stage)
+    return any(name not in guide and is_marked(site) for name, site in model.nodes.items() if site["type"] == "sample")
 
 
 # The importance-weighted bound, per datum.

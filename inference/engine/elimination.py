@@ -265,6 +265,7 @@ class Cost:
     scale: Any
     place: int
     like: Site
+    factors: tuple[str, ...] = ()
 
 
 @dataclass
@@ -407,19 +408,29 @@ class Terms:
             raise NeedsJoint(apart[-1].name) from None
         first, place = terms[0].site, terms[-1].place
         name = f"sum over {_named(names)}"
+        factors = tuple(term.site.name for term in terms)
         parts = [(ordinal, tensor) for ordinal, tensors in contracted.items() for tensor in tensors]
         for part, (ordinal, tensor) in enumerate(parts):
             log_prob = impossible(tensor)
             log_prob = log_prob if isinstance(scale, (int, float)) and scale == 1 else scale * log_prob
             frames = frozenset(symbols.frames[symbol] for symbol in ordinal)
             yield Cost(
-                f"{name} ({part + 1})" if part else name, log_prob, tensor._pyro_dims, frames, scale, place, first
+                f"{name} ({part + 1})" if part else name,
+                log_prob,
+                tensor._pyro_dims,
+                frames,
+                scale,
+                place,
+                first,
+                factors,
             )
 
     def laid_out(self, cost: Cost) -> Site:
         """A cost as a site, to stand after the last of its factors."""
         log_prob = self.symbols.unpacked(cost.tensor, cost.names, self.room)
-        return Site(cost.name, cost.like.fn, cost.like.value, cost.frames, log_prob, scale=cost.scale)
+        made = Site(cost.name, cost.like.fn, cost.like.value, cost.frames, log_prob, scale=cost.scale)
+        made.sums = cost.factors
+        return made
 
     def _listed(self, terms: Sequence[Term]) -> list[Listed]:
         numbers = dict.fromkeys(number for term in terms for number in self.own(term))

@@ -37,6 +37,7 @@ class Site:
     infer: Mapping[str, Any] = field(default_factory=dict)
     masked: bool = False  # a mask of the program hides some of its elements
     scored: bool = True  # False where a replayed draw cannot be scored, and only the other sites can be compared
+    sums: tuple[str, ...] = ()  # the factors of the sum that it stands for
     summed: bool = False  # a factor of a sum over listed sites of the model, which another site's log_prob holds
 
     @property

@@ -58,6 +58,8 @@ def study(model: nn.Module, guide: nn.Module, batch: Rows) -> Study:
     with pyro.get_param_store().scope({"params": {}, "constraints": {}}), looking(model, guide, *batch.args):
         program = one_particle(model, guide)
         full = program.run(batch.args, batch.kwargs)
+        if full.eliminated:  # the first run draws what later ones sum over
+            full = program.run(batch.args, batch.kwargs, fixed=_draws(full))
         plate = _plate_over_rows(full, _on_part(program, part, sizes, None), sizes)
         found = Study(plate, False, full)
         fixed = {site.name: _first_rows(site, plate, sizes) for site in full.guide if site.latent and not site.settled}
@@ -67,8 +69,7 @@ def study(model: nn.Module, guide: nn.Module, batch: Rows) -> Study:
         if difference is not None:
             # Layers that draw noise of their own (dropout) differ between any two runs: compare without it.
             with evaluating(model, guide):
-                whole = {site.name: Draw(site.value) for site in full.guide if site.name in fixed}
-                full = program.run(batch.args, batch.kwargs, fixed=whole)
+                full = program.run(batch.args, batch.kwargs, fixed=_draws(full))
                 some = _on_part(program, part, sizes, fixed)
                 difference = _difference(found, full, some, sizes)
     if difference is not None:
@@ -79,6 +80,10 @@ def study(model: nn.Module, guide: nn.Module, batch: Rows) -> Study:
         )
     _refuse_late_sites(found)
     return found
+
+
+def _draws(run: Run) -> dict[str, Draw]:
+    return {site.name: Draw(site.value) for site in run.guide if site.latent and not site.settled}
 
 
 def _on_part(program: Program, part: Rows, sizes: tuple[int, int], fixed: dict[str, Draw] | None) -> Run:
@@ -219,6 +224,14 @@ def _refuse_site_elbo(loss: SiteELBO, chosen: Mapping[str, Estimator], found: St
     for site in found.run.guide:
         if site.factor or (not site.settled and site.latent and has_score_term(site.fn)):
             raise UnsupportedSite(site.name, reason="it has a score term of its own (score_parts): use one process")
+    with_rows = {site.name for site in found.run.model if found.has_rows(site)}
+    for site in found.run.model:
+        if not found.has_rows(site) and with_rows.intersection(site.sums):
+            raise UnsupportedSite(
+                found.run.eliminated[0],
+                reason=f"the model sums over it outside plate {found.plate!r}, and the sum is no sum over the rows that"
+                " several processes hold in parts: use one process, or draw it in the guide",
+            )
     local = {site.name for site in found.run.guide if found.has_rows(site)}
     mixing = [site.name for site in found.run.model if site.settled and not site.latent and not found.has_rows(site)]
     for name, estimator in chosen.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -19,9 +20,11 @@ from torch import nn
 from ztest import misses
 
 from gumbo.errors import GumboError, UnsupportedSite
-from gumbo.inference import SiteELBO
+from gumbo.inference import SiteELBO, audit
 from gumbo.inference.auditing.exact import exact_elbo, exact_iwae
 from gumbo.inference.engine import contraction
+from gumbo.inference.engine.rows import Rows
+from gumbo.inference.training.splittable import refuse, study
 
 PARALLEL = {"enumerate": "parallel"}
 
@@ -565,6 +568,86 @@ def test_a_state_that_reads_one_that_markov_hides_is_refused():
     with pytest.raises(UnsupportedSite, match="history=") as caught:
         SiteELBO()(hidden_from_markov, nothing)()
     assert "\n" not in str(caught.value)
+
+
+def test_elements_of_a_sequential_plate_share_one_dimension_without_markov():
+    y = randn(80, seed=14)
+
+    def model():
+        for i in pyro.plate("data", 80):
+            z = pyro.sample(f"z{i}", dist.Bernoulli(t(0.3)), infer=PARALLEL)
+            pyro.sample(f"y{i}", dist.Normal(z, 1.0), obs=y[i])
+
+    exact = torch.stack(
+        [t(0.7).log() + dist.Normal(t(0.0), 1.0).log_prob(y), t(0.3).log() + dist.Normal(t(1.0), 1.0).log_prob(y)]
+    )
+    assert SiteELBO()(model, nothing)().item() == pytest.approx(-exact.logsumexp(0).sum().item(), rel=1e-12)
+
+
+def test_a_subsampled_plate_of_chains_is_scaled_outside_the_sum(param_store):
+    chain, y = Chain(2), randn(6, 3, seed=15)
+
+    def model(rows):
+        with pyro.plate("sequences", 6, subsample=rows):
+            chain(y[rows].T)
+
+    rows = torch.tensor([1, 4])
+    value = SiteELBO().loss(model, nothing, rows)
+    assert value == pytest.approx(-3 * sum(evidence(chain, y[i]).item() for i in rows), rel=1e-12)
+
+
+def test_svi_trains_a_chain(param_store):
+    chain, y = Chain(2), 3 * randn(12, seed=16)
+    svi = pyro.infer.SVI(chain, nothing, pyro.optim.Adam({"lr": 0.05}), loss=SiteELBO())
+    before = svi.step(y)
+    for _ in range(20):
+        svi.step(y)
+    assert svi.evaluate_loss(y) < before - 1
+    assert svi.evaluate_loss(y) == pytest.approx(-evidence(chain, y).item(), rel=1e-9)
+
+
+def test_several_processes_refuse_a_sum_outside_the_rows_and_take_one_inside():
+    class Rowwise(pyro.nn.PyroModule):
+        def __init__(self, outside):
+            super().__init__()
+            self.chain, self.outside = Chain(2), outside
+
+        def forward(self, y):
+            c = pyro.sample("c", dist.Bernoulli(t(0.3)), infer=PARALLEL) if self.outside else 0.0
+            with pyro.plate("data", len(y)):
+                self.chain(y.T, shift=c)
+
+    for outside in (False, True):
+        model, guide, y = Rowwise(outside), Nothing(), randn(5, 3, seed=17)
+        loss = SiteELBO()
+        module = loss(model, guide).initialize(y)
+        with pytest.raises(UnsupportedSite, match="one process") if outside else nullcontext():
+            refuse(loss, module, study(model, guide, Rows(y)))
+
+
+class Nothing(pyro.nn.PyroModule):
+    def forward(self, *args):
+        pass
+
+
+def test_an_audit_beside_a_chain_that_is_too_long_to_list():
+    chain, y = Chain(2), randn(20, seed=18)
+    coin = Params(coin=0.3)
+
+    class Beside(pyro.nn.PyroModule):
+        def __init__(self, of):
+            super().__init__()
+            self.of = of
+
+        def forward(self, y):
+            if self.of is coin:
+                pyro.sample("s", dist.Bernoulli(logits=coin.coin))
+            else:
+                chain(y, shift=pyro.sample("s", dist.Bernoulli(t(0.4))))
+
+    report = audit(Beside(chain), Beside(coin), y, estimators=["score"], num_samples=60)
+    assert report.attrs["reference"].startswith("exact")
+    assert set(report["verdict"].values) == {"ok"}
 
 
 def test_the_word_enumerate_may_be_said_of_what_the_model_sums_over():

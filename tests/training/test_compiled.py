@@ -126,6 +126,35 @@ def test_what_is_captured_is_what_eager_does(word, name, objective):
     agree(*steps_of(pair, loss), [data(dtype=F64), 1 - data(dtype=F64)], 1e-10)
 
 
+class Chains(PyroModule):
+    """A coin for each row, which the guide draws, and a chain that the model lists, or that the guide lists too."""
+
+    def __init__(self, is_model, drawn):
+        super().__init__()
+        self.is_model, self.drawn = is_model, drawn
+        name = "p" if is_model else "q"
+        setattr(self, f"{name}_steps", torch.nn.Parameter(torch.tensor([[0.3, -0.2], [0.1, 0.4]])))
+        setattr(self, f"{name}_coin", torch.nn.Parameter(torch.tensor(0.2)))
+
+    def forward(self, x):
+        steps, coin = (self.p_steps, self.p_coin) if self.is_model else (self.q_steps, self.q_coin)
+        with pyro.plate("rows", len(x)):
+            s = pyro.sample("s", dist.Bernoulli(logits=coin))
+            z = torch.tensor(0)
+            for i in pyro.markov(range(3)) if self.is_model or self.drawn else ():
+                z = pyro.sample(f"z{i}", dist.Categorical(logits=steps[z]), infer={"enumerate": "parallel"})
+                if self.is_model:
+                    pyro.sample(f"x{i}", dist.Bernoulli(logits=z + coin * s), obs=x.flatten(1)[:, i])
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["in the model", "in the guide"])
+@pytest.mark.parametrize(("word", "particles"), [("score", 1), ("rloo", 2)])
+def test_sums_over_chains_are_captured(word, particles, drawn):
+    loss = SiteELBO({"s": word}, num_particles=particles)
+    pair = lambda: (Chains(True, drawn), Chains(False, drawn))  # noqa: E731
+    agree(*steps_of(pair, loss), [data(dtype=F64), 1 - data(dtype=F64)], 1e-10)
+
+
 @pytest.mark.parametrize("name", ["normal", "layers"])
 def test_reweighted_wake_sleep_is_captured(name):
     loss = SiteELBO(objective="rws", num_particles=3)
