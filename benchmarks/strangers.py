@@ -782,10 +782,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def short(rows: dict) -> dict[str, dict]:
-    """The rows by file, without what their names say, and the number of comparisons in place of these."""
+    """The rows by file, without what names and reasons say, and the number of comparisons in place of these."""
     found: dict[str, dict] = {}
     for name, row in rows.items():
-        kept = {key: value for key, value in row.items() if key not in ("test", "comparisons") and value != []}
+        kept = {key: value for key, value in row.items() if key not in ("test", "comparisons", "what") and value != []}
         if row.get("comparisons"):
             kept["compared"] = len(row["comparisons"])
         file, _, test = name.partition("::")
