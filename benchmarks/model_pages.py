@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import re
 import shlex
 import shutil
@@ -195,6 +196,7 @@ def page(name: str, rows: list[dict[str, Any]], example: str) -> str:
         "",
         *fits(rows),
         "",
+        *advice(cls),
         "## An example",
         "",
         START,
@@ -273,6 +275,28 @@ def fits(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, *(["", "Not with these guides:", "", *reasons] if reasons else [])]
 
 
+SMOOTH = ("normal", "log-normal", "gamma", "beta", "dirichlet", "relaxed-categorical")
+FEW = 64  # joint values of a site that are listed rather than drawn
+
+
+def advice(cls: type[GenerativeModel]) -> list[str]:
+    """Which estimator to give each site of a model whose latents are in part smooth and in part not."""
+    latents = cls(DATA_SHAPE).latents
+    if len({latent.family in SMOOTH for latent in latents.values()}) < 2:
+        return []
+    words = {}
+    for site, latent in latents.items():
+        values = latent.shape[-1] ** math.prod(latent.shape[:-1]) if latent.family == "categorical" else math.inf
+        values = 2**latent.size if latent.family == "bernoulli" and latent.size < 7 else values
+        words[site] = "pathwise" if latent.family in SMOOTH else "enumerate" if values <= FEW else "rloo"
+    named = ", ".join(f"{site}: {word}" for site, word in words.items())
+    return [
+        f"Latents of both kinds take an estimator each, `SiteELBO({json.dumps(words)})`, `--estimator '{{{named}}}'`:",
+        "the pathwise gradient where draws have one, a sum over values where they are few, `rloo` where they are many.",
+        "",
+    ]
+
+
 def describe(variant: Mapping[str, Any]) -> str:
     if not variant:
         return "the defaults"
@@ -314,6 +338,8 @@ def run_example(name: str) -> str:
         cli.main([*shlex.split(command)[1:], "--folder", str(run)])
         found = json.loads((run / "results.json").read_text())
         drawn = [picture for picture in PICTURES if (run / "plots" / f"{picture}.png").exists()]
+        if "--data reuters" in options:
+            drawn = []  # thousands of words side by side are no picture
         for picture in drawn or ["learning_curve"]:
             shutil.copy(run / "plots" / f"{picture}.png", DOCS / "figures" / f"{name}-{picture}.png")
     test = found["test"]

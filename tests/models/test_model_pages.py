@@ -66,6 +66,12 @@ def test_the_page_names_the_estimators_that_serve(name, pages):
     )
 
 
+def test_mixed_latents_are_advised_an_estimator_each(pages):
+    [line, *_] = pages.advice(models["semi-supervised-vae"])
+    assert '{"y": "enumerate", "z": "pathwise"}' in line
+    assert pages.advice(models["gaussian-vae"]) == [] == pages.advice(models["categorical-vae"])
+
+
 def test_rows_of_one_model_are_its_part_of_the_grid():
     from gumbo.experiments.listing import combinations
 
