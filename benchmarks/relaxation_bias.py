@@ -147,21 +147,25 @@ def measure(problem):
 
 
 def plot(stops, path):
+    """Bias above, spread below; where chance hides the bias a triangle stands at twice its error."""
     made, axes = figure(2, len(stops), figsize=(4.2 * len(stops), 6.4), sharex=True, squeeze=False)
     for column, (steps, rows) in enumerate(stops.items()):
-        for line, (what, label) in enumerate((("bias", "relative bias"), ("std", "relative std of one draw"))):
-            ax = axes[line][column]
-            for word in WORDS:
-                mine = [row for row in rows if row["estimator"] == word]
-                height = [max(row[what], 1e-4) for row in mine]
-                bars = [row["error"] if what == "bias" else 0.0 for row in mine]
-                ax.errorbar([row["temperature"] for row in mine], height, yerr=bars, marker="o", ms=3, label=word)
-            other = next(row for row in rows if row["estimator"] == "rloo K=2")
-            if what == "std":
-                ax.axhline(other["std"], color="grey", ls=":", label="rloo, two draws")
-            ax.set(xscale="log", yscale="log", ylabel=label, title=f"after {steps} steps" if not line else "")
-    for ax in axes[1]:
-        ax.set_xlabel("temperature")
+        above, below = axes[0][column], axes[1][column]
+        for number, word in enumerate(WORDS):
+            mine = [row for row in rows if row["estimator"] == word]
+            seen = [row for row in mine if row["bias"] > 2 * row["error"]]
+            hidden = [row for row in mine if row not in seen]
+            at = [row["temperature"] for row in seen]
+            bars = [row["error"] for row in seen]
+            above.errorbar(at, [row["bias"] for row in seen], yerr=bars, marker="o", ms=3, color=f"C{number}")
+            bounds = [2 * row["error"] for row in hidden]
+            above.plot([row["temperature"] for row in hidden], bounds, "v", ms=5, color=f"C{number}", mfc="none")
+            spread = [row["std"] for row in mine]
+            below.plot([row["temperature"] for row in mine], spread, "-o", ms=3, color=f"C{number}", label=word)
+        other = next(row for row in rows if row["estimator"] == "rloo K=2")
+        below.axhline(other["std"], color="grey", ls=":", label="rloo, two draws")
+        above.set(xscale="log", yscale="log", ylabel="relative bias", title=f"after {steps} steps")
+        below.set(xscale="log", yscale="log", ylabel="relative std of one draw", xlabel="temperature")
     axes[1][0].legend(fontsize=7)
     return save(made, path)
 

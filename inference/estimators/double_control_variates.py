@@ -51,7 +51,7 @@ def others_mean(view: SiteView, tensor: Tensor, event_dim: int = 0) -> Tensor:
 class Coefficients(nn.Module):
     """Two coefficients that earlier steps have found to make the gradient vary least.
 
-    With the gradient g₀ + a₁ g₁ + a₂ g₂, they minimise the running mean of its square; at the start both are one.
+    With the gradient g₀ + a₁ g₁ + a₂ g₂, they minimise the running mean of its square; at the start both are zero.
     """
 
     def __init__(self, like: Tensor, decay: float):
@@ -67,7 +67,7 @@ class Coefficients(nn.Module):
     def read(self) -> tuple[Tensor, Tensor]:
         (a, b), (_, d) = self.gram
         pull = 1e-3 * (a + d) + torch.finfo(torch.float64).tiny ** 0.25
-        first, second = (pull - cross for cross in self.cross)
+        first, second = -self.cross
         a, d = a + pull, d + pull
         determinant = a * d - b * b
         return (d * first - b * second) / determinant, (a * second - b * first) / determinant
@@ -121,9 +121,10 @@ class DoubleControlVariates(Estimator):
     where avg is the mean over the other particles. The slopes are those of the runs at hand: no program runs again.
     They may be anything as far as the mean is concerned, since the last term is what the one before it takes away;
     where the program is not differentiable in its draws they vanish and what is left is ``rloo``. The coefficients
-    a₁ and a₂, two numbers a site, start at one, which makes a linear cost exact, and are those that made the gradient
-    vary least in earlier steps; never those of the step at hand, which would bias it. ``decay`` is how much of that
-    memory a step keeps. Bernoulli, one-hot and count-valued sites (Binomial, Poisson, Geometric, negative binomial).
+    a₁ and a₂, two numbers a site, are those that made the gradient vary least in earlier steps; never those of the
+    step at hand, which would bias it. They start at zero, which is ``rloo``; both one would make a linear cost exact.
+    ``decay`` is how much of that memory a step keeps. Bernoulli, one-hot and count-valued sites (Binomial, Poisson,
+    Geometric, negative binomial).
 
     >>> DoubleControlVariates().name, DoubleControlVariates().min_particles
     ('double-cv', 2)
