@@ -21,7 +21,6 @@ from ...tables import digits, markdown
 from ..elbo import SiteELBO
 from ..estimators import Estimator, estimators
 from ..estimators._base import Chooser, choosers
-from ..estimators._distributions import finite_support
 from .sampler import Draws, Stage, set_aside
 
 COSTS = ("evaluations", "time")
@@ -321,12 +320,12 @@ class _Pilot:
         found = self._candidates(name)
         return next((word for word in ("pathwise", "rloo", "score") if word in found), next(iter(found)))
 
-    def _listed(self, name: str) -> int:
-        """How many values an enumerated site has."""
+    def _listed(self, name: str, word: str) -> int:
+        """How many values an enumerated site has under this word."""
         stage = self.stages[0]
         fn = stage.latents[name]
         joint = 0 if stage.at_once(self.loss.requested_vectorized) else len(fn.batch_shape)
-        values = finite_support(fn, joint=joint, limit=self.auto.max_evaluations)
+        values = estimators[word]().listed(fn, joint, name)
         return self.auto.max_evaluations + 1 if isinstance(values, str) else len(values)
 
     def _best(self, name: str, words: dict[str, str]) -> str:
@@ -362,7 +361,9 @@ class _Pilot:
             if any(c.row.score == 0.0 for c in contestants):
                 row.note = "not drawn: another has no variance"
                 continue
-            listed = math.prod(self._listed(name) for name, word in words.items() if estimators[word]().enumerates)
+            listed = math.prod(
+                self._listed(name, word) for name, word in words.items() if estimators[word]().enumerates
+            )
             if listed > auto.max_evaluations:
                 row.note = f"left out: more than {auto.max_evaluations} model runs a step"
                 continue

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import ANY, BadInput, UnsupportedSite
 from ..estimators._base import Draw, Estimator
-from ..estimators._distributions import finite_support, is_deterministic
+from ..estimators._distributions import is_deterministic
 from .elimination import Listing, NeedsListing, is_marked
 from .records import PARTICLES
 
@@ -192,7 +192,7 @@ class Draws(Messenger):
         joint = not parallel or name in program.joint
         # One by one, nothing tells whether a program keeps the elements of a plate apart, so they go together.
         trailing = min(program.max_plate_nesting, len(fn.batch_shape)) if joint else 0
-        values = finite_support(fn, joint=trailing, limit=estimator.limit)
+        values = estimator.listed(fn, trailing, name)
         if isinstance(values, str):
             advice = "; vectorize_particles=True with num_particles=1 enumerates the elements of a plate in parallel"
             raise UnsupportedSite(name, estimator.name, values if parallel else values + advice)

@@ -337,7 +337,8 @@ class Program:
                 return site
         site.log_prob = self._lay_out(name, scale_and_mask(unscaled, msg["scale"], msg["mask"]), frames)
         if site.estimator is not None and (site.estimator.log_q == "value" or site.estimator.enumerates):
-            raw = score_log_prob(fn, value) if has_own_mask(fn) or site.fn is not fn else unscaled
+            own = site.fn if site.estimator.enumerates else fn
+            raw = score_log_prob(own, value) if has_own_mask(fn) or site.fn is not own else unscaled
             site.score = self._lay_out(name, raw, frames)
         elif site.factor:
             site.score = self._lay_out(name, unscaled, frames)

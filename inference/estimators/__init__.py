@@ -19,6 +19,7 @@ from .reinmax import ReinMax
 from .relaxation import Concrete, GumbelSoftmax
 from .score import Baseline, LeaveOneOut, MovingAverage, Neural, ScoreFunction
 from .stein import Rodeo
+from .truncated import HeadTail, TruncatedEnumerate
 
 __all__ = [
     "ARM",
@@ -35,6 +36,7 @@ __all__ = [
     "Fini",
     "GappedStraightThrough",
     "GumbelSoftmax",
+    "HeadTail",
     "LeaveOneOut",
     "LocalExpectation",
     "MeasureValued",
@@ -49,5 +51,6 @@ __all__ = [
     "ScoreFunction",
     "SiteState",
     "SiteView",
+    "TruncatedEnumerate",
     "estimators",
 ]

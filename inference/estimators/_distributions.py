@@ -235,8 +235,11 @@ def finite_support(fn: Distribution, *, joint: int, limit: int) -> Tensor | str:
     torch.Size([8, 3])
     """
     values = coordinate_values(fn)
-    if isinstance(values, str):
-        return values
+    return values if isinstance(values, str) else listed_support(fn, values, joint=joint, limit=limit)
+
+
+def listed_support(fn: Distribution, values: Tensor, *, joint: int, limit: int) -> Tensor | str:
+    """:func:`finite_support` for coordinates that take these values, ``(V, *element)``."""
     size, one = values.shape[0], values.shape[1:]
     batch, event = tuple(fn.batch_shape), tuple(fn.event_shape)
     together = batch[len(batch) - joint :] if joint else ()

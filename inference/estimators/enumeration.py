@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ._base import Estimator, estimators
 from ._distributions import finite_support
 
@@ -23,6 +25,10 @@ class Enumerate(Estimator):
 
     def __init__(self, limit: int = 2**14):
         self.limit = int(limit)
+
+    def listed(self, fn: Any, joint: int, name: str) -> Tensor | str:
+        """The values of a site as :func:`finite_support` lists them, or the reason why they cannot be."""
+        return finite_support(fn, joint=joint, limit=self.limit)
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
         listed = finite_support(site["fn"], joint=0, limit=self.limit)
