@@ -227,35 +227,37 @@ def _check_served(estimator: Estimator, family: _Family, objective: str, who: st
     model, guide = family.model(), family.guide()
     both = nn.ModuleList([model, guide])
     for vectorize in (True, False):
+        # One by one, what is enumerated is listed jointly over the rows.
+        rows = COPIES if vectorize else 1 if estimator.enumerates else 3
         options = {"objective": objective, "vectorize_particles": vectorize}
         loss = SiteELBO(estimator, **options)(model, guide)
         before = torch.get_rng_state()
-        loss.initialize(COPIES if vectorize else 3)
+        loss.initialize(rows)
         require(torch.equal(before, torch.get_rng_state()), who, "moves the random stream in the first call")
-        value = loss(COPIES if vectorize else 3)
+        value = loss(rows)
         require(value.dim() == 0 and value.requires_grad, who, "does not give a differentiable scalar")
         require(bool(value.isfinite()), who, "gives a loss that is not finite")
         require(bool(gradient_of(value, both).isfinite().all()), who, "gives a gradient that is not finite")
-        _check_state(loss, estimator, options, model, guide, both, who)
+        _check_state(loss, estimator, options, model, guide, both, who, min(rows, 3))
     exact = estimator.unbiased and objective == "elbo" and estimator.objective_name() == "elbo"
     if exact:
         _check_unbiased(estimator, family, model, guide, both, who)
     require(len(pyro.get_param_store()) == 0, who, "leaves something in the param store")
 
 
-def _check_state(loss, estimator, options, model, guide, both, who) -> None:
+def _check_state(loss, estimator, options, model, guide, both, who, rows) -> None:
     state = {name: value.clone() for name, value in loss.state_dict().items() if isinstance(value, Tensor)}
     with torch.no_grad():
-        loss(3)
+        loss(rows)
     for name, value in loss.state_dict().items():
         if name in state:
             require(torch.equal(value, state[name]), who, f"moves its state {name!r} though gradients are off")
-    other = SiteELBO(estimator, **options)(model, guide).initialize(3)
+    other = SiteELBO(estimator, **options)(model, guide).initialize(rows)
     other.load_state_dict(loss.state_dict())
     draws = []
     for module in (loss.eval(), other.eval()):
         torch.manual_seed(1)
-        draws.append(gradient_of(module(3), both))
+        draws.append(gradient_of(module(rows), both))
     loss.train()
     require(torch.equal(*draws), who, "gives another gradient once its state was saved and loaded")
 

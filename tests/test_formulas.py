@@ -1140,6 +1140,29 @@ def test_41_masks_lie_within_the_sum_and_scales_outside():
     assert close(_chain(y, steps, means, scale=3.0), 3 * three)
 
 
+# 33: counts without an end.
+
+
+def test_33_a_head_and_a_drawn_tail_make_the_whole():
+    counts, end = torch.arange(60.0), 2
+    rate = leaf(1.3)
+    f = (counts - 2.5).square().sqrt() + counts
+    log_q = torch.distributions.Poisson(rate).log_prob(counts)
+    (truth,) = torch.autograd.grad((log_q.exp() * f).sum(), rate, retain_graph=True)
+
+    def mean(reference, tail=True):
+        """The mean over draws z, of which the reference may depend: ``reference[z]`` for each."""
+        slopes = torch.stack([torch.autograd.grad(term, rate, retain_graph=True)[0] for term in log_q])
+        q = log_q.exp().detach()
+        head = ((q * slopes)[:end] * (f[:end] - reference[:, None])).sum(1)
+        drawn = torch.where(counts >= end, (f - reference) * slopes, torch.zeros(()))
+        return (q * (head + (drawn if tail else 0.0))).sum()
+
+    start = f[0].expand(60)
+    assert close(mean(start), truth)
+    assert not close(mean(start, tail=False), truth, 1e-2) and not close(mean(f), truth, 1e-2)
+
+
 def test_docs_name_every_test_and_no_other():
     page = (Path(__file__).resolve().parents[1] / "docs" / "formulas.md").read_text()
     here = set(re.findall(r"^def (test_\d\d_\w+)", Path(__file__).read_text(), flags=re.M))

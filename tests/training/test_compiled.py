@@ -155,6 +155,33 @@ def test_sums_over_chains_are_captured(word, particles, drawn):
     agree(*steps_of(pair, loss), [data(dtype=F64), 1 - data(dtype=F64)], 1e-10)
 
 
+class Counted(PyroModule):
+    """A count in each row: the model's of a learnt slope, the guide's of a learnt rate."""
+
+    def __init__(self, is_model):
+        super().__init__()
+        self.is_model = is_model
+        setattr(self, "slope" if is_model else "rates", torch.nn.Parameter(torch.tensor([0.4, -0.2, 0.1])))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            rate = x.new_ones(()) if self.is_model else (x.flatten(1)[:, :3] @ self.rates).exp()
+            z = pyro.sample("z", dist.Poisson(rate))
+            if self.is_model:
+                pyro.sample("x", dist.Normal(z * self.slope[0], 1.0), obs=x.flatten(1)[:, 0])
+
+
+@pytest.mark.parametrize("word", ["truncated-enumerate", "head-tail", "rloo"])
+def test_sums_over_counts_are_captured(word):
+    """Counts come from torch's own generator, in the graph too: the same seed draws the same ones."""
+    compiled, eager = steps_of(lambda: (Counted(True), Counted(False)), SiteELBO(word, num_particles=2))
+    for x in (data(dtype=F64), 1 - data(dtype=F64)):
+        mine, other = (_seeded(lambda step=step, x=x: step(Rows(x, "x"))) for step in (compiled, eager))
+        assert mine == pytest.approx(other, rel=1e-10)
+    for a, b in zip(compiled.parameters.values(), eager.parameters.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["normal", "layers"])
 def test_reweighted_wake_sleep_is_captured(name):
     loss = SiteELBO(objective="rws", num_particles=3)
