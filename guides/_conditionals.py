@@ -18,7 +18,7 @@ from ..errors import BadInput
 from ._structure import Seen, bare, whole
 
 MOST_CLASSES = 256  # values of a bounded integer that a factor lists; beyond, it is a Binomial
-MIN_SCALE = 1e-6
+MIN_SCALE = 1e-4  # in float32 a far mean and a smaller scale would make log q of a draw mean nothing
 INITIAL_SCALE = 0.1
 NO_SHAPE = torch.Size()
 FAR = 30.0  # unconstrained values beyond say nothing more to a network

@@ -19,6 +19,7 @@ from ._structure import Covariate, Look, Plate, Seen, bare
 ACTIVATION = "silu"
 MOST_CLASSES = 64  # of an observed integer that is read as a one-hot vector
 WIDEST = 256  # numbers that are laid side by side, rather than pooled or left out
+REACH = 3.0  # how far a parent's value moves scales and networks
 MOST_MOMENTS = 8  # features of a set's element whose products are averaged too
 
 
@@ -324,7 +325,10 @@ class Trunk(nn.Module):
         x = beside_each_other(parts)
         if not len(self.dense):
             return x
-        return torch.cat([x, self.dense(x)], -1) if self.skips else self.dense(x)
+        # Scaled by their number, so that a step of an optimizer moves what is made of them about as far as a parameter.
+        made = self.dense(x)
+        made = made / math.sqrt(made.shape[-1])
+        return torch.cat([x, made], -1) if self.skips else made
 
 
 class Own(nn.Module):
@@ -383,13 +387,18 @@ def starting_numbers(family: Family, loc: Tensor) -> Tensor:
     return start
 
 
+def squashed(x: Tensor) -> Tensor:
+    """Itself near zero, never beyond ``REACH``: scales that follow far values without bound make fits fail."""
+    return REACH * torch.tanh(x / REACH)
+
+
 class LocalHead(nn.Module):
-    """A site's numbers from its element's features and its parents' values."""
+    """A site's numbers from its element's features and its parents' values, which move means without bound."""
 
     def __init__(self, family: Family, features: int, parents: int, hidden: Sequence[int], loc: Tensor):
         super().__init__()
         self.direct = nn.Linear(features + parents, family.outputs)
-        self.bent = None
+        self.bent, self.means = None, family.size if family.continuous else family.outputs
         if parents:
             self.bent = mlp([features + parents, *(hidden[-1:] or (16,)), family.outputs], ACTIVATION)
             nn.init.zeros_(self.bent[-1].weight)
@@ -400,7 +409,11 @@ class LocalHead(nn.Module):
 
     def forward(self, features: Tensor | None, parents: Tensor | None) -> Tensor:
         x = beside_each_other([part for part in (features, parents) if part is not None])
-        return self.direct(x) if self.bent is None else self.direct(x) + self.bent(x)
+        if self.bent is None or parents is None:
+            return self.direct(x)
+        near = beside_each_other([part for part in (features, squashed(parents)) if part is not None])
+        means, rest = self.direct(x)[..., : self.means], self.direct(near)[..., self.means :]
+        return torch.cat([means, rest], -1) + self.bent(near) / math.sqrt(self.bent[-1].in_features)
 
 
 class GlobalHead(nn.Module):
@@ -424,7 +437,10 @@ class GlobalHead(nn.Module):
             weight = None if weight is None else weight.index_select(dim - 2, index)
         if parents is None or weight is None:
             return base
-        return base + (weight @ parents.unsqueeze(-1)).squeeze(-1) + self.bent(parents)
+        near, means = squashed(parents), self.family.size if self.family.continuous else self.family.outputs
+        far = (weight[..., :means, :] @ parents.unsqueeze(-1)).squeeze(-1)
+        rest = (weight[..., means:, :] @ near.unsqueeze(-1)).squeeze(-1)
+        return base + torch.cat([far, rest], -1) + self.bent(near) / math.sqrt(self.bent[-1].in_features)
 
     def centred(self, value: Tensor) -> Tensor:
         """Unconstrained values ``(..., *shape, size)`` in units of about their scale at the centre of their parents."""

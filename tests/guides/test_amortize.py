@@ -18,7 +18,8 @@ from torch import nn
 
 from gumbo.errors import BadInput, UnknownName
 from gumbo.guides import amortize
-from gumbo.guides._encoders import Recurrent
+from gumbo.guides._conditionals import Family
+from gumbo.guides._encoders import GlobalHead, LocalHead, Recurrent
 from gumbo.guides._inversion import faithful_inverse
 from gumbo.inference import SiteELBO, diagnose, evaluate, fit, to_arviz
 from gumbo.inference.engine.rows import Rows
@@ -569,3 +570,17 @@ def test_posterior_tools_take_it():
     assert found.posterior["rate"].sizes["draw"] == 20 and found.posterior["rate"].shape[-1] == 25
     report = diagnose(own.model, guide, *own.args, num_samples=200, num_simulations=20, refine_steps=0, progress=False)
     assert report.alarms  # it is not fitted
+
+
+@pytest.mark.parametrize("head", ["global", "local"])
+def test_a_parent_that_is_far_out_moves_the_mean_and_not_the_scale(head):
+    """Scales that followed their parents without bound made the fit of a chain of twelve steps diverge."""
+    family = Family("Normal, real", 1, 2, False, (), 1)
+    if head == "global":
+        made = GlobalHead(family, [1], 1, (4,), torch.zeros(1, 1))
+        torch.nn.init.ones_(made.weight)
+        near, far = (made(torch.full((1, 1), at)) for at in (1e3, 1e6))
+    else:
+        made = LocalHead(family, 2, 1, (4,), torch.zeros(1))
+        near, far = (made(torch.ones(1, 2), torch.full((1, 1), at)) for at in (1e3, 1e6))
+    assert torch.allclose(near[..., 1], far[..., 1]) and (near[..., 0] - far[..., 0]).abs() > 1e3
