@@ -155,7 +155,12 @@ def why_not(model: Any, guide: Any, word: str) -> str:
     import torch
 
     from gumbo.errors import GumboError
+    from gumbo.inference import stock_elbos
 
+    if model.summed and word in stock_elbos and word != "trace-enum":
+        return (
+            f"the model's sites {model.summed[0]!r}, ... are to be summed out, which only trace-enum of Pyro's own does"
+        )
     with pyro.get_param_store().scope(), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

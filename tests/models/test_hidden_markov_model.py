@@ -11,6 +11,7 @@ import torch
 from pyro.infer import TraceEnum_ELBO
 
 from gumbo.errors import UnknownName
+from gumbo.experiments.listing import why_not
 from gumbo.guides import NoGuide
 from gumbo.inference import SiteELBO, evaluate, fit
 from gumbo.models import HiddenMarkovModel
@@ -105,3 +106,10 @@ def test_the_states_are_marked_for_listing_and_the_kind_is_known():
     assert all(trace.nodes[name]["infer"]["enumerate"] == "parallel" for name in model.summed)
     with pytest.raises(UnknownName, match="factorial"):
         HiddenMarkovModel((2, 3), kind="coupled")
+
+
+def test_of_pyros_own_losses_only_enumeration_serves():
+    """Its other losses draw the states from the prior, or fail in the middle of a step."""
+    model = HiddenMarkovModel((2, 3), num_states=2)
+    assert why_not(model, NoGuide(model), "trace-enum") == ""
+    assert "only trace-enum" in why_not(model, NoGuide(model), "trace-graph")
