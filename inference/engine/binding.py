@@ -145,7 +145,9 @@ class Binding(nn.Module):
                 return
             program = one_particle(self.model, self.guide, self.elbo.requested_nesting, self.resolution.as_drawn)
             program.generators = Generators(devices_of(self.model, self.guide, *args), others=True)
+            program.eliminates = False  # what is summed over is drawn once, to have values to compare with
             seen = program.run(args, kwargs)
+            program.eliminates = True
             self.modules_met = list(met)
             self.generators = Generators(program.generators.devices, others=seen.noise.drew_elsewhere)
             self._study(program, seen, args, kwargs)

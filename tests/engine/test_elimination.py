@@ -596,6 +596,13 @@ def test_a_subsampled_plate_of_chains_is_scaled_outside_the_sum(param_store):
     assert value == pytest.approx(-3 * sum(evidence(chain, y[i]).item() for i in rows), rel=1e-12)
 
 
+@pytest.mark.parametrize("name", ["chain_in_a_plate_with_lengths", "tree"])
+def test_a_nesting_that_is_given_changes_nothing(name):
+    programs = Programs()
+    found, given = (SiteELBO(max_plate_nesting=n)(model_of(programs, name), nothing)().item() for n in (None, 3))
+    assert given == pytest.approx(found, rel=1e-12)
+
+
 def test_svi_trains_a_chain(param_store):
     chain, y = Chain(2), 3 * randn(12, seed=16)
     svi = pyro.infer.SVI(chain, nothing, pyro.optim.Adam({"lr": 0.05}), loss=SiteELBO())
