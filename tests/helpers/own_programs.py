@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 
@@ -40,7 +41,7 @@ def mixture(x):
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
     with pyro.plate("rows", len(x)):
         which = pyro.sample("which", dist.Categorical(weights), infer={"enumerate": "parallel"})
-        pyro.sample("x", dist.Normal(locs[which], scale), obs=x)
+        pyro.sample("x", dist.Normal(Vindex(locs)[..., which], scale), obs=x)
 
 
 def _mixture_data() -> tuple:
@@ -76,10 +77,12 @@ def hidden_markov(x):
     with pyro.plate("states", 2):
         rows = pyro.sample("rows", dist.Dirichlet(torch.tensor([[6.0, 2.0], [2.0, 6.0]])))
         locs = pyro.sample("locs", dist.Normal(torch.tensor([-1.5, 1.5]), 0.7))
-    state = 0
+    state = torch.tensor(0)
     for t in pyro.markov(range(len(x))):
-        state = pyro.sample(f"state_{t}", dist.Categorical(rows[state]), infer={"enumerate": "parallel"})
-        pyro.sample(f"x_{t}", dist.Normal(locs[state], 1.0), obs=x[t])
+        state = pyro.sample(
+            f"state_{t}", dist.Categorical(Vindex(rows)[..., state, :]), infer={"enumerate": "parallel"}
+        )
+        pyro.sample(f"x_{t}", dist.Normal(Vindex(locs)[..., state], 1.0), obs=x[t])
 
 
 def _markov_data() -> tuple:
@@ -340,9 +343,9 @@ FLOW = _flow_data()
 
 
 PROGRAMS: dict[str, Own] = {
-    "mixture": Own(mixture, _mixture_data(), summed=True),
+    "mixture": Own(mixture, _mixture_data(), summed=True, vectorizes=False),
     "hierarchical regression": Own(hierarchical_regression, _regression_data()),
-    "hidden Markov": Own(hidden_markov, _markov_data(), summed=True),
+    "hidden Markov": Own(hidden_markov, _markov_data(), summed=True, vectorizes=False),
     "factor model": Own(factor_model, FACTOR, exact=_factor_exact),
     "item response": Own(item_response, _response_data()),
     "topic model": Own(topic_model, _topic_data()),
