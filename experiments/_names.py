@@ -110,12 +110,14 @@ def is_librarys(found: Any) -> bool:
 def takes(function: Callable[..., Any], count: int) -> bool:
     """Whether a function names so many positional parameters and can be called with just these.
 
-    >>> takes(lambda folder, splits: {}, 2), takes(print, 2), takes(lambda *args: {}, 2)
-    (True, False, False)
+    >>> takes(lambda folder, splits: {}, 2), takes(print, 2), takes(lambda *args: {}, 2), takes(lambda *args: {}, 0)
+    (True, False, False, False)
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
+        return False
+    if not count and any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return False
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -34,6 +34,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from gumbo.errors import BadInput, UnknownName
 from gumbo.experiments._names import is_librarys, named, takes
@@ -48,9 +49,10 @@ Loader = Callable[[Path, Sequence[str]], dict[str, Split]]
 
 
 def _expected(found: object) -> str:
-    """The marks of a loader: it takes a folder and the splits, and belongs to no library."""
-    own = callable(found) and not isinstance(found, type) and not is_librarys(found) and takes(found, 2)
-    return "" if own else "a loader of data, a function of (folder, splits)"
+    """The marks of a loader: it takes a folder and the splits, or nothing, and belongs to no library."""
+    own = callable(found) and not isinstance(found, type) and not is_librarys(found)
+    fits = own and (takes(found, 2) or takes(found, 0))
+    return "" if fits else "a loader of data, a function of (folder, splits) or of nothing"
 
 
 datasets: Registry[Loader] = Registry("dataset", _expected)
@@ -82,7 +84,8 @@ class ImageData:
     """Images ``(N, 1, H, W)`` of three splits, and their labels ``(N,)`` by split where there are any.
 
     A split that was not asked for is empty. With ``binarize="dynamic"`` ``train`` keeps its grey levels, and
-    ``transform`` draws zeros and ones from them, once an epoch or once a batch.
+    ``transform`` draws zeros and ones from them, once an epoch or once a batch. ``rows`` is a Dataset or DataLoader of
+    the training rows where these are read as they are needed; ``train`` is empty then.
     """
 
     name: str
@@ -91,11 +94,20 @@ class ImageData:
     test: Tensor
     labels: dict[str, Tensor] = field(default_factory=dict)
     binarize: str | None = None
+    rows: Any = None
 
     @property
     def data_shape(self) -> tuple[int, ...]:
         """The shape of one image, as models take it."""
-        return tuple(self.train.shape[1:])
+        return tuple(self.train.shape[1:])  # of no rows, where they are read as they are needed
+
+    def batch(self, rows: Any, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """The images of a training batch as a model should see them now, and their labels if there are any."""
+        images, labels = parts_of(self.name, rows)
+        if self.rows is not None:
+            images = _prepared(self.name, images, self.binarize, self.valid.dtype)
+            labels = None if labels is None else torch.as_tensor(labels).long()
+        return self.transform(images, generator), labels
 
     def transform(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Training ``images`` as a model should see them now: drawn afresh if the binarization is dynamic."""
@@ -129,7 +141,10 @@ def load(
     for split in splits:
         if split not in SPLITS:
             raise UnknownName("split", split, SPLITS)
-    read = _checked(name, named(datasets, name)(Path(root) if root is not None else data_folder(), splits), splits)
+    loader = named(datasets, name)
+    if not takes(loader, 2):
+        return _own(name, loader, binarize, splits, dtype)  # type: ignore[arg-type]
+    read = _checked(name, loader(Path(root) if root is not None else data_folder(), splits), splits)
     shape = next(iter(read.values()))[0].shape[1:]
     images = {split: torch.zeros(0, 1, *shape, dtype=dtype) for split in SPLITS}
     images |= {split: _rows(pixels).to(dtype).unsqueeze(1) for split, (pixels, _) in read.items()}
@@ -144,6 +159,94 @@ def load(
         _refuse_binary(name, images)
         images |= {split: _fixed_draw(images[split], seed) for seed, split in enumerate(("valid", "test"))}
     return ImageData(name, **images, labels=labels, binarize=binarize)
+
+
+def parts_of(name: str, rows: Any) -> tuple[Any, Any]:
+    """Images and labels (or None) out of a batch in any form: images, a tuple with labels second, a mapping."""
+    if isinstance(rows, Mapping):
+        found = [next((rows[key] for key in keys if key in rows), None) for keys in (_IMAGES, _LABELS)]
+        if found[0] is None:
+            raise BadInput(f"dataset {name!r}: its items have {', '.join(map(str, rows))}: expected one of {_IMAGES}")
+        return found[0], found[1]
+    if isinstance(rows, (tuple, list)):
+        if not 1 <= len(rows) <= 2:
+            raise BadInput(f"dataset {name!r}: its items have {len(rows)} parts: expected images, and labels if any")
+        return rows[0], rows[1] if len(rows) == 2 else None
+    return rows, None
+
+
+_IMAGES, _LABELS = ("images", "x", "image"), ("labels", "label", "y")
+
+
+def _own(name: str, make: Callable[[], Any], binarize: str | None, splits: Sequence[str], dtype) -> ImageData:
+    """The data that a function of the user's makes: a Dataset, a DataLoader or arrays, for each split or for all."""
+    from gumbo.inference.engine.sources import Source
+
+    who = f"dataset {name!r}"
+    made = make()
+    if not (isinstance(made, Mapping) and set(made) <= set(SPLITS)):
+        whole = made if isinstance(made, (Dataset, DataLoader)) else _ArrayRows(who, made)
+        if isinstance(whole, (DataLoader, IterableDataset)):
+            raise BadInput(f"{who} is {describe(made)}, which is not split here: return a dict with train, valid, test")
+        count = len(whole)  # type: ignore[arg-type]
+        order, ends = _permutation(count).tolist(), [count * 8 // 10, count * 9 // 10, count]
+        made = {s: Subset(whole, order[a:b]) for s, a, b in zip(SPLITS, [0, *ends], ends, strict=False)}
+    if not set(splits) <= set(made):
+        raise BadInput(f"{who} has splits {', '.join(made) or 'none'}: expected a dict with {', '.join(splits)}")
+    binarize = None if binarize == "auto" else binarize
+    parts = {s: one if isinstance(one, (Dataset, DataLoader)) else _ArrayRows(who, one) for s, one in made.items()}
+    images: dict[str, Tensor] = {}
+    labels: dict[str, Tensor] = {}
+    for split in ("valid", "test"):
+        if split in splits:
+            held, label = parts_of(name, Source(parts[split], f"{who}, {split}").held())
+            fixed = binarize if binarize != "dynamic" else None
+            images[split] = _prepared(name, held, fixed, dtype)
+            if binarize == "dynamic":
+                _refuse_levels(name, {split: images[split]}, binarize)
+                images[split] = _fixed_draw(images[split], SPLITS.index(split) - 1)
+            labels |= {} if label is None else {split: torch.as_tensor(label).long()}
+    if not images:
+        source = Source(parts["train"], who)
+        first = next(iter(source.dataset)) if source.iterable else source.dataset[0]
+        images["valid"] = _prepared(name, parts_of(name, first)[0], None, dtype).unsqueeze(0)[:0]
+    empty = torch.zeros(0, *next(iter(images.values())).shape[1:], dtype=dtype)
+    images = {split: images.get(split, empty) for split in SPLITS}
+    return ImageData(name, **images, labels=labels, binarize=binarize, rows=parts.get("train"))
+
+
+class _ArrayRows(Dataset):
+    """The rows of an array, a tensor or a memory-mapped file, or of a pair of them with labels second."""
+
+    def __init__(self, who: str, arrays: Any):
+        arrays = arrays if isinstance(arrays, (tuple, list)) else (arrays,)
+        found = [array for array in arrays if array is not None]
+        kinds = [isinstance(array, (np.ndarray, Tensor)) and array.ndim for array in found]
+        if not found or len(arrays) > 2 or not all(kinds) or len({len(array) for array in found}) != 1:
+            raise BadInput(
+                f"{who} is {describe(arrays[0]) if arrays else 'nothing'}: expected a Dataset, a DataLoader, an array "
+                "(N, …), or (array, labels)"
+            )
+        self.arrays = found
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def __getitem__(self, number: int) -> Any:
+        row = [torch.as_tensor(np.array(a[number]) if isinstance(a, np.ndarray) else a[number]) for a in self.arrays]
+        return tuple(row)
+
+
+def _prepared(name: str, images: Any, binarize: str | None, dtype: torch.dtype) -> Tensor:
+    """Images in the type that models take, thresholded if asked; BadInput for what they cannot be."""
+    if not isinstance(images, Tensor):
+        raise BadInput(f"dataset {name!r}: its rows are {describe(images)}: expected tensors or arrays of numbers")
+    images = images.to(dtype)
+    if not torch.isfinite(images).all():
+        raise BadInput(f"dataset {name!r}: its rows are not finite everywhere")
+    if binarize is not None:
+        _refuse_levels(name, {"": images}, binarize)
+    return (images >= 0.5).to(dtype) if binarize == "static" else images
 
 
 def _checked(name: str, read: Any, splits: Sequence[str]) -> dict[str, Split]:

@@ -38,7 +38,8 @@ class Train:
         kl_weight: the weight of the KL in training, a number or a schedule of the step, as in `linear(1000)` or
             `cyclical(4000, 4)`; what is reported is always the bound at weight 1.
         temperature: of a relaxed estimator, a number or a schedule, as in `exponential(1.0, 0.5, 1e-3)`.
-        data: a data set's name.
+        data: a data set's name, or the import path of a function: of (folder, splits), or of nothing, which returns a
+            Dataset, a DataLoader or arrays, or a dict of them by split.
         binarize: static (at one half), dynamic (a draw an epoch), or null for the values as they are; by default the
             known images are binarized at one half, and data of your own stay as they are.
         model_options: the model's own arguments, as in `--model_options.latent_dim=10`.
@@ -49,7 +50,9 @@ class Train:
         epochs: how many epochs; with `--resume`, in all.
         batch_size: images a step.
         seed: initial weights, batches and noise.
-        patience: stop after so many epochs without a better validation ELBO, and keep the best parameters.
+        patience: stop after so many epochs without a better validation ELBO, counted once KL warm-up and temperatures
+            have come to their end, and keep the best parameters.
+        until: converged stops when the iterates stand still, and takes their average.
         importance_samples: draws a datum behind the final log p(x).
         checkpoint_steps: also save every so many steps, and not only at every epoch's end.
         checkpoint_minutes: also save after so many minutes.
@@ -80,6 +83,7 @@ class Train:
     batch_size: int = 128
     seed: int = 0
     patience: int | None = None
+    until: str | None = None
     importance_samples: int = 100
     checkpoint_steps: int | None = None
     checkpoint_minutes: float | None = None
@@ -160,12 +164,13 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss, processe
         run_dir=run.path,
         resume=config.resume is not None,
         patience=config.patience,
+        until=config.until,
         restore_best=config.patience is not None,
         checkpoint_steps=config.checkpoint_steps,
         checkpoint_minutes=config.checkpoint_minutes,
         tensorboard=config.tensorboard,
         compile=config.compile,
-        transform=lambda rows, generator: model.inputs(data.transform(rows["images"], generator), rows.get("labels")),
+        transform=lambda rows, generator: model.inputs(*data.batch(rows, generator)),
         title="gumbo train",
     )
     test = inputs_of(model, data, "test")
@@ -226,14 +231,22 @@ def load_data(config: Train):
 
 
 def rows_of(data, split: str) -> dict[str, Any]:
-    """Images of a split, and their labels where there are any."""
+    """Images of a split, and their labels where there are any; of rows that are read as needed, the data set."""
+    if split == "train" and data.rows is not None:
+        return data.rows
     labels = {"labels": data.labels[split]} if split in data.labels else {}
     return {"images": getattr(data, split), **labels}
 
 
 def inputs_of(model, data, split: str, count: int | None = None) -> dict[str, Any]:
     """What the programs take of the first ``count`` rows of a split."""
-    rows = {name: value[:count] for name, value in rows_of(data, split).items()}
+    rows = rows_of(data, split)
+    if split == "train" and data.rows is not None:
+        from gumbo.inference.engine.sources import Source
+
+        images, labels = data.batch(Source(rows, f"dataset {data.name!r}").held())
+        rows = {"images": images} | ({} if labels is None else {"labels": labels})
+    rows = {name: value[:count] for name, value in rows.items()}
     return model.inputs(rows["images"], rows.get("labels"))
 
 

@@ -3,11 +3,13 @@
 A tuple is the positional arguments, a mapping the keywords, anything else the one argument; a tuple or a mapping that
 is itself an argument stands in a tuple. N is the number of rows of the first tensor (or NumPy array) among the
 arguments. All tensors and arrays with N rows are cut into batches; everything else (a PackedSequence, None, a number,
-a list, a tensor with another number of rows) is passed whole.
+a list, a tensor with another number of rows) is passed whole. A Dataset or DataLoader of torch's stands for its rows,
+and a memory-mapped array for a tensor over the same file.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +18,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from ...errors import BadInput
+from .sources import Source, is_source
 
 Found = TypeVar("Found")
 
@@ -42,6 +45,8 @@ def arguments_of(data: object) -> tuple[tuple, dict[str, Any]]:
     """
     if isinstance(data, Rows):
         return data.args, data.kwargs
+    if is_source(data):
+        data = Source(data).held()
     if isinstance(data, Mapping):
         return (), dict(data)
     if isinstance(data, tuple) and not isinstance(data, PackedSequence):  # which is a tuple to Python only
@@ -57,9 +62,12 @@ def given_arguments(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict
     >>> given_arguments(((1, 2),), {"n": 3}) == given_arguments((1, 2), {"n": 3}) == ((1, 2), {"n": 3})
     True
     """
+    kwargs = {name: _over_its_file(value) for name, value in kwargs.items()}
     if len(args) != 1:
-        return tuple(args), dict(kwargs)
+        return tuple(map(_over_its_file, args)), kwargs
     positional, keywords = arguments_of(args[0])
+    positional = tuple(map(_over_its_file, positional))
+    keywords = {name: _over_its_file(value) for name, value in keywords.items()}
     if twice := sorted(keywords.keys() & kwargs.keys()):
         raise BadInput(f"argument {twice[0]!r} is given twice, in the mapping and as a keyword")
     return positional, {**keywords, **kwargs}
@@ -91,10 +99,16 @@ class Rows:
         return rows
 
     def _hold(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
+        self.args = tuple(_over_its_file(value) for value in args)
+        self.kwargs = {name: _over_its_file(value) for name, value in kwargs.items()}
         counts = {name: len(value) for name, value in self.named() if is_array(value)}
         self._length = next(iter(counts.values()), None)
         self._cut = frozenset(name for name, count in counts.items() if count == self._length)
+
+    def count_as(self, rows: int) -> None:
+        """Say how many rows there are, where the first tensor may have another axis first (a padded sequence)."""
+        self._length = rows
+        self._cut = frozenset(name for name, value in self.named() if is_array(value) and len(value) == rows)
 
     @property
     def whole(self) -> bool:
@@ -124,8 +138,8 @@ class Rows:
             raise BadInput(f"{what} is empty: expected at least one row")
         for name, value in self.cut():
             tensor = torch.as_tensor(value) if is_numeric(value) else None
-            if tensor is not None and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor)).flatten(1).any(1).sum()) if tensor.dim() > 1 else 1
+            bad = _rows_not_finite(tensor) if tensor is not None and tensor.is_floating_point() else 0
+            if bad:
                 raise BadInput(
                     f"{what}: argument {name!r} holds NaN or infinity in {bad} of {len(self)} rows; mend them"
                 )
@@ -168,8 +182,33 @@ class Rows:
         changed.args = tuple(made[place] for place in range(len(self.args)))
         changed.kwargs = {name: made[name] for name in self.kwargs}
         changed._cut = self._cut
-        changed._length = next((len(made[name]) for name in made if name in self._cut), None)
+        changed._length = next(
+            (len(made[name]) for name in made if name in self._cut), self._length if of_all else None
+        )
         return changed
+
+
+_AT_ONCE = 2**24  # numbers that are looked at together: what is made of them lies in memory
+
+
+def pieces_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor in pieces along its first axis, each of them small beside what lies in a file."""
+    size = max(1, _AT_ONCE // max(1, tensor[:1].numel())) if tensor.dim() and len(tensor) else 1
+    yield from tensor.split(size) if tensor.dim() else (tensor,)
+
+
+def _rows_not_finite(tensor: torch.Tensor) -> int:
+    """How many rows hold NaN or infinity."""
+    return sum(int((~torch.isfinite(piece)).reshape(len(piece), -1).any(1).sum()) for piece in pieces_of(tensor))
+
+
+def _over_its_file(value: Any) -> Any:
+    """A memory-mapped array as a tensor over the same file, of which batches are copies; anything else itself."""
+    if not isinstance(value, np.memmap) or value.dtype.kind not in "biufc" or not value.dtype.isnative:
+        return value
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")  # nothing writes to it
+        return torch.from_numpy(value.view(np.ndarray))
 
 
 def is_array(value: object) -> bool:
@@ -199,7 +238,8 @@ def leaves_of(value: Any) -> Iterator[Any]:
 
 def _moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, (torch.Tensor, PackedSequence)):
-        return value.to(device)
+        # Out of page-locked memory a GPU copies while the processor goes on.
+        return value.to(device, non_blocking=torch.device(device).type == "cuda" and value.is_pinned())
     if type(value) in (list, tuple):
         return type(value)(_moved(one, device) for one in value)
     if type(value) is dict:

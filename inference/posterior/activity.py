@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import BadInput
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, evaluating, private_seed, private_store
+from ..engine.stored_rows import rows_in
 
 # Burda, Grosse & Salakhutdinov 2015, arXiv:1509.00519.
 ACTIVE = 0.01
@@ -56,7 +57,7 @@ def active_units(
     >>> active_units(guide, torch.linspace(-1.0, 1.0, 50))
     {'z': tensor([ True, False])}
     """
-    rows = Rows(data).check("data")
+    rows = rows_in(data).check("data")
     if len(rows) < 2:
         raise BadInput("active_units compares data with each other: expected at least two rows")
     if num_samples < 1 or batch_size < 1 or not threshold >= 0:

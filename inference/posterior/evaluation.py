@@ -12,8 +12,9 @@ import torch
 
 from ...errors import BadInput
 from ...options import holds_to_annotations
-from ..engine.rows import ProcessGroup, Rows
+from ..engine.rows import ProcessGroup, Rows, pieces_of
 from ..engine.scopes import private_seed
+from ..engine.stored_rows import rows_in
 from .importance import joint_evidence, khat_limit
 from .parts import Parts, all_parts, exact_pair
 
@@ -272,7 +273,7 @@ def evaluate(
         numbers["reason"] = drawn.reason
     else:
         numbers |= _evidence_together(drawn, terms["elbo"], count)
-    rows = Rows(data)
+    rows = rows_in(data)
 
     def ask() -> Information:
         from .information import information
@@ -320,7 +321,10 @@ def _marks_of(rows: Rows) -> tuple:
     found = []
     for tensor in rows.tensors():
         if tensor.dim():
-            by_row = tensor.detach().double().reshape(len(tensor), -1).nan_to_num().sum(1).cpu()
+            pieces = (
+                piece.double().reshape(len(piece), -1).nan_to_num().sum(1) for piece in pieces_of(tensor.detach())
+            )
+            by_row = torch.cat(list(pieces)).cpu()
             found.append((tuple(tensor.shape), by_row.sum().item(), (by_row * torch.arange(len(by_row))).sum().item()))
     return tuple(found)
 

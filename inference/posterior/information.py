@@ -13,6 +13,7 @@ import torch
 from ...errors import PROGRAM_ERRORS, BadInput
 from ..engine.rows import Rows
 from ..engine.scopes import quietly
+from ..engine.stored_rows import rows_in
 from .collection import Collection
 from .naming import Naming
 from .runner import Sweep
@@ -84,7 +85,7 @@ def information(
     >>> found.active_units, bool(0.1 < found.mutual_information < 0.3), bool(abs(found.kl["z"][1]) < 0.02)
     ({'z': tensor([ True, False])}, True, True)
     """
-    rows = Rows(data).check("data")
+    rows = rows_in(data).check("data")
     sweep = _sweep(model, guide, rows, num_data, plate)
     collection = Collection(sweep, 1, num_samples, frozenset({"vi_stats"}))
     collection.allocate()

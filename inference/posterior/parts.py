@@ -14,6 +14,7 @@ import torch
 from ...errors import PROGRAM_ERRORS, BadInput
 from ..engine.rows import ProcessGroup, Rows
 from ..engine.scopes import device_of, private_seed, quietly
+from ..engine.stored_rows import rows_in
 from .importance import integrated, rounding_of
 from .runner import Sweep
 
@@ -74,14 +75,14 @@ def all_parts(
     processes: ProcessGroup | None = None,
     num_local_samples: int | None = 1,
 ) -> Parts:
-    rows = Rows(data).check("data")
+    rows = rows_in(data).check("data")
     if num_samples < 1:
         raise BadInput(f"num_samples is {num_samples}: expected at least 1")
     if batch_size < 1:
         raise BadInput(f"batch_size is {batch_size}: expected at least 1")
     with private_seed(None, model, guide):
         model, guide = exact_pair(model, guide)
-    rows = rows.to(device_of(model, guide))
+    device = device_of(model, guide)
     sweep, name, size = _first_sweep(model, guide, rows, batch_size, plate)
     one_weight = "all" if name is None else "latents" if sweep.tied else "globals" if sweep.shared else ""
     inner = 1
@@ -89,7 +90,7 @@ def all_parts(
         inner = num_local_samples or (_LOCAL_SAMPLES if sweep.vectorized else 1)
 
     def piece(number: int) -> dict[str, torch.Tensor]:
-        batch, here = rows[number * size : (number + 1) * size], (sweep, name)
+        batch, here = rows[number * size : (number + 1) * size].to(device), (sweep, name)
         if len(batch) < min(size, len(rows)):
             here = _sweep(model, guide, batch, plate, sweep.mode)
         # A seed of its own for each batch: whoever evaluates it draws the same.
@@ -177,6 +178,7 @@ def _sweep(
     model: Callable, guide: Callable, rows: Rows, plate: str | None, mode: str | None = None
 ) -> tuple[Sweep, str | None]:
     """The programs on these rows, and the plate over the data: None if nothing encloses all that is observed."""
+    rows = rows.to(device_of(model, guide))
     sweep = Sweep(model, guide, rows.args, rows.kwargs, mode=mode, latents_needed=False)
     fitting = [name for name in sweep.sizes if name in sweep.around_data]
     of = "" if rows.whole else f" of {len(rows)} rows"

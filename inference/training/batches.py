@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,36 +40,55 @@ class Batches:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.transform, self.device = transform, torch.device(device)
         self.in_order = False
-        self.per_epoch = len(rows) // batch_size if drop_last else math.ceil(len(rows) / batch_size)
+        self.per_epoch: int | None = len(rows) // batch_size if drop_last else math.ceil(len(rows) / batch_size)
         self._generator = torch.Generator()
+
+    note = ""  # what a reader of the progress lines should know of the order
+    resumable = True
 
     @property
     def show_other_rows(self) -> bool:
         """Whether a later epoch may hold values that the first did not."""
-        return self.transform is not None or self.per_epoch * self.batch_size < len(self.rows)
+        return self.transform is not None or (self.per_epoch or 0) * self.batch_size < len(self.rows)
 
     def of_epoch(self, epoch: int, done: int = 0) -> Iterator[Rows]:
         """The batches of an epoch after the first ``done``."""
         order = torch.randperm(len(self.rows), generator=self._seeded(self.seed * _PRIME + epoch))
         if self.in_order:
             order = torch.arange(len(self.rows))
-        for number in range(done, self.per_epoch):
-            index = order[number * self.batch_size : (number + 1) * self.batch_size]
-            yield self._batch(index, (self.seed * _PRIME + epoch) * _PRIME + number + 1)
+        pieces = order.split(self.batch_size)[done : self.per_epoch]
+        jobs = [(index, self._seed_of(epoch, number)) for number, index in enumerate(pieces, done)]
+        for (index, seed), rows in zip(jobs, self._read(jobs), strict=True):
+            yield self._made(rows, len(index), seed)
 
     def first(self) -> Rows:
         """A batch to initialise with."""
-        return self._batch(torch.arange(min(self.batch_size, len(self.rows))), self.seed)
+        index = torch.arange(min(self.batch_size, len(self.rows)))
+        return self._made(next(iter(self._read([(index, self.seed)]))), len(index), self.seed)
 
-    def _batch(self, index: torch.Tensor, seed: int) -> Rows:
-        batch = self.rows[index]
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the order to go on: nothing, since it is drawn here."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+
+    def close(self) -> None:
+        """Let go of what reads ahead."""
+
+    def _read(self, jobs: Sequence[tuple[torch.Tensor, int]]) -> Iterator[Rows]:
+        return (self.rows[index] for index, _ in jobs)
+
+    def _made(self, rows: Rows, count: int, seed: int) -> Rows:
+        batch = rows
         if self.transform is not None:
             batch = Rows(self.transform(batch.data, self._seeded(seed)), TRANSFORMED)
-            if len(batch) < len(index):
-                raise BadInput(
-                    f"{TRANSFORMED} has {len(batch)} rows for a batch of {len(index)}: expected a row for each"
-                )
+            if len(batch) < count:
+                raise BadInput(f"{TRANSFORMED} has {len(batch)} rows for a batch of {count}: expected a row for each")
         return batch.to(self.device)
+
+    def _seed_of(self, epoch: int, number: int) -> int:
+        return (self.seed * _PRIME + epoch) * _PRIME + number + 1
 
     def _seeded(self, seed: int) -> torch.Generator:
         return self._generator.manual_seed(seed % 2**63)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pyro.infer import ELBO, TraceGraph_ELBO
 
 from ...errors import BadInput, GumboError, first_line
 from ..elbo import SiteELBO
-from ..engine.rows import Rows, leaves_of
+from ..engine.rows import Rows, leaves_of, pieces_of
 from ..engine.scopes import (
     denormals_flushed,
     device_of,
@@ -29,8 +30,9 @@ from ..engine.scopes import (
     private_seed,
     shared_names,
 )
+from ..engine.stored_rows import StoredRows, rows_in
 from ..stock import is_differentiable
-from .batches import TRANSFORMED, Batches
+from .batches import TRANSFORMED
 from .choices import Choices
 from .distributed import Processes
 from .inspection import Inspection, inspect_programs, parameter_of_rows, refuse_parameter_of_rows
@@ -38,6 +40,7 @@ from .optimizers import make_optimizer, without_addresses
 from .schedules import Schedule
 from .settings import FitSettings
 from .steps import Step, StoreStep, TorchStep
+from .stored_batches import batches_of
 from .trainer import FitResult, Run
 
 
@@ -60,6 +63,7 @@ def fit(
     run_dir: str | Path | None = None,
     resume: bool = False,
     patience: int | None = None,
+    until: str | None = None,
     restore_best: bool = False,
     drop_last: bool | None = None,
     transform: Callable[[Any, torch.Generator], Any] | None = None,
@@ -74,7 +78,7 @@ def fit(
     title: str = "fit",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> FitResult:
-    """Train a model and guide in place; the same arguments give the same numbers, interrupted or not.
+    r"""Train a model and guide in place; the same arguments give the same numbers, interrupted or not.
 
     Losses with a differentiable scalar run in torch's idiom; the others (stock TraceGraph_ELBO) as ``SVI.step`` does.
     Both run in a scope of the param store and under generators of their own: the seeds stay as they are, and the store
@@ -94,7 +98,10 @@ def fit(
             one argument (a tuple or a mapping that is itself an argument stands in a tuple). N is the number of rows of
             the first tensor; tensors (and NumPy arrays) with N rows are cut into batches, everything else (a
             PackedSequence, None, a number, a list, other tensors) is passed whole. Where no argument has rows, every
-            step sees all data.
+            step sees all data. Memory-mapped arrays stay in their files. A Dataset of torch's is read batch by batch,
+            in the form that its collated items have; of a DataLoader the data set, batch size, collate function,
+            workers and pinned memory are taken, and the order is drawn here. One with a sampler of its own, or of an
+            IterableDataset, keeps its order (docs/runs.md says what a resumed run then needs).
         valid: validation data in the same form, with rows of their own.
         loss: any ELBO, or its word.
         optimizer: a word or a torch optimizer's class (with ``lr``), a callable that makes a torch optimizer of a list
@@ -113,7 +120,14 @@ def fit(
             ``best.pt``, and ``estimators.json``, what the word ``auto`` chose.
         resume: go on from the last checkpoint in ``run_dir``, with as many epochs as are asked for and all else
             unchanged; a damaged one is warned of, and the one before it taken.
-        patience: stop after that many epochs without a better ``valid_elbo``.
+        patience: stop after that many epochs without a better ``valid_elbo``, counted from the end of the loss's
+            schedules (KL warm-up, temperatures) on.
+        until: ``"converged"`` stops, without validation data, once the iterates of a constant learning rate stand still
+            in distribution (R̂ of their last windows at most 1.1) and their average is known to a Monte Carlo standard
+            error of 0.02 max(1, \|average\|) in every coordinate; the average is the result. It waits for the loss's
+            schedules, looks at the ends of epochs, and says its numbers; ``epochs`` is the most that are made. A
+            network's weights wander along flat directions, so that this is for guides of few parameters (Dhaka et al.
+            2020, arXiv:2009.00666; Welandawe et al. 2022, arXiv:2203.15945).
         restore_best: leave the parameters of the best epoch rather than of the last.
         drop_last: drop a last partial batch; None does so where the loss keeps something for each batch position.
         transform: ``transform(batch, generator)`` makes of a training batch, in the form ``train`` has, what the
@@ -161,35 +175,45 @@ def fit(
     options = FitSettings.of(given)
     if (options.patience is not None or options.restore_best) and valid is None:
         raise BadInput("patience and restore_best choose by validation data: pass valid=")
+    rows = rows_in(train, "train", streams=True)
+    options = _with_the_loaders(options, rows)
     batch_size, seed = options.batch_size, options.seed
-    rows = Rows(train, "train").check("train")
-    valid_rows = None if valid is None else Rows(valid, "valid").check("valid")
+    if not _is_stream(rows):
+        rows.check("train")
+    valid_rows = None if valid is None else rows_in(valid, "valid").check("valid")
     loss, loss_name = _make_loss(loss)
     device = _device_of(model, guide, rows)
     with private_seed(seed, model, guide), one_at_a_time:
-        first = Batches(rows, batch_size, seed, False, transform, device).first()
+        first = batches_of(rows, batch_size, seed, False, transform, device).first()
         of_rows = None
-        if batch_size == 1 < len(rows):  # of one row nothing can be told from what all rows share
-            of_rows = parameter_of_rows(model, guide, Batches(rows, 2, seed, False, transform, device).first(), seed)
+        num_rows = sys.maxsize if _is_stream(rows) else len(rows)
+        if batch_size == 1 < num_rows:  # of one row nothing can be told from what all rows share
+            of_rows = parameter_of_rows(model, guide, batches_of(rows, 2, seed, False, transform, device).first(), seed)
         found = _inspected(model, guide, first, seed, of_rows)
     model, guide = found.model, found.guide
-    refuse_parameter_of_rows(found, batch_size, len(rows))
+    refuse_parameter_of_rows(found, batch_size, num_rows)
     if found.of_rows is not None and valid_rows is not None and _fingerprint(valid_rows) != _fingerprint(rows):
         raise BadInput(
             f"parameter {found.of_rows!r} has elements for each row of train and none for those of valid: "
             "leave valid out"
         )
+    drop_last = options.drop_last
     if drop_last is None:
         drop_last = keeps_batch_positions(loss) or (
-            len(rows) > batch_size and isinstance(loss, TraceGraph_ELBO) and found.averages
+            num_rows > batch_size and isinstance(loss, TraceGraph_ELBO) and found.averages
         )
-    if drop_last and len(rows) < batch_size:
+    if drop_last and num_rows < batch_size:
         raise BadInput(
-            f"train has {len(rows)} rows: with drop_last, a batch of {batch_size} is never full; lower batch_size"
+            f"train has {num_rows} rows: with drop_last, a batch of {batch_size} is never full; lower batch_size"
         )
     processes = Processes.join(device)
     make, optimizer_name = make_optimizer(optimizer, lr, clip_norm, clip_value, scheduler, scheduler_every)
-    batches = Batches(rows, batch_size, seed, drop_last, transform, device)
+    if processes is not None and isinstance(rows, StoredRows) and rows.source.own_order:
+        raise BadInput(
+            "several processes split batches that all of them see, and this DataLoader has an order of its own: pass "
+            "its data set, whose order is drawn here"
+        )
+    batches = batches_of(rows, batch_size, seed, drop_last, transform, device)
     batches.in_order = found.of_rows is not None
     identity = options.deciding() | {
         "loss": loss_name,
@@ -224,6 +248,29 @@ def fit(
             return run.go()
         finally:
             run.end()
+            batches.close()
+
+
+def _is_stream(rows: Rows) -> bool:
+    """Whether rows come as they will, not to be counted or asked for by number."""
+    return isinstance(rows, StoredRows) and rows.source.iterable
+
+
+def _with_the_loaders(options: FitSettings, rows: Rows) -> FitSettings:
+    """The settings with what a DataLoader says: its batch size, and whether it drops a last partial batch.
+
+    Raises BadInput where the caller says otherwise.
+    """
+    loader = rows.source.loader if isinstance(rows, StoredRows) else None
+    if loader is None or loader.batch_size is None:
+        return options
+    usual = next(item.default for item in fields(FitSettings) if item.name == "batch_size")
+    if options.batch_size not in (usual, loader.batch_size):
+        raise BadInput(
+            f"batch_size is {options.batch_size} and the DataLoader's is {loader.batch_size}: leave batch_size out"
+        )
+    drop_last = options.drop_last if options.drop_last is not None or not loader.drop_last else True
+    return replace(options, batch_size=loader.batch_size, drop_last=drop_last)
 
 
 def keeps_batch_positions(loss: ELBO) -> bool:
@@ -276,20 +323,33 @@ def _make_loss(loss: ELBO | str) -> tuple[ELBO, str]:
 
 def _fingerprint(rows: Rows) -> str:
     """The data in words and a checksum, so that another run's data are told from these."""
+    if isinstance(rows, StoredRows):
+        named = type(rows.source.dataset).__name__
+        if rows.source.iterable:
+            return named
+        few = [value for batch in rows.samples() for _, value in batch.named()]
+        return f"{named} of {len(rows)} rows {_checksum(few):08x}"
+    return f"{_described(rows)} {_checksum(value for _, value in rows.named()):08x}"
+
+
+def _checksum(values: Iterable[Any]) -> int:
     checksum = 0
-    for _, value in rows.named():
+    for value in values:
         for leaf in leaves_of(value):
-            checksum = zlib.crc32(_content(leaf), checksum)
-    return f"{_described(rows)} {checksum:08x}"
+            for content in _contents(leaf):
+                checksum = zlib.crc32(content, checksum)
+    return checksum
 
 
-def _content(leaf: object) -> bytes | memoryview:
+def _contents(leaf: object) -> Iterator[bytes | memoryview]:
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
         leaf = torch.as_tensor(leaf)
     if isinstance(leaf, torch.Tensor):
-        content = leaf.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy lacks some of torch's types
-        return content.numpy().data
-    return without_addresses(leaf).encode()
+        for piece in pieces_of(leaf.detach()):
+            content = piece.cpu().contiguous().flatten().view(torch.uint8)  # numpy lacks some of torch's types
+            yield content.numpy().data
+    else:
+        yield without_addresses(leaf).encode()
 
 
 def _described(rows: Rows) -> str:

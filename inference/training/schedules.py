@@ -151,6 +151,28 @@ class Cosine(_Checked):
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
 
 
+def end_of(schedule: object, horizon: int) -> int:
+    """The step from which a number or a schedule stays what it is; for a function of the user's, up to the ``horizon``.
+
+    >>> end_of(Linear(100), 1000), end_of(0.5, 1000), end_of(Exponential(1.0, 0.5, 0.1), 1000)
+    (100, 0, 7)
+    >>> end_of(lambda step: min(step, 30), 1000)
+    30
+    """
+    if not callable(schedule) or isinstance(schedule, Constant):
+        return 0
+    if isinstance(schedule, Linear | Cyclical | Cosine):
+        return int(schedule.steps)
+    if isinstance(schedule, Exponential):
+        moves = schedule.rate > 0 and schedule.start > schedule.floor
+        return math.ceil(math.log(schedule.start / schedule.floor) / schedule.rate) if moves else 0
+    step = min(horizon, 1_000_000)
+    last = float(schedule(step))
+    while step > 0 and float(schedule(step - 1)) == last:
+        step -= 1
+    return step
+
+
 def parse_schedule(text: str | float | Schedule) -> Schedule:
     """The schedule that a short string says, as a command line takes it; a bare number is constant.
 
@@ -199,4 +221,14 @@ def _number(node: ast.expr) -> float:
     return value
 
 
-__all__ = ["Constant", "Cosine", "Cyclical", "Exponential", "Linear", "Schedule", "parse_schedule", "schedules"]
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Cyclical",
+    "Exponential",
+    "Linear",
+    "Schedule",
+    "end_of",
+    "parse_schedule",
+    "schedules",
+]

@@ -15,7 +15,7 @@ import pyro.optim
 import torch
 from pyro.infer import ELBO
 
-from ...errors import BadInput
+from ...errors import BadInput, UnknownName
 from .metrics import require_tensorboard
 from .schedules import Schedule
 
@@ -23,7 +23,7 @@ WHOLE = ("epochs", "batch_size", "valid_samples", "checkpoint_every")
 WHOLE_OR_NONE = ("checkpoint_steps", "patience")
 FUNCTIONS = ("transform", "on_epoch")
 # What decides a run's numbers. All else (how long it goes on, when it saves, whom it tells) may differ on resuming.
-DECIDING = ("batch_size", "seed", "valid_samples", "compile")
+DECIDING = ("batch_size", "seed", "valid_samples", "compile", "until")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class FitSettings:
     run_dir: str | Path | None = None
     resume: bool = False
     patience: int | None = None
+    until: str | None = None
     restore_best: bool = False
     drop_last: bool | None = None
     transform: Callable[[Any, torch.Generator], Any] | None = None
@@ -81,6 +82,15 @@ class FitSettings:
             value = getattr(self, name)
             if not (is_whole(value) and 1 <= value < 2**63) and not (value is None and name in WHOLE_OR_NONE):
                 raise BadInput(f"{name} is {value!r}: expected at least 1, a whole number")
+        if self.until not in (None, "converged"):
+            raise UnknownName("until", self.until, ("converged",))
+        if self.until is not None and self.restore_best:
+            raise BadInput("until='converged' gives averaged iterates and restore_best those of an epoch: choose one")
+        if self.until is not None and (callable(self.lr) or self.scheduler is not None):
+            raise BadInput(
+                "until='converged' needs a constant learning rate: under one that shrinks, iterates stand still "
+                "wherever they are; leave out lr schedules and scheduler"
+            )
         minutes = self.checkpoint_minutes
         if minutes is not None and not (isinstance(minutes, Real) and not isinstance(minutes, bool) and minutes > 0):
             raise BadInput(f"checkpoint_minutes is {minutes!r}: expected a positive number")

@@ -22,6 +22,7 @@ from ..engine.scopes import kept_buffers, owned_parameters, private_seed
 from ..estimators._distributions import describe
 from .compile.products import layers_through_onednn, linear_layers
 from .optimizers import Updates
+from .schedules import end_of
 
 
 def outside_support(site: str, distribution: str) -> BadInput:
@@ -63,6 +64,7 @@ class Step(ABC):
     note = ""  # what a reader of the progress lines should know of it
     parameters: dict[str, torch.nn.Parameter]
     optimizer: Updates
+    loss: ELBO
 
     @abstractmethod
     def __call__(self, batch: Rows) -> float: ...
@@ -76,6 +78,25 @@ class Step(ABC):
     def reported(self) -> dict[str, float]:
         """Further values that the objective has reported of the last batch, in nats, summed as the loss is."""
         return {}
+
+    def settles(self, horizon: int) -> tuple[int, str]:
+        """The step of the run from which the loss's own schedules stand still, and the last of them in words.
+
+        What they do beyond the ``horizon`` is not looked at.
+        """
+        loss = self.loss
+        estimators = [*getattr(loss, "given", {}).values(), getattr(loss, "otherwise", None), *self.chosen()]
+        held = [("kl_weight", getattr(loss, "kl_weight", None))]
+        held += [pair for estimator in estimators for pair in getattr(estimator, "__dict__", {}).items()]
+        begun = int((getattr(loss, "begins_with", None) or {}).get("_extra_state", {}).get("steps", 0))
+        named = [(name, value) for name, value in held if callable(value) and name.endswith(("weight", "temperature"))]
+        ends = [(end_of(value, begun + horizon) - begun, f"{name} {value!r}") for name, value in named]
+        step, words = max(ends, default=(0, ""))
+        return max(step, 0), words
+
+    def chosen(self) -> list[Any]:
+        """The estimators that sites of the programs have named themselves."""
+        return []
 
     @contextmanager
     def checks(self) -> Iterator[None]:
@@ -92,7 +113,7 @@ class TorchStep(Step):
     """One step in torch's idiom: the loss is a module, and its ``state_dict`` is all there is to keep."""
 
     def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
-        self.module, self.batch = loss(model, guide), batch
+        self.module, self.loss, self.batch = loss(model, guide), loss, batch
         with private_seed(None, model, guide), kept_buffers(model, guide):
             if hasattr(self.module, "initialize"):
                 self.module.initialize(*batch.args, **batch.kwargs)
@@ -116,6 +137,9 @@ class TorchStep(Step):
     def reported(self) -> dict[str, float]:
         binding = getattr(self.module, "binding", None)
         return {} if binding is None else {name: value.item() for name, value in binding.reported().items()}
+
+    def chosen(self) -> list[Any]:
+        return list(getattr(getattr(self.module, "binding", None), "chosen", {}).values())
 
     def state(self) -> dict[str, Any]:
         choice = getattr(self.module.elbo, "choice", None)
@@ -143,7 +167,7 @@ class TorchStep(Step):
                 key = name.replace(".", "/")
                 if key in before.states:
                     module.binding.states[key] = before.states[key]
-        self.module = module
+        self.module, self.loss = module, loss
 
 
 class StoreStep(Step):

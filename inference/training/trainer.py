@@ -23,6 +23,7 @@ from ..posterior.evaluation import evaluate
 from .batches import TRANSFORMED, Batches
 from .checkpoints import Checkpoints
 from .choices import Choices
+from .convergence import Convergence
 from .distributed import OnMain, Processes, SharedInterrupts
 from .locks import FolderLock
 from .metrics import Metrics, Scalars
@@ -40,7 +41,9 @@ class FitResult:
     (``objective_name``), what the objective reports beside it (``elbo`` of ``log-variance``), ``valid_elbo`` (the true
     bound, nats per datum) where there was validation data, ``lr`` where it is scheduled, ``ms_per_step`` (median) and
     ``seconds``. With validation data, entry 0 is the state before the first step. ``ms_per_step`` is the median
-    epoch's. ``repr`` gives the last epoch's numbers, not the history.
+    epoch's. ``converged`` says whether ``until="converged"`` was reached, None where it was not asked for; epochs that
+    looked have ``rhat`` and, of the average, ``mcse`` and ``ess``. ``repr`` gives the last epoch's numbers, not the
+    history.
 
     >>> FitResult([{"epoch": 0, "valid_elbo": -9.0}, {"epoch": 1, "elbo": -7.5, "valid_elbo": -7.25}], best_epoch=1)
     FitResult(epochs=1, elbo=-7.5, valid_elbo=-7.25, best_epoch=1, stopped_early=False)
@@ -52,6 +55,7 @@ class FitResult:
     best_elbo: float | None = None
     ms_per_step: float = math.nan
     stopped_early: bool = False
+    converged: bool | None = None
 
     @property
     def epochs(self) -> int:
@@ -64,6 +68,7 @@ class FitResult:
         shown |= {"best_epoch": self.best_epoch, "best_elbo": self.best_elbo, "ms_per_step": self.ms_per_step}
         shown = {name: value for name, value in shown.items() if value is not None and value == value}
         shown["stopped_early"] = self.stopped_early
+        shown |= {} if self.converged is None else {"converged": self.converged}
         numbers = (
             f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()
         )
@@ -72,9 +77,13 @@ class FitResult:
 
 @dataclass
 class _Epoch:
-    """How far the epoch at hand has come: batches done, the objective summed over the rows seen, the time it took."""
+    """How far the epoch at hand has come: batches done before it and in it, the objective summed over the rows seen.
+
+    ``took`` and ``seconds`` are the time it took, by batch in ms and in all.
+    """
 
     number: int = 1
+    before: int = 0
     done: int = 0
     total: float = 0.0
     seen: int = 0
@@ -118,6 +127,10 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": None, "elbo": None, "module": {}}
         self.now = _Epoch()
+        self.convergence = Convergence(step.parameters) if options.until is not None else None
+        self.settles, self.waits_for = 0, ""
+        if options.patience is not None or self.convergence is not None:
+            self.settles, self.waits_for = step.settles(options.epochs * (batches.per_epoch or 1_000))
         self.made_on = {"threads": torch.get_num_threads(), "device": batches.device.type}
         if folder is not None:
             self.checkpoints: Any = Checkpoints(folder / "checkpoints")
@@ -158,14 +171,14 @@ class Run:
 
     def go(self) -> FitResult:
         options = self.options
-        steps = options.epochs * self.batches.per_epoch
+        steps = options.epochs * (self.batches.per_epoch or 0)
         with ExitStack() as stack:
             interrupts = stack.enter_context(self._interrupts())
             shown = stack.enter_context(
                 make_progress(options.progress and self.speaks, options.title, options.epochs, steps)
             )
-            if self.step.note:
-                shown.begin(self.step.note)
+            for note in filter(None, (self.step.note, self.batches.note, self._waiting())):
+                shown.begin(note)
             if self.folder is not None:
                 shown.begin(f"into {self.folder} from {self._where()}")
             scalars = None
@@ -180,7 +193,9 @@ class Run:
                     self._save()
                 advice = f"; saved in {self.folder}: the same call with resume=True goes on from there"
                 raise Interrupted(error.signal, self._where(), advice) from None
-        stopped = self._out_of_patience()
+        if self.convergence is not None and not self.convergence.converged:
+            shown.begin(f"not converged after {self.now.before} steps: {self.convergence.verdict}")
+        stopped = self._out_of_patience() or self._converged()
         if options.restore_best and self.best["module"]:
             self.step.load({"module": self.best["module"], "store": {}})
         times = [numbers["ms_per_step"] for numbers in self.history if "ms_per_step" in numbers]
@@ -191,6 +206,15 @@ class Run:
             self.best["elbo"],
             median(times) if times else math.nan,
             stopped,
+            None if self.convergence is None else self.convergence.converged,
+        )
+
+    def _waiting(self) -> str:
+        """What stopping waits for."""
+        return (
+            ""
+            if not self.settles
+            else f"stopping is considered from step {self.settles} on, when {self.waits_for} has come to its end"
         )
 
     def _interrupts(self) -> Interrupts:
@@ -203,16 +227,21 @@ class Run:
             with interrupts.at_once():
                 numbers = {"epoch": 0, "step": 0, **self._validate()}
             self._record(numbers, scalars)
-        while self.now.number <= options.epochs and not self._out_of_patience():
+        while self.now.number <= options.epochs and not self._out_of_patience() and not self._converged():
             self._steps(interrupts, shown)
             with interrupts.at_once():
                 numbers = self._numbers()
+            if self.convergence is not None:
+                self._look(self.convergence, numbers, shown)
             self.step.optimizer.end_epoch(-numbers.get("valid_elbo", numbers[self.objective_name]))
-            self.now = _Epoch(self.now.number + 1)
+            self.now = _Epoch(self.now.number + 1, self.now.before + self.now.done)
             self._record(numbers, scalars)
             epoch = int(numbers["epoch"])
             if self.folder is not None and (
-                epoch % options.checkpoint_every == 0 or epoch == options.epochs or self._out_of_patience()
+                epoch % options.checkpoint_every == 0
+                or epoch == options.epochs
+                or self._out_of_patience()
+                or self._converged()
             ):
                 self._save()
             shown.epoch(epoch, numbers)
@@ -221,7 +250,7 @@ class Run:
 
     def _steps(self, interrupts: Interrupts, shown: Progress) -> None:
         """What is left of the epoch's steps."""
-        now, before = self.now, (self.now.number - 1) * self.batches.per_epoch
+        now, before = self.now, self.now.before
         self._began = time.perf_counter() - now.seconds
         self.step.check_data = now.number == 1 or self.batches.show_other_rows
         interrupts.check()
@@ -243,6 +272,8 @@ class Run:
             if not math.isfinite(loss):
                 batch.check(TRANSFORMED)
                 self.guard.explain(loss, f"epoch {now.number}, step {before + now.done + 1}", batch)
+            if self.convergence is not None and before + now.done >= self.settles:
+                self.convergence.after_step()
             now.took.append(1e3 * (end - start))
             now.total -= self._of_rows(loss, batch)
             for name, value in self.step.reported().items():
@@ -270,12 +301,14 @@ class Run:
         return due if self.processes is None else bool(self.processes.largest(due and self.speaks))
 
     def _where(self) -> str:
-        return f"epoch {self.now.number}, step {(self.now.number - 1) * self.batches.per_epoch + self.now.done}"
+        return f"epoch {self.now.number}, step {self.now.before + self.now.done}"
 
     def _numbers(self) -> dict[str, float]:
         """What the epoch found."""
         now, lr = self.now, self.step.optimizer.lr
-        numbers: dict[str, float] = {"epoch": now.number, "step": now.number * self.batches.per_epoch}
+        if not now.seen:
+            raise BadInput(f"train gave no batch in epoch {now.number}: expected at least one")
+        numbers: dict[str, float] = {"epoch": now.number, "step": now.before + now.done}
         numbers[self.objective_name] = now.total / now.seen
         numbers |= {name: value / now.seen for name, value in now.reported.items()}
         if self.valid is not None:
@@ -320,7 +353,23 @@ class Run:
         patience = self.options.patience
         if patience is None or self.best["epoch"] is None or not self.history:
             return False
-        return self.history[-1]["epoch"] - self.best["epoch"] >= patience
+        # Under a schedule that moves, the objective itself changes: an epoch that is no better says nothing yet.
+        settled = next((numbers["epoch"] for numbers in self.history if numbers["step"] >= self.settles), None)
+        return settled is not None and self.history[-1]["epoch"] - max(self.best["epoch"], settled) >= patience
+
+    def _converged(self) -> bool:
+        return self.convergence is not None and self.convergence.converged
+
+    def _look(self, convergence: Convergence, numbers: dict[str, float], shown: Progress) -> None:
+        """Whether the iterates have converged; then their average is what has been trained."""
+        convergence.look()
+        if convergence.said:
+            numbers |= convergence.numbers
+            shown.begin(convergence.said)
+        if convergence.converged:
+            convergence.take_average()
+            if self.valid is not None:
+                numbers |= self._validate_trained(self.valid)
 
     def _save(self) -> None:
         self.guard.after_step(self._where())
@@ -336,6 +385,8 @@ class Run:
             "best": self.best,
             "settings": self.identity,
             "made_on": self.made_on,
+            "batches": self.batches.state(),
+            "convergence": None if self.convergence is None else self.convergence.state(),
         }
         self.checkpoints.save(state)
         if not self._best_is_saved:
@@ -367,10 +418,13 @@ class Run:
                     GumboWarning,
                     stacklevel=2,
                 )
+        self.batches.load(state.get("batches") or {})
         try:
             self.step.load(state)
             self.step.optimizer.load_state_dict(state["optimizer"])
             self.history, self.best, self.now = state["history"], state["best"], _Epoch(**state["now"])
+            if self.convergence is not None and state.get("convergence") is not None:
+                self.convergence.load(state["convergence"])
             torch.set_rng_state(state["random"][0].cpu())
             for device, random in zip(devices_of(self.model, self.guide), state["random"][1:], strict=False):
                 torch.cuda.set_rng_state(random.cpu(), device)

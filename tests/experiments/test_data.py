@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gumbo.errors import BadInput, UnknownName
-from gumbo.experiments import data
+from gumbo.experiments import cli, data
 from gumbo.experiments.data import cells_law, load, reuters_vocabulary
 from gumbo.experiments.train import Train
 
@@ -424,3 +424,80 @@ def test_cells_have_the_means_of_their_law():
     for kind in range(5):
         counts = cells.train[cells.labels["train"] == kind].flatten(1).numpy().sum(0)
         assert np.abs(counts / counts.sum() - shares[kind]).max() < 0.02
+
+
+OWN = """
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def rows(count=60):
+    return torch.arange(count * 16.0).reshape(count, 1, 4, 4) / (count * 16), torch.arange(count) % 3
+
+
+def a_data_set():
+    return TensorDataset(*rows())
+
+
+def an_array():
+    return rows()[0].numpy()
+
+
+def pairs():
+    return tuple(part.numpy() for part in rows())
+
+
+def loaders():
+    return {{split: DataLoader(TensorDataset(*rows(20)), batch_size=10) for split in ("train", "valid", "test")}}
+
+
+def mapped():
+    x = rows()[0].numpy()
+    file = np.memmap({file!r}, "float32", "w+", shape=x.shape)
+    file[:] = x
+    return file
+
+
+def nothing():
+    return 3
+
+
+def a_loader():
+    return DataLoader(a_data_set())
+"""
+
+
+@pytest.fixture
+def own_source(tmp_path, monkeypatch):
+    (tmp_path / "own_source.py").write_text(OWN.format(file=str(tmp_path / "rows")))
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("own_source", None)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("a_data_set", (48, 6, 6)), ("an_array", (48, 6, 6)), ("loaders", None)])
+def test_a_function_of_nothing_makes_a_data_set_of_ones_own(name, sizes, own_source):
+    data = load(f"own_source:{name}")
+    assert data.data_shape == (1, 4, 4)
+    if sizes is not None:
+        assert (len(data.rows), len(data.valid), len(data.test)) == sizes
+        together = torch.cat([data.valid, data.test, *(torch.as_tensor(data.rows[i][0])[None] for i in range(48))])
+        assert len(torch.unique(together.flatten(1), dim=0)) == 60  # each row once
+    assert load(f"own_source:{name}", binarize="static").test.unique().tolist() in ([0.0, 1.0], [0.0], [1.0])
+
+
+@pytest.mark.parametrize("name", ["a_data_set", "an_array", "pairs", "loaders", "mapped"])
+def test_train_takes_a_data_set_of_ones_own(name, own_source, capsys):
+    options = ["--binarize", "static", "--model_options.hidden=[4]", "--epochs", "1", "--importance_samples", "2"]
+    cli.main(["train", "--data", f"own_source:{name}", "--folder", "run", *options])
+    assert "ELBO" in capsys.readouterr().out
+    cli.main(["evaluate", "run", "--split", "train", "--trust", "--importance_samples", "2"])
+    assert "train:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "words"), [("nothing", "expected a Dataset"), ("a_loader", "return a dict")])
+def test_what_is_no_data_set_of_ones_own_is_one_line(name, words, own_source):
+    with pytest.raises(BadInput, match=words) as found:
+        load(f"own_source:{name}")
+    assert "\n" not in str(found.value)
