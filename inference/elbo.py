@@ -221,7 +221,7 @@ class SiteELBO(ELBO):
 
     def _binding(self, model: Callable, guide: Callable) -> Binding:
         for binding in self._bindings:
-            if binding.model == model and binding.guide == guide:
+            if binding.pair.model == model and binding.pair.guide == guide:
                 return binding
         if any(binding.has_state() for binding in self._bindings):
             raise BadInput(

@@ -22,6 +22,7 @@ from ..elbo import SiteELBO
 from ..engine.handlers import CheckedRows
 from ..engine.interventions import ChosenRows, DrawnDetached
 from ..engine.looks import plates_mixed_by, takes_particles_at_once
+from ..engine.messenger_guides import as_program
 from ..engine.scopes import check_shared_names, kept_buffers, modes_kept, private_seed, private_store
 from ..estimators._distributions import is_deterministic
 from .directions import Directions
@@ -56,11 +57,11 @@ class Stage:
         kwargs: Mapping[str, Any],
         max_plate_nesting: int | None = None,
     ):
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
+        self.model, self.guide, self.args, self.kwargs = model, as_program(guide), args, dict(kwargs)
         self.max_plate_nesting = max_plate_nesting
         try:
             with torch.no_grad(), CheckedRows():
-                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+                guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
                 with _Count() as count:
                     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         except GumboError:
@@ -86,7 +87,7 @@ class Stage:
         self.parameters = parameters_of(model, guide, args, self.kwargs, "all")
         self.store = pyro.get_param_store().get_state()
         with self.held():
-            self.mixed_plates = sorted(plates_mixed_by(model, guide, args, self.kwargs))
+            self.mixed_plates = sorted(plates_mixed_by(model, self.guide, args, self.kwargs))
 
     def at_once(self, asked: bool | None) -> bool:
         """Whether many particles are run at once; where nobody asks, whether the programs mean the same so."""

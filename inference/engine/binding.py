@@ -20,6 +20,7 @@ from ..estimators._distributions import has_score_term
 from .elimination import NeedsListing, TooMuchMemory
 from .handlers import in_chain
 from .looks import looking, one_particle, plates_mixed_by
+from .messenger_guides import as_program
 from .noise import current_tape
 from .programs import Program, check_same_kind
 from .records import Run, Site
@@ -65,6 +66,7 @@ class Binding(nn.Module):
     def __init__(self, elbo: Loss, model: Callable, guide: Callable):
         super().__init__()
         self.elbo, self.pair = elbo, Pair(model, guide)
+        self.program_of_guide = as_program(guide)
         self.resolution = Resolution(elbo)
         self.chosen: dict[str, Estimator] = {}  # the estimators of the sites that the first call met
         self.enum_dims: dict[str, int] = {}
@@ -92,7 +94,7 @@ class Binding(nn.Module):
 
     @property
     def guide(self) -> Callable:
-        return self.pair.guide
+        return self.program_of_guide
 
     @property
     def joint(self) -> set[str]:
@@ -138,7 +140,8 @@ class Binding(nn.Module):
             self.resolution = Resolution(self.elbo)
         if _handles_itself(self.guide):
             raise BadInput(
-                "a guide that runs the model itself (AutoMessenger) cannot be given estimators; use stock ELBOs"
+                f"the guide is {type(self.guide).__name__}, a handler and no program: pass a function or a module that "
+                "draws the latents, such as an autoguide"
             )
         with one_at_a_time, looking(self.model, self.guide, *args) as met:
             if self.ready():
@@ -197,7 +200,7 @@ class Binding(nn.Module):
         self.joint.update(name for name, estimator in self.chosen.items() if estimator.enumerates)
 
     def _study(self, program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        check_shared_names(self.model, self.guide)
+        check_shared_names(self.pair.model, self.pair.guide)
         check_same_kind(seen)
         chosen = self.resolution.of_all(seen)
         if seen.eliminated:

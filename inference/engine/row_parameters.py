@@ -16,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ...errors import BadInput
+from .messenger_guides import as_program
 from .rows import Rows
 from .scopes import modules_of, owned_parameters
 
@@ -23,7 +24,7 @@ from .scopes import modules_of, owned_parameters
 def traces_of(model: Callable, guide: Callable, batch: Rows) -> tuple[Trace, Trace]:
     """One run of the guide, and of the model at its draws."""
     with _OwnParameters():
-        guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+        guide_trace = poutine.trace(as_program(guide)).get_trace(*batch.args, **batch.kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch.args, **batch.kwargs)
     return guide_trace, model_trace
 
@@ -52,7 +53,8 @@ class _OwnParameters(Messenger):
 def sites_of(trace: Trace) -> Iterator[Mapping[str, Any]]:
     """The random choices of a run, the rows that plates chose left out."""
     for site in trace.nodes.values():
-        if site["type"] == "sample" and not site_is_subsample(site):
+        # AutoStructured empties the sites of its prototype.
+        if site.get("type") == "sample" and not site_is_subsample(site):
             yield site
 
 

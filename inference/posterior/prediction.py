@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 
 from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
 from ...options import holds_to_annotations
+from ..engine.messenger_guides import MessengerProgram, as_program
 from ..engine.row_parameters import autoguides_in, positional_parameter, sites_of
 from ..engine.rows import Rows, given_arguments
 from ..engine.scopes import kept_buffers, modules_of, private_seed, quietly
@@ -97,9 +98,10 @@ def predict(
     if not guides:
         raise BadInput("the sequence of guides is empty")
     with private_seed(None, model, *guides):
-        pairs = [exact_pair(model, one) for one in guides]
+        pairs = [exact_pair(model, as_program(one)) for one in guides]
     sweeps = []
     for whole, one in pairs:
+        _refuse_open_sites(whole, one, args, kwargs)
         _refuse_parameters_of_data(whole, one, args, kwargs)
         with _explained(one, args, kwargs):
             opened = _opened(whole, one, args, kwargs)
@@ -229,6 +231,27 @@ def _opened(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, 
 
 
 # --- guides that know the rows they were fitted to --------------------------------------------------------------------
+
+
+def _refuse_open_sites(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Raise BadInput where a guide that runs the model would take a site that is to be predicted for a latent."""
+    known = getattr(getattr(guide, "inner_program", None), "locs", None)
+    if not isinstance(guide, MessengerProgram) or known is None:
+        return
+    try:
+        with quietly(model, guide, 0):
+            run = poutine.trace(model).get_trace(*args, **kwargs)
+    except PROGRAM_ERRORS:
+        return
+    for site in sites_of(run):
+        held = known
+        for part in site["name"].split("."):
+            held = getattr(held, part, None)
+        if held is None and not site["is_observed"]:
+            raise BadInput(
+                f"site {site['name']!r} is left open, and {type(guide.inner_program).__name__} draws whatever the "
+                "model leaves open: give it a value, of which only the shape counts"
+            )
 
 
 def _refuse_parameters_of_data(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
 from ..engine.handlers import row_numbers
 from ..engine.interventions import ChosenRows, GivenValues
+from ..engine.messenger_guides import as_program
 from ..engine.scopes import device_of, quietly
 from .enumerated import completed
 from .sites import SiteLayout, has_rows, innermost, kind_of, lengths_of
@@ -40,7 +41,7 @@ class Survey:
         self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], latents_needed: bool = True
     ):
         self.latents_needed = latents_needed
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs)
+        self.model, self.guide, self.args, self.kwargs = model, as_program(guide), args, dict(kwargs)
         self.device = device_of(model, guide)
         self.row_ids: dict[str, torch.Tensor] = {}
         self.sizes: dict[str, int] = {}
