@@ -1,7 +1,8 @@
 """The site: ``python -m sphinx -W docs OUT``, or ``make -C docs html``.
 
-The build needs no network: links into the pages of Pyro, torch and ArviZ are made only where ``DOCS_ONLINE=1``, and formulas
-become MathML, which browsers draw by themselves, so that no MathJax is fetched, neither by the build nor by a reader.
+The build needs no network: links into the pages of Pyro, torch and ArviZ are made only where ``DOCS_ONLINE=1``,
+and formulas become MathML, which browsers draw by themselves: no MathJax is fetched, neither by the build nor by a
+reader.
 Pages under ``tutorials/`` are notebooks that the build runs; a tutorial that raises fails the build.
 """
 
@@ -47,12 +48,13 @@ myst_heading_anchors = 4
 # Blocks of code may be abridged with "…". A table of names may stand on the page that describes them.
 suppress_warnings = ["myst.header", "misc.highlighting_failure", "autosummary.import_cycle"]
 
-# Of a tutorial: run once for each content of its cells, kept beside the output, at most a minute of its own on a quiet core.
+# Tutorials run once for each content of their cells; outputs are kept beside the site. A minute each, at most.
 nb_execution_mode = "cache"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_output_stderr = "remove"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
@@ -102,7 +104,7 @@ def public_names(module: ModuleType) -> list[str]:
 
 
 class PublicNames(Autosummary):
-    """``{public-names} gumbo.models``: a table of the functions and classes that a module offers, with first lines and links."""
+    """``{public-names} gumbo.models``: the functions and classes that a module offers, with first lines."""
 
     required_arguments = 1
     has_content = False
@@ -110,7 +112,9 @@ class PublicNames(Autosummary):
     def run(self) -> list[nodes.Node]:
         module = importlib.import_module(self.arguments[0])
         described = [name for name in public_names(module) if callable(getattr(module, name))]
-        self.content = StringList([f"~{public_home(module.__name__, name)}" for name in sorted(described, key=str.lower)])
+        self.content = StringList(
+            [f"~{public_home(module.__name__, name)}" for name in sorted(described, key=str.lower)]
+        )
         return super().run()
 
 
