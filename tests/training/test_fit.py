@@ -556,7 +556,7 @@ def test_plateau_judges_by_the_validation_loss():
         ({"valid": torch.zeros(4, 2, 2)}, "shape"),
         ({"valid": images(4) / 0}, "valid: argument 0 holds NaN or infinity"),
     ],
-    ids=str,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else value,  # the same in every process
 )
 def test_bad_settings_are_one_line_and_nothing_is_written(change, words, tmp_path):
     folder = {} if "tensorboard" in change else {"run_dir": tmp_path / "run"}
