@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 MOST_WORKERS = 4  # a worker takes most of a gigabyte
 
 
+@pytest.hookimpl(optionalhook=True)  # the suite also runs without the plugin, on one core
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """The whole suite runs on all cores; chosen files or tests in this process, where a debugger can stop them."""
     chosen = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword or config.option.usepdb

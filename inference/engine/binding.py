@@ -66,7 +66,7 @@ class Binding(nn.Module):
     def __init__(self, elbo: Loss, model: Callable, guide: Callable):
         super().__init__()
         self.elbo, self.pair = elbo, Pair(model, guide)
-        self.program_of_guide = as_program(guide)
+        self.programs = (model, as_program(guide))  # in a tuple: their parameters are not this module's own
         self.resolution = Resolution(elbo)
         self.chosen: dict[str, Estimator] = {}  # the estimators of the sites that the first call met
         self.enum_dims: dict[str, int] = {}
@@ -94,7 +94,7 @@ class Binding(nn.Module):
 
     @property
     def guide(self) -> Callable:
-        return self.program_of_guide
+        return self.programs[1]
 
     @property
     def joint(self) -> set[str]:
