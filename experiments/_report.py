@@ -121,7 +121,7 @@ def finish(run: RunFolder, page: Report, name: str = "report.html", pictures: Se
     ``pictures`` are by default all that the run has. Those that would make the file larger than 5 MB are left out, and
     the page names them.
     """
-    paths = sorted(run.plots.glob("*.png")) if pictures is None else pictures
+    paths = sorted(run.plots.glob("*.png")) if pictures is None else [path for path in pictures if path.exists()]
     if paths:
         page.heading("Pictures")
     size, left = len(page.html().encode()), []
@@ -167,7 +167,7 @@ def _ticks(low: float, high: float) -> list[float]:
     >>> _ticks(-43.0, -19.0)
     [-40.0, -35.0, -30.0, -25.0, -20.0]
     """
-    step = 10 ** math.floor(math.log10((high - low) / 5))
+    step = 10.0 ** math.floor(math.log10((high - low) / 5))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 

@@ -21,6 +21,7 @@ from gumbo.inference.auditing.plot import pareto_front
 from gumbo.inference.auditing.reference import Reference
 from gumbo.inference.estimators import Baseline, GumbelSoftmax, LeaveOneOut, Pathwise, ScoreFunction
 from gumbo.inference.objectives.evidence import EvidenceLowerBound
+from gumbo.inference.objectives.importance import ImportanceWeightedBound
 
 QUICK = {"num_samples": 150, "burn_in": 20}
 
@@ -442,6 +443,21 @@ def test_the_exact_bound_of_a_plate_is_that_of_its_elements():
     norms = [half.reference_norm.sel(parameter="guide.a").item() for half in halves]
     assert whole.reference_norm.sel(parameter="guide.a").item() == pytest.approx(math.hypot(*norms), abs=1e-12)
     assert whole.attrs["reference_loss"] == pytest.approx(sum(half.attrs["reference_loss"] for half in halves))
+
+
+def test_a_value_of_ones_own_is_not_held_against_the_bound_that_it_inherits():
+    class HalvedBound(ImportanceWeightedBound):
+        name = "halved-iwae"
+
+        def accepts(self, estimator):
+            return "iwae" in estimator.objectives
+
+        def value(self, recorded):
+            return super().value(recorded) / 2
+
+    options = {"num_particles": 2, "num_samples": 400, "burn_in": 0}
+    found = run("one coin", {"rloo": "rloo", "score": "score"}, objective=HalvedBound(), **options)
+    assert not found.attrs["reference_is_exact"]
 
 
 def test_an_objective_of_somebodys_own_is_held_against_a_long_run():

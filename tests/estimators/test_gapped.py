@@ -32,7 +32,7 @@ def test_it_follows_its_algorithm_written_out_with_detached_pieces(temperature, 
         raised = (logits.max() - (logits * hard).sum()).detach() * hard
         lowered = relu(logits + gap - logits.max()).detach() * (1 - hard)
         shifted = logits + raised - lowered
-        assert shifted.argmax() == hard.argmax()
+        assert (shifted * hard).sum() >= shifted.max() - 1e-12  # with a gap of 0 the next one is level with it
         rest = shifted[hard == 0].max()
         assert (shifted * hard).sum() - rest >= gap - 1e-12
         (expected,) = torch.autograd.grad((WEIGHTS * (shifted / temperature).softmax(-1)).sum(), a)

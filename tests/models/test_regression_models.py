@@ -257,7 +257,7 @@ def test_what_is_observed_may_change_and_latents_find_their_posterior():
     [
         ({"a": {"family": "normal", "shape": [1], "parents": ["a"]}}, None, "the nodes a form a cycle"),
         ({"a": {"family": "normal", "shape": [1], "parents": ["b"]}}, None, "'b', which is no node"),
-        ({"a": {"family": "gamma", "shape": [1]}}, None, "'gamma': expected one of normal"),
+        ({"a": {"family": "cauchy", "shape": [1]}}, None, "'cauchy': expected one of normal"),
         ({"a": {"family": "normal"}}, None, "needs a shape"),
         ({"a": {"family": "normal", "shape": [1], "prior": 3}}, None, "expected family, shape and parents"),
         ({"a": {"family": "normal", "shape": [1]}}, ["b"], "observed 'b' is no node"),
