@@ -21,6 +21,18 @@ NAME = ".lock"
 _held: dict[Path, tuple[int, int]] = {}  # of this process: the folder's lock, by thread and open file
 
 
+def _leave_to_parent() -> None:
+    """A forked process (a worker that reads data) holds no lock, and so does not outlive its parent with one."""
+    for _, file in _held.values():
+        with contextlib.suppress(OSError):
+            os.close(file)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 class FolderLock:
     """The right to write into a run folder, which the system takes back when the process ends in whatever way.
 
@@ -80,6 +92,8 @@ class FolderLock:
         if not self._mine:
             return
         self._mine = False
+        if self.folder not in _held:
+            return  # a forked process's copy
         _, file = _held.pop(self.folder)
         with contextlib.suppress(OSError):  # the folder may be gone
             (self.folder / NAME).unlink()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from gumbo.errors import BadInput
 from gumbo.experiments import cli
 from gumbo.guides import NormalGuide
 from gumbo.inference import fit
+from gumbo.inference.training import locks
 from gumbo.inference.training.locks import FolderLock
 from gumbo.models import GaussianVAE
 
@@ -104,3 +107,21 @@ def test_an_empty_or_impossible_folder_is_refused(value, name, tmp_path, monkeyp
     assert (stop.value.code, said.count("\n")) == (2, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
     assert (tmp_path / "config.yaml").read_text() == "experiment: train\nepochs: 1\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="this system does not fork")
+def test_a_worker_that_outlives_a_killed_run_does_not_keep_its_lock(tmp_path):
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    forks = multiprocessing.get_context("fork")
+    begun = forks.Event()
+    worker = forks.Process(target=lambda: (begun.set(), time.sleep(60)))
+    worker.start()
+    try:
+        assert begun.wait(30)
+        os.close(locks._held.pop(tmp_path)[1])  # what the system does where the run is killed
+        with FolderLock(tmp_path):
+            assert worker.is_alive()
+    finally:
+        worker.kill()
+        worker.join()
