@@ -18,6 +18,8 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 from torch.distributions import constraints
 
+from ...errors import BadInput
+
 Distribution = torch.distributions.Distribution
 
 # torch and Pyro give these an `rsample` whose gradient is a straight-through one, which is biased.
@@ -371,6 +373,11 @@ def relaxed(fn: Distribution, temperature: Tensor | float) -> Distribution:
     """The Concrete counterpart of a Bernoulli or one-hot site (Maddison et al. 2017, arXiv 1611.00712)."""
 
     def change(base: Distribution) -> Distribution:
+        if not hasattr(base, "logits"):
+            raise BadInput(
+                f"{describe(base)} has no Concrete counterpart to be weighed by: take 'gumbel-softmax', which extends"
+                " the discrete law itself"
+            )
         tau = torch.as_tensor(temperature, dtype=base.logits.dtype, device=base.logits.device)
         if isinstance(base, torch.distributions.Bernoulli):
             return dist.RelaxedBernoulli(tau, logits=base.logits).expand(base.batch_shape)

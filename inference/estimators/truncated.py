@@ -100,7 +100,11 @@ class TruncatedEnumerate(Enumerate):
     def why_not(self, site: Mapping[str, Any]) -> str | None:
         if (reason := count_why_not(site)) is not None:
             return reason
-        listed = self.listed(site["fn"], 0, site.get("name", ""))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GumboWarning)  # who only asks cuts nothing off
+            listed = TruncatedEnumerate(self.values, self.tolerance, self.limit).listed(
+                site["fn"], 0, site.get("name", "")
+            )
         return listed if isinstance(listed, str) else None
 
     def listed(self, fn: Any, joint: int, name: str) -> Tensor | str:
