@@ -194,7 +194,10 @@ class Draws(Messenger):
         trailing = min(program.max_plate_nesting, len(fn.batch_shape)) if joint else 0
         values = estimator.listed(fn, trailing, name)
         if isinstance(values, str):
-            advice = "; vectorize_particles=True with num_particles=1 enumerates the elements of a plate in parallel"
+            advice = (
+                "; a program that accepts leading dimensions, under vectorize_particles=True, lists the elements of a"
+                " plate side by side: let its layers accept them, or take 'local-expectation' or 'rloo'"
+            )
             raise UnsupportedSite(name, estimator.name, values if parallel else values + advice)
         self._count(msg, len(values), estimator.limit)
         if not parallel:
