@@ -61,11 +61,13 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
     if not config.show:
         from joblib import Parallel, delayed
 
+        # Of the code that is loaded now; each cell has a command of its own.
+        surroundings = {name: value for name, value in environment().items() if name != "command"}
         parallel = Parallel(n_jobs=min(config.jobs, len(missing) or 1), return_as="generator_unordered")
         for cell, seed, numbers in parallel(delayed(_run)(config, table.name, *task) for task in missing):
             # The caller writes: a worker that dies leaves no half of a file.
             found = {"cell": asdict(cell), "seed": seed, **numbers, "table": table.name}
-            found |= {"command": command_of(config, cell, seed), "env": environment()}
+            found |= {"command": command_of(config, cell, seed), "env": surroundings}
             path = path_of(results, table.name, cell, seed)
             text = json.dumps(found, indent=1) + "\n"
             write_whole(path, lambda file, text=text: file.write(text.encode()))
