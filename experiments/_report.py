@@ -87,7 +87,7 @@ class Report:
         lines = {name: _thinned(points) for name, points in lines.items() if points}
         if lines:
             self.heading(caption)
-            self.blocks.append(_svg(caption, lines, xlabel, ylabel))
+            self.blocks.append(_svg(caption, lines, xlabel, ylabel, f"clip{len(self.blocks)}"))
 
     def picture(self, path: Path, caption: str) -> None:
         """A PNG file, within the page."""
@@ -172,7 +172,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _svg(caption: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str) -> str:
+def _svg(caption: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str, clip: str) -> str:
     width, height, left, right, top, bottom = 720, 380, 64, 12, 10, 44
     xs, ys = zip(*(point for points in lines.values() for point in points), strict=True)
     low, high = _visible(ys)
@@ -199,7 +199,6 @@ def _svg(caption: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str) -> 
     parts.append(
         f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(ylabel)}</text>'
     )
-    clip = f"clip{abs(hash((caption, xlabel, ylabel))) % 10**8}"
     parts.append(
         f'<clipPath id="{clip}"><rect x="{left}" y="{top}" width="{width - left - right}" '
         f'height="{height - top - bottom}"/></clipPath><g clip-path="url(#{clip})">'

@@ -242,7 +242,7 @@ def family_of(seen: Seen, joint: bool, most_joint: int) -> Family:
     try:
         transform = biject_to(whole(seen.support, rank))
         inner = tuple(transform.inverse_shape(seen.batch_shape + seen.event_shape))[len(seen.batch_shape) :]
-    except NotImplementedError:
+    except NotImplementedError:  # torch knows no transform to this support
         raise BadInput(
             f"amortize: site {seen.name!r} ({type(seen.fn).__name__}) has support {kind}, to which no transform from"
             " the reals is known; register one with torch.distributions.biject_to"

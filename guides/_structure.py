@@ -150,7 +150,7 @@ def is_settled(msg: Mapping[str, Any]) -> bool:
 def _support(fn: Any) -> Any:
     try:
         return fn.support
-    except (NotImplementedError, AttributeError, ValueError):
+    except (NotImplementedError, AttributeError, ValueError):  # Pyro's and torch's ways to have no support
         return None
 
 
@@ -193,7 +193,7 @@ def reference(msg: Mapping[str, Any]) -> Tensor:
     try:
         transform = biject_to(whole(_support(fn), len(fn.event_shape)))
         return transform(zero.expand(transform.inverse_shape(shape)))
-    except (NotImplementedError, AttributeError):
+    except (NotImplementedError, AttributeError):  # no transform to the support, or no support: any value will do
         return zero.expand(shape)
 
 
@@ -241,7 +241,7 @@ def drawn_look(
             return given[msg["name"]]
         try:
             return msg["fn"].sample()
-        except NotImplementedError:
+        except NotImplementedError:  # a law that cannot be drawn from, as an improper prior
             return reference(msg)
 
     recorder = _Recorder(stands_in, given)

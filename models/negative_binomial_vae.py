@@ -68,7 +68,7 @@ class NegativeBinomialVAE(GenerativeModel):
         super().__init__(data_shape, data_size)
         if library not in LIBRARIES:
             raise UnknownName("library", library, LIBRARIES)
-        self.library, self.num_batches, self.zero_inflation = library, num_batches, zero_inflation
+        self.library_size_is, self.num_batches, self.zero_inflation = library, num_batches, zero_inflation
         self.latents = {"z": Latent("normal", (latent_dim,))}
         if library == "latent":
             self.latents["library"] = Latent("log-normal", (1,))
@@ -92,9 +92,9 @@ class NegativeBinomialVAE(GenerativeModel):
             covariates = dict(zip(self.conditions, values, strict=True))
             z = pyro.sample("z", dist.Normal(self.prior_loc, self.prior_scale).to_event(1))
             library = None
-            if self.library == "latent":
+            if self.library_size_is == "latent":
                 library = pyro.sample("library", dist.LogNormal(self.library_loc, self.library_sd).to_event(1))
-            elif self.library == "observed":
+            elif self.library_size_is == "observed":
                 library = covariates["log_library"].exp()
             return pyro.sample("x", self.likelihood(z, library, covariates.get("batch")), obs=x)
 

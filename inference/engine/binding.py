@@ -52,10 +52,14 @@ class Loss(Words, Protocol):
 
 @dataclass(frozen=True)
 class Pair:
-    """The programs of a binding, whose parameters belong to whoever owns the binding."""
+    """The programs of a binding, whose parameters belong to whoever owns the binding.
+
+    ``program`` is what is run as the guide: the guide itself, or a program around one that runs the model.
+    """
 
     model: Callable
     guide: Callable
+    program: Callable
 
 
 class Binding(nn.Module):
@@ -65,8 +69,7 @@ class Binding(nn.Module):
 
     def __init__(self, elbo: Loss, model: Callable, guide: Callable):
         super().__init__()
-        self.elbo, self.pair = elbo, Pair(model, guide)
-        self.programs = (model, as_program(guide))  # in a tuple: their parameters are not this module's own
+        self.elbo, self.pair = elbo, Pair(model, guide, as_program(guide))
         self.resolution = Resolution(elbo)
         self.chosen: dict[str, Estimator] = {}  # the estimators of the sites that the first call met
         self.enum_dims: dict[str, int] = {}
@@ -94,7 +97,7 @@ class Binding(nn.Module):
 
     @property
     def guide(self) -> Callable:
-        return self.programs[1]
+        return self.pair.program
 
     @property
     def joint(self) -> set[str]:

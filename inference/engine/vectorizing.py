@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -47,22 +48,8 @@ def check_at_once(program: Program, seen: Run, args: tuple, kwargs: Mapping[str,
 
 def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
     """Replay one particle of a vectorized run on its own and compare what each site says of it."""
-    alone = Program(
-        program.model,
-        program.guide,
-        resolve=program.resolve,
-        num_particles=1,
-        max_plate_nesting=program.max_plate_nesting,
-        vectorized=False,
-        joint=program.joint,
-        step=program.step,
-        generators=program.generators,
-        memory_limit=program.memory_limit,
-        lists_chains=program.lists_chains,
-        kl_weight=program.kl_weight,
-        enum_dims=program.enum_dims,
-    )
-    alone.skips_unscored = True
+    alone = copy.copy(program)
+    alone.num_particles, alone.vectorized, alone.skips_unscored = 1, False, True
     if (stray := _stray_dimension(program, run)) is not None:
         raise does_not_vectorize(*stray)
     for place in _places(program):

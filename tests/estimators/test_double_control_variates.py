@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact_means import exact_gradient, is_unbiased, mean_gradient
-from programs import DISCRETE, F64, ChainGuide, OneCoinGuide, Params, X, gradient
+from programs import DISCRETE, F64, ChainGuide, CurvedModel, OneCoinGuide, Params, X, gradient
 from ztest import misses
 
 from gumbo.errors import BadInput, UnsupportedSite
@@ -86,18 +86,6 @@ class NoPath(DoubleControlVariates):
 def test_wrong_twins_fail_the_same_test(wrong):
     model, guide = DISCRETE["masked event"].make() if isinstance(wrong, FittedHere) else (CurvedModel(), ChainGuide())
     assert not is_unbiased(wrong, model, guide)
-
-
-class CurvedModel(Params):
-    """A cost far from linear in either coin."""
-
-    def __init__(self):
-        super().__init__(u=0.5)
-
-    def forward(self):
-        z1 = pyro.sample("z1", dist.Bernoulli(logits=torch.tensor(0.2, dtype=F64)))
-        z2 = pyro.sample("z2", dist.Bernoulli(logits=self.u * z1 - 0.4))
-        pyro.sample("x", dist.Normal((1.5 * z1 + z2).exp(), 1.0), obs=X[0])
 
 
 def test_it_is_unbiased_where_the_cost_is_far_from_linear():

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact_means import exact_gradient
-from programs import DISCRETE, F64, ChainGuide, Params, X, gradient
+from programs import DISCRETE, F64, ChainGuide, CurvedModel, Params, X, gradient
 
 from gumbo.errors import UnsupportedSite
 from gumbo.inference import SiteELBO
@@ -46,18 +46,6 @@ def cells():
 def test_the_mean_over_every_pair_of_draws_is_the_exact_gradient(name, vectorize):
     model, guide = DISCRETE[name].make()
     assert is_unbiased("rodeo", model, guide, vectorize_particles=vectorize)
-
-
-class CurvedModel(Params):
-    """A cost far from linear in either coin."""
-
-    def __init__(self):
-        super().__init__(u=0.5)
-
-    def forward(self):
-        z1 = pyro.sample("z1", dist.Bernoulli(logits=torch.tensor(0.2, dtype=F64)))
-        z2 = pyro.sample("z2", dist.Bernoulli(logits=self.u * z1 - 0.4))
-        pyro.sample("x", dist.Normal((1.5 * z1 + z2).exp(), 1.0), obs=X[0])
 
 
 class EventGuide(Params):

@@ -98,6 +98,18 @@ class ChainGuide(Params):
         pyro.sample("z2", dist.Bernoulli(logits=self.b + self.c * z1))
 
 
+class CurvedModel(Params):
+    """A cost far from linear in either coin."""
+
+    def __init__(self):
+        super().__init__(u=0.5)
+
+    def forward(self):
+        z1 = pyro.sample("z1", dist.Bernoulli(logits=torch.tensor(0.2, dtype=F64)))
+        z2 = pyro.sample("z2", dist.Bernoulli(logits=self.u * z1 - 0.4))
+        pyro.sample("x", dist.Normal((1.5 * z1 + z2).exp(), 1.0), obs=X[0])
+
+
 class ChainModel(Params):
     def __init__(self):
         super().__init__(u=0.5, w=-1.1)
