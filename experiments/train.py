@@ -30,8 +30,9 @@ class Train:
     Args:
         model: a model's name, or the import path of a class or of any Pyro program, `mypkg:model`.
         guide: a guide's name or import path, or `amortize`, which fits any program; by default the first that fits.
-        estimator: how each random choice gets its gradient: one word (`auto` measures and chooses), or one for each
-            site, as in `--estimator '{gate: enumerate, z: pathwise}'`; Pyro's own ELBOs are `trace`, `trace-graph`, ….
+        estimator: how each random choice gets its gradient: one word (`auto` measures and chooses; options stand in a
+            call, as in `'arms(draws=3)'`), or one for each site, as in `--estimator '{gate: enumerate, z: pathwise}'`;
+            Pyro's own ELBOs are `trace`, `trace-graph`, ….
         objective: what is estimated; a word of docs/objectives.md, such as elbo, iwae or renyi.
         objective_options: what the objective is told beside its word, as in `--objective_options.alpha=0.5` of renyi.
         particles: draws a step; by default the estimator's own minimum.

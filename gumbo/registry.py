@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import sys
@@ -64,8 +65,35 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def is_import_path(name: object) -> bool:
-    """Whether a name says where to import a thing from, rather than the thing's name in a registry."""
-    return isinstance(name, str) and ("." in name or ":" in name)
+    """Whether a name says where to import a thing from, rather than the thing's name in a registry.
+
+    Options in a call are no part of the name.
+
+    >>> is_import_path("mypkg:Mine(decay=0.5)"), is_import_path("double-cv(decay=0.5)")
+    (True, False)
+    """
+    return isinstance(name, str) and any(mark in name.partition("(")[0] for mark in ".:")
+
+
+def name_and_options(kind: str, text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of ``name(option=value, …)``, whose values are Python literals; of a name alone, none.
+
+    >>> name_and_options("estimator", "gumbel-softmax(temperature=0.5)"), name_and_options("estimator", "rloo")
+    (('gumbel-softmax', {'temperature': 0.5}), ('rloo', {}))
+
+    Raises BadInput for what is no such call.
+    """
+    name, opened, rest = text.partition("(")
+    if not opened:
+        return text, {}
+    problem = BadInput(f"{kind} {text!r} is not {name.strip()}(option=value, …): its options are given by name")
+    try:
+        call = ast.parse(f"call({rest.strip()}", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise problem
+        return name.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise problem from error
 
 
 def import_object(path: str, kind: str = "object", own: bool = True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import statistics
 import sys
@@ -173,25 +172,7 @@ class Auto(Chooser):
             print(choice, file=sys.stderr)
 
 
-def auto(text: str) -> Auto:
-    """The chooser that a text such as ``auto(allow_biased=True)`` says, its options by name.
-
-    >>> auto("auto(draws=50, cost='time')").draws
-    50
-    """
-    problem = BadInput(f"{text!r} is not auto(option=value, …): its options are those of Auto, by name")
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise problem
-        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise problem from error
-    return Auto(**options)
-
-
 choosers["auto"] = Auto
-choosers["auto("] = auto
 
 
 class _Contestant:
@@ -436,4 +417,4 @@ def _is_unbiased(estimator: Estimator) -> bool:
     return estimator.unbiased and estimator.objective_name() == "elbo"
 
 
-__all__ = ["Auto", "Choice", "Measured", "auto"]
+__all__ = ["Auto", "Choice", "Measured"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ...errors import BadInput, GumboError, TooFewParticles, UnsupportedSite
+from ...registry import name_and_options
 from ..estimators import Enumerate, Estimator, MovingAverage, ScoreFunction, estimators
 from ..estimators._base import Draw, choosers, detached_draw
 from ..estimators._distributions import describe, is_deterministic
@@ -37,10 +39,10 @@ class Words(Protocol):
 
 
 def as_estimator(word: str | Estimator) -> Estimator:
-    """The estimator that a word names, or the estimator itself.
+    """The estimator that a word names, perhaps with options in a call, or the estimator itself.
 
-    >>> as_estimator("rloo")
-    ScoreFunction(baseline=LeaveOneOut())
+    >>> as_estimator("rloo"), as_estimator("arms(draws=3)")
+    (ScoreFunction(baseline=LeaveOneOut()), ARMS(draws=3))
     """
     if isinstance(word, Estimator):
         return word
@@ -48,11 +50,15 @@ def as_estimator(word: str | Estimator) -> Estimator:
         return word()
     if not isinstance(word, str):
         raise BadInput(f"an estimator is a word or an Estimator, got {word!r}")
-    if word in choosers:
-        return choosers[word]()
-    if (head := word.partition("(")[0] + "(") in choosers and word != head:
-        return choosers[head](word)
-    found = estimators[word]()
+    name, options = name_and_options("estimator", word)
+    make = choosers[name] if name in choosers else estimators[name]
+    if options:
+        try:
+            inspect.signature(make).bind(**options)
+        except TypeError as error:
+            takes = ", ".join(inspect.signature(make).parameters)
+            raise BadInput(f"estimator {word!r}: {error}; it takes {f'{name}({takes})' if takes else 'none'}") from None
+    found = make(**options)
     if not isinstance(found, Estimator):
         raise BadInput(f"{word!r} names {found!r}, which is not an Estimator")
     return found

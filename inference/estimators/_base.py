@@ -306,7 +306,7 @@ class Chooser(Estimator):
         raise BadInput(f"{type(self).__name__} recalls no choice")
 
 
-# Words that stand for a choice; one that ends in "(" takes a text with options, as in ``auto(allow_biased=True)``.
+# Words that stand for a choice.
 choosers: dict[str, Callable[..., Chooser]] = {}
 
 

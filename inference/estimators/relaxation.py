@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -217,6 +218,6 @@ class Concrete(Estimator):
 
 
 estimators.register("gumbel-softmax", GumbelSoftmax)
-estimators.register("straight-through", lambda: GumbelSoftmax(hard=True))
-estimators.register("gumbel-rao", lambda: GumbelSoftmax(hard=True, rao=10))
+estimators.register("straight-through", partial(GumbelSoftmax, hard=True))
+estimators.register("gumbel-rao", partial(GumbelSoftmax, hard=True, rao=10))
 estimators.register("concrete", Concrete)

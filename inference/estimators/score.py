@@ -241,6 +241,6 @@ class ScoreFunction(Estimator):
 
 
 estimators.register("score", ScoreFunction)
-estimators.register("score-average", lambda: ScoreFunction(baseline=MovingAverage()))
-estimators.register("nvil", lambda: ScoreFunction(baseline=Neural()))
+estimators.register("score-average", lambda **options: ScoreFunction(baseline=MovingAverage(**options)))
+estimators.register("nvil", lambda **options: ScoreFunction(baseline=Neural(**options)))
 estimators.register("rloo", lambda: ScoreFunction(baseline=LeaveOneOut()))

@@ -160,6 +160,36 @@ def test_a_settings_file_of_the_users_own_is_as_good_as_flags(place, capsys):
     assert settings.data == "theirs:rows"
 
 
+WITH_OPTIONS = {
+    "auto(seconds=0.5, draws=8, candidates=['rloo', 'score'])": None,
+    "score-average(decay=0.5)": None,
+    "{z: score-average(decay=0.5)}": {"z": "score-average(decay=0.5)"},
+}
+
+
+@pytest.mark.parametrize("word", WITH_OPTIONS)
+def test_options_of_an_estimator_are_no_import_path(word, place, capsys):
+    """From a file of the user's own, out of a run folder, and when the run goes on, which takes no trust."""
+    wanted = WITH_OPTIONS[word] or word
+    own = {"estimator": wanted, "model": "bernoulli-vae", "epochs": 1, "importance_samples": 2}
+    own["model_options"] = {"hidden": [4], "num_latents": 2}
+    (place / "mine.yaml").write_text(yaml.safe_dump(own))
+    cli.main(["train", "--config", "mine.yaml", "--folder", "first"])
+    assert yaml.safe_load((place / "first" / "config.yaml").read_text())["estimator"] == wanted
+    cli.main(["train", "--resume", "first", "--epochs", "2"])
+    cli.main(["train", "--config", "first/config.yaml", "--folder", "second", "--estimator", word])
+    cli.main(["evaluate", "second", "--importance_samples", "2"])
+    for run, epochs in (("first", 2), ("second", 1)):
+        assert len((place / run / "metrics.jsonl").read_text().splitlines()) >= epochs
+
+
+def test_options_do_not_hide_an_import_path(run, place, capsys):
+    rewrite(run, data="digits", estimator="theirs:anything(draws=3)")
+    for argv in LOADING:
+        assert "'theirs:anything(draws=3)'" in said(capsys, *argv)
+    assert not (place / "imported").exists()
+
+
 def test_a_config_of_another_verb_is_refused(run, capsys):
     rewrite(run, data="digits")
     assert "gumbo train" in said(capsys, "compare", "--config", "run/config.yaml")
