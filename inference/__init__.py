@@ -1,4 +1,4 @@
-"""How programs are fitted and judged: estimators, objectives, training, evaluation, posteriors."""
+"""Inference: estimators, objectives, training, gradient audits, evaluation, posterior draws and diagnosis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SiteELBO: an objective and an estimator for each site, as one differentiable scalar."""
+"""SiteELBO: one differentiable loss with an objective and a gradient estimator for each sample site."""
 
 from __future__ import annotations
 
@@ -26,41 +26,44 @@ PLATES = ("check", "trust", "ignore")
 
 
 class SiteELBO(ELBO):
-    """A variational objective whose gradient goes through each site as one word says.
+    """A variational loss with a gradient estimator for each sample site.
 
     Args:
-        estimators: one word (or :class:`Estimator`) for all sites, or a mapping from site names to words, where
-            ``"*"`` stands for the sites that it does not name. Where a mapping does not name a site, the site's own
-            ``infer={"estimator": …}`` speaks first, then ``"*"``; a site that nothing names is pathwise if it can be.
-            ``"auto"``, or :class:`~gumbo.inference.Auto`, chooses a site's word by a pilot in the first call.
+        estimators: a word (or :class:`Estimator`) for all sites, or a mapping from site names to words, where ``"*"``
+            is the default for sites that the mapping does not name. The order of precedence is: the mapping's entry for
+            the site, the site's own ``infer={"estimator": …}``, ``"*"``. A site without any word is pathwise if its
+            distribution has ``rsample``. ``"auto"``, or :class:`~gumbo.inference.Auto`, selects the words by pilot runs
+            in the first call.
         objective: ``"elbo"``; ``"iwae"``, the importance-weighted bound; ``"renyi"``, the bound of order
             ``alpha``; ``"rws"``, reweighted wake-sleep; or an :class:`~gumbo.inference.objectives.Objective`.
-        num_particles: K; None is the estimators' own minimum.
-        vectorize_particles: True runs all K at once, in a plate to the left of all others; the first call replays one
-            of them alone, compares, and refuses programs that mean another thing so. False runs one after the other.
-            None: at once where that comparison allows it, otherwise one after the other, with a warning.
-        max_plate_nesting: how deep plates nest; None finds it in the first call.
-        kl_weight: a factor for all latent terms, or a schedule, a function of the training step.
-        plates: what to think of the promise that the rows of a plate are independent. ``"check"`` changes the draws of
-            a row and looks whether another row's terms change, in the first call and again in another mode or for
-            another batch size; a plate whose rows are mixed (by BatchNorm, by a mean over it) is summed under
-            ``"elbo"`` and refused under the other objectives. This can find mixing, and cannot prove that there is
-            none. ``"trust"`` skips the check; ``"ignore"`` sums every plate.
-        memory_limit: GiB that the sum over sites that the model lists may need at once; more is refused.
-        objective_options: what the objective is told beside its word, as in ``objective="renyi", alpha=0.5``.
+        num_particles: K, the number of draws; None takes the smallest K that the estimators allow.
+        vectorize_particles: True runs all K particles at once, in a plate to the left of all others; the first call
+            replays one particle alone, compares the log-probabilities, and refuses programs for which they differ.
+            False runs one particle after the other. None: vectorized where the comparison passes, otherwise one after
+            the other with a warning.
+        max_plate_nesting: the number of batch dimensions that plates use; None finds it in the first call.
+        kl_weight: a factor for the terms of all latent sites, or a schedule, a function of the training step.
+        plates: how to treat the assumption that the rows of a plate are independent. ``"check"`` changes the draws of
+            one row and tests whether the terms of another row change, in the first call and again in another mode or
+            for another batch size; a plate with dependent rows (BatchNorm, a mean over the plate) is summed under
+            ``"elbo"`` and refused under the other objectives. The check can find dependence; it cannot prove
+            independence. ``"trust"`` skips the check; ``"ignore"`` sums every plate.
+        memory_limit: GiB that the exact sum over enumerated sites of the model may take at once; a larger sum is
+            refused.
+        objective_options: options of an objective given as a word, as in ``objective="renyi", alpha=0.5``.
 
-    Sites that the model marks ``infer={"enumerate": "parallel"}`` and the guide leaves out are summed over exactly, by
-    elimination: chains under ``pyro.markov`` and trees take time in proportion to their length.
+    Sites that the model marks ``infer={"enumerate": "parallel"}`` and the guide does not sample are summed out exactly
+    by variable elimination; for chains under ``pyro.markov`` and for trees the time is linear in their length.
 
-    It serves Pyro's idiom, ``SVI(model, guide, optim, loss=SiteELBO("rloo"))``, and torch's:
-    ``loss = SiteELBO("rloo")(model, guide)`` is a module, ``loss(x).backward()``. The value is a loss, −bound, in nats,
-    summed over the batch and scaled as the program's plates say.
+    The loss works in Pyro's idiom, ``SVI(model, guide, optim, loss=SiteELBO("rloo"))``, and in torch's:
+    ``loss = SiteELBO("rloo")(model, guide)`` is a module, and ``loss(x).backward()`` gives the gradients. The value is
+    −bound in nats, summed over the batch and scaled by the program's plates.
 
     Raises:
         UnknownName: a word that is not an estimator.
-        UnsupportedSite: a site that its estimator, or the objective, cannot serve.
-        CannotVectorize: a program that means another thing for K particles at once.
-        BadInput: anything else that cannot be meant.
+        UnsupportedSite: a site that its estimator, or the objective, does not support.
+        CannotVectorize: a program whose log-probabilities change when K particles run at once.
+        BadInput: any other invalid option, or an invalid program.
 
     >>> import pyro.distributions as dist
     >>> def model():
@@ -78,7 +81,7 @@ class SiteELBO(ELBO):
     """
 
     differentiable = True
-    max_alternatives = 64  # how many particles × alternatives are run at once, which bounds memory
+    max_alternatives = 64  # the largest number of particles × alternatives in one run; bounds memory
 
     def __init__(
         self,
@@ -136,8 +139,8 @@ class SiteELBO(ELBO):
         self.requested_nesting = max_plate_nesting
         self._bindings: list[Binding] = []
         self._learnt: tuple[nn.ModuleDict, int] | None = None
-        self.choice: Any = None  # what a word that stands for a choice has chosen
-        self.begins_with: Mapping[str, Any] | None = None  # of an earlier training: its step, baselines, networks
+        self.choice: Any = None  # the result of a Chooser, such as "auto"
+        self.begins_with: Mapping[str, Any] | None = None  # state of an earlier training: step, baselines, networks
         super().__init__(
             num_particles=num_particles or 1,
             max_plate_nesting=float("inf") if self.requested_nesting is None else self.requested_nesting,
@@ -146,7 +149,7 @@ class SiteELBO(ELBO):
         self.vectorize_particles = vectorize_particles is not False
 
     def __call__(self, model: Callable, guide: Callable) -> SiteELBOModule:
-        """A module that maps the programs' arguments to the loss."""
+        """A module whose ``forward`` takes the programs' arguments and returns the loss."""
         return SiteELBOModule(model, guide, self)
 
     def __repr__(self) -> str:
@@ -170,17 +173,17 @@ class SiteELBO(ELBO):
 
     @property
     def chooser(self) -> Chooser | None:
-        """The word that stands for a choice, if a site names one; the first of several chooses for all."""
+        """The first estimator that selects others (``auto``), or None."""
         named = [*self.given.values(), *([self.otherwise] if self.otherwise else [])]
         return next((estimator for estimator in named if isinstance(estimator, Chooser)), None)
 
     @property
     def undecided(self) -> bool:
-        """Whether a site's word stands for a choice that is still to be made."""
+        """Whether an estimator that selects others (``auto``) has not selected yet."""
         return self.chooser is not None
 
     def decided(self, model: Callable, guide: Callable, batches: Iterable, choice: Any = None) -> SiteELBO:
-        """This loss with the words chosen on these batches, ``(args, kwargs)`` each, or with those of a ``choice``."""
+        """A copy of this loss with words selected on batches of ``(args, kwargs)``, or taken from ``choice``."""
         if choice is None:
             choice = self.chooser.choose(self, model, guide, batches)
             self.chooser.announce(choice)
@@ -190,7 +193,7 @@ class SiteELBO(ELBO):
         return found
 
     def changed(self, words: Mapping[str, str]) -> SiteELBO:
-        """This loss, of which words were chosen, with other words at the same sites."""
+        """A copy of this loss, whose words were selected before, with other words at the same sites."""
         found = copy.copy(self)
         found.given = self.given | {name: as_estimator(word) for name, word in words.items()}
         found.choice, found._bindings = copy.copy(self.choice), []
@@ -198,7 +201,7 @@ class SiteELBO(ELBO):
         return found
 
     def settled_as(self, words: Mapping[str, str]) -> SiteELBO:
-        """This loss with these words at the sites whose own stands for a choice."""
+        """A copy of this loss with these words in place of the estimators that select others (``auto``)."""
         found = copy.copy(self)
         given = {name: e for name, e in self.given.items() if not isinstance(e, Chooser)}
         found.given = given | {name: as_estimator(word) for name, word in words.items()}
@@ -209,12 +212,12 @@ class SiteELBO(ELBO):
         return found
 
     def _get_trace(self, model, guide, args, kwargs):
-        raise BadInput("SiteELBO keeps its own records; use differentiable_loss, loss or loss_and_grads")
+        raise BadInput("SiteELBO makes no traces; use differentiable_loss, loss or loss_and_grads")
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is used with copies of the programs, so that it goes on with the first pair that it meets.
+        # A copy is used with copies of the programs: it binds its state to the first pair that it is called with.
         used = sorted(self._bindings, key=Binding.has_state)
-        # The param store hangs weak references on parameters, which copies are free of.
+        # deepcopy drops the weak references that the param store attaches to parameters.
         learnt = (copy.deepcopy(used[-1].states), used[-1].steps) if used else self._learnt
         begins_with = None if used else self.begins_with
         return {**self.__dict__, "_bindings": [], "_learnt": learnt, "begins_with": begins_with}
@@ -235,7 +238,7 @@ class SiteELBO(ELBO):
         return binding
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args, **kwargs) -> Tensor:
-        """The loss as a differentiable scalar; parameters live in Pyro's param store."""
+        """The loss as a differentiable scalar; the estimators' own parameters are kept in Pyro's param store."""
         with one_at_a_time:
             binding = self._binding(model, guide)
             loss = binding.loss(args, kwargs)
@@ -256,21 +259,21 @@ class SiteELBO(ELBO):
         return loss.item()
 
     def loss(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
-        """The loss as a number, without gradients; no statistics move."""
+        """The loss as a number, without gradients; baselines and running statistics do not change."""
         with one_at_a_time, torch.no_grad():
             return self._binding(model, guide).loss(args, kwargs).item()
 
 
 def _said(estimator: Estimator) -> str:
-    """The word of an estimator as the word makes it, and otherwise all that it was given."""
+    """The estimator's word if the registry has it, else its repr with all options."""
     return estimator.name if estimator.name in estimators else repr(estimator)
 
 
 class SiteELBOModule(ELBOModule):
     """A loss bound to a model and a guide: a module from the programs' arguments to a differentiable scalar.
 
-    Parameters are those of model, guide and, once :meth:`initialize` (or a first call) has seen the sites, of the
-    baselines and control variates.
+    Its parameters are those of the model, the guide, and the baselines and control variates; the latter exist after
+    :meth:`initialize` or the first call.
     """
 
     uncaptured = frozenset({"_kept", "_own", "_keeps"})
@@ -278,15 +281,15 @@ class SiteELBOModule(ELBOModule):
     def __init__(self, model: Callable, guide: Callable, elbo: SiteELBO):
         super().__init__(model, guide, elbo)
         self.binding = Binding(elbo, model, guide)
-        self.__dict__["_own"] = {}  # parameters by identity, held so that no identity is given to another tensor
+        self.__dict__["_own"] = {}  # parameters by id(); the reference keeps the id from being reused
         self.__dict__.update(_kept=None, _keeps=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has other parameters than the store that is kept here, or shares its programs with the original.
+        # The kept store belongs to the original's parameters, which a copy may replace or share.
         return {**self.__dict__, "_kept": None, "_own": {}}
 
     def initialize(self, *args, **kwargs) -> SiteELBOModule:
-        """Build what is built lazily, without touching random streams; returns itself."""
+        """Build lazily built networks without a change of random state; returns itself."""
         with self._own_store():
             self.binding.initialize(args, kwargs)
             self.binding.look(args, kwargs)
@@ -294,7 +297,7 @@ class SiteELBOModule(ELBOModule):
 
     @property
     def objective_name(self) -> str:
-        """What the value is: ``elbo``, ``iwae``, ``rws``, or under its own name a relaxed or weighted objective."""
+        """The name of the objective: ``elbo``, ``iwae``, ``rws``, or a name of its own (relaxed or weighted)."""
         return self.binding.objective_name()
 
     def forward(self, *args, **kwargs) -> Tensor:
@@ -320,7 +323,7 @@ class SiteELBOModule(ELBOModule):
 
     @contextmanager
     def _own_store(self) -> Iterator[None]:
-        """A param store of its own for the duration of a call: modules hold the parameters, names cannot clash."""
+        """A separate param store for the duration of a call, so that parameter names cannot clash."""
         store = pyro.get_param_store()
         with one_at_a_time, store.scope(self._kept or {"params": {}, "constraints": {}}) as state:
             yield
@@ -329,10 +332,10 @@ class SiteELBOModule(ELBOModule):
         self.__dict__["_kept"] = state if self._keeps else None
 
     def _look_up(self, stored: Mapping[str, Tensor]) -> None:
-        """Whose parameters the store holds; called only when something unknown shows, since a step is short."""
+        """Check that every parameter in the store belongs to a module; runs only after an unknown parameter appears."""
         self.__dict__["_own"] = {id(parameter): parameter for parameter in nn.Module.parameters(self)}
-        # Registering every parameter anew at each call costs as much as a small layer. But a PyroParam takes the
-        # store's value over its own, so that where there is one, a value replaced in between would come back.
+        # Registering every parameter anew at each call costs as much as a small layer. But a PyroParam reads the
+        # store's value before its own, so that with a kept store a value that the user replaced would be undone.
         self.__dict__["_keeps"] = not any(getattr(module, "_pyro_params", None) for module in self.modules())
         for name, parameter in stored.items():
             if id(parameter) not in self._own:

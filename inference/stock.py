@@ -1,4 +1,4 @@
-"""Pyro's own ELBOs by name, so that they can stand beside ours in every comparison and audit."""
+"""Pyro's own ELBOs by word, for comparisons and audits beside gumbo's estimators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .elbo import SiteELBO
 
 
 class LatentsWeighted(Messenger):
-    """Multiplies the terms of latent sites, in model and guide."""
+    """Multiplies the log-probabilities of latent sites by a weight, in model and guide."""
 
     def __init__(self, weight: float):
         super().__init__()
@@ -34,9 +34,9 @@ stock_elbos: Registry[Callable[..., ELBO]] = Registry("stock ELBO")
 
 @stock_elbos.register("trace-graph+baseline")
 class TraceGraphBaselineELBO(TraceGraph_ELBO):
-    """TraceGraph_ELBO with its own decaying-average baseline switched on at every site.
+    """TraceGraph_ELBO with its decaying-average baseline enabled at every latent site.
 
-    The average is kept in the param store element by element of the plates, so that all batches must be of one size.
+    The param store keeps an average for each plate element, so that all batches must have the same size.
     """
 
     def _get_trace(self, model, guide, args, kwargs):
@@ -50,7 +50,7 @@ class TraceGraphBaselineELBO(TraceGraph_ELBO):
 
 @stock_elbos.register("trace-enum")
 class TraceEnumELBO(TraceEnum_ELBO):
-    """TraceEnum_ELBO with every site that Pyro can list enumerated in parallel."""
+    """TraceEnum_ELBO with every site that Pyro can enumerate enumerated in parallel."""
 
     def __init__(self, **options: Any):
         super().__init__(strict_enumeration_warning=False, **options)

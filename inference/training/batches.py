@@ -1,4 +1,4 @@
-"""Training batches as a function of seed, epoch and number, so that a run can be gone on with from any of them."""
+"""Training batches as a function of seed, epoch and number, so that a run can resume at any of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _PRIME = 1_000_003  # keeps the streams of neighbouring seeds, epochs and batche
 
 
 class Batches:
-    """The batches of every epoch; there is no state to lose.
+    """The batches of every epoch, without state.
 
-    The order of an epoch follows from ``(seed, epoch)``; with ``in_order`` it is the rows' own. What ``transform``
-    draws for a batch follows from ``(seed, epoch, number)``.
+    ``(seed, epoch)`` determines the order of an epoch; with ``in_order`` it is that of the rows. ``(seed, epoch,
+    number)`` determines what ``transform`` draws for a batch.
 
     >>> batches = Batches(Rows(torch.arange(5.0)), batch_size=2, seed=0)
     >>> [batch.args[0].tolist() for batch in batches.of_epoch(1)] == [b.args[0].tolist() for b in batches.of_epoch(1)]
@@ -43,12 +43,12 @@ class Batches:
         self.per_epoch: int | None = len(rows) // batch_size if drop_last else math.ceil(len(rows) / batch_size)
         self._generator = torch.Generator()
 
-    note = ""  # what a reader of the progress lines should know of the order
+    note = ""  # a remark on the order for the progress lines
     resumable = True
 
     @property
     def show_other_rows(self) -> bool:
-        """Whether a later epoch may hold values that the first did not."""
+        """Whether a later epoch may have rows that the first did not."""
         return self.transform is not None or (self.per_epoch or 0) * self.batch_size < len(self.rows)
 
     def of_epoch(self, epoch: int, done: int = 0) -> Iterator[Rows]:
@@ -62,19 +62,19 @@ class Batches:
             yield self._made(rows, len(index), seed)
 
     def first(self) -> Rows:
-        """A batch to initialise with."""
+        """A batch for initialization."""
         index = torch.arange(min(self.batch_size, len(self.rows)))
         return self._made(next(iter(self._read([(index, self.seed)]))), len(index), self.seed)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the order to go on: nothing, since it is drawn here."""
+        """The order's state for a checkpoint: none, since the seed determines it."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the order from a checkpoint."""
 
     def close(self) -> None:
-        """Let go of what reads ahead."""
+        """Stop workers that read ahead."""
 
     def _read(self, jobs: Sequence[tuple[torch.Tensor, int]]) -> Iterator[Rows]:
         return (self.rows[index] for index, _ in jobs)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, held against a checksum when they are read, and read without running code."""
+"""Checkpoints: written atomically, verified by a checksum, and read without running code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..._version import __version__
 from ...errors import BadInput, GumboWarning
 from ...files import write_whole
 
-FORMAT = 1  # goes up when an older gumbo could not go on from what a newer one writes, or the other way round
+FORMAT = 1  # increases when the format changes incompatibly in either direction
 
 # A checkpoint is what torch.save writes, a zip archive, with this and a SHA-256 of all before it as the archive's
 # comment: torch does not compare the archive's own checksums when it loads.
@@ -31,11 +31,11 @@ _VALUES = (torch.Tensor, torch.nn.Parameter, torch.dtype, torch.device, bool, in
 
 
 class DamagedCheckpoint(BadInput):
-    """A file that is not what was once written there."""
+    """A file whose content differs from what was written."""
 
 
 def _keep(path: Path, name: Path) -> None:
-    """Give a file a second name; where the system has no such thing, the file loses its first."""
+    """Give a file a second name by a hard link; without hard links, rename it."""
     second = name.with_name(f".{name.name}.partial")
     second.unlink(missing_ok=True)
     try:
@@ -44,11 +44,11 @@ def _keep(path: Path, name: Path) -> None:
         os.replace(path, name)
     else:
         os.replace(second, name)
-        second.unlink(missing_ok=True)  # it stays where both were the same file already
+        second.unlink(missing_ok=True)  # replace() leaves it where both names are the same file
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Tensors and plain values, written whole and sealed; ``torch.load(path, weights_only=True)`` reads them too.
+    """Write tensors and plain values with a checksum; ``torch.load(path, weights_only=True)`` also reads the file.
 
     Raises GumboError where the file cannot be written.
     """
@@ -57,10 +57,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What :func:`save_checkpoint` wrote, without unpickling code.
+    """Read what :func:`save_checkpoint` wrote, without unpickling code.
 
-    Raises BadInput, in a line that says why, for a file that is missing, damaged, of another format, or that holds
-    anything but tensors and plain values.
+    Raises BadInput for a file that is missing, damaged, of another format, or that holds anything but tensors and plain
+    values.
     """
     path = Path(path)
     try:
@@ -86,7 +86,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def _sealed(state: dict[str, Any]) -> tuple[memoryview, bytes]:
-    """The parts of the file."""
+    """The archive and its seal."""
     _refuse_objects(state, "state")
     buffer = io.BytesIO()
     torch.save({**state, "gumbo": {"format": FORMAT, "version": __version__}}, buffer)
@@ -96,7 +96,7 @@ def _sealed(state: dict[str, Any]) -> tuple[memoryview, bytes]:
 
 
 def _refuse_objects(value: Any, name: str) -> None:
-    """Raise BadInput for what could be written but not be read back without running code."""
+    """Raise BadInput for a value that could be written but not read without running code."""
     if isinstance(value, (dict, list, tuple, set)):
         if type(value) not in _CONTAINERS:
             raise BadInput(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: make it plain")
@@ -120,7 +120,7 @@ def _load(path: Path, content: bytes, device: torch.device | str) -> Any:
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise BadInput(f"{path} holds more than tensors and plain values, which could run code: not loaded") from error
-    except Exception as error:  # torch raises anything on a broken archive
+    except Exception as error:  # torch raises errors of any type on a broken archive
         first = (str(error).splitlines() or [""])[0]
         raise DamagedCheckpoint(f"{path} is damaged: torch cannot read it ({type(error).__name__}: {first})") from error
     if _parts(state, _MANY) > _MANY:
@@ -132,15 +132,15 @@ _MANY = 5_000_000  # values in a checkpoint, tensors counted as one
 
 
 def _unfolds(content: bytes) -> str:
-    """What is wrong with a zip archive that is no archive or would not fit into its own size; "" for a good one.
+    """What is wrong with a zip archive that is broken or expands beyond its own size; "" for a valid one.
 
-    ``torch.save`` does not compress, so that an archive which does is not its own: a few kilobytes can unfold to
+    ``torch.save`` does not compress; a compressed archive is foreign, and a few kilobytes could expand to
     gigabytes.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
-    except Exception as error:  # zipfile raises anything on a broken archive
+    except Exception as error:  # zipfile raises errors of any type on a broken archive
         return f"it is no zip archive ({error})"
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         return "it is compressed, which torch.save does not do"
@@ -150,7 +150,7 @@ def _unfolds(content: bytes) -> str:
 
 
 def _parts(value: Any, most: int) -> int:
-    """How many values a container holds, each as often as it is met; the counting stops beyond ``most``."""
+    """The number of values in a container, with repetitions; counting stops beyond ``most``."""
     count, waiting = 0, [value]
     while waiting and count <= most:
         value = waiting.pop()
@@ -163,7 +163,7 @@ def _parts(value: Any, most: int) -> int:
 
 
 def _why_not(path: Path, content: bytes) -> BadInput:
-    """What is wrong with a file whose seal does not hold."""
+    """What is wrong with a file whose checksum does not match."""
     damaged = DamagedCheckpoint(f"{path} is damaged: its checksum does not hold")
     if _unfolds(content):
         return damaged
@@ -176,7 +176,7 @@ def _why_not(path: Path, content: bytes) -> BadInput:
         return damaged
     except BadInput as error:
         return error
-    except Exception:  # zipfile and torch raise anything on a broken archive
+    except Exception:  # zipfile and torch raise errors of any type on a broken archive
         return damaged
     if isinstance(state, dict) and "gumbo" in state:
         return damaged
@@ -197,7 +197,7 @@ class Checkpoints:
         return self.last.exists() or self.previous.exists()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write ``last.pt``; what it was becomes ``previous.pt``. At every moment one of them is whole."""
+        """Write ``last.pt`` and rename the previous one to ``previous.pt``; at every moment one of them is complete."""
         parts = _sealed(state)
 
         def keep() -> None:
@@ -211,9 +211,9 @@ class Checkpoints:
         save_checkpoint(self.best, state)
 
     def load(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """The last checkpoint; where it is damaged or gone, the one before it, with a :class:`GumboWarning`.
+        """The last checkpoint; if it is damaged or missing, the one before it, with a :class:`GumboWarning`.
 
-        Raises BadInput where neither can be read, or where the last one is whole and must not or cannot be loaded.
+        Raises BadInput where neither can be read, or where the last one is intact and cannot be loaded.
         """
         try:
             if self.last.exists() or not self.previous.exists():
@@ -221,7 +221,7 @@ class Checkpoints:
             trouble = f"{self.last} is missing"
         except DamagedCheckpoint as error:
             trouble = str(error)
-            self._last_is_good = False  # so that it does not take the place of the good one
+            self._last_is_good = False  # so that save() does not overwrite the good one
         if not self.previous.exists():
             raise BadInput(f"{trouble}, and there is no {self.previous.name} beside it: start anew in another folder")
         try:

@@ -1,4 +1,4 @@
-"""What a word such as ``auto`` has chosen in a run: made before the first step, kept in the folder, looked at again."""
+"""The selections of ``auto`` in a run: made before the first step, stored in the run folder, repeated on schedule."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ FILE = "estimators.json"
 
 
 class Choices:
-    """The choices of one run, one an entry of ``estimators.json``: words by site, what was measured, and at which step.
+    """The selections of one run, the entries of ``estimators.json``: words by site, measurements, and the step.
 
-    Of several ``processes`` the main one measures, and all take its choice. A resumed run keeps what its folder holds.
+    With several ``processes`` the main one measures, and all use its selection. A resumed run keeps the stored ones.
     """
 
     def __init__(self, loss: SiteELBO, folder: Path | None, processes: Processes | None, speaks: bool):
@@ -33,7 +33,7 @@ class Choices:
         self.made: list[dict[str, Any]] = []
 
     def settle(self, model: nn.Module, guide: nn.Module, batches: Batches, resume: bool, compiled: bool) -> SiteELBO:
-        """The loss with its words, kept or chosen on the first batches."""
+        """The loss with its words selected: stored ones, or new ones from the first batches."""
         if self.chooser.again and (compiled or self.processes is not None):
             raise BadInput("auto(again=…) changes estimators in one eager process: leave again out, or compile=True")
         if resume and self.path is not None and self.path.exists():
@@ -44,7 +44,7 @@ class Choices:
         return self._loss(self.made[0])
 
     def before(self, number: int, batch: Rows, step: TorchStep) -> None:
-        """Look again where the schedule says so, before step ``number`` (from 0) is made."""
+        """Select again where the schedule asks for it, before step ``number`` (from 0)."""
         if number == 0 or number not in self.chooser.again or any(found["step"] == number for found in self.made):
             return
         found = self._choose(step.module.model, step.module.guide, [batch], number)
@@ -55,7 +55,7 @@ class Choices:
             step.change(self._loss(found))
 
     def keep_until(self, number: int) -> None:
-        """Forget what was chosen from the step to go on from; it is chosen again, alike."""
+        """Drop selections made after the step to resume from; the run makes the same ones again."""
         self.made = [found for found in self.made if found["step"] in range(max(number, 1))]
 
     def write(self) -> None:

@@ -1,9 +1,9 @@
-"""When training is over without validation data: iterates that stand still in distribution, and their average.
+"""Convergence without validation data: a test for stationary iterates, and their average.
 
-At a constant learning rate the iterates of stochastic optimization end up wandering about a place. First their last
-windows must look stationary, by the largest R̂ over coordinates and the best of several windows; from there on they are
-averaged, until the Monte Carlo error of the average is small (Dhaka et al. 2020, arXiv:2009.00666; Welandawe et al.
-2022, arXiv:2203.15945).
+At a constant learning rate the iterates of stochastic optimization become stationary. The test compares the last
+windows by the largest R̂ over coordinates, and takes the best of several windows; later iterates are averaged until the
+Monte Carlo error of the average is small (Dhaka et al. 2020, arXiv:2009.00666; Welandawe et al. 2022,
+arXiv:2203.15945).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-STATIONARY = 1.1  # the largest R̂ of iterates that stand still
-ADRIFT = 1.2  # the R̂ of averaged iterates above which the average begins anew
-ENOUGH = 50.0  # effective iterates behind the average, in every coordinate
-TOLERANCE = 0.02  # the largest Monte Carlo standard error, beside max(1, |average|)
-SHORTEST = 200  # iterates of a window
-WINDOWS = (0.2, 0.4, 0.6, 0.8, 0.95)  # the last parts of all iterates that are tried
-KEPT = 1000  # iterates, before every second one is dropped
-WATCHED = 2000  # coordinates, spread evenly over all parameters
+STATIONARY = 1.1  # the largest R̂ of stationary iterates
+ADRIFT = 1.2  # the R̂ of averaged iterates above which the average is restarted
+ENOUGH = 50.0  # the smallest effective number of iterates in the average, in every coordinate
+TOLERANCE = 0.02  # the largest Monte Carlo standard error, in units of max(1, |average|)
+SHORTEST = 200  # iterates in the shortest window
+WINDOWS = (0.2, 0.4, 0.6, 0.8, 0.95)  # the windows tried, as fractions of all iterates
+KEPT = 1000  # the most iterates stored; beyond it every second one is dropped
+WATCHED = 2000  # the most coordinates watched, spread evenly over all parameters
 
 
 def split_rhat(iterates: Tensor) -> Tensor:
-    """R̂ of each coordinate ``(C,)`` of ``(n, C)`` iterates, their first half against their second.
+    """R̂ of each coordinate ``(C,)`` of ``(n, C)`` iterates: the first half against the second.
 
-    A coordinate that never moves has R̂ 1; one that moves between the halves and not within has infinity.
+    A coordinate that never changes has R̂ 1; one that changes only between the halves has infinity.
 
     >>> still, drifting = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([0.0, 0.1, 1.0, 1.1])
     >>> [round(one, 3) for one in split_rhat(torch.stack([still, drifting], 1)).tolist()]
@@ -44,10 +44,10 @@ def split_rhat(iterates: Tensor) -> Tensor:
 
 
 def effective_number(iterates: Tensor) -> Tensor:
-    """The effective number of ``(n, C)`` autocorrelated iterates, by coordinate: n over the sum of autocorrelations.
+    """The effective sample size of ``(n, C)`` autocorrelated iterates by coordinate: n / Σ autocorrelations.
 
-    The sum ends where that of two neighbours is no longer positive (Geyer 1992). A coordinate that never moves counts
-    in full.
+    The sum ends where the sum of two neighbouring autocorrelations is not positive (Geyer 1992). A coordinate that
+    never changes has n.
 
     >>> draws = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
     >>> 3000 < effective_number(draws).item() <= 4000
@@ -67,13 +67,13 @@ def effective_number(iterates: Tensor) -> Tensor:
 
 
 class Convergence:
-    """Watches the iterates of a run step by step; all that it remembers is in :meth:`state`.
+    """Tests the iterates of a run for convergence; :meth:`state` has everything that it stores.
 
     Args:
-        parameters: what is trained, by name.
+        parameters: the trained parameters by name.
 
-    Attributes: ``converged``; ``numbers``, what the last look found: ``rhat``, and once iterates are averaged ``mcse``
-    and ``ess``, the largest and the smallest of any coordinate; ``said``, what there is to tell since the last look.
+    Attributes: ``converged``; ``numbers`` of the last test: ``rhat``, and once iterates are averaged ``mcse`` (the
+    largest of any coordinate) and ``ess`` (the smallest); ``said``, the message of the last test.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter]):
@@ -97,7 +97,7 @@ class Convergence:
         self._averaged = 0
 
     def after_step(self) -> None:
-        """Take note of the parameters as a step has left them."""
+        """Record the parameters after a step."""
         self._step += 1
         self._steps += 1
         with torch.no_grad():
@@ -113,11 +113,11 @@ class Convergence:
             self._kept, self._stride = self._kept[1::2], 2 * self._stride
 
     def forget(self) -> None:
-        """What came before this does not count: the objective itself was still moving."""
+        """Drop all iterates: the objective was still changing."""
         self._kept, self._stride, self._steps, self._looked, self._average, self._averaged = [], 1, 0, 0, {}, 0
 
     def look(self) -> None:
-        """Decide, once there are a tenth more iterates than at the last look."""
+        """Test for convergence, when there are a tenth more iterates than at the last test."""
         self.said = ""
         if self.converged or self._steps < max(SHORTEST, 1.1 * self._looked):
             return
@@ -168,13 +168,13 @@ class Convergence:
         return rhat.nan_to_num(math.inf)[place].item(), repr(self._names[place])
 
     def take_average(self) -> None:
-        """Give the parameters the average of their iterates."""
+        """Set the parameters to the average of their iterates."""
         with torch.no_grad():
             for name, average in self._average.items():
                 self.parameters[name].copy_(average)
 
     def state(self) -> dict[str, Any]:
-        """All that is remembered, as tensors and plain values."""
+        """The stored state, as tensors and plain values."""
         return {
             "kept": torch.stack(self._kept) if self._kept else None,
             "average": dict(self._average),
@@ -185,7 +185,7 @@ class Convergence:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Restore what :meth:`state` returned."""
         self._kept = [] if state["kept"] is None else list(state["kept"].cpu())
         devices = {name: parameter.device for name, parameter in self.parameters.items()}
         self._average = {name: value.to(devices[name]).clone() for name, value in state["average"].items()}

@@ -1,19 +1,19 @@
-r"""One batch split over processes by its rows, so that the sum of their gradients is the gradient of one process.
+r"""One batch split over processes by its rows: the sum of their gradients is the gradient of one process.
 
-A batch of B rows gives the objective :math:`\sum_i s\,\ell_i + g`: terms of each row, which stand in the plate over the
-rows and carry its scale s, and terms outside that plate. Process r has :math:`B_r` of the rows. It takes the scale that
-one process would have (its own plate says :math:`N/B_r` where one process says :math:`s = N/B`, so a plate that is a
-subsample is multiplied by :math:`B_r/B`), and :math:`w_r = B_r/B` of every term outside the plate. Then
+A batch of B rows gives the objective :math:`\sum_i s\,\ell_i + g`: terms of each row, which are in the plate over the
+rows and have its scale s, and terms outside that plate. Process r has :math:`B_r` of the rows. It uses the scale of a
+single process (its own plate gives :math:`N/B_r` where a single process has :math:`s = N/B`, so a subsampling plate is
+multiplied by :math:`B_r/B`), and :math:`w_r = B_r/B` of every term outside the plate. Then
 
 .. math:: \sum_r \Big( \sum_{i \in r} s\,\ell_i + w_r g \Big) = \sum_i s\,\ell_i + g,
 
-and what is linear in these terms, as every pathwise gradient is, needs no more than a sum. An estimator that weighs
-:math:`\nabla \log q` by a cost needs that cost as one process has it: at a site of a row, the terms of its row and all
-of g; at a site outside the plate, the costs of all processes added up, and then each process answers for its share
-:math:`w_r` of what they all compute alike. Draws outside the plate come from a random stream that all processes share,
-draws of rows from one of each process's own. Running statistics are means over all rows.
+and a gradient that is linear in these terms, such as every pathwise gradient, only needs a sum. An estimator that
+multiplies :math:`\nabla \log q` by a cost needs the cost of a single process: at a site of a row, the terms of its row
+and all of g; at a site outside the plate, the sum of the costs of all processes, of which each process contributes its
+share :math:`w_r`. Draws outside the plate use a random stream that all processes share, draws of rows use a stream of
+each process. Running statistics are means over all rows.
 
-``splittable.py`` refuses what cannot be had this way; ``split_rows.py`` has the rows, streams and costs of a process.
+``splittable.py`` refuses programs that cannot be split; ``split_rows.py`` has a process's rows, streams and costs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .steps import TorchStep
 
 
 class ProcessStep(TorchStep):
-    """One step of one process of several: its rows' gradient, added up with those of the others.
+    """One step of one process of several: the gradient of its rows, summed with those of the others.
 
-    All processes must make the same steps on the same batches; each takes its own rows of them.
+    All processes must make the same steps on the same batches; each uses its own rows.
     """
 
     def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows, processes: Processes, seed: int):
@@ -49,11 +49,11 @@ class ProcessStep(TorchStep):
         self.split = SplitRows(processes, found, model, guide, seed)
         if isinstance(self.module, SiteELBOModule):
             self.module.binding.make_layout = self.split.make_layout
-            self.module.binding.checks_plates = False  # the study has held rows against fewer of them
+            self.module.binding.checks_plates = False  # study() has compared full and partial batches
         processes.same_as_main(self._tensors())
 
     def _agree_on_plates(self) -> None:
-        """What one process has found to mix its rows is mixed for all: each looks at random rows of its own."""
+        """A plate that one process finds dependent is dependent for all: each process tests other random rows."""
         if not isinstance(self.module, SiteELBOModule):
             return
         binding = self.module.binding
@@ -89,7 +89,7 @@ class ProcessStep(TorchStep):
             value.backward()
         except Exception as error:
             if self.processes.num_collectives != spoken:
-                # The others wait in the middle of their step, and would take anything said now for something else.
+                # The others wait in the middle of their step, and would misread a message sent now.
                 raise alone(_as_ours(error), self.processes.rank) from error
             problem = error
         return self._added_up(value, share, problem)
@@ -135,7 +135,7 @@ class ProcessStep(TorchStep):
                 member.grad = piece.reshape(member.shape).clone()
 
     def state(self) -> dict[str, Any]:
-        """What one process has, and where the own random stream of each process stands; all must ask together."""
+        """The state of one process, and every process's own random stream; all processes must call this together."""
         return super().state() | {"streams": self.processes.gather(self.split.streams.state())}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -146,8 +146,8 @@ class ProcessStep(TorchStep):
     def check_same_state(self) -> None:
         """Every process must hold the same parameters, baselines and buffers.
 
-        Raises :class:`~gumbo.errors.UnsupportedSite` naming the first that has come apart: a running statistic of
-        somebody's own that sees one process's rows only.
+        Raises :class:`~gumbo.errors.UnsupportedSite` naming the first that differs: for example a user's running
+        statistic that depends on one process's rows only.
         """
         sums = {
             name: value.double().sum().item()

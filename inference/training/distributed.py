@@ -1,8 +1,8 @@
-"""The processes that fit one model together: who they are, and how they agree.
+"""The processes that fit one model together: ranks and collective operations.
 
-They are started by ``torchrun`` or ``accelerate launch``, one for each device, and joined through Accelerate. Every
-process runs the same script; what they tell each other goes through here. How a batch is split over them, and why the
-sum of their gradients is the gradient of one process, stands in ``data_parallel.py``.
+``torchrun`` or ``accelerate launch`` starts them, one for each device, and Accelerate joins them. Every process runs
+the same script; all communication passes through this module. ``data_parallel.py`` explains how a batch is split over
+the processes, and why the sum of their gradients is the gradient of one process.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .signals import Interrupts
 
 Found = TypeVar("Found")
 
-# Longer than any step or evaluation should take: whoever waits for a process that is gone gives up after this.
+# Longer than any step or evaluation should take: a process that waits for a missing one gives up after this.
 PATIENCE = timedelta(minutes=10)
 
-_failed_alone: list[GumboError] = []  # what this process raised while the others were at work
+_failed_alone: list[GumboError] = []  # errors that this process alone raised
 
 
 def _number_of_processes() -> int:
-    """Those that were joined; before that, those that a launcher started."""
+    """The number of processes that were joined; before that, of those that a launcher started."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else launched()
 
 
@@ -41,25 +41,25 @@ class LostTouch(GumboError):
 
 
 class Processes:
-    """The processes of one fit, as one of them sees them.
+    """The processes of one fit, seen from one of them.
 
-    Attributes: ``rank`` counts from 0, ``world_size`` is how many there are, ``main`` whether this is the one that
-    writes and speaks, ``device`` where tensors must lie that are sent to the others.
+    Attributes: ``rank`` counts from 0, ``world_size`` is the number of processes, ``main`` whether this is the one that
+    writes files and prints, ``device`` where tensors for collective operations must be.
     """
 
     def __init__(self, rank: int, world_size: int, device: torch.device):
         self.rank, self.world_size, self.device = rank, world_size, device
         self.main = rank == 0
-        self.num_collectives = 0  # how often this process has spoken to the others
+        self.num_collectives = 0  # collective operations of this process
 
     @classmethod
     def join(cls, device: torch.device | str | None = None, timeout: timedelta = PATIENCE) -> Processes | None:
-        """Those that a launcher started, or None where this process is alone; called again, it joins the same ones.
+        """The processes that a launcher started, or None if this one is alone; a second call joins the same ones.
 
-        ``device`` says what the model runs on: processes talk through gloo on the CPU, and through NCCL on GPUs. None
-        takes a GPU for each process where there is one.
+        ``device`` is the device of the model: processes use gloo on the CPU, and NCCL on GPUs. None takes a GPU for
+        each process if there is one.
 
-        Raises :class:`~gumbo.errors.BadInput` if Accelerate is not installed, or the devices are not to be had.
+        Raises :class:`~gumbo.errors.BadInput` if Accelerate is not installed, or the devices are not available.
         """
         if _number_of_processes() == 1:
             return None
@@ -76,7 +76,7 @@ class Processes:
         try:
             state = PartialState(timeout=timeout, **options)
             if not dist.is_initialized():
-                # A PartialState that was made before, on a machine without GPUs, took this process for the only one.
+                # An earlier PartialState, on a machine without GPUs, treats this process as the only one.
                 dist.init_process_group("gloo" if kind == "cpu" else "nccl", timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise BadInput(f"the {_number_of_processes()} processes cannot be joined ({first_line(error)})") from error
@@ -91,20 +91,20 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size(), own)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor added up over all processes, in place; every process holds the same bits afterwards."""
+        """Sum a tensor over all processes, in place; every process then holds the same bits."""
         with self._speaking():
             dist.all_reduce(tensor)
         return tensor
 
     def largest(self, number: float) -> float:
-        """The largest of the numbers that the processes bring."""
+        """The largest of the processes' numbers."""
         found = torch.tensor(number, dtype=torch.float64, device=self.device)
         with self._speaking():
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.item()
 
     def gather(self, thing: Found) -> list[Found]:
-        """What each process brings, in the order of the processes."""
+        """The values of all processes, ordered by rank."""
         found: list[Any] = [None] * self.world_size
         with self._speaking():
             dist.all_gather_object(found, thing)
@@ -119,7 +119,7 @@ class Processes:
                 tensor.copy_(whole)
 
     def from_main(self, action: Callable[[], Found]) -> Found:
-        """What the action gives in the main process, which alone carries it out; its error is everybody's."""
+        """The result of an action that only the main process runs; all processes raise its error."""
         box: list[Any] = [None, None]
         problem: Exception | None = None
         if self.main:
@@ -136,7 +136,7 @@ class Processes:
         return box[0]
 
     def together(self, action: Callable[[], Found]) -> Found:
-        """What the action gives here, once it has gone well everywhere; the error of one is everybody's."""
+        """The result of an action here, after it has succeeded in all processes; all raise the error of one."""
         problem: Exception | None = None
         result: Any = None
         try:
@@ -147,7 +147,7 @@ class Processes:
         return result
 
     def agree(self, problem: Exception | None) -> None:
-        """Raise this process's problem, or the first one of another process; nothing if none has any."""
+        """Raise this process's problem, or the first one of another process; return if there is none."""
         told = self.gather(None if problem is None else _told(problem))
         if problem is not None:
             raise problem
@@ -169,7 +169,7 @@ class Processes:
 
 
 class OnMain:
-    """A thing of the main process: all processes call its methods together, it carries them out, all get the result."""
+    """An object of the main process: all processes call its methods together, it runs them, all get the result."""
 
     def __init__(self, processes: Processes, thing: Any):
         self._processes, self._thing = processes, thing
@@ -182,9 +182,9 @@ class OnMain:
 
 
 class SharedInterrupts(Interrupts):
-    """A signal to one process is one to all, heeded where they all are at the same place.
+    """A signal to one process interrupts all, at the same step.
 
-    A second signal does nothing more: launchers pass on what the terminal has sent already, and kill in the end.
+    A second signal does nothing: launchers repeat the terminal's signal, and kill the processes in the end.
     """
 
     def __init__(self, processes: Processes, enabled: bool = True):
@@ -192,7 +192,7 @@ class SharedInterrupts(Interrupts):
         self.processes, self.agreed = processes, enabled
 
     def check(self) -> None:
-        """Raise Interrupted in all processes if a signal has come to one; all of them must ask."""
+        """Raise Interrupted in all processes if one has received a signal; all processes must call this."""
         if self.agreed and (number := int(self.processes.largest(self.pending or 0))):
             raise Interrupted(number)
 
@@ -206,7 +206,7 @@ class SharedInterrupts(Interrupts):
 
 
 def alone(error: GumboError, rank: int) -> GumboError:
-    """The error marked as one that this process raises by itself, so that it and not the main process reports it."""
+    """Mark an error that this process alone raises, so that this process and not the main one reports it."""
     error.process = rank  # type: ignore[attr-defined]
     _failed_alone.append(error)
     return error
@@ -223,11 +223,11 @@ def _retold(words: tuple[bool, str], who: str = "") -> GumboError:
 
 
 def _leave() -> None:
-    """Wait for the others before the connections go, unless this process has failed by itself: they wait elsewhere."""
+    """Wait for the others before closing connections, unless this process failed alone: the others wait elsewhere."""
     if not dist.is_initialized():
         return
     store, me = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    # A process that ends while another still holds its connections is aborted by gloo now and then.
+    # gloo sometimes aborts a process that ends while another still holds its connections.
     with contextlib.suppress(RuntimeError):
         store.set(f"gumbo/left/{me}", "")
         if not (_failed_alone or hasattr(sys, "last_type")):

@@ -1,4 +1,4 @@
-"""``fit``: a model and a guide trained in place, from data to the best parameters, resumed to the same numbers."""
+"""``fit``: train a model and a guide in place, with checkpoints, validation and reproducible resumption."""
 
 from __future__ import annotations
 
@@ -78,84 +78,84 @@ def fit(
     title: str = "fit",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> FitResult:
-    r"""Train a model and guide in place; the same arguments give the same numbers, interrupted or not.
+    r"""Train a model and a guide in place; the same arguments give the same numbers, interrupted or not.
 
-    Losses with a differentiable scalar run in torch's idiom; the others (stock TraceGraph_ELBO) as ``SVI.step`` does.
-    Both run in a scope of the param store and under generators of their own: the seeds stay as they are, and the store
-    too, but for parameters of ``pyro.param`` that no module owns, whose trained values it has afterwards. Several
-    threads take turns.
+    A differentiable loss runs as a torch module; other losses (stock TraceGraph_ELBO) run as ``SVI.step`` does. The
+    run has its own param-store scope and random generators: the caller's seeds and store do not change, except that
+    parameters of ``pyro.param`` that no module owns have their trained values in the store afterwards. Concurrent calls
+    from several threads run one after the other.
 
-    With a ``run_dir``, SIGINT and SIGTERM stop the run at the next step's end: it is saved, and
-    :class:`~gumbo.errors.Interrupted` (a KeyboardInterrupt) is raised. Started by ``torchrun`` or ``accelerate
-    launch``, the processes fit one model together: each batch is split by rows, gradients are added up to those of one
-    process, and the main process writes, shows progress and calls ``on_epoch`` (docs/several-processes.md says what is
-    refused).
+    With a ``run_dir``, SIGINT and SIGTERM stop the run after the current step: the run is saved, and
+    :class:`~gumbo.errors.Interrupted` (a KeyboardInterrupt) is raised. Under ``torchrun`` or ``accelerate launch`` the
+    processes fit one model together: each batch is split by rows, gradients are summed over the processes, and the main
+    process writes files, shows progress and calls ``on_epoch`` (docs/several-processes.md lists what is refused).
 
     Args:
-        model, guide: Pyro programs: modules, functions, bound methods (``vae.model, vae.guide``). What they register,
-            by ``pyro.module``, ``pyro.param`` or as a module's parameters, is trained.
-        train: what the programs take. A tuple is the positional arguments, a mapping the keywords, anything else the
-            one argument (a tuple or a mapping that is itself an argument stands in a tuple). N is the number of rows of
-            the first tensor; tensors (and NumPy arrays) with N rows are cut into batches, everything else (a
-            PackedSequence, None, a number, a list, other tensors) is passed whole. Where no argument has rows, every
-            step sees all data. Memory-mapped arrays stay in their files. A Dataset of torch's is read batch by batch,
-            in the form that its collated items have; of a DataLoader the data set, batch size, collate function,
-            workers and pinned memory are taken, and the order is drawn here. One with a sampler of its own, or of an
+        model, guide: Pyro programs: modules, functions, bound methods (``vae.model, vae.guide``). ``fit`` trains the
+            parameters that they register by ``pyro.module``, by ``pyro.param`` or as a module's parameters.
+        train: the arguments of the programs. A tuple holds the positional arguments, a mapping the keywords, anything
+            else is the single argument (wrap an argument that is itself a tuple or a mapping in a tuple). N is the
+            number of rows of the first tensor; tensors (and NumPy arrays) with N rows are cut into batches, everything
+            else (a PackedSequence, None, a number, a list, other tensors) is passed whole. Without an argument with
+            rows, every step uses all data. Memory-mapped arrays stay in their files. A torch Dataset is read batch by
+            batch, in the form of its collated items; a DataLoader gives its data set, batch size, collate function,
+            workers and pinned memory, and ``fit`` draws the order. A DataLoader with a custom sampler, or of an
             IterableDataset, keeps its order (docs/runs.md says what a resumed run then needs).
-        valid: validation data in the same form, with rows of their own.
-        loss: any ELBO, or its word.
-        optimizer: a word or a torch optimizer's class (with ``lr``), a callable that makes a torch optimizer of a list
-            of parameters, or a ``pyro.optim`` optimizer, with arguments by parameter name and schedules if it has them.
+        valid: validation data in the same form, with its own number of rows.
+        loss: an ELBO, or its word.
+        optimizer: a word or a torch optimizer's class (with ``lr``), a callable that makes a torch optimizer from a
+            list of parameters, or a ``pyro.optim`` optimizer, with arguments by parameter name and schedules if any.
         lr: the learning rate, or a schedule of the step.
-        scheduler: makes a ``torch.optim.lr_scheduler`` of the optimizer; ReduceLROnPlateau is given −``valid_elbo``
+        scheduler: makes a ``torch.optim.lr_scheduler`` from the optimizer; ReduceLROnPlateau receives −``valid_elbo``
             (without validation data, −the training objective).
-        scheduler_every: ``"epoch"``, or ``"step"`` to move the scheduler after every step.
-        clip_norm: a bound on the norm of the gradients of all parameters together.
+        scheduler_every: ``"epoch"``, or ``"step"`` to advance the scheduler after every step.
+        clip_norm: a bound on the norm of the gradient of all parameters together.
         clip_value: a bound on each element of the gradients.
-        epochs: how many epochs, on resuming in all.
-        batch_size: rows a step.
-        seed: decides the batches and the noise.
+        epochs: the number of epochs; for a resumed run, the total.
+        batch_size: rows per step.
+        seed: the seed of the batch order and of the draws.
         run_dir: a folder for ``metrics.jsonl``, ``checkpoints/last.pt`` and the one before it as ``previous.pt``
             (parameters, optimizer, random state, baselines, place in the epoch, best so far), the best parameters as
-            ``best.pt``, and ``estimators.json``, what the word ``auto`` chose.
-        resume: go on from the last checkpoint in ``run_dir``, with as many epochs as are asked for and all else
-            unchanged; a damaged one is warned of, and the one before it taken.
+            ``best.pt``, and ``estimators.json`` with the estimators that ``auto`` selected.
+        resume: continue from the last checkpoint in ``run_dir``; only ``epochs`` and options that do not change the
+            numbers may differ. A damaged checkpoint gives a warning, and the one before it is used.
         patience: stop after that many epochs without a better ``valid_elbo``, counted from the end of the loss's
-            schedules (KL warm-up, temperatures) on.
-        until: ``"converged"`` stops, without validation data, once the iterates of a constant learning rate stand still
-            in distribution (R̂ of their last windows at most 1.1) and their average is known to a Monte Carlo standard
-            error of 0.02 max(1, \|average\|) in every coordinate; the average is the result. It waits for the loss's
-            schedules, looks at the ends of epochs, and says its numbers; ``epochs`` is the most that are made. A
-            network's weights wander along flat directions, so that this is for guides of few parameters (Dhaka et al.
+            schedules (KL warm-up, temperatures).
+        until: ``"converged"`` stops, without validation data, when the iterates at a constant learning rate are
+            stationary (R̂ of their last windows at most 1.1) and the Monte Carlo standard error of their average is
+            at most 0.02 max(1, \|average\|) in every coordinate; the average is the result. The test starts after
+            the loss's schedules end, runs at the ends of epochs, and prints its numbers; ``epochs`` is the maximum.
+            The weights of a network drift along flat directions: use this for guides with few parameters (Dhaka et al.
             2020, arXiv:2009.00666; Welandawe et al. 2022, arXiv:2203.15945).
-        restore_best: leave the parameters of the best epoch rather than of the last.
-        drop_last: drop a last partial batch; None does so where the loss keeps something for each batch position.
-        transform: ``transform(batch, generator)`` makes of a training batch, in the form ``train`` has, what the
-            programs take (dynamic binarization, conditions from labels); what it draws, it draws from the generator.
-        valid_samples: draws a datum behind ``valid_elbo``.
-        checkpoint_every: epochs between checkpoints; one is written before the first step too.
-        checkpoint_steps: also after so many steps.
-        checkpoint_minutes: also after so many minutes.
+        restore_best: keep the parameters of the best epoch instead of the last.
+        drop_last: drop a partial last batch; None does so where the loss keeps state for each batch position.
+        transform: ``transform(batch, generator)`` maps a training batch, in the form of ``train``, to the arguments of
+            the programs (dynamic binarization, conditions from labels); all its random draws use the generator.
+        valid_samples: draws per datum for ``valid_elbo``.
+        checkpoint_every: epochs between checkpoints; the first is written before the first step.
+        checkpoint_steps: also write a checkpoint after that many steps.
+        checkpoint_minutes: also write a checkpoint after that many minutes.
         tensorboard: also write scalars under ``tensorboard/`` in ``run_dir``.
-        validate: keep all of Pyro's validation on. Otherwise the first batch runs under it, and every row is held
-            against its site's support once (in each epoch where ``transform`` or ``drop_last`` shows other rows; sites
-            whose distribution has ``validate_args=False`` are left out).
-        compile: make one graph of the loss, its gradient and Adam, and machine code of the graph. It takes some seconds
-            at the start, needs a C++ compiler, and pays on long runs of small networks. Programs that decide by values
-            are refused; batches of another size than ``batch_size`` run without it.
+        validate: keep Pyro's validation on for every step. By default only the first batch runs under validation, and
+            every row is checked against its site's support once (in each epoch where ``transform`` or ``drop_last``
+            changes the rows; sites whose distribution has ``validate_args=False`` are not checked).
+        compile: compile the loss, its gradient and Adam to one graph. Compilation takes some seconds and needs a C++
+            compiler; it pays for long runs of small networks. Programs with value-dependent control flow are refused;
+            batches of another size than ``batch_size`` run uncompiled.
         progress: show progress on standard error.
-        title: what the progress lines begin with.
+        title: the prefix of the progress lines.
         on_epoch: called with each epoch's numbers.
 
     Returns:
-        A :class:`FitResult`: the numbers of each epoch, in nats per datum (under a plate that subsamples, per datum of
-        the whole), and which epoch was best.
+        A :class:`FitResult`: the numbers of each epoch, in nats per datum (per datum of the whole data under a plate
+        that subsamples), and the best epoch.
 
     Raises:
-        BadInput: data, programs or settings that cannot be used; a run folder that holds another run; a guide with
-            parameters for each row of a batch, where there are several batches.
-        GumboError: the loss stops being finite (the parameter or site is named), or a file cannot be written.
-        Interrupted: a signal stopped a run that has a ``run_dir``.
+        BadInput: data, programs or settings that cannot be used; a run folder of another run; a guide with parameters
+            for each row of a batch and more than one batch.
+        GumboError: a loss that is not finite (the message names the parameter or site), or a file that cannot be
+            written.
+        Interrupted: a signal stopped a run with a ``run_dir``.
 
     >>> from gumbo.models import GaussianVAE
     >>> from gumbo.guides import NormalGuide
@@ -187,7 +187,7 @@ def fit(
         first = batches_of(rows, batch_size, seed, False, transform, device).first()
         of_rows = None
         num_rows = sys.maxsize if _is_stream(rows) else len(rows)
-        if batch_size == 1 < num_rows:  # of one row nothing can be told from what all rows share
+        if batch_size == 1 < num_rows:  # with one row, a parameter of that row has the shape of a shared one
             of_rows = parameter_of_rows(model, guide, batches_of(rows, 2, seed, False, transform, device).first(), seed)
         found = _inspected(model, guide, first, seed, of_rows)
     model, guide = found.model, found.guide
@@ -252,14 +252,14 @@ def fit(
 
 
 def _is_stream(rows: Rows) -> bool:
-    """Whether rows come as they will, not to be counted or asked for by number."""
+    """Whether the rows are a stream, without a length or random access."""
     return isinstance(rows, StoredRows) and rows.source.iterable
 
 
 def _with_the_loaders(options: FitSettings, rows: Rows) -> FitSettings:
-    """The settings with what a DataLoader says: its batch size, and whether it drops a last partial batch.
+    """The settings with the DataLoader's batch size and its ``drop_last``.
 
-    Raises BadInput where the caller says otherwise.
+    Raises BadInput for a ``batch_size`` that contradicts the DataLoader's.
     """
     loader = rows.source.loader if isinstance(rows, StoredRows) else None
     if loader is None or loader.batch_size is None:
@@ -274,14 +274,14 @@ def _with_the_loaders(options: FitSettings, rows: Rows) -> FitSettings:
 
 
 def keeps_batch_positions(loss: ELBO) -> bool:
-    """Whether the loss keeps a number for each position in a batch, so that a shorter batch would not fit it."""
+    """Whether the loss keeps a number for each position in a batch, so that a shorter batch does not fit it."""
     from ..stock import TraceGraphBaselineELBO
 
     return isinstance(loss, TraceGraphBaselineELBO)
 
 
 def _device_of(model: Callable, guide: Callable, rows: Rows) -> torch.device:
-    """Where the programs compute: where their parameters are, or without any that are known, where the data are."""
+    """The device of the programs' parameters; without known parameters, the device of the data."""
     programs = [getattr(program, "__self__", program) for program in (model, guide)]
     modules = [module for module in modules_of(*programs) if next(module.parameters(), None) is not None]
     if modules or modules_of(*programs):
@@ -298,7 +298,7 @@ def _inspected(model: Callable, guide: Callable, batch: Rows, seed: int, of_rows
         except Exception:
             if len(modules_of(model, guide)) < 2:
                 raise
-            return Inspection(model, guide)  # a loss may run them otherwise than plainly, by enumeration
+            return Inspection(model, guide)  # the loss may run programs that need enumeration
     if not any(parameter.requires_grad for parameter in owned_parameters(found.model, found.guide).values()):
         raise BadInput(
             "model and guide have no parameter to train: register networks by pyro.module, or use pyro.param"
@@ -307,7 +307,7 @@ def _inspected(model: Callable, guide: Callable, batch: Rows, seed: int, of_rows
 
 
 def _make_loss(loss: ELBO | str) -> tuple[ELBO, str]:
-    """The ELBO, and words that tell it from another one."""
+    """The ELBO, and a description that differs between ELBOs with different settings."""
     if isinstance(loss, str):
         from ..stock import make_loss
 
@@ -316,13 +316,13 @@ def _make_loss(loss: ELBO | str) -> tuple[ELBO, str]:
         raise BadInput(f"loss is {type(loss).__name__}: expected an ELBO or its word, such as 'rloo' or 'trace'")
     if type(loss).__repr__ is object.__repr__:
         return loss, f"{type(loss).__name__}(num_particles={loss.num_particles})"
-    # A word says nothing of what was set on its estimator afterwards, such as a temperature.
+    # The word does not show options that were set on the estimator afterwards, such as a temperature.
     chosen = [*getattr(loss, "given", {}).values(), getattr(loss, "otherwise", None)]
     return loss, without_addresses([loss, *chosen] if any(chosen) else loss)
 
 
 def _fingerprint(rows: Rows) -> str:
-    """The data in words and a checksum, so that another run's data are told from these."""
+    """A description of the data with a checksum, which differs between runs with different data."""
     if isinstance(rows, StoredRows):
         named = type(rows.source.dataset).__name__
         if rows.source.iterable:
@@ -364,7 +364,7 @@ def _described(rows: Rows) -> str:
 
 
 def _refuse_programs(model: Callable, guide: Callable) -> None:
-    """Raise BadInput for what cannot be trained, whatever the data."""
+    """Raise BadInput for programs that cannot be trained with any data."""
     for name, program in (("model", model), ("guide", guide)):
         if isinstance(program, type) or not callable(program):
             what = f"the class {program.__name__}" if isinstance(program, type) else f"a {type(program).__name__}"
@@ -382,10 +382,10 @@ def _refuse_programs(model: Callable, guide: Callable) -> None:
 def _make_step(
     model, guide, loss: ELBO, make: Callable, batch: Rows, compile: bool, processes: Processes | None, seed: int
 ) -> Step:
-    """The kind of step that the loss needs; programs that cannot run on the data are refused in one line."""
+    """The Step class that the loss needs; raises BadInput for programs that fail on the batch."""
     kind: Callable[..., Step] = TorchStep if is_differentiable(loss) else StoreStep
     if compile:
-        from .compile.step import CompiledStep as kind  # what it imports takes a while to load
+        from .compile.step import CompiledStep as kind  # imported here: torch's compiler is slow to load
     if processes is not None:
         from .data_parallel import ProcessStep
 
@@ -403,7 +403,7 @@ def _make_step(
 
 @contextmanager
 def _explained(batch: Rows, model: Callable, guide: Callable) -> Iterator[None]:
-    """What the programs raise on the first batch, in one line."""
+    """Turn an error of the programs on the first batch into a one-line BadInput."""
     try:
         yield
     except GumboError:
@@ -418,7 +418,7 @@ def _explained(batch: Rows, model: Callable, guide: Callable) -> Iterator[None]:
 
 
 def _about_dtypes(batch: Rows, *programs: Callable) -> str:
-    """A hint where the data are of another type than the parameters."""
+    """A hint where the dtype of the data differs from that of the parameters."""
     wanted = next((p.dtype for program in modules_of(*programs) for p in program.parameters()), None)
     given = [tensor.dtype for tensor in batch.tensors() if tensor.dtype != wanted]
     if wanted is None or not given:

@@ -1,4 +1,4 @@
-"""Free bits as a loss of its own."""
+"""Free bits as a loss."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from ..objectives.free_bits import FreeBitsBound
 
 
 class FreeBits(SiteELBO):
-    """The evidence lower bound with a floor under each latent dimension's KL: it is free up to ``floor`` nats.
+    """The evidence lower bound with a lower limit (``floor``, in nats) for the KL of each latent dimension.
 
-    The same as ``SiteELBO(objective=FreeBitsBound(floor))`` with particles one by one. A loss in nats, summed over the
-    batch; the mean KL that is compared with the floor is over the batch.
+    The same as ``SiteELBO(objective=FreeBitsBound(floor))`` with particles one after the other. The loss is in nats,
+    summed over the batch; the KL that is compared with the floor is its mean over the batch. Kingma et al. 2016,
+    arXiv:1606.04934.
 
     Args:
         floor: nats per latent dimension, at least 0.
-        num_particles: draws that the loss is averaged over.
+        num_particles: number of draws that the loss is averaged over.
 
     Raises:
-        BadInput: a floor that is no number of at least 0.
+        BadInput: a floor that is not a number of at least 0.
         UnsupportedSite: a latent without a reparameterized draw or a KL in closed form, when the loss is called.
 
     >>> import torch

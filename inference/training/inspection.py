@@ -1,4 +1,4 @@
-"""What one run of model and guide tells ``fit``: their parameters, the size of the data plate, parameters of rows."""
+"""One run of model and guide before training: their parameters, the size of the data plate, parameters of rows."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ..estimators._distributions import turns_validation_off
 
 
 class ProgramModule(nn.Module):
-    """A program whose parameters live in Pyro's param store, as a module that owns them.
+    """A program whose parameters are in Pyro's param store, as a module that owns them.
 
     Args:
         program: a function, a bound method, or a module that calls ``pyro.param``.
-        networks: the modules that it calls, for their parameters, modes and buffers.
-        params: leaves of ``pyro.param`` that belong to none of them, by their name in the store, with constraints.
+        networks: the modules that the program calls, for their parameters, modes and buffers.
+        params: leaves of ``pyro.param`` that belong to no network, by their name in the store, with constraints.
 
-    Called in any scope of the store, it finds its own parameters there.
+    A call in any scope of the store finds these parameters there.
     """
 
     def __init__(self, program: Callable, networks: Sequence[nn.Module], params: Mapping[str, tuple[Tensor, Any]]):
@@ -60,12 +60,12 @@ class ProgramModule(nn.Module):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``fit`` must know of a pair before the first step.
+    """What ``fit`` needs to know of a model and guide before the first step.
 
-    Attributes: ``model`` and ``guide`` as modules; ``num_data``, how many data the loss of a batch stands for where
-    that is not the batch's length; ``of_rows``, a parameter with an element for each row of a batch, or None;
-    ``unchecked``, the observed sites whose distribution the user told not to validate; ``averages`` says that a site
-    asks TraceGraph_ELBO for the average that it keeps for each position in a batch.
+    Attributes: ``model`` and ``guide`` as modules; ``num_data``, the number of data that the loss of a batch counts,
+    where that is not the batch's length; ``of_rows``, a parameter with an element for each row of a batch, or None;
+    ``unchecked``, the observed sites with ``validate_args=False``; ``averages``, whether a site asks TraceGraph_ELBO
+    for its average for each position in a batch.
     """
 
     model: nn.Module
@@ -78,9 +78,9 @@ class Inspection:
 
     @contextmanager
     def trained(self) -> Iterator[None]:
-        """Inside, parameters that the programs do not register stay; afterwards the param store has the trained ones.
+        """Keep parameters that the programs do not register; on exit, put the trained ones in the param store.
 
-        Only parameters of ``pyro.param`` that no module owns are put there; everything else in the store stays.
+        Only parameters of ``pyro.param`` that no module owns are put there; the rest of the store does not change.
         """
         for parameter in self._unregistered:
             parameter.requires_grad_(False)
@@ -97,9 +97,9 @@ class Inspection:
 
 
 def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -> Inspection:
-    """Run a pair on the first batch and look at it; random streams, buffers, modes and the param store stay.
+    """Run model and guide on the first batch and inspect them; random state, buffers, modes and the store are restored.
 
-    Raises BadInput for programs without sites, and for two networks under one name; whatever else the programs raise.
+    Raises BadInput for programs without sites, and for two networks under one name; errors of the programs pass.
     """
     with ExitStack() as stack:
         stack.enter_context(private_store(model, guide))
@@ -119,7 +119,7 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
         )
         unregistered: list[nn.Parameter] = []
         stored = _as_parameters(stored)
-        # A network of a module belongs to that module alone: under two names a captured step would take it for two.
+        # A network of a module belongs to that module alone: under two names compile would count it twice.
         whose = {id(part) for program in (model, guide) if isinstance(program, nn.Module) for part in program.modules()}
         others = [part for part in called if id(part) not in whose]
         programs = [
@@ -129,14 +129,14 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
         if not any(True for trace in traces for _ in sites_of(trace)):
             raise BadInput("model and guide have no sample sites, so that there is no objective")
         of_rows = None
-        # What cannot be looked at more closely trains without the closer look.
+        # A program that fails here trains without the inspection.
         with suppress(Exception), modes_kept(*programs):
             of_rows = positional_parameter(*programs, batch, seed)
         if len(batch) == 1 and not batch.whole:
             of_rows = _autoguide_of_one_row(guide, traces[1])
     if unregistered:
         warnings.warn(
-            f"{len(unregistered)} parameters of networks that the programs call without pyro.module stay as they are: "
+            f"{len(unregistered)} parameters of networks that the programs call without pyro.module are not trained: "
             "register the networks, or set requires_grad to False",
             GumboWarning,
             stacklevel=3,
@@ -145,9 +145,9 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
 
 
 def parameter_of_rows(model: Callable, guide: Callable, batch: Rows, seed: int) -> str | None:
-    """The parameter that would have elements for each row of a batch, looked at in copies of the programs."""
+    """The parameter that has elements for each row of a batch, found on copies of the programs, or None."""
     if any(autoguides_in(program) for program in (model, guide)):
-        return None  # they cannot be copied, and say themselves what they keep for a row
+        return None  # such programs cannot be copied, and report parameters of rows themselves
     with suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore", GumboWarning)
         return inspect_programs(*copy.deepcopy((model, guide)), batch, seed).of_rows
@@ -155,7 +155,7 @@ def parameter_of_rows(model: Callable, guide: Callable, batch: Rows, seed: int) 
 
 
 def _autoguide_of_one_row(guide: Callable, model: poutine.Trace) -> str | None:
-    """A parameter of an autoguide of latents in the data plate, where that has one row."""
+    """A parameter of an autoguide whose latents are in a data plate of size 1."""
     observed = {frame.name for site in sites_of(model) if site["is_observed"] for frame in site["cond_indep_stack"]}
     for autoguide in autoguides_in(guide):
         if autoguide.prototype_trace is None or autoguide.create_plates is not None:
@@ -171,7 +171,7 @@ def _autoguide_of_one_row(guide: Callable, model: poutine.Trace) -> str | None:
 
 
 def _names(*traces: poutine.Trace) -> list[str]:
-    """The parameters that the programs asked the store for."""
+    """The names of the parameters in the traces."""
     return [name for trace in traces for name, site in trace.nodes.items() if site["type"] == "param"]
 
 
@@ -182,7 +182,7 @@ def _as_module(
     called: Sequence[nn.Module],
     unregistered: list[nn.Parameter],
 ) -> nn.Module:
-    """The program itself if it is a module that owns all its parameters, else a module around it."""
+    """The program itself if it is a module that owns all its parameters, else a module that wraps it."""
     asked = {name: stored[name] for name in _names(trace) if name in stored}
     if isinstance(program, nn.Module):
         networks = [program]
@@ -202,14 +202,14 @@ def _as_module(
 
 
 def _outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Modules that are in none of the others, each once."""
+    """The modules that no other module contains, without duplicates."""
     unique = list({id(module): module for module in modules}.values())
     inside = {id(child) for module in unique for child in module.modules() if child is not module}
     return [module for module in unique if id(module) not in inside]
 
 
 def _as_parameters(leaves: Mapping[str, tuple[Tensor, Any]]) -> dict[str, tuple[nn.Parameter, Any]]:
-    """Leaves of the store as parameters over the same memory."""
+    """Leaves of the store as parameters that share their memory."""
     return {
         name: (leaf if isinstance(leaf, nn.Parameter) else nn.Parameter(leaf.detach()), constraint)
         for name, (leaf, constraint) in leaves.items()
@@ -217,7 +217,7 @@ def _as_parameters(leaves: Mapping[str, tuple[Tensor, Any]]) -> dict[str, tuple[
 
 
 def _put(store, name: str, value: Tensor, constraint: Any) -> None:
-    """Give the store an unconstrained value, in the tensor that it has for the name."""
+    """Write an unconstrained value into the store's tensor of that name."""
     if name in store:
         leaf = store._params[name]
         if leaf.data_ptr() != value.data_ptr():
@@ -230,7 +230,7 @@ def _put(store, name: str, value: Tensor, constraint: Any) -> None:
 
 
 def _key(name: str) -> str:
-    """A name of the store as a module's parameter may be called."""
+    """A store name as a valid module parameter name."""
     return name.replace(".", "/")
 
 
@@ -246,9 +246,9 @@ def _unchecked(trace: poutine.Trace) -> frozenset[str]:
 
 
 def _num_data(trace: poutine.Trace, batch: Rows) -> int | None:
-    """How many data a loss on this batch stands for, if it is not the batch's length.
+    """The number of data that a loss on this batch counts, if it is not the batch's length.
 
-    The plates that enclose every observed site say it: one that subsamples scales its terms to all that it counts.
+    The plates that enclose every observed site give it: a subsampling plate scales its terms to its full size.
     """
     observed = [site for site in sites_of(trace) if site["is_observed"] and not site["infer"].get("_deterministic")]
     if not observed:
@@ -271,7 +271,7 @@ def _num_data(trace: poutine.Trace, batch: Rows) -> int | None:
 
 
 def refuse_parameter_of_rows(inspection: Inspection, batch_size: int, num_rows: int) -> None:
-    """Raise BadInput where several batches would train one parameter as if their rows were the same."""
+    """Raise BadInput where several batches would train one parameter for different rows."""
     if inspection.of_rows is not None and batch_size < num_rows:
         raise BadInput(
             f"parameter {inspection.of_rows!r} has elements for each row of a batch, so that the {num_rows} rows of "

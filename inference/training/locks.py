@@ -1,4 +1,4 @@
-"""One process at a time writes into a run folder."""
+"""A lock for run folders: one process at a time writes into a folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ except ImportError:  # Windows
 
 NAME = ".lock"
 
-_held: dict[Path, tuple[int, int]] = {}  # of this process: the folder's lock, by thread and open file
+_held: dict[Path, tuple[int, int]] = {}  # this process's locks: thread id and open file by folder
 
 
 def _leave_to_parent() -> None:
-    """A forked process (a worker that reads data) holds no lock, and so does not outlive its parent with one."""
+    """Drop the parent's locks in a forked process (a data worker), so that none outlives the parent."""
     for _, file in _held.values():
         with contextlib.suppress(OSError):
             os.close(file)
@@ -34,12 +34,12 @@ if hasattr(os, "register_at_fork"):
 
 
 class FolderLock:
-    """The right to write into a run folder, which the system takes back when the process ends in whatever way.
+    """A lock on a run folder, which the system releases when the process ends.
 
-    The thread that holds it may take it again (``gumbo train`` holds it around ``fit``): only the first gives it back.
+    The thread that holds it may acquire it again (``gumbo train`` holds it around ``fit``): only the first releases it.
 
     Args:
-        folder: the run folder; it is made where it does not stand.
+        folder: the run folder; it is created if missing.
     """
 
     def __init__(self, folder: Path):
@@ -47,7 +47,7 @@ class FolderLock:
         self._mine = False
 
     def acquire(self) -> None:
-        """Take it; raises BadInput where another process or thread has it, GumboError where nothing can be written."""
+        """Lock the folder; raises BadInput if another process or thread holds it, GumboError if it is not writable."""
         thread = threading.get_ident()
         if self.folder in _held:
             if _held[self.folder][0] == thread:
@@ -79,7 +79,7 @@ class FolderLock:
                     GumboWarning,
                     stacklevel=3,
                 )
-            # Its last holder may have removed the file between the opening and the locking.
+            # The previous holder may have removed the file between the opening and the locking.
             if _is_at(file, path):
                 with contextlib.suppress(OSError):  # a full disk
                     os.ftruncate(file, 0)
@@ -88,7 +88,7 @@ class FolderLock:
             os.close(file)
 
     def release(self) -> None:
-        """Give it back, if it was taken here."""
+        """Release the lock, if this object acquired it."""
         if not self._mine:
             return
         self._mine = False

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: ``metrics.jsonl``, and scalars for TensorBoard."""
+"""The records of a run: ``metrics.jsonl``, and scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from ...files import append_line, write_whole
 
 
 class Metrics:
-    """``metrics.jsonl``: one line an epoch, there as soon as the epoch is over."""
+    """``metrics.jsonl``: one line per epoch, written when the epoch ends."""
 
     def __init__(self, folder: Path):
         self.path = folder / "metrics.jsonl"
 
     def rewrite(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Just these lines: those of epochs after the checkpoint would otherwise stand twice."""
+        """Replace all lines by these; otherwise epochs after the checkpoint would occur twice."""
         lines = "".join(json.dumps(numbers) + "\n" for numbers in history)
         write_whole(self.path, lambda file: file.write(lines.encode()))
 
     def append(self, numbers: Mapping[str, float]) -> None:
-        """One line, or none: what a full disk took of it is cut off again, and GumboError raised."""
+        """Append one line or nothing: a partial line (full disk) is removed, and GumboError is raised."""
         append_line(self.path, json.dumps(numbers))
 
 
 class Scalars:
     """Every number of an epoch as a TensorBoard scalar over training steps, under ``<run_dir>/tensorboard``.
 
-    Needs the package ``tensorboard``; BadInput says how to get it. ``after`` is the step that the run goes on from:
-    TensorBoard drops what an interrupted run had written beyond it.
+    Needs the package ``tensorboard``; raises BadInput with the install command. ``after`` is the step that the run
+    resumes from: TensorBoard drops the later entries of an interrupted run.
     """
 
     def __init__(self, folder: Path, after: int | None):
@@ -59,5 +59,5 @@ def _summary_writer():
 
 
 def require_tensorboard() -> None:
-    """Raise BadInput now where TensorBoard is missing, and not after the first epoch."""
+    """Raise BadInput where TensorBoard is missing, before the first epoch."""
     _summary_writer()

@@ -1,4 +1,4 @@
-"""Natural gradients: the Fisher matrix as the Hessian of a KL, never formed, inverted by conjugate gradients."""
+"""Natural gradients: the Fisher matrix as the Hessian of a KL, by matrix-vector products and conjugate gradients."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Distributions = Callable[[], "Distribution | Sequence[Distribution]"]
 
 
 def fisher_product(distributions: Distributions, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    r"""The map :math:`v \mapsto G v`, G the Fisher matrix of what ``distributions()`` returns, at the parameters as is.
+    r"""The map :math:`v \mapsto G v` with the Fisher matrix G of ``distributions()`` at the current parameters.
 
     :math:`G = \nabla^2_\theta\, \mathrm{KL}(p_{\theta_{old}} \| p_\theta)` at θ = θ_old. ``distributions`` computes a
-    torch or Pyro distribution (or several) from ``parameters``; KLs are summed over its batch. Vectors are flat, the
-    parameters one after another. A product costs one backward pass.
+    torch or Pyro distribution (or several) from ``parameters``; KLs are summed over its batch. A vector is flat: the
+    parameters are concatenated. A product costs one backward pass.
 
-    Raises BadInput for distributions without a registered KL, and for a parameter that they do not depend on.
+    Raises BadInput for distributions without a registered KL, and for a parameter that the distributions do not use.
 
     >>> loc, log_scale = torch.zeros(1, requires_grad=True), torch.ones(1, requires_grad=True)
     >>> normal = lambda: torch.distributions.Normal(loc, log_scale.exp())
@@ -38,7 +38,7 @@ def fisher_product(distributions: Distributions, parameters: Sequence[Tensor]) -
         new = [found] if isinstance(found, Distribution) else list(found)
         divergence = _divergence([_detached(fn) for fn in new], new)
         if not divergence.requires_grad:
-            raise BadInput("the distributions depend on none of the parameters, so that they have no Fisher matrix")
+            raise BadInput("the distributions depend on none of the parameters, so that there is no Fisher matrix")
         slopes = torch.autograd.grad(divergence, parameters, create_graph=True, allow_unused=True)
     for place, (slope, parameter) in enumerate(zip(slopes, parameters, strict=True)):
         if slope is None or not slope.requires_grad:
@@ -58,10 +58,10 @@ def fisher_product(distributions: Distributions, parameters: Sequence[Tensor]) -
 def conjugate_gradients(
     product: Callable[[Tensor], Tensor], target: Tensor, *, iterations: int = 20, tolerance: float = 1e-10
 ) -> Tensor:
-    """x with A x = ``target``, for a symmetric positive definite A of which there is only ``product(v) = A v``.
+    """Solve A x = ``target`` for x, with a symmetric positive definite A given as ``product(v) = A v``.
 
-    Stops after so many products, or once the residual's norm is ``tolerance`` of the target's; exact, up to rounding,
-    after as many as A has distinct eigenvalues. Hestenes & Stiefel 1952.
+    Stops after ``iterations`` products, or when the norm of the residual is ``tolerance`` times that of the target;
+    exact, up to rounding, after as many products as A has distinct eigenvalues. Hestenes & Stiefel 1952.
 
     >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     >>> conjugate_gradients(matrix.mv, torch.tensor([3.0, 4.0]))
@@ -77,7 +77,7 @@ def conjugate_gradients(
         moved = product(direction)
         curvature = direction @ moved
         if not curvature > 0:
-            break  # rounding has eaten what was left
+            break  # the residual is below rounding error
         length = squared / curvature
         solution = solution + length * direction
         residual = residual - length * moved
@@ -89,8 +89,9 @@ def conjugate_gradients(
 def guide_distributions(guide: Callable, args: object) -> Distributions:
     """The distributions of a guide's latent sites for one batch, as a function of the parameters alone.
 
-    The guide is run once, and its draws are replayed from then on, so that a site given others stays a function. Draws
-    of earlier sites make the Fisher matrix of a dependent guide an estimate, over the rows of the batch.
+    The guide runs once; later calls replay its draws, so that a site that depends on other sites stays a function of
+    the parameters. The draws of earlier sites make the Fisher matrix of a dependent guide an estimate, over the rows of
+    the batch.
 
     >>> from gumbo.guides import NormalGuide
     >>> from gumbo.models import GaussianVAE
@@ -122,13 +123,21 @@ class NaturalGradient(torch.optim.Optimizer):
 
     G is the Fisher matrix of what ``distributions`` returns (see `fisher_product`): a model's likelihood on the batch,
     or the sites of a guide (`guide_distributions`). Call ``loss.backward()``, then ``step(distributions)``. The loss
-    should be on the scale of the KL: a sum over the same batch, as every ELBO is. ``iterations`` bounds the conjugate
-    gradients; ``max_kl`` shortens a step until :math:`\tfrac12 s^\top G s`, the KL it moves by, is at most that, in
-    nats (a trust region).
+    and the KL need the same scale: a sum over the same batch, as for every ELBO.
+
+    Args:
+        parameters: the tensors to optimize.
+        lr: the factor of the step.
+        damping: added to the diagonal of G.
+        iterations: the maximal number of conjugate-gradient products.
+        max_kl: nats; a step is shortened until :math:`\tfrac12 s^\top G s`, its KL to second order, is at most this
+            (a trust region). None sets no limit.
+
+    Raises:
+        BadInput: settings out of range, and what `fisher_product` refuses.
 
     Amari 1998, "Natural gradient works efficiently in learning"; Martens 2010, "Deep learning via Hessian-free
-    optimization"; Schulman et al. 2015, arXiv:1502.05477, for the trust region. Raises BadInput for settings out of
-    range and for what `fisher_product` refuses.
+    optimization"; Schulman et al. 2015, arXiv:1502.05477, for the trust region.
 
     >>> loc, raw = torch.tensor([3.0], requires_grad=True), torch.tensor([1.0], requires_grad=True)
     >>> q = lambda: torch.distributions.Normal(loc, raw.exp())
@@ -162,7 +171,7 @@ class NaturalGradient(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
 
     def step(self, distributions: Distributions) -> None:  # type: ignore[override]
-        """One step from the gradients at hand."""
+        """One step from the current gradients."""
         pairs = [(p, group["lr"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not pairs:
             raise BadInput("NaturalGradient: no parameter has a gradient; call loss.backward() before step")
@@ -181,7 +190,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
 
 def _detached(thing):
-    """A distribution with all its tensors cut from the graph: θ_old, which may share memory with θ."""
+    """A distribution with all its tensors detached and cloned: θ_old, whose memory θ must not share."""
     if isinstance(thing, Tensor):
         return thing.detach()
     if isinstance(thing, Distribution):

@@ -1,4 +1,4 @@
-"""What made a training run stop being finite, in one line."""
+"""One-line explanations of a loss or parameter that is not finite."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..engine.rows import Rows
 
 
 class Guard:
-    """Stops a run whose loss or parameters are not finite, and says which parameter or site it is.
+    """Stops a run whose loss or parameters are not finite, and names the parameter or site.
 
-    ``advice`` is what to say beside it: where the last good state lies.
+    ``advice`` is added to the message: where the last good state is stored.
     """
 
     def __init__(self, model: Callable, guide: Callable, parameters: Mapping[str, torch.Tensor]):
@@ -53,7 +53,7 @@ class Guard:
 
 
 class _FirstBroken(Messenger):
-    """Notes the first site whose log-probability is not finite, or that cannot be drawn at all."""
+    """Records the first site that has a log-probability that is not finite, or that cannot be drawn."""
 
     site: str | None = None
     _begun: str | None = None
@@ -73,7 +73,7 @@ class _FirstBroken(Messenger):
 def _broken_site(model: Callable, guide: Callable, batch: Rows) -> str | None:
     """The first site of a fresh run whose log-probability is not finite."""
     look = _FirstBroken()
-    # Pyro's validation would refuse the very values that are looked for, and a draw from them may fail without it.
+    # Pyro's validation refuses the values that this looks for, and a draw from them may fail without it.
     with suppress(Exception), pyro.validation_enabled(False), torch.no_grad():
         trace = poutine.trace(look(guide)).get_trace(*batch.args, **batch.kwargs)
         poutine.replay(look(model), trace=trace)(*batch.args, **batch.kwargs)

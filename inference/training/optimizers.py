@@ -34,9 +34,9 @@ Named = Mapping[str, Parameter]
 
 
 class Updates:
-    """A torch optimizer with what surrounds its step: gradients are clipped before, the learning rate moves after.
+    """A torch optimizer with gradient clipping before its step and a learning-rate schedule after it.
 
-    Attributes: ``optimizer``; ``scheduler`` and ``clip``, which are None where there is none.
+    Attributes: ``optimizer``; ``scheduler`` and ``clip``, each of which may be None.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Updates:
             self.scheduler.step()
 
     def end_epoch(self, loss: float) -> None:
-        """Move a learning rate that changes by the epoch; ``loss`` is what ReduceLROnPlateau judges by."""
+        """Advance a scheduler that steps by the epoch; ``loss`` is the metric of ReduceLROnPlateau."""
         if self.scheduler is None or self.every_step:
             return
         with warnings.catch_warnings():
-            # A run that goes on from the end of an epoch has made no step yet in this process.
+            # A run resumed at the end of an epoch has made no step yet in this process.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.scheduler.step(*([loss] if isinstance(self.scheduler, ReduceLROnPlateau) else []))
 
     @property
     def lr(self) -> float | None:
-        """The learning rate of the first parameters, where one is scheduled."""
+        """The learning rate of the first parameter group, if it is scheduled."""
         return None if self.scheduler is None else float(self.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,9 +89,9 @@ def make_optimizer(
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     scheduler_every: str = "epoch",
 ) -> tuple[Callable[[Named], Updates], str]:
-    """A function from named parameters to their :class:`Updates`, and words that tell these from others.
+    """A function from named parameters to their :class:`Updates`, and a description that identifies the optimizer.
 
-    Raises UnknownName for an unknown word, and BadInput for what is no optimizer, or no number that can be meant.
+    Raises UnknownName for an unknown word, and BadInput for an invalid optimizer or number.
     """
     for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
         if not fits(value, float | None):
@@ -120,7 +120,7 @@ def make_optimizer(
 def _scheduler(
     optimizer: object, lr: float | Schedule, scheduler: Callable | None, every: str, words: str
 ) -> Callable[[torch.optim.Optimizer], tuple[Any, bool]]:
-    """A function from the torch optimizer to what moves its learning rate, and whether that moves at every step."""
+    """A function from the torch optimizer to its scheduler, and whether the scheduler steps at every training step."""
     if every not in ("epoch", "step"):
         raise UnknownName("scheduler_every", every, ("epoch", "step"))
     if scheduler is not None and (callable(lr) or isinstance(optimizer, PyroLRScheduler)):
@@ -128,7 +128,7 @@ def _scheduler(
     if callable(lr):
         if not isinstance(optimizer, (str, type)):
             raise BadInput(f"{words} brings a learning rate of its own, which lr= cannot schedule: use scheduler=")
-        # The optimizer's own rate is 1, so that the factor that LambdaLR multiplies it by is the rate.
+        # The optimizer's own rate is 1, so that LambdaLR's factor is the learning rate.
         scheduler, every = functools.partial(LambdaLR, lr_lambda=lr), "step"
     elif isinstance(optimizer, PyroLRScheduler):
         scheduler = functools.partial(optimizer.pt_scheduler_constructor, **optimizer.kwargs)
@@ -147,7 +147,7 @@ def _scheduler(
 
 
 def _maker(optimizer: Any, lr: float, lr_said: str) -> tuple[Callable[[Named], Any], str]:
-    """A function from named parameters to a torch optimizer, and words for it."""
+    """A function from named parameters to a torch optimizer, and a description of it."""
     if isinstance(optimizer, str):
         if optimizer not in OPTIMIZERS:
             raise UnknownName("optimizer", optimizer, OPTIMIZERS)
@@ -173,7 +173,7 @@ def _maker(optimizer: Any, lr: float, lr_said: str) -> tuple[Callable[[Named], A
 
 
 def _groups(optimizer: PyroOptim, named: Named) -> list[dict[str, Any]]:
-    """A group for each parameter, with the arguments that Pyro would give it by its name in the param store."""
+    """A parameter group for each parameter, with the arguments that Pyro assigns to its name in the param store."""
     if optimizer.pt_optim_args_argc != 1:
         raise BadInput("a pyro.optim optimizer's function of the parameter must take one argument, the name")
     plain = {name: re.sub(r"^(model|guide)\.|_unconstrained$", "", name) for name in named}
@@ -181,7 +181,7 @@ def _groups(optimizer: PyroOptim, named: Named) -> list[dict[str, Any]]:
 
 
 def _fused(kind: type[torch.optim.Optimizer], parameters: Iterable[Parameter], lr: float):
-    """One kernel for all parameters where torch has it: on a small network many kernels cost as much as a layer."""
+    """A fused optimizer where torch has one: on a small network, separate kernels cost as much as a layer."""
     parameters = list(parameters)
     if "fused" in inspect.signature(kind).parameters:
         try:
@@ -194,7 +194,7 @@ def _fused(kind: type[torch.optim.Optimizer], parameters: Iterable[Parameter], l
 def _clip(
     parameters: list[Parameter], norm: float | None, value: float | None, single: Mapping[str, float]
 ) -> Callable[[], object] | None:
-    """What is done to the gradients before a step; ``single`` to each parameter alone, as Pyro does."""
+    """The function that clips gradients before a step; ``single`` limits each parameter alone, as Pyro does."""
     if norm is None and value is None and not single:
         return None
 
@@ -231,5 +231,5 @@ def _plain(state: Mapping[str, Any]) -> str:
 
 
 def without_addresses(value: object) -> str:
-    """``repr``, without what differs from one process to the next."""
+    """``repr`` without memory addresses, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,4 +1,4 @@
-"""Numbers that change over training: temperatures that cool, and KL weights that warm up."""
+"""Schedules: functions of the training step for temperatures, KL weights and learning rates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ schedules: Registry[type] = Registry("schedule")
 
 
 class _Checked(Checked):
-    """Numbers are numbers; what range they lie in, each schedule says."""
+    """Checks that fields are numbers; each schedule checks its own ranges."""
 
     _ranges = dict.fromkeys(("value", "start", "floor", "end", "rate", "ratio", "steps", "cycles"), -math.inf)
 
@@ -74,10 +74,10 @@ class Exponential(_Checked):
 @schedules.register("linear")
 @dataclass(frozen=True)
 class Linear(_Checked):
-    """From ``start`` to ``end`` in so many steps, and ``end`` from then on: KL warm-up, from 0 to 1 by default.
+    """From ``start`` to ``end`` in ``steps`` steps, then ``end``: KL warm-up, from 0 to 1 by default.
 
-    Bowman et al. 2016, arXiv:1511.06349; Sønderby et al. 2016, arXiv:1602.02282. Raises BadInput for less than one step
-    or for negative numbers.
+    Bowman et al. 2016, arXiv:1511.06349; Sønderby et al. 2016, arXiv:1602.02282. Raises BadInput for fewer than one
+    step or for negative numbers.
 
     >>> [Linear(1000)(step) for step in (0, 250, 1000, 5000)]
     [0.0, 0.25, 1.0, 1.0]
@@ -99,11 +99,11 @@ class Linear(_Checked):
 @schedules.register("cyclical")
 @dataclass(frozen=True)
 class Cyclical(_Checked):
-    """KL warm-up again and again: ``steps`` are cut into ``cycles``; in each the weight rises from 0 and stays at 1.
+    """Repeated KL warm-up: ``steps`` are split into ``cycles``; in each the weight rises from 0 and then stays at 1.
 
-    ``ratio`` is the part of a cycle in which it rises; ``end`` is the weight it rises to, and keeps after the last
-    cycle. Fu et al. 2019, arXiv:1903.10145. Raises BadInput for less than one step a cycle, or for a ratio outside
-    (0, 1].
+    ``ratio`` is the part of a cycle in which the weight rises; ``end`` is the value it rises to and keeps after the
+    last cycle. Fu et al. 2019, arXiv:1903.10145. Raises BadInput for fewer than one step per cycle, or for a ratio
+    outside (0, 1].
 
     >>> [Cyclical(100, cycles=2)(step) for step in (0, 10, 25, 49, 50, 60, 99, 100)]
     [0.0, 0.4, 1.0, 1.0, 0.0, 0.4, 1.0, 1.0]
@@ -129,10 +129,10 @@ class Cyclical(_Checked):
 @schedules.register("cosine")
 @dataclass(frozen=True)
 class Cosine(_Checked):
-    """From ``start`` to ``end`` along half a cosine in so many steps, and ``end`` from then on.
+    """From ``start`` to ``end`` along half a cosine in ``steps`` steps, then ``end``.
 
-    A learning rate's usual way down: ``fit(…, lr=Cosine(10_000, 1e-3, 1e-5))``. Loshchilov & Hutter 2017,
-    arXiv:1608.03983, without restarts. Raises BadInput for less than one step or for negative numbers.
+    A common learning-rate schedule: ``fit(…, lr=Cosine(10_000, 1e-3, 1e-5))``. Loshchilov & Hutter 2017,
+    arXiv:1608.03983, without restarts. Raises BadInput for fewer than one step or for negative numbers.
 
     >>> [round(Cosine(100, 1.0, 0.2)(step), 3) for step in (0, 25, 50, 100, 500)]
     [1.0, 0.883, 0.6, 0.2, 0.2]
@@ -152,7 +152,7 @@ class Cosine(_Checked):
 
 
 def end_of(schedule: object, horizon: int) -> int:
-    """The step from which a number or a schedule stays what it is; for a function of the user's, up to the ``horizon``.
+    """The step from which a schedule is constant (0 for a number); a user's function is tried up to the ``horizon``.
 
     >>> end_of(Linear(100), 1000), end_of(0.5, 1000), end_of(Exponential(1.0, 0.5, 0.1), 1000)
     (100, 0, 7)
@@ -174,18 +174,18 @@ def end_of(schedule: object, horizon: int) -> int:
 
 
 def parse_schedule(text: str | float | Schedule) -> Schedule:
-    """The schedule that a short string says, as a command line takes it; a bare number is constant.
+    """The schedule that a short string describes, as on the command line; a bare number is constant.
 
     ``parse_schedule(repr(schedule)) == schedule``.
 
     Args:
-        text: a schedule in words, a number, or a schedule.
+        text: a schedule as text, a number, or a schedule.
 
     Returns:
-        A function of the training step; one that is a schedule already is returned as it is.
+        A function of the training step; an argument that is a schedule is returned unchanged.
 
     Raises:
-        UnknownName: an unknown schedule.
+        UnknownName: an unknown schedule name.
         BadInput: arguments that the schedule does not take.
 
     >>> parse_schedule("exponential(1.0, 0.5, 1e-4)")

@@ -1,4 +1,4 @@
-"""What ``fit`` was asked for, in one dataclass: checked once, and told from another run's."""
+"""The options of ``fit`` as one dataclass: checked once, and compared with those of a stored run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .schedules import Schedule
 WHOLE = ("epochs", "batch_size", "valid_samples", "checkpoint_every")
 WHOLE_OR_NONE = ("checkpoint_steps", "patience")
 FUNCTIONS = ("transform", "on_epoch")
-# What decides a run's numbers. All else (how long it goes on, when it saves, whom it tells) may differ on resuming.
+# The options that decide a run's numbers. The others (length, checkpoints, output) may differ in a resumed run.
 DECIDING = ("batch_size", "seed", "valid_samples", "compile", "until")
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The options of :func:`~gumbo.inference.fit`, which says what they mean."""
+    """The options of :func:`~gumbo.inference.fit`, whose documentation describes them."""
 
     loss: ELBO | str = "default"
     optimizer: str | pyro.optim.PyroOptim | Callable[..., torch.optim.Optimizer] = "adam"
@@ -60,7 +60,7 @@ class FitSettings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> FitSettings:
-        """The settings among a function's arguments; the others are no settings.
+        """The settings among a function's arguments; other arguments are left out.
 
         >>> FitSettings.of({"epochs": np.int64(3), "train": None}).epochs
         3
@@ -73,7 +73,7 @@ class FitSettings:
         return None if self.run_dir is None else Path(self.run_dir)
 
     def checked(self) -> FitSettings:
-        """Itself with Python's own numbers, once every option is known to be one that can be meant.
+        """The same settings with plain Python numbers, after every option is checked.
 
         Raises:
             BadInput: an option that cannot be used, or two that exclude each other.
@@ -88,8 +88,8 @@ class FitSettings:
             raise BadInput("until='converged' gives averaged iterates and restore_best those of an epoch: choose one")
         if self.until is not None and (callable(self.lr) or self.scheduler is not None):
             raise BadInput(
-                "until='converged' needs a constant learning rate: under one that shrinks, iterates stand still "
-                "wherever they are; leave out lr schedules and scheduler"
+                "until='converged' needs a constant learning rate: under a decreasing one the iterates always look "
+                "stationary; leave out lr schedules and scheduler"
             )
         minutes = self.checkpoint_minutes
         if minutes is not None and not (isinstance(minutes, Real) and not isinstance(minutes, bool) and minutes > 0):
@@ -112,19 +112,19 @@ class FitSettings:
             require_tensorboard()
         if self.compile and self.validate:
             raise BadInput("validate=True looks at values, which compile=True cannot: leave one of them out")
-        # NumPy's integers are none that JSON and checkpoints know.
+        # JSON and checkpoints do not take NumPy integers.
         whole = {name: getattr(self, name) for name in (*WHOLE, *WHOLE_OR_NONE, "seed")}
         return replace(self, **{name: None if value is None else int(value) for name, value in whole.items()})
 
     def deciding(self) -> dict[str, Any]:
-        """Plain values of the options that tell this run from another; a folder that holds other ones is refused."""
+        """Plain values of the options that decide a run's numbers; a folder with other values is refused."""
         transform = self.transform
         named = None if transform is None else getattr(transform, "__qualname__", type(transform).__name__)
         return {name: getattr(self, name) for name in DECIDING} | {"transform": named}
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is a whole number, also one of NumPy's; a bool is none.
+    """Whether a value is an integer, Python's or NumPy's; a bool is not.
 
     >>> is_whole(np.int64(3)), is_whole(3.0), is_whole(True)
     (True, False, False)
@@ -133,7 +133,7 @@ def is_whole(value: object) -> bool:
 
 
 def _refuse_folder(run_dir: object) -> None:
-    """Raise BadInput for what no file system could take as a folder's name."""
+    """Raise BadInput for a value that no file system accepts as a folder name."""
     if not isinstance(run_dir, (str, os.PathLike)):
         raise BadInput(f"run_dir is {type(run_dir).__name__}: expected a path")
     try:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, kept until a run is where it can be gone on with."""
+"""SIGINT and SIGTERM, delayed until a run is at a step boundary."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Inside, a first SIGINT or SIGTERM is only noted, in ``pending``; a second one raises KeyboardInterrupt at once.
+    """Inside, a first SIGINT or SIGTERM is recorded in ``pending``; a second one raises KeyboardInterrupt at once.
 
-    Handlers stand in the main thread only, and afterwards are those that were there before; a signal that the process
-    ignores stays ignored. What is still pending at the end is raised as :class:`Interrupted`.
+    Handlers are installed in the main thread only, and the previous handlers are restored on exit; a signal that the
+    process ignores stays ignored. A signal that is pending on exit is raised as :class:`Interrupted`.
     """
 
     def __init__(self, enabled: bool = True):
@@ -39,13 +39,13 @@ class Interrupts:
             self.check()
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
+        """Raise Interrupted if a signal is pending."""
         if self.pending is not None:
             raise Interrupted(self.pending)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises Interrupted as it comes: for long work that changes nothing."""
+        """Inside, a signal raises Interrupted immediately: for long work without side effects."""
         self.check()
         self._at_once = True
         try:
@@ -55,7 +55,7 @@ class Interrupts:
 
     @contextmanager
     def ignored(self) -> Iterator[None]:
-        """Inside, further signals do nothing: for saving after the first."""
+        """Inside, further signals are ignored: for saving after the first."""
         self._ignored = True
         try:
             yield

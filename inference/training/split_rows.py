@@ -1,4 +1,4 @@
-"""A batch split over processes while the programs run: who takes which rows, random streams, costs and means."""
+"""A batch split over processes: the rows of each process, random streams, costs and means."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ COMMON, OWN = "common", "own"
 
 @dataclass(frozen=True)
 class Share:
-    """The rows of a batch that one process takes, and their part of the whole.
+    """The rows of a batch that one process uses, and their fraction of the batch.
 
-    A process for which no row is left runs the first one, so that it does all that the others do, and counts for
-    nothing: its weight is 0.
+    A process without a row runs the first one, so that it joins all collective operations; its weight is 0.
     """
 
     rows: slice
@@ -42,7 +41,7 @@ class Share:
 
 
 def share_of(count: int, rank: int, world_size: int) -> Share:
-    """The rows of ``count`` that process ``rank`` of ``world_size`` takes: neighbours, as many as others or one more.
+    """The contiguous rows of ``count`` for process ``rank`` of ``world_size``; the counts differ by at most one.
 
     >>> [share_of(9, rank, 2) for rank in range(2)]
     [Share(rows=slice(0, 5, None), weight=0.5555555555555556), Share(rows=slice(5, 9, None), weight=0.4444444444444444)]
@@ -56,9 +55,9 @@ def share_of(count: int, rank: int, world_size: int) -> Share:
 
 
 class Streams:
-    """Torch's default generators as two streams: one that all processes draw from alike, and one of this process's own.
+    """Torch's default generators as two streams: one that is equal in all processes, and one per process.
 
-    Between steps the generators stand in the common one.
+    Between steps the generators hold the common stream.
     """
 
     def __init__(self, seed: int, rank: int, devices: list[torch.device]):
@@ -67,7 +66,7 @@ class Streams:
         self.aside = [torch.Generator(device).manual_seed(own).get_state() for device in ["cpu", *devices]]
 
     def use(self, name: str) -> str:
-        """Draw from this stream from now on; returns the one in use before."""
+        """Draw from this stream from now on; returns the previous one."""
         before, self.now = self.now, name
         if name != before:
             here = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
@@ -86,7 +85,7 @@ class Streams:
             self.use(before)
 
     def state(self) -> list[Tensor]:
-        """Where this process's own stream stands, between steps."""
+        """The state of this process's own stream, between steps."""
         return list(self.aside)
 
     def load(self, state: list[Tensor]) -> None:
@@ -94,7 +93,7 @@ class Streams:
 
 
 class _Placed(Messenger):
-    """Innermost around a program: every site with its share, and every draw from the stream of its place."""
+    """Innermost around a program: scales every site by its share, and draws it from the stream of its plate."""
 
     def __init__(self, split: SplitRows, draws: bool):
         super().__init__()
@@ -118,27 +117,27 @@ class _Placed(Messenger):
 
 
 class SplitRows:
-    """A batch split over processes while the programs run: who takes which rows, streams, costs and means."""
+    """A batch split over processes: the rows of each process, random streams, costs and means."""
 
     def __init__(self, processes: Processes, found: Study, model: nn.Module, guide: nn.Module, seed: int):
         self.processes, self.study, self.model, self.guide = processes, found, model, guide
         self.streams = Streams(seed, processes.rank, devices_of(model, guide))
         self.share = Share(slice(0, 0), 0.0)
-        self.drawn: dict[str, Tensor] = {}  # the first draw of each site that all processes draw alike
+        self.drawn: dict[str, Tensor] = {}  # the first draw of each site that is common to all processes
         self._inside = 0
 
     def take(self, count: int) -> Share:
         return share_of(count, self.processes.rank, self.processes.world_size)
 
     def factor(self, local: bool) -> float:
-        """What a site's terms are multiplied by."""
+        """The factor of a site's terms."""
         if self.share.idle or (local and not self.study.scaled):
             return 1.0
         return self.share.weight
 
     @contextmanager
     def running(self, share: Share) -> Iterator[None]:
-        """Within, calls of model and guide see the rows of ``share`` as a part of the batch."""
+        """Inside, calls of model and guide see the rows of ``share`` as a part of the batch."""
         self.share, self.drawn, self._inside = share, {}, 0
         handles = []
         for program in (self.model, self.guide):
@@ -184,7 +183,7 @@ class SplitLayout(Layout):
             )
         if split.share.idle:
             return costs.total()
-        # Terms outside the plate came in with this process's share of them; a row's cost has all of them.
+        # Terms outside the plate were added with this process's share; a row's cost has all of them.
         plate = split.study.plate
         whole = {
             frames: term if any(name == plate for name, _, _ in frames) else term / split.share.weight

@@ -1,4 +1,4 @@
-"""Whether a pair of programs can be split by rows, and whether a loss can be a sum over the parts."""
+"""Checks whether a model and guide can be split by rows, and whether a loss is a sum over the parts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..stock import TraceEnumELBO
 
 @dataclass(frozen=True)
 class Study:
-    """What splitting must know of a program: the plate over the rows, and whether its scale says how many there are."""
+    """What splitting needs to know of a program: the plate over the rows, and whether it scales by their number."""
 
     plate: str
     scaled: bool
@@ -37,12 +37,12 @@ class Study:
 
 
 def study(model: nn.Module, guide: nn.Module, batch: Rows) -> Study:
-    """Find the plate over the rows, and check that a row's terms do not depend on the other rows.
+    """Find the plate over the rows, and check that the terms of a row do not depend on other rows.
 
-    The programs run on all rows, and again on a part of them at the same draws; every log-probability is compared.
+    The programs run on all rows, and on a part of them with the same draws; all log-probabilities are compared.
 
-    Raises :class:`~gumbo.errors.BadInput` where no plate follows the rows, and
-    :class:`~gumbo.errors.UnsupportedSite` where rows are mixed, by a site or by a layer such as BatchNorm.
+    Raises :class:`~gumbo.errors.BadInput` where no plate has the size of the rows, and
+    :class:`~gumbo.errors.UnsupportedSite` where a site or a layer such as BatchNorm mixes rows.
     """
     for program in (model, guide):
         for name, module in program.named_modules():
@@ -58,7 +58,7 @@ def study(model: nn.Module, guide: nn.Module, batch: Rows) -> Study:
     with pyro.get_param_store().scope({"params": {}, "constraints": {}}), looking(model, guide, *batch.args):
         program = one_particle(model, guide)
         full = program.run(batch.args, batch.kwargs)
-        if full.eliminated:  # the first run draws what later ones sum over
+        if full.eliminated:  # a first run draws the sites that later runs sum out
             full = program.run(batch.args, batch.kwargs, fixed=_draws(full))
         plate = _plate_over_rows(full, _on_part(program, part, sizes, None), sizes)
         found = Study(plate, False, full)
@@ -67,7 +67,7 @@ def study(model: nn.Module, guide: nn.Module, batch: Rows) -> Study:
         found = Study(plate, _scaled(found, some, sizes), full)
         difference = _difference(found, full, some, sizes)
         if difference is not None:
-            # Layers that draw noise of their own (dropout) differ between any two runs: compare without it.
+            # Layers with random noise (dropout) differ between any two runs: compare without it.
             with evaluating(model, guide):
                 full = program.run(batch.args, batch.kwargs, fixed=_draws(full))
                 some = _on_part(program, part, sizes, fixed)
@@ -113,7 +113,7 @@ def _plate_over_rows(full: Run, part: Run, sizes: tuple[int, int]) -> str:
 
 
 def _first_rows(site: Site, plate: str, sizes: tuple[int, int]) -> Draw:
-    """The draws of the first rows; a draw outside the plate as it is."""
+    """The draws of the first rows; a draw outside the plate is unchanged."""
     for name, dim, _ in site.frames:
         along = dim - site.fn.event_dim
         if name == plate and site.value.dim() >= -along and site.value.shape[along] == sizes[0]:
@@ -122,7 +122,7 @@ def _first_rows(site: Site, plate: str, sizes: tuple[int, int]) -> Draw:
 
 
 def _scaled(found: Study, part: Run, sizes: tuple[int, int]) -> bool:
-    """Whether the scale of the rows' terms is inverse to their number, as that of a subsample is."""
+    """Whether the scale of the rows' terms is inverse to their number, as for a subsample."""
     answers = set()
     for site, other in _pairs(found.run, part):
         if not found.has_rows(site) or site.settled:
@@ -161,7 +161,7 @@ def _pairs(full: Run, part: Run) -> Iterator[tuple[Site, Site]]:
 
 
 def _difference(found: Study, full: Run, part: Run, sizes: tuple[int, int]) -> str | None:
-    """The first site whose log-probability is another when fewer rows stand beside it."""
+    """The first site whose log-probability changes when the batch has fewer rows."""
     for site, other in _pairs(full, part):
         if site.settled:
             continue
@@ -180,7 +180,7 @@ def _difference(found: Study, full: Run, part: Run, sizes: tuple[int, int]) -> s
 
 
 def _refuse_late_sites(found: Study) -> None:
-    """A site outside the plate that runs after draws of rows may depend on all of them."""
+    """A site outside the plate that follows draws of rows may depend on all of them."""
     for sites in (found.run.guide, found.run.model):
         met = None
         for site in sites:
@@ -195,7 +195,7 @@ def _refuse_late_sites(found: Study) -> None:
 
 
 def refuse(loss: ELBO, module: nn.Module, found: Study) -> None:
-    """Say so where the weights or costs of a loss reach over all rows in a way that a sum of gradients cannot give."""
+    """Refuse a loss whose weights or costs span all rows in a way that a sum of gradients cannot give."""
     if isinstance(loss, SiteELBO) and isinstance(module, SiteELBOModule):
         _refuse_site_elbo(loss, module.binding.chosen, found, module.binding.vectorized)
     else:

@@ -1,4 +1,4 @@
-"""One training step of a loss: in torch's idiom, or as ``SVI.step`` makes it."""
+"""One training step of a loss: as a torch module, or as ``SVI.step`` makes it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def outside_support(site: str, distribution: str) -> BadInput:
 
 
 class _ObservedInSupport(Messenger):
-    """Refuses data that a distribution cannot have produced: it gets a finite density and trains to nonsense."""
+    """Refuses data outside a distribution's support: without validation their density is finite and meaningless."""
 
     def __init__(self, unchecked: frozenset[str]):
         super().__init__()
@@ -48,20 +48,20 @@ class _ObservedInSupport(Messenger):
 
 
 class Step(ABC):
-    """One training step, called with a batch; it returns the loss, which may not be finite: then nothing has moved.
+    """One training step, called with a batch; returns the loss. A loss that is not finite changes nothing.
 
-    Attributes: ``parameters`` by name, ``optimizer``. ``state()`` is all that steps change, apart from the optimizer
-    and torch's generators, as tensors and plain values; after ``load(state)`` a step made anew goes on as this one.
+    Attributes: ``parameters`` by name, ``optimizer``. ``state()`` is everything that steps change, except the optimizer
+    and torch's generators, as tensors and plain values; after ``load(state)`` a new step continues as this one.
 
-    Pyro's own validation looks at every value of every step and costs a tenth of it and more. The first batch is
-    run under it, as the caller has set it; after that ``check_data`` has the data looked at, and a loss that is not
-    finite is left to who runs the steps. ``validate`` keeps Pyro's validation on.
+    Pyro's own validation checks every value of every step and costs a tenth of the time or more. The first batch runs
+    under it, as the caller has set it; after that ``check_data`` has the data checked, and the caller handles a loss
+    that is not finite. ``validate`` keeps Pyro's validation on.
     """
 
     validate = False
     check_data = True
-    unchecked: frozenset[str] = frozenset()  # sites whose distribution was told not to validate
-    note = ""  # what a reader of the progress lines should know of it
+    unchecked: frozenset[str] = frozenset()  # sites whose distribution has validate_args=False
+    note = ""  # a remark for the progress lines
     parameters: dict[str, torch.nn.Parameter]
     optimizer: Updates
     loss: ELBO
@@ -76,13 +76,13 @@ class Step(ABC):
     def load(self, state: Mapping[str, Any]) -> None: ...
 
     def reported(self) -> dict[str, float]:
-        """Further values that the objective has reported of the last batch, in nats, summed as the loss is."""
+        """Further values that the objective reported for the last batch, in nats, summed like the loss."""
         return {}
 
     def settles(self, horizon: int) -> tuple[int, str]:
-        """The step of the run from which the loss's own schedules stand still, and the last of them in words.
+        """The step from which the loss's schedules are constant, and a description of the last one to end.
 
-        What they do beyond the ``horizon`` is not looked at.
+        Schedules are evaluated up to the ``horizon``.
         """
         loss = self.loss
         estimators = [*getattr(loss, "given", {}).values(), getattr(loss, "otherwise", None), *self.chosen()]
@@ -95,7 +95,7 @@ class Step(ABC):
         return max(step, 0), words
 
     def chosen(self) -> list[Any]:
-        """The estimators that sites of the programs have named themselves."""
+        """The estimators that sites of the programs name."""
         return []
 
     @contextmanager
@@ -110,7 +110,7 @@ class Step(ABC):
 
 
 class TorchStep(Step):
-    """One step in torch's idiom: the loss is a module, and its ``state_dict`` is all there is to keep."""
+    """One step in torch's idiom: the loss is a module, and its ``state_dict`` is the whole state."""
 
     def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
         self.module, self.loss, self.batch = loss(model, guide), loss, batch
@@ -153,7 +153,7 @@ class TorchStep(Step):
         self.module.load_state_dict(state["module"])
 
     def change(self, loss: ELBO) -> None:
-        """Go on with another loss of the same programs, whose estimators have no parameters of their own."""
+        """Continue with another loss of the same programs, whose estimators have no parameters."""
         before, model, guide = self.module.binding, self.module.model, self.module.guide
         module = loss(model, guide)
         with private_seed(None, model, guide), kept_buffers(model, guide):
@@ -173,8 +173,8 @@ class TorchStep(Step):
 class StoreStep(Step):
     """One step as ``SVI.step`` makes it, for losses that take gradients themselves and keep state in the param store.
 
-    The optimizer is one over the programs' own parameters: through ``SVI``, each rewriting of TraceGraph's decaying
-    average counts as a new parameter and leaves another optimizer behind.
+    One optimizer serves the programs' own parameters: through ``SVI``, each update of TraceGraph's decaying average
+    counts as a new parameter and leaves another optimizer behind.
     """
 
     def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows):
@@ -202,7 +202,7 @@ class StoreStep(Step):
         kept = {name: value for name, value in pyro.get_param_store().named_parameters() if id(value) not in owned}
         module = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         module |= {f"guide.{name}": value for name, value in self.guide.state_dict().items()}
-        # TraceGraph's averages come wrapped in what they depend on.
+        # TraceGraph's averages carry provenance wrappers.
         return {"module": module, "store": {name: detach_provenance(v).detach().clone() for name, v in kept.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:

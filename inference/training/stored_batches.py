@@ -1,4 +1,4 @@
-"""Training batches of a data set: in an order that is drawn here, or in that of a loader with an order of its own."""
+"""Training batches of a Dataset or DataLoader: in an order drawn here, or in a loader's own order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATEFUL = "pip install torchdata, whose StatefulDataLoader keeps a sampler's pl
 
 
 def batches_of(rows: Rows, batch_size: int, *args: Any, **options: Any) -> Batches:
-    """The batches of rows, wherever these lie."""
+    """The batches of rows in memory or in a data set."""
     if not isinstance(rows, StoredRows):
         return Batches(rows, batch_size, *args, **options)
     kind = LoaderBatches if rows.source.own_order else StoredBatches
@@ -29,7 +29,7 @@ def batches_of(rows: Rows, batch_size: int, *args: Any, **options: Any) -> Batch
 
 
 class StoredBatches(Batches):
-    """The batches of a data set: the order is drawn here, and the loader's workers, if any, read ahead in it."""
+    """The batches of a data set: the order is drawn here, and the loader's workers, if any, read ahead."""
 
     rows: StoredRows
 
@@ -43,7 +43,7 @@ class StoredBatches(Batches):
 
     @property
     def show_other_rows(self) -> bool:
-        return True  # a data set may give another item each time
+        return True  # a data set may return different items each time
 
     def close(self) -> None:
         self.rows.source.close()
@@ -56,11 +56,11 @@ class StoredBatches(Batches):
 
 
 class LoaderBatches(Batches):
-    """The batches of a loader in an order of its own: that of a user's sampler, or of a stream.
+    """The batches of a loader with an order of its own: a user's sampler, or a stream.
 
-    The sampler draws from a random stream of its own, which follows from ``(seed, epoch)``; what reading rows draws
-    follows from the seed and the rows. A sampler's place is kept by torchdata's StatefulDataLoader, and without it a
-    run cannot be resumed. A stream is read again up to the place where the run stopped.
+    The sampler draws from a separate random stream, determined by ``(seed, epoch)``; draws during the reading of rows
+    are determined by the seed and the rows. torchdata's StatefulDataLoader stores a sampler's position; without it a
+    run cannot be resumed. A resumed run reads a stream again up to the place where the run stopped.
     """
 
     rows: StoredRows
@@ -154,7 +154,7 @@ class LoaderBatches(Batches):
 
 
 class _Stream:
-    """Torch's CPU generator at a place of its own while entered; outside, it is where it was."""
+    """Torch's CPU generator with a separate state while entered; the previous state is restored on exit."""
 
     def seed(self, seed: int) -> None:
         self._state = torch.Generator().manual_seed(seed % 2**63).get_state()
@@ -169,7 +169,7 @@ class _Stream:
 
 
 class _OneLine:
-    """What the code of whoever wrote a data set raises, in one line."""
+    """Turns an error of a user's data set into a one-line BadInput."""
 
     def __init__(self, what: str):
         self.what = what
@@ -182,7 +182,7 @@ class _OneLine:
 
 
 class _Keyed(Dataset):
-    """A data set of which what reading some rows draws follows from the seed and their numbers."""
+    """A data set whose random draws for a row are determined by the seed and the row's number."""
 
     def __init__(self, dataset: Any, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -205,7 +205,7 @@ class _Keyed(Dataset):
 
 
 def _rebuilt(source: Source, kind: Any, batch_size: int, drop_last: bool, pin: bool, seed: int) -> DataLoader:
-    """The user's loader made anew, so that its place, its noise and its workers are ours; one of a stream as it is."""
+    """The user's loader rebuilt, so that its position, random draws and workers are controlled here; streams as is."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata's own concern
         return _made_anew(source, kind, batch_size, drop_last, pin, seed)
@@ -230,7 +230,7 @@ def _made_anew(source: Source, kind: Any, batch_size: int, drop_last: bool, pin:
 
 
 def _stateful_loader() -> Any:
-    """Torchdata's loader, whose place can be kept; None where it is not installed."""
+    """torchdata's StatefulDataLoader; None where it is not installed."""
     try:
         from torchdata.stateful_dataloader import StatefulDataLoader
     except ImportError:
@@ -247,7 +247,7 @@ def _sampler_of(source: Source) -> str:
 
 
 def _generators_of(loader: Any) -> list[torch.Generator]:
-    """The generators that a loader's samplers draw from, each once."""
+    """The generators that a loader's samplers use, without duplicates."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]

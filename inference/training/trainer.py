@@ -1,4 +1,4 @@
-"""The training loop, and what it must remember to go on as if it had never stopped."""
+"""The training loop, and the state that it needs to resume."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from .steps import Step
 
 @dataclass(repr=False)
 class FitResult:
-    """What :func:`fit` did.
+    """The result of :func:`fit`.
 
-    ``history`` has one dict an epoch: ``epoch``, ``step``, the training objective per datum under its own name
-    (``objective_name``), what the objective reports beside it (``elbo`` of ``log-variance``), ``valid_elbo`` (the true
-    bound, nats per datum) where there was validation data, ``lr`` where it is scheduled, ``ms_per_step`` (median) and
-    ``seconds``. With validation data, entry 0 is the state before the first step. ``ms_per_step`` is the median
-    epoch's. ``converged`` says whether ``until="converged"`` was reached, None where it was not asked for; epochs that
-    looked have ``rhat`` and, of the average, ``mcse`` and ``ess``. ``repr`` gives the last epoch's numbers, not the
-    history.
+    ``history`` has one dict per epoch: ``epoch``, ``step``, the training objective per datum under its own name
+    (``objective_name``), the values that the objective reports beside it (``elbo`` of ``log-variance``), ``valid_elbo``
+    (the ELBO, nats per datum) with validation data, ``lr`` if it is scheduled, ``ms_per_step`` (median) and
+    ``seconds``. With validation data, entry 0 is the state before the first step. The attribute ``ms_per_step`` is the
+    median over epochs. ``converged`` says whether ``until="converged"`` was reached, and is None without ``until``;
+    epochs that ran the test have ``rhat`` and, of the average, ``mcse`` and ``ess``. ``repr`` shows the last epoch's
+    numbers.
 
     >>> FitResult([{"epoch": 0, "valid_elbo": -9.0}, {"epoch": 1, "elbo": -7.5, "valid_elbo": -7.25}], best_epoch=1)
     FitResult(epochs=1, elbo=-7.5, valid_elbo=-7.25, best_epoch=1, stopped_early=False)
@@ -77,9 +77,9 @@ class FitResult:
 
 @dataclass
 class _Epoch:
-    """How far the epoch at hand has come: batches done before it and in it, the objective summed over the rows seen.
+    """The progress of the current epoch: batches before it and in it, the objective summed over its rows.
 
-    ``took`` and ``seconds`` are the time it took, by batch in ms and in all.
+    ``took`` is the time of each batch in ms, ``seconds`` the total.
     """
 
     number: int = 1
@@ -89,15 +89,15 @@ class _Epoch:
     seen: int = 0
     took: list[float] = field(default_factory=list)
     seconds: float = 0.0
-    reported: dict[str, float] = field(default_factory=dict)  # what the objective reports beside its value, summed
+    reported: dict[str, float] = field(default_factory=dict)  # further values of the objective, summed
 
 
 class Run:
-    """Steps, validation, checkpoints. Everything here that changes is in the checkpoint, at every step's end.
+    """Steps, validation, checkpoints. The checkpoint holds all state that changes here, at the end of every step.
 
-    ``identity`` is what tells this run from another: a folder that holds another is refused. ``num_data`` is how
-    many data the loss of a batch stands for, None where that is the batch's length. Of several ``processes`` all make
-    the same run; the main one writes and speaks.
+    ``identity`` distinguishes this run from others: a folder with another identity is refused. ``num_data`` is the
+    number of data that the loss of a batch counts, None where that is the batch's length. With several ``processes``
+    all make the same run; the main one writes files and prints.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Run:
         self._saved_at = self._began = time.perf_counter()
 
     def begin(self) -> None:
-        """Start afresh, or from the checkpoint; a folder that cannot be written to is found out here."""
+        """Start afresh, or from the checkpoint; raises here if the folder is not writable."""
         if self.folder is None:
             return
         if self.processes is None:
@@ -156,7 +156,7 @@ class Run:
                 raise BadInput(f"{self.folder} holds a run already: pass resume=True to go on, or another run_dir")
             self._load()
             if self.best["epoch"] is not None:
-                self.checkpoints.save_best(self.best)  # a crash may have come between the checkpoint and this
+                self.checkpoints.save_best(self.best)  # a crash may have occurred between the checkpoint and this
         else:
             self._save()
         if self.choices is not None:
@@ -165,7 +165,7 @@ class Run:
         self.metrics.rewrite(self.history)
 
     def end(self) -> None:
-        """Leave the folder to others."""
+        """Release the folder."""
         if self.folder is not None:
             self.lock.release()
 
@@ -210,7 +210,7 @@ class Run:
         )
 
     def _waiting(self) -> str:
-        """What stopping waits for."""
+        """The message that says from which step on stopping is considered."""
         return (
             ""
             if not self.settles
@@ -249,7 +249,7 @@ class Run:
                 options.on_epoch(numbers)
 
     def _steps(self, interrupts: Interrupts, shown: Progress) -> None:
-        """What is left of the epoch's steps."""
+        """Make the remaining steps of the epoch."""
         now, before = self.now, self.now.before
         self._began = time.perf_counter() - now.seconds
         self.step.check_data = now.number == 1 or self.batches.show_other_rows
@@ -261,10 +261,10 @@ class Run:
             try:
                 loss = self.step(batch)
             except (ValueError, RuntimeError) as error:
-                # Pyro's own validation speaks of a distribution's argument; the cause is the parameter behind it.
+                # Pyro's validation names a distribution's argument; the cause is the parameter that computes it.
                 where = f"epoch {now.number}, step {before + now.done + 1}"
                 self.guard.after_step(where, error)
-                batch.check(TRANSFORMED)  # the data themselves were looked at before
+                batch.check(TRANSFORMED)  # the data were checked before
                 if not isinstance(error, GumboError):
                     self.guard.explain_error(error, where, batch)
                 raise
@@ -287,7 +287,7 @@ class Run:
         self.guard.after_step(self._where())
 
     def _of_rows(self, value: float, batch: Rows) -> float:
-        """A batch's value as a sum over its own rows."""
+        """A batch's value scaled to a sum over its own rows."""
         return value if self.num_data is None else value * len(batch) / self.num_data
 
     def _is_due(self, step: int, moment: float) -> bool:
@@ -304,7 +304,7 @@ class Run:
         return f"epoch {self.now.number}, step {self.now.before + self.now.done}"
 
     def _numbers(self) -> dict[str, float]:
-        """What the epoch found."""
+        """The numbers of the epoch."""
         now, lr = self.now, self.step.optimizer.lr
         if not now.seen:
             raise BadInput(f"train gave no batch in epoch {now.number}: expected at least one")
@@ -327,7 +327,7 @@ class Run:
         return {"valid_elbo": found.elbo}
 
     def _validate_trained(self, valid: Rows) -> dict[str, float]:
-        """As `_validate`, after steps: the data passed before them, so it is the parameters that an error is of."""
+        """`_validate` after steps: the data passed before, so an error comes from the parameters."""
         try:
             return self._validate()
         except (GumboError, ValueError, RuntimeError) as error:
@@ -353,7 +353,7 @@ class Run:
         patience = self.options.patience
         if patience is None or self.best["epoch"] is None or not self.history:
             return False
-        # Under a schedule that moves, the objective itself changes: an epoch that is no better says nothing yet.
+        # While a schedule changes, the objective changes: an epoch that is no better gives no information.
         settled = next((numbers["epoch"] for numbers in self.history if numbers["step"] >= self.settles), None)
         return settled is not None and self.history[-1]["epoch"] - max(self.best["epoch"], settled) >= patience
 
@@ -361,7 +361,7 @@ class Run:
         return self.convergence is not None and self.convergence.converged
 
     def _look(self, convergence: Convergence, numbers: dict[str, float], shown: Progress) -> None:
-        """Whether the iterates have converged; then their average is what has been trained."""
+        """Test for convergence; when it is reached, set the parameters to the average."""
         convergence.look()
         if convergence.said:
             numbers |= convergence.numbers
@@ -396,7 +396,7 @@ class Run:
         self.guard.advice = f"; {self.checkpoints.last} still holds it at {self._where()}"
 
     def _load(self) -> None:
-        # From the main process it comes through the CPU: another one may have another device.
+        # The main process sends it through the CPU: other processes may have other devices.
         state = self.checkpoints.load(self.batches.device if self.processes is None else "cpu")
         if wrong := _not_of_fit(state):
             raise BadInput(
@@ -438,7 +438,7 @@ class Run:
 
 
 def _not_of_fit(state: dict[str, Any]) -> str:
-    """What a checkpoint lacks that a fit saves, in a few words; "" for one of fit."""
+    """What a checkpoint lacks that ``fit`` saves, as a phrase; "" if nothing."""
     kinds = {"settings": dict, "made_on": dict, "optimizer": dict, "random": list, "now": dict, "history": list}
     for name, kind in (kinds | {"best": dict, "module": dict}).items():
         if not isinstance(state.get(name), kind):

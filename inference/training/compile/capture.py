@@ -1,7 +1,7 @@
-"""From a loss to one graph of tensor operations: what a call computes, without the Python that says so.
+"""Capture a loss as one graph of tensor operations, without Python.
 
-A graph holds whatever Python decided while it was captured. So everything that may change from call to call is made an
-input (parameters, buffers, the batch, noise, schedules), and what cannot be made one is refused.
+A graph freezes what Python decided during the capture. Everything that may change from call to call is therefore an
+input (parameters, buffers, the batch, noise, schedules), and what cannot be an input is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Outcome:
-    """What one call of a loss gives: its value, the buffers that moved, and which observed sites lie in support."""
+    """The result of one call of a loss: its value, the changed buffers, and which observed sites are in support."""
 
     loss: Tensor
     buffers: Tensors
@@ -55,13 +55,13 @@ class Outcome:
 
 
 class TrainingStep:
-    """Stands for the number of steps made: schedules of it are inputs of the graph, and nothing else may read it."""
+    """A symbolic step number: schedules of it are inputs of the graph, and any other use is refused."""
 
     def __init__(self, value_of: Callable[[Schedule], Tensor]):
         self._value_of = value_of
 
     def at(self, schedule: Schedule) -> Tensor:
-        """The schedule's value at whatever step the graph is run."""
+        """The schedule's value at the step at which the graph runs."""
         return self._value_of(schedule)
 
     def __add__(self, more: int) -> TrainingStep:
@@ -79,7 +79,7 @@ class TrainingStep:
 
 
 class _Support(Messenger):
-    """Notes whether the observed values are ones that their distributions can have produced."""
+    """Records whether the observed values are in the support of their distributions."""
 
     def __init__(self):
         super().__init__()
@@ -93,9 +93,9 @@ class _Support(Messenger):
 
 @contextmanager
 def triangles_by_index() -> Iterator[None]:
-    """Torch's transforms fill triangular matrices by row and column numbers instead of by a mask.
+    """Make torch's transforms fill triangular matrices by indices instead of by a mask.
 
-    A mask is a tensor whose values decide a shape, which no graph holds; these are the same in every run.
+    A mask is a tensor whose values determine a shape, which a graph cannot hold; the indices are constant.
     """
 
     def to_vector(mat: Tensor, diag: int = 0) -> Tensor:
@@ -119,24 +119,24 @@ def triangles_by_index() -> Iterator[None]:
 
 
 class Program:
-    """A bound loss as a function of everything that it depends on.
+    """A bound loss as a function of all its inputs.
 
     Args:
         module: the loss, in training mode.
-        batch: rows of the shape that will be captured.
+        batch: rows of the shape to capture.
 
     Attributes:
         noise: the noise that one call needs.
-        schedules: the schedules that it reads, in their order.
-        used: the names of the parameters that get a gradient.
-        moving: the names of the buffers that it changes.
+        schedules: the schedules that a call reads, in their order.
+        used: the names of the parameters that receive a gradient.
+        moving: the names of the buffers that a call changes.
         checked: the observed sites (and their distributions) whose support can be checked.
     """
 
     def __init__(self, module: SiteELBOModule, batch: Rows):
         self.module = module
         self.num_tensors = len(flat(batch))
-        self._batch = batch  # what of it is no tensor is the same in every step
+        self._batch = batch  # its non-tensor parts are the same in every step
         self.schedules: list[Schedule] = []
         self._places = self._find_buffers()
         self._like = next(iter(self.parameters().values()), torch.empty(()))
@@ -157,7 +157,7 @@ class Program:
         return dict(self.module.named_parameters())
 
     def buffers(self) -> Tensors:
-        """The buffers as they stand now; where they stand is looked up once, since every step asks."""
+        """The current buffers; their locations are cached, since every step asks for them."""
         return {name: places[key] for name, (places, key) in self._places.items()}
 
     def _find_buffers(self) -> dict[str, tuple[dict[str, Tensor], str]]:
@@ -173,7 +173,7 @@ class Program:
         return self.module.binding.steps
 
     def scheduled(self) -> list[float]:
-        """What the schedules say at the present step."""
+        """The values of the schedules at the current step."""
         return [float(schedule(self.step)) for schedule in self.schedules]
 
     def call(
@@ -184,7 +184,7 @@ class Program:
         tape: Tape,
         scalars: Sequence[Tensor] | None = None,
     ) -> Outcome:
-        """The loss, without touching the module; ``scalars`` are what schedules say, by default at this step."""
+        """The loss, without side effects on the module; ``scalars`` default to the schedules' values at this step."""
         args, kwargs = _filled(self._batch, batch)
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         versions = {name: copy._version for name, copy in copies.items()}
@@ -226,21 +226,21 @@ class Program:
         return self.tensor(float(schedule(now)))
 
     def tensor(self, values: float | list[float]) -> Tensor:
-        """Numbers in the precision and on the device of the parameters."""
+        """Numbers with the dtype and device of the parameters."""
         return torch.tensor(values, dtype=self._like.dtype, device=self._like.device)
 
 
 def flat(batch: Rows) -> list[Tensor]:
     """The tensors of a batch, keywords in the order of their names.
 
-    Contiguous, whatever they are a view of: machine code reads where the strides of the captured batch say.
+    They are contiguous: compiled code reads with the strides of the captured batch.
     """
     given = [*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs))]
     return [value.contiguous() for value in given if isinstance(value, Tensor)]
 
 
 def _filled(batch: Rows, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a batch with these tensors in place of its own, in the order of :func:`flat`."""
+    """The arguments of a batch with its tensors replaced, in the order of :func:`flat`."""
     left = iter(tensors)
     args = tuple(next(left) if isinstance(value, Tensor) else value for value in batch.args)
     kwargs = {name: batch.kwargs[name] for name in sorted(batch.kwargs)}
@@ -248,9 +248,9 @@ def _filled(batch: Rows, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, An
 
 
 def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
-    """The graph of what a function of tensors computes, captured without computing it.
+    """The graph of a function of tensors, captured without computing it.
 
-    Raises BadInput, naming the line, where Python asks for the value of a tensor to decide something.
+    Raises BadInput, naming the line, where Python reads the value of a tensor.
     """
     asked = _Asked()
 
@@ -272,7 +272,7 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.
 
 
 class _Asked(TorchDispatchMode):
-    """Notes the first line that reads a value or shapes a tensor by values: it is captured, and fails to compile."""
+    """Records the first line that reads a value, or makes a shape from values: such code fails to compile."""
 
     line: str | None = None
 
@@ -285,11 +285,11 @@ class _Asked(TorchDispatchMode):
 
 
 def _depends_on_values(func: Any, args: Sequence[Any]) -> bool:
-    if func is torch.ops.aten.index.Tensor:  # by places it has the shape of the places, by a mask that of its values
+    if func is torch.ops.aten.index.Tensor:  # integer indices fix the shape, a mask's values change it
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     if torch.Tag.data_dependent_output not in func.tags and torch.Tag.dynamic_output_shape not in func.tags:
         return False
-    return not args or getattr(args[0], "constant", None) is None  # what Python wrote down is known
+    return not args or getattr(args[0], "constant", None) is None  # Python constants are known
 
 
 _ASKED = (
@@ -301,7 +301,7 @@ _ASKED = (
 
 
 def _explained(error: BaseException) -> BaseException:
-    """The error as one line, where it comes of capturing; otherwise as it is."""
+    """The error as one line if it comes from the capture; otherwise unchanged."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, _ASKED):
         found = found.__cause__ or found.__context__
@@ -316,7 +316,7 @@ def _explained(error: BaseException) -> BaseException:
 
 
 def asks_for_a_value(line: str) -> BadInput:
-    """The refusal of a program that decides by a value at this line."""
+    """The refusal of a program that reads a value at this line."""
     return BadInput(
         "compile: the program asks for the value of a tensor, and a captured graph would decide the same for ever, at"
         f" {line}; {ADVICE}"
@@ -324,12 +324,12 @@ def asks_for_a_value(line: str) -> BadInput:
 
 
 def _innermost(frames: Sequence[traceback.FrameSummary], *packages: Any) -> str:
-    """The innermost line that is in none of these packages."""
+    """The innermost line outside these packages."""
     folders = [Path(package.__file__).parent for package in packages if package.__file__]
     outside = [
         frame
         for frame in frames
-        # A random operation of the program passes through the tape, which is no line of the program.
+        # A random operation of the program passes through the tape, whose lines are not the program's.
         if frame.filename != noise.__file__ and not any(Path(frame.filename).is_relative_to(f) for f in folders)
     ]
     if not outside:
@@ -340,7 +340,7 @@ def _innermost(frames: Sequence[traceback.FrameSummary], *packages: Any) -> str:
 
 @contextmanager
 def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
-    """A call that leaves no trace in the modules; one that would change a plain attribute of theirs is refused."""
+    """A call without effects on the modules; a change of one of their plain attributes is refused."""
     modules = list(module.modules())
     before = [dict(vars(one)) for one in modules]
     written = {id(t): t._version for kept in before for t in kept.values() if isinstance(t, Tensor)}
@@ -370,10 +370,10 @@ _INTERNAL = set(vars(nn.Module())) - {"training"}
 
 
 def plain_attributes(module: nn.Module, values: Mapping[str, Any] | None = None) -> set[str]:
-    """Names of attributes that a graph takes for constants: numbers, words, and tensors that are no buffers."""
+    """Names of attributes that a graph treats as constants: numbers, strings, and tensors that are not buffers."""
     values = vars(module) if values is None else values
     plain = (int, float, complex, str, tuple, type(None), Tensor)
-    # Of the class, since an attribute set on the way says nothing; see SiteState for what it means.
+    # Read from the class: setting it on the instance has no effect; SiteState documents its meaning.
     skipped = _INTERNAL | frozenset(getattr(type(module), "uncaptured", ()))
     return {
         name
@@ -390,7 +390,7 @@ def _changed(module: nn.Module, before: Mapping[str, Any], name: str, written: M
 
 
 def differs(a: Any, b: Any) -> bool:
-    """Whether two values of a plain attribute are different ones."""
+    """Whether two values of a plain attribute differ."""
     if a is b:
         return False
     return isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b)

@@ -1,4 +1,4 @@
-"""Matrix products through oneDNN, of captured graphs and of eager layers, where the library torch calls is slow."""
+"""Matrix products through oneDNN, for captured graphs and eager layers, where torch's default library is slow."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch import library as operations
 
-# Below so many multiplications the two libraries are even, and oneDNN's longer way to a call decides; in eager code
-# the way goes through Python besides.
+# Below this many multiplications the two libraries are equally fast, and the longer call into oneDNN dominates; eager
+# code also passes through Python.
 SMALLEST = 2**20
 SMALLEST_EAGER = 2**22
 
 
 @lru_cache(maxsize=1)
 def mkl_is_slow() -> bool:
-    """Whether torch's products go through MKL on a processor that is not Intel's, where it takes its slower paths."""
+    """Whether torch's products use MKL on a processor that is not Intel's, where MKL takes slower code paths."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     try:
@@ -35,9 +35,9 @@ def _by_onednn(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _operation():
-    """``a @ w.T + b`` by oneDNN, as an operation that torch's compiler leaves alone.
+    """``a @ w.T + b`` by oneDNN, as an operation that torch's compiler does not rewrite.
 
-    The compiler knows oneDNN's own operation, but only for weights that never change.
+    The compiler supports oneDNN's own operation for constant weights only.
     """
     fragment = operations.Library("gumbo", "FRAGMENT")
     fragment.define("linear(Tensor a, Tensor w, Tensor? b) -> Tensor")
@@ -47,11 +47,11 @@ def _operation():
     def shape(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return a.new_empty(a.shape[0], w.shape[0])
 
-    return torch.ops.gumbo.linear.default, fragment  # which lives as long as its operation is wanted
+    return torch.ops.gumbo.linear.default, fragment  # the operation exists as long as the fragment
 
 
 def through_onednn(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The graph with its large float32 products on the CPU handed to oneDNN; changed in place, equal up to rounding."""
+    """Replace large float32 products on the CPU by oneDNN's, in place in the graph; equal up to rounding."""
     aten = torch.ops.aten
     for node in list(graph.graph.nodes):
         if node.target is aten.mm.default:
@@ -77,7 +77,7 @@ def through_onednn(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 
 class _Linear(torch.autograd.Function):
-    """``a @ w.T + b`` by oneDNN; its gradients are made of itself, so that they can be differentiated again."""
+    """``a @ w.T + b`` by oneDNN; its gradients use the same function, so that they can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -96,18 +96,18 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """What ``nn.Linear`` computes, through oneDNN if that pays."""
+    """``nn.Linear``, through oneDNN where that is faster."""
     weight = layer.weight
     plain = type(x) is Tensor and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     large = x.dim() > 1 and x.numel() * weight.shape[0] >= SMALLEST_EAGER
-    # Transforms of functions (vmap, capturing) and autocast follow torch's own operations.
+    # Function transforms (vmap, capture) and autocast need torch's own operations.
     if plain and large and not torch._C._are_functorch_transforms_active() and not torch.is_autocast_enabled("cpu"):
         return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, layer.bias).unflatten(0, x.shape[:-1])
     return nn.functional.linear(x, weight, layer.bias)
 
 
 def linear_layers(programs: Iterable[nn.Module]) -> list[nn.Linear]:
-    """The layers that :func:`layers_through_onednn` is for; none where torch's own products are fast."""
+    """The layers that :func:`layers_through_onednn` changes; none where torch's own products are fast."""
     if not mkl_is_slow():
         return []
     layers = (layer for program in programs for layer in program.modules())
@@ -116,7 +116,7 @@ def linear_layers(programs: Iterable[nn.Module]) -> list[nn.Linear]:
 
 @contextmanager
 def layers_through_onednn(layers: list[nn.Linear]) -> Iterator[None]:
-    """Large float32 products of these layers, and of their gradients, are oneDNN's; equal up to rounding."""
+    """Compute large float32 products of these layers, and of their gradients, by oneDNN; equal up to rounding."""
     for layer in layers:
         vars(layer)["forward"] = partial(_linear, layer)
     try:

@@ -22,29 +22,28 @@ from ..steps import TorchStep, outside_support
 from .capture import ADVICE, Program, asks_for_a_value, capture, differs, flat, plain_attributes
 from .products import mkl_is_slow, through_onednn
 
-# No autotuning; draws that no noise stands for come from torch's own generators, whose state a checkpoint holds.
+# No autotuning; draws that are not inputs come from torch's generators, whose state a checkpoint holds.
 OPTIONS = {"fallback_random": True, "size_asserts": False, "max_autotune": False, "triton.cudagraphs": False}
 
 
 class CompiledStep(TorchStep):
     """:class:`~gumbo.inference.training.steps.TorchStep` as a compiled graph for batches of one shape.
 
-    The programs run in Python while the graph is captured, and never again for batches of the shape of ``batch``: a
-    batch of another shape (the last of an epoch) is run as it would be without compiling, and so are the steps at
-    which an estimator looks at values (its state says when; REBAR probes the programs at calls 1, 2, 4, …, 64).
-    Adam and AdamW are part of the graph, other optimizers follow it. The graph is compared with an eager step on
-    the same noise before it is used, and captured again where a plain attribute of the programs, or
-    ``requires_grad`` of a parameter, has been changed.
+    The programs run in Python during the capture, and not again for batches of the shape of ``batch``. A batch of
+    another shape (the last of an epoch) runs uncompiled, and so does a step at which an estimator reads values (its
+    state says when; REBAR probes the programs at calls 1, 2, 4, …, 64). Adam and AdamW are part of the graph, other
+    optimizers run after it. Before its first use the graph is compared with an eager step on the same noise. It is
+    captured again after a change of a plain attribute of the programs, or of ``requires_grad`` of a parameter.
 
     Args:
         model, guide, loss, make_optimizer, batch: as for ``TorchStep``; ``loss`` is a :class:`SiteELBO`.
-        backend: what makes a function of a graph and example inputs; None is inductor.
+        backend: maps a graph and example inputs to a function; None is inductor.
 
     Attributes:
-        seconds: how long it took to capture, compile and compare.
+        seconds: the time for capture, compilation and comparison.
 
     Raises:
-        BadInput: programs that decide by values, change as they run, or draw from elsewhere than torch; no compiler.
+        BadInput: programs that decide by values, change as they run, or draw random numbers outside torch; no compiler.
     """
 
     def __init__(self, model, guide, loss: ELBO, make_optimizer, batch: Rows, backend: Callable | None = None):
@@ -66,7 +65,7 @@ class CompiledStep(TorchStep):
                 f" or {ADVICE}"
             )
         with private_seed(None, self.module):
-            self.module.initialize(*batch.args, **batch.kwargs)  # looks at the programs, which no graph can hold
+            self.module.initialize(*batch.args, **batch.kwargs)  # inspects the programs, which a graph cannot do
             self.program = Program(self.module, batch)
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
             owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -111,7 +110,7 @@ class CompiledStep(TorchStep):
         return number
 
     def _follow(self, gradients: Sequence[Tensor]) -> None:
-        """What of the optimizer's step is not in the graph."""
+        """The part of the optimizer's step that is not in the graph."""
         if self.inside is not None:
             self.inside.count()
             if getattr(self.optimizer, "every_step", False):
@@ -123,23 +122,23 @@ class CompiledStep(TorchStep):
         self.optimizer.step()
 
     def _probes(self) -> bool:
-        """Whether an estimator looks at values in this step."""
+        """Whether an estimator reads values in this step."""
         steps = self.module.binding.steps
         states = [state for state in self.module.binding.states.values() if isinstance(state, SiteState)]
         for state in states:
             state.continue_from(steps)
         return any(state.looks_at_values(steps) for state in states)
 
-    # What a graph takes and does.
+    # Inputs and outputs of the graph.
 
     def _inputs(self, batch: Rows) -> list[Tensor]:
-        """Parameters, the optimizer's state, buffers, the batch, noise, and numbers that change from step to step."""
+        """Parameters, the optimizer's state, buffers, the batch, noise, and numbers that change with the step."""
         state = [] if self.inside is None else self.inside.state()
         buffers = self.program.buffers().values()
         return [*self.parameters.values(), *state, *buffers, *flat(batch), *self.noise.buffers, self._numbers()]
 
     def _mutable(self) -> list[Tensor]:
-        """What a step changes in place."""
+        """The tensors that a step changes in place."""
         state = [] if self.inside is None else self.inside.state()
         return [tensor.detach() for tensor in (*self.parameters.values(), *state, *self.program.buffers().values())]
 
@@ -148,14 +147,14 @@ class CompiledStep(TorchStep):
         if self._scalars[1] is None:
             self._scalars = (values, self.program.tensor(values))
         elif values != self._scalars[0]:
-            self._scalars[1].copy_(self.program.tensor(values))  # in place: a CUDA graph knows this one
+            self._scalars[1].copy_(self.program.tensor(values))  # in place: a CUDA graph reads this tensor
             self._scalars = (values, self._scalars[1])
         return self._scalars[1]
 
     def _function(self) -> Callable[..., list[Tensor]]:
-        """What is captured: a function of the inputs that changes parameters, optimizer and buffers in place.
+        """The function to capture: it changes parameters, optimizer and buffers in place.
 
-        It returns the loss and what was seen of the data, as one tensor, and the gradients where no optimizer is in it.
+        It returns the loss and the support checks as one tensor, and the gradients where the optimizer is not included.
         """
         program, inside = self.program, self.inside
         names, buffers = list(self.parameters), list(program.buffers())
@@ -187,10 +186,10 @@ class CompiledStep(TorchStep):
 
         return step
 
-    # Whether it is right, and stays so.
+    # Validity of the graph.
 
     def _compare(self, batch: Rows) -> None:
-        """Hold the compiled step against an eager one on the same noise; a coin on the edge may fall otherwise once."""
+        """Compare the compiled step with an eager one on the same noise; a draw at a threshold may differ once."""
         found = [self._difference(batch) for _ in range(2)]
         if all(found):
             raise BadInput(
@@ -220,7 +219,7 @@ class CompiledStep(TorchStep):
         pairs += [
             (f"gradient of {name}", g, expected[name]) for name, g in zip(self.program.used, gradients, strict=True)
         ]
-        # Gradients are compared in units of the whole gradient: one that is all rounding says nothing.
+        # Gradients are compared relative to the whole gradient: a small one may be rounding error.
         whole = (
             torch.stack([g.norm() for g in expected.values() if g is not None] or [told.new_zeros(())]).norm().item()
         )
@@ -232,13 +231,13 @@ class CompiledStep(TorchStep):
         return ""
 
     def _gradients_within(self, before: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of a step that the graph has made, where the optimizer is part of it."""
+        """The gradients of a step of the graph, where the optimizer is part of it."""
         names = list(self.parameters)
         parameters = [before[names.index(name)] for name in self.program.used]
         return self.inside.gradients(parameters, before[len(names) :])
 
     def _watch(self) -> list[tuple[Any, str, Any, int]]:
-        """What the graph holds for constant: where it stands, what it is, and how often it had been written to."""
+        """The values that the graph treats as constants: their place, value, and number of in-place writes."""
         modules = list(self.module.modules())
         watched = [(vars(module), name) for module in modules for name in plain_attributes(module)]
         if self.inside is not None:
@@ -257,7 +256,7 @@ class CompiledStep(TorchStep):
 
 
 def _version(value: Any) -> int:
-    """How often a tensor has been written to, plus one; 0 for anything else."""
+    """The number of in-place writes to a tensor plus one; 0 for anything else."""
     return value._version + 1 if isinstance(value, Tensor) else 0
 
 
@@ -265,9 +264,9 @@ BAKED = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weigh
 
 
 class Adam:
-    """Adam and AdamW (Kingma & Ba 2015, arXiv 1412.6980; Loshchilov & Hutter 2019) within a graph.
+    """Adam and AdamW (Kingma & Ba 2015, arXiv 1412.6980; Loshchilov & Hutter 2019) inside a graph.
 
-    State stands in torch's optimizer, under torch's names: steps made without the graph, and checkpoints, are its own.
+    The state is that of torch's optimizer, under torch's names, so that eager steps and checkpoints share it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]):
@@ -278,7 +277,7 @@ class Adam:
         self.group_of = [groups[id(parameter)] for parameter in self.parameters]
         for parameter, number in zip(self.parameters, self.group_of, strict=True):
             state, group = optimizer.state[parameter], optimizer.param_groups[number]
-            if not state:  # as torch's own first step would
+            if not state:  # as torch's own first step does
                 on_device = group["fused"] or group["capturable"]
                 where = parameter.device if on_device else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=where)
@@ -287,7 +286,7 @@ class Adam:
 
     @classmethod
     def serving(cls, updates: Any, parameters: Sequence[Tensor]) -> Adam | None:
-        """The optimizer as a part of the graph, or None where its step has to be torch's own."""
+        """The optimizer as a part of the graph, or None where torch's own step is needed."""
         optimizer = getattr(updates, "optimizer", updates)
         if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or getattr(updates, "clip", None) is not None:
             return None
@@ -298,23 +297,23 @@ class Adam:
         return cls(optimizer, parameters)
 
     def state(self) -> list[Tensor]:
-        """Steps made and two moments for each parameter, as they stand in the optimizer now."""
+        """Step counts and two moments for each parameter, from the optimizer's current state."""
         states = [self.optimizer.state[parameter] for parameter in self.parameters]
         return [state[name] for name in ("step", "exp_avg", "exp_avg_sq") for state in states]
 
     def forget(self) -> None:
-        """Torch's optimizer is about to make a step of its own."""
+        """Called before torch's optimizer makes a step of its own."""
         self._steps = []
 
     def count(self) -> None:
-        """The graph has made a step."""
+        """Called after the graph has made a step."""
         self._steps = [number + 1 for number in self._steps]
-        self.optimizer._opt_called = True  # schedulers look at it, and warn of steps that were not made
+        self.optimizer._opt_called = True  # schedulers check it, and warn of missing steps
 
     def numbers(self) -> list[float]:
-        """For each parameter the length of the coming step and the scale of the root of its second moment.
+        """For each parameter the size of the next step and the scale of the root of its second moment.
 
-        They come from outside the graph, where they would be computed once for every vector of numbers.
+        They are computed outside the graph, which would compute them once for every element.
         """
         held = [self.optimizer.state[parameter]["step"] for parameter in self.parameters]
         if not self._steps or any(a is not b for a, b in zip(held, self._held, strict=True)):
@@ -334,7 +333,7 @@ class Adam:
         numbers: Tensor,
         good: Tensor,
     ) -> None:
-        """One step in place, unless the loss was not a finite number."""
+        """One step in place, unless the loss is not finite."""
         steps, means, squares = _parts(state, [len(parameters)] * 3)
         for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
             group, (length, scale, rate) = (
@@ -355,7 +354,7 @@ class Adam:
                 place.copy_(torch.where(good, new, place))
 
     def gradients(self, parameters: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of the last step, from what it did to the first moments since ``before``."""
+        """The gradients of the last step, computed from the change of the first moments since ``before``."""
         count = len(self.parameters)
         found = []
         for i, (value, old) in enumerate(zip(parameters, before[count : 2 * count], strict=True)):
@@ -375,9 +374,9 @@ def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
 class Replay:
     """A compiled function recorded as a CUDA graph, so that a step is one launch.
 
-    A recording works on the tensors that it was made with. Parameters and all that is changed in place are those;
-    the batch, at the positions ``fresh``, is copied to where the recording reads it. It is made anew where a tensor
-    has been replaced (as by ``load_state_dict`` of an optimizer).
+    A recording uses the tensors that it was made with: parameters and all tensors changed in place are these, and the
+    batch, at the positions ``fresh``, is copied into the recorded inputs. A new recording is made after a tensor is
+    replaced (as by ``load_state_dict`` of an optimizer).
     """
 
     def __init__(self, run: Callable, fresh: range, mutable: Callable[[], list[Tensor]]):
@@ -402,7 +401,7 @@ class Replay:
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside), torch.random.fork_rng(devices=[device]):
-            for _ in range(3):  # kernels are loaded, and libraries take their memory, outside of the recording
+            for _ in range(3):  # kernels and libraries are loaded outside the recording
                 self.run(*self.inputs)
         torch.cuda.current_stream(device).wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
@@ -413,7 +412,7 @@ class Replay:
 
 
 def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
-    """The graph as machine code; raises BadInput where there is no compiler, or it fails."""
+    """The graph as machine code; raises BadInput without a compiler, or if it fails."""
     from torch._inductor import compile as compile_graph
 
     try:
@@ -422,7 +421,7 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
             if mkl_is_slow():
                 graph = through_onednn(graph)
             run = compile_graph(graph, list(inputs), options=OPTIONS)
-            run(*[tensor.clone() for tensor in inputs])  # what is built late is built now
+            run(*[tensor.clone() for tensor in inputs])  # lazy parts are built here
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         if any(
@@ -441,7 +440,7 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
 
 
 def uncompiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
-    """The graph run operation by operation, for tests of what was captured."""
+    """The graph run operation by operation, for tests of the capture."""
     return graph
 
 
@@ -457,7 +456,7 @@ def _parts(tensors: Sequence[Tensor], counts: Sequence[int]) -> Iterator[list[Te
 
 
 def _tolerance(like: Tensor) -> float:
-    """What rounding may do to a loss and a gradient; far below what a frozen draw does to them."""
+    """The rounding error of a loss and a gradient; far below the effect of a frozen draw."""
     if like.dtype == torch.float64:
         return 1e-8
     return 1e-3 if like.dtype == torch.float32 and not like.is_cuda else 3e-2
