@@ -1,3 +1,3 @@
-"""A guide's posterior: draws for ArviZ, bounds and evidence, information, refinement, refits."""
+"""The posterior of a guide: draws for ArviZ, predictions, bounds and evidence, information, refinement, refits."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The only file that knows which ArviZ is installed: 0.x with InferenceData, or 1.x with DataTree."""
+"""The only file that depends on the installed ArviZ version: 0.x with InferenceData, or 1.x with DataTree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def arviz() -> Any:
-    """The package; 0.23 announces its successor whenever it is first imported, which is not the user's concern."""
+    """The package, without the announcement that 0.23 prints at its first import."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
@@ -19,12 +19,12 @@ def arviz() -> Any:
 
 
 def is_datatree() -> bool:
-    """Whether the installed ArviZ works on xarray's DataTree (1.x)."""
+    """Whether the installed ArviZ uses xarray's DataTree (1.x)."""
     return int(arviz().__version__.split(".")[0]) >= 1
 
 
 def make(groups: Mapping[str, Any]) -> Any:
-    """An InferenceData or a DataTree of the datasets; nothing is copied."""
+    """An InferenceData or a DataTree of the datasets, without copies."""
     if is_datatree():
         import xarray
 
@@ -33,7 +33,7 @@ def make(groups: Mapping[str, Any]) -> Any:
 
 
 def groups_of(idata: Any) -> list[str]:
-    """The names of the groups, without any slash."""
+    """The names of the groups, without slashes."""
     return list(idata.children) if hasattr(idata, "children") else list(idata.groups())
 
 
@@ -44,7 +44,7 @@ def dataset_of(idata: Any, group: str) -> Any:
 
 
 def save(idata: Any, path: str | Path) -> None:
-    """Write NetCDF through h5netcdf, which both versions can use."""
+    """Write NetCDF through h5netcdf, which both versions support."""
     idata.to_netcdf(str(path), engine="h5netcdf")
 
 
@@ -56,8 +56,8 @@ def load(path: str | Path) -> Any:
 def pareto_k(log_weights: np.ndarray) -> np.ndarray:
     """The shape k̂ of a generalized Pareto fit to the largest importance weights ``(…, S)`` (Vehtari et al. 2024).
 
-    ``log_weights`` are log p − log q. ArviZ 0.x takes them as they are; 1.x takes log-likelihoods, whose negatives are
-    the log-weights of leave-one-out.
+    ``log_weights`` are log p − log q. ArviZ 0.x takes these; 1.x takes log-likelihoods and uses their negatives, the
+    log-weights of leave-one-out.
 
     >>> rng = np.random.default_rng(0)
     >>> z = 0.5 * rng.standard_normal(100_000)
@@ -66,7 +66,7 @@ def pareto_k(log_weights: np.ndarray) -> np.ndarray:
     (True, True)
     """
     log_weights = np.array(log_weights, dtype=np.float64)
-    # Bounded tails overflow inside the fit, which minds it not.
+    # Bounded tails overflow inside the fit, without effect on the result.
     with np.errstate(all="ignore"):
         if is_datatree():
             from arviz_stats.base import array_stats
@@ -77,6 +77,6 @@ def pareto_k(log_weights: np.ndarray) -> np.ndarray:
 
 def table(idata: Any, group: str, var_names: Sequence[str] | None, options: Mapping[str, Any]) -> Any:
     """``az.summary`` of a group, as a DataFrame."""
-    # A value that never varies has no R̂, which ArviZ says by dividing zero by zero.
+    # A value that never varies has no R̂: ArviZ divides zero by zero.
     with np.errstate(invalid="ignore", divide="ignore"):
         return arviz().summary(idata, var_names=var_names, group=group, **options)

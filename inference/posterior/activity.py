@@ -1,4 +1,4 @@
-"""Active units: the latent dimensions whose posterior mean moves with the data."""
+"""Active units: the latent dimensions whose posterior mean varies with the data."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def active_units(
     batch_size: int = 256,
     seed: int | None = 0,
 ) -> dict[str, Tensor]:
-    r"""Which latent dimensions the guide uses: :math:`\mathrm{Var}_x(E_{q(u \mid x)}[u]) >` ``threshold``.
+    r"""The latent dimensions that the guide uses: :math:`\mathrm{Var}_x(E_{q(u \mid x)}[u]) >` ``threshold``.
 
-    A dimension whose posterior mean does not move with the data has collapsed onto its prior. The mean is taken in
-    closed form where the site's distribution has one, and averaged over draws of the sites that it depends on; the
-    variance that these draws add is subtracted. Sites outside the data plate are left out. Burda, Grosse &
-    Salakhutdinov 2015, arXiv:1509.00519.
+    A dimension whose posterior mean does not vary with the data has collapsed to its prior. The mean is in closed form
+    where the site's distribution has one, and is averaged over draws of the sites that it depends on; the variance from
+    these draws is subtracted. Sites outside the data plate are left out. Burda, Grosse & Salakhutdinov 2015,
+    arXiv:1509.00519.
 
     Args:
         guide: the guide, a program of the data.
         data: at least two rows, in any form that ``fit`` takes.
-        threshold: the variance above which a dimension is active, in the square of the latent's unit.
+        threshold: the variance above which a dimension is active, in squared units of the latent.
         num_samples: draws of the sites that a site depends on.
-        batch_size: rows a run.
-        seed: of the draws; None draws from the current stream.
+        batch_size: rows per run.
+        seed: of the draws; None draws from the current random state.
 
     Returns:
-        A boolean tensor of each latent site's event shape, by site; ``.sum()`` counts the active dimensions.
+        A boolean tensor of each latent site's event shape, by site name; ``.sum()`` counts the active dimensions.
 
     Raises:
-        BadInput: data that the guide does not take, fewer than two rows, or a number out of range.
+        BadInput: data that the guide rejects, fewer than two rows, or a number out of range.
 
     >>> import pyro, pyro.distributions as dist
     >>> def guide(x):
@@ -79,15 +79,15 @@ def active_units(
 
 
 def active(between: Any, within: Any, num_draws: int, threshold: float = ACTIVE) -> Any:
-    """Whether means vary over the data: their variance ``between`` rows, less what few draws add to it.
+    """Whether means vary over the data: their variance ``between`` rows, minus the part from finitely many draws.
 
-    ``within`` is the variance of one draw's mean, averaged over rows; the mean of ``num_draws`` varies by a share.
+    ``within`` is the variance of one draw's mean, averaged over rows; the mean of ``num_draws`` adds a fraction of it.
     """
     return between - within / num_draws > threshold
 
 
 def _means(guide: Callable, batch: Rows) -> dict[str, Tensor]:
-    """The mean of each local latent given what the guide drew before it, or its draw where there is no closed form."""
+    """The mean of each local latent given the guide's earlier draws, or its draw where there is no closed form."""
     trace = prune_subsample_sites(poutine.trace(guide).get_trace(*batch.args, **batch.kwargs))
     means = {}
     for name, site in trace.nodes.items():
@@ -98,7 +98,7 @@ def _means(guide: Callable, batch: Rows) -> dict[str, Tensor]:
             continue
         try:
             means[name] = fn.mean.expand(fn.batch_shape + fn.event_shape)
-        except (NotImplementedError, AttributeError):  # no mean in closed form: a draw stands in
+        except (NotImplementedError, AttributeError):  # no mean in closed form: use a draw
             means[name] = site["value"]
     return means
 

@@ -1,4 +1,4 @@
-"""A guide's draws over all rows, gathered by group: arrays with the names of their dimensions."""
+"""A guide's draws over all rows, collected by group: arrays with the names of their dimensions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GROUPS = (
 
 @dataclass
 class Array:
-    """A variable in the making: its dimensions, and ``(chain, draw, …)`` numbers or those that one chain has."""
+    """A variable: its dimensions, and an array ``(chain, draw, …)`` or without ``chain`` if all chains share it."""
 
     group: str
     name: str
@@ -50,9 +50,9 @@ class Array:
 
 
 class Collection:
-    """All that is drawn for the groups asked for, over chains, draws and blocks of rows.
+    """All draws for the requested groups, over chains, draws and blocks of rows.
 
-    ``log_weight`` (and ``log_p_global``, ``log_q_global``) are always kept, in float64: k̂ and the integrals come from
+    ``log_weight`` (and ``log_p_global``, ``log_q_global``) are always stored, in float64: k̂ and the integrals use
     them.
     """
 
@@ -75,7 +75,7 @@ class Collection:
         self.arrays: dict[tuple[str, str], Array] = {}
         self._declare()
 
-    # Declared first, so that the memory they need is known before anything is drawn.
+    # Declared first, so that the memory needed is known before anything is drawn.
 
     def _declare(self) -> None:
         sweep, model = self.sweep, self.sweep.model_sites
@@ -88,7 +88,7 @@ class Collection:
         ):
             for name in names if group in self.groups else ():
                 self._add(group, name, model[name], self.thin[group])
-        if self.groups & {"observed_data", "constant_data"}:  # what is observed is no constant
+        if self.groups & {"observed_data", "constant_data"}:  # observed arguments are not constants
             for name in sweep.observed:
                 self._add("observed_data", name, model[name], 1, by_draw=False)
         if "log_likelihood_conditional" in self.groups:
@@ -104,7 +104,7 @@ class Collection:
         if self.nested or "log_likelihood" in self.groups:
             if sweep.local:
                 self._put("log_likelihood", sweep.evidence, sweep.data_plates, self._sizes(sweep.data_plates), every)
-                # Integrated over all draws it is one number a datum, which is kept once.
+                # The integral over all draws is one number per datum, stored once.
                 self.arrays["log_likelihood", sweep.evidence].constant = not self.nested
             elif not sweep.tied:
                 for name in sweep.observed:
@@ -123,7 +123,7 @@ class Collection:
     def _add(self, group: str, name: str, layout: SiteLayout, every: int, by_draw: bool = True) -> None:
         dtype = layout.dtype
         if name in self.sweep.masked and not dtype.is_floating_point:
-            dtype = torch.float64  # what a mask hides is NaN
+            dtype = torch.float64  # masked values are NaN
         self.arrays[group, name] = Array(group, name, layout, layout.names, layout.shape, dtype, every, by_draw)
 
     def _put(
@@ -138,19 +138,19 @@ class Collection:
         self.arrays[group, name] = Array(group, name, None, tuple(plates), tuple(shape), dtype, every)
 
     def _precision(self) -> torch.dtype:
-        """What the programs compute in: sums of their log-probabilities are no finer."""
+        """The dtype that the programs compute in: sums of their log-probabilities are no more precise."""
         known = [layout.dtype for layout in self.sweep.model_sites.values() if layout.dtype.is_floating_point]
         return torch.float32 if known and all(dtype.itemsize <= 4 for dtype in known) else torch.float64
 
     def full_shape(self, array: Array, kept: bool = False) -> tuple[int, ...]:
-        """``(chain, draw, …)``; ``kept`` as it is in memory."""
+        """``(chain, draw, …)``; with ``kept``, the shape in memory."""
         if not array.by_draw:
             return array.shape
         draws = 1 if kept and array.constant else -(-self.num_samples // array.every)
         return (self.chains, draws, *array.shape)
 
     def bytes_needed(self) -> dict[str, int]:
-        """By group."""
+        """Bytes by group."""
         need: dict[str, int] = {}
         for array in self.arrays.values():
             size = math.prod(self.full_shape(array, kept=True)) * array.dtype.itemsize
@@ -164,7 +164,7 @@ class Collection:
         for array in self.arrays.values():
             array.data = np.zeros(self.full_shape(array, kept=True), dtype=_kind_of(array.dtype))
         self.largest_log_p = 0.0
-        self.observed: dict[str, np.ndarray] = {}  # under no mask
+        self.observed: dict[str, np.ndarray] = {}  # without masks
         latents = [self.sweep.model_sites[name] for name in self.sweep.local]
         # Means and mean squares of each datum's latents.
         self.means = {
@@ -186,7 +186,7 @@ class Collection:
         return ((start, min(start + per_run, self.num_samples)) for start in range(0, self.num_samples, per_run))
 
     def fill(self, chain: int, sweep: Sweep, seed: int | None, progress: Progress | None = None) -> None:
-        """Draw everything of one chain."""
+        """Make all draws of one chain."""
         progress, done = progress or Progress(), 0
         with quietly(sweep.model, sweep.guide, seed):
             for start, stop in self._chunks(sweep):
@@ -209,9 +209,9 @@ class Collection:
         return self.array("sample_stats", "log_weight")
 
     def unit_log_weight(self) -> np.ndarray:
-        """Log-weights whose spread is the guide's fault, ``(chain, draw, *weight plates)``.
+        """Log-weights that measure the guide's error, ``(chain, draw, *weight plates)``.
 
-        Of local latents given global ones, each is taken relative to the evidence given its draw of the global ones,
+        The log-weight of local latents given global ones is taken relative to the evidence given that global draw,
         which differs between draws under an exact guide too.
         """
         if not self.nested:
@@ -220,7 +220,7 @@ class Collection:
         return self.log_weight()[:, :: array.every] - array.data
 
     def global_log_weight(self) -> np.ndarray | None:
-        """Of the global latents, the local ones integrated out, ``(chain, draw, *shared plates)``."""
+        """Log-weights of the global latents, with the local ones integrated out, ``(chain, draw, *shared plates)``."""
         if not self.nested or not self.globals_known:
             return None
         array = self.arrays["log_likelihood", self.sweep.evidence]
@@ -230,7 +230,7 @@ class Collection:
         return log_p[:, :: array.every] + array.data.sum(axes)
 
     def _kept(self, array: Array, start: int, stop: int) -> tuple[np.ndarray, slice]:
-        """Which draws of a run an array keeps, and where they go."""
+        """The draws of a run that an array keeps, and their positions."""
         first = -(-start // array.every) * array.every
         picks = np.arange(first, stop, array.every) - start
         return picks, slice(first // array.every, first // array.every + len(picks))
@@ -278,7 +278,7 @@ class Collection:
                     continue
                 inside = set(sweep.data_plates) <= layout.plates
                 if sweep.local and not self.nested and not inside:
-                    continue  # an auxiliary draw of the guide: given it, the weights of the data are right as they are
+                    continue  # an auxiliary draw of the guide; the data's weights are conditional on it
                 local = not self.nested or inside
                 array = self.arrays["sample_stats", "log_weight" if local else f"{part}_global"]
                 value = run.log_prob(name, array.plates)
@@ -328,7 +328,7 @@ class Collection:
 
     @staticmethod
     def _partner(guide: Pass, name: str) -> str | None:
-        """The guide's site that has the latent's density: itself, or the one auxiliary draw it is a point given."""
+        """The guide's site with the latent's density: the latent, or the auxiliary draw that determines it."""
         layout = guide.layouts[name]
         if not layout.point:
             return name
@@ -342,7 +342,7 @@ class Collection:
         return own[0] if len(own) == 1 else None
 
     def _together(self, chain: int, block: Block, guide: Pass, model: Pass) -> None:
-        """KL of all that the guide draws through other draws, over all rows."""
+        """KL of all latents that the guide computes from other draws, over all rows."""
         sites = [name for name, partner in self.partners.items() if partner is None]
         rest = set(guide.layouts) - set(self.partners) - set(self.partners.values())
         drawn = [name for name in rest if guide.layouts[name].kind == "latent" and not guide.layouts[name].point]
@@ -359,7 +359,7 @@ class Collection:
         by_chain[chain] += float(torch.as_tensor(total).mean()) * guide.count / self.num_samples
 
     def _share(self, block: Block, layout: SiteLayout) -> float:
-        """What part of a site's rows a block brings."""
+        """The fraction of a site's rows in a block."""
         share = 1.0
         for plate, span in block.at.items():
             if plate in layout.plates:
@@ -382,14 +382,14 @@ def _kind_of(dtype: torch.dtype) -> np.dtype:
 
 
 def _sums(layout: SiteLayout) -> np.dtype:
-    """What to add a site's values up in."""
+    """The dtype for sums of a site's values."""
     return np.dtype(np.float32 if layout.dtype == torch.float32 else np.float64)
 
 
 def _divergence(guide: Pass, model: Pass, name: str, partner: str | None) -> tuple[torch.Tensor | None, str]:
     """Mean of log q − log p over draws and rows: by dimension, of each dimension's marginal, of the site, or unknown.
 
-    A latent that is a point given one auxiliary draw (``z`` and ``z_unconstrained``) has that draw's density.
+    A latent determined by one auxiliary draw (``z`` and ``z_unconstrained``) has that draw's density.
     """
     if partner is None:
         return None, "together"
@@ -406,7 +406,7 @@ def _divergence(guide: Pass, model: Pass, name: str, partner: str | None) -> tup
 
 
 def _aligned(value: torch.Tensor, have: Sequence[str], plates: Sequence[str | None]) -> torch.Tensor:
-    """``(count, *have)`` with a dimension of size 1 for each of ``plates`` that it lacks."""
+    """``(count, *have)`` with a dimension of size 1 for each missing plate of ``plates``."""
     for place, plate in enumerate(plates):
         if plate not in have:
             value = value.unsqueeze(1 + place)

@@ -1,4 +1,4 @@
-"""What a guide believes, as ArviZ takes it."""
+"""``to_arviz`` and ``summary``: posterior draws as ArviZ data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .runner import Sweep
 from .weights import weight_statistics
 
 _GIB = 2**30
-# Below this size nobody waits, and nothing needs to be said.
+# Smaller draws take no noticeable time: no progress is shown.
 _QUIET_BYTES = 2**28
 
 
@@ -46,26 +46,25 @@ def to_arviz(
     refit: Callable[[int], Callable] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Draws of ``guide`` and ``model`` on data as ArviZ takes them: InferenceData, or DataTree in 1.x.
+    """Draws from ``guide`` and ``model`` as ArviZ data: InferenceData, or DataTree with ArviZ 1.x.
 
-    Any Pyro model and guide will do, with local and global, discrete and continuous latents. Dimensions are ``(chain,
-    draw, *plates, *event)``: the plates give their names, and row numbers as coordinates. A subsampled plate is visited
-    in full. Discrete sites that the model enumerates and the guide leaves out are drawn from their exact conditional. A
-    relaxed pair that knows its discrete form is taken in that form. A chain is an independent fit. What memory the
-    draws need is said before the start where it is much. No global state is touched.
+    Serves any Pyro model and guide, with local and global, discrete and continuous latents. Dimensions are ``(chain,
+    draw, *plates, *event)``, with plate names as dimension names and row numbers as coordinates. A subsampled plate is
+    visited in full. Discrete sites that the model enumerates and the guide does not sample are drawn from their exact
+    conditional. A relaxed pair with a discrete form is replaced by that form. Each chain is an independent fit. For
+    large draws, the memory needed is printed first. Global state does not change.
 
-    A *datum* is an element of the plates that enclose every observed site, without those that hold no latent;
-    ``data_plates`` says otherwise. Latents inside them are *local*, all others *global*. Groups (all log-probabilities
-    in nats and unscaled):
+    A *datum* is an element of the plates that enclose every observed site, without plates that hold no latent;
+    ``data_plates`` overrides this. Latents inside these plates are *local*, all others *global*. Groups (all
+    log-probabilities in nats and unscaled):
 
-    - ``posterior``: latents and deterministic sites at draws of the guide; ``posterior_predictive``: data drawn anew at
-      them; ``prior``, ``prior_predictive``: the same from the model alone; ``observed_data``; ``constant_data``:
-      arguments that no site observes. What a mask hides is NaN in the groups of data.
+    - ``posterior``: latents and deterministic sites at draws of the guide; ``posterior_predictive``: data drawn at
+      these latents; ``prior``, ``prior_predictive``: the same from the model alone; ``observed_data``;
+      ``constant_data``: arguments that no site observes. Masked values are NaN in the groups of data.
     - ``log_likelihood``: of each datum, integrated over its local latents by importance sampling, for each draw of the
-      global ones: with none of these over all draws, and constant; else over ``num_local_samples`` of them a draw.
-      ``log_likelihood_conditional``: of each datum given the drawn latents, which ``az.loo`` should not be given.
-    - ``log_prior``: of each latent given those it depends on, summed over its elements, ``(chain, draw)``, as
-      ``az.psense`` takes it.
+      global latents with ``num_local_samples`` local draws; without global latents over all draws, so that it is
+      constant. ``log_likelihood_conditional``: of each datum given the drawn latents; do not pass it to ``az.loo``.
+    - ``log_prior``: of each latent given its parents, summed over its elements, ``(chain, draw)``, for ``az.psense``.
     - ``sample_stats``: ``log_p``, ``log_q`` and ``log_weight`` of each datum given the global latents, whose own
       log-probabilities are ``log_p_global`` and ``log_q_global``; of the whole program where no latent is local.
     - ``vi_stats``: for each datum k̂, the importance effective sample size, log-evidence and its standard error, ELBO;
@@ -73,32 +72,32 @@ def to_arviz(
 
     Args:
         model: the Pyro model.
-        guide: the Pyro guide, or a sequence of guides that were fitted independently, one a chain.
-        args: the programs' own arguments, or one object in the form that ``fit`` takes: a tuple is the positional
-            arguments, a mapping the keywords, anything else the one argument.
-        num_samples: draws a chain, at least 2.
-        batch_size: how many rows of the arguments are passed at a time; None passes all.
+        guide: the Pyro guide, or a sequence of independently fitted guides, one per chain.
+        args: the programs' own arguments, or one object in the form that ``fit`` takes: a tuple holds the positional
+            arguments, a mapping the keywords, anything else is the single argument.
+        num_samples: draws per chain, at least 2.
+        batch_size: rows of the arguments per run; None passes all.
         coords: coordinates by dimension.
         dims: names of the event dimensions by variable.
-        num_refits: chains in all; the guide is fitted from other initial values until there are so many, with the model
-            as it is.
-        seed: of the draws; the same seed gives the same draws, and None draws from the current stream.
-        groups: the groups that are made; None makes all.
+        num_refits: total number of chains; the guide is refitted from other initial values for the missing ones, and
+            the model does not change.
+        seed: of the draws; the same seed gives the same draws, and None draws from the current random state.
+        groups: the groups to make; None makes all.
         thin: keep every ``thin``-th draw, of all groups or of those that a mapping names.
-        data_plates: the plates that make a datum.
-        num_local_samples: draws of the local latents for each of the global ones, behind ``log_likelihood``.
+        data_plates: the plates whose elements are the data.
+        num_local_samples: draws of the local latents per draw of the global ones, for ``log_likelihood``.
         memory_limit: GiB that the draws may take.
-        progress: True shows how far it is, False nothing; None decides by size.
-        refit: a function from a seed to a fitted guide, which ``num_refits`` calls.
+        progress: True shows progress, False does not; None shows it for large draws.
+        refit: a function from a seed to a fitted guide, used for ``num_refits``.
         kwargs: keywords of the programs.
 
     Returns:
         ``InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x.
 
     Raises:
-        BadInput: the programs' sites do not match or change from draw to draw; names or sizes do not fit; the draws
+        BadInput: the programs' sites do not match or vary between draws; names or sizes do not fit; the draws
             need more than ``memory_limit``.
-        UnknownName: a group that does not exist.
+        UnknownName: an unknown group.
 
     Burda et al. 2015, arXiv:1509.00519 (the integral over local latents); Vehtari et al. 2024, arXiv:1507.02646 (k̂).
 
@@ -143,21 +142,21 @@ def to_arviz(
 
 
 def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "posterior", **options: Any) -> Any:
-    """``az.summary`` of draws that :func:`to_arviz` made, as a DataFrame: honest about independent draws of one fit.
+    """``az.summary`` of draws from :func:`to_arviz`, as a DataFrame, with k̂ in place of MCMC diagnostics.
 
-    One chain has no R̂, and none is shown; chains are refits, and R̂ compares them. Draws are independent, so their
-    number is the effective sample size *of the guide*, which says nothing of the posterior: instead of Monte Carlo's
-    ``ess`` columns there is ``khat``, the k̂ of the datum that the row belongs to (of the global latents for a global
-    one), where above 0.7 the guide cannot be trusted (Vehtari et al. 2024, arXiv:1507.02646).
+    R̂ is shown only for several chains (refits), which it compares. The draws of a guide are independent, so that their
+    effective sample size measures the guide and not the posterior: in place of the ``ess`` columns there is ``khat``,
+    the k̂ of the row's datum (of the global latents for a global variable); above 0.7 the guide is unreliable (Vehtari
+    et al. 2024, arXiv:1507.02646).
 
     Args:
-        idata: what :func:`to_arviz` returned.
-        var_names: the variables shown; None shows all.
-        group: the group that they are in.
-        options: passed on to ``az.summary``.
+        idata: the result of :func:`to_arviz`.
+        var_names: the variables to show; None shows all.
+        group: their group.
+        options: options of ``az.summary``.
 
     Returns:
-        A ``pandas.DataFrame``, one row for each number.
+        A ``pandas.DataFrame``, one row for each scalar.
 
     Raises:
         UnknownName: ``idata`` has no such group.
@@ -186,7 +185,7 @@ def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "po
 
 
 def _khat_of_rows(idata: Any, var_names: Sequence[str] | None) -> np.ndarray:
-    """k̂ for each number of the posterior, in the order of the summary: variables, then positions."""
+    """k̂ for each scalar of the posterior, in the order of the summary: variables, then positions."""
     posterior, stats = _arviz.dataset_of(idata, "posterior"), _arviz.dataset_of(idata, "vi_stats")
     names = list(posterior.data_vars) if var_names is None else [var_names] if isinstance(var_names, str) else var_names
     found = []
@@ -217,7 +216,7 @@ def _wanted(groups: Iterable[str] | None) -> frozenset[str]:
 
 
 def afford(need: Mapping[str, int], limit: float, remedy: str = "") -> None:
-    """Raise BadInput where draws need more than ``limit`` GiB; by default the remedy is to thin the largest group."""
+    """Raise BadInput if draws need more than ``limit`` GiB; the default ``remedy`` is to thin the largest group."""
     if sum(need.values()) > limit * _GIB:
         largest = max(need, key=need.__getitem__)
         remedy = remedy or f"thin the largest, as in thin={{{largest!r}: 10}}, name fewer groups="
@@ -240,7 +239,7 @@ class _Lines(Progress):
 
 
 def bar(enabled: bool, title: str, steps: int) -> Progress:
-    """A bar on a terminal; elsewhere a line for each tenth of the work."""
+    """A progress bar on a terminal; elsewhere a line for each tenth of the work."""
     if not enabled:
         return Progress()
     if not sys.stderr.isatty():
@@ -304,7 +303,7 @@ def _group_attrs(group: str, collection: Collection) -> dict[str, Any]:
 
 
 def refitted(model, guides, args, kwargs, num_refits: int, seed: int | None, refit) -> list[Callable]:
-    """``num_refits`` chains in all, the given guide being the first."""
+    """The guides of the missing chains, for ``num_refits`` chains in total."""
     if num_refits < len(guides):
         raise BadInput(f"num_refits is {num_refits}: expected at least {len(guides)}, the guide given counted")
     from .refits import refitted

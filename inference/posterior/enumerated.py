@@ -1,8 +1,8 @@
-"""Discrete sites that the model enumerates and the guide leaves out: drawn from their exact conditional distribution.
+"""Discrete sites that the model enumerates and the guide does not sample: draws from their exact conditional.
 
-The usual Pyro mixture marks its assignments ``infer={"enumerate": "parallel"}`` and guides the other latents only. The
-guide is completed by p(discrete | the rest, data), which Pyro's tensor variable elimination gives exactly: so completed
-it draws every latent, and each importance weight of a datum is the one with the discrete sites summed out.
+A usual Pyro mixture marks its assignments ``infer={"enumerate": "parallel"}`` and guides only the other latents. The
+guide is completed by p(discrete | the rest, data), which Pyro's tensor variable elimination computes exactly: the
+completed guide draws every latent, and a datum's importance weight equals the one with the discrete sites summed out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..engine.contraction import MEMORY_LIMIT, laid_out, log_sum
 
 
 def completed(model: Callable, guide: Callable, drawn: Trace, run: Trace) -> Callable:
-    """``guide`` with the sites that the model enumerates and it lacks; itself where there are none.
+    """``guide`` extended by the enumerated sites of the model that it lacks; ``guide`` itself if there are none.
 
     ``drawn`` is a trace of the guide, ``run`` one of the model at its latents.
     """
@@ -56,7 +56,7 @@ def _subsamples(site: Mapping[str, Any]) -> bool:
 
 
 def _nesting(*traces: Trace) -> int:
-    """How many dimensions batches take: enumeration takes those to the left."""
+    """The number of batch dimensions; enumeration uses those to the left."""
     depths = [0]
     for trace in traces:
         for site in trace.nodes.values():
@@ -67,21 +67,21 @@ def _nesting(*traces: Trace) -> int:
 
 
 class CompletedGuide:
-    """A guide that goes on to draw the model's enumerated ``sites`` given what it drew, and the data.
+    """A guide that also draws the model's enumerated ``sites``, given its own draws and the data.
 
-    ``nesting`` is the number of batch dimensions of the two programs; one more is left to a plate of draws.
+    ``nesting`` is the number of batch dimensions of the two programs; one more is reserved for a plate of draws.
     """
 
     def __init__(self, model: Callable, guide: Callable, sites: tuple[str, ...], nesting: int):
         self.model, self.inner_program, self.sites, self.nesting = model, guide, sites, nesting
-        self.width = 1  # how many numbers a value of a site stands for while its conditional is found
+        self.width = 1  # numbers per value of a site during the computation of its conditional
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         around = [handler for handler in _PYRO_STACK if isinstance(handler, IndepMessenger)]
         with poutine.trace() as drawn:
             found = self.inner_program(*args, **kwargs)
         values = {name: site["value"] for name, site in drawn.trace.nodes.items() if site["type"] == "sample"}
-        # Plates that only the model has ask outside for their rows, once.
+        # Plates that only the model has request their rows from outer handlers, once.
         lists = _Lists(first_available_dim=-2 - self.nesting)
         with _Aside(set()), poutine.trace() as listed, lists, _Given(values), _Along(around, set()):
             self.model(*args, **kwargs)
@@ -100,7 +100,7 @@ class CompletedGuide:
 
 
 class _Lists(EnumMessenger):
-    """Enumeration that also runs under ``torch.vmap``, which knows no ``.data``."""
+    """Enumeration that also runs under ``torch.vmap``, which does not support ``.data``."""
 
     def _pyro_post_sample(self, msg) -> None:
         if isinstance(msg["fn"], TorchDistributionMixin) and msg["value"] is not None:
@@ -113,7 +113,7 @@ class _Lists(EnumMessenger):
 
 
 class _Given(Messenger):
-    """Latent sites and plates' rows take the values given; to enumeration they are data."""
+    """Sets latent sites and plate rows to given values, which enumeration treats as data."""
 
     def __init__(self, values: Mapping[str, torch.Tensor]):
         super().__init__()
@@ -127,7 +127,7 @@ class _Given(Messenger):
 
 
 class _Along(Messenger):
-    """Sites that handlers outside will not see stand in the plates outside all the same."""
+    """Puts sites that outer handlers do not see into the outer plates."""
 
     def __init__(self, around: list[IndepMessenger], shown: set[str]):
         super().__init__()
@@ -140,7 +140,7 @@ class _Along(Messenger):
 
 
 class _Aside(Messenger):
-    """Handlers outside see only the sites ``shown``, and plates' rows that are yet to be drawn."""
+    """Hides all sites from outer handlers except ``shown`` and plate rows that are not drawn yet."""
 
     def __init__(self, shown: set[str]):
         super().__init__()
@@ -154,7 +154,7 @@ class _Aside(Messenger):
 
 
 class _StandingWhere(Messenger):
-    """A statement stands in the plates of a site, has its scale and its mask."""
+    """Gives a statement the plates, the scale and the mask of a site."""
 
     def __init__(self, site: Mapping[str, Any], outside: set[str]):
         super().__init__()
@@ -167,7 +167,7 @@ class _StandingWhere(Messenger):
 
 
 class _Factor(NamedTuple):
-    """A log-factor whose dimensions have names, and the plates that it is a product over."""
+    """A log-factor with named dimensions, and the plates over which it is a product."""
 
     tensor: torch.Tensor
     names: str
@@ -175,12 +175,12 @@ class _Factor(NamedTuple):
 
 
 class _Backwards:
-    """Listed sites, each with its distribution given those drawn before it, the others summed out.
+    """The distribution of each enumerated site given the sites drawn before it, with the others summed out.
 
-    Sites are summed out one after the other, those in more plates first, the last ones of the program before the
-    first; what is joined for that holds each site's distribution given the sites that are left. Drawn in the opposite
-    order they have their exact joint distribution, in time linear in their number for a chain or a tree (forward
-    filtering, backward sampling; Obermeyer et al. 2019, arXiv:1902.03210).
+    Sites are summed out one at a time: those in more plates first, and among these the last of the program first; the
+    joined factors hold each site's distribution given the remaining sites. Draws in the opposite order have the exact
+    joint distribution, in time linear in the number of sites for a chain or a tree (forward filtering, backward
+    sampling; Obermeyer et al. 2019, arXiv:1902.03210).
     """
 
     def __init__(self, listed: Trace, sites: tuple[str, ...]):
@@ -189,7 +189,7 @@ class _Backwards:
         self.plates = {name: self._plates(listed.nodes[name]) for name in sites}
         place = {name: number for number, name in enumerate(listed.nodes) if name in self.symbols}
         self.order = sorted(sites, key=lambda name: (len(self.plates[name]), place[name]))
-        self.values: dict[str, torch.Tensor] = {}  # by symbol, with names of dimensions
+        self.values: dict[str, torch.Tensor] = {}  # by symbol, with dimension names
         self.joined: dict[str, _Factor] = {}
         self.width = 1
         self._sum_out()
@@ -213,7 +213,7 @@ class _Backwards:
                 if not self.plates[of_symbol[symbol]] <= plates:
                     raise BadInput(
                         f"site {name!r} depends on {of_symbol[symbol]!r}, which the model enumerates in a plate that"
-                        f" {name!r} is not in, so that its elements are tied: draw {of_symbol[symbol]!r} in the guide"
+                        f" {name!r} is not in, so its elements are dependent: draw {of_symbol[symbol]!r} in the guide"
                     )
             if name in self.symbols or set(names) & set(of_symbol):
                 found.append(_Factor(log_prob, names, plates))
@@ -240,8 +240,8 @@ class _Backwards:
                     users[other].discard(number)
                     if not self.plates[of_symbol[other]] <= plates:
                         raise BadInput(
-                            f"sites {name!r} and {of_symbol[other]!r} are enumerated in the model, stand in plates that"
-                            " cross, and meet in one term, so that all their elements are tied: draw one in the guide"
+                            f"sites {name!r} and {of_symbol[other]!r} are enumerated in the model, are in plates that"
+                            " cross, and share a term, so that all their elements are dependent: draw one in the guide"
                         )
                 mine.append(_over(factor, factor.plates - plates))
             if not mine:  # a site of one value
@@ -251,7 +251,7 @@ class _Backwards:
             needed = 2 * joined.tensor.numel() * joined.tensor.element_size()
             if needed > MEMORY_LIMIT:
                 raise BadInput(
-                    f"site {name!r}, which the model enumerates, is tied to so many others that its conditional needs"
+                    f"site {name!r}, which the model enumerates, depends on so many others that its conditional needs"
                     f" {needed / 2**30:.3g} GiB: put chains under pyro.markov, take fewer rows, or draw it in the guide"
                 )
             self.joined[name] = joined
@@ -259,7 +259,7 @@ class _Backwards:
             keep(len(self.joined) + len(self.listed.nodes), _Factor(left, joined.names.replace(symbol, ""), plates))
 
     def conditional(self, name: str) -> Any:
-        """The distribution of a site given the values of those before it in ``order``."""
+        """The distribution of a site given the values of the sites before it in ``order``."""
         fn, symbol = self.listed.nodes[name]["fn"], self.symbols[name]
         if name not in self.joined:
             return fn
@@ -279,7 +279,7 @@ class _Backwards:
         return type(fn)(logits=logits)
 
     def take(self, name: str, value: torch.Tensor) -> None:
-        """The value that a site has drawn, or was given."""
+        """Record the value of a site, drawn or given."""
         if isinstance(self.listed.nodes[name]["fn"], dist.OneHotCategorical):
             value = value.argmax(-1)
         names = "".join(
@@ -295,7 +295,7 @@ def _sizes(factor: _Factor) -> dict[str, int]:
 
 
 def _over(factor: _Factor, plates: frozenset[str]) -> _Factor:
-    """The product over the elements of some plates."""
+    """The product over the elements of the given plates."""
     gone = [place for place, name in enumerate(factor.names) if name in plates]
     tensor = factor.tensor.sum(gone) if gone else factor.tensor
     return _Factor(tensor, "".join(name for name in factor.names if name not in plates), factor.plates - plates)
@@ -310,7 +310,7 @@ def _product(factors: list[_Factor], plates: frozenset[str]) -> _Factor:
 
 
 def _at(tensor: torch.Tensor, names: str, symbol: str, index: torch.Tensor, of_index: str) -> tuple[torch.Tensor, str]:
-    """The factor where a site has the values ``index``."""
+    """The factor at the values ``index`` of a site."""
     others = "".join(sorted(set(names.replace(symbol, "")) | set(of_index)))
     tensor, index = laid_out(tensor, names, symbol + others), laid_out(index, of_index, symbol + others)
     shape = torch.broadcast_shapes(tensor.shape[1:], index.shape[1:])

@@ -1,4 +1,4 @@
-"""How good a fitted pair is: the bound, the evidence, and the two parts of the bound, in nats per datum."""
+"""Evaluation of a model and guide: the ELBO, the evidence, rate and distortion, in nats per datum."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _NOT_NUMBERS = ("values", "_marks", "_ask")
 
 @dataclass(frozen=True)
 class Difference:
-    """One number of an evaluation less that of another on the same data, in nats per datum.
+    """The difference of two evaluations in one number, on the same data, in nats per datum.
 
-    ``se`` is the standard error over the data, of the mean of paired differences; ``mc_se`` that of the draws, which is
-    all that is left on fixed data. Where one weight covers all data, there are no pairs and ``se`` is NaN.
+    ``se`` is the standard error over the data, of the mean of paired differences; ``mc_se`` that of the draws, the only
+    error on fixed data. Where one weight covers all data, there are no pairs and ``se`` is NaN.
     """
 
     mean: float
@@ -46,26 +46,26 @@ class Difference:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` found: means over the data and their standard errors, in nats per datum.
+    """The result of :func:`evaluate`: means over the data and their standard errors, in nats per datum.
 
     ``elbo`` is ``-(rate + distortion)``; ``rate`` is E[log q(z | x) - log p(z)] and ``distortion`` is -E[log p(x | z)]
     (Alemi et al. 2018, arXiv:1711.00464).
 
-    ``log_evidence`` is log p(data) over the number of data. Without global latents it is the mean of each datum's
+    ``log_evidence`` is log p(data) divided by the number of data. Without global latents it is the mean of each datum's
     importance-weighted estimate over ``num_samples`` draws, a lower bound in expectation that tightens with the number
     of draws (Burda et al. 2015, arXiv:1509.00519). With global latents it comes from ``num_samples`` weights of the
-    global draws over all data, each with ``num_local_samples`` draws of the local latents inside, and ``khat`` is the
-    Pareto k̂ of these weights; where k̂ says that they cannot be trusted it is NaN, ``reason`` says why, and ``elbo``
-    remains a lower bound.
+    global draws over all data, each with ``num_local_samples`` draws of the local latents, and ``khat`` is the Pareto
+    k̂ of these weights. If k̂ shows that the weights are unreliable, ``log_evidence`` is NaN and ``reason`` says why;
+    ``elbo`` remains a lower bound.
 
-    ``log_predictive`` is the mean log predictive density, log E_q[p(x_n | global latents)]. On data that the guide was
-    fitted to it is in-sample and above the evidence; without global latents it is the evidence.
+    ``log_predictive`` is the mean log predictive density, log E_q[p(x_n | global latents)]. On the guide's training
+    data it is in-sample and above the evidence; without global latents it equals the evidence.
 
-    ``…_se`` is the standard error over the data, as a sample of more; ``…_mc_se`` that of the draws, which is the
-    error of the number for these very data. Where one weight covers all data, both are the latter.
+    ``…_se`` is the standard error over the data, as a sample of a population; ``…_mc_se`` that of the draws, the error
+    for these data. Where one weight covers all data, both are the latter.
 
-    ``values`` holds each datum's own numbers ``(N,)``, where data have numbers of their own; :meth:`compare` pairs them
-    with another guide's. ``kl``, ``active_units`` and ``mutual_information`` are found when asked for.
+    ``values`` holds each datum's own numbers ``(N,)``, where they exist; :meth:`compare` pairs them with those of
+    another evaluation. ``kl``, ``active_units`` and ``mutual_information`` are computed on first access.
     """
 
     elbo: float
@@ -93,7 +93,7 @@ class Evaluation:
     _ask: Callable[[], Information] | None = field(default=None, compare=False, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Means, errors, counts, k̂ and reason; ``values`` has each datum's, `information` the rest."""
+        """Means, errors, counts, k̂ and reason as plain values; ``values`` and `information` hold the rest."""
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NOT_NUMBERS}
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class Evaluation:
             if name == "log_evidence" and self.reason:
                 lines.append(f"  {label:14} cannot say: {self.reason}")
             elif name == "log_predictive" and (math.isnan(mean) or mean == self.log_evidence):
-                continue  # the same number, or none
+                continue  # a duplicate, or NaN
             else:
                 lines.append(f"  {label:14} {mean:9.3f} ± {error:.3f} (± {drawn:.2g})")
         if not self.reason and not math.isnan(self.khat):
@@ -118,10 +118,10 @@ class Evaluation:
         return f"{self.num_samples} draws of the global latents, {self.num_local_samples} of the local ones for each"
 
     def compare(self, other: Evaluation) -> dict[str, Difference]:
-        """This evaluation's numbers less those of ``other``: another guide or model on the same data in one order.
+        """The differences to ``other``: another guide or model on the same data in the same order.
 
-        Data differ by far more from each other than two guides do on one datum, so that the error of paired differences
-        is much smaller than the difference of two errors.
+        Data differ far more from each other than two guides do on one datum, so that the error of paired differences is
+        much smaller than the difference of two errors.
 
         Returns:
             A `Difference` by name (``elbo``, ``log_evidence``, ``log_predictive``, ``rate``, ``distortion``).
@@ -130,7 +130,7 @@ class Evaluation:
             BadInput: the evaluations are of different data.
         """
         if not isinstance(other, Evaluation):
-            raise BadInput(f"compare wants another Evaluation, and was given {type(other).__name__}")
+            raise BadInput(f"compare takes another Evaluation, got {type(other).__name__}")
         if self.num_data != other.num_data or self._marks != other._marks:
             raise BadInput("these evaluations are of different data: evaluate both guides on the same, in one order")
         found = {}
@@ -146,7 +146,7 @@ class Evaluation:
     def information(self) -> Information:
         """KL, activity and mutual information, see :func:`.information.information`.
 
-        They cost runs of their own and are found when first asked for, with the parameters as they then are.
+        They take further runs on first access, with the current parameters.
         """
         if self._ask is None:
             raise BadInput(
@@ -166,7 +166,7 @@ class Evaluation:
 
     @property
     def mutual_information(self) -> float | None:
-        """Nats that the latents know of the data; None where the guide's density cannot be had."""
+        """Mutual information of data and local latents in nats; None if the guide's density is unknown."""
         return self.information.mutual_information
 
 
@@ -183,46 +183,47 @@ def evaluate(
     plate: str | None = None,
     processes: ProcessGroup | None = None,
 ) -> Evaluation:
-    """The true bound and the importance-weighted evidence of a model and guide on ``data``, in nats per datum.
+    """The ELBO and the importance-weighted evidence of a model and guide on ``data``, in nats per datum.
 
-    Any Pyro pair will do whose latents the guide all draws. The *data plate* is the one of N rows that encloses all
-    that is observed (``plate`` names it where more than one fits); one that subsamples is visited in full. Each datum's
-    log-weight is summed over everything else; a plate's subsampling scale does not enter. A relaxed pair that knows its
-    exact counterpart is judged by that counterpart.
+    Serves any Pyro pair whose guide draws all latents. The *data plate* is the plate of N rows that encloses all
+    observed sites (``plate`` names it where several do); a subsampled one is visited in full. Each datum's log-weight
+    is summed over all other dimensions, without the plate's subsampling scale. A relaxed pair with a discrete form is
+    evaluated in that form.
 
-    Latents outside that plate are global (the weights of a regression): their KL is spread evenly over the data (where
-    the rows are a batch under a plate of more, over all that it counts) and enters the bound and the rate. The evidence
-    is then that of all data together over their number, ``∫ p(g) ∏ p(x_n | g) dg``, by importance weights of the draws
-    of g, which hold where their Pareto k̂ is below min(1 − 1/log₁₀ S, 0.7) (Vehtari et al. 2024, arXiv:1507.02646). It
-    is NaN with a reason otherwise, for a batch of more rows, and for a guide that is a point. ``log_predictive`` is the
-    predictive density of each datum. All rows are passed at once.
+    Latents outside that plate are global (the weights of a regression): their KL is divided equally among the data (for
+    a batch under a larger plate, among all data of the plate) and is part of the ELBO and the rate. The evidence is
+    then that of all data together divided by their number, ``∫ p(g) ∏ p(x_n | g) dg``, by importance weights of the
+    draws of g; it is reported if their Pareto k̂ is below min(1 − 1/log₁₀ S, 0.7) (Vehtari et al. 2024,
+    arXiv:1507.02646). It is NaN with a reason otherwise, for a batch of a larger plate, and for a guide that is a
+    point. ``log_predictive`` is the predictive density of each datum. All rows are passed at once.
 
-    Where the guide draws the latents of all data jointly, or no plate encloses the data, there is one weight for all:
-    ``log_evidence`` is that of all data over N under the same rule, and its error (without a plate, every error) is
-    that of the draws.
+    Where the guide draws the latents of all data jointly, or no plate encloses the data, there is one weight for all
+    data: ``log_evidence`` is that of all data over N under the same rule, and its error (without a plate, every error)
+    is that of the draws.
 
-    Networks run in evaluation mode without gradients; parameters, param store, seeds and training flags stay as they
-    were, and the same ``seed`` gives the same numbers.
+    Networks run in evaluation mode without gradients; parameters, param store, seeds and training flags do not change,
+    and the same ``seed`` gives the same numbers.
 
     Args:
         model: the Pyro model.
         guide: the Pyro guide; it draws every latent of the model.
-        data: a tuple is the positional arguments of both programs, a mapping their keywords, anything else their one
-            argument; tensors that have as many rows as the first one are cut into batches, all else is passed whole.
-        num_samples: draws of the latents of each datum; of the global latents where there are any.
-        num_local_samples: draws of the local latents for each draw of the global ones. None: 64, or 1 where draws run
-            one by one. Of no effect unless there are both.
-        batch_size: rows a run, where the programs take so few.
-        seed: of the draws; None draws from the current stream.
-        plate: the data plate.
-        processes: several processes, which must all call this alike, share the batches; all get the numbers that one
-            would have found.
+        data: the arguments of both programs: a tuple holds the positional arguments, a mapping the keywords, anything
+            else is the single argument; tensors with as many rows as the first one are cut into batches, others are
+            passed whole.
+        num_samples: draws of the latents of each datum; with global latents, of these.
+        num_local_samples: draws of the local latents per draw of the global ones, if there are both. None: 64, or 1
+            where draws cannot be vectorized.
+        batch_size: rows per run, where the programs accept batches.
+        seed: of the draws; None draws from the current random state.
+        plate: the name of the data plate.
+        processes: several processes, which must all make this call, share the batches; all return the numbers of a
+            single process.
 
     Returns:
         An `Evaluation`: numbers in nats per datum, both kinds of standard errors, and each datum's own values.
 
     Raises:
-        BadInput: empty data, NaN, a latent that only one of the two programs draws, a draw outside a prior's support.
+        BadInput: empty data, NaN, a latent that only one program draws, a draw outside a prior's support.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -239,7 +240,7 @@ def evaluate(
     (True, True)
     """
     if processes is not None and seed is None:
-        raise BadInput("several processes draw what one would from a seed: pass seed=")
+        raise BadInput("several processes need a seed to draw what one process would: pass seed=")
     if num_local_samples is not None and num_local_samples < 1:
         raise BadInput(f"num_local_samples is {num_local_samples}: expected at least 1")
     drawn = all_parts(model, guide, data, num_samples, batch_size, seed, plate, processes, num_local_samples)
@@ -254,7 +255,7 @@ def evaluate(
     numbers: dict[str, Any] = {}
     values: dict[str, torch.Tensor] = {}
     for name, value in terms.items():
-        # By datum over draws; where no datum can be told from the others, by draw.
+        # By datum over draws; where data have no weights of their own, by draw.
         numbers[name], numbers[f"{name}_se"] = _mean_and_error(value.mean(0 if told_apart else 1))
         numbers[f"{name}_mc_se"] = _error_of_draws(value, independent)
         if told_apart:
@@ -294,7 +295,7 @@ def evaluate(
 
 
 def _evidence_together(drawn: Parts, log_weight: torch.Tensor, count: int) -> dict[str, Any]:
-    """The evidence of all data together, by their number, from one weight a draw."""
+    """The evidence of all data together divided by their number, from one weight per draw."""
     total = log_weight.sum(1)
     if "integrated" in drawn.parts:
         total = (drawn.parts["integrated"] + drawn.parts["log_global"]).sum(1)
@@ -317,7 +318,7 @@ def _evidence_together(drawn: Parts, log_weight: torch.Tensor, count: int) -> di
 
 
 def _marks_of(rows: Rows) -> tuple:
-    """What tells data from others, and their order: two sums of each tensor."""
+    """A fingerprint of the data and their order: two sums of each tensor."""
     found = []
     for tensor in rows.tensors():
         if tensor.dim():
@@ -335,7 +336,7 @@ def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 
 
 def _error_of_draws(values: torch.Tensor, independent: bool) -> float:
-    """The standard error of the mean of ``(S, N)`` by the draws alone; ``independent``: data share no draw."""
+    """The standard error of the mean of ``(S, N)`` over draws alone; ``independent``: data share no draw."""
     draws, count = values.shape
     if draws < 2:
         return math.nan

@@ -1,4 +1,4 @@
-"""Importance weights of a guide's draws: Pareto k̂, effective sample size, and the evidence they estimate."""
+"""Importance weights of a guide's draws: Pareto k̂, effective sample size, and estimates of the evidence."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .runner import Pass, Sweep, log_weight
 from .sites import Block
 
 _NUMBERS_A_PIECE = 2**20
-# Log-weights closer together than this are one number but for rounding; their tail has no shape.
+# Log-weights closer together than this differ by rounding only; their tail has no shape.
 _ROUNDING = 1e-3
-# A tail with fewer different values than this is no sample of a continuous one.
+# A tail with fewer distinct values than this is not from a continuous distribution.
 _FEWEST = 10
-# Beyond this share of the draws as effective sample size, weights differ by 3 % (root mean square) at most: their
-# tail has no shape but noise.
+# If the effective sample size is above this fraction of the draws, weights differ by at most 3 % (root mean square),
+# and the shape of their tail is noise.
 EVEN = 0.999
-# Local latents with at most so many states have bounded weights given the global latents: no tail.
+# Local latents with at most this many states have bounded weights given the global latents: no tail.
 _STATES = 1000
 
 
 def khat(log_weights: np.ndarray, rounding: float = _ROUNDING) -> np.ndarray:
-    """Pareto k̂ of importance weights ``(…, S)`` given as log p − log q; 0 where the weights are all but equal.
+    """Pareto k̂ of importance weights ``(…, S)`` given as log p − log q; 0 where the weights are nearly equal.
 
-    All but equal: they lie within ``rounding`` nats, or their effective sample size is above 99.9 % of S. NaN where the
-    largest weights take too few different values for a fit, as for latents with few states, or S is below 25; infinite
-    where every weight is zero. Vehtari et al. 2024, arXiv:1507.02646.
+    Nearly equal: within ``rounding`` nats, or with an effective sample size above 99.9 % of S. NaN where the largest
+    weights have too few distinct values for a fit, as for latents with few states, or S is below 25; infinite where
+    every weight is zero. Vehtari et al. 2024, arXiv:1507.02646.
 
     >>> khat(np.zeros((2, 100)))
     array([0., 0.])
@@ -53,7 +53,7 @@ def khat(log_weights: np.ndarray, rounding: float = _ROUNDING) -> np.ndarray:
 
 
 def khat_limit(num_samples: int) -> float:
-    """The k̂ above which an importance-weighted mean over ``num_samples`` draws is not to be trusted.
+    """The k̂ above which an importance-weighted mean over ``num_samples`` draws is unreliable.
 
     min(1 − 1/log₁₀ S, 0.7): fewer draws need lighter tails (Vehtari et al. 2024, arXiv:1507.02646, section 3.2.4).
 
@@ -64,15 +64,15 @@ def khat_limit(num_samples: int) -> float:
 
 
 def tail_size(num_samples: int) -> int:
-    """How many of the largest weights k̂ is fitted to."""
+    """The number of largest weights that k̂ is fitted to."""
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
 
 
 def khat_error(num_samples: int, shape: float) -> float:
-    """The standard error of k̂ from ``num_samples`` draws where the tail's shape is ``shape``.
+    """The standard error of k̂ from ``num_samples`` draws for a tail of shape ``shape``.
 
     (1 + k) / √M for the M largest weights: the asymptotic error of a generalized Pareto shape, k above −1/2 (Smith
-    1987). The fit draws k̂ towards ½ as ten more weights would.
+    1987). The fit shrinks k̂ towards ½ with the weight of ten further observations.
 
     >>> round(khat_error(2000, 0.7), 3)
     0.136
@@ -82,7 +82,7 @@ def khat_error(num_samples: int, shape: float) -> float:
 
 
 def importance_ess(log_weights: np.ndarray) -> np.ndarray:
-    """(Σ w)² / Σ w² of importance weights ``(…, S)``: how many of S draws count; S where all weights are equal."""
+    """(Σ w)² / Σ w², the effective sample size of importance weights ``(…, S)``; S if all weights are equal."""
     weights = np.exp(log_weights - log_weights.max(-1, keepdims=True))
     return weights.sum(-1) ** 2 / (weights**2).sum(-1)
 
@@ -97,7 +97,7 @@ def log_evidence(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pieces(shape: Sequence[int], draws: int) -> Iterator[tuple[slice, ...]]:
-    """Parts of an array of units, so small that a few copies of ``draws`` numbers for each of them do not count."""
+    """Slices of an array of units, small enough that copies of ``draws`` numbers for each take little memory."""
     if not shape:
         yield ()
         return
@@ -107,7 +107,7 @@ def pieces(shape: Sequence[int], draws: int) -> Iterator[tuple[slice, ...]]:
 
 
 def by_piece(statistic: Callable[[np.ndarray], np.ndarray], log_weights: np.ndarray) -> np.ndarray:
-    """A statistic of weights ``(chain, *units, S)``, a few units at a time, so that its copies take little memory."""
+    """A statistic of weights ``(chain, *units, S)``, computed a few units at a time to save memory."""
     found = np.empty(log_weights.shape[:-1])
     for chain in range(len(log_weights)):
         for piece in pieces(log_weights.shape[1:-1], log_weights.shape[-1]):
@@ -126,14 +126,14 @@ def integrated(
     arguments: tuple[tuple, dict] | None = None,
     scaled: bool = False,
 ) -> tuple[torch.Tensor, bool]:
-    """log p(x | global latents) of each datum ``(count, *data plates)``, over ``draws`` of the local latents each.
+    """log p(x | global latents) of each datum ``(count, *data plates)``, by ``draws`` draws of the local latents each.
 
-    Also says whether the guide's density of the global latents can be had by itself: not where it depends on local
-    ones.
+    Also returns whether the guide's density of the global latents is known separately: it is not if it depends on local
+    latents.
     """
     count = len(next(iter(given.values())))
     if sweep.summed_out.issuperset(sweep.local):
-        draws = 1  # of an exact conditional: every draw has the one weight
+        draws = 1  # for an exact conditional all draws have the same weight
     room = sweep.draws_a_run(block)
     inner = min(draws, room)
     outer = max(1, room // inner)
@@ -159,7 +159,7 @@ def integrated(
 
 
 def number_of_states(sweep: Sweep, names: Sequence[str]) -> float:
-    """How many values the latents of one datum have together; infinite if one of them is not finite."""
+    """The number of joint values of a datum's latents; infinite if one of them has no finite support."""
     total = 1.0
     for name in names:
         layout, support = sweep.model_sites[name], sweep.supports[name]
@@ -180,7 +180,7 @@ def number_of_states(sweep: Sweep, names: Sequence[str]) -> float:
 
 
 def rounding_of(sweep: Sweep, largest: float) -> float:
-    """How far log-weights of equal draws may lie apart by the programs' own precision, of terms up to ``largest``."""
+    """The rounding error of log-weights whose terms are at most ``largest``, at the programs' precision."""
     sizes = [layout.dtype.itemsize for layout in sweep.model_sites.values() if layout.dtype.is_floating_point]
     precision = 1e-6 if min(sizes, default=8) < 8 else 1e-14
     return _ROUNDING + precision * largest
@@ -188,13 +188,13 @@ def rounding_of(sweep: Sweep, largest: float) -> float:
 
 # --- evidence of all data together --------------------------------------------------------------------------------
 
-# Weights that differ by less than a tenth weigh next to nothing, whatever the shape of their tail.
+# Weights that differ by less than a tenth have bounded influence, whatever the shape of their tail.
 _ALIKE = 0.1
 
 
 @dataclass(frozen=True)
 class JointEvidence:
-    """log p of all data by importance weights, in nats: NaN where these cannot say it, with the ``reason``."""
+    """log p of all data by importance weights, in nats; NaN with a ``reason`` where the weights are unreliable."""
 
     value: float
     mc_se: float
@@ -203,10 +203,10 @@ class JointEvidence:
 
 
 def joint_evidence(log_weights: np.ndarray, rounding: float = _ROUNDING) -> JointEvidence:
-    """The evidence from joint log-weights ``(S,)`` of independent draws, where their Pareto k̂ allows it.
+    """The evidence from joint log-weights ``(S,)`` of independent draws, if their Pareto k̂ allows it.
 
-    Weights of few different values (discrete latents) have no tail; they count where the largest of them has been drawn
-    often enough to be no accident.
+    Weights with few distinct values (discrete latents) have no tail; they are used if the largest value occurs often
+    enough.
 
     >>> rng = np.random.default_rng(0)
     >>> z = 1.1 * rng.standard_normal(2000)

@@ -1,4 +1,4 @@
-"""What a guide's latents know of the data: KL and activity of each dimension, mutual information."""
+"""Information in a guide's latents: KL and activity of each dimension, mutual information with the data."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _NOTES = {
 
 @dataclass(frozen=True)
 class Information:
-    """``kl``: E[log q − log p] by latent site, in nats, averaged over draws and data; ``notes`` say where it is less.
+    """``kl``: E[log q − log p] by latent site, in nats, averaged over draws and data; ``notes`` describe exceptions.
 
-    Each dimension has its own where guide and prior have independent coordinates, or are Normal, so that each
-    coordinate's marginal is known: their sum is then below the KL of the site by what the coordinates share. Otherwise
-    there is one number for the site. Latents that the guide computes from one joint draw have one number together,
-    under their names joined by ``+``, over all data. A point has none.
+    ``kl`` has an entry for each dimension where guide and prior have independent coordinates, or are Normal, so that
+    each coordinate's marginal is known; for dependent coordinates the sum of the marginal KLs is below the KL of the
+    site. Otherwise the site has a single number. Latents that the guide computes from one joint draw have one number
+    together, under their names joined by ``+``, over all data. A point has none.
 
     ``active_units``: by local site, whether each dimension's posterior mean varies over the data (Burda et al. 2015,
-    arXiv:1509.00519). ``mutual_information``: between data and local latents under the guide, in nats; None where the
-    guide has no density of them by themselves.
+    arXiv:1509.00519). ``mutual_information``: of data and local latents under the guide, in nats; None where the guide
+    has no separate density of the local latents.
     """
 
     kl: dict[str, Any]
@@ -46,7 +46,7 @@ class Information:
     notes: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers and lists, as JSON takes them."""
+        """Numbers and lists, for JSON."""
         return {
             "kl": {name: value.tolist() for name, value in self.kl.items()},
             "active_units": {name: int(value.sum()) for name, value in self.active_units.items()},
@@ -66,11 +66,11 @@ def information(
     seed: int | None = 0,
     plate: str | None = None,
 ) -> Information:
-    r"""KL and activity of latent dimensions over ``num_data`` of the rows, mutual information over ``num_pairs``.
+    r"""KL and activity of latent dimensions over ``num_data`` rows, mutual information over ``num_pairs`` rows.
 
-    Mutual information is :math:`E[\log q(z \mid x) - \log \frac1M \sum_m q(z \mid x_m)]` over M rows, which cannot be
-    above log M (Hoffman & Johnson 2016, "ELBO surgery"). ``data`` and ``plate`` are as in
-    :func:`~gumbo.inference.evaluate`; evenly spaced rows are taken. Raises BadInput as `to_arviz` does.
+    Mutual information is estimated by :math:`E[\log q(z \mid x) - \log \frac1M \sum_m q(z \mid x_m)]` over M rows,
+    which is at most log M (Hoffman & Johnson 2016, "ELBO surgery"). ``data`` and ``plate`` are as in
+    :func:`~gumbo.inference.evaluate`; the rows are evenly spaced. Raises BadInput as `to_arviz` does.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -108,12 +108,12 @@ def _sweep(model: Callable, guide: Callable, rows: Rows, count: int, plate: str 
                 return sweep
         except (BadInput, *PROGRAM_ERRORS):
             pass
-    # Programs that were written for so many rows, and latents of all rows together, take all or none.
+    # Programs with a fixed number of rows, and joint latents of all rows, need all rows.
     return Sweep(model, guide, rows.args, rows.kwargs, data_plates=plate)
 
 
 def _mutual(sweep: Sweep, seed: int | None) -> float | None:
-    """Each row's draw under the guide of every other row, one turn of the rows after the other."""
+    """Evaluate each row's draw under the guide of every other row, by rotations of the rows."""
     auxiliary = any(name not in sweep.model_sites for name in sweep.guide_sites)
     points = any(sweep.guide_sites[name].point for name in sweep.local)
     if not sweep.local or auxiliary or points or sweep.swept or len(sweep.data_plates) != 1:

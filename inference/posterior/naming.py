@@ -13,13 +13,13 @@ from ...errors import BadInput
 from .collection import Array, Collection
 from .runner import Sweep
 
-COPIED = 2**25  # bytes: larger data are shown, and not copied
+COPIED = 2**25  # bytes: larger data are views
 
 
 def _listed(name: str, values: Any) -> np.ndarray:
     try:
         listed = np.asarray(values)
-    except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor that carries a gradient
+    except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor that requires grad
         listed = np.asarray(None)
     if listed.ndim != 1:
         raise BadInput(
@@ -29,7 +29,7 @@ def _listed(name: str, values: Any) -> np.ndarray:
 
 
 class Naming:
-    """Dimension names and coordinates: plates and row numbers, and what the user says of the others."""
+    """Dimension names and coordinates: plates and row numbers, and the user's names for other dimensions."""
 
     def __init__(self, sweep: Sweep, coords: Mapping[str, Sequence], dims: Mapping[str, Sequence[str]]):
         self.sweep, self.dims = sweep, dict(dims)
@@ -45,7 +45,7 @@ class Naming:
         data = _counted(array)
         if array.constant:
             data = np.broadcast_to(data, collection.full_shape(array))
-            # A view that cannot be written to, only where memory counts.
+            # Copied unless large; otherwise a read-only view.
             data = data.copy() if data.nbytes < COPIED else data
         return self._made(data, names, head)
 
@@ -63,12 +63,12 @@ class Naming:
     def _names_of(self, array: Array) -> list[str]:
         if array.layout is not None or None not in array.plates:
             return self._names(array.name, array.plates, array.shape) if array.layout else list(array.plates)
-        # Log-probabilities of a site stand where its values do, without the event.
+        # Log-probabilities of a site have the dimensions of its values, without the event.
         layout = self.sweep.model_sites[array.name]
         return self._names(array.name, layout.names, layout.shape)[: len(array.plates)]
 
     def _names(self, variable: str, plates: Sequence[str | None], shape: Sequence[int]) -> list[str]:
-        """Plates by their names; the others by the user's, or ``variable_dim_0``, ``variable_dim_1``, …"""
+        """Plate names; for other dimensions the user's names, or ``variable_dim_0``, ``variable_dim_1``, …"""
         free = len(shape) - len([plate for plate in plates if plate is not None])
         given = list(self.dims.get(variable, ()))
         if len(given) == len(shape) and free != len(shape):
@@ -80,7 +80,7 @@ class Naming:
         return named + list(others)
 
     def constants(self, args: tuple, kwargs: Mapping, observed: Iterable[np.ndarray]) -> dict[str, Any]:
-        """Tensor arguments of the model that are not what a site observes, in all rows."""
+        """Tensor arguments of the model that no site observes, in all rows."""
         found = {}
         for name, value in _arguments(self.sweep.model, args, kwargs).items():
             if not isinstance(value, torch.Tensor) or any(
@@ -89,13 +89,13 @@ class Naming:
                 continue
             plates = [p for p in self.sweep.data_plates if value.dim() and self.sweep.sizes[p] == len(value)][:1]
             names = self._names(name, [*plates], tuple(value.shape))
-            # A variable cannot bear the name of one of its own dimensions.
+            # A variable cannot have the name of one of its dimensions.
             label = f"{name}_argument" if name in self.sweep.sizes else name
             found[label] = self._made(value.detach().cpu().numpy(), names, {})
         return found
 
     def statistics(self, found: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> dict[str, Any]:
-        """Numbers ``(chain, *plates, *others)`` with the names of their dimensions."""
+        """Numbers ``(chain, *plates, *others)`` with dimension names."""
         made = {}
         for name, (names, data) in found.items():
             head = {"chain": np.arange(data.shape[0])}
@@ -109,18 +109,18 @@ class Naming:
 
 
 def _counted(array: Array) -> np.ndarray:
-    """The numbers of a variable, those of a discrete site as integers: ArviZ draws counts as counts only then."""
+    """The numbers of a variable, with integers for a discrete site: ArviZ plots only integers as counts."""
     data = array.data
     if array.layout is None or not array.layout.discrete or data.dtype.kind != "f":
         return data
     if np.isnan(data).any():
-        return data  # a mask hides some
+        return data  # masked values are NaN
     counts = data.astype(np.int32)
     return counts if np.array_equal(counts, data) else data
 
 
 def _free(name: str) -> str:
-    """A plate's name as a dimension's: ArviZ has its own draws and chains."""
+    """A plate's name as a dimension name; ``chain`` and ``draw`` belong to ArviZ."""
     return f"{name}_plate" if name in ("chain", "draw") else name
 
 

@@ -1,4 +1,4 @@
-"""The parts of every datum's log-weight, log p(z), log p(x | z) and log q(z | x), over all rows and many draws."""
+"""The terms of every datum's log-weight, log p(z), log p(x | z) and log q(z | x), over all rows and many draws."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     pass
 
 
-# Rows (data times draws) that one run of the programs holds: a bound on memory.
+# Rows (data times draws) per run of the programs, which bounds memory.
 _ROWS_A_RUN = 8192
 _PRIME = 1_000_003  # keeps the random streams of a seed's batches apart from those of its neighbours
 PARTS = ("log_prior", "log_likelihood", "log_q", "log_global")
-# Draws of the local latents for each of the global ones.
+# Draws of the local latents per draw of the global ones.
 _LOCAL_SAMPLES = 64
 
 
@@ -42,19 +42,19 @@ def log_weights(
 ) -> dict[str, torch.Tensor]:
     """``log_prior``, ``log_likelihood`` and ``log_q`` in nats, each ``(num_samples, N)`` in float64.
 
-    ``log_global`` of the same shape is log p - log q of the latents outside the data plate, each datum's share.
+    ``log_global`` of the same shape is log p − log q of the latents outside the data plate, divided among the data.
     """
     return all_parts(model, guide, data, num_samples, batch_size, seed, plate).parts
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of all log-weights ``(S, N)``, and what has one weight only.
+    """The terms of all log-weights ``(S, N)``, and which data share a weight.
 
-    ``one_weight`` is empty where each datum has weights of its own; "globals" where they are given global latents;
-    "latents" where the guide draws all latents jointly; "all" where no plate tells the data apart. ``integrated`` among
-    the parts is each datum's likelihood given the global latents. ``reason`` says why there is no evidence whatever the
-    weights are.
+    ``one_weight`` is empty where each datum has its own weight; "globals" where these are conditional on global
+    latents; "latents" where the guide draws all latents jointly; "all" where no plate separates the data.
+    ``integrated`` among the parts is each datum's likelihood given the global latents. ``reason`` says why there is no
+    evidence whatever the weights.
     """
 
     parts: dict[str, torch.Tensor]
@@ -93,7 +93,7 @@ def all_parts(
         batch, here = rows[number * size : (number + 1) * size].to(device), (sweep, name)
         if len(batch) < min(size, len(rows)):
             here = _sweep(model, guide, batch, plate, sweep.mode)
-        # A seed of its own for each batch: whoever evaluates it draws the same.
+        # A separate seed for each batch: every process draws the same for it.
         with nullcontext() if seed is None else private_seed(seed + _PRIME * number, model, guide):
             return _batch(*here, batch, num_samples, None if rows.whole else len(rows), inner)
 
@@ -110,7 +110,7 @@ def all_parts(
         pieces = [shares[number % processes.world_size][number // processes.world_size] for number in range(count)]
     parts = {part: torch.cat([piece[part] for piece in pieces], 1) for part in pieces[0]}
     if "integrated" in parts and parts["integrated"].isnan().any():
-        # The guide draws global latents given local ones: only all of them together have a weight.
+        # The guide draws global latents given local ones: only the joint draw has a weight.
         del parts["integrated"]
         inner = 1
     reason = _no_evidence(sweep, name, parts["log_q"].shape[1], bool(parts["log_global"].any()))
@@ -118,7 +118,7 @@ def all_parts(
 
 
 def _no_evidence(sweep: Sweep, name: str | None, num_data: int, globals_count: bool) -> str:
-    """Why importance weights of these programs are not those of the evidence; empty where they are."""
+    """The reason why importance weights of these programs do not estimate the evidence; empty if they do."""
     points = [
         site
         for site in sweep.latents
@@ -132,16 +132,16 @@ def _no_evidence(sweep: Sweep, name: str | None, num_data: int, globals_count: b
 
 
 def _data_size(sweep: Sweep, name: str | None, size: int, num_data: int) -> int:
-    """How many data share the global latents, of which a run of ``size`` rows shows some."""
-    # A plate that is no subsample of more stands for the data at hand, which may come in batches.
+    """The number of data that share the global latents, of which ``size`` rows are in a run."""
+    # A plate that does not subsample covers the data at hand, which may come in batches.
     at_hand = name is None or name not in sweep.at_hand
     return num_data if at_hand and sweep.full_sizes.get(name, size) == size else sweep.full_sizes[name]
 
 
 def exact_pair(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
-    """The discrete programs behind a relaxed pair, over the same networks; any other pair itself.
+    """The discrete programs of a relaxed pair, with the same networks; any other pair unchanged.
 
-    A relaxed model says so by ``relaxed``, gives its discrete form by ``exact()``, and its guide by ``exact(model)``.
+    A relaxed model has ``relaxed`` set, and returns its discrete form by ``exact()``; its guide by ``exact(model)``.
     """
     if not getattr(model, "relaxed", False):
         return model, guide
@@ -157,10 +157,10 @@ def exact_pair(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
 def _first_sweep(
     model: Callable, guide: Callable, rows: Rows, batch_size: int, plate: str | None
 ) -> tuple[Sweep, str | None, int]:
-    """The programs on a batch of rows, the data plate, and how many rows a batch has.
+    """The programs on a batch of rows, the data plate, and the number of rows per batch.
 
-    They see all rows at once where something depends on all of them: latents outside the data plate, a joint draw, a
-    plate that is written for so many rows.
+    They get all rows at once if something depends on all of them: latents outside the data plate, a joint draw, a plate
+    of fixed size.
     """
     if batch_size < len(rows):
         try:
@@ -169,7 +169,7 @@ def _first_sweep(
             if name is not None and name == also and not sweep.outside_data():
                 return sweep, name, batch_size
         except (BadInput, *PROGRAM_ERRORS):
-            pass  # said again below, if it is not for want of rows
+            pass  # raised again below, unless all rows remove the cause
     sweep, name = _sweep(model, guide, rows, plate)
     return sweep, name, len(rows)
 
@@ -177,7 +177,7 @@ def _first_sweep(
 def _sweep(
     model: Callable, guide: Callable, rows: Rows, plate: str | None, mode: str | None = None
 ) -> tuple[Sweep, str | None]:
-    """The programs on these rows, and the plate over the data: None if nothing encloses all that is observed."""
+    """The programs on these rows, and the data plate: None if no plate encloses all observed sites."""
     rows = rows.to(device_of(model, guide))
     sweep = Sweep(model, guide, rows.args, rows.kwargs, mode=mode, latents_needed=False)
     fitting = [name for name in sweep.sizes if name in sweep.around_data]
@@ -200,9 +200,9 @@ def _sweep(
 def _batch(
     sweep: Sweep, name: str | None, batch: Rows, num_samples: int, num_data: int | None, inner: int
 ) -> dict[str, torch.Tensor]:
-    """All draws of one batch, each part ``(num_samples, B)``; ``inner`` draws of local latents for each global one.
+    """All draws of one batch, each term ``(num_samples, B)``; ``inner`` draws of local latents per global draw.
 
-    Where no argument has rows, the plate says how many there are.
+    Where no argument has rows, the plate gives their number.
     """
     size = sweep.sizes[name] if batch.whole and name is not None else len(batch)
     num_data = num_data or size

@@ -1,4 +1,4 @@
-"""``predict``: draws for data that the guide was not fitted to, as ArviZ takes them."""
+"""``predict``: draws for data that the guide was not fitted to, as ArviZ data."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ def predict(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Draws for new data: what the model draws at the guide's latents, in ArviZ's group ``predictions``.
+    """Draws for new data: the model's draws given the guide's latents, in ArviZ's group ``predictions``.
 
-    Global latents are drawn from the guide as it was fitted; latents of a datum from the guide given the new rows, as
-    in a variational autoencoder, whose predictions are reconstructions. Drawn by the model, and so predicted, are the
-    sites that it observes (a value that is given for one counts for its shape, and for what the guide reads of it),
-    those that are left open (``obs=None``), those that it enumerates, and what it computes by ``pyro.deterministic``.
+    Global latents are drawn from the fitted guide; local latents from the guide given the new rows, as in a variational
+    autoencoder, where predictions are reconstructions. Predicted sites are those that the model observes (an observed
+    value only determines the shape, and the guide may read it), those without a value (``obs=None``), those that the
+    model enumerates, and ``pyro.deterministic`` sites.
 
-    A guide with parameters per datum (AutoNormal of a latent in the data plate, a refined guide) knows nothing of new
-    rows and is refused.
+    A guide with parameters per datum (AutoNormal of a latent in the data plate, a refined guide) has no distribution
+    for new rows and is refused.
 
     Args:
         model: the Pyro model.
-        guide: the Pyro guide, or a sequence of guides that were fitted independently, one a chain.
+        guide: the Pyro guide, or a sequence of independently fitted guides, one per chain.
         args: the programs' own arguments for the new rows, or one object in the form that ``fit`` takes.
-        num_samples: draws a chain.
-        batch_size: how many rows of the arguments are passed at a time; None passes all.
+        num_samples: draws per chain.
+        batch_size: rows of the arguments per run; None passes all.
         coords: coordinates by dimension.
         dims: names of the event dimensions by variable.
-        seed: of the draws; None draws from the current stream.
+        seed: of the draws; None draws from the current random state.
         memory_limit: GiB that the draws may take.
-        progress: True shows how far it is, False nothing; None decides by size.
+        progress: True shows progress, False does not; None shows it for large draws.
         kwargs: keywords of the programs.
 
     Returns:
@@ -76,8 +76,8 @@ def predict(
         site observes.
 
     Raises:
-        BadInput: a guide with parameters per datum; programs that cannot run on the new data; no site to predict; more
-            draws than ``memory_limit`` holds.
+        BadInput: a guide with parameters per datum; programs that fail on the new data; no site to predict; draws that
+            need more than ``memory_limit``.
 
     >>> import pyro
     >>> import pyro.distributions as dist
@@ -117,7 +117,7 @@ def predict(
 
 
 class Predictions:
-    """The arrays ``(chain, draw, *plates, *event)`` of all that is predicted, and how they are filled."""
+    """The arrays ``(chain, draw, *plates, *event)`` of the predicted sites, filled chain by chain."""
 
     def __init__(self, sweep: Sweep, chains: int, num_samples: int):
         self.sweep, self.chains, self.num_samples = sweep, chains, num_samples
@@ -125,14 +125,14 @@ class Predictions:
         enumerated = [name for name in sweep.model_sites if name in sweep.summed_out]
         names = [*sweep.observed, *enumerated, *computed]
         if not sweep.observed and not enumerated:
-            raise BadInput("the model has no site to predict: all that it draws the guide draws as well")
+            raise BadInput("the model has no site to predict: the guide draws all its sites")
         self.arrays = [self._array(name) for name in names]
 
     def _array(self, name: str) -> Array:
         layout = self.sweep.model_sites[name]
         dtype = layout.dtype
         if name in self.sweep.masked and not dtype.is_floating_point:
-            dtype = torch.float64  # what a mask hides is NaN
+            dtype = torch.float64  # masked values are NaN
         return Array(GROUP, name, layout, layout.names, layout.shape, dtype)
 
     def full_shape(self, array: Array) -> tuple[int, ...]:
@@ -149,7 +149,7 @@ class Predictions:
         return len(self._chunks(sweep)) * len(list(sweep.blocks()))
 
     def fill(self, chain: int, sweep: Sweep, seed: int | None, progress: Any) -> None:
-        """Draw one chain."""
+        """Make all draws of one chain."""
         for array in self.arrays if chain == 0 else ():
             array.data = np.zeros(self.full_shape(array), torch.empty(0, dtype=array.dtype).numpy().dtype)
         done = 0
@@ -189,7 +189,7 @@ class Predictions:
 
 
 class OpenedModel:
-    """A model whose open sites count as observed, at one draw of their own, so that they can be drawn anew."""
+    """A model whose sites without a value count as observed at one draw, so that they can be predicted."""
 
     def __init__(self, model: Callable, values: Mapping[str, torch.Tensor]):
         self.inner_program, self.values = model, dict(values)
@@ -218,7 +218,7 @@ class _Observed(Messenger):
 
 
 def _opened(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Callable:
-    """The model with sites that nothing observes and the guide leaves out as predicted ones; itself without any."""
+    """The model with sites that have no value and that the guide does not sample as predicted sites."""
     with quietly(model, guide, 0):
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         run = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
@@ -234,7 +234,7 @@ def _opened(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, 
 
 
 def _refuse_open_sites(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Raise BadInput where a guide that runs the model would take a site that is to be predicted for a latent."""
+    """Raise BadInput if a guide that runs the model would treat a site to be predicted as a latent."""
     known = getattr(getattr(guide, "inner_program", None), "locs", None)
     if not isinstance(guide, MessengerProgram) or known is None:
         return
@@ -279,7 +279,7 @@ def _refuse_parameters_of_data(model: Callable, guide: Callable, args: tuple, kw
 
 
 def _looked_at(model: Callable, guide: Callable, rows: Rows) -> str | None:
-    """The parameter with elements for each position among the rows; None too where this cannot be found out."""
+    """The parameter with elements for each row, or None if there is none or the check fails."""
     with suppress(Exception), quietly(model, guide, 0), torch.enable_grad(), kept_buffers(model, guide):
         return positional_parameter(model, guide, rows, 0)
     return None
@@ -288,7 +288,7 @@ def _looked_at(model: Callable, guide: Callable, rows: Rows) -> str | None:
 def _plates(
     program: Callable, args: tuple, kwargs: Mapping[str, Any], left_out: Collection[str] = ()
 ) -> dict[str, int]:
-    """The plates around a program's sites, and their sizes; none where it does not run on these arguments."""
+    """The plates around a program's sites, and their sizes; empty if it fails on these arguments."""
     try:
         with quietly(program, program, 0):
             run = poutine.trace(program).get_trace(*args, **kwargs)
@@ -300,7 +300,7 @@ def _plates(
 
 @contextmanager
 def _explained(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Programs that fail on new rows, for a parameter that has the number of the old ones or otherwise, in one line."""
+    """Turn an error on new rows into a one-line BadInput, which names a parameter sized for the old rows."""
     try:
         yield
     except (GumboError, *PROGRAM_ERRORS) as error:
@@ -315,7 +315,7 @@ def _explained(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Itera
 
 
 def _parameter_of_other_rows(guide: Callable, rows: Rows) -> tuple[str, int] | None:
-    """A parameter with as many elements as there must be rows for the guide to run, which it does not on these."""
+    """A parameter whose size is the number of rows that the guide needs to run, if it fails on these."""
     asked = _Asked()
     if rows.whole or _runs(guide, rows, asked):
         return None
@@ -328,7 +328,7 @@ def _parameter_of_other_rows(guide: Callable, rows: Rows) -> tuple[str, int] | N
 
 
 class _Asked(Messenger):
-    """Notes the shapes of the parameters that a program asks the param store for."""
+    """Records the shapes of the parameters that a program reads from the param store."""
 
     def __init__(self):
         super().__init__()

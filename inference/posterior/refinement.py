@@ -1,4 +1,4 @@
-"""Refining a guide for given data: the best of its family there, and what that gains on each datum."""
+"""Refinement of a guide for given data: per-datum optimization within its family, and the gain in ELBO."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _FEATURES = "/features"
 
 
 class RefinedGuide(nn.Module):
-    """A guide with an offset for each datum: it draws as the guide does, from parameters that are moved a little.
+    """A guide with a learned offset for each datum, added to the parameters of its distributions.
 
-    A parameter of a site's distribution becomes T(T⁻¹(parameter) + offset), T the map from the reals to where the
-    parameter lives. Offsets start at zero, where this is the guide itself; a site keeps what it depends on. A
-    distribution without parameters of its own (a flow) is refined through the features that ``guide.encoder`` gives it.
+    A parameter of a site's distribution becomes T(T⁻¹(parameter) + offset), with T the map from the reals to the
+    parameter's constraint. Offsets start at zero, where the refined guide equals the guide; dependences between sites
+    are kept. A distribution without parameters of its own (a flow) is refined through the output of ``guide.encoder``.
 
-    It is bound to the rows it was made from: call it with those, all of them, in their order. ``offsets`` are its own
-    parameters; the guide's are shared, and the guide is not changed. Made by `refine`.
+    It is bound to its rows: call it with all of them, in their order. ``offsets`` are its own parameters; the guide's
+    are shared and do not change. Made by `refine`.
 
     Args:
         guide: the guide, a module or a function.
         data: the rows, in any form that `evaluate` takes.
-        shared: move the parameters of latents that all data share too, not only of those of single data.
+        shared: also refine latents outside the data plate.
     """
 
     def __init__(self, guide: Callable, data: object, *, shared: bool = False):
@@ -68,11 +68,11 @@ class RefinedGuide(nn.Module):
                     guide(*rows.args, **rows.kwargs)
                 self.offsets[_FEATURES] = nn.Parameter(torch.zeros_like(features[0]))
         if not self.offsets:
-            raise BadInput("the guide draws nothing for single data, so that there is nothing to refine datum by datum")
+            raise BadInput("the guide draws no latent in a plate over the data, so that no datum can be refined")
 
     @property
     def inner_program(self) -> Callable:
-        """The guide, whose modules these are too."""
+        """The guide, so that its modules count as this one's."""
         return self.guide
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ def _drawn(site: Mapping[str, Any]) -> bool:
 
 
 def _of_single_data(site: Mapping[str, Any], rows: int) -> bool:
-    """Whether one of the site's plates has the data's rows."""
+    """Whether one of the site's plates has the size of the data."""
     batch = site["fn"].batch_shape
     dims = [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
     return any(-dim <= len(batch) and batch[dim] == rows for dim in dims)
@@ -103,7 +103,7 @@ def _has_encoder(guide: Callable) -> bool:
 
 
 def can_refine(guide: Callable, data: object) -> bool:
-    """Whether every site that the guide draws has parameters that can be moved, or features that they come from."""
+    """Whether every site of the guide has parameters, or encoder features, that can be refined."""
     rows = Rows(data)
     with private_store(guide), private_seed(None, guide), torch.no_grad():
         trace = poutine.trace(guide).get_trace(*rows.args, **rows.kwargs)
@@ -125,30 +125,30 @@ def refine(
     shared: bool = False,
     progress: Progress | None = None,
 ) -> RefinedGuide:
-    """Optimise the guide for each of these data by itself, from where amortization puts it; model and guide stay.
+    """Optimize a guide for each datum separately, from the amortized values; model and guide do not change.
 
     Semi-amortized inference: Kim et al. 2018, arXiv:1802.02550; Hjelm et al. 2016, arXiv:1511.06382. All rows are
-    optimised at once, on the evidence lower bound of the given rows.
+    optimized at once, on the ELBO of the given rows.
 
     Args:
         model: the Pyro model.
         guide: its guide, a module or a function.
         data: the rows, in any form that `evaluate` takes.
-        steps: of Adam.
-        lr: its learning rate, which falls to zero along a cosine.
-        estimator: a word, an estimator, or a mapping of sites to either, as `SiteELBO` takes it. None: pathwise where a
-            site has an rsample, leave-one-out elsewhere.
-        num_particles: draws a step; None is the estimators' own minimum.
-        seed: of the draws; None draws from the current stream.
-        shared: refine the latents that all data share too.
-        progress: told of each step.
+        steps: number of Adam steps.
+        lr: initial learning rate, which decreases to zero along a cosine.
+        estimator: a word, an estimator, or a mapping of sites to either, as for `SiteELBO`. None: pathwise for sites
+            with ``rsample``, leave-one-out (``rloo``) otherwise.
+        num_particles: draws per step; None takes the smallest number that the estimators allow.
+        seed: of the draws; None draws from the current random state.
+        shared: also refine latents outside the data plate.
+        progress: called after each step.
 
     Returns:
-        A `RefinedGuide`, which draws for these rows.
+        A `RefinedGuide` for these rows.
 
     Raises:
         BadInput: data or settings that cannot be used, or a bound that is not finite.
-        UnsupportedSite: a site without parameters, or one that the estimator cannot serve.
+        UnsupportedSite: a site without parameters, or one that the estimator does not support.
 
     >>> from gumbo.guides import NormalGuide
     >>> from gumbo.models import GaussianVAE
@@ -188,7 +188,7 @@ def refined_for(
     shared: bool = False,
     progress: Progress | None = None,
 ) -> RefinedGuide:
-    """What `refine` does, for rows that need no check."""
+    """`refine` for rows that were checked before."""
     progress = progress or Progress()
     with private_store(model, guide), private_seed(seed, model, guide), evaluating(model, guide):
         refined = RefinedGuide(guide, rows, shared=shared)
@@ -203,7 +203,7 @@ def refined_for(
                 value = loss(*rows.args, **rows.kwargs)
                 if not torch.isfinite(value):
                     raise BadInput(f"refining the guide gave an ELBO of {-value.item()}")
-                # Only the offsets: nothing is added to the gradients of the model's and the guide's parameters.
+                # autograd.grad leaves the .grad of the model's and the guide's parameters unchanged.
                 slopes = torch.autograd.grad(value, offsets, allow_unused=True)
                 for offset, slope in zip(offsets, slopes, strict=True):
                     offset.grad = slope
@@ -216,8 +216,7 @@ def refined_for(
 class Refinement:
     """Per-datum bounds in nats, ``(N,)`` each: of the amortized guide, and of the guide refined for each datum.
 
-    ``gap`` is their difference. Where steps were enough to reach the best of the family for each datum, it is the
-    amortization gap.
+    ``gap`` is their difference. If the steps suffice to reach each datum's optimum, it is the amortization gap.
     """
 
     amortized: Tensor
@@ -242,16 +241,16 @@ def refinement_gap(
     batch_size: int = 256,
     seed: int = 0,
 ) -> Refinement:
-    """What refinement gains on each datum: the true bound before and after.
+    """The gain in ELBO on each datum by refinement, an estimate of the amortization gap.
 
     Cremer, Li & Duvenaud 2018, "Inference suboptimality in variational autoencoders", arXiv:1801.03558. A relaxed pair
-    is judged by its discrete form.
+    is evaluated in its discrete form.
 
     Args:
         model, guide, data, steps, lr, estimator, num_particles: as in `refine`.
-        num_samples: draws a datum behind each bound.
+        num_samples: draws per datum for each bound.
         batch_size: rows that are refined at once.
-        seed: of the refinement; the bounds take draws of another.
+        seed: of the refinement; the bounds use other draws.
 
     Returns:
         A `Refinement`, with bounds in nats ``(N,)``.
@@ -278,7 +277,7 @@ def refinement_gap(
             model, guide, batch, steps=steps, lr=lr, estimator=estimator, num_particles=num_particles, seed=seed
         )
         for bounds, program in ((before, guide), (after, refined)):
-            # Other noise than was optimised on, which would flatter the refined guide.
+            # Other draws than those of the optimization, which would favour the refined guide.
             bounds.append(_bounds(model, program, batch, num_samples, seed + 1))
     return Refinement(torch.cat(before), torch.cat(after))
 
@@ -293,7 +292,7 @@ def _bounds(model: Callable, guide: Callable, batch: Rows, num_samples: int, see
 
 
 def own_parameters(fn: Distribution) -> dict[str, tuple[Tensor, Any]]:
-    """A distribution's parameters, behind any ``to_event``, and where they live: empty where they cannot be moved.
+    """A distribution's parameters, under any ``to_event``, with their constraints; empty if they cannot be refined.
 
     >>> {name: value for name, (value, _) in own_parameters(dist.Normal(torch.zeros(1), 2.0).to_event(1)).items()}
     {'loc': tensor([0.]), 'scale': tensor([2.])}
@@ -313,7 +312,7 @@ _WRAPPED = (torch.distributions.TransformedDistribution, dist.MaskedDistribution
 
 
 def _base(fn: Any) -> Any:
-    """The distribution under Independent; None if it is under something else."""
+    """The distribution under Independent; None for other wrappers."""
     fn = _elementary(fn)
     if isinstance(fn, _RELAXED):
         return fn
@@ -321,7 +320,7 @@ def _base(fn: Any) -> Any:
 
 
 def _arguments(base: Any) -> dict[str, Any]:
-    """What a distribution can be built from again; of several ways to say the same, logits and triangular factors."""
+    """Arguments that rebuild a distribution; of equivalent parametrizations, logits and triangular factors."""
     if isinstance(base, _RELAXED):
         return {"temperature": base.temperature, "logits": base.logits}
     if isinstance(base, torch.distributions.Beta):
@@ -353,7 +352,7 @@ def _elementary(fn: Distribution) -> Distribution:
 
 
 class _Shift(Messenger):
-    """Moves the parameters of each site that has offsets."""
+    """Adds offsets to the parameters of each site that has them."""
 
     def __init__(self, offsets: Mapping[str, Tensor]):
         super().__init__()
@@ -370,7 +369,7 @@ class _Shift(Messenger):
 
 @contextmanager
 def _shifted_features(guide: Any, offset: Tensor | None) -> Iterator[list[Tensor]]:
-    """Adds an offset to what ``guide.encoder`` gives; the list that it yields collects what that was."""
+    """Add an offset to the output of ``guide.encoder``; the yielded list collects the original output."""
     seen: list[Tensor] = []
 
     def hook(module, inputs, output):

@@ -1,4 +1,4 @@
-"""Fitting a guide once more from a new start, and the losses that fits of a posterior take."""
+"""Refitting a guide from new initial values, and the losses for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .vmapped import random_sites
 
 
 def loss_of(estimators: Any, num_particles: int | None, model, guide, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """A loss with its particles at once, or one by one for programs that take no particle dimension."""
+    """A loss with vectorized particles, or one by one for programs that cannot be vectorized."""
     try:
         return SiteELBO(estimators, num_particles=num_particles, vectorize_particles=True)(model, guide).initialize(
             *args, **kwargs
@@ -49,7 +49,7 @@ def _train(loss, guide, args, kwargs, steps: int, lr: float, progress: Progress 
 
 
 def words(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """An estimator for each site: pathwise where there is an rsample, leave-one-out where not."""
+    """An estimator for each site: pathwise for sites with ``rsample``, leave-one-out otherwise."""
     with torch.no_grad(), private_seed(None, guide):
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
     return {
@@ -61,7 +61,7 @@ def words(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, 
 
 @contextmanager
 def evaluated(*programs: Any) -> Iterator[None]:
-    """Programs in evaluation mode, none of whose parameters asks for a gradient."""
+    """Put programs in evaluation mode, without gradients for their parameters."""
     thawed = [p for module in modules_of(*programs) for p in module.parameters() if p.requires_grad]
     with evaluating(*programs):
         try:
@@ -83,14 +83,14 @@ def refitted(
     steps: int = 1000,
     lr: float = 0.01,
 ) -> Callable:
-    """A copy of ``guide`` fitted to the same model and data from other initial values; the model stays as it is.
+    """A copy of ``guide`` fitted to the same model and data from other initial values; the model does not change.
 
-    Layers draw their weights anew; parameters that are not a layer's start where they stand plus N(0, 1/4) noise.
-    Raises BadInput for a guide that is not a module, whose parameters cannot be told from the model's.
+    Layers are initialized anew; parameters outside layers start at their values plus N(0, 1/4) noise. Raises BadInput
+    for a guide that is not a module, whose parameters cannot be separated from the model's.
     """
     with private_store(model, guide), private_seed(seed, model, guide), evaluated(model):
         with torch.no_grad():
-            guide(*args, **kwargs)  # a lazily built guide has parameters only now
+            guide(*args, **kwargs)  # a lazily built guide creates its parameters here
         if not isinstance(guide, nn.Module) or not any(True for _ in guide.parameters()):
             raise BadInput(
                 "num_refits fits guides that are modules with parameters; for any other give refit=, a function from a"

@@ -1,6 +1,6 @@
-"""Runs of any model and guide over all their rows, many draws at a time: sites laid out, nothing scaled or subsampled.
+"""Runs of a model and guide over all rows, many draws at a time, with site layouts and without scales or subsampling.
 
-The rows of a subsampled plate are visited block by block, so that every row is seen once and has its id.
+The rows of a subsampled plate are visited in blocks, so that every row is visited once and keeps its index.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .survey import Survey
 from .vmapped import Coordinates, Lane, Seen, outside, random_sites, run_lanes
 
 DRAWS = "_gumbo_draws"
-# Numbers that the sites of one run may hold: a bound on memory, large enough that Python's overhead does not count.
+# Numbers per run over all sites: bounds memory, and is large enough to amortize Python's overhead.
 _NUMBERS_A_RUN = 2**20
 
 
@@ -36,7 +36,7 @@ class Pass:
         self.seen, self.sweep, self.layouts, self.count, self.block = seen, sweep, layouts, count, block
 
     def raw(self, name: str) -> torch.Tensor:
-        """The value as the program has it."""
+        """The value in the program's own shape."""
         return self.seen[name].value
 
     def value(self, name: str) -> torch.Tensor:
@@ -45,7 +45,7 @@ class Pass:
         return self.whole_value(name)[(slice(None), *self.block.fresh(layout.names))]
 
     def shown_value(self, name: str) -> torch.Tensor:
-        """The same, as floats with NaN where a mask hides the number, if the site is masked."""
+        """``value`` as floats, with NaN for masked numbers if the site is masked."""
         value, seen, layout = self.value(name), self.seen[name], self.layouts[name]
         if name not in self.sweep.masked or seen.shown is None:
             return value
@@ -55,15 +55,15 @@ class Pass:
         return value.masked_fill(~shown[(slice(None), *self.block.fresh(layout.names))], torch.nan)
 
     def whole_value(self, name: str) -> torch.Tensor:
-        """The same in all rows that the run saw, repeated ones included: as ``fixed`` wants it."""
+        """The value in all rows of the run, repeated ones included, as ``fixed`` takes it."""
         layout, seen = self.layouts[name], self.seen[name]
         batch = seen.value.dim() - len(layout.event)
         return self.sweep.picked(seen.value, seen.value.shape[:batch], seen, layout, self.count)
 
     def log_prob(self, name: str, keep: Sequence[str] | None = None, *, scaled: bool = False) -> torch.Tensor:
-        """``(count, *keep)`` in nats, summed over all but the plates ``keep``; None keeps the site's own.
+        """``(count, *keep)`` in nats, summed over all plates but ``keep``; None keeps the site's own.
 
-        Unscaled; ``scaled`` brings in the scales that are not a plate's for its subsampling.
+        Unscaled; ``scaled`` applies the scales other than a plate's subsampling scale.
         """
         layout, seen = self.layouts[name], self.seen[name]
         try:
@@ -82,11 +82,11 @@ class Pass:
     def joint_log_prob(
         self, plates: Sequence[str], names: Collection[str] | None = None, *, scaled: bool = False
     ) -> torch.Tensor:
-        """The log-probability of all sites in these plates together, ``(count, *plates)`` in nats.
+        """The joint log-probability of all sites in these plates, ``(count, *plates)`` in nats.
 
         Args:
-            plates: those whose elements are told apart; a site outside one of them is left out.
-            names: of these sites only.
+            plates: the plates to keep; a site outside one of them is left out.
+            names: restricts the sum to these sites.
             scaled: as for :meth:`log_prob`.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.sweep.device)
@@ -98,7 +98,7 @@ class Pass:
         return total
 
     def coordinates(self, name: str) -> Coordinates | None:
-        """Log-probabilities of a site's coordinates; None if they are tied."""
+        """Log-probabilities of a site's coordinates; None if they are dependent."""
         return self.seen[name].coordinates(self.layouts[name].event)
 
 
@@ -108,11 +108,11 @@ def log_weight(guide: Pass, model: Pass, plates: Sequence[str], *, scaled: bool 
 
 
 class Sweep(Survey):
-    """A model and a guide, bound to their arguments, that can be run for any number of draws and block of rows.
+    """A model and a guide with their arguments, which run for any number of draws and block of rows.
 
-    ``batch_size`` passes so many rows of the arguments at a time; None passes them all. Raises
-    :class:`~gumbo.errors.BadInput` for programs without a latent or an observed site, for latents that only one of the
-    two draws, and where the arguments cannot be cut.
+    ``batch_size`` passes that many rows of the arguments at a time; None passes all. Raises
+    :class:`~gumbo.errors.BadInput` for programs without a latent or an observed site, for latents that only one program
+    draws, and for arguments that cannot be cut into batches.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Sweep(Survey):
         latents_needed: bool = True,
     ):
         super().__init__(model, guide, args, kwargs, latents_needed)
-        self._parameters: dict[int, set[str]] = {}  # names in the param store, by program
+        self._parameters: dict[int, set[str]] = {}  # names in the param store, by id of the program
         self.sliced: str | None = None
         self.reason = ""
         self.divide(data_plates)
@@ -139,11 +139,11 @@ class Sweep(Survey):
 
     @property
     def vectorized(self) -> bool:
-        """Whether many draws fit in one run."""
+        """Whether many draws run at once."""
         return self.mode != "single"
 
     def slowly(self) -> str:
-        """What there is to say of the pace."""
+        """A remark if draws run one by one."""
         return "" if self.vectorized else f", one by one, since they do not run together ({self.reason})"
 
     # --- rows ---------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ class Sweep(Survey):
             raise BadInput(f"no argument has as many rows as plate {plates[0]!r}: leave out batch_size")
 
     def blocks(self) -> Iterator[Block]:
-        """Blocks of rows that together hold every row once."""
+        """Blocks of rows that together contain every row once."""
         names = list(self.swept)
         spans = [
             [slice(s, min(s + self.swept[n], self.sizes[n])) for s in range(0, self.sizes[n], self.swept[n])]
@@ -189,14 +189,14 @@ class Sweep(Survey):
         for plate, span in at.items():
             start = span.start
             if plate != self.sliced:
-                # A plate that subsamples wants exactly so many rows: the last block repeats some.
+                # A plate that subsamples needs its exact number of rows: the last block repeats some.
                 start = max(0, span.stop - self.swept[plate])
             rows[plate] = torch.arange(start, span.stop)
             take[plate] = slice(span.start - start, span.stop - start)
         return Block(at, take, rows)
 
     def whole(self) -> Block | None:
-        """The only block, if all rows fit in one."""
+        """The only block, if one block holds all rows."""
         blocks = list(itertools.islice(self.blocks(), 2))
         return blocks[0] if len(blocks) == 1 else None
 
@@ -229,7 +229,7 @@ class Sweep(Survey):
         return guide, Pass(seen, self, self.model_sites, count, block)
 
     def over_rows(self, count: int, arguments: tuple[tuple, dict] | None = None) -> Iterator[tuple[Block, Pass, Pass]]:
-        """Guide and model on every block of rows, what stands outside the rows at one and the same draws throughout."""
+        """Guide and model on every block of rows, with the same draws of sites outside the rows in all blocks."""
         held: dict[tuple, torch.Tensor] = {}
         for block in self.blocks():
             fixed, new = self.known(held, block, self.guide_sites)
@@ -239,19 +239,19 @@ class Sweep(Survey):
             yield block, guide, model
 
     def known(self, held: dict, block: Block, layouts: Mapping[str, SiteLayout]) -> tuple[dict, list[str]]:
-        """Latents that an earlier block has drawn already, and those of this one that a later block will meet again."""
+        """Latents that an earlier block has drawn, and those that a later block needs again."""
         names = [name for name, layout in layouts.items() if layout.kind == "latent" and set(block.at) - layout.plates]
         fixed = {n: held[key_of(layouts[n], block)] for n in names if key_of(layouts[n], block) in held}
         return fixed, [name for name in names if name not in fixed]
 
     def keep(self, held: dict, run: Pass, new: Sequence[str], layouts: Mapping[str, SiteLayout]) -> None:
-        """Remember what a block drew for the blocks to come."""
+        """Store the draws that later blocks need."""
         for name in new:
             held[key_of(layouts[name], run.block)] = run.whole_value(name)
 
     @staticmethod
     def _check_held(guide: Pass, fixed: Mapping, held: dict, block: Block) -> None:
-        """A global latent's q must be the same whatever rows the program is given."""
+        """The q of a global latent must not depend on the rows."""
         for name, layout in guide.layouts.items():
             if layout.kind != "latent" or not set(block.at) - layout.plates:
                 continue
@@ -259,7 +259,7 @@ class Sweep(Survey):
             before = held.setdefault(("log_q", *key_of(layout, block)), now)
             if name in fixed and not torch.allclose(now, before, rtol=1e-3, atol=1e-3):
                 raise BadInput(
-                    f"the guide's distribution of {name!r} depends on the rows it is given, and these come in blocks: "
+                    f"the guide's distribution of {name!r} depends on its rows, which are passed in blocks: "
                     "leave out batch_size, or do not subsample"
                 )
 
@@ -271,7 +271,7 @@ class Sweep(Survey):
         *,
         arguments: tuple[tuple, dict] | None = None,
     ) -> Pass:
-        """The guide alone, some of its latents given."""
+        """The guide alone, with some latents given."""
         block = block or Block()
         return self._pass(self.guide, self.guide_sites, count, block, fixed or {}, set(), None, arguments)
 
@@ -284,7 +284,7 @@ class Sweep(Survey):
         observe: bool = True,
         arguments: tuple[tuple, dict] | None = None,
     ) -> Pass:
-        """The model alone at the latents given, others drawn from it; ``observe=False`` draws the data too."""
+        """The model alone at the given latents, others drawn from it; ``observe=False`` also draws the data."""
         hidden = set() if observe else set(self.observed)
         return self._pass(self.model, self.model_sites, count, block or Block(), fixed or {}, hidden, None, arguments)
 
@@ -298,7 +298,7 @@ class Sweep(Survey):
         return Pass(seen, self, layouts, count, block)
 
     def _seen(self, program, layouts, count, block, values, hidden, mode=None, arguments=None) -> Mapping[str, Seen]:
-        """The sites of a run at ``values``, which lie as the program has them."""
+        """The sites of a run at ``values``, in the program's own shapes."""
         mode = mode or self.mode
 
         def once(given: Mapping[str, torch.Tensor]) -> Trace:
@@ -307,7 +307,7 @@ class Sweep(Survey):
         if mode == "lanes":
             stored = pyro.get_param_store()
             if self._parameters.get(id(program), {""}) - set(stored.keys()):
-                # A parameter that the param store meets for the first time cannot be registered from within vmap.
+                # vmap cannot register a new parameter in the param store.
                 with private_seed(None, program):
                     once({name: value[0] for name, value in values.items()})
                 self._parameters[id(program)] = set(stored.keys())
@@ -328,15 +328,14 @@ class Sweep(Survey):
         if found != set(layouts):
             odd = sorted(found ^ set(layouts))[0]
             raise BadInput(
-                f"site {odd!r} is there in some runs and not in others: programs whose sites change from draw to draw"
-                " have no array of draws"
+                f"site {odd!r} occurs in some runs only: programs whose sites vary between draws have no array of draws"
             )
         return trace
 
     def _fastest(self) -> str:
-        """How many draws run at once: along a plate, along torch's vmap, or not at all.
+        """How to run many draws: along a plate, by torch.vmap, or one by one.
 
-        Two draws at once must mean what they mean one by one.
+        Two draws at once must have the log-probabilities that they have one by one.
         """
         for mode in ("plates", "lanes"):
             if self._agrees(mode):
@@ -357,7 +356,7 @@ class Sweep(Survey):
                         else:
                             a, b = many.log_prob(name)[draw], one.log_prob(name)[0]
                         if a.shape != b.shape or not _agree(a, b, layout.dtype):
-                            self.reason = f"site {name!r} has other numbers when draws run together"
+                            self.reason = f"site {name!r} has other values when draws run together"
                             return False
         except GumboError:
             raise
@@ -367,15 +366,15 @@ class Sweep(Survey):
         return True
 
     def held(self, run: Pass, name: str) -> torch.Tensor:
-        """A latent's values in all rows that the run saw, repeated ones included, as ``fixed`` wants them."""
+        """A latent's values in all rows of the run, repeated ones included, as ``fixed`` takes them."""
         return run.whole_value(name)
 
     def given(self, guide: Pass) -> dict[str, torch.Tensor]:
-        """All that a run of the guide drew outside the data's plates, auxiliary draws included."""
+        """All draws of a guide run outside the data plates, auxiliary ones included."""
         return {name: guide.whole_value(name) for name in self.outside_data()}
 
     def draws_a_run(self, block: Block | None = None) -> int:
-        """How many draws of a block fit in one run."""
+        """The number of draws of a block per run."""
         block = block or next(iter(self.blocks()))
         numbers = 0
         for layout in (*self.guide_sites.values(), *self.model_sites.values()):
@@ -395,14 +394,14 @@ class Sweep(Survey):
         )
 
     def _placed(self, value, layout: SiteLayout, count: int, block: Block, mode: str) -> torch.Tensor:
-        """``(count, *batch, *event)`` as the program has it."""
+        """``(count, *batch, *event)`` in the program's own shape."""
         sizes = dict(zip(layout.dims, self._sizes_in(layout, block), strict=True))
         depth = self.depth if mode == "plates" else layout.depth
         batch = [sizes.get(dim, 1) for dim in range(-depth, 0)]
         return value.reshape([*([] if mode == "single" else [count]), *batch, *layout.event])
 
     def picked(self, value, batch, seen: Seen, layout: SiteLayout, count: int) -> torch.Tensor:
-        """Left-padded to ``(count, depth…)``, spread over the plates, and only the dimensions of the layout kept."""
+        """Left-padded to ``(count, depth…)``, expanded over the plates, reduced to the layout's dimensions."""
         event = tuple(value.shape[len(batch) :])
         if isinstance(seen, Lane):
             value = value.reshape((batch[0],) + (1,) * (1 + self.depth - len(batch)) + tuple(batch[1:]) + event)

@@ -1,4 +1,4 @@
-"""Where the numbers of a site lie, and which rows of its plates a run sees."""
+"""The layout of a site's numbers, and the rows of its plates in a run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .vmapped import random_sites
 
 @dataclass(frozen=True)
 class SiteLayout:
-    """Where the numbers of a site lie: dimensions ``(*batch, *event)``, those of size 1 outside plates left out.
+    """The layout of a site's numbers: dimensions ``(*batch, *event)``, without those of size 1 outside plates.
 
-    ``dims`` are the batch dimensions that are kept, as negative numbers from the right of the program's batch shape;
-    ``names`` are their plates, None where a batch dimension stands in no plate.
+    ``dims`` are the batch dimensions that are kept, as negative indices into the program's batch shape; ``names`` are
+    their plates, None for a batch dimension without a plate.
     """
 
     name: str
@@ -47,14 +47,14 @@ class SiteLayout:
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows: where they go (``at``) and which of those that a run returns are new (``take``), by plate."""
+    """Rows of a run by plate: their destination (``at``), and which of the run's rows are new (``take``)."""
 
     at: Mapping[str, slice] = field(default_factory=dict)
     take: Mapping[str, slice] = field(default_factory=dict)
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def first(self, layout: SiteLayout) -> bool:
-        """Whether no block before this one has seen the site's numbers, or those of its rows."""
+        """Whether no earlier block has visited the site's rows, or the site if it has none."""
         return all(span.start == 0 for plate, span in self.at.items() if plate not in layout.plates)
 
     def index(self, names: Sequence[str | None]) -> tuple[slice, ...]:
@@ -71,13 +71,13 @@ def innermost(fn: Any) -> Any:
 
 
 def lengths_of(*traces: Trace) -> dict[str, int]:
-    """How many rows stand in each plate that has no size of its own (``pyro.plate("data")``)."""
+    """The number of rows in each plate without a size (``pyro.plate("data")``)."""
     found: dict[str, int] = {}
     for trace in traces:
         for _, site in random_sites(trace):
             value, fn = site["value"], site["fn"]
             if site["infer"].get("_deterministic"):
-                continue  # to Pyro all of its dimensions are event dimensions
+                continue  # Pyro counts all its dimensions as event dimensions
             batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
             for frame in site["cond_indep_stack"]:
                 if frame.vectorized and frame.size == -1:

@@ -1,4 +1,4 @@
-"""What a pair of programs is: its sites and where their numbers lie, its plates, its rows, its data."""
+"""The structure of a pair of programs: sites and their layouts, plates, rows, data."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Survey:
 
     Attributes:
         guide: the guide, completed by the sites that the model enumerates (``summed_out``).
-        guide_sites, model_sites: where the numbers of each site lie, by name.
-        sizes, full_sizes: the rows at hand in each plate, and the rows of the whole plate that its scale is for.
-        swept: plates that are visited in blocks, with the rows of one block.
-        at_hand: plates that would draw their rows and are given a batch instead, with these rows.
-        row_ids: the number of each row, by plate.
-        depth: how many batch dimensions the programs use.
+        guide_sites, model_sites: the layout of each site, by name.
+        sizes, full_sizes: the number of rows at hand in each plate, and the size of the whole plate that it scales to.
+        swept: plates that are visited in blocks, with the rows per block.
+        at_hand: subsampling plates that receive a batch instead, with its number of rows.
+        row_ids: the index of each row, by plate.
+        depth: the number of batch dimensions of the programs.
 
     Raises:
-        BadInput: programs that fail on the arguments, or a latent that only one of the two draws.
+        BadInput: programs that fail on the arguments, or a latent that only one program draws.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class Survey:
         self.guide_sites = {name: self._layout(name, site) for name, site in random_sites(guide)}
         self.model_sites = {name: self._layout(name, site) for name, site in random_sites(model)}
         self._check(guide, model)
-        # What the guide computes from auxiliary draws it computes again from them: were it fixed as well, a value that
-        # is off by rounding would have no density.
+        # The guide computes sites again from its auxiliary draws; fixed to a value that is off by rounding they would
+        # have no density.
         auxiliary = self.guide_sites.keys() - self.model_sites.keys()
         self.computed = {name for name, layout in self.guide_sites.items() if layout.point and auxiliary}
         self.supports = {
@@ -119,10 +119,10 @@ class Survey:
         self.masked = frozenset(name for name in observed if unmasked(model.nodes[name]) is not None)
 
     def _look_for_rows(self, plate: str, subsample: Any, rows: Mapping, held: Mapping, model: Trace) -> None:
-        """Whether a plate that would draw its rows is given a batch instead: then these are the rows there are.
+        """Whether a subsampling plate receives a batch instead: then the batch has all available rows.
 
-        So it is with programs that are called with a batch under ``plate(size=…, subsample_size=len(batch))``: no
-        argument has all rows, one has as many as are drawn, and other numbers of rows bring the same data.
+        This is so for programs called with a batch under ``plate(size=…, subsample_size=len(batch))``: no argument has
+        all rows, one has the subsample's number of rows, and other indices give the same data.
         """
         full, size = subsample.size, subsample.subsample_size
         values = (*self.args, *self.kwargs.values())
@@ -171,7 +171,7 @@ class Survey:
             event_dim = fn.event_dim
             batch = tuple(torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - event_dim]))
         depth = len(batch)
-        # What is drawn once under a plate without a size is not drawn for each of its rows.
+        # A single draw under a plate without a size is not one draw per row.
         for dim in [dim for dim, frame in frames.items() if frame.size == -1 and -dim <= depth]:
             if batch[dim] != self.sizes[frames[dim].name]:
                 del frames[dim]
@@ -192,7 +192,7 @@ class Survey:
 
     @staticmethod
     def _deterministic_batch(value: torch.Tensor, event_dim: int, frames: Mapping[int, Any]) -> tuple[int, ...]:
-        """The leading dimensions that are the plates', since ``pyro.deterministic`` calls all of them event."""
+        """The leading dimensions in plates; ``pyro.deterministic`` declares all dimensions as event dimensions."""
         if event_dim < value.dim():
             return tuple(value.shape[: value.dim() - event_dim])
         depth = max((-dim for dim in frames), default=0)
@@ -201,9 +201,9 @@ class Survey:
         return tuple(leading) if fits else ()
 
     def divide(self, data_plates: str | Sequence[str] | None) -> None:
-        """Which plates make a datum, and which latents belong to one datum alone."""
+        """Determine the data plates, and the latents that are local to a datum."""
         observed = [layout for layout in self.model_sites.values() if layout.kind == "observed"]
-        # Where nothing is observed, factors are what the model says of a datum.
+        # Without observed sites, factors are the likelihood of a datum.
         observed = observed or [layout for layout in self.model_sites.values() if layout.kind == "factor"]
         self.latents = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]
         self.observed = [layout.name for layout in observed if layout.kind == "observed"]
@@ -232,7 +232,7 @@ class Survey:
         wanted = set(self.data_plates)
         candidates = [name for name in self.latents if wanted and wanted <= self.model_sites[name].plates]
         self.local = [name for name in candidates if wanted <= self.guide_sites[name].plates]
-        # Latents of single data whose draws the guide ties together: no weight of one datum can be formed.
+        # The guide draws local latents jointly: a datum has no weight of its own.
         self.tied = len(self.local) < len(candidates) or (bool(candidates) and self._tied(candidates, wanted))
         if self.tied:
             self.local = []
@@ -243,7 +243,7 @@ class Survey:
         self.shared_plates = tuple(plate for plate in self.data_plates if plate in inside)
 
     def _tied(self, candidates: list[str], wanted: set[str]) -> bool:
-        """Whether latents of single data get their values from one draw for all, or a factor joins them."""
+        """Whether local latents come from one joint draw of all data, or share a factor."""
         auxiliary = [layout for name, layout in self.guide_sites.items() if name not in self.model_sites]
         inside = [layout for layout in auxiliary if wanted <= layout.plates]
         points = [name for name in candidates if self.guide_sites[name].point]
@@ -252,7 +252,7 @@ class Survey:
         return joined or len(inside) < len(auxiliary) and len(inside) < len(points)
 
     def outside_data(self) -> list[str]:
-        """What the guide draws outside the data's plates."""
+        """Sites that the guide draws outside the data plates."""
         wanted = set(self.data_plates)
         return [
             name

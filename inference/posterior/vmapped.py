@@ -1,4 +1,4 @@
-"""What a run leaves of a site, and runs of many draws at once by ``torch.vmap`` where a plate of draws does not fit."""
+"""Sites of a run, and runs of many draws at once by ``torch.vmap`` for programs that take no plate of draws."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ...errors import BadInput
 
 
 def random_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
-    """Sample sites by name, subsampling left out."""
+    """Sample sites by name, without subsampling sites."""
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site):
             yield name, site
 
 
 def unmasked(site: Mapping[str, Any]) -> torch.Tensor | None:
-    """Which numbers of a site's value are not hidden by a mask, of the program or of the distribution."""
+    """Which numbers of a site's value are unmasked, by the masks of the program and of the distribution."""
     fn, found = site["fn"], None
     shape = torch.broadcast_shapes(fn.batch_shape + fn.event_shape, site["value"].shape)
     masks = [] if site["mask"] is None else [(site["mask"], fn.event_dim)]
@@ -47,7 +47,7 @@ def unmasked(site: Mapping[str, Any]) -> torch.Tensor | None:
 class Coordinates:
     """Log-probabilities ``(…, *coordinates)`` of a site's coordinates, ``depth`` dimensions of them.
 
-    ``exact`` says that they sum to the site's; where they do not, they are those of its marginals.
+    ``exact`` says whether they sum to the site's log-probability; otherwise they are those of its marginals.
     """
 
     log_prob: torch.Tensor
@@ -56,11 +56,11 @@ class Coordinates:
 
 
 class Seen:
-    """A site as one run left it. Its numbers are found when asked for, once."""
+    """A site of a run, whose properties are computed on access and cached."""
 
     def __init__(self, site: Mapping[str, Any]):
         self.site = site
-        # A plate without a size is as long as what stands in it, which `picked` finds by itself.
+        # A plate without a size has the length of its contents, which `picked` computes.
         self.sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.vectorized and f.size != -1}
 
     @cached_property
@@ -69,14 +69,14 @@ class Seen:
 
     @cached_property
     def log_prob(self) -> torch.Tensor:
-        """With its mask, without scales; ``(*batch)`` as far as the program spreads it."""
+        """With the mask, without scales; ``(*batch)`` in the program's own shape."""
         site = self.site
         found = torch.as_tensor(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
         return (scale_and_mask(found, 1.0, site["mask"]) if site["mask"] is not None else found).detach()
 
     @cached_property
     def scaled_log_prob(self) -> torch.Tensor:
-        """With the scales that are not a plate's for its subsampling."""
+        """With the scales other than subsampling scales."""
         scale = self.site["scale"]
         for frame in self.site["cond_indep_stack"]:
             if frame.vectorized and frame.full_size and frame.full_size != frame.size:
@@ -85,11 +85,11 @@ class Seen:
 
     @cached_property
     def shown(self) -> torch.Tensor | None:
-        """Which numbers of the value no mask hides, ``(*batch, *event)``; None where there is no mask."""
+        """Which numbers of the value are unmasked, ``(*batch, *event)``; None without a mask."""
         return unmasked(self.site)
 
     def coordinates(self, event: tuple[int, ...]) -> Coordinates | None:
-        """Of the site's coordinates; None if they are tied."""
+        """Those of the site's coordinates; None if they are dependent."""
         split = coordinatewise(self.site["fn"], event)
         if split is None:
             return None
@@ -98,7 +98,7 @@ class Seen:
 
 
 class Lane(Seen):
-    """A site as a vmapped run left it: all numbers ``(count, …)`` and found in that run."""
+    """A site of a vmapped run: all numbers ``(count, …)`` are computed in that run."""
 
     def __init__(self, site: Mapping[str, Any], found: Mapping[str, torch.Tensor], split: tuple[int, bool] | None):
         super().__init__(site)
@@ -112,9 +112,9 @@ class Lane(Seen):
 
 
 def coordinatewise(fn: Any, event: tuple[int, ...]) -> tuple[Any, int, bool] | None:
-    """The distribution of a site's coordinates, how many event dimensions they have, whether they are independent.
+    """The distribution of a site's coordinates, their number of event dimensions, and whether they are independent.
 
-    None if they are tied and their marginals are unknown.
+    None if they are dependent with unknown marginals.
     """
     depth = 0
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
@@ -138,7 +138,7 @@ def outside(name: str) -> BadInput:
 
 # --- many draws by vmap -----------------------------------------------------------------------------------------------
 
-# What makes or copies memory that a program may then write its draws into.
+# Functions that make or copy memory, into which a program may then write its draws.
 _MEMORY = {
     torch.empty,
     torch.zeros,
@@ -159,7 +159,7 @@ _MEMORY = {
 
 
 class _OwnMemory(TorchFunctionMode):
-    """Fresh memory belongs to one lane: vmap refuses to write a lane's numbers, noise too, into memory of all lanes."""
+    """Gives each vmap lane its own new memory: vmap refuses to write a lane's numbers into shared memory."""
 
     def __init__(self, lane: torch.Tensor):
         super().__init__()
@@ -171,7 +171,7 @@ class _OwnMemory(TorchFunctionMode):
 
 
 class _Drawn(Messenger):
-    """Draws from the families whose own way vmap cannot follow."""
+    """Draws from the families whose sampler vmap does not support."""
 
     def _pyro_sample(self, msg) -> None:
         if msg["value"] is not None or msg["is_observed"] or site_is_subsample(msg):
@@ -199,11 +199,11 @@ def run_lanes(
     device: torch.device,
     masked: frozenset[str] = frozenset(),
 ) -> dict[str, Lane]:
-    """``once`` at each of the ``count`` values, all in one run. ``events`` are the sites' event shapes,
-    ``masked`` those sites whose masks are wanted.
+    """``once`` at each of the ``count`` values, all in one run. ``events`` are the sites' event shapes, ``masked`` the
+    sites whose masks are needed.
 
-    Validation would branch on numbers that differ between lanes; it is off inside, and supports are checked here.
-    Raises whatever vmap raises for a program that it cannot run.
+    Validation branches on numbers that differ between lanes; it is off inside, and supports are checked here. Raises
+    vmap's own error for a program that it cannot run.
     """
     sites: dict[str, Any] = {}
     splits: dict[str, tuple[int, bool] | None] = {}
@@ -232,7 +232,7 @@ def run_lanes(
 
     with pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*performance drop")
-        # vmap says so where it has lost count of the lanes.
+        # vmap gives this warning when it mixes up the lanes.
         warnings.filterwarnings("error", message=".*was resized")
         numbers = torch.arange(count, device=device)
         found = torch.vmap(lane, randomness="different")(numbers, dict(values))
@@ -243,7 +243,7 @@ def run_lanes(
 
 
 def _checks(fn: Any) -> bool:
-    """Whether a distribution minds values outside its support: not where the program says that it must not."""
+    """Whether a distribution rejects values outside its support: not with ``validate_args=False``."""
     while True:
         if fn.__dict__.get("_validate_args") is False or isinstance(fn, (dist.Delta, dist.Unit)):
             return False

@@ -1,4 +1,4 @@
-"""What the importance weights of a guide's draws say, unit by unit and latent by latent."""
+"""Statistics of the importance weights of a guide's draws, by datum and by latent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .importance import _STATES, by_piece, importance_ess, khat, log_evidence, n
 def weight_statistics(
     collection: Collection, event_names: Callable[[str, int], list[str]]
 ) -> dict[str, tuple[Sequence[str], np.ndarray]]:
-    """The variables of the group ``vi_stats``: names of dimensions and ``(chain, …)`` numbers."""
+    """The variables of the group ``vi_stats``: dimension names and ``(chain, …)`` numbers."""
     sweep = collection.sweep
     rounding = _rounding(collection)
     weight = np.moveaxis(collection.log_weight(), 1, -1)
@@ -51,7 +51,7 @@ def weight_statistics(
 
 
 def _unit_khat(collection: Collection, log_weights: np.ndarray, rounding: float) -> np.ndarray:
-    """k̂ of single data; unknown where only the global latents spread the few weights that a datum's latents have."""
+    """k̂ of each datum; unknown where only the global latents vary the few distinct weights of a datum."""
     shapes = khat(log_weights, rounding)
     if collection.nested and number_of_states(collection.sweep, collection.sweep.local) <= _STATES:
         shapes[shapes != 0] = np.nan

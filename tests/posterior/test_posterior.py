@@ -671,7 +671,7 @@ def test_bad_input_is_one_line():
         with pytest.raises((BadInput, UnknownName), match=said) as caught:
             to_arviz(normal_model, options.pop("guide"), X, **options)
         assert "\n" not in str(caught.value)
-    with pytest.raises(BadInput, match="sites change from draw to draw"):
+    with pytest.raises(BadInput, match="sites vary between draws"):
         for seed in range(8):
             to_arviz(changing, changing, X, num_samples=20, seed=seed)
 

@@ -171,7 +171,7 @@ def test_what_all_data_share_is_refined_when_asked(param_store):
         pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
 
     x = X[:, 0]
-    with pytest.raises(BadInput, match="nothing to refine datum by datum"):
+    with pytest.raises(BadInput, match="no latent in a plate over the data"):
         refine(model, guide, x)
     refined = refine(model, guide, x, shared=True, num_particles=32)
     fn = poutine.trace(refined).get_trace(x).nodes["mu"]["fn"]
@@ -184,7 +184,7 @@ def test_mistakes_are_one_line():
     with pytest.raises(BadInput, match="refined for 3 data, and was given 2"):
         refined(X[:2])
     regression = HeteroscedasticRegression((2,), hidden=(4,))
-    with pytest.raises(BadInput, match="nothing to refine"):
+    with pytest.raises(BadInput, match="no latent in a plate"):
         refine(regression, guides["none"](regression), {"x": torch.ones(3, 2), "y": torch.ones(3, 1)})
     with pytest.raises(BadInput, match="steps=-1"):
         refine(Linear(), Rough(), X, steps=-1)
