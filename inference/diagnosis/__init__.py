@@ -1,3 +1,3 @@
-"""What to think of a posterior: measurements and verdicts."""
+"""Diagnostics of a posterior: measurements and verdicts."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Do independent fits of the guide end in the same place?"""
+"""Diagnostic ``refits``: agreement of independent fits of the guide."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .thresholds import RHAT, allowed
 
 
 def between_refits(collection: Collection) -> dict[str, Verdict]:
-    """R̂ over the chains, each of which is a fit."""
+    """R̂ over the chains, each of which is an independent fit."""
     if collection.chains < 2:
         return {}
     found = {}

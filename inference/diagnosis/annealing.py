@@ -1,4 +1,4 @@
-"""Particles annealed from the prior to the posterior: they see every mode that the prior reaches, and no guide."""
+"""Sequential Monte Carlo from the prior to the posterior, independent of the guide."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .target import Target
 def annealed(
     target: Target, particles: int = 500, moves: int = 6, most: int = 80, progress: Progress | None = None
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """log p(x) of each unit ``(units,)`` and particles ``(particles, units, d)`` of its posterior, from the prior.
+    """log p(x) of each unit ``(units,)`` and particles ``(particles, units, d)`` of its posterior, by annealing.
 
-    Sequential Monte Carlo: each unit's temperature falls so that half of the particles count; between temperatures they
-    take random-walk Metropolis steps with their own covariance. Del Moral, Doucet & Jasra 2006. The evidence is −∞
-    where ``most`` temperatures do not lead to the posterior.
+    Sequential Monte Carlo: each temperature step keeps half of a unit's particles effective; between temperatures they
+    make random-walk Metropolis moves with their own covariance. Del Moral, Doucet & Jasra 2006. The evidence is −∞ if
+    the posterior is not reached within ``most`` temperatures.
     """
     free = target.draw(particles)
     prior, likelihood = target(free)

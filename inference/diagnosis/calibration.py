@@ -1,4 +1,4 @@
-"""Is the guide right on average over data that the model draws? Ranks of what was drawn, which must be uniform."""
+"""Simulation-based calibration: ranks of latents drawn by the model among the guide's draws must be uniform."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def calibration(
     steps: int = 1000,
     refit: Callable | None = None,
 ) -> dict[str, Verdict]:
-    """Ranks of simulated latents among the draws of the guide, or with ``refits`` of guides fitted to each data set."""
+    """Ranks of simulated latents among the guide's draws; with ``refits``, of guides fitted to each data set."""
     try:
         with quietly(sweep.model, sweep.guide, None if seed is None else seed + 1):
             if refits:
@@ -79,11 +79,11 @@ def calibration(
 
 
 class _Unread(BadInput):
-    """The guide has the same distributions whatever the data."""
+    """Raised where the guide's distributions do not depend on the data."""
 
 
 def simulated_ranks(sweep: Sweep, simulations: int, say: Stages | None = None) -> tuple[dict[str, np.ndarray], int]:
-    """Ranks of latents that the model drew among the guide's draws, by coordinate; and how many draws these are."""
+    """Ranks of the model's latents among the guide's draws, by coordinate, and the number of those draws."""
     places = _argument_places(sweep)
     draws = 100 if sweep.vectorized else 19
     given, tested = _reacting(sweep, places)
@@ -116,10 +116,10 @@ def simulated_ranks(sweep: Sweep, simulations: int, say: Stages | None = None) -
 def refitted_ranks(
     sweep: Sweep, refits: int, steps: int, refit: Callable | None, seed: int, say: Stages
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The same for a guide that is fitted to each simulated data set anew, the model held fixed; one rank a data set.
+    """As `simulated_ranks`, for a guide fitted anew to each simulated data set; one rank per data set.
 
-    ``refit``, called with the simulated data as the guide is, returns a fitted guide. Yao et al. 2018,
-    arXiv:1802.02538.
+    The model's parameters do not change. ``refit``, called like the guide with the simulated data, returns a fitted
+    guide. Yao et al. 2018, arXiv:1802.02538.
     """
     places = _argument_places(sweep)
     draws = 100 if sweep.vectorized else 19
@@ -146,7 +146,7 @@ def refitted_ranks(
 
 
 def _argument_places(sweep: Sweep) -> dict[str, int | str]:
-    """Which argument each observed site's data are."""
+    """The argument that holds each observed site's data."""
     if sweep.swept:
         raise BadInput("rows come in blocks, and simulating data needs them at once")
     if not sweep.observed:
@@ -175,7 +175,7 @@ def _replaced(sweep: Sweep, places: Mapping[str, int | str], run: Pass) -> tuple
 
 
 def _reacting(sweep: Sweep, places: Mapping[str, int | str]) -> tuple[list[str], list[str]]:
-    """Latents whose guide does not read the data, to be held at its draws; and those to be tested."""
+    """Latents whose guide does not depend on the data, which are held fixed, and the latents to test."""
     guide, _ = sweep.run(1)
     held = {name: sweep.held(guide, name) for name, layout in sweep.guide_sites.items() if layout.kind == "latent"}
     other, _ = sweep.run(1, fixed=held, arguments=_replaced(sweep, places, sweep.model_run(1, observe=False)))
@@ -194,7 +194,7 @@ def _reacting(sweep: Sweep, places: Mapping[str, int | str]) -> tuple[list[str],
 
 
 def _differs(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """By more than rounding: a flow inverts its own draws anew, with another last digit."""
+    """By more than rounding: a flow inverts its own draws, with rounding errors."""
     size = max(float(value[value.isfinite()].abs().max()) if value.isfinite().any() else 0.0 for value in (one, other))
     return not torch.allclose(one, other, rtol=0.0, atol=ROUNDING * (1 + size), equal_nan=True)
 
@@ -208,9 +208,9 @@ def _ranks(
     draws: int,
     rng: np.random.Generator | None = None,
 ) -> dict[str, np.ndarray]:
-    """For each coordinate, and the log-density, ranks ``(units,)``; equal values share theirs at random.
+    """Ranks ``(units,)`` of each coordinate and of the log-density; ties are broken at random.
 
-    With ``rng`` a site of many rows is ranked at one of them, picked at random, so that ranks are independent.
+    With ``rng`` a site with many rows is ranked at one random row, so that ranks are independent.
     """
     found: dict[str, np.ndarray] = {}
     for name in tested:
@@ -239,7 +239,7 @@ def _rank(drawn: torch.Tensor, true: torch.Tensor, tolerance: float = 0.0) -> np
 
 
 def uniformity(ranks: np.ndarray, draws: int, points: int = 20) -> float:
-    """How likely uniform ranks on 0…draws are to stray as far, corrected for looking at many points of their ECDF."""
+    """The p-value of uniform ranks on 0…draws, corrected for the number of points at which their ECDF is compared."""
     from scipy.stats import binom
 
     at = np.unique(np.linspace(0, draws - 1, points).round().astype(int))
@@ -250,7 +250,7 @@ def uniformity(ranks: np.ndarray, draws: int, points: int = 20) -> float:
 
 
 def symmetry(ranks: np.ndarray, draws: int) -> float:
-    """How likely uniform ranks are to lie as far to one side on average: a biased guide's do, a narrow one's do not."""
+    """The p-value of a one-sided shift of uniform ranks, which detects a biased guide but not a narrow one."""
     from scipy.stats import norm
 
     spread = math.sqrt(((draws + 1) ** 2 - 1) / 12 / len(ranks))

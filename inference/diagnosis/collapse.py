@@ -1,4 +1,4 @@
-"""Is the guide a point, or the prior where the posterior is not?"""
+"""Diagnostics ``point`` and ``collapsed``: a guide without spread, and a guide that equals the prior."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .units import Units
 
 
 def point(units: Units) -> Verdict:
-    """A guide without any spread, such as AutoDelta."""
+    """Whether the guide is a point, such as AutoDelta."""
     points = [
         name
         for name, spread, discrete in zip(units.names, np.ptp(units.values, 1).max(0), units.discrete, strict=True)
@@ -27,7 +27,7 @@ def point(units: Units) -> Verdict:
 
 
 def collapsed(units: Units, collection: Collection, others: Sequence[Verdict]) -> list[Verdict]:
-    """A guide at the prior is right where the data say nothing: ``others`` say whether they do."""
+    """Whether the guide collapsed to the prior; it is right where the data carry no information, as ``others`` show."""
     per_dimension = {site: collection.kl.get(site, [None])[0] for site in units.sites}
     known = {site: np.asarray(value) for site, value in per_dimension.items() if value is not None}
     if not known:
@@ -45,7 +45,7 @@ def collapsed(units: Units, collection: Collection, others: Sequence[Verdict]) -
         advice = "a KL warm-up (kl_weight), free bits, or a weaker decoder"
         return [Verdict("collapsed", ALARM, f"{text}, and by {fired} the posterior is not ({paper})", *numbers, advice)]
     if judges.get("gap") == CANNOT_SAY:
-        advice = "what lets gap say lets this say"
-        return [Verdict("collapsed", CANNOT_SAY, f"{text}; is the posterior? gap cannot say", *numbers, advice)]
+        advice = "follow the advice of gap"
+        return [Verdict("collapsed", CANNOT_SAY, f"{text}; gap cannot say if the posterior is", *numbers, advice)]
     advice = "drop these latents if you meant them to hold something"
     return [Verdict("collapsed", OK, f"{text}, and so is the posterior by gap", *numbers, advice)]

@@ -1,4 +1,4 @@
-"""`diagnose`: every question put to a guide, in turn."""
+"""`diagnose`: all diagnostics of a guide."""
 
 from __future__ import annotations
 
@@ -51,60 +51,61 @@ def diagnose(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Report:
-    """Whether ``guide`` can be trusted as the posterior of ``model`` on data, in words and numbers.
+    """Test whether ``guide`` is a reliable posterior of ``model`` on data; report verdicts and numbers.
 
-    A verdict is *ok*, *alarm*, or *cannot say* where the evidence for either is not there. Each has its number, its
-    threshold and what to do next. A *unit* is a datum with its local latents, or the global latents with the local ones
-    integrated out.
+    A verdict is *ok*, *alarm*, or *cannot say* if there is too little evidence. Each has a number, a threshold and an
+    advice. A *unit* is a datum with its local latents, or the global latents with the local ones integrated out.
 
-    - ``khat``: units whose importance weights have a Pareto k̂ above min(1 − 1/log₁₀ S, 0.7) by k̂'s own error (Vehtari
-      et al. 2024, arXiv:1507.02646);
+    - ``khat``: units whose importance weights have a Pareto k̂ above min(1 − 1/log₁₀ S, 0.7) by more than its standard
+      error (Vehtari et al. 2024, arXiv:1507.02646);
     - ``ess``: units whose importance effective sample size is below a tenth of the draws;
-    - ``gap``: log-evidence minus ELBO, in nats; its parts, what a better member of the family would gain for these
-      data (*amortization*) and what the family lacks (*approximation*; Cremer et al. 2018, arXiv:1801.03558), come
-      from ``refine_steps`` of optimisation per datum;
+    - ``gap``: log-evidence minus ELBO, in nats; ``refine_steps`` of optimization per datum split it into the gain by a
+      better member of the family (*amortization*) and the rest (*approximation*; Cremer et al. 2018, arXiv:1801.03558);
     - ``width``, ``shift``, ``correlation``: the guide's standard deviations, means and correlations against those of
-      the draws weighted by importance, where enough of these count;
+      the importance-weighted draws, if enough of these are effective;
     - ``collapsed``: the guide is the prior although the posterior is not (Bowman et al. 2016, arXiv:1511.06349);
-    - ``point``: the guide is a point and no distribution;
-    - ``calibration``: ranks of latents that the model drew, among the guide's draws given the data that it drew with
-      them, leave the band that uniform ranks keep (Talts et al. 2018, arXiv:1804.06788; for latents, ranks of the
-      log-density too, Modrák et al. 2023, arXiv:2211.02383). Discrete latents have randomised ranks. A guide that does
-      not read the data is fitted to each simulated data set, if you ask for it (Yao et al. 2018, arXiv:1802.02538);
+    - ``point``: the guide is a point, without a distribution;
+    - ``calibration``: simulation-based calibration: latents and data are drawn from the model, and the ranks of these
+      latents among the guide's draws leave the band of uniform ranks (Talts et al. 2018, arXiv:1804.06788; with ranks
+      of the log-density, Modrák et al. 2023, arXiv:2211.02383). Ranks of discrete latents are randomized. A guide that
+      does not read the data is fitted to each simulated data set if ``calibration_refits`` is set (Yao et al. 2018,
+      arXiv:1802.02538);
     - ``missed-mass``: a search from the prior, and mirror images of the guide's draws, find more evidence than the
-      guide's own draws, as they do where the guide sits on one of several modes (Neal 2001; Del Moral et al. 2006);
+      guide's own draws, as for a guide on one of several modes (Neal 2001; Del Moral et al. 2006);
     - ``refits``: with several guides, or ``num_refits``, R̂ above 1.05 between them (Vehtari et al. 2021,
       arXiv:1903.08008).
 
-    Draws run many at a time where that gives the numbers of single ones, and else one by one, which is slow. Networks
-    run in evaluation mode; no global state is touched.
+    Draws are vectorized where this gives the same numbers, otherwise run one by one, which is slow. Networks run in
+    evaluation mode; global state does not change.
 
     Args:
         model: a Pyro model.
-        guide: a Pyro guide, or a sequence of them that were fitted independently.
-        args: the programs' arguments, keywords in ``kwargs``; or one object in the form that `fit` takes: a tuple is
-            the positional arguments, a mapping the keywords, anything else the one argument.
-        num_samples: draws of the guide, S.
-        num_data: rows that are looked at at most, where the programs take a part of them and no latent is global.
+        guide: a Pyro guide, or a sequence of independently fitted guides.
+        args: the programs' arguments, keywords in ``kwargs``; or one object in the form that `fit` takes: a tuple holds
+            the positional arguments, a mapping the keywords, anything else is the single argument.
+        num_samples: S, the draws of the guide.
+        num_data: the largest number of rows to test, where the programs accept a part of the rows and no latent is
+            global.
         num_simulations: data, or data sets, that the model draws for ``calibration``.
-        num_local_samples: draws of the local latents that they are integrated out with, for each draw of global ones.
-        batch_size: rows of the arguments that are passed at a time; None passes all.
-        data_plates: the plates that make a datum; None takes those around every observed site that hold a latent.
-        refine_steps: optimisation steps that split the gap; 0 leaves it whole.
-        num_refits: fit the guide from other initial values until there are so many, and compare them.
-        calibration_refits: simulated data sets that the guide is fitted to for ``calibration``: 0, or 20 and more.
-        refit_steps: optimisation steps of each of these fits.
-        refit: your own fit for these: called with the simulated data as the guide is, it returns a fitted guide.
-        seed: of all draws; None draws from the current stream.
-        progress: True says on standard error what is done, None once it takes seconds, False never.
+        num_local_samples: draws of the local latents per draw of the global ones, to integrate them out.
+        batch_size: rows of the arguments per run; None passes all.
+        data_plates: the plates whose elements are the data; None takes those around every observed site that hold a
+            latent.
+        refine_steps: optimization steps that split the gap; 0 does not split it.
+        num_refits: the total number of fits from different initial values to compare.
+        calibration_refits: simulated data sets that the guide is fitted to for ``calibration``: 0, or at least 20.
+        refit_steps: optimization steps of each of these fits.
+        refit: a function for these fits: called like the guide with the simulated data, it returns a fitted guide.
+        seed: of all draws; None draws from the current random state.
+        progress: True prints the stages to standard error, None after some seconds, False never.
 
     Returns:
-        A report whose ``ok`` is False when any verdict is an alarm. ``alarms`` and ``cannot_say`` name verdicts,
-        ``vi_stats`` has the numbers (k̂, effective sample sizes, evidence in nats). An exact guide raises no alarm but
-        for ``calibration``, in one run of a thousand.
+        A `Report` whose ``ok`` is False when any verdict is an alarm. ``alarms`` and ``cannot_say`` name verdicts,
+        ``vi_stats`` has the numbers (k̂, effective sample sizes, evidence in nats). For an exact guide only
+        ``calibration`` can raise a false alarm, with probability 0.001.
 
     Raises:
-        BadInput: for programs whose sites do not match or change from draw to draw, and for numbers that cannot be.
+        BadInput: programs whose sites do not match or vary between draws, and invalid options.
 
     >>> import torch, pyro, pyro.distributions as dist
     >>> def model(x):
@@ -215,7 +216,7 @@ def _examined(
 
 
 def _by_weights(units: Units, collection: Collection) -> list[Verdict]:
-    """What importance weights of one kind of unit say."""
+    """The verdicts from the importance weights of one kind of unit."""
     khat = tails(units)
     weak = weights_bear(units, khat)
     verdicts = [khat, effective_draws(units), point(units), gap(units, collection, weak)]
@@ -225,7 +226,7 @@ def _by_weights(units: Units, collection: Collection) -> list[Verdict]:
 
 
 def _unweighed(sweep: Sweep, collection: Collection, skipped: dict[str, str]) -> list[Verdict]:
-    """Units for which no weights can be formed."""
+    """The verdicts of units without importance weights."""
     if sweep.tied and not sweep.local:
         skipped["single data"] = "the guide draws the latents of all data jointly, so that no datum has a weight"
     if not (sweep.local and sweep.shared and collection.global_log_weight() is None):

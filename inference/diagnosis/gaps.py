@@ -1,4 +1,4 @@
-"""How many nats does the bound lack, and who lacks them: the amortization or the family?"""
+"""Diagnostic ``gap``: log-evidence minus ELBO, and its split into amortization and approximation gap."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _PAPER = "Cremer et al. 2018, arXiv:1801.03558"
 
 
 def gap(units: Units, collection: Collection, weak: tuple[str, str] | None) -> Verdict:
-    """Log-evidence minus ELBO. Weights of few effective draws understate it, so that an alarm holds all the same."""
+    """Log-evidence minus ELBO. Weights with few effective draws underestimate it, so an alarm remains valid."""
     weight = units.log_weight
     evidence, error = log_evidence(weight)
-    # Noise in a log-weight lowers its mean by half of its variance, and not the mean weight.
+    # Noise in a log-weight lowers its mean by half its variance, and leaves the mean weight unbiased.
     lacking = evidence - weight.mean(1) - units.noise / 2
     noise = np.sqrt(weight.var(1, ddof=1) / weight.shape[1] + error**2)
     mean, spread = float(lacking.mean()), float(np.sqrt((noise**2).sum()) / len(lacking))
@@ -55,7 +55,7 @@ def gap(units: Units, collection: Collection, weak: tuple[str, str] | None) -> V
 
 
 def _dimensions(units: Units, collection: Collection) -> int:
-    """How many latent dimensions a unit has; a one-hot vector counts as one."""
+    """The number of latent dimensions of a unit; a one-hot vector counts as one."""
     total = 0
     for site in units.sites:
         by_dimension = collection.kl_kinds.get(site) in ("each", "marginal")
@@ -78,7 +78,7 @@ def with_parts(
     options: Mapping[str, Any],
     say: Stages,
 ) -> Verdict:
-    """The gap split in two by refining the guide's parameters for each datum."""
+    """Split the gap by refining the guide's parameters for each datum."""
     reason = ""
     if not steps:
         reason = "refine_steps is 0"
@@ -104,10 +104,10 @@ def with_parts(
         skipped["amortization gap"] = f"refining failed ({first_line(error, kind=True)})"
         return verdict
     old, new = before.mean(1), after.mean(1)
-    # The guide whose weights are more even knows the evidence better.
+    # The guide with more even weights estimates the evidence better.
     finer = importance_ess(after) >= importance_ess(before)
     evidence = np.where(finer, log_evidence(after)[0], log_evidence(before)[0])
-    # Steps of noisy optimisation may end a little below an optimum that they began at.
+    # Noisy optimization from an optimum may end slightly below it.
     amortization = np.maximum(new - old, 0.0)
     approximation = np.maximum(evidence - np.maximum(new, old), 0.0)
     extra["amortization_gap"] = ((), np.array([amortization.mean()]))
@@ -131,7 +131,7 @@ def unit_weights(
     given: Mapping[str, torch.Tensor] | None = None,
     plates: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Log-weights ``(units, draws)`` of the local latents, or of all where none is local or ``plates`` is ``()``."""
+    """Log-weights ``(units, draws)`` of the local latents; of all latents if none is local or ``plates`` is ``()``."""
     found, block = [], sweep.whole() or Block()
     plates = sweep.weight_plates if plates is None else plates
     with quietly(sweep.model, sweep.guide, seed):

@@ -1,4 +1,4 @@
-"""Mirror images of the guide's draws, and exchanges of components, that the model likes as well as the draws."""
+"""Mirror images of the guide's draws, and exchanged components, with nearly the draws' posterior density."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 from .target import Target
 
-# Images that are tried, how many of them are kept, and how many nats less likely they may be.
+# The number of images tried, the number kept, and the largest loss of log-density in nats.
 _TRIED, _KEPT, _NATS = 64, 8, 8.0
-# Nats that the posterior falls by between two modes.
+# The drop of log-density, in nats, that separates two modes.
 _VALLEY = 3.0
 
 
 def images_of(target: Target, drawn: torch.Tensor) -> tuple[list[str], list[torch.Tensor]]:
-    """Reflections and exchanges of the guide's draws that are about as likely as these, in some unit.
+    """Reflections and exchanges of the guide's draws with a similar log-density in some unit.
 
-    The names are of those that a valley of the posterior parts from the draws.
+    The names are those of images in another mode than the draws.
     """
     some = drawn[:50]
     here = sum(target(some)).mean(0)
@@ -31,7 +31,7 @@ def images_of(target: Target, drawn: torch.Tensor) -> tuple[list[str], list[torc
             continue
         there = sum(target(image[:50])).mean(0)
         less = float((here - there).min())
-        # What lies among the guide's own draws is no other place.
+        # An image among the guide's own draws is not another mode.
         apart = (image.mean(0) - drawn.mean(0)).abs() / drawn.std(0).clamp(min=1e-12)
         if less < _NATS and float(apart.max()) > 1.0:
             between = sum(target((some + image[:50]) / 2)).mean(0)
@@ -42,7 +42,7 @@ def images_of(target: Target, drawn: torch.Tensor) -> tuple[list[str], list[torc
 
 
 def in_other_modes(target: Target, sample: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """The share ``(units,)`` of ``sample`` ``(points, units, d)`` that a valley parts from the guide's nearest draw."""
+    """The fraction ``(units,)`` of ``sample`` ``(points, units, d)`` in another mode than the guide's nearest draw."""
     near = torch.empty_like(sample)
     for unit in range(sample.shape[1]):
         spread = drawn[:, unit].std(0).clamp(min=1e-12)
@@ -54,7 +54,7 @@ def in_other_modes(target: Target, sample: torch.Tensor, drawn: torch.Tensor) ->
 
 
 def _symmetries(target: Target, drawn: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Signs of all numbers, of a site's, of one number; exchanges of the rows of all sites that have as many."""
+    """Signs of all numbers, of a site's, of one number; exchanged rows of all sites with the same number of rows."""
     yield "all signs change", -drawn
     center = target.draw(200).median(0).values
     if float(center.abs().max()) > 0.2 * float((target.draw(200) - center).abs().mean()):
@@ -78,7 +78,7 @@ def _symmetries(target: Target, drawn: torch.Tensor) -> Iterator[tuple[str, torc
 
 
 def _exchanges(target: Target, drawn: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Two components change places in every site that has as many of them, as labels of a mixture may."""
+    """Exchange two components in every site with the same number of components, such as the labels of a mixture."""
     values, _ = target.values(drawn)
     axes: dict[int, list[tuple[str, int]]] = {}
     for name in target.sites:

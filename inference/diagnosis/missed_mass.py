@@ -1,8 +1,8 @@
-"""Is there posterior mass where the guide has none? Searched for without the guide, and at mirror images of its draws.
+"""Diagnostic ``missed-mass``: posterior mass outside the guide, found by a search from the prior and by mirror images.
 
-Proposals are Gaussian clusters, with heavy tails: of particles annealed from the prior, of the guide's draws, and of
-their reflections and exchanges that the model likes as well. The evidence under all of them together, by importance
-sampling from their mixture, is held against that of the guide's own draws.
+Proposals are clusters with heavy tails (t distributions) of particles annealed from the prior, of the guide's draws,
+and of reflections and exchanges of these with a similar log-density. The evidence by importance sampling from their
+mixture is compared with that of the guide's own draws.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def missed_mass(
     options: Mapping[str, Any],
     say: Stages,
 ) -> dict[str, Verdict]:
-    """Whether a search of the posterior finds more evidence than the guide's draws do."""
+    """Whether a search of the posterior finds more evidence than the guide's draws."""
 
     def undone(reason: str, advice: str) -> dict[str, Verdict]:
         skipped["missed-mass"] = reason
@@ -68,7 +68,7 @@ def missed_mass(
 
 @dataclass
 class _Plan:
-    """Which latents are searched, in which units, the others held at ``given``; global ones ``left`` out."""
+    """The latents to search, the plates of their units, latents held at ``given``, and global ones ``left`` out."""
 
     sites: list[str]
     plates: tuple[str, ...]
@@ -92,8 +92,8 @@ def _plan(sweep: Sweep) -> _Plan:
 class _Found:
     """Evidence ``(units,)`` in nats: of the guide's draws, of the search alone, of all proposals; and errors.
 
-    ``bound`` is the guide's own ELBO; ``images`` are the reflections and exchanges that were kept. What the guide
-    misses is ``certain`` where its own weights are even enough to know its evidence, or the mass lies in other modes.
+    ``bound`` is the guide's ELBO; ``images`` are the reflections and exchanges that were kept. ``certain`` marks units
+    where the guide's weights determine its evidence, or where the missed mass is in other modes.
     """
 
     own: np.ndarray
@@ -111,7 +111,7 @@ class _Found:
 
     @property
     def short(self) -> np.ndarray:
-        """What the guide's draws surely hold and the search has not found."""
+        """The mass of the guide's draws that the search has not found."""
         return np.maximum(self.own - 4 * self.own_error, self.bound) - self.searched
 
     @property
@@ -122,7 +122,7 @@ class _Found:
         return int(((self.missed > limit) & (self.missed > 4 * self.noise) & self.certain).sum())
 
     def unclear(self, limit: float) -> bool:
-        """More is found, for all that is known in the guide's own mode."""
+        """More evidence is found, possibly within the guide's own mode."""
         return int((self.missed > limit).sum()) > allowed(len(self.own))
 
     def alarm(self, limit: float) -> bool:
@@ -133,7 +133,7 @@ class _Found:
 
 
 def _search(target: Target, own: np.ndarray, say: Progress) -> _Found:
-    """At images of the guide's draws, then from the prior; with more particles where that finds less than is known."""
+    """Search at images of the guide's draws, then from the prior, with more particles if that finds too little."""
     evidence, error = log_evidence(own)
     bound = own.mean(1)
     drawn = target.of_guide(200)
@@ -143,13 +143,13 @@ def _search(target: Target, own: np.ndarray, say: Progress) -> _Found:
 
     def compared(mixture: Mixture, searched: np.ndarray) -> _Found:
         other = in_other_modes(target, mixture.sample, drawn).numpy()
-        # As many nats as the mass of other modes accounts for, by a sample of it.
+        # As many nats as the mass of other modes accounts for, estimated from a sample.
         certain = even | (-np.log1p(-other.clip(max=0.999)) > limit / 2)
         return _Found(evidence, error, bound, searched, mixture.total, mixture.error, names, certain)
 
     limit = _limit(target)
     found = compared(mixture_evidence(target, knowing, []), evidence)
-    # One draw at a time the search is slow: fewer particles have to do.
+    # Without vectorized draws the search is slow, so it uses fewer particles.
     sizes = [(500, 6), (2000, 6)] if target.sweep.vectorized else [(300, 5)]
     for particles, moves in sizes:
         if found.alarm(limit):

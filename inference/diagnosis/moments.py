@@ -1,4 +1,4 @@
-"""Are the guide's means, widths and correlations right? Against those of its draws weighted by importance."""
+"""Diagnostics ``shift``, ``width``, ``correlation``: the guide's moments against those of importance-weighted draws."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from .report import ALARM, OK, Verdict, three_way
 from .thresholds import CORRELATION, PROBABILITY, SHIFT, SURE, WIDTH, allowed
 from .units import Units
 
-# Dimensions that are looked at, evenly spaced, and groups of draws that the errors come from.
+# The most dimensions compared, evenly spaced, and the groups of draws for the jackknife.
 _COORDINATES = 30
 _GROUPS = 20
 
 
 def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
-    """Verdicts on shift, width and correlation; ``weak`` says why the weights cannot tell that they are right.
+    """Verdicts on shift, width and correlation; ``weak`` says why the weights cannot support an ok.
 
-    Errors are those of a jackknife over twenty groups of draws. A difference counts if chance would make one as large
-    somewhere once in a thousand times, over all dimensions, or pairs of them.
+    Errors are from a jackknife over twenty groups of draws. A difference counts if its probability by chance, over all
+    dimensions or pairs of them, is below one in a thousand.
     """
     from scipy.stats import t
 
@@ -57,7 +57,7 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
         sure = t.isf(SURE / 2 / continuous.sum(), (_GROUPS - 1) * len(values))
         fires = continuous & (np.abs(ratio) > limit) & (np.abs(ratio) > sure * error)
         worst = int(np.argmax(np.where(continuous, np.abs(ratio), -1.0)))
-        # Few draws that count lie close together, whatever the posterior's width: they cannot call a guide too wide.
+        # Few effective draws are close together whatever the posterior's width: they cannot show a guide too wide.
         alarm = bool((fires & (ratio < 0)).any()) or bool(fires.any() and weak is None)
         verdicts.append(
             _verdict(
@@ -118,7 +118,7 @@ def _verdict(units: Units, name: str, alarm, fine, weak, text: str, numbers: tup
 
 
 def _root_mean_square(difference: np.ndarray, error: np.ndarray, limit: float) -> tuple[np.ndarray, bool, bool]:
-    """Over units ``(units, …)``, without what noise adds; whether one is surely beyond, and whether all can be seen."""
+    """Root mean square over units ``(units, …)`` without noise; whether one exceeds the limit, and if all are known."""
     from scipy.stats import f
 
     noise = (error**2).mean(0)
@@ -128,7 +128,7 @@ def _root_mean_square(difference: np.ndarray, error: np.ndarray, limit: float) -
     sure = f.isf(SURE / max(1, raw.size), count, (_GROUPS - 1) * count)
     alarm = (square > limit**2) & (raw > sure * noise)
     resolution = np.sqrt(2 * math.sqrt(2 / count) * noise)
-    # A few pairs of many may be less clear than the others.
+    # A few of many pairs may be less certain than the others.
     unclear = int((resolution > limit).sum())
     return np.sqrt(square), bool(alarm.any()), unclear <= allowed(resolution.size)
 

@@ -1,4 +1,4 @@
-"""Clusters of draws as proposals with heavy tails, and the evidence under a mixture of them."""
+"""Clusters of draws as heavy-tailed proposals, and the evidence under a mixture of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAMPLE = 64
 
 @dataclass
 class Cluster:
-    """A t distribution a unit: centres ``(units, d)`` and roots of scale ``(units, d, d)``."""
+    """A t distribution per unit: centres ``(units, d)`` and root scale matrices ``(units, d, d)``."""
 
     center: torch.Tensor
     root: torch.Tensor
@@ -40,7 +40,7 @@ class Cluster:
 
 
 def clusters(population: torch.Tensor, count: int = _CLUSTERS) -> list[Cluster]:
-    """Each unit's particles ``(particles, units, d)`` in groups that lie together, a proposal for each."""
+    """Each unit's particles ``(particles, units, d)`` in clusters, with a proposal for each."""
     _, units, size = population.shape
     whole = root_covariance(population)
     found = [Cluster(torch.zeros(units, size).double(), torch.zeros(units, size, size).double()) for _ in range(count)]
@@ -56,7 +56,7 @@ def clusters(population: torch.Tensor, count: int = _CLUSTERS) -> list[Cluster]:
 
 
 def _nearest(points: torch.Tensor, count: int, rounds: int = 10) -> torch.Tensor:
-    """k-means from points that lie far apart."""
+    """k-means, started from points far apart."""
     centers = points[[int((points - points.mean(0)).norm(dim=1).argmax())]]
     for _ in range(count - 1):
         centers = torch.cat([centers, points[[int(_squares(points, centers).min(1).values.argmax())]]])
@@ -75,9 +75,9 @@ def _squares(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Mixture:
-    """log p(x) of each unit under the searching proposals and under all, and the latter's error: ``(units,)`` each.
+    """log p(x) of each unit under the search proposals and under all, and the error of the latter: ``(units,)`` each.
 
-    ``sample`` ``(64, units, d)`` is drawn from the posterior that all of them together see.
+    ``sample`` ``(64, units, d)`` is resampled from the posterior under all proposals.
     """
 
     searched: np.ndarray
@@ -87,7 +87,7 @@ class Mixture:
 
 
 def mixture_evidence(target: Target, searching: list[Cluster], knowing: list[Cluster]) -> Mixture:
-    """The evidence by importance sampling from the even mixture of the proposals."""
+    """The evidence by importance sampling from the uniform mixture of the proposals."""
     count = _DRAWS if target.sweep.vectorized else 100
     everyone = [*searching, *knowing]
     draws = torch.cat([cluster.draw(count) for cluster in everyone])

@@ -1,4 +1,4 @@
-"""What `diagnose` returns: verdicts in words, each with its number, its threshold and what to do next."""
+"""The result of `diagnose`: verdicts with a number, a threshold and an advice each."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ _COLUMNS = 79
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one diagnostic says.
+    """The result of one diagnostic.
 
-    ``verdict`` is ``"ok"``, ``"alarm"``, or ``"cannot say"`` where the evidence for either is not there. ``text`` has
-    the number, its threshold and the paper; ``advice`` says what to do next, and after "cannot say" what would let it
-    say.
+    ``verdict`` is ``"ok"``, ``"alarm"``, or ``"cannot say"`` if there is too little evidence. ``text`` has the number,
+    its threshold and the paper; ``advice`` says what to do next, and after "cannot say" what would give a verdict.
     """
 
     name: str
@@ -47,12 +46,12 @@ class Verdict:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What :func:`~gumbo.inference.diagnose` found. Printed, it fits in 80 columns.
+    """The result of :func:`~gumbo.inference.diagnose`. Printed, it fits in 80 columns.
 
-    ``ok`` is False when any verdict is an alarm; ``alarms`` names those, ``cannot_say`` those for which the evidence is
-    not there: they say nothing in the guide's favour. ``report["width"]`` is one verdict. ``vi_stats`` is an
-    ``xarray.Dataset`` of the numbers behind them; ``skipped`` says which diagnostics were not run, and why; ``ranks``
-    are those of the calibration, by latent.
+    ``ok`` is False when any verdict is an alarm; ``alarms`` names these, ``cannot_say`` those with too little evidence,
+    which do not support the guide. ``report["width"]`` is one verdict. ``vi_stats`` is an ``xarray.Dataset`` of the
+    numbers; ``skipped`` names the diagnostics that were not run, with reasons; ``ranks`` are those of the calibration,
+    by latent.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -90,17 +89,17 @@ class Report:
 
 
 def not_done(name: str, reason: str, advice: str) -> Verdict:
-    """The verdict of a diagnostic that could not be run."""
+    """The verdict of a diagnostic that was not run."""
     return Verdict(name, CANNOT_SAY, f"not done, {reason}", advice=advice)
 
 
 def three_way(alarm: bool, known: bool) -> Word:
-    """An alarm that is sure stands; an ok needs evidence that is good enough."""
+    """Alarm if ``alarm``; ok only with sufficient evidence; otherwise cannot say."""
     return ALARM if alarm else OK if known else CANNOT_SAY
 
 
 def merged(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
-    """One verdict a name: what was found for data and for global latents in one text, the worse one leading."""
+    """One verdict per name: the texts for data and for global latents are joined, the worse one first."""
     found: dict[str, Verdict] = {}
     for one in verdicts:
         if one.name not in found:

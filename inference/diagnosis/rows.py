@@ -1,4 +1,4 @@
-"""A part of the rows, where a look at all of them takes long and tells no more."""
+"""A subset of the rows, for data so large that all rows take long and add little."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..posterior.sites import has_rows
 
 
 def few_rows(sweep: Sweep, num_data: int, options: Mapping[str, Any]) -> tuple[Sweep, tuple, dict]:
-    """The same programs on evenly spaced rows, where they take a part of them and every latent is a datum's own."""
+    """The same programs on evenly spaced rows, if they accept a subset and every latent is local."""
     args, kwargs = sweep.args, sweep.kwargs
     plates = [plate for plate in sweep.data_plates if sweep.sizes[plate] > num_data]
     if not plates or sweep.shared or sweep.swept.keys() - {sweep.sliced}:

@@ -1,4 +1,4 @@
-"""The posterior of some latents as a function of unconstrained numbers: prior, likelihood, draws, and the way back."""
+"""The posterior of some latents in unconstrained coordinates: prior, likelihood, draws, and the inverse map."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class Target:
         return torch.cat(parts).cpu().double()
 
     def free(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``(particles, units, d)`` of values as the layouts have them."""
+        """``(particles, units, d)`` of values in the shapes of their layouts."""
         layouts = self.sweep.model_sites
         return torch.cat(
             [to_units(self.maps[name].inv(values[name]), layouts[name], self.plates) for name in self.sites], -1
         )
 
     def values(self, free: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The way back, and the log-determinant ``(particles, units)`` of its slope."""
+        """The constrained values, and the log-determinant ``(particles, units)`` of the map's Jacobian."""
         values, jacobian = {}, torch.zeros(free.shape[:2], dtype=torch.float64)
         start = 0
         for name in self.sites:
@@ -103,7 +103,7 @@ class Target:
 
 
 def _plain(support: Any) -> Any:
-    """A mixture has its components' support, under a wrapper that no map knows."""
+    """A mixture has its components' support; torch has no map for the wrapper."""
     while type(support).__name__ == "MixtureSameFamilyConstraint":
         support = support.base_constraint
     return support

@@ -1,4 +1,4 @@
-"""What verdicts are about: data with their local latents, and the global latents, with weights and draws of each."""
+"""The units of verdicts: data with their local latents, and the global latents, with weights and draws of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .thresholds import BARELY, ENOUGH, INNER_NOISE, allowed
 
 
 def to_units(value: torch.Tensor, layout: SiteLayout, plates: Sequence[str]) -> torch.Tensor:
-    """``(S, *batch, *event)`` as ``(S, units, numbers of a unit)``, a unit being an element of ``plates``."""
+    """``(S, *batch, *event)`` as ``(S, units, numbers per unit)``, where a unit is an element of ``plates``."""
     axes = [1 + layout.names.index(plate) for plate in plates]
     moved = value.movedim(axes, list(range(1, 1 + len(axes))))
     units = math.prod(moved.shape[1 : 1 + len(axes)])
@@ -25,7 +25,7 @@ def to_units(value: torch.Tensor, layout: SiteLayout, plates: Sequence[str]) -> 
 
 
 def from_units(flat: torch.Tensor, layout: SiteLayout, plates: Sequence[str], event: Sequence[int]) -> torch.Tensor:
-    """The way back; ``event`` is the shape of a value's event dimensions."""
+    """The inverse of `to_units`; ``event`` is the shape of a value's event dimensions."""
     sizes = dict(zip(layout.names, layout.sizes, strict=True))
     others = [size for name, size in zip(layout.names, layout.sizes, strict=True) if name not in plates]
     moved = flat.reshape(len(flat), *(sizes[plate] for plate in plates), *others, *event)
@@ -35,11 +35,11 @@ def from_units(flat: torch.Tensor, layout: SiteLayout, plates: Sequence[str], ev
 
 @dataclass
 class Units:
-    """What weights are formed for: log-weights ``(units, S)`` and the numbers they belong to ``(units, S, d)``.
+    """Units with importance weights: log-weights ``(units, S)`` and the latents' numbers ``(units, S, d)``.
 
     ``khat`` ``(units,)`` is that of ``vi_stats``. ``joint`` says that one unit holds the latents of all data. The
-    log-weights of global latents are known up to noise of variance ``noise``, from the ``inner`` draws that integrate
-    the local latents out.
+    log-weights of global latents have noise of variance ``noise``, from the ``inner`` draws that integrate out the
+    local latents.
     """
 
     what: str
@@ -67,17 +67,17 @@ class Units:
         return importance_ess(self.log_weight)
 
     def clear(self, least: float) -> np.ndarray:
-        """The units ``(units,)`` whose weighted draws count as at least so many."""
+        """The units ``(units,)`` with at least ``least`` effective draws."""
         return (self.ess >= least * (1 - 1e-9)) & (self.noise <= INNER_NOISE)
 
     @property
     def telling(self) -> np.ndarray:
-        """The units whose weights may tell that the guide is wrong."""
+        """The units whose weights can show that the guide is wrong."""
         return self.clear(BARELY)
 
     @property
     def weak(self) -> tuple[str, str] | None:
-        """Why these weights cannot tell that the guide is right, and what would help; None if they can."""
+        """Why these weights cannot support an ok, with an advice; None if they can."""
         if self.noise > INNER_NOISE:
             return (
                 f"integrating the local latents out over {self.inner} draws leaves noise of variance {self.noise:.2g} "
@@ -99,13 +99,13 @@ class Units:
 
 
 def _round_up(number: float) -> int:
-    """To two digits."""
+    """Rounded up to two digits."""
     scale = 10 ** max(0, math.floor(math.log10(max(number, 1))) - 1)
     return math.ceil(number / scale) * scale
 
 
 def units_of(collection: Collection, stats: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> list[Units]:
-    """Data with their local latents, and the global latents; ``stats`` are the numbers of ``vi_stats``."""
+    """The units of data with local latents, and of the global latents; ``stats`` are the numbers of ``vi_stats``."""
     sweep = collection.sweep
     if not sweep.local:
         weight = collection.log_weight()[0]
@@ -118,7 +118,7 @@ def units_of(collection: Collection, stats: Mapping[str, tuple[Sequence[str], np
     if shared is not None:
         one = _units("global latents", sweep.shared, sweep.shared_plates, shared[0], "khat_global", collection, stats)
         one.inner = collection.num_local_samples
-        # One weight's relative variance, over the draws that each integral has.
+        # The relative variance of one weight, divided by the draws of each integral.
         of_data = (groups[0].draws / groups[0].ess - 1) / one.inner
         one.noise = float(of_data.sum() / len(one))
         groups.append(one)

@@ -1,4 +1,4 @@
-"""Can the guide's draws be weighted into the posterior's? k̂ of their weights, and how many of them count."""
+"""Diagnostics ``khat`` and ``ess``: Pareto k̂ and effective sample size of the importance weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _PAPER = "Vehtari et al. 2024, arXiv:1507.02646"
 
 
 def tails(units: Units) -> Verdict:
-    """Pareto k̂ against what so many draws can bear, min(1 − 1/log₁₀ S, 0.7).
+    """Pareto k̂ against its limit for this number of draws, min(1 − 1/log₁₀ S, 0.7).
 
-    More units than may be are above it by their own error: singly (false discoveries at 5 %), or on average without
-    the ``SHARE`` that may be odd.
+    An alarm needs more units above the limit than allowed, by their own errors: either singly (false discovery rate
+    5 %), or on average without the ``SHARE`` of units that may exceed it.
     """
     limit = khat_limit(units.draws)
     known = units.khat[~np.isnan(units.khat)]
@@ -67,11 +67,11 @@ def tails(units: Units) -> Verdict:
 
 
 def _surely_above(shapes: np.ndarray, draws: int, limit: float, many: int) -> bool:
-    """Whether more than ``many`` shapes are above the limit by their own error."""
+    """Whether more than ``many`` shapes are above the limit by more than their errors."""
     rest = np.sort(shapes)[: len(shapes) - many] if many else np.sort(shapes)
     if not len(rest):
         return False
-    # The fit draws the shape towards ½, as ten weights of that shape would.
+    # The fit shrinks the shape towards ½ with the weight of ten observations.
     size = tail_size(draws)
     error = khat_error(draws, limit)
     center = (limit * size + 5) / (size + 10)
@@ -84,7 +84,7 @@ def _surely_above(shapes: np.ndarray, draws: int, limit: float, many: int) -> bo
 
 
 def effective_draws(units: Units) -> Verdict:
-    """How many of the draws count after weighting."""
+    """The number of effective draws after weighting."""
     low, many = int((units.ess < ESS * units.draws).sum()), allowed(len(units))
     text = (
         f"{units.what}: the importance ESS is below {ESS:.0%} of {units.draws} draws in {low} of {len(units)} (least "
@@ -103,7 +103,7 @@ def effective_draws(units: Units) -> Verdict:
 
 
 def weights_bear(units: Units, khat: Verdict) -> tuple[str, str] | None:
-    """Why no verdict from these weights may say ok, and what would help; None if it may."""
+    """Why no verdict from these weights may be ok, with an advice; None if it may."""
     if khat.verdict == ALARM:
         return ("k̂ is too high for weighted draws to be the posterior's", "mend what khat says first")
     return units.weak
