@@ -1,4 +1,4 @@
-"""``"auto"``: the estimator of each site, chosen by a pilot that measures variance × cost on the first batches."""
+"""``"auto"``: selects the estimator of each site by pilot runs that measure variance × cost on the first batches."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from ..estimators._base import Chooser, choosers
 from .sampler import Draws, Stage, set_aside
 
 COSTS = ("evaluations", "time")
-ALL, AS_CHOSEN = "(all)", "as chosen"  # the last contest: one word for all sites against those chosen one by one
+ALL, AS_CHOSEN = "(all)", "as chosen"  # last comparison: one word for all sites against one per site
 ROUND = 5  # the first round takes a fifth of the draws
-KEPT = 3.0  # those within this factor of the best in the first round are drawn on
-FEWEST = 8  # draws of the dearest candidate
-RUNS_PER_DRAW = 4  # a candidate may spend so many model runs for each draw of the budget
-BURN_IN = 20  # steps in which baselines and control variates settle
+KEPT = 3.0  # candidates within this factor of the best of the first round continue
+FEWEST = 8  # draws of the most expensive candidate
+RUNS_PER_DRAW = 4  # the most model runs of a candidate per draw of the budget
+BURN_IN = 20  # steps for baselines and control variates to adapt
 
 
 @dataclass
 class Measured:
-    """One candidate at one site: variance and squared bias of the gradient (nats²), cost of a step, and the score."""
+    """A candidate at a site: variance and squared bias of the gradient (nats²), cost of a step, and the score."""
 
     site: str
     word: str
@@ -49,7 +49,7 @@ class Measured:
 
 @dataclass
 class Choice:
-    """What a pilot chose: a word for each site, with what it measured; ``step`` counts the training steps before it."""
+    """The result of a pilot: a word for each site, and the measurements; ``step`` counts earlier training steps."""
 
     words: dict[str, str]
     rows: list[Measured] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Choice:
     note: str = ""
 
     def __str__(self) -> str:
-        # What takes part, best first; what was refused is named below.
+        # Candidates with numbers, best first; refused ones are named below the table.
         order = {site: i for i, site in enumerate([*self.words, ALL])}
         measured = sorted((r for r in self.rows if r.score == r.score), key=lambda r: (order[r.site], r.score))
         table = markdown(
@@ -83,34 +83,36 @@ class Choice:
         return "\n".join([said, *table, *([self.note] if self.note else [])])
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as a run folder keeps them."""
+        """Plain values, for the run folder."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Choice:
-        """The choice that a run folder keeps."""
+        """The selection stored in a run folder."""
         return cls(**{**found, "rows": [Measured(**row) for row in found.get("rows", [])]})
 
 
 class Auto(Chooser):
-    """Choose for each site the word of the least variance × cost, measured by a pilot before training.
+    """Select for each site the word with the smallest variance × cost, measured by a pilot before training.
 
-    Sites are taken in the guide's order. Each candidate (every registered word that serves the site under the
-    objective) gives gradients of the whole program with the other sites as chosen so far; what is least in variance of
-    the guide's gradient × cost of a step is taken. A first round of a fifth of the draws leaves those within a factor
-    of 3 of the best. Parameters, baselines and random streams stay as they were; control variates settle for 20 steps.
-    The choice is the same for the same seed, as long as costs are counted and the budget of seconds lasts.
+    Sites are processed in the guide's order. Each candidate (every registered word that supports the site under the
+    objective) gives gradients of the whole program, with the other sites' current words; the candidate with the
+    smallest variance of the guide's gradient × cost of a step is selected. A first round with a fifth of the draws
+    keeps the candidates within a factor of 3 of the best. Parameters, baselines and random state are restored; control
+    variates adapt for 20 steps. The same seed gives the same selection if costs are counted and the time limit is not
+    reached.
 
     Args:
-        allow_biased: let biased words take part, with their squared bias (against the best unbiased word's mean, less
-            what sampling adds to it) added to the variance.
-        cost: ``"evaluations"`` counts model runs; ``"time"`` takes seconds, which differ from run to run.
-        draws: gradients of a candidate, fewer of one that spends more than ``4 × draws`` model runs.
-        seconds: after so much processor time no further candidate is drawn, and the table says which were left out.
-        batches: how many of the first batches of ``fit`` are used; elsewhere it is the first call's.
-        again: training steps before which ``fit`` looks again, in rising order; a change is written and said.
-        max_evaluations: candidates that take more model runs a step are left out, and named.
-        candidates: the words that take part; None: every registered one.
+        allow_biased: admit biased words; their squared bias (against the mean of the best unbiased word, minus the
+            sampling error) is added to the variance.
+        cost: ``"evaluations"`` counts model runs; ``"time"`` measures seconds, which vary between runs.
+        draws: gradients per candidate; fewer for one that needs more than ``4 × draws`` model runs.
+        seconds: processor time after which no further candidate is measured; the table names those left out.
+        batches: the number of first batches of ``fit`` to use; elsewhere the first call's batch is used.
+        again: training steps, in increasing order, before which ``fit`` repeats the selection; a change is recorded
+            and printed.
+        max_evaluations: candidates with more model runs per step are left out, and named.
+        candidates: the words to compare; None takes all registered ones.
         seed: of the pilot's draws.
         quiet: do not print the table to standard error.
 
@@ -146,7 +148,7 @@ class Auto(Chooser):
             raise BadInput(f"Auto: again is {list(again)}: expected steps in rising order")
         check_seed(seed)
         for word in candidates or ():
-            estimators[word]  # an unknown one is named
+            estimators[word]  # raises UnknownName
         self.allow_biased, self.cost, self.draws, self.seconds = allow_biased, cost, draws, float(seconds)
         self.batches, self.again, self.max_evaluations = batches, tuple(again), max_evaluations
         self.candidates = None if candidates is None else tuple(candidates)
@@ -176,7 +178,7 @@ choosers["auto"] = Auto
 
 
 class _Contestant:
-    """One candidate at one site: its gradients on every batch."""
+    """A candidate at a site, with its gradients on every batch."""
 
     def __init__(self, row: Measured, stages: list[Stage], loss: Callable[[], SiteELBO]):
         self.row, self.names = row, _guides(stages[0])
@@ -194,7 +196,7 @@ class _Contestant:
             draws.freeze()
 
     def draw(self, count: int, deadline: float) -> None:
-        """Draw until there are ``count`` gradients, spread over the batches, or the time is over."""
+        """Draw until there are ``count`` gradients, spread over the batches, or the time limit is reached."""
         few = FEWEST * len(self.draws)
         while self.row.draws < count and (self.row.draws < few or time.process_time() < deadline):
             place = self.row.draws % len(self.draws)
@@ -225,12 +227,12 @@ class _Contestant:
 
 
 def _still(variance: float, mean: Tensor) -> float:
-    """No variance where there is none but of rounding."""
+    """The variance, or 0 if it is rounding error."""
     return 0.0 if variance <= 1e-10 * float(mean.square().sum()) else variance
 
 
 def _guides(stage: Stage) -> list[str]:
-    """The guide's parameters, where estimators differ; all of them where it has none."""
+    """The guide's parameters, where estimators differ; all parameters if the guide has none."""
     own = [name for name in stage.parameters if name.startswith("guide.")]
     return own or list(stage.parameters)
 
@@ -261,7 +263,7 @@ class _Pilot:
         return Choice(words, self.rows, settings, note=note)
 
     def _sites(self) -> list[str]:
-        """The sites that ask for a choice, in the guide's order."""
+        """The sites that ask for a selection, in the guide's order."""
         stage, loss = self.stages[0], self.loss
         with stage.held(), torch.no_grad():
             nodes = poutine.trace(stage.guide).get_trace(*stage.args, **stage.kwargs).nodes
@@ -275,7 +277,7 @@ class _Pilot:
         return found
 
     def _candidates(self, name: str) -> dict[str, Estimator]:
-        """The words that serve a site under the objective, as far as they say themselves."""
+        """The words that support a site under the objective, by their own declarations."""
         site = {"name": name, "fn": self.stages[0].latents[name], "infer": {}, "is_observed": False}
         particles = self.loss.requested_particles
         found = {}
@@ -285,7 +287,7 @@ class _Pilot:
             fits = particles is None or estimator.min_particles <= particles
             if (
                 self.loss.target.accepts(estimator)
-                and not (self.auto.again and estimator.lazy_parameters)  # networks would come and go in mid-run
+                and not (self.auto.again and estimator.lazy_parameters)  # the networks would change in mid-run
                 and estimator.supports(site)
                 and not estimator.together
                 and fits
@@ -297,12 +299,12 @@ class _Pilot:
         return found
 
     def _first(self, name: str) -> str:
-        """What a site takes until its own turn comes."""
+        """The word of a site before its own selection."""
         found = self._candidates(name)
         return next((word for word in ("pathwise", "rloo", "score") if word in found), next(iter(found)))
 
     def _listed(self, name: str, word: str) -> int:
-        """How many values an enumerated site has under this word."""
+        """The number of values of a site that this word enumerates."""
         stage = self.stages[0]
         fn = stage.latents[name]
         joint = 0 if stage.at_once(self.loss.requested_vectorized) else len(fn.batch_shape)
@@ -310,13 +312,13 @@ class _Pilot:
         return self.auto.max_evaluations + 1 if isinstance(values, str) else len(values)
 
     def _best(self, name: str, words: dict[str, str]) -> str:
-        """The best word at one site, with the others as they are."""
-        # One that sums over the site comes first: where nothing is left to chance, no other can be better.
+        """The best word at one site, with the other sites' words fixed."""
+        # Enumeration comes first: without variance, no other candidate can be better.
         known = sorted(self._candidates(name).items(), key=lambda item: not item[1].enumerates)
         return self._contest([(Measured(name, word), {**words, name: word}) for word, _ in known]).word
 
     def _together(self, words: dict[str, str]) -> dict[str, str]:
-        """These words, or one for all sites if that is better: sites chosen one by one may miss it."""
+        """These words, or one word for all sites if that is better: site-by-site selection may miss it."""
         known = [set(self._candidates(name)) for name in words]
         ranked = [
             sorted((r for r in self.rows if r.site == name and r.score == r.score), key=lambda r: r.score)[:2]
@@ -335,7 +337,7 @@ class _Pilot:
         return uniform[best.word]
 
     def _contest(self, entries: list[tuple[Measured, dict[str, str]]]) -> Measured:
-        """Measure the whole program under each assignment of words to sites; the row of the best."""
+        """Measure the whole program under each assignment of words to sites; returns the best row."""
         auto, contestants, unbiased = self.auto, [], []
         for row, words in entries:
             self.rows.append(row)
@@ -360,7 +362,7 @@ class _Pilot:
                     row.note = f"left out: {row.evaluations:.0f} model runs a step"
                     continue
                 contestant.draw(self._count(row, auto.draws // ROUND), self.deadline)
-            except Exception as error:  # a word that cannot serve the program after all
+            except Exception as error:  # a word that fails for this program
                 row.note = f"refused: {' '.join(str(error).split())[:200]}"
                 continue
             if row.variance != row.variance or row.note:
@@ -380,7 +382,7 @@ class _Pilot:
                 contestant.draw(self._count(contestant.row, auto.draws), self.deadline)
         self._judge(contestants, unbiased)
         rows = [c.row for c in contestants if c.row.score == c.row.score]
-        # Where there is no variance at all, the cheapest.
+        # Among candidates without variance, the cheapest.
         chosen = min(rows, key=lambda row: (row.score, self._cost(row)))
         chosen.chosen = True
         return chosen
@@ -388,11 +390,11 @@ class _Pilot:
     def _loss(self, words: Mapping[str, str]) -> SiteELBO:
         found = self.loss.settled_as(words)
         if found.plates == "check" and not any(stage.mixed_plates for stage in self.stages):
-            found.plates = "trust"  # the stages have looked
+            found.plates = "trust"  # the stages have checked
         return found
 
     def _count(self, row: Measured, draws: int) -> int:
-        """How many gradients a candidate may draw: each spends its model runs."""
+        """The number of gradients for a candidate, limited by its model runs."""
         affordable = (
             int(RUNS_PER_DRAW * draws / max(row.evaluations, 1.0)) if row.evaluations == row.evaluations else draws
         )

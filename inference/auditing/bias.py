@@ -12,15 +12,15 @@ from torch import Tensor
 from .moments import Central, Moments
 from .reference import Reference
 
-UNMET = 1.0  # an unmet draw may be this many times as large as the largest that was met
+UNMET = 1.0  # the largest deviation assumed for unseen draws, relative to the largest observed one
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean − reference of one parameter, number by number, with p-values of the differences.
+    """Mean − reference of one parameter, element by element, with p-values of the differences.
 
-    ``z`` is the standard Normal's quantile at the p-value, with the sign of the difference. ``resolution`` says how
-    large a difference must be to have a p-value at a level that is asked for.
+    ``z`` is the standard Normal's quantile at the p-value, with the sign of the difference. ``resolution`` gives the
+    smallest difference with a p-value at a given level.
     """
 
     offset: Tensor
@@ -32,7 +32,7 @@ class Comparison:
     count: int
 
     def resolution(self, level: float, count: int | None = None) -> Tensor:
-        """The least difference that ``count`` draws (by default those that were made) would find at that level."""
+        """The smallest difference that ``count`` draws (default: the number made) would detect at that level."""
         from scipy.stats import t as student
 
         scale = self.count / (self.count if count is None else count)
@@ -43,18 +43,18 @@ class Comparison:
 
 
 def compare(moments: Moments, reference: Reference) -> dict[str, Comparison]:
-    """Test every number of the mean gradient, and its components along ``reference.directions``, against the reference.
+    """Test the mean gradient against the reference, by element and by component along ``reference.directions``.
 
-    The difference in standard errors is freed of skewness (Hall 1992, "On the removal of skewness by transformation")
-    and held to Student's t with as many degrees of freedom as the fourth moment leaves to the variance
-    (Satterthwaite), since gradients are skewed and heavy-tailed: most of one may come from a few draws.
+    Gradients are skewed and heavy-tailed: a few draws may contribute most of the mean. The difference in standard
+    errors is therefore corrected for skewness (Hall 1992, "On the removal of skewness by transformation") and compared
+    with Student's t, whose degrees of freedom follow from the fourth moment (Satterthwaite).
 
-    No test of a mean is valid for every distribution: a draw that is rare enough is never met, and moves the mean as
-    far as it is large. So a difference d has no p-value below that of the excuse that such a draw was missed: if no
-    draw deviates by more than ``UNMET`` times the largest deviation M that any number of the parameter showed, the
-    draws that owe us d are missed by n draws with probability (1 − d / (UNMET · M))ⁿ at most. This keeps numbers that
-    are nonzero in a few draws only (a unit behind a ReLU that is seldom on) from being convicted by the few. If
-    nothing moves at all, there is no such excuse.
+    No test of a mean is valid for every distribution: a sufficiently rare draw is never observed and can change the
+    mean by any amount. The p-value of a difference d is therefore at least the probability that such a draw was missed:
+    if no draw deviates by more than ``UNMET`` times the largest observed deviation M of any element of the parameter, n
+    draws miss those that would explain d with probability at most (1 − d / (UNMET · M))ⁿ. Elements that are nonzero in
+    a few draws only (a rarely active ReLU unit) are thus not flagged by these draws. If no element varies at all, this
+    lower limit does not apply.
     """
     ours = moments.central()
     theirs = reference.moments.central() if reference.moments else {}
@@ -74,7 +74,7 @@ def _compared(
 ) -> Comparison:
     offset = ours.mean - truth
     loss = max(abs(loss), abs(moments.loss / max(moments.count, 1)))
-    # How far two sums of the same terms may differ in the arithmetic of the parameter.
+    # The rounding error of two sums of the same terms in the parameter's dtype.
     rounding = 2 * ours.precision * max(truth.abs().max().item() if truth.numel() else 0.0, loss)
     beyond = offset.sign() * (offset.abs() - rounding).clamp(min=0.0)
     squared, skew, freedom = _error(ours, theirs)
@@ -116,7 +116,7 @@ def _normal_quantile(p_value: Tensor) -> Tensor:
 
 
 def _largest_deviation(central: Central) -> float:
-    """At least the largest |draw − mean| of any number."""
+    """An upper bound of the largest |draw − mean| of any element."""
     return (central.fourth * central.count).max().item() ** 0.25 if central.fourth.numel() else 0.0
 
 
@@ -133,7 +133,7 @@ def holm(p_values: Tensor) -> Tensor:
 
 
 def adjusted(tests: Mapping[object, Tensor]) -> dict[object, Tensor]:
-    """P-values of many tests adjusted together, by the keys that they came with."""
+    """P-values of many tests adjusted together, by key."""
     if not tests:
         return {}
     parts = holm(torch.cat(list(tests.values()))).split([len(test) for test in tests.values()])

@@ -1,4 +1,4 @@
-"""Gradient estimators judged on anybody's program: bias, variance and cost at fixed parameters."""
+"""``audit``: bias, variance and cost of gradient estimators on a user's programs at fixed parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .verdicts import dataset_of
 if TYPE_CHECKING:
     import xarray
 
-ROUNDS = 31  # timed steps of each estimator, in turns with the others; fewer where few gradients are drawn
+ROUNDS = 31  # timed steps of each estimator, interleaved with the others; fewer if few gradients are drawn
 WARM_UP = 3
 COUNTED = 8  # steps whose model runs are counted
 
@@ -54,69 +54,70 @@ def audit(
     progress: Callable[[str, int, int], None] | None = None,
     **kwargs: Any,
 ) -> xarray.Dataset:
-    """Draw gradients of every estimator at the same fixed parameters and hold them against the exact gradient.
+    """Compare the gradients of estimators at fixed parameters with the exact gradient: bias, variance, cost.
 
-    Param store, parameters, ``.grad``, random streams, training modes and buffers stay as they were.
+    Param store, parameters, ``.grad``, random state, training modes and buffers are restored.
 
     Args:
-        model, guide: any Pyro programs, modules or functions with ``pyro.param``.
-        args, kwargs: their arguments and keywords, or one object in the form that ``fit`` takes: a tuple is the
-            positional arguments, a mapping the keywords, anything else the one argument. Rows of subsampled plates are
-            drawn once and kept.
+        model, guide: Pyro programs, modules or functions with ``pyro.param``.
+        args, kwargs: their arguments and keywords, or one object in the form that ``fit`` takes: a tuple holds the
+            positional arguments, a mapping the keywords, anything else is the single argument. Rows of subsampled
+            plates are drawn once and kept.
         estimators: words of gumbo's estimators and of Pyro's own ELBOs (``trace``, ``trace-graph``,
             ``trace-graph+baseline``, ``trace-meanfield``, ``trace-enum``), :class:`Estimator` objects, mappings from
-            sites to words, ELBO objects; a list of these, or a dict from labels of your own. None: every word there is.
-            A word applies to every latent site, whatever marks the sites carry.
-        num_samples: gradients drawn with each estimator.
-        num_particles: K; None is each estimator's own minimum.
-        objective: what is estimated, a word or an :class:`~gumbo.inference.objectives.Objective` that takes estimators:
-            ``"elbo"``, ``"iwae"``, or ``RenyiBound(0.5)``. One that weighs each datum needs ``num_particles``.
-            ``elbo`` and what is a function of a datum's importance weights have an exact reference, others a long run.
-        reference: ``"auto"``: the exact gradient by enumeration where that can be had, and otherwise a long run of
-            pathwise and leave-one-out gradients, whose own error enters the verdicts; ``"exact"`` and ``"long-run"``
-            insist; an estimator's word (or anything ``estimators`` takes) is run long.
+            sites to words, ELBO objects; a list of these, or a dict from your own labels. None takes every word. A word
+            applies to every latent site and overrides the sites' own ``infer`` entries.
+        num_samples: gradients per estimator.
+        num_particles: K; None takes each estimator's smallest number.
+        objective: a word, or an :class:`~gumbo.inference.objectives.Objective` that takes estimators: ``"elbo"``,
+            ``"iwae"``, or ``RenyiBound(0.5)``. One with importance weights per datum needs ``num_particles``. The exact
+            reference exists for ``elbo`` and for functions of a datum's importance weights; others use a long run.
+        reference: ``"auto"``: the exact gradient by enumeration if possible, otherwise a long run of pathwise and
+            leave-one-out gradients, whose standard error enters the verdicts; ``"exact"`` and ``"long-run"`` require
+            one of the two; an estimator's word (or anything ``estimators`` takes) makes a long run of it.
         seed: of all draws.
-        burn_in: steps in which baselines and control variates settle, and their parameters take Adam steps, while model
-            and guide stay; then they are frozen, so that draws are independent.
+        burn_in: steps in which baselines and control variates adapt, and their parameters take Adam steps, at fixed
+            model and guide; then they are frozen, so that draws are independent.
         alpha: the probability that any unbiased estimator is flagged, over all tests of the audit together.
-        vectorize_particles: as for :class:`SiteELBO`: None runs particles one after the other where the programs mean
-            another thing for many at once, and warns of it once; False always does; True refuses such programs.
-        max_plate_nesting: how deep plates nest; None finds it in the first run.
+        vectorize_particles: as for :class:`SiteELBO`: None runs particles one after the other where vectorized programs
+            give other log-probabilities, with a warning; False always does; True refuses such programs.
+        max_plate_nesting: the number of batch dimensions that plates use; None finds it in the first run.
         kl_weight: a factor of all latent terms, a number.
         progress: called with a label, the rows done and the number of rows.
 
     Returns:
         An ``xarray.Dataset`` whose ``repr`` is the table of estimators, with dimensions ``estimator`` and ``parameter``
-        (``guide.…``, ``model.…``), and coordinates ``size`` and ``sites``: the sites whose distribution the parameter
-        enters, joined by ``+`` (``groupby("sites")`` is the table by site). In nats, summed over the batch:
+        (``guide.…``, ``model.…``), and coordinates ``size`` and ``sites``: the sites whose distribution depends on the
+        parameter, joined by ``+`` (``groupby("sites")`` is the table by site). In nats, summed over the batch:
 
-        - ``bias``: the length of mean − reference, less what sampling alone adds to it, and ``bias_error``, the root of
-          the summed squared standard errors, at least the error of that length;
+        - ``bias``: the length of mean − reference, minus the expected contribution of sampling, and ``bias_error``, the
+          root of the summed squared standard errors, an upper bound of the error of that length;
         - ``z``: of the worst element, ``worst_element``, with its ``worst_mean`` and ``worst_reference``; ``p_value``:
-          the least of the parameter's elements and of its components along five directions (the reference's and random
-          signs), adjusted for all tests (Holm); ``flagged``: whether it is below alpha;
+          the smallest over the parameter's elements and its components along five directions (the reference's and
+          random signs), adjusted for all tests (Holm); ``flagged``: whether it is below alpha;
         - ``variance`` (trace of the covariance), ``signal_to_noise`` (length of the reference over the root of the
           variance), ``cosine`` of the mean to the reference;
         - by estimator ``verdict``, ``unbiased`` (what it declares), ``any_flagged``, ``relative_bias`` (over the length
-          of the reference), ``detectable_bias`` (the least bias along the reference that would have been flagged, over
-          the same length), ``total_bias``, ``total_bias_error``, ``total_cosine``, ``max_z`` over all parameters, and
-          ``total_variance``, ``total_signal_to_noise`` over the guide's, where estimators differ;
-        - ``evaluations`` (model runs a step, counted, on average), ``seconds`` (median of a step, taken in turns),
-          ``work_normalized_variance`` (total variance × seconds), ``evaluation_normalized_variance``;
-        - ``warnings``: what the estimator warned of.
+          of the reference), ``detectable_bias`` (the smallest bias along the reference that would have been flagged,
+          over the same length), ``total_bias``, ``total_bias_error``, ``total_cosine``, ``max_z`` over all parameters,
+          and ``total_variance``, ``total_signal_to_noise`` over the guide's, where estimators differ;
+        - ``evaluations`` (mean number of model runs per step), ``seconds`` (median time of a step, estimators
+          interleaved), ``work_normalized_variance`` (total variance × seconds), ``evaluation_normalized_variance``;
+        - ``warnings``: the estimator's warnings.
 
-        Verdicts are ``"ok"``; ``"flagged: …"`` for an estimator that is declared unbiased and is not; ``"biased"`` and
-        ``"no bias seen"`` for those that do not claim to be unbiased for this objective; ``"cannot say: …"`` where so
-        few gradients were drawn that one of the opposite sign could pass, with the number that would tell;
-        ``"refused: …"`` and ``"failed: …"``. No p-value is below the probability that a rare large draw was missed, so
-        that gradients which are seldom nonzero convict no estimator by the few draws that were met.
+        Verdicts are ``"ok"``; ``"flagged: …"`` for a biased estimator that is declared unbiased; ``"biased"`` and
+        ``"no bias seen"`` for those that are not declared unbiased for this objective; ``"cannot say: …"`` if the
+        draws are too few to exclude a gradient of the opposite sign, with the number needed; ``"refused: …"`` and
+        ``"failed: …"``. No p-value is below the probability that a rare large draw was missed, so that the few nonzero
+        draws of a rarely nonzero gradient flag no estimator.
 
         ``attrs["mixed_plates"]`` names the plates in which a change of one row's draws changes other rows: gumbo's
-        estimators sum these, Pyro's own trust them. The check can find mixing, and cannot prove that there is none.
+        estimators sum these, Pyro's own assume independent rows. The check can find dependence; it cannot prove
+        independence.
 
     Raises:
-        BadInput: a number out of range, data in another form, or no exact reference where one is asked for.
-        UnknownName: a word that names no estimator or objective.
+        BadInput: a number out of range, data in another form, or no exact reference for ``reference="exact"``.
+        UnknownName: an unknown estimator or objective.
         UnsupportedSite: no unbiased gradient can serve as the reference.
 
     >>> import pyro, pyro.distributions as dist
@@ -162,28 +163,28 @@ def audit(
 
 
 def check_settings(num_samples, num_particles, objective, burn_in, alpha, kl_weight) -> Objective:
-    """The objective; raises BadInput or UnknownName for numbers and words that no audit can have."""
+    """The objective; raises BadInput or UnknownName for invalid options of an audit."""
     target = as_objective(objective)
     if not target.takes_estimators:
         raise BadInput(
-            f"objective {target.name!r} takes no estimator, so that an audit has nothing to compare: take 'elbo' or"
+            f"objective {target.name!r} takes no estimator, and an audit compares estimators: take 'elbo' or"
             " 'iwae', or another objective that takes estimators"
         )
     if num_samples < 10:
-        raise BadInput(f"num_samples is {num_samples}: an audit needs at least 10 draws, and says little below 1000")
+        raise BadInput(f"num_samples is {num_samples}: expected at least 10; below 1000 the tests have little power")
     if burn_in < 0:
         raise BadInput(f"burn_in is {burn_in}: expected at least 0")
     if not 0 < alpha < 1:
         raise BadInput(f"alpha is {alpha}: expected a number between 0 and 1")
     if callable(kl_weight):
-        raise BadInput("kl_weight is a schedule: an audit stands at one step, so give the number for it")
+        raise BadInput("kl_weight is a schedule: an audit is at one step: pass the number at it")
     if target.weighs_rows and num_particles is None:
-        raise BadInput(f"objective {target.name!r} is another bound for every K: give num_particles")
+        raise BadInput(f"objective {target.name!r} depends on K: pass num_particles")
     return target
 
 
 def labelled(given: Any) -> dict[str, Any]:
-    """Labels for whatever ``estimators=`` takes; a word that means nothing is an UnknownName.
+    """Labels for the values of ``estimators=``; raises UnknownName for an unknown word.
 
     >>> list(labelled(["rloo", {"y": "rloo", "z": "pathwise"}]))
     ['rloo', 'y=rloo, z=pathwise']
@@ -199,7 +200,7 @@ def labelled(given: Any) -> dict[str, Any]:
         for entry in given:
             label = _label(entry)
             if label in found:
-                raise BadInput(f"estimator {label!r} stands twice; give a dict from labels to estimators")
+                raise BadInput(f"estimator {label!r} occurs twice; pass a dict from labels to estimators")
             found[label] = entry
     else:
         raise BadInput(f"estimators is {given!r}: expected a list of words, or a dict from labels to estimators")
@@ -261,13 +262,13 @@ def _make_loss(stage: Stage, entry: Any, num_particles: int | None, options: dic
             vectorize_particles=(num_particles or 1) > 1 and stage.at_once(options["vectorize_particles"]),
             max_plate_nesting=stage.nesting if nesting is None else nesting,
         )
-    # Named site by site, a word outranks the marks that sites carry.
+    # A mapping by site has precedence over the sites' own infer entries.
     words = entry if isinstance(entry, Mapping) else dict.fromkeys((*stage.latents, "*"), entry)
     return SiteELBO(words, num_particles=num_particles, **options)
 
 
 def _say_once(rows: list[Row]) -> None:
-    """Warn of what was run one by one, once for all estimators that were."""
+    """Warn once for all estimators whose particles run one by one."""
     slow = [(row.label, text) for row in rows for text in row.warned if ONE_BY_ONE in text]
     if slow:
         labels = ", ".join(dict.fromkeys(label for label, _ in slow))
@@ -275,7 +276,7 @@ def _say_once(rows: list[Row]) -> None:
 
 
 def _attempt(row: Row, action: Callable[[], None]) -> None:
-    """What goes wrong with one estimator is told in its row and stops nobody else; so is what it warns of."""
+    """Record an estimator's error or warnings in its row, so that the other estimators continue."""
     if row.refused is not None:
         return
     try:
@@ -290,20 +291,20 @@ def _attempt(row: Row, action: Callable[[], None]) -> None:
         row.refused = Refusal(str(error))
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
-        # Pyro refuses what it cannot do by a NotImplementedError.
+        # Pyro raises NotImplementedError for what it does not support.
         is_refusal = isinstance(error, NotImplementedError) and first
         row.refused, row.failed = Refusal(first if is_refusal else f"{type(error).__name__}: {first}"), not is_refusal
 
 
 def _settle(rows: list[Row], burn_in: int, rounds: int, seed: int) -> None:
-    """Let what learns learn, then time all in turns, in training mode, and freeze."""
+    """Let baselines and control variates adapt, time all estimators interleaved in training mode, and freeze."""
     torch.manual_seed(seed + 2**33)
 
     def times(row: Row, steps: int) -> list[float]:
         return [row.draws.draw()[2] for _ in range(steps)]
 
     def count(row: Row) -> None:
-        # Some estimators look at more values in one step than in the next.
+        # Some estimators run the model more often in one step than in another.
         row.evaluations = statistics.mean(row.draws.evaluations() for _ in range(COUNTED))
 
     for row in rows:
@@ -318,7 +319,7 @@ def _settle(rows: list[Row], burn_in: int, rounds: int, seed: int) -> None:
 
 def _draw(row: Row, num_samples: int, seed: int, directions: Directions | None) -> None:
     def moments() -> None:
-        # One stream for all, so that a row's numbers do not depend on which others there are.
+        # The same stream for all, so that a row's numbers do not depend on the other rows.
         torch.manual_seed(seed)
         row.moments = row.draws.moments(num_samples, directions)
         if row.moments.bad:

@@ -1,4 +1,4 @@
-"""Fixed directions in the space of gradients, along which mean gradients are compared as well."""
+"""Fixed directions in gradient space, along which mean gradients are also compared."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ RANDOM = 4  # random directions of each parameter
 
 
 class Directions:
-    """Unit directions: the reference gradient's own, in all and of each parameter, and random signs of each parameter.
+    """Unit directions: the reference gradient's, in total and per parameter, and random signs per parameter.
 
-    A component along one adds up what many elements have of a bias, and is nonzero in most draws also where single
+    A component along a direction sums the biases of many elements, and is nonzero in most draws even where single
     elements are nonzero in few. ``parameters`` maps each group of components to its parameter; the group
-    ``"(gradient)"``, along the whole reference gradient, belongs to none.
+    ``"(gradient)"``, along the whole reference gradient, has none.
 
     >>> gradient = {"a": torch.tensor([3.0, 4.0]).double(), "b": torch.zeros(1).double()}
     >>> directions = Directions(gradient)
@@ -36,7 +36,7 @@ class Directions:
         for name, part in gradient.items():
             part = part.double()
             size, norm = part.numel(), part.norm()
-            # Along a single element there is one direction.
+            # A single element has only one direction.
             count = RANDOM if size > 1 else int(norm == 0) if size else 0
             signs = torch.randint(2, (count, size), generator=generator).to(part) * 2 - 1
             own = part[None] / norm if norm > 0 else part.new_zeros(0, size)
@@ -50,16 +50,16 @@ class Directions:
 
     @property
     def groups(self) -> dict[str, int]:
-        """The groups of components, with how many there are in each."""
+        """The number of components by group."""
         return {group: 1 if name is None else len(self.along[name]) for group, name in self.parameters.items()}
 
     def random(self, group: str) -> int:
-        """How many of a parameter's directions, the last ones, are random."""
+        """The number of random directions of a parameter, which are the last ones."""
         name = self.parameters[group]
         return 0 if name is None else self.randoms[name]
 
     def elements(self, group: str) -> int:
-        """How many elements of the gradient a component of the group sums."""
+        """The number of gradient elements in a component of the group."""
         name = self.parameters[group]
         return self.size if name is None else self.along[name].shape[1]
 

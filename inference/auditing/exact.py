@@ -1,4 +1,4 @@
-"""Exact answers for programs small enough: sums over every value of every site, and over every tuple of draws."""
+"""Exact expectations of small programs: sums over all values of all sites, and over all tuples of draws."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LIMIT = 2**18
 
 
 class Choose(Messenger):
-    """Gives every latent site one of its values; a site met for the first time opens the others for later.
+    """Sets every latent site to one of its values; the first visit of a site appends its other values to the script.
 
     Args:
-        script: the odometer of values, which :func:`advance` turns.
-        limit: how many values one site may have.
-        among: the sites that are meant.
+        script: the odometer of values, advanced by :func:`advance`.
+        limit: the most values of one site.
+        among: selects the sites.
         alike: all elements of a site's plates take the same value.
 
     Attributes:
@@ -64,19 +64,19 @@ class Choose(Messenger):
 
     @property
     def log_q(self) -> Tensor:
-        """log q of all values together, in nats."""
+        """The joint log q of all values, in nats."""
         return sum((score.sum() for score in self.scores), start=torch.zeros(()))
 
 
 def _turn(script: list[list[int]], at: int, count: int) -> int:
-    """Where the odometer stands at its ``at``-th wheel, which has ``count`` positions."""
+    """The position of the odometer's ``at``-th wheel, which has ``count`` positions."""
     if at == len(script):
         script.append([0, count])
     return script[at][0]
 
 
 def advance(script: list[list[int]]) -> bool:
-    """Turn the odometer to the next values; False once all were there."""
+    """Advance the odometer to the next values; False after the last."""
     while script and script[-1][0] + 1 == script[-1][1]:
         script.pop()
     if not script:
@@ -88,9 +88,9 @@ def advance(script: list[list[int]]) -> bool:
 def outcomes(
     model: Callable, guide: Callable, args: tuple = (), kwargs: Mapping[str, Any] | None = None, *, limit: int = LIMIT
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every joint value of the guide's sites: (log q of it, log p(x, z), log q(z)), the last two scaled and masked.
+    """Every joint value of the guide's sites as (log q of it, log p(x, z), log q(z)), the last two scaled and masked.
 
-    Sites that the model marks ``infer={"enumerate": "parallel"}`` and the guide leaves out are summed over in log p.
+    Sites that the model marks ``infer={"enumerate": "parallel"}`` and the guide lacks are summed out in log p.
     """
     kwargs = kwargs or {}
     script: list[list[int]] = []
@@ -105,7 +105,7 @@ def outcomes(
 
 
 def _summed(model: Callable, drawn: set[str], args: tuple, kwargs: Mapping[str, Any], limit: int) -> Tensor:
-    """log p(x, z), summed over every joint value of the sites that the model marks and that are not ``drawn``."""
+    """log p(x, z), summed over every joint value of the model's enumerated sites that are not ``drawn``."""
     script: list[list[int]] = []
     found = []
     for _ in range(limit):
@@ -143,7 +143,7 @@ def exact_elbo(model: Callable, guide: Callable, *args: Any, limit: int = LIMIT,
 
 
 def mean_weight(log_weight: Tensor, dim: int) -> Tensor:
-    """The logarithm of the mean of importance weights along ``dim``, of size 1 in what is returned."""
+    """The logarithm of the mean of importance weights along ``dim``, which is kept with size 1."""
     return log_weight.logsumexp(dim, keepdim=True) - math.log(log_weight.shape[dim])
 
 
@@ -158,7 +158,7 @@ def exact_iwae(
 ):
     """The importance-weighted bound of the whole program as a sum over every tuple of K joint values.
 
-    ``bound(log_weight, dim)`` is another function of the K log weights along ``dim``.
+    ``bound(log_weight, dim)`` may be another function of the K log weights along ``dim``.
     """
     listed = [(log_q, p - q) for log_q, p, q in outcomes(model, guide, args, kwargs, limit=limit)]
     if len(listed) ** num_particles > limit:
@@ -172,7 +172,7 @@ def exact_iwae(
 
 @contextmanager
 def _scripted(script: list[list[int]], log_weight: list[float], limit: int) -> Iterator[None]:
-    """Replace the samplers of coins and dice by an odometer that notes how probable each reading is."""
+    """Replace the Bernoulli and categorical samplers by an odometer that records the probability of each draw."""
     at = 0
 
     def sample(log_probs: Tensor, shape: torch.Size, values: Tensor) -> Tensor:
@@ -209,10 +209,10 @@ def _scripted(script: list[list[int]], log_weight: list[float], limit: int) -> I
 
 
 def mean_over_draws(function: Callable[[], Tensor], *, limit: int = LIMIT) -> Tensor:
-    """E[function()] over every tuple of draws of Bernoulli and categorical samplers that it makes.
+    """E[function()] over every tuple of its Bernoulli and categorical draws.
 
-    With ``function`` the gradient of an estimator this is its exact mean, no luck involved. Estimators that draw in
-    other ways (uniforms, Gumbels) cannot be averaged so. One call ahead of the list lets what is lazy settle.
+    With the gradient of an estimator as ``function`` this is its exact mean. Estimators with other draws (uniforms,
+    Gumbels) cannot be averaged this way. One call before the enumeration initializes lazy parts.
 
     >>> import pyro.distributions as dist
     >>> round(mean_over_draws(lambda: dist.Bernoulli(torch.full((2,), 0.25)).sample().sum()).item(), 12)
@@ -226,7 +226,7 @@ def mean_over_draws(function: Callable[[], Tensor], *, limit: int = LIMIT) -> Te
         with _scripted(script, log_weight, limit):
             result = function()
         weight = math.exp(math.fsum(log_weight))
-        if weight > 0:  # what cannot happen may be NaN
+        if weight > 0:  # impossible outcomes may be NaN
             total = total + weight * result.detach()
         if not advance(script):
             return total

@@ -1,4 +1,4 @@
-"""Draws of a loss's gradient at fixed parameters, and their moments: what tells one estimator from another."""
+"""Draws of a loss's gradient at fixed parameters, and their moments."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ class Central:
     third: torch.Tensor
     fourth: torch.Tensor
     count: int
-    precision: float  # relative: what moves by less is the same sum in another order
+    precision: float  # relative; smaller changes are rounding errors of reordered sums
 
 
 class Moments:
-    """Means and central moments of draws of a gradient, in float64, one draw in memory at a time.
+    """Means and central moments of draws of a gradient, in float64, with one draw in memory at a time.
 
     Updated draw by draw (Welford 1962; Pébay 2008 for the third and fourth). With ``directions`` the moments of the
-    draws' components along them are kept as well, under the names of their groups.
+    draws' components along them are included, under the names of their groups.
 
     Args:
-        parameters: a tensor for each parameter, whose size and precision its gradient has.
+        parameters: a tensor for each parameter, with the size and dtype of its gradient.
         directions: see :class:`~.directions.Directions`.
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], directions: Directions | None = None):
         self.directions = directions
         self.groups = {name: leaf.numel() for name, leaf in parameters.items()}
-        # Twice the digits that the order of a sum may change.
+        # Twice the rounding error of a reordered sum.
         self.precision = {name: 8 * torch.finfo(leaf.dtype).eps for name, leaf in parameters.items()}
         if directions is not None:
             coarsest = max(self.precision.values(), default=0.0)
@@ -58,7 +58,7 @@ class Moments:
         self.mean = self.second = self.third = self.fourth = torch.zeros(())
 
     def add(self, gradient: Mapping[str, torch.Tensor], loss: float = 0.0) -> None:
-        """Count a draw; one that is not finite is only counted as bad."""
+        """Add a draw; one that is not finite is only counted as bad."""
         if self.directions is not None:
             gradient = {**gradient, **self.directions.project(gradient)}
         draw = torch.cat([gradient[name] for name in self.groups])
@@ -79,7 +79,7 @@ class Moments:
         self.second += square
 
     def central(self) -> dict[str, Central]:
-        """Moments by parameter, and by group of directions; what only moves by rounding does not move."""
+        """Moments by parameter, and by group of directions; variation within rounding error is set to zero."""
         assert self.count
         moments = (
             self.mean,
@@ -119,7 +119,7 @@ class GradientMoments:
 
     @property
     def mean_norm(self) -> float:
-        """The norm of the mean gradient, freed of the part that the sampling error of the mean adds (never below 0)."""
+        """The norm of the mean gradient, without the contribution of the mean's sampling error (at least 0)."""
         squared = sum(value.square().sum().item() for value in self.mean.values())
         return max(squared - self.total_variance / self.num_samples, 0.0) ** 0.5
 
@@ -143,8 +143,7 @@ def gradient_moments(
 ) -> GradientMoments:
     """Moments of the gradient of ``loss`` over ``num_samples`` draws at fixed parameters; see :func:`gradient_draws`.
 
-    Sums are kept in float64 and one draw is held at a time, whatever ``num_samples`` is. A draw that is not finite
-    makes them NaN.
+    Sums are in float64, with one draw in memory at a time. A draw that is not finite makes the moments NaN.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer import Trace_ELBO
@@ -169,7 +168,7 @@ def gradient_moments(
         found.add(draw)
     assert found is not None
     sizes = list(found.groups.values())
-    unknown = math.nan if found.bad else 0.0  # a mean over some draws only would be another number
+    unknown = math.nan if found.bad else 0.0  # the mean of the finite draws would be another quantity
     mean, variance = (
         dict(zip(found.groups, (moment + unknown).split(sizes), strict=True))
         for moment in (found.mean, found.second / (found.count - 1))
@@ -190,12 +189,18 @@ def gradient_draws(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Repeated draws of the gradient of ``loss`` on one batch: dicts from parameter to a flat float64 tensor, in nats.
 
-    ``loss`` is an ELBO, or the module that an ELBO makes of the pair. ``args`` is one batch: a tensor, a tuple of
-    arguments, or a mapping of keywords. ``which`` is ``"guide"`` or ``"all"``; names are ``guide.…`` and ``model.…``,
-    and parameters of control variates are not among them. ``burn_in`` draws are made and dropped first: a loss that
-    keeps a baseline needs a few, since the baseline starts from nothing. The baseline goes on moving afterwards, as in
-    training; draws stay uncorrelated, since no gradient's mean depends on the baseline. Parameters, ``.grad``, param
-    store, seeds and the loss's own state are as before, also between two draws; the same ``seed`` gives the same draws.
+    Args:
+        model, guide: the programs.
+        loss: an ELBO, or the module that an ELBO makes of the pair.
+        args: one batch: a tensor, a tuple of arguments, or a mapping of keywords.
+        num_samples: the number of draws.
+        seed: the same seed gives the same draws.
+        burn_in: draws that are made and dropped first, for losses whose baseline needs time to adapt. The baseline
+            keeps changing afterwards, as in training; draws stay uncorrelated, since no gradient's mean depends on it.
+        which: ``"guide"`` or ``"all"``; names are ``guide.…`` and ``model.…``, without the parameters of control
+            variates.
+
+    Parameters, ``.grad``, param store, seeds and the loss's own state are restored, also between two draws.
 
     Raises :class:`~gumbo.errors.BadInput` for an unknown ``which`` or a pair without parameters.
     """
@@ -203,7 +208,7 @@ def gradient_draws(
         raise BadInput(f'which is {which!r}: expected "guide" or "all"')
     if burn_in < 0 or num_samples < 1:
         raise BadInput(f"burn_in is {burn_in} and num_samples {num_samples}: expected at least 0 and 1")
-    # A copy of the loss, so that its baselines move without the caller's; the programs themselves are shared.
+    # The copy's baselines change and the caller's do not; the programs themselves are shared.
     loss = copy.deepcopy(loss, {id(program): program for program in modules_of(model, guide)})
     aside = Aside(seed, model, guide)
     positional, keywords = arguments_of(args)
@@ -221,7 +226,7 @@ def gradient_draws(
 def _backward(
     model: Callable, guide: Callable, loss: ELBO | torch.nn.Module, positional: tuple, keywords: dict
 ) -> Callable[[], None]:
-    """One call leaves one draw of the gradient in ``.grad``."""
+    """A function that leaves one draw of the gradient in ``.grad``."""
     if isinstance(loss, ELBO):
         both_modules = len(modules_of(model, guide)) == 2
         if not (both_modules and is_differentiable(loss)):
@@ -235,7 +240,7 @@ def _backward(
 def parameters_of(
     model: Callable, guide: Callable, positional: tuple, keywords: dict, which: str
 ) -> dict[str, torch.Tensor]:
-    """The programs' leaf parameters: the modules' own, then whatever else their runs ask the param store for."""
+    """The programs' leaf parameters: the modules' own, and those that runs request from the param store."""
     with torch.no_grad(), private_seed(None, model, guide):
         guide_trace = poutine.trace(guide).get_trace(*positional, **keywords)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*positional, **keywords)
@@ -258,7 +263,7 @@ def parameters_of(
 
 @contextmanager
 def grads_aside(model: Callable, guide: Callable, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Every ``.grad`` is empty inside and afterwards what it was."""
+    """Clear every ``.grad`` inside, and restore it afterwards."""
     leaves = [*owned_parameters(model, guide).values(), *parameters.values()]
     kept = [(leaf, leaf.grad) for leaf in leaves]
     for leaf in leaves:

@@ -1,4 +1,4 @@
-"""The picture of an audit: bias with its error, and variance against time."""
+"""``plot_audit``: bias with its error, and variance against time."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def plot_audit(dataset: xarray.Dataset, path: Any = None) -> Any:
     """Plot each estimator's bias with its error, and its variance against time with the Pareto front.
 
     Args:
-        dataset: what :func:`~gumbo.inference.audit` returned.
-        path: where to save the figure, as a PNG or whatever the suffix says; None saves nothing.
+        dataset: the result of :func:`~gumbo.inference.audit`.
+        path: where to save the figure, in the format of the suffix (PNG without one); None does not save.
 
     Returns:
-        The matplotlib figure: on the left the bias as a share of the gradient's length, on the right the variance.
+        The matplotlib figure: on the left the bias relative to the gradient's length, on the right the variance.
     """
     shown = dataset.sel(estimator=np.isfinite(dataset["total_variance"].values))
     count = shown.sizes["estimator"]
@@ -70,7 +70,7 @@ def _bias(axis: Any, shown: xarray.Dataset) -> None:
     axis.set_yticks(range(len(order)), [_shortened(str(shown["estimator"].values[i]), 34) for i in order], fontsize=9)
     largest = max(float((bias + error).max(initial=0.0)), 1e-3)
     if largest > 1.0:
-        # Linear where biases are small, logarithmic where one noisy estimator would hide the others.
+        # Linear for small biases, logarithmic beyond, so that one noisy estimator does not hide the others.
         axis.set_xscale("symlog", linthresh=0.1, linscale=1.0)
     axis.set_xlim(-0.07 * min(largest, 1.0), largest * 1.15)
     axis.set_xlabel("bias ± standard error, as a share of the gradient's length")
@@ -106,9 +106,9 @@ def _variance(axis: Any, shown: xarray.Dataset) -> None:
     axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _leading(value) in (2, 5) else "")
     axis.grid(alpha=0.3, which="both", linewidth=0.4)
     low, high = axis.get_xlim()
-    axis.set_xlim(low, high * (high / low) ** 0.3)  # room for names on the right
+    axis.set_xlim(low, high * (high / low) ** 0.3)  # space for names on the right
     low, high = axis.get_ylim()
-    axis.set_ylim(low, high * (high / low) ** 0.1)  # and for the legend above
+    axis.set_ylim(low, high * (high / low) ** 0.1)  # space for the legend above
     names = [
         _shortened(str(label), 30) if noisy[i] else f"{_shortened(str(label), 18)} (no variance)"
         for i, label in enumerate(shown["estimator"].values)
@@ -121,8 +121,8 @@ def _leading(value: float) -> int:
 
 
 def _write_names(axis: Any, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
-    """Each name at its point, moved up or down until it covers no other."""
-    axis.figure.draw_without_rendering()  # settles the layout that places are measured in
+    """Write each name at its point, moved up or down until it overlaps no other."""
+    axis.figure.draw_without_rendering()  # fixes the layout before positions are measured
     points = axis.transData.transform(np.column_stack([x, y])) * 72 / axis.figure.dpi
     taken: list[tuple[float, float, float]] = []  # left and right ends, and height, in points
     for i in np.argsort(points[:, 1]):
@@ -139,7 +139,7 @@ def _write_names(axis: Any, x: np.ndarray, y: np.ndarray, names: list[str]) -> N
 
 
 def pareto_front(cost: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Indices of the points that no other beats in both, by rising cost.
+    """Indices of the points that no other point beats in both, by increasing cost.
 
     >>> pareto_front(np.array([1.0, 2.0, 3.0]), np.array([5.0, 7.0, 1.0])).tolist()
     [0, 2]

@@ -9,17 +9,17 @@ if TYPE_CHECKING:
 
 
 def recommend(dataset: xarray.Dataset) -> tuple[str | None, str]:
-    """The estimator with the smallest variance × time among those that stand an audit.
+    """The estimator with the smallest variance × time among those that pass the audit.
 
-    These are the ones that are declared unbiased and not flagged; where there is none, those of which too few gradients
-    were drawn to say, and the reason says so.
+    These are declared unbiased and not flagged; if there is none, those with too few gradients for a verdict are
+    considered, and the reason says so.
 
     Args:
-        dataset: what :func:`~gumbo.inference.audit` returned.
+        dataset: the result of :func:`~gumbo.inference.audit`.
 
     Returns:
-        The estimator's label, or None where no unbiased one stands the audit; and the reason in a sentence, which also
-        names the biased ones with their bias as a share of the gradient's length, since a small one may be worth it.
+        The estimator's label, or None if no unbiased one passes; and the reason in a sentence, which also names the
+        biased estimators with their relative bias, since a small one may be acceptable.
     """
     verdict, judged = dataset["verdict"], dataset["total_variance"].notnull()
     good = dataset.sel(estimator=(verdict == "ok").values)
@@ -37,7 +37,7 @@ def recommend(dataset: xarray.Dataset) -> tuple[str | None, str]:
     biases = f"; bias of those that do not claim to have none, as a share of the gradient's length: {shares}"
     biases = biases if shares else ""
     if not good.sizes["estimator"]:
-        return None, f"no estimator in the audit is declared unbiased and stands it{biases}"
+        return None, f"no estimator in the audit is declared unbiased and passes{biases}"
     work = good["work_normalized_variance"].values
     least = min(range(len(work)), key=lambda i: (work[i], good["seconds"].values[i]))
     label = str(good["estimator"].values[least])
@@ -50,7 +50,7 @@ def _reason(label: str, work: Any, least: int, labels: Any, unsure: bool) -> str
         return f"{label} has no variance at all and can be afforded here"
     others = [i for i in range(len(work)) if i != least]
     if not others:
-        stands = "is not flagged" if unsure else "stands the audit"
+        stands = "is not flagged" if unsure else "passes the audit"
         return f"{label} is the only one that is declared unbiased and {stands}"
     second = min(others, key=lambda i: work[i])
     return (

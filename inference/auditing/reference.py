@@ -1,4 +1,4 @@
-"""What gradient estimators are held against: the exact gradient, or a long run with its own error."""
+"""References for gradient estimators: the exact gradient, or a long run with a standard error."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from .exact import Choose, advance, exact_elbo, exact_iwae
 from .moments import Gradient, Moments
 from .sampler import Draws, Stage
 
-ONE_BY_ONE = 2**10  # joint values of all sites: each is a run of both programs
-AT_ONCE = 2**13  # joint values of one datum: all are run at once
-TUPLES = 2**16  # tuples of K values of one datum
+ONE_BY_ONE = 2**10  # the most joint values of all sites: each needs a run of both programs
+AT_ONCE = 2**13  # the most joint values of one datum: all run at once
+TUPLES = 2**16  # the most tuples of K values of one datum
 LONG_RUN_PARTICLES = 16
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A gradient to compare with: ``kind`` says where it is from; ``moments`` are those of a long run, or None.
+    """A reference gradient: ``kind`` describes its origin; ``moments`` are those of a long run, or None.
 
-    ``directions`` are those along which it is compared, beside element by element.
+    ``directions`` are those along which gradients are compared, in addition to single elements.
     """
 
     kind: str
@@ -52,16 +52,16 @@ class Reference:
 def find_reference(
     stage: Stage, kind: Any, *, num_samples: int, num_particles: int | None, seed: int, options: dict[str, Any]
 ) -> Reference:
-    """The reference that ``kind`` asks for: ``"auto"``, ``"exact"``, ``"long-run"``, or an estimator to run long.
+    """The reference that ``kind`` asks for: ``"auto"``, ``"exact"``, ``"long-run"``, or an estimator for a long run.
 
-    ``options`` are those of :class:`SiteELBO`. Raises BadInput where the exact gradient is asked for and cannot be had.
+    ``options`` are those of :class:`SiteELBO`. Raises BadInput if the exact gradient is required and not available.
     """
     if isinstance(kind, str) and kind in ("auto", "exact"):
         found = exact_reference(stage, num_particles, options)
         if isinstance(found, Reference):
             return found
         if kind == "exact":
-            raise BadInput(f"reference='exact' cannot be had: {found}; take reference='long-run'")
+            raise BadInput(f"reference='exact' is not available: {found}; take reference='long-run'")
     if isinstance(kind, str) and kind in ("auto", "long-run"):
         return long_run(stage, num_samples, num_particles, seed, options)
     loss = kind if isinstance(kind, ELBO) else SiteELBO(kind, num_particles=num_particles, **options)
@@ -69,7 +69,7 @@ def find_reference(
 
 
 def exact_reference(stage: Stage, num_particles: int | None, options: dict[str, Any]) -> Reference | str:
-    """The exact gradient by enumeration, or the reason why it cannot be had."""
+    """The exact gradient by enumeration, or the reason why it is not available."""
     jointly, apart = _count_values(stage, True), _count_values(stage, False)
     if isinstance(apart, str):
         return apart
@@ -78,7 +78,7 @@ def exact_reference(stage: Stage, num_particles: int | None, options: dict[str, 
     target: Objective = options["objective"]
     weighed = target.weighs_rows and _has_bound_of_its_value(type(target))
     if not weighed and type(target.refined({})).value is not EvidenceLowerBound.value:
-        return f"objective {target.name!r} is not one whose exact gradient is listed here"
+        return f"objective {target.name!r} has no exact gradient by enumeration"
     if weighed and stage.mixed_plates:
         return f"the programs mix the rows of plate {stage.mixed_plates[0]!r}, so that no row has a bound of its own"
     if weighed:
@@ -106,7 +106,7 @@ def exact_reference(stage: Stage, num_particles: int | None, options: dict[str, 
 
 
 def _has_bound_of_its_value(objective: type[Objective]) -> bool:
-    """Whether ``bound`` speaks of the same number as ``value``: a subclass may have another value and not say so."""
+    """Whether ``bound`` computes the expectation of ``value``: a subclass may override only one of them."""
     bound, value = (
         next(depth for depth, base in enumerate(objective.__mro__) if name in vars(base)) for name in ("bound", "value")
     )
@@ -119,7 +119,7 @@ def _as_reference(stage: Stage, kind: str, loss: Tensor) -> Reference:
 
 
 def _count_values(stage: Stage, jointly: bool) -> int | str:
-    """How many joint values the latents of one run have, over all of it or with the elements of plates apart."""
+    """The number of joint values of the latents of one run, in total or with plate elements separate."""
     total = 1
     for name, fn in stage.latents.items():
         listed = finite_support(fn, joint=len(fn.batch_shape) if jointly else 0, limit=AT_ONCE)
@@ -143,20 +143,20 @@ def _repeats_itself(stage: Stage) -> bool:
 
 
 def _sums_out(stage: Stage) -> bool:
-    """Whether the model sums over sites that the guide leaves out: their chains are too long to list."""
+    """Whether the model sums out sites that the guide does not sample: their chains are too long to enumerate."""
     with stage.held(), torch.no_grad():
         guide, model = _traces(stage)
     return any(name not in guide and is_marked(site) for name, site in model.nodes.items() if site["type"] == "sample")
 
 
-# The importance-weighted bound, per datum.
+# The exact importance-weighted bound, per datum.
 
 
 def exact_bound(stage: Stage, num_particles: int | None, target: Objective) -> Tensor:
     """Minus an importance-weighted bound of K particles, summed over every tuple of values, datum by datum.
 
-    A datum is an element of the plates that enclose every site. Raises UnsupportedSite where a latent site has plates
-    of its own within, and where the tuples are too many.
+    A datum is an element of the plates that enclose every site. Raises UnsupportedSite where a latent site has further
+    plates inside, and where the tuples are too many.
     """
     assert num_particles is not None
     with stage.held():
@@ -221,7 +221,7 @@ def _total(trace: Trace, plates: frozenset, scale: Any) -> Tensor:
 
 
 def _per_datum(log_prob: Tensor, plates: frozenset[tuple[str, int]]) -> Tensor:
-    """Summed over every batch dimension but those of ``plates``."""
+    """Summed over every batch dimension except those of ``plates``."""
     depth = max(-dim for _, dim in plates)
     log_prob = log_prob.reshape((1,) * (depth - log_prob.dim()) + tuple(log_prob.shape))
     kept = {dim for _, dim in plates}
@@ -230,13 +230,13 @@ def _per_datum(log_prob: Tensor, plates: frozenset[tuple[str, int]]) -> Tensor:
     return summed.reshape(summed.shape[summed.dim() - depth :])
 
 
-# Where nothing can be listed.
+# Without enumeration.
 
 
 def long_run(
     stage: Stage, num_samples: int, num_particles: int | None, seed: int, options: dict[str, Any]
 ) -> Reference:
-    """A long run of pathwise gradients where sites allow them and of leave-one-out ones elsewhere."""
+    """A long run of pathwise gradients where sites support them, and of leave-one-out gradients elsewhere."""
     words: dict[str, str] = {}
     for name, fn in stage.latents.items():
         site = {"name": name, "fn": fn}
@@ -257,18 +257,18 @@ def long_run(
             return run_long(stage, loss, 2 * num_samples, seed)
     except CannotVectorize:
         options = options | {"vectorize_particles": False}
-    # One by one, many draws of few particles cost what few draws of many do.
+    # Without vectorization, many draws with few particles cost as much as few draws with many.
     few = 2 if "rloo" in words.values() else 1
     return run_long(stage, SiteELBO(words, num_particles=few, **options), 4 * num_samples, seed)
 
 
 def run_long(stage: Stage, loss: ELBO, count: int, seed: int) -> Reference:
-    # Another stream than that of the contestants, which would be tied to the reference otherwise.
+    # Another stream than the estimators', which would otherwise correlate with the reference.
     torch.manual_seed(seed + 2**32)
     draws = Draws(stage, loss)
     draws.draw()
     draws.freeze()
-    # The directions come of draws of their own: along the mean of the same draws, that mean would look too long.
+    # The directions use separate draws: along the mean of the same draws, its length would be overestimated.
     pilot = draws.moments(max(10, count // 8))
     moments = draws.moments(count, Directions(_means(stage, pilot)) if pilot.count else None)
     if not moments.count or moments.bad or pilot.bad:

@@ -13,13 +13,13 @@ from .recommendation import recommend
 class AuditReport(xarray.Dataset):
     """The dataset of an audit, whose ``repr`` is the table of its estimators; ``report.info()`` lists the variables.
 
-    A selection that is no longer a whole audit (one estimator, some variables) shows as any dataset does.
+    A selection (one estimator, some variables) is displayed as an ordinary dataset.
     """
 
     __slots__ = ()
 
     def table(self) -> str:
-        """What the audit found, in lines of at most 80 columns: facts, the table, remarks and the recommendation."""
+        """The audit in lines of at most 80 columns: facts, the table, remarks and the recommendation."""
         return _table(self)
 
     def __repr__(self) -> str:
@@ -37,7 +37,7 @@ NOTE = (
 
 
 def cells(report: xarray.Dataset) -> list[list[str]]:
-    """A row for each estimator that has numbers, the least variance × time first."""
+    """A row for each estimator with numbers, sorted by variance × time."""
     judged = [label for label in report.estimator.values if report.total_variance.sel(estimator=label).notnull()]
     rows = [report.sel(estimator=label) for label in judged]
     rows.sort(key=lambda row: (row.work_normalized_variance.item(), row.seconds.item()))
@@ -60,7 +60,7 @@ def cells(report: xarray.Dataset) -> list[list[str]]:
 
 
 def remarks(report: xarray.Dataset) -> list[str]:
-    """What does not fit into the table: why estimators were flagged or refused, those with one reason together."""
+    """Remarks below the table: why estimators were flagged or refused, grouped by reason."""
     by_reason: dict[str, list[str]] = {}
     for label, verdict in zip(report.estimator.values, report.verdict.values, strict=True):
         if ":" in verdict:
@@ -83,7 +83,7 @@ def advice(report: xarray.Dataset) -> str:
     return f"recommended: {label}; {reason}" if label else f"recommended: none; {reason}"
 
 
-# Of the columns, those that fit a terminal.
+# The columns that fit a terminal.
 _ON_SCREEN = ("estimator", "verdict", "bias / ‖g‖", "variance", "ms", "var × ms")
 
 

@@ -17,7 +17,7 @@ class Row:
     """One estimator in the audit.
 
     Attributes:
-        refused: why it has no numbers; ``failed`` if that is no decision of ours or Pyro's but an error.
+        refused: why it has no numbers; ``failed`` if the reason is an error and not a refusal.
     """
 
     label: str
@@ -35,7 +35,7 @@ class Row:
 
     @property
     def said(self) -> str:
-        """Why it has no numbers, in the words of the table; empty if it has some."""
+        """Why it has no numbers, for the table; empty if it has some."""
         if self.refused is None:
             return ""
         return f"{'failed' if self.failed else 'refused'}: {self.refused}"

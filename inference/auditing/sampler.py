@@ -1,4 +1,4 @@
-"""A pair of programs held still, and the gradients that a loss draws there."""
+"""A model and guide at fixed parameters, and the gradients that a loss draws there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .moments import Gradient, Moments, flat_gradient, grads_aside, parameters_o
 
 
 class _Count(Messenger):
-    """How many elements of each observed site were asked for."""
+    """Counts the elements of each observed site that were computed."""
 
     def __init__(self):
         super().__init__()
@@ -42,11 +42,11 @@ class _Count(Messenger):
 
 
 class Stage:
-    """Two programs with everything held still but the draws: parameters, arguments, rows of subsampled plates.
+    """Two programs in which everything but the draws is fixed: parameters, arguments, rows of subsampled plates.
 
-    Make one inside :func:`set_aside`. ``parameters`` are the leaves by name, ``guide.…`` and ``model.…``; ``latents``
-    the guide's random sites with their distributions in one run, ``nesting`` how deep plates nest, ``mixed_plates``
-    the plates whose rows the programs are found to mix.
+    Create it inside :func:`set_aside`. ``parameters`` are the leaves by name, ``guide.…`` and ``model.…``; ``latents``
+    the guide's random sites with their distributions in one run, ``nesting`` the number of batch dimensions of plates,
+    ``mixed_plates`` the plates whose rows depend on each other.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Stage:
             self.mixed_plates = sorted(plates_mixed_by(model, self.guide, args, self.kwargs))
 
     def at_once(self, asked: bool | None) -> bool:
-        """Whether many particles are run at once; where nobody asks, whether the programs mean the same so."""
+        """Whether particles run vectorized; by default, if the programs give the same log-probabilities."""
         return self._vectorizes if asked is None else asked
 
     @cached_property
@@ -99,12 +99,12 @@ class Stage:
             return takes_particles_at_once(self.model, self.guide, self.args, self.kwargs, self.max_plate_nesting)
 
     def new_store(self) -> Any:
-        """A state of the param store that holds the programs' own parameters and nothing else."""
+        """A new state of the param store with the programs' own parameters only."""
         return {"params": dict(self.store["params"]), "constraints": dict(self.store["constraints"])}
 
     @contextmanager
     def held(self, store: Any = None) -> Iterator[None]:
-        """Run programs inside; ``store`` is a state of the param store that goes on where it stopped."""
+        """Run programs inside; ``store`` is a state of the param store to continue from."""
         with (
             pyro.get_param_store().scope(self.new_store() if store is None else store),
             ChosenRows(self.subsamples, drawn_only=False),
@@ -124,7 +124,7 @@ class Stage:
         }
 
     def sites_of_parameters(self) -> dict[str, str]:
-        """For each parameter the sites whose own distribution it enters, joined by ``+``."""
+        """For each parameter the sites whose distribution depends on it, joined by ``+``."""
         found: dict[str, list[str]] = {name: [] for name in self.parameters}
         with self.held(), DrawnDetached():
             guide_trace = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
@@ -147,7 +147,7 @@ class Stage:
 
 @contextmanager
 def set_aside(model: Callable, guide: Callable, seed: int) -> Iterator[None]:
-    """Param store, seeds, training modes and buffers are afterwards what they were."""
+    """Restore param store, seeds, training modes and buffers on exit."""
     with (
         private_store(model, guide),
         private_seed(seed, model, guide),
@@ -158,7 +158,7 @@ def set_aside(model: Callable, guide: Callable, seed: int) -> Iterator[None]:
 
 
 class Draws:
-    """Gradients of one loss on a stage; its baselines and control variates move until :meth:`freeze`."""
+    """Gradients of one loss on a stage; its baselines and control variates adapt until :meth:`freeze`."""
 
     def __init__(self, stage: Stage, loss: ELBO, lr: float = 1e-2):
         self.stage, self.loss, self.lr = stage, loss, lr
@@ -175,13 +175,13 @@ class Draws:
 
     @property
     def has_state(self) -> bool:
-        """Whether something is learnt between draws: known of a SiteELBO at once, of Pyro's own after a draw."""
+        """Whether state changes between draws: known for a SiteELBO, for Pyro's ELBOs after one draw."""
         if self.binding is not None:
             return self.binding.has_state()
         return any(name.startswith("__baseline") for name in self.store["params"])
 
     def draw(self) -> tuple[Gradient, float, float]:
-        """One gradient, the loss, and the seconds that both took."""
+        """One gradient, the loss, and the seconds for both."""
         store = self.store
         if self.frozen is not None:
             store = {part: dict(held) for part, held in self.frozen.items()}
@@ -199,14 +199,14 @@ class Draws:
         return gradient, float(value), seconds
 
     def evaluations(self) -> float:
-        """Model runs that one draw takes, counted by what it asks of the observed sites; NaN if there are none."""
+        """Model runs per draw, counted by the computed elements of observed sites; NaN without such sites."""
         with _Count() as count:
             self.draw()
         shared = [count.elements[name] / size for name, size in self.stage.elements.items() if name in count.elements]
         return max(shared, default=float("nan"))
 
     def freeze(self) -> None:
-        """From now on draws are independent: nothing is learnt any more."""
+        """Stop all adaptation, so that draws are independent."""
         self.frozen = {part: dict(held) for part, held in self.store.items()}
         if self.binding is not None:
             self.binding.eval()

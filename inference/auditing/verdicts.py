@@ -1,4 +1,4 @@
-"""From moments of gradients to the dataset of an audit, its verdicts among them."""
+"""The dataset of an audit, with verdicts, from moments of gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import xarray
 
 
-OPPOSITE = 2.0  # the bias of a gradient of the opposite sign, in lengths of the gradient
+OPPOSITE = 2.0  # the bias of a gradient of opposite sign, in units of the gradient's length
 
 
 def dataset_of(
@@ -35,7 +35,7 @@ def dataset_of(
     names, alpha = list(stage.parameters), settings["alpha"]
     groups = truth.directions.parameters if truth.directions is not None else {}
     judged = {row.label: compare(row.moments, truth) for row in rows if row.judged}
-    # Half of alpha is spent on single elements, of which there may be millions, and half on directions.
+    # Half of alpha is for single elements, of which there may be millions, and half for directions.
     single = {(label, name): found[name].p_value for label, found in judged.items() for name in names}
     joint = {(label, group): found[group].p_value for label, found in judged.items() for group in groups}
     p_values = {key: (2 * p).clamp(max=1.0) for tests in (single, joint) for key, p in adjusted(tests).items()}
@@ -202,7 +202,7 @@ def _judgement(
 
 
 def _needed(whole: Comparison, level: float, difference: float) -> float:
-    """How many draws would find that difference, by what these draws say of their spread."""
+    """The number of draws that would detect this difference, estimated from the spread of these draws."""
     count = whole.count
     while whole.resolution(level, count).item() > difference and count < 10**12:
         count = math.ceil(1.25 * count)
@@ -210,7 +210,7 @@ def _needed(whole: Comparison, level: float, difference: float) -> float:
 
 
 def _round_up(count: float) -> int:
-    """To one significant digit."""
+    """Rounded up to one significant digit."""
     unit = 10 ** math.floor(math.log10(count))
     return math.ceil(count / unit) * unit
 

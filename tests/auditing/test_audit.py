@@ -479,7 +479,7 @@ def test_an_objective_of_somebodys_own_is_held_against_a_long_run():
     assert half.attrs["reference_total_norm"] == pytest.approx(whole.attrs["reference_total_norm"] / 2, abs=4 * error)
     said = verdicts(half)
     assert said["rloo"] == said["score"] == "ok" and said["flipped"].startswith("flagged")
-    with pytest.raises(BadInput, match="'halved' is not one whose exact gradient is listed"):
+    with pytest.raises(BadInput, match="'halved' has no exact gradient by enumeration"):
         run("one coin", words, objective=Halved(), reference="exact")
 
 
