@@ -95,8 +95,12 @@ LEFT_OUT: dict[str, str] = {
 }
 
 # Tests that want an error of Pyro's where SiteELBO works rightly: why it may.
+JOINTLY = "elements that a sum ties are listed jointly, and the value is that of every joint value (test_elimination)"
 ACCEPTED: dict[str, str] = {
     "test_iplate_in_guide_not_model_error": "the guide's plate holds no site, so that it changes no term",
+    "test_elbo_enumerate_plate_5": JOINTLY,
+    "test_elbo_enumerate_plates_6": JOINTLY,
+    "test_elbo_enumerate_plates_8": JOINTLY,
 }
 
 # Examples that do not run under Pyro's own ELBO here: what fails, and where it comes from.
@@ -490,6 +494,8 @@ class Plugin:
             return {"outcome": "not run", "reason": f"{error}"}
         if isinstance(error, NotAValue):
             return {"outcome": "left out", "reason": f"asks for {error}"}
+        if isinstance(error, pytest.fail.Exception) and "DID NOT RAISE" in str(error) and item.originalname in ACCEPTED:
+            return judged() | {"note": f"works where Pyro refuses: {ACCEPTED[item.originalname]}"}
         if isinstance(error, GumboError):
             return refused(error)
         if journal.refusal is not None and "pattern did not match" in str(error):

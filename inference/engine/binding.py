@@ -87,6 +87,7 @@ class Binding(nn.Module):
         self.make_layout: Callable[..., Layout] = Layout
         self.checks_plates = True  # whether plates="check" looks at the programs; others may have looked before
         self.lists_chains = False  # whether enumerated sites under pyro.markov are summed over by elimination
+        self.shares_dims = True  # whether elements of a sequential plate are listed along the same dimensions
         self.apart = False  # whether particles, and enumerated values, are run one by one
         self.scored = False  # whether a factor, or a draw with a path, leaves a score term
         self.calls_autograd = False  # found out when a run without gradients fails for it
@@ -272,7 +273,7 @@ class Binding(nn.Module):
             self.joint.update((*seen.eliminated, *(chains if self.lists_chains else ())))
         plates = {site.name: site.frames for site in seen.sites}
         while seen.eliminated or self.lists_chains:
-            program.lists_chains = self.lists_chains
+            program.lists_chains, program.shares_dims = self.lists_chains, self.shares_dims
             try:
                 difference = check_listed(program, seen, args, kwargs, chains if self.lists_chains else ())
             except NeedsJoint as mixed:
@@ -282,12 +283,20 @@ class Binding(nn.Module):
                 self.lists_chains = False
                 continue
             except UnsupportedSite as error:
-                if not self.lists_chains or isinstance(error, TooMuchMemory):
+                if isinstance(error, TooMuchMemory):
+                    raise
+                if self.shares_dims and seen.loops:
+                    self.shares_dims = False
+                    continue
+                if not self.lists_chains:
                     raise
                 self.lists_chains = False
                 continue
             if difference is None:
                 return
+            if self.shares_dims and seen.loops:
+                self.shares_dims = False
+                continue
             site, reason, names = difference
             apart = [name for name in names if plates[name] and name not in self.joint]
             if apart and self.elbo.plates != "trust":
@@ -374,6 +383,7 @@ class Binding(nn.Module):
             generators=self.generators if self.runs_again else None,
             memory_limit=self.elbo.memory_limit * 2**30,
             lists_chains=self.lists_chains and self.vectorized,
+            shares_dims=self.shares_dims,
             kl_weight=at_step(self.elbo.kl_weight, self.steps),
         )
 

@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import combinations, count
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from .terms import NeedsJoint
 
 MAX_DIMS = 60  # torch holds 64
 JOINT_LIMIT = 2**14  # joint values of one site over its plates
+
+Place = frozenset[tuple[str, int]]  # sequential plates by name, with the number of an element
 
 
 def is_marked(msg: Mapping[str, Any]) -> bool:
@@ -81,6 +83,9 @@ class Listing(Messenger):
         drawn: the sites that the guide draws; these take their draws. None in the guide, where :meth:`lay_out` is
             called for the sites that are to be listed.
         before: the listing of the guide, in the model that is run after it.
+        shares: whether sites in different elements of a sequential plate take the same dimension, and are hidden from
+            each other. An element is known by its number, so that a second loop over the plate sees what stood in the
+            same element of the first.
     """
 
     def __init__(
@@ -91,27 +96,32 @@ class Listing(Messenger):
         limit: float = MEMORY_LIMIT,
         drawn: Collection[str] | None = None,
         before: Listing | None = None,
+        shares: bool = True,
     ):
         super().__init__()
+        self.shares = shares
         self.drawn, self.first, self.joint, self.nesting, self.limit = drawn, first, joint, nesting, limit
         self.given: dict[str, Listed] = before.listed if before is not None else {}
         self.by_number: list[Listed] = before.by_number if before is not None else []
         self.listed: dict[str, Listed] = {}
         self._start = min([first, *(listed.dim - 1 for listed in self.given.values())])
-        self._here: tuple[tuple, bool] = ((), True)
+        self._here: tuple[Place, bool] = (frozenset(), True)
         self.dims: dict[str, dict[int, int]] = {}  # by site: what its dimensions stand for
         self._values: dict[str, dict[int, int]] = {}  # the same of its value
         self._depths: dict[str, int] = {}
-        self._loops: dict[tuple, dict[int, int]] = {(): {}}  # by elements of sequential plates: what is seen there
+        # By sequential plates and elements of some of them: what stands there, for as long as the run lasts.
+        self._loops: dict[frozenset[str], dict[Place, dict[int, int]]] = {}
 
     def _pyro_sample(self, msg) -> None:
         if site_is_subsample(msg):
             return
         name, infer = msg["name"], msg["infer"]
-        loops = tuple((f.name, f.counter) for f in msg["cond_indep_stack"] if not f.vectorized)[::-1]
+        place = element_of(msg) if self.shares else frozenset()
         dims: dict[int, int] = {}
-        for depth in range(len(loops) + 1):
-            self._see(name, dims, self._loops.get(loops[:depth], {}))
+        for plates, by_element in self._loops.items():
+            here = _within(place, plates)
+            if len(here) == len(plates):
+                self._see(name, dims, by_element.get(here, {}))
         scope = infer.get("_markov_scope")
         if scope is not None:
             for other, depth in scope.items():
@@ -120,7 +130,7 @@ class Listing(Messenger):
             self._depths[name] = infer["_markov_depth"]
         if name in self.given:
             self._see(name, dims, {self.given[name].dim: self.given[name].number})
-        self.dims[name], self._here = dims, (loops, scope is None)
+        self.dims[name], self._here = dims, (place, scope is None)
         if self.drawn is not None and not msg["done"] and name not in self.drawn and is_marked(msg):
             self.lay_out(msg)
 
@@ -138,13 +148,12 @@ class Listing(Messenger):
 
     def lay_out(self, msg: Any) -> None:
         """Give a site all of its values at once, along a dimension that no site which it sees uses."""
-        dims, (loops, lasting) = self.dims[msg["name"]], self._here
+        dims, (place, lasting) = self.dims[msg["name"]], self._here
         taken = set(dims)
         if lasting:
-            # What stands deeper in the same elements may be met again.
-            for place, inside in self._loops.items():
-                if place[: len(loops)] == loops:
-                    taken |= set(inside)
+            # A later statement may see both this site and what stands in no other element than it.
+            for plates, by_element in self._loops.items():
+                taken |= by_element.get(_within(place, plates), {}).keys()
         dim = self._start
         while dim in taken:
             dim -= 1
@@ -186,7 +195,10 @@ class Listing(Messenger):
         self.by_number.append(listed)
         dims[dim] = listed.number
         if lasting:
-            self._loops.setdefault(loops, {})[dim] = listed.number
+            by_element = self._loops.setdefault(frozenset(plate for plate, _ in place), {})
+            for size in range(len(place) + 1):
+                for part in combinations(place, size):
+                    by_element.setdefault(frozenset(part), {})[dim] = listed.number
         msg["value"] = laid
         msg["done"] = True
 
@@ -221,6 +233,15 @@ class Listing(Messenger):
         self._values[name] = {
             dim: number for dim, number in self.dims[name].items() if len(batch) >= -dim and batch[dim] > 1
         }
+
+
+def element_of(msg: Mapping[str, Any]) -> Place:
+    """The elements of sequential plates that a statement stands in; plates that are looped over twice count on."""
+    return frozenset((f.name, (f.counter - 1) % f.size) for f in msg["cond_indep_stack"] if not f.vectorized)
+
+
+def _within(place: Place, plates: frozenset[str]) -> Place:
+    return frozenset(element for element in place if element[0] in plates)
 
 
 def plates_of(msg: Mapping[str, Any]) -> Frames:

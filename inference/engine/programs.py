@@ -55,7 +55,8 @@ class Program:
     noise is kept apart from the sites' draws, so that it can be repeated. Sites that the model lists and the guide
     leaves out are summed over, within ``memory_limit`` bytes; where ``eliminates`` is false, and in the run that finds
     the nesting, they are drawn from the model. With ``lists_chains`` enumerated sites of the guide under
-    ``pyro.markov`` are summed over likewise, where ``kl_weight`` weighs the terms of latent sites.
+    ``pyro.markov`` are summed over likewise, where ``kl_weight`` weighs the terms of latent sites. With ``shares_dims``
+    the elements of a sequential plate are listed along the same dimensions.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class Program:
         memory_limit: float = MEMORY_LIMIT,
         lists_chains: bool = False,
         kl_weight: Any = 1.0,
+        shares_dims: bool = True,
     ):
+        self.shares_dims = shares_dims
         self.model, self.guide, self.resolve = model, guide, resolve
         self.lists_chains, self.kl_weight = lists_chains, kl_weight
         self.memory_limit, self.eliminates = memory_limit, True
@@ -213,13 +216,15 @@ class Program:
         run.terms = [each for each in (chains, terms) if each is not None]
         run.listed, run.limit = {name: count for name, (count, _) in draws.listed.items()}, draws.limit
         run.eliminated = (*replay.eliminated, *(terms.listing.listed if terms is not None else ()))
-        subsampled = [
+        frames = [
             f
             for recorder in (guide, model)
             for msg in recorder.messages.values()
             for f in msg["cond_indep_stack"]
-            if f.name != PARTICLES and f.full_size not in (None, f.size)
+            if f.name != PARTICLES
         ]
+        subsampled = [f for f in frames if f.full_size not in (None, f.size)]
+        run.loops = frozenset(f.name for f in frames if not f.vectorized)
         run.partial_plates = frozenset((f.name, f.dim, f.size) for f in subsampled if f.vectorized)
         run.partial_loops = frozenset(f.name for f in subsampled if not f.vectorized)
         return run
@@ -244,7 +249,8 @@ class Program:
         drawn = None if draws is None else draws.draws.keys()
         if chains is not None:
             first = chains.listing.first
-        listing = Listing(first, self.joint, nesting, self.memory_limit, drawn, chains and chains.listing)
+        before = chains and chains.listing
+        listing = Listing(first, self.joint, nesting, self.memory_limit, drawn, before, self.shares_dims)
         return Terms(listing, 1 + nesting, Symbols(first) if chains is None else chains.symbols)
 
     def _model_sites(

@@ -58,7 +58,8 @@ class Run:
     partial_plates: Frames = frozenset()
     listed: dict[str, int] = field(default_factory=dict)  # how many values each enumerated site has
     limit: int = 0
-    partial_loops: frozenset[str] = frozenset()  # sequential plates of which only some elements were visited
+    loops: frozenset[str] = frozenset()  # sequential plates
+    partial_loops: frozenset[str] = frozenset()  # those of which only some elements were visited
     eliminated: tuple[str, ...] = ()  # the sites that the model lists and the guide leaves out
     terms: list[Any] = field(default_factory=list)  # the factors that were summed over (elimination.Terms)
     noise: OwnNoise | None = None  # what the programs drew outside of sample statements; None: not kept apart

@@ -20,12 +20,13 @@ from pyro.ops import packed
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _ENUM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 
 from ...errors import BadInput
 from ..engine.contraction import MEMORY_LIMIT, laid_out, log_sum
+from ..engine.elimination import MAX_DIMS
 
 
 def completed(model: Callable, guide: Callable, drawn: Trace, run: Trace) -> Callable:
@@ -101,6 +102,15 @@ class CompletedGuide:
 
 class _Lists(EnumMessenger):
     """Enumeration that also runs under ``torch.vmap``, which does not support ``.data``."""
+
+    def _pyro_sample(self, msg) -> None:
+        if -_ENUM_ALLOCATOR.next_available_dim > MAX_DIMS:
+            raise BadInput(
+                f"site {msg['name']!r}: {len(_ENUM_ALLOCATOR.dim_to_id)} sites before it are enumerated in"
+                " the model, and to draw them each needs a dimension, of which torch has no more; put loops under"
+                " pyro.markov, make them a vectorized plate, or draw these sites in the guide"
+            )
+        super()._pyro_sample(msg)
 
     def _pyro_post_sample(self, msg) -> None:
         if isinstance(msg["fn"], TorchDistributionMixin) and msg["value"] is not None:

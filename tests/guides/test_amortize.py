@@ -161,6 +161,22 @@ def test_every_idiom_serves_it(param_store):
         assert all(value.grad is not None for value in guide.parameters())
 
 
+@pytest.mark.parametrize("name", [name for name, own in PROGRAMS.items() if own.summed])
+def test_sites_that_the_model_sums_over_are_summed_beside_it(name, param_store):
+    own = PROGRAMS[name]
+    guide = made(own.model, *own.args, hidden=(8,))
+    stock = TraceEnum_ELBO(max_plate_nesting=3)
+    found = []
+    for take in (lambda: SiteELBO()(own.model, guide)(*own.args), lambda: stock(own.model, guide)(*own.args)):
+        pyro.set_rng_seed(3)
+        value = take()
+        value.backward()
+        found.append((value.detach(), torch.cat([p.grad.flatten() for p in guide.parameters()])))
+        guide.zero_grad()
+    assert found[0][0] == pytest.approx(found[1][0].item(), rel=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-4 * found[1][1].abs().max().item())
+
+
 # ---- exactness
 
 
