@@ -14,17 +14,20 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from gumbo.errors import BadInput, Interrupted, UnknownName
 from gumbo.experiments._command import run_command
 from gumbo.experiments._names import marked
 from gumbo.experiments._runs import RunFolder, Watch, available_cpus, run_settings
+from gumbo.experiments._workers import check_workers, in_parallel
+from gumbo.files import write_whole
 from gumbo.tables import digits, markdown, plain
 
 
@@ -52,6 +55,8 @@ class Compare:
         common_epochs: epochs of the training that all arms share before the second variance is measured.
         importance_samples: draws a datum behind the final log p(x).
         jobs: worker processes; 0 takes one a core, at most 4.
+        backend: loky for processes of this machine, dask for every worker of a Dask cluster.
+        address: of the cluster's scheduler, tcp://host:port.
         resume: the folder of a comparison to go on with; arms that were finished are kept.
         folder: the run folder; by default ./runs/compare-<time>.
         trust: import what the config.yaml of a run, given as `--config`, names by import path.
@@ -75,6 +80,8 @@ class Compare:
     common_epochs: int = 20
     importance_samples: int = 100
     jobs: int = 0
+    backend: str = "loky"
+    address: str | None = None
     resume: str | None = None
     folder: str | None = None
     trust: bool = False
@@ -161,7 +168,7 @@ def compare(config: Compare) -> dict[str, Any]:
         seconds = before + time.perf_counter() - began
         return {"config": asdict(config), "seconds": seconds, "runs": results, "table": summarize(arms, results)}
 
-    found = in_parallel(tasks, config, run, jobs)
+    found = results_of(tasks, config, run, jobs, done)
     with FolderLock(run.path), resumable(run, results), Watch(run, lines, "gumbo compare"), closing(found):
         for result in found:
             results.append(result)
@@ -194,12 +201,16 @@ def finished(run: RunFolder) -> tuple[list[dict[str, Any]], float]:
         found = {"runs": [], "seconds": 0.0}
     except (OSError, ValueError) as error:
         raise BadInput(f"{run.path / 'results.json'} cannot be read ({error}): delete it to begin anew") from error
-    done = {identity(result) for result in found["runs"]}
+    forget_unfinished(run, {identity(result) for result in found["runs"]})
+    return found["runs"], found["seconds"]
+
+
+def forget_unfinished(run: RunFolder, done: Collection[tuple]) -> None:
+    """Take away the lines of arms that were cut short, while nobody writes any."""
     lines = [line for line in run.read_metrics() if (line["family"], line.get("arm", ""), line["seed"]) in done]
     run.metrics.unlink(missing_ok=True)
     for line in lines:
         run.append_metrics(line)
-    return found["runs"], found["seconds"]
 
 
 @contextmanager
@@ -217,7 +228,8 @@ def resumable(run: RunFolder, results: Sequence[Mapping[str, Any]]) -> Iterator[
 def resumed(run: str) -> dict[str, Any]:
     """The defaults that ``--resume RUN`` stands for: what the run recorded."""
     found = run_settings(run, "compare", Compare)
-    return {name: value for name, value in marked(found).items() if name not in ("folder", "resume", "quick")}
+    elsewhere = ("folder", "resume", "quick", "backend", "address")
+    return {name: value for name, value in marked(found).items() if name not in elsewhere}
 
 
 def check(config: Compare) -> None:
@@ -241,7 +253,8 @@ def check(config: Compare) -> None:
         "burn_in": 0,
         "warm_up": 0,
     }
-    for name, least in (smallest | {"importance_samples": 1, "jobs": 0}).items():
+    check_workers(config.backend, config.address, config.jobs, least=0)
+    for name, least in (smallest | {"importance_samples": 1}).items():
         if getattr(config, name) < least:
             raise BadInput(f"{name} is {getattr(config, name)}: expected at least {least}")
     # Read here once, so that a missing file is told before a run folder and workers exist.
@@ -250,22 +263,38 @@ def check(config: Compare) -> None:
         raise BadInput(f"batch_size is {config.batch_size}, and {config.data} has {rows} training images; lower it")
 
 
-def in_parallel(tasks: Sequence[tuple], config: Compare, run: RunFolder, jobs: int) -> Iterator[dict[str, Any]]:
-    """Results as they come; no worker outlives the loop over them, however it ends."""
-    if jobs == 1:
-        for function, *rest in tasks:
-            yield function(config, run, *rest)
+def results_of(
+    tasks: Sequence[tuple], config: Compare, run: RunFolder, jobs: int, done: set[tuple]
+) -> Iterator[dict[str, Any]]:
+    """Results as they come, and their identities into ``done``; no worker outlives the loop, however it ends."""
+    if config.backend == "loky":
+        here = [(run, config, task) for task in tasks]
+        for (_, _, task), result in in_parallel(_here, here, jobs, again=lambda: forget_unfinished(run, done)):
+            done.add(task_identity(task))
+            yield result
         return
-    from joblib import Parallel, delayed
-    from joblib.externals.loky import get_reusable_executor
+    # Workers of a cluster may share no disk with the caller, who writes what they return.
+    elsewhere = [(config, task) for task in tasks]
+    for _, (result, lines, files) in in_parallel(_elsewhere, elsewhere, jobs, config.backend, config.address):
+        for line in lines:
+            run.append_metrics(line)
+        for name, content in files.items():
+            write_whole(run.checkpoints / name, lambda file, content=content: file.write(content))
+        yield result
 
-    try:
-        yield from Parallel(jobs, return_as="generator_unordered")(
-            delayed(function)(config, run, *rest) for function, *rest in tasks
-        )
-    except BaseException:
-        get_reusable_executor().shutdown(wait=False, kill_workers=True)
-        raise
+
+def _here(run: RunFolder, config: Compare, task: tuple) -> dict[str, Any]:
+    function, *rest = task
+    return function(config, run, *rest)
+
+
+def _elsewhere(config: Compare, task: tuple) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, bytes]]:
+    """The result of a task, its lines of ``metrics.jsonl``, and its checkpoints by name."""
+    with TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder))
+        run.checkpoints.mkdir()
+        result = _here(run, config, task)
+        return result, run.read_metrics(), {path.name: path.read_bytes() for path in run.checkpoints.iterdir()}
 
 
 @lru_cache(maxsize=1)

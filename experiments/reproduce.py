@@ -6,16 +6,21 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from gumbo.errors import BadInput
 from gumbo.experiments._command import run_command
 from gumbo.experiments._runs import environment
+from gumbo.experiments._workers import check_workers, in_parallel
 from gumbo.experiments.compare import mean_and_error
 from gumbo.files import write_whole
 from gumbo.tables import plain
+
+ALL = "all"
 
 
 @dataclass
@@ -23,12 +28,14 @@ class Reproduce:
     """Train the cells of a published table and set them beside the published numbers.
 
     Args:
-        table: a table's name: arm, coins, gumbel-softmax, iwae, question or toy.
-        cells: names or patterns, as in `[nonlinear/*]`; by default all.
+        table: a table's name: arm, coins, gumbel-softmax, iwae, question or toy; or all.
+        cells: names or patterns, as in `[nonlinear/*]`, and of all tables `[arm/nonlinear/*]`; by default all.
         seeds: the seeds to run each cell with.
-        steps: steps a cell; by default the paper's own budget.
+        steps: steps a cell; by default the paper's own budget. Of all tables, a cell whose own budget is less keeps it.
         jobs: cells trained at the same time, one thread each.
-        folder: where runs keep their checkpoints; a run that stands there goes on.
+        backend: loky for processes of this machine, dask for every worker of a Dask cluster, one cell at a time each.
+        address: of the cluster's scheduler, tcp://host:port.
+        folder: where runs keep their checkpoints, the same on every worker; a run that stands there goes on.
         results: where finished cells are written, one JSON file each; those that stand there are not run again.
         device: cpu, cuda, …
         quick: a trial of a few steps on a few images.
@@ -40,6 +47,8 @@ class Reproduce:
     seeds: list[int] = field(default_factory=lambda: [0])
     steps: int | None = None
     jobs: int = 1
+    backend: str = "loky"
+    address: str | None = None
     folder: str = "runs/reproduce"
     results: str = "experiments/results"
     device: str = "cpu"
@@ -48,44 +57,70 @@ class Reproduce:
 
 
 def reproduce(config: Reproduce) -> list[dict[str, Any]]:
-    """Run what is missing, then show the table."""
+    """Run what is missing, then show the tables."""
     from gumbo.experiments.reproduction import tables
 
-    table = tables[config.table]
-    chosen = table.chosen(config.cells)
-    if config.jobs < 1 or (config.steps is not None and config.steps < 1):
-        raise BadInput("jobs and steps must be whole numbers of at least 1")
+    check_workers(config.backend, config.address, config.jobs)
+    if config.steps is not None and config.steps < 1:
+        raise BadInput(f"steps is {config.steps}: expected at least 1")
+    chosen = chosen_cells(config)
     results = Path(config.folder) / "quick-results" if config.quick else Path(config.results)
-    wanted = [(cell, seed) for seed in config.seeds for cell in chosen]
-    missing = [task for task in wanted if not path_of(results, table.name, *task).exists()]
+    wanted = [(table, cell, seed) for seed in config.seeds for table, cells in chosen.items() for cell in cells]
+    missing = [task for task in wanted if not path_of(results, *task).exists()]
     if not config.show:
-        from joblib import Parallel, delayed
-
-        # Of the code that is loaded now; each cell has a command of its own.
-        surroundings = {name: value for name, value in environment().items() if name != "command"}
-        parallel = Parallel(n_jobs=min(config.jobs, len(missing) or 1), return_as="generator_unordered")
-        for cell, seed, numbers in parallel(delayed(_run)(config, table.name, *task) for task in missing):
+        # A worker need not stand in the folder that this process stands in.
+        tasks = [(replace(config, folder=str(Path(config.folder).absolute())), *task) for task in missing]
+        for (_, name, cell, seed), numbers in in_parallel(_run, tasks, config.jobs, config.backend, config.address):
             # The caller writes: a worker that dies leaves no half of a file.
-            found = {"cell": asdict(cell), "seed": seed, **numbers, "table": table.name}
-            found |= {"command": command_of(config, cell, seed), "env": surroundings}
-            path = path_of(results, table.name, cell, seed)
+            found = {"cell": asdict(cell), "seed": seed} | numbers | {"table": name}
+            found |= {"command": command_of(config, name, cell, seed), "env": found.pop("env")}
             text = json.dumps(found, indent=1) + "\n"
-            write_whole(path, lambda file, text=text: file.write(text.encode()))
-            print(f"gumbo reproduce: {cell.name} seed {seed}: {found['value']:.2f}", file=sys.stderr)
-    found = [
-        json.loads(path_of(results, table.name, *t).read_text())
-        for t in wanted
-        if path_of(results, table.name, *t).exists()
-    ]
-    show(table, found)
-    if found and not config.show:
-        write_report(Path(config.folder) / table.name / "report.html", table, found)
-    return found
+            write_whole(path_of(results, name, cell, seed), lambda file, text=text: file.write(text.encode()))
+            print(f"gumbo reproduce: {name}: {cell.name} seed {seed}: {found['value']:.2f}", file=sys.stderr)
+    everything = []
+    for name in chosen:
+        paths = [path_of(results, *task) for task in wanted if task[0] == name]
+        found = [json.loads(path.read_text()) for path in paths if path.exists()]
+        show(tables[name], found)
+        if found and not config.show:
+            write_report(Path(config.folder) / name / "report.html", tables[name], found)
+        everything += found
+    return everything
 
 
-def _run(config: Reproduce, table: str, cell, seed: int):
+def chosen_cells(config: Reproduce) -> dict[str, list[Any]]:
+    """The cells that the patterns name, by table."""
+    from gumbo.experiments.reproduction import tables
+
+    if config.table != ALL:
+        return {config.table: tables[config.table].chosen(config.cells)}
+    names = {(name, cell.name): f"{name}/{cell.name}" for name in tables for cell in tables[name].cells}
+    for pattern in config.cells:
+        if not any(fnmatch(whole, pattern) for whole in names.values()):
+            raise BadInput(f"no table has a cell {pattern!r}: of all tables, cells are TABLE/CELL, as in arm/linear/*")
+    taken = {key for key, whole in names.items() if not config.cells or any(fnmatch(whole, p) for p in config.cells)}
+    chosen = {name: [cell for cell in tables[name].cells if (name, cell.name) in taken] for name in tables}
+    return {name: cells for name, cells in chosen.items() if cells}
+
+
+def _run(config: Reproduce, table: str, cell, seed: int) -> dict[str, Any]:
+    env = surroundings()
     folder = Path(config.folder) / ("quick" if config.quick else "") / table / f"{slug(cell)}-seed{seed}"
-    return cell, seed, cell.run(seed, config.steps or cell.steps, folder, quick=config.quick, device=config.device)
+    steps = steps_of(config, cell) or cell.steps
+    return cell.run(seed, steps, folder, quick=config.quick, device=config.device) | {"env": env}
+
+
+def steps_of(config: Reproduce, cell) -> int | None:
+    """The budget that was asked for, None where it is the cell's own."""
+    if config.table == ALL and config.steps is not None and config.steps >= cell.steps:
+        return None
+    return config.steps
+
+
+@lru_cache(maxsize=1)
+def surroundings() -> dict[str, Any]:
+    """Of the code that this process has loaded, taken before its first cell; each cell has a command of its own."""
+    return {name: value for name, value in environment().items() if name != "command"}
 
 
 def slug(cell) -> str:
@@ -96,11 +131,12 @@ def path_of(results: Path, table: str, cell, seed: int) -> Path:
     return results / table / f"{slug(cell)}-seed{seed}.json"
 
 
-def command_of(config: Reproduce, cell, seed: int) -> str:
-    steps = "" if config.steps is None else f" --steps {config.steps}"
+def command_of(config: Reproduce, table: str, cell, seed: int) -> str:
+    asked = steps_of(config, cell)
+    steps = "" if asked is None else f" --steps {asked}"
     quick = " --quick" if config.quick else ""
     cells = shlex.quote(json.dumps([cell.name]))
-    return f"gumbo reproduce {config.table} --cells {cells} --seeds '[{seed}]'{steps}{quick}"
+    return f"gumbo reproduce {table} --cells {cells} --seeds '[{seed}]'{steps}{quick}"
 
 
 def show(table, found: Sequence[dict[str, Any]]) -> None:
