@@ -16,5 +16,9 @@ for _room in _ROOMS:
 setup(
     package_dir=_PLACES,
     packages=list(_PLACES),
-    package_data={"gumbo": ["py.typed"], "gumbo.experiments": ["configs/*.yaml"]},
+    package_data={
+        "gumbo": ["py.typed"],
+        "gumbo.experiments": ["configs/*.yaml"],
+        "gumbo.experiments.reproduction": ["*.json", "*.txt"],
+    },
 )

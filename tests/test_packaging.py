@@ -66,7 +66,8 @@ def test_wheel_holds_the_packages_and_nothing_else(members):
     assert {str(Path(name).parent) for name in members if name.endswith(".py")} == set(PACKAGES)
     assert {name.split("/")[0] for name in members} == {"gumbo"}
     strays = {name for name in members if not name.endswith(".py")}
-    assert {name for name in strays if not name.startswith("gumbo/experiments/configs/")} == {"gumbo/py.typed"}
+    data = ("gumbo/experiments/configs/", "gumbo/experiments/reproduction/posteriordb")
+    assert {name for name in strays if not name.startswith(data)} == {"gumbo/py.typed"}
     assert not any(Path(name).name in ("setup.py", "conftest.py") or "/tests/" in name for name in members)
 
 
@@ -75,7 +76,8 @@ def test_wheel_holds_every_module_and_configuration(members):
         f"{package}/{path.name}" for package, folder in PACKAGES.items() for path in (ROOT / folder).glob("*.py")
     }
     configs = {f"gumbo/experiments/configs/{path.name}" for path in (ROOT / "experiments/configs").glob("*.yaml")}
-    assert modules | configs | {"gumbo/py.typed"} == members
+    references = {f"gumbo/experiments/reproduction/posteriordb{end}" for end in (".json", "-licence.txt")}
+    assert modules | configs | references | {"gumbo/py.typed"} == members
 
 
 def test_wheel_is_enough_to_import(wheel, tmp_path):

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from gumbo.experiments.reproduction import arm, gumbel_softmax, iwae, question, toy, two_hundred_coins
+from gumbo.experiments.reproduction import arm, gumbel_softmax, iwae, posteriors, question, toy, two_hundred_coins
 from gumbo.experiments.reproduction.cells import Cell, Table, tables
 
-__all__ = ["Cell", "Table", "arm", "gumbel_softmax", "iwae", "question", "tables", "toy", "two_hundred_coins"]
+__all__ = [
+    "Cell",
+    "Table",
+    "arm",
+    "gumbel_softmax",
+    "iwae",
+    "posteriors",
+    "question",
+    "tables",
+    "toy",
+    "two_hundred_coins",
+]

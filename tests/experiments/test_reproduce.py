@@ -110,3 +110,99 @@ def test_the_question_is_answered_by_variance_and_time_and_tells_bias(run):
 def test_every_table_runs_quickly(name, run):
     status, said = run(name, "--quick")
     assert status == 0 and all(cell.name in said.out for cell in tables[name].cells)
+
+
+def flat_regressions():
+    """Programs whose coefficients and noise have flat priors, with posteriors in closed form."""
+    from gumbo.experiments.reproduction import programs_of_posteriordb as programs
+
+    kinds = ("earnings", "mesquite", "nes", "kidiq_with")
+    return [name for name in programs.PROGRAMS if name.startswith(kinds)]
+
+
+def traced(program, **values):
+    import pyro
+
+    return pyro.poutine.trace(pyro.poutine.condition(program.model, values)).get_trace(program.y).nodes
+
+
+@pytest.mark.parametrize("name", flat_regressions())
+def test_references_of_flat_regressions_are_their_closed_forms(name):
+    import torch
+
+    from gumbo.experiments.reproduction.posteriors import program, references
+
+    made, known = program(name), references()["references"][name]["parameters"]
+    count = len([parameter for parameter in known if parameter.startswith("beta")])
+    one = torch.tensor(1.0).double()
+    columns = [traced(made, beta=unit, sigma=one)["y"]["fn"].base_dist.loc for unit in torch.eye(count).double()]
+    x = torch.stack(columns, -1)
+    precision = x.mT @ x
+    beta = torch.linalg.solve(precision, x.mT @ made.y)
+    # p(sigma² | y) is inverse gamma with (n − p − 1)/2 and half the squared residuals.
+    variance = ((made.y - x @ beta) ** 2).sum() / (len(x) - count - 3)
+    sd = (variance * torch.linalg.inv(precision).diagonal()).sqrt()
+    for k in range(count):
+        of = known[f"beta[{k + 1}]"]
+        # 10,000 draws: errors of 0.01 standard deviations, and of 0.7 % of one.
+        assert abs(of["mean"] - beta[k]) < 0.045 * sd[k] and of["sd"] == pytest.approx(sd[k].item(), rel=0.035)
+
+
+def test_references_were_long_enough():
+    from gumbo.experiments.reproduction.posteriors import references
+
+    known = references()["references"]
+    assert len(known) >= 20 and all(one["rhat"] < 1.01 and one["ess_bulk"] > 1000 for one in known.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [cell.posterior for cell in tables["posteriors"].chosen(["*/mode"])])
+def test_programs_have_the_posteriors_of_their_references(name):
+    """Draws at the mode, weighted by importance, have the reference's moments."""
+    import pyro
+    import torch
+
+    from gumbo.experiments.reproduction.posteriors import fitted, program, references
+
+    made, known = program(name), references()["references"][name]["parameters"]
+    with torch.random.fork_rng(), pyro.get_param_store().scope():
+        torch.manual_seed(0)
+        kind = "full-rank" if "eight" in name else "mode"  # the eight schools have no mode
+        normal = fitted(made.model, made.y, kind, 2000, 0)
+        count = 20_000
+        with torch.no_grad(), pyro.plate("draws", count, dim=-1):
+            loc, root = normal.loc, normal.scale[:, None] * normal.scale_tril
+            # Heavier tails than the posterior's: t with five degrees of freedom.
+            noise = torch.distributions.StudentT(torch.tensor(5.0).double()).sample((count, len(loc)))
+            z = loc + 1.1 * noise @ root.mT
+            q = torch.distributions.StudentT(torch.tensor(5.0).double()).log_prob(noise).sum(-1)
+            values = {}
+            p = torch.zeros(count).double()
+            for site, unconstrained in normal._unpack_latent(z):
+                transform = torch.distributions.biject_to(site["fn"].support)
+                values[site["name"]] = transform(unconstrained)
+                jacobian = transform.log_abs_det_jacobian(unconstrained, values[site["name"]])
+                p = p + jacobian.reshape(count, -1).sum(-1)
+            trace = pyro.poutine.trace(pyro.poutine.condition(made.model, values)).get_trace(made.y)
+            p = p + joint(trace, count)
+            weights = (p - q).softmax(0)
+        draws = made.reported(values)
+    effective = 1 / (weights**2).sum()
+    assert effective > 300
+    for parameter, of in known.items():
+        base, _, index = parameter.partition("[")
+        draw = draws[base][:, int(index[:-1]) - 1] if index else draws[base]
+        mean = (weights * draw).sum().item()
+        assert abs(mean - of["mean"]) < (5 / effective**0.5 + 0.05) * of["sd"], parameter
+
+
+def joint(trace, count: int):
+    """log p of each of the draws."""
+    import torch
+
+    trace.compute_log_prob()
+    found = torch.zeros(count).double()
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and name != "draws":
+            found = found + site["log_prob"]
+    return found
