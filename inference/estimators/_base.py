@@ -1,8 +1,8 @@
-"""The contract of a gradient estimator: how a site draws, and how the gradient passes through the draw.
+"""The interface of a gradient estimator: how a site is drawn, and how the gradient passes through the draw.
 
-The engine (``inference/engine/``) runs guide and model, and hands each latent site of the guide to its estimator three
-times: to ``draw`` when the site is reached, to ``guide_fn``/``model_fn`` when the log-probabilities of the draw are
-taken, and to ``surrogate`` when all terms are known. A new estimator is one class in one file of this folder, a word in
+The engine (``inference/engine/``) runs guide and model, and calls the estimator of each latent site of the guide three
+times: ``draw`` when the site is reached, ``guide_fn``/``model_fn`` for the log-probabilities of the draw, and
+``surrogate`` when all terms are known. A new estimator is one class in one file of this folder, a word in
 ``estimators`` and one import line in the folder's ``__init__``.
 """
 
@@ -41,55 +41,55 @@ Schedule = Callable[[int], float]
 
 @dataclass
 class Draw:
-    """A value for a site, with whatever the estimator wants to remember of how it was made (tensors by name)."""
+    """A value for a site, with further tensors by name that the estimator needs later."""
 
     value: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Draw:
-        """The same draw with every tensor changed alike (sliced, stacked)."""
+        """The same draw with every tensor transformed alike (sliced, stacked)."""
         return Draw(change(self.value), {name: change(item) for name, item in self.extra.items()})
 
 
 @dataclass
 class SiteView:
-    """What an estimator sees of its site once all terms are known.
+    """The data of a site that an estimator receives once all terms are known.
 
     Leading dimensions are ``(…enumerated, K, *plates)``: K particles, then one dimension per plate level; the K
-    dimension is there for K = 1 too.
+    dimension also exists for K = 1.
 
     Attributes:
         name: the site.
-        fns: the guide's distribution at the site: one, or one for each particle if they were run one by one.
+        fns: the guide's distribution at the site: one, or one per particle if particles ran one by one.
         draw: the draws: ``draw.value`` and each of ``draw.extra`` are ``(…, K, *plates, *event)``.
-        log_prob: unscaled, unmasked log q of the draws, differentiable, ``(…, K, *plates)``; for a draw with a path
-            None, or the score term that the path leaves over.
-        cost: the signed sum of everything evaluated at or after the site, detached, same shape.
+        log_prob: unscaled, unmasked log q of the draws, differentiable, ``(…, K, *plates)``; for a reparameterized draw
+            None, or its score term if it has one.
+        cost: the signed sum of all terms at or after the site, detached, same shape.
         particle_dim: the dimension of K in ``log_prob`` and ``cost``.
         num_particles: K.
-        step: training steps made so far.
+        step: number of earlier training steps.
         state: the estimator's module for this site, or None.
-        training: whether statistics may move: training mode with gradients on.
+        training: whether statistics may change: training mode with gradients enabled.
         bound: under ``iwae``, the importance weights; None under ``elbo``.
-        inputs: ``inputs()`` lists what a baseline may look at: the program's arguments and upstream values, each laid
-            out as ``(…, K or 1, *plates, features)``.
-        evaluate: ``evaluate(draw, downstream="draw", differentiable=False)`` runs the programs again with this site's
-            draw replaced: every tensor of ``draw`` has one more dimension on the left, over A alternatives. Sites
-            before this one keep their draws, and what the programs draw outside of sample statements (dropout) is
-            what it was; later sites draw anew (``"draw"``), draw relaxed and reparameterized
-            (``"soft"``), or take their means (``"mean"``). Returns the costs, ``(A, …)`` and otherwise broadcastable
-            with ``cost``, detached. With ``differentiable`` it returns the costs and their sum with each term counted
-            once, to be differentiated with respect to the draw: all parameters are frozen.
-        mean: ``mean(tensor)`` of something shaped like ``cost``, over the whole batch: what running statistics use,
-            since several processes may hold a part of the rows each.
-        drawn_twice: ``with drawn_twice(devices):`` lets what is drawn within, on the CPU and those CUDA devices, be
-            drawn again after.
+        inputs: ``inputs()`` returns the possible inputs of a baseline: the program's arguments and upstream values,
+            each as ``(…, K or 1, *plates, features)``.
+        evaluate: ``evaluate(draw, downstream="draw", differentiable=False)`` reruns the programs with this site's draw
+            replaced: every tensor of ``draw`` has an additional leftmost dimension over A alternatives. Upstream sites
+            keep their draws, and so does noise outside sample statements (dropout); later sites are drawn again
+            (``"draw"``), drawn relaxed and reparameterized (``"soft"``), or set to their means (``"mean"``). Returns
+            the costs, detached, ``(A, …)`` and otherwise broadcastable with ``cost``. With ``differentiable`` it
+            returns the costs and their sum with each term counted once, to be differentiated with respect to the draw:
+            all parameters are frozen.
+        mean: ``mean(tensor)`` of a tensor shaped like ``cost``, over the whole batch: running statistics use it, since
+            several processes may hold parts of the rows.
+        drawn_twice: ``with drawn_twice(devices):`` restores the random state of the CPU and those CUDA devices on exit,
+            so that the same draws follow.
         slope: the derivative of the sum of all costs with respect to the draws, each term counted once, shaped like
-            ``value``; for estimators that ask for it by ``takes_slope``. It comes from the run at hand. Where the
-            programs are not differentiable in the draw it is zero, or misses what they did not differentiate; what
-            later sites drew is held still. A control variate may use it, and nothing that must be right.
-        joined: the plate dimensions whose elements something after this site may join, so that ``cost`` tells them
-            apart no longer: alternatives for one element at a time must be evaluated one element at a time.
+            ``value``; for estimators that set ``takes_slope``. It comes from the current run. Where the programs are
+            not differentiable in the draw it is zero or incomplete; later draws are held fixed. Use it in control
+            variates only: it may be wrong.
+        joined: the plate dimensions whose elements a later site may combine, so that ``cost`` does not separate them:
+            alternatives must then be evaluated one element at a time.
     """
 
     name: str
@@ -131,7 +131,7 @@ class SiteView:
     def parameter(self, name: str, trailing: int = 0) -> Tensor:
         """A parameter of the site's elementary distribution, differentiable, shaped like ``value``.
 
-        ``trailing`` counts dimensions that the parameter has and the value has not (1 for the logits of a Categorical).
+        ``trailing`` is the number of dimensions that only the parameter has (1 for the logits of a Categorical).
         """
         room = -self.particle_dim
         found = []
@@ -144,59 +144,59 @@ class SiteView:
         return found[0] if len(found) == 1 else torch.cat(torch.broadcast_tensors(*found), dim=dim)
 
     def sum_event(self, tensor: Tensor) -> Tensor:
-        """Sum the event dimensions of something shaped like ``value``, and plates that ``cost`` does not tell apart."""
+        """Sum over the event dimensions of a tensor shaped like ``value``, and over plates that ``cost`` has summed."""
         tensor = tensor.sum(list(range(-self.event_dim, 0))) if self.event_dim else tensor
         mixed = [dim for dim in range(self.particle_dim + 1, 0) if self.cost.shape[dim] == 1 < tensor.shape[dim]]
         return tensor.sum(mixed, keepdim=True) if mixed else tensor
 
 
 class SiteState(nn.Module):
-    """What an estimator keeps of one site from call to call, for states of which more is to be said than their tensors.
+    """The state of an estimator at one site between calls, for states with more than tensors.
 
-    What results depend on stands in parameters and buffers, which checkpoints hold and captured graphs carry; any
-    ``nn.Module`` will do for that. A subclass of this one may also count calls, or look at values in some of them.
+    Everything that results depend on is in parameters and buffers, which checkpoints store and captured graphs update;
+    any ``nn.Module`` serves for that. A subclass of this class may also count calls, or read values in some of them.
 
     Class attributes:
-        uncaptured: plain attributes that change as the programs run and that no result depends on, such as counters: a
-            captured graph does not see them change. Models, guides and their layers may name such attributes alike.
+        uncaptured: plain attributes that change while the programs run and that no result depends on, such as counters:
+            a captured graph ignores their changes. Models, guides and their layers may have this attribute too.
     """
 
     uncaptured: ClassVar[frozenset[str]] = frozenset()
 
     def looks_at_values(self, step: int) -> bool:
-        """Whether the call after ``step`` training steps looks at values, and is to be run without a graph."""
+        """Whether the call after ``step`` training steps reads values, and must run without a graph."""
         return False
 
     def continue_from(self, step: int) -> None:
-        """Count on from ``step`` training steps, of which some were made by a graph or by an interrupted run."""
+        """Set the counters for ``step`` training steps, made by a graph or by an interrupted run."""
 
     def stop_looking(self) -> None:
-        """Look at no values: a graph is captured, and what this changes is undone afterwards."""
+        """Read no values: a graph is captured, and changes are undone afterwards."""
 
 
 def pad_left(tensor: Tensor, dims: int) -> Tensor:
-    """The same tensor with at least ``dims`` dimensions."""
+    """The tensor with at least ``dims`` dimensions, padded on the left."""
     return tensor.reshape((1,) * (dims - tensor.dim()) + tensor.shape) if tensor.dim() < dims else tensor
 
 
 class Estimator(Checked):
-    """How the gradient passes through a site.
+    """A gradient estimator: how the gradient passes through a site.
 
     Class attributes:
         unbiased: whether E[gradient] is the exact gradient of the objective.
-        min_particles: the smallest K that it works with.
-        needs_relaxed_model: whether the model must accept values between the discrete ones.
-        objectives: the objectives that it is derived for.
-        log_q: how −log q of the site enters the differentiable objective: ``"full"``; ``"value"`` (counted, not
-            differentiated: its direct gradient has expectation zero); ``"path"`` (differentiated through values only).
+        min_particles: the smallest K that it supports.
+        needs_relaxed_model: whether the model must accept relaxed values of discrete sites.
+        objectives: the objectives that it supports.
+        log_q: how −log q of the site enters the differentiable objective: ``"full"``; ``"value"`` (only its value: its
+            direct gradient has expectation zero); ``"path"`` (differentiated through values only).
         has_path: whether draws come from the distribution's own ``rsample``, which may leave a score term.
         enumerates: whether the site is summed over rather than drawn.
-        reruns: whether ``surrogate`` calls ``view.evaluate`` with several alternatives, which asks programs to accept
-            leading dimensions.
-        takes_slope: whether ``surrogate`` reads ``view.slope``; ``draw`` then gives a leaf that requires a gradient.
-        runs_again: whether one gradient takes further runs of the programs (``view.evaluate``, ``log_q = "path"``).
+        reruns: whether ``surrogate`` calls ``view.evaluate`` with several alternatives, for which programs must accept
+            additional leading dimensions.
+        takes_slope: whether ``surrogate`` reads ``view.slope``; ``draw`` then returns a leaf that requires a gradient.
+        runs_again: whether a gradient needs further runs of the programs (``view.evaluate``, ``log_q = "path"``).
         together: whether all sites must take this estimator if one does.
-        lazy_parameters: whether the state has parameters, whose shapes only data can tell.
+        lazy_parameters: whether the state has parameters whose shapes depend on the data.
     """
 
     unbiased: bool = True
@@ -213,7 +213,7 @@ class Estimator(Checked):
 
     @property
     def name(self) -> str:
-        """The word for this configuration, or the class name where no word says it."""
+        """The word for this configuration, or the class name if no word matches."""
         for word, make in estimators.items():
             if repr(make()) == repr(self):
                 return word
@@ -225,35 +225,35 @@ class Estimator(Checked):
 
     @property
     def runs_again(self) -> bool:
-        """Whether one gradient takes further runs of the programs, which then have to repeat their own noise."""
+        """Whether a gradient needs further runs of the programs, which must then repeat their own noise."""
         again = type(self).surrogate is not Estimator.surrogate and not self.takes_slope
         return again or self.log_q == "path" or self.together
 
     def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
-        """Model runs that one gradient costs."""
+        """Model runs per gradient."""
         return num_particles
 
     def objective_name(self) -> str:
-        """What the value of the surrogate is when a site takes this estimator under ``elbo``."""
+        """The name of the surrogate's value when a site takes this estimator under ``elbo``."""
         return "elbo"
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
-        """Why a site (a Pyro message with ``name`` and ``fn``) cannot be served, or None if it can."""
+        """Why a site (a Pyro message with ``name`` and ``fn``) is not supported, or None if it is."""
         return None
 
     def refusal(self, site: Mapping[str, Any]) -> Refusal | None:
-        """:meth:`why_not` with the names of the site and of this estimator."""
+        """:meth:`why_not` with the site's and the estimator's name."""
         reason = self.why_not(site)
         return None if reason is None else Refusal(reason, site.get("name", ""), self.name)
 
     def supports(self, site: Mapping[str, Any]) -> bool:
-        """Whether a site can be served."""
+        """Whether a site is supported."""
         return self.why_not(site) is None
 
     def make_state(self, site: Mapping[str, Any], inputs: Callable[[], list[Tensor]]) -> nn.Module | None:
-        """The module that holds this estimator's running state for one site, perhaps a :class:`SiteState`.
+        """The module with this estimator's state for one site, possibly a :class:`SiteState`.
 
-        ``inputs`` is that of :class:`SiteView` for one particle, to tell how many features there are.
+        ``inputs`` is that of :class:`SiteView` for one particle, which gives the number of features.
         """
         return None
 
@@ -270,26 +270,26 @@ class Estimator(Checked):
         return fn
 
     def surrogate(self, view: SiteView) -> Tensor | None:
-        """A tensor shaped like ``view.log_prob`` whose gradient is this site's share of the gradient; None for none."""
+        """A tensor shaped like ``view.log_prob`` whose gradient is this site's part of the gradient, or None."""
         return None
 
 
 class Chooser(Estimator):
-    """A word that stands for a choice: before a site is drawn, another estimator is put in its place.
+    """A word that selects other estimators: before a site is drawn, the selected estimator takes its place.
 
-    A loss asks it once for all of its sites that name one; ``choose`` says a word for each of these.
+    A loss calls ``choose`` once for all of its sites with this word; it returns a word for each site.
     """
 
-    lazy_parameters = True  # what is chosen may have some
+    lazy_parameters = True  # the selected estimator may have some
     objectives = frozenset()
-    batches: int = 1  # how many of the first batches ``fit`` gives it
-    again: Sequence[int] = ()  # the training steps before which ``fit`` asks again
+    batches: int = 1  # the number of first batches that ``fit`` passes
+    again: Sequence[int] = ()  # the training steps before which ``fit`` selects again
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
         return "it is chosen for a loss, and not by a site's own mark: name it in SiteELBO, as in {'z': 'auto'}"
 
     def choose(self, loss: Any, model: Callable, guide: Callable, batches: Any) -> Any:
-        """What was chosen, an object whose ``words`` map the sites to words.
+        """The selection: an object whose ``words`` map the sites to words.
 
         Args:
             loss: the :class:`SiteELBO` that names this word.
@@ -299,19 +299,19 @@ class Chooser(Estimator):
         raise BadInput(f"{type(self).__name__} does not choose")
 
     def announce(self, choice: Any) -> None:
-        """Say what was chosen."""
+        """Print the selection."""
 
     def recall(self, found: Mapping[str, Any]) -> Any:
-        """A choice from what its ``as_dict()`` gave."""
+        """The selection, restored from its ``as_dict()``."""
         raise BadInput(f"{type(self).__name__} recalls no choice")
 
 
-# Words that stand for a choice.
+# Words that select other estimators.
 choosers: dict[str, Callable[..., Chooser]] = {}
 
 
 def detached_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
-    """A draw that carries no gradient, whatever the distribution could do."""
+    """A draw without gradients, also from distributions with ``rsample``."""
     with torch.no_grad():
         value = fn.sample(*args, **(kwargs or {}))
     clear_caches(fn)
@@ -319,12 +319,12 @@ def detached_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = 
 
 
 def sloping_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
-    """A draw that carries no gradient of parameters, and with respect to which costs can be differentiated."""
+    """A draw without gradients of parameters, as a leaf with respect to which costs can be differentiated."""
     return detached_draw(fn, args, kwargs).map(lambda value: value.clone().requires_grad_())
 
 
 def score_why_not(site: Mapping[str, Any]) -> str | None:
-    """What the score-function family asks of a site."""
+    """Why the score-function family does not support a site, or None."""
     fn = site["fn"]
     if not hasattr(fn, "log_prob"):
         return "it has no log_prob"
@@ -334,7 +334,7 @@ def score_why_not(site: Mapping[str, Any]) -> str | None:
 
 
 def at_step(value: float | Schedule, step: Any) -> Any:
-    """A number, or what a schedule says at this step; a tensor while a graph is captured, which outlives the step."""
+    """A number, or the schedule's value at this step; a tensor during graph capture, which serves all steps."""
     if not callable(value):
         return float(value)
     return step.at(value) if hasattr(step, "at") else float(value(step))

@@ -1,4 +1,4 @@
-"""Changing a draw one coordinate at a time, the others kept."""
+"""Changes of the cost when one coordinate of a draw changes and the others are kept."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ._base import Draw, SiteView
 
-AT_ONCE = 64  # alternatives laid out at once, which bounds memory
+AT_ONCE = 64  # the most alternatives per run; bounds memory
 
 
 def gains(view: SiteView, alternatives: Tensor, element_dim: int = 0) -> Tensor:
-    """How the cost changes when one coordinate takes its alternative value and all others keep the one drawn.
+    """The change of the cost when one coordinate takes an alternative value and all others keep their draws.
 
-    Coordinates are those of the event, whose rightmost ``element_dim`` dimensions are one coordinate together, and the
-    elements of the plates that something later joins. Elements of the other plates, and particles, are changed at the
-    same time, since their costs are apart. What is downstream is drawn anew.
+    Coordinates are those of the event (the rightmost ``element_dim`` dimensions form one coordinate), and the elements
+    of plates that a later site combines. Elements of other plates, and particles, are changed at the same time, since
+    their costs are separate. Downstream sites are drawn again.
 
     Args:
         view: the site.

@@ -1,6 +1,6 @@
-"""What estimators ask of a distribution: its score, its support, its relaxation, its linear extension.
+"""Properties of distributions that estimators need: score, support, relaxation, linear extension.
 
-Pyro wraps distributions (``.to_event``, ``.mask``, ``.expand_by``); every function here looks through the wrappers.
+Pyro wraps distributions (``.to_event``, ``.mask``, ``.expand_by``); every function here unwraps them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...errors import BadInput
 
 Distribution = torch.distributions.Distribution
 
-# torch and Pyro give these an `rsample` whose gradient is a straight-through one, which is biased.
+# torch and Pyro give these an `rsample` with a straight-through gradient, which is biased.
 _STRAIGHT_THROUGH = tuple(
     found
     for module in (dist, torch.distributions)
@@ -64,7 +64,7 @@ def is_straight_through(fn: Distribution) -> bool:
 
 
 def is_discrete(fn: Distribution) -> bool:
-    """Whether draws of ``fn`` are counted rather than measured (pmf, not density)."""
+    """Whether ``fn`` has a probability mass function, not a density."""
     fn = elementary(fn)
     if isinstance(fn, (torch.distributions.RelaxedBernoulli, torch.distributions.RelaxedOneHotCategorical)):
         return False
@@ -75,7 +75,7 @@ def is_discrete(fn: Distribution) -> bool:
 
 
 def support_of(fn: Distribution) -> object:
-    """The support of an elementary distribution; None where it does not say (a Rejector's is its proposal's)."""
+    """The support of an elementary distribution; None if it has none (a Rejector has its proposal's)."""
     if isinstance(fn, dist.Rejector):
         return support_of(elementary(fn.propose)) if isinstance(fn.propose, torch.distributions.Distribution) else None
     try:
@@ -90,7 +90,7 @@ def describe(fn: Distribution) -> str:
 
 
 def clear_caches(fn: Distribution) -> None:
-    """Forget values that transforms keep: a cached draw made without gradients has no score."""
+    """Clear values that transforms cache: a cached draw made without gradients has no score."""
     while fn is not None:
         if hasattr(fn, "clear_cache"):
             fn.clear_cache()
@@ -98,7 +98,7 @@ def clear_caches(fn: Distribution) -> None:
 
 
 def score_log_prob(fn: Distribution, value: Tensor) -> Tensor:
-    """Log-probability without the distribution's own mask, whose zeros would lose the score of a draw that was made.
+    """Log-probability without the distribution's own mask, which would set the score of a draw to zero.
 
     >>> import pyro.distributions as dist
     >>> fn = dist.Bernoulli(torch.tensor([0.25, 0.5])).mask(False).to_event(1)
@@ -113,9 +113,9 @@ def score_log_prob(fn: Distribution, value: Tensor) -> Tensor:
 
 
 def has_score_term(fn: Distribution) -> bool:
-    """Whether a reparameterized draw leaves a score term beside its path, as a rejection sampler's does.
+    """Whether a reparameterized draw has a score term besides its path, as for a rejection sampler.
 
-    Pyro's distributions say so by a ``score_parts`` of their own.
+    Pyro's distributions define ``score_parts`` for this.
 
     >>> from pyro.distributions.testing.rejection_gamma import RejectionGamma
     >>> has_score_term(RejectionGamma(torch.tensor(2.0), torch.tensor(1.0)).to_event(0))
@@ -129,7 +129,7 @@ def _own_score_parts(base: Distribution) -> bool:
 
 
 def hides_score_term(fn: Distribution) -> bool:
-    """Whether ``fn`` is made of draws that have a score term, and has no ``score_parts`` to give it."""
+    """Whether ``fn`` is composed of draws with a score term, and has no ``score_parts`` that returns it."""
     base = elementary(fn)
     return not _own_score_parts(base) and any(
         isinstance(part, torch.distributions.Distribution) and (has_score_term(part) or hides_score_term(part))
@@ -138,9 +138,9 @@ def hides_score_term(fn: Distribution) -> bool:
 
 
 def score_term(fn: Distribution, value: Tensor) -> Tensor | None:
-    """The term whose gradient times the cost joins the pathwise gradient, without masks; None if there is none.
+    """The term whose gradient times the cost is added to the pathwise gradient, without masks; None if there is none.
 
-    ``value`` must be the tensor that ``fn`` drew, since some distributions remember how they drew it (Naesseth et al.
+    ``value`` must be the tensor that ``fn`` drew, since some distributions store how they drew it (Naesseth et al.
     2017, arXiv 1610.05683).
     """
     if isinstance(fn, (MaskedDistribution, ExpandedDistribution)):
@@ -162,7 +162,7 @@ def has_own_mask(fn: Distribution) -> bool:
 
 
 def has_transforms(fn: Distribution) -> bool:
-    """Whether draws are pushed through transforms, which need an inverse to score a value."""
+    """Whether draws pass through transforms, whose inverse is needed to score a value."""
     return isinstance(elementary(fn), torch.distributions.TransformedDistribution)
 
 
@@ -176,9 +176,9 @@ def _tensors_of(constraint: object, depth: int = 0):
 
 
 def support_moves(fn: Distribution) -> bool:
-    """Whether the set of possible values depends on something that is being differentiated.
+    """Whether the support depends on a tensor that requires grad.
 
-    The score function is then wrong: it cannot see mass that enters or leaves at the edge.
+    The score function is then wrong: it misses mass that enters or leaves at the boundary.
 
     >>> import pyro.distributions as dist
     >>> theta = torch.tensor(2.0, requires_grad=True)
@@ -191,7 +191,7 @@ def support_moves(fn: Distribution) -> bool:
     if isinstance(fn, torch.distributions.TransformedDistribution):
         if support_moves(fn.base_dist):
             return True
-        # A bounded base pushed through a learnable map has learnable bounds, whatever the map's codomain says.
+        # A bounded base under a learnable map has learnable bounds, whatever the map's codomain.
         support = support_of(fn.base_dist)
         bounded = bool(list(_tensors_of(support))) or hasattr(support, "lower_bound")
         return bounded and any(_learnable(transform) for transform in fn.transforms)
@@ -207,7 +207,7 @@ def _learnable(transform: object) -> bool:
 
 
 def coordinate_values(fn: Distribution) -> Tensor | str:
-    """The values of one coordinate, ``(V, *element)``, or the reason why they cannot be had.
+    """The values of one coordinate, ``(V, *element)``, or the reason why they cannot be enumerated.
 
     >>> import pyro.distributions as dist
     >>> coordinate_values(dist.OneHotCategorical(logits=torch.zeros(2, 3)).to_event(1)).shape
@@ -224,10 +224,10 @@ def coordinate_values(fn: Distribution) -> Tensor | str:
 
 
 def finite_support(fn: Distribution, *, joint: int, limit: int) -> Tensor | str:
-    """Every value that ``fn`` can take, along a new leftmost dimension, or the reason why that cannot be had.
+    """Every value of ``fn``, along a new leftmost dimension, or the reason why they cannot be enumerated.
 
-    The product over the independent coordinates of the event is always taken, and over the ``joint`` rightmost
-    dimensions of the batch; the elements of the other batch dimensions all take the same value at once.
+    The values are the product over the independent coordinates of the event, and over the ``joint`` rightmost
+    dimensions of the batch; elements of the other batch dimensions all take the same value.
 
     >>> import pyro.distributions as dist
     >>> coin = dist.Bernoulli(torch.full((3,), 0.5))
@@ -241,7 +241,7 @@ def finite_support(fn: Distribution, *, joint: int, limit: int) -> Tensor | str:
 
 
 def listed_support(fn: Distribution, values: Tensor, *, joint: int, limit: int) -> Tensor | str:
-    """:func:`finite_support` for coordinates that take these values, ``(V, *element)``."""
+    """:func:`finite_support` for coordinates with these values, ``(V, *element)``."""
     size, one = values.shape[0], values.shape[1:]
     batch, event = tuple(fn.batch_shape), tuple(fn.event_shape)
     together = batch[len(batch) - joint :] if joint else ()
@@ -257,7 +257,7 @@ def listed_support(fn: Distribution, values: Tensor, *, joint: int, limit: int) 
 
 
 def rewrap(fn: Distribution, change: Callable[[Distribution], Distribution]) -> Distribution:
-    """Apply ``change`` to the elementary distribution under the wrappers, and wrap the result alike."""
+    """Apply ``change`` to the elementary distribution, and wrap the result as before."""
     if isinstance(fn, MaskedDistribution):
         return rewrap(fn.base_dist, change).mask(fn._mask)
     if isinstance(fn, torch.distributions.Independent):
@@ -268,7 +268,7 @@ def rewrap(fn: Distribution, change: Callable[[Distribution], Distribution]) -> 
 
 
 def turns_validation_off(fn: Distribution | None) -> bool:
-    """Whether the program says ``validate_args=False`` of this distribution; ask while validation is on by default."""
+    """Whether the program sets ``validate_args=False`` for this distribution; call it with validation on by default."""
     while fn is not None:
         if vars(fn).get("_validate_args") is False:
             return True
@@ -277,7 +277,7 @@ def turns_validation_off(fn: Distribution | None) -> bool:
 
 
 def unvalidated(fn: Distribution) -> Distribution:
-    """The same distribution, which scores any value that its formula takes, a count of 1.5 among them.
+    """The same distribution without validation, so that it scores any value, such as a count of 1.5.
 
     >>> import pyro.distributions as dist
     >>> round(unvalidated(dist.Poisson(2.0)).log_prob(torch.tensor(1.5)).item(), 4)
@@ -293,9 +293,9 @@ def unvalidated(fn: Distribution) -> Distribution:
 
 
 def without_own_validation(fn: Distribution) -> Distribution:
-    """The same distribution without what it was told of validation when it was made; itself if that is nothing.
+    """The same distribution without its own validation setting; itself if it has none.
 
-    ``expand`` writes the setting of the day into a distribution, which is then deaf to ``pyro.validation_enabled``.
+    ``expand`` copies the current global setting into a distribution, which then ignores ``pyro.validation_enabled``.
 
     >>> import pyro.distributions as dist
     >>> made = dist.Normal(0.0, 1.0).expand([2])
@@ -321,8 +321,8 @@ def logits_of(fn: Distribution) -> Tensor:
 class LinearExtension(TorchDistribution):
     """A discrete distribution whose log pmf is extended linearly to relaxed values: Σᵢ yᵢ log πᵢ.
 
-    At one-hot (or binary) values it is the pmf itself; between them it is the expectation of log π under y, so that a
-    discrete prior is never compared with a density. Jang et al. 2017 (arXiv 1611.01144), appendix.
+    At one-hot (or binary) values it equals the pmf; between them it is the expectation of log π under y. A discrete
+    prior is thus never compared with a density. Jang et al. 2017 (arXiv 1611.01144), appendix.
 
     >>> import pyro.distributions as dist
     >>> fn = dist.OneHotCategorical(probs=torch.tensor([0.25, 0.75]))
@@ -359,10 +359,10 @@ def _linear_log_prob(fn: Distribution, value: Tensor) -> Tensor:
         return sum_rightmost(_linear_log_prob(fn.base_dist, value), fn.reinterpreted_batch_ndims)
     if isinstance(fn, ExpandedDistribution):
         return _linear_log_prob(fn.base_dist, value)
-    if hasattr(fn, "relaxed_log_prob"):  # a law of codes that says itself what it is between them
+    if hasattr(fn, "relaxed_log_prob"):  # the distribution defines its own extension
         return fn.relaxed_log_prob(value)
     if isinstance(fn, torch.distributions.OneHotCategorical):
-        # A class of probability zero contributes nothing where the value is zero too: 0 · log 0 = 0.
+        # A class with probability zero and value zero contributes zero: 0 · log 0 = 0.
         impossible = fn.logits.isneginf() & (value == 0)
         return (value * fn.logits.masked_fill(impossible, 0.0)).sum(-1)
     logits, value = torch.broadcast_tensors(fn.logits, value)
@@ -387,9 +387,9 @@ def relaxed(fn: Distribution, temperature: Tensor | float) -> Distribution:
 
 
 class AtLogValue(TorchDistribution):
-    """A relaxed distribution evaluated at one draw through the logarithm (or logit) it was made from.
+    """A relaxed distribution evaluated at one draw through the draw's logarithm (or logit).
 
-    At low temperatures the draw itself rounds to 0 and 1, where the density overflows; its logarithm does not.
+    At low temperatures the draw rounds to 0 and 1, where the density overflows; its logarithm does not.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
@@ -426,13 +426,13 @@ def _log_prob_at(fn: Distribution, unrounded: Tensor) -> Tensor:
 
 
 def relaxed_draw(fn: Distribution) -> tuple[Tensor, Tensor]:
-    """A reparameterized draw of a relaxed distribution and the logarithm (logit) that it is made from."""
+    """A reparameterized draw of a relaxed distribution, and its logarithm (or logit)."""
     base = elementary(fn)
     shape = tuple(fn.batch_shape) + tuple(fn.event_shape)
     missing = len(shape) - len(base.batch_shape) - len(base.event_shape)
     unrounded = base.base_dist.rsample(torch.Size(shape[:missing]))
     unrounded = unrounded.expand(shape)
     if isinstance(base, torch.distributions.RelaxedOneHotCategorical):
-        # Normalising once more keeps the draw on the simplex where the logarithms are too large to be exact.
+        # Normalizing again keeps the draw on the simplex where the logarithms are too large to be exact.
         return unrounded.softmax(-1), unrounded
     return base.transforms[-1](unrounded), unrounded

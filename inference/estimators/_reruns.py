@@ -1,4 +1,4 @@
-"""The cost of a site as a differentiable function of a value between the discrete ones."""
+"""The cost of a site as a differentiable function of a relaxed value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ._base import Draw, Estimator, SiteView
 
 
 def spread(tensor: Tensor, view: SiteView) -> Tensor:
-    """Something shaped like ``view.value``, with an element of its own for every particle and enumerated value."""
+    """A tensor shaped like ``view.value``, expanded over particles and enumerated values."""
     plates = -view.particle_dim - 1
     lead = tuple(view.cost.shape[: view.cost.dim() - plates]) + (1,) * plates
     batch = tensor.shape[: tensor.dim() - view.event_dim]
@@ -31,10 +31,10 @@ def slope(total: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
 
 
 def cost_between(view: SiteView, estimator: Estimator, value: Tensor, downstream: str) -> tuple[Tensor, Tensor]:
-    """The cost at a relaxed or mean value, element by element, and summed with each term counted once.
+    """The cost at a relaxed or mean value, element by element, and its sum with each term counted once.
 
     Raises:
-        UnsupportedSite: if the programs do not take such a value.
+        UnsupportedSite: if the programs do not accept such a value.
     """
     try:
         costs, total = view.evaluate(Draw(value[None]), downstream=downstream, differentiable=True)
@@ -47,7 +47,7 @@ def cost_between(view: SiteView, estimator: Estimator, value: Tensor, downstream
         raise UnsupportedSite(
             view.name,
             estimator.name,
-            f"the programs do not take a value between the discrete ones ({first})",
+            f"the programs do not accept relaxed values ({first})",
             ("score", "rloo", "relax"),
         ) from error
     return costs[0], total

@@ -14,12 +14,12 @@ from ._distributions import clear_caches, describe, is_bernoulli, is_one_hot, lo
 
 
 class ARM(Estimator):
-    """Augment-REINFORCE-merge for coins (Yin & Zhou 2019, arXiv 1807.11143): (f(b) − f(b̃)) (½ − u) for each logit.
+    """Augment-REINFORCE-merge for Bernoulli sites (Yin & Zhou 2019, arXiv 1807.11143): (f(b) − f(b̃)) (½ − u) per logit.
 
-    The coins b = 1[u < σ(α)] have the partners b̃ = 1[1 − u < σ(α)]. All coins of a site, over event and plates, are
-    turned into their partners in one more run, which shares what is upstream and draws anew what is downstream: one run
-    coupled over several layers would be biased. A particle is a pair, and costs one run and one more for each such
-    site; f need not be differentiable. DisARM integrates out what it can of u; its variance is never larger.
+    The draws b = 1[u < σ(α)] have the antithetic partners b̃ = 1[1 − u < σ(α)]. One rerun replaces all Bernoulli draws
+    of a site, over event and plates, by their partners; it shares the upstream draws and draws downstream sites again:
+    one rerun for several layers would be biased. A particle is a pair, and costs one run and one more for each such
+    site; f need not be differentiable. DisARM integrates out part of u; its variance is never larger.
 
     >>> ARM().name, ARM().evaluations(num_particles=1, num_sites=2)
     ('arm', 3)
@@ -52,19 +52,20 @@ class ARM(Estimator):
         return view.sum_event(weight * logits)
 
     def weigh(self, gap: Tensor, value: Tensor, partner: Tensor, uniform: Tensor, logits: Tensor) -> Tensor:
-        """The derivative with respect to the logit of each coin, where ``gap`` is f(b) − f(b̃)."""
+        """The derivative with respect to each logit, where ``gap`` is f(b) − f(b̃)."""
         return gap * (0.5 - uniform)
 
 
 class DisARM(ARM):
-    """ARM given its pair of coins (Dong, Mnih & Tucker 2020, arXiv 2006.10680; Yin et al. 2020).
+    """ARM conditioned on its pair of draws (Dong, Mnih & Tucker 2020, arXiv 2006.10680; Yin et al. 2020).
 
-    Each logit gets ½ (f(b) − f(b̃)) (b − b̃) σ(|α|), which is zero where both coins show the same side. One particle is
-    one pair, which costs one run and one more for each such site; f need not be differentiable.
+    Each logit gets ½ (f(b) − f(b̃)) (b − b̃) σ(|α|), which is zero where both draws agree. One particle is one pair,
+    which costs one run and one more for each such site; f need not be differentiable.
 
-    A one-hot site is read off coins in a row (Dong, Mnih & Tucker 2021, "Coupled gradient estimators for discrete
-    latent variables"): the first class whose coin shows 1, where α is the logit of a class against those after it. A
-    coin that one draw of the pair did not come to is averaged out, which leaves ½ (f − f̃) (b − σ(α)) of the other's.
+    A one-hot site is a sequence of Bernoulli draws, one per class (Dong, Mnih & Tucker 2021, "Coupled gradient
+    estimators for discrete latent variables"): its value is the first class whose draw is 1, where α is the logit of a
+    class against the later ones. A draw that one value of the pair does not reach is integrated out, which leaves
+    ½ (f − f̃) (b − σ(α)) of the other's.
 
     >>> DisARM().name, DisARM().min_particles
     ('disarm', 1)
@@ -83,7 +84,7 @@ class DisARM(ARM):
         return coupled.coupled_surrogate(view) if is_one_hot(view.fns[0]) else super().surrogate(view)
 
     def weigh(self, gap: Tensor, value: Tensor, partner: Tensor, uniform: Tensor, logits: Tensor) -> Tensor:
-        # Chosen, not multiplied: where the coins agree the gap does not count, be it infinite.
+        # Selected, not multiplied: where the draws agree the gap must not count, even if it is infinite.
         differ = value != partner
         return torch.where(differ, 0.5 * gap * (value - partner) * logits.abs().sigmoid(), torch.zeros_like(gap))
 

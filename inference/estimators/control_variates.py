@@ -1,11 +1,11 @@
-"""REBAR and RELAX: score-function gradients with a control variate that sees the draw relaxed.
+"""REBAR and RELAX: score-function gradients with a control variate of the relaxed draw.
 
-A discrete draw b is read off perturbed logits, b = H(z), and z̃ is drawn from what z may have been given b, both
+A discrete draw is b = H(z) with perturbed logits z, and z̃ is drawn from the distribution of z given b, both
 reparameterized. For any smooth control variate c
 
     [f(b) − c(z̃)] ∇log q(b) + ∇c(z) − ∇c(z̃)
 
-is unbiased; what parameters c has are trained to make the variance of this small.
+is unbiased; the parameters of c are trained to minimize its variance.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .score import ask, features
 
 
 class Variate(SiteState):
-    """What a control variate has learnt at one site: its temperature, its strength, its network, the cost's moments.
+    """The state of a control variate at one site: its temperature, strength, network, and moments of the cost.
 
-    ``calls`` are counted where the programs are probed for jumps; no probe comes after ``last_probe`` of them.
+    ``calls`` counts the calls for the probes of discontinuities; the last probe is at call ``last_probe``.
     """
 
     last_probe = 64
@@ -42,7 +42,7 @@ class Variate(SiteState):
         self, like: Tensor, temperature: float, strength: float | None, net: nn.Module | None = None, width: int = 0
     ):
         super().__init__()
-        self.width = width  # how many features the network was made for
+        self.width = width  # number of input features of the network
         options = {"dtype": like.dtype, "device": like.device}
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), **options))
         self.strength = None if strength is None else nn.Parameter(torch.tensor(float(strength), **options))
@@ -60,7 +60,7 @@ class Variate(SiteState):
 
     @property
     def probed(self) -> bool:
-        """Whether the programs are run at relaxed values, so that jumps between them matter."""
+        """Whether the programs run at relaxed values, so that discontinuities matter."""
         return self.strength is not None
 
     def looks_at_values(self, step: int) -> bool:
@@ -86,7 +86,7 @@ class Variate(SiteState):
     def observe(
         self, cost: Tensor, control: Tensor, average: Callable[[Tensor], Tensor] = torch.mean, decay: float = 0.9
     ) -> None:
-        """Let running moments see a step: of the cost, and of what the control variate leaves of it."""
+        """Update running moments by a step: of the cost, and of the residual after the control variate."""
         # The first control variate knew nothing of the mean, so that what it left says nothing.
         self.offset.add_(torch.where(self.seen > 0, (1 - decay) * average(cost - control), 0.0))
         mean = average(cost)
@@ -99,7 +99,7 @@ class Variate(SiteState):
 
 
 class ControlVariate(Estimator, ABC):
-    """What REBAR and RELAX share: the coupled relaxed draws, the gradient, and the training of c."""
+    """The common part of REBAR and RELAX: the coupled relaxed draws, the gradient, and the training of c."""
 
     log_q = "value"
     lazy_parameters = True
@@ -115,14 +115,14 @@ class ControlVariate(Estimator, ABC):
 
     @abstractmethod
     def control(self, view: SiteView, relaxed: Tensor) -> tuple[Tensor, Tensor]:
-        """c at a relaxed value, but for a constant, and its sum with each term counted once."""
+        """c at a relaxed value, up to a constant, and its sum with each term counted once."""
 
     def free(self, view: SiteView, logits: Tensor) -> Tensor:
-        """z, the perturbed logits that made the draw."""
+        """z, the perturbed logits of the draw."""
         return logits + view.draw.extra["made_by"]
 
     def tied(self, view: SiteView, logits: Tensor) -> Tensor:
-        """z̃, perturbed logits that would have made the same draw."""
+        """z̃, perturbed logits conditioned on the same draw."""
         return conditional_scores(logits, view.value, view.draw.extra["again"], is_one_hot(view.fns[0]))
 
     def gradient_terms(self, view: SiteView, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +141,7 @@ class ControlVariate(Estimator, ABC):
         return control, free_slope, tied_slope
 
     def path(self, view: SiteView, logits: Tensor, free_slope: Tensor, tied_slope: Tensor) -> Tensor:
-        """What carries ∇c(z) − ∇c(z̃) to the logits; of no meaning in value."""
+        """A term whose gradient passes ∇c(z) − ∇c(z̃) to the logits; its value is meaningless."""
         return free_slope * self.free(view, logits) - tied_slope * self.tied(view, logits)
 
     def surrogate(self, view: SiteView) -> Tensor | None:
@@ -168,15 +168,15 @@ class ControlVariate(Estimator, ABC):
         (gradient,) = torch.autograd.grad(
             score + self.path(view, own, free_slope, tied_slope).sum(), leaf, create_graph=True
         )
-        # In units of the cost's own spread, so that one learning rate serves all problems; its size stands in where
-        # it has none, as the first single cost has not.
+        # In units of the cost's standard deviation, so that one learning rate serves all problems; the first single
+        # cost has none, and its size is used.
         state = view.state
         state.observe(view.cost, control.detach(), view.mean)
         unit = torch.where(state.variance > 0, state.scale(), view.mean(view.cost.square()).sqrt()).clamp(min=1e-6)
         loss = (gradient / unit).square().sum()
         parameters = [p for p in view.state.parameters() if p.requires_grad]
         found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
-        # Linear in the parameters, so that nothing else that the loss passed through can receive a gradient.
+        # Linear in the parameters, so that nothing else in the loss receives a gradient.
         pairs = [(p, g) for p, g in zip(parameters, found, strict=False) if g is not None]
         return sum(((p * g).sum() for p, g in pairs), start=view.cost.new_zeros(()))
 
@@ -188,29 +188,28 @@ def log_prob_of_coin(logits: Tensor, value: Tensor) -> Tensor:
 
 @contextmanager
 def same_noise_again(view: SiteView) -> Iterator[None]:
-    """What is drawn within is drawn again after: c(z̃) and c(z) share the noise downstream, which keeps them close."""
+    """Draws inside are repeated after exit: c(z̃) and c(z) share the downstream noise, which correlates them."""
     devices = [view.value.device.index or 0] if view.value.device.type == "cuda" else []
     with view.drawn_twice(devices):
         yield
 
 
 def relaxed_cost(view: SiteView, estimator: Estimator, relaxed: Tensor) -> tuple[Tensor, Tensor]:
-    """REBAR's term: η times the cost at a relaxed value, less that of an average draw, which is but a constant."""
+    """REBAR's term: η times the cost at a relaxed value, minus a constant, the mean cost of draws."""
     costs, total = cost_between(view, estimator, relaxed, downstream="soft")
     return view.state.strength * (costs - view.state.mean), view.state.strength * total
 
 
 class Rebar(ControlVariate):
-    """The score of a draw with the relaxed program itself as a control variate (Tucker et al. 2017, arXiv 1703.07370).
+    """The score function with the relaxed program as a control variate (Tucker et al. 2017, arXiv 1703.07370).
 
-    c(z) is η times the cost of σ(z/τ), from a rerun in which everything downstream is relaxed as well and the log pmf
-    is extended linearly, plus a running average of what that leaves of the cost. η (``strength``) and τ
-    (``temperature``) start at the values given and are learnt, one pair a site. The model must take relaxed values and
-    be continuous in them: one that branches on them, or takes them out of torch, would bias the gradient. The first
-    steps check that.
+    c(z) is η times the cost of σ(z/τ), from a rerun in which all downstream sites are relaxed too and the log pmf is
+    extended linearly, plus a running average of the cost's residual. η (``strength``) and τ (``temperature``) are
+    learnt from these initial values, one pair per site. The model must accept relaxed values and be continuous in them:
+    a branch on them, or a conversion out of torch, biases the gradient. The first steps check this.
 
     Raises:
-        UnsupportedSite: at the first gradient, if the programs do not take relaxed values, or jump between them.
+        UnsupportedSite: at the first gradient, if the programs do not accept relaxed values, or are discontinuous.
 
     >>> Rebar().unbiased, Rebar().evaluations(num_particles=1, num_sites=2)
     (True, 5)
@@ -238,20 +237,20 @@ class Rebar(ControlVariate):
 
 
 class Relax(ControlVariate):
-    """The score of a draw with a network as its control variate (Grathwohl et al. 2018, arXiv 1711.00123).
+    """The score function with a network as its control variate (Grathwohl et al. 2018, arXiv 1711.00123).
 
-    c(z) is a network of the relaxed draw σ(z/τ) and of what is known before it: the program's arguments and upstream
-    values, element by element of the plates; a running average of the cost is added to it. The model is run once and
-    never sees a relaxed value.
+    c(z) is a network of the relaxed draw σ(z/τ) and of upstream values: the program's arguments and earlier sites,
+    element by element of the plates; a running average of the cost is added. The model runs once, without relaxed
+    values.
 
     Args:
-        net: a module from ``(…, features)`` to ``(…, 1)``, the relaxed draw first among the features; None builds a
-            perceptron of ``hidden`` units in the first run. One network serves one site: name several sites by a
+        net: a module from ``(…, features)`` to ``(…, 1)``, with the relaxed draw as the first features; None builds a
+            perceptron with ``hidden`` units in the first run. A network serves one site: name several sites by a
             mapping, each with its own.
-        inputs: which inputs it sees besides, ``inputs(list_of_tensors) -> list_of_tensors``; None: all.
+        inputs: selects its further inputs, ``inputs(list_of_tensors) -> list_of_tensors``; None takes all.
         hidden: units of the perceptron.
-        temperature: where τ starts; it is learnt.
-        rebar: also add REBAR's term, with all that it asks of the model.
+        temperature: the initial τ, which is learnt.
+        rebar: also add REBAR's term, with its requirements on the model.
 
     >>> Relax().needs_relaxed_model, Relax(rebar=True).evaluations(num_particles=2)
     (False, 6)
@@ -301,7 +300,7 @@ class Relax(ControlVariate):
         dtype = next((p.dtype for p in state.net.parameters()), seen.dtype)
         said = ask(state.net, seen.to(dtype), state.width, view.name).squeeze(-1).to(view.cost.dtype)
         said = said * state.scale()
-        # Where the cost is no longer told apart along a plate, neither is c.
+        # Where the cost is summed over a plate, so is c.
         control, total = said.sum_to_size(view.cost.shape), said.sum()
         if not self.rebar:
             return control, total
@@ -314,14 +313,14 @@ class Relax(ControlVariate):
         return super().surrogate(view)
 
 
-# Gauss and Legendre's five points, from which a polynomial of degree nine is integrated exactly.
+# Five Gauss-Legendre points, which integrate a polynomial of degree nine exactly.
 NODES = (0.0469100770306680, 0.2307653449471585, 0.5, 0.7692346550528415, 0.9530899229693320)
 WEIGHTS = (0.1184634425280945, 0.2393143352496832, 0.2844444444444444, 0.2393143352496832, 0.1184634425280945)
 
 
 @dataclass(frozen=True, order=True)
 class Stretch:
-    """A part of the line that is probed: how far its integral is off the difference of its ends, how far it moves."""
+    """An interval that is probed: the error of the integral of the derivative, and the variation of the cost."""
 
     error: float
     moved: float
@@ -334,9 +333,10 @@ class Stretch:
 def check_continuous(view: SiteView, estimator: Estimator, tolerance: float = 3e-3) -> None:
     """Refuse programs whose relaxed cost is not the integral of its derivative: they jump, or lose the derivative.
 
-    Made at calls 1, 2, 4, …, 64: from the draw to another value of each element, on a straight line, the derivative is
-    integrated and compared with the difference, halving the stretch that is farthest off. Kinks and steep slopes agree
-    after enough halvings. At a jump, or where the derivative is lost, the halves are together as far off as the whole.
+    At calls 1, 2, 4, …, 64 the derivative is integrated on a straight line from the draw to another value of each
+    element, and compared with the difference; the interval with the largest error is halved. At kinks and steep slopes
+    the errors vanish after enough halvings. At a jump, or a lost derivative, the error of the halves stays that of the
+    whole.
     """
     view.state.calls += 1
     if not view.state.is_probe(view.state.calls):
@@ -388,7 +388,7 @@ def off(parts: Sequence[Stretch]) -> float:
 
 
 def lasts(worst: Stretch, halve_worst: Callable[[list[Stretch]], None], parts: list[Stretch]) -> bool:
-    """Whether a stretch stays as far off when it is halved again and again, where it is worst."""
+    """Whether the error of an interval persists when its worst part is halved repeatedly."""
     within = [worst]
     for _ in range(24):
         halve_worst(within)
@@ -406,7 +406,7 @@ def coarsest_eps(like: Tensor) -> float:
 
 
 def another_value(view: SiteView) -> Tensor:
-    """For each element the likeliest value that it did not take."""
+    """For each element the most probable value other than the draw."""
     value = view.value.detach()
     if not is_one_hot(view.fns[0]):
         return 1 - value

@@ -1,4 +1,4 @@
-"""Gradients of expectations over counts by a derivative in the count itself (He & Wu 2026)."""
+"""Gradients of expectations over counts by the derivative with respect to the count (He & Wu 2026)."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ._distributions import describe, elementary, rewrap
 class Fini(Estimator):
     """A path through a count: E[u(z) f′(z)] in place of ∂E[f(z)]/∂μ (He & Wu 2026): biased, low variance.
 
-    u is the polynomial of degree ``order`` − 1 for which the two agree for every polynomial f of degree ``order`` and
-    less. With the variance V of the count as a function of its mean μ, and y = z − μ, it is
+    u is the polynomial of degree ``order`` − 1 for which both sides agree for every polynomial f of degree at most
+    ``order``. With the variance V of the count as a function of its mean μ, and y = z − μ, it is
 
     * order 1: 1;
     * order 2: 1 + V′ y / (2 V);
     * order 3: 1 − c + (½ − c) V′ y / V + c y² / V, with c = (2 V V″ − V′²) / (6 V (2 + V″)),
 
-    and any higher order from its moments. For Poisson V = μ, Binomial μ − μ²/n, negative binomial μ + μ²/r, Geometric
-    μ + μ². In the papers' terms, w = u ∂μ/∂η: order 2 gives (z + λ)/2 per log λ, np/2 + (1 − 2p) z/2 per logit p,
-    and rp/2 + (1 + p) z/2 per logit of torch's p. f, with log p and log q in it, must be differentiable at the draws
-    and be defined between counts, as densities with lgamma are; for a cost of several counts the gradient is exact if
-    it is such a polynomial of each. The score of log q has expectation zero and is left out. One run; no parameter
-    but the mean's receives a gradient.
+    and higher orders follow from the moments. For Poisson V = μ, Binomial μ − μ²/n, negative binomial μ + μ²/r,
+    Geometric μ + μ². In the paper's terms, w = u ∂μ/∂η: order 2 gives (z + λ)/2 per log λ, np/2 + (1 − 2p) z/2 per
+    logit p, and rp/2 + (1 + p) z/2 per logit of torch's p. f, including log p and log q, must be differentiable at the
+    draws and defined between counts, as densities with lgamma are; for a cost of several counts the gradient is exact
+    if f is such a polynomial in each. The score of log q has expectation zero and is left out. One run; only the
+    parameter of the mean receives a gradient.
 
-    Of the families that the paper treats, the Beta-Binomial is left out: it is no exponential family of its mean.
+    The paper's Beta-Binomial is not included: it is no exponential family in its mean.
 
     >>> Fini(order=3).unbiased, Fini().name
     (False, 'fini')
@@ -68,7 +68,7 @@ class Fini(Estimator):
 
 
 def curvature(fn: Any) -> Tensor | float | None:
-    """v where the variance of a count is μ + v μ²; None where it is not so."""
+    """v in the variance μ + v μ² of a count; None for other variances."""
     base = elementary(fn)
     if isinstance(base, torch.distributions.Poisson):
         return 0.0
@@ -118,7 +118,7 @@ def path_weight(value: Tensor, mean: Tensor, curve: Tensor | float, order: int) 
     Σᵢ cᵢ N₍ₖ₋₁₊ᵢ₎ = N₍ₖ₊₁₎ / k for k = 1 … ``order``.
     """
     smallest = 1e-10
-    # A probability of one (or zero) leaves nothing to move; kept away from it, the weights stay finite.
+    # The gradient at a probability of one (or zero) is zero; the clamp keeps the weights finite.
     mean = mean.clamp(min=smallest)
     room = 1 + curve * mean
     mean = torch.where(room < smallest, mean * (1 - smallest), mean)

@@ -13,9 +13,9 @@ from .pathwise import Pathwise
 class DoublyReparameterized(Pathwise):
     """DReG (Tucker et al. 2018, arXiv 1810.04152; hierarchies: Bauer & Mnih 2021, arXiv 2101.11046).
 
-    The score terms hidden in the pathwise gradient of the bound are reparameterized once more, so that the guide's
-    gradient keeps its signal as K grows: Σₖ w̃ₖ² (∂ log wₖ/∂zₖ) ∇zₖ, log q being differentiated through values only.
-    All sites must take it together.
+    The score terms inside the pathwise gradient of the bound are reparameterized again, so that the signal-to-noise
+    ratio of the guide's gradient does not decrease with K: Σₖ w̃ₖ² (∂ log wₖ/∂zₖ) ∇zₖ, with log q differentiated through
+    values only. All sites must take it together.
 
     >>> sorted(DoublyReparameterized().objectives)
     ['iwae']

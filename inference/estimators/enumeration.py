@@ -1,4 +1,4 @@
-"""Exact sums over the values that a site can take."""
+"""Exact sums over the values of a site."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from ._distributions import finite_support
 
 
 class Enumerate(Estimator):
-    """Sum over every value of the site, each weighted by its probability; nothing is drawn, nothing is noisy.
+    """Sum over every value of the site, weighted by its probability: exact, without draws.
 
-    The product over the coordinates of an event (``.to_event``) is always listed. Elements of a plate are enumerated in
-    parallel where the program keeps them apart, and jointly where a later site mixes them. ``limit`` bounds the list.
+    Sums over the product of the coordinates of an event (``.to_event``). Elements of a plate are enumerated in parallel
+    where the program keeps them independent, and jointly where a later site combines them. ``limit`` bounds the number
+    of values.
 
     >>> Enumerate().unbiased
     True
@@ -27,7 +28,7 @@ class Enumerate(Estimator):
         self.limit = int(limit)
 
     def listed(self, fn: Any, joint: int, name: str) -> Tensor | str:
-        """The values of a site as :func:`finite_support` lists them, or the reason why they cannot be."""
+        """The values of a site by :func:`finite_support`, or the reason why they cannot be enumerated."""
         return finite_support(fn, joint=joint, limit=self.limit)
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Local expectations: each coordinate of a discrete site summed over, the others as drawn."""
+"""Local expectations: a sum over each coordinate of a discrete site, with the others as drawn."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from ._distributions import coordinate_values, elementary
 class LocalExpectation(Estimator):
     """Σᵥ ∇qᵢ(v) f(z₋ᵢ, zᵢ = v) for each coordinate i (Titsias & Lázaro-Gredilla 2015, "Local expectation gradients").
 
-    Coordinates are those of the event (Bernoulli, one-hot, categorical, binomial, …), with everything upstream and the
-    other coordinates as drawn and everything downstream drawn anew. Elements of a plate are changed together where the
-    program keeps them apart, and one at a time where a later statement joins them. The value that was drawn is not run
-    again, so that a coordinate of V values costs V − 1 runs: 200 coins cost 200, which only pays for small layers.
+    Coordinates are those of the event (Bernoulli, one-hot, categorical, binomial, …). Upstream sites and the other
+    coordinates keep their draws, downstream sites are drawn again. Elements of a plate are changed together where the
+    program keeps them independent, and one at a time where a later statement combines them. The value drawn is not run
+    again, so that a coordinate with V values costs V − 1 runs: 200 Bernoulli coordinates cost 200, so use it for small
+    layers.
 
     >>> LocalExpectation().name, LocalExpectation().unbiased
     ('local-expectation', True)
@@ -29,7 +30,7 @@ class LocalExpectation(Estimator):
     reruns = True
 
     def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
-        """Model runs that one gradient costs, where ``num_sites`` counts coins; V values count as V − 1 coins."""
+        """Model runs per gradient, where ``num_sites`` counts binary coordinates; V values count as V − 1 of them."""
         return num_particles * (1 + num_sites)
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
@@ -51,13 +52,13 @@ class LocalExpectation(Estimator):
         gain, log_q, picks = (_with_dims(tensor, dims) for tensor in (gain, log_q, picks))
         shape = torch.broadcast_shapes(log_q.shape[1:], picks.shape[1:])
         q = log_q.expand(len(values), *shape).gather(0, picks.expand(len(picks), *shape)).exp()
-        # The gain over the value drawn will do for f, as the derivatives of q sum to zero over the values.
+        # The difference to the drawn value replaces f: the derivatives of q sum to zero over the values.
         terms = (q * torch.where(q > 0, gain, torch.zeros_like(gain))).sum(0)
         return view.sum_event(terms.reshape(terms.shape + (1,) * element_dim))
 
 
 def others(value: Tensor, values: Tensor, element_dim: int) -> Tensor:
-    """For each coordinate the numbers of the values that it does not have, ``(V − 1, *coordinates)``."""
+    """For each coordinate the indices of the values other than its own, ``(V − 1, *coordinates)``."""
     element = values.shape[1:]
     listed = values.reshape(values.shape[:1] + (1,) * (value.dim() - element_dim) + element)
     same = value.unsqueeze(0) == listed
@@ -67,7 +68,7 @@ def others(value: Tensor, values: Tensor, element_dim: int) -> Tensor:
 
 
 def _with_dims(tensor: Tensor, dims: int) -> Tensor:
-    """The same tensor with ``dims`` dimensions, the new ones after the first."""
+    """The tensor with ``dims`` dimensions; new ones are inserted after the first."""
     return tensor.reshape(tensor.shape[:1] + (1,) * (dims - tensor.dim()) + tensor.shape[1:])
 
 

@@ -1,4 +1,4 @@
-"""Measure-valued derivatives: a derivative of a density as a difference of two densities, each of them sampled."""
+"""Measure-valued derivatives: the derivative of a density as a difference of two densities, each sampled."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class MeasureValued(Estimator):
     * Normal: location, f(μ + σw) − f(μ − σw) with w Weibull; scale, f(μ + σm) − f(z) with m double-sided Maxwell,
       tied to the draw z.
 
-    Each coordinate is changed alone, with everything upstream and the other coordinates as drawn and everything
-    downstream drawn anew: one more run for each coordinate, three for a Normal whose location and scale both learn.
-    Elements of a plate are changed together where the program keeps them apart. f need not be differentiable.
+    Each coordinate is changed alone: upstream sites and the other coordinates keep their draws, downstream sites are
+    drawn again. This takes one more run per coordinate, three for a Normal with learnable location and scale. Elements
+    of a plate are changed together where the program keeps them independent. f need not be differentiable.
 
     >>> MeasureValued().name, MeasureValued().unbiased
     ('measure-valued', True)
@@ -40,7 +40,7 @@ class MeasureValued(Estimator):
     reruns = True
 
     def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
-        """Model runs that one gradient costs, where ``num_sites`` counts coordinates.
+        """Model runs per gradient, where ``num_sites`` counts coordinates.
 
         A negative binomial or Geometric one counts two, a Normal one three.
         """
@@ -83,7 +83,7 @@ def coin(probs: Tensor) -> Tensor:
 
 def binomial(view: SiteView) -> Tensor:
     count = view.parameter("total_count").to(view.value.dtype)
-    # One trial of the draw is left out at random; both of its outcomes are compared, and the draw has one of them.
+    # One trial of the draw is left out at random; both of its outcomes are compared, and one of them is the draw.
     success = coin((view.value / count.clamp(min=1)).clamp(0, 1))
     sign = 1 - 2 * success
     gain = gains(view, (view.value + torch.where(count > 0, sign, 0)).unsqueeze(0))[0]
@@ -128,7 +128,7 @@ def normal(view: SiteView) -> Tensor | None:
         step = sigma * (2 * torch.empty_like(noise).exponential_()).sqrt()
         alternatives += [mean + step, mean - step]
     if scale.requires_grad:
-        # |m|² = ε² + 2E with E exponential: m is Maxwell, and ε = m u with u uniform is the Normal draw at hand.
+        # |m|² = ε² + 2E with E exponential: m is Maxwell, and ε = m u with u uniform is the Normal draw.
         far = (noise.square() + 2 * torch.empty_like(noise).exponential_()).sqrt()
         alternatives.append(mean + sigma * torch.where(noise < 0, -far, far))
     if not alternatives:

@@ -14,11 +14,11 @@ from .relaxation import mean_why_not
 
 
 class MuProp(Estimator):
-    """The score of a draw, less what a linear approximation of the cost explains (Gu et al. 2016, arXiv 1511.05176).
+    """The score function with a linear approximation of the cost as control variate (Gu et al. 2016, arXiv 1511.05176).
 
-    The programs run again with the site and everything downstream at its mean. With f̄ and f̄' the cost of that pass and
-    its derivative at the mean μ, the gradient is (f(z) − f̄ − f̄'·(z − μ)) ∇log q(z) + f̄'·∇μ, unbiased whatever f̄ and f̄'
-    are. It asks for distributions with a mean and a model that takes means for values.
+    The programs run again with the site and all downstream sites at their means. With f̄ and f̄' the cost of that run and
+    its derivative at the mean μ, the gradient is (f(z) − f̄ − f̄'·(z − μ)) ∇log q(z) + f̄'·∇μ, unbiased for any f̄ and f̄'.
+    It needs distributions with a mean and a model that accepts means as values.
 
     >>> MuProp().unbiased, MuProp().evaluations(num_particles=1, num_sites=2)
     (True, 3)

@@ -1,4 +1,4 @@
-"""Pathwise gradients: through the sample (Kingma & Welling 2013, arXiv 1312.6114; implicit: Figurnov et al. 2018)."""
+"""Pathwise gradients through the sample (Kingma & Welling 2013, arXiv 1312.6114; implicit: Figurnov et al. 2018)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ._distributions import describe, hides_score_term, is_straight_through, sup
 
 
 class Pathwise(Estimator):
-    """The reparameterization trick: z = g(ε), and the gradient goes through g.
+    """The reparameterization trick: z = g(ε), and the gradient passes through g.
 
-    With ``drop_score`` the direct derivative of log q with respect to its own parameters, whose expectation is zero,
-    is left out ("sticking the landing", Roeder et al. 2017, arXiv 1703.09194): at the exact posterior the gradient
-    then has no variance at all. Transforms that keep their inverse in a cache (Pyro's IAF autoguides) keep the score
-    term too: the gradient is then the plain pathwise one. A distribution that is reparameterized in part (a rejection
-    sampler, whose ``score_parts`` says so) adds the cost times its own score term.
+    ``drop_score`` drops the derivative of log q with respect to its own parameters, whose expectation is zero
+    ("sticking the landing", Roeder et al. 2017, arXiv 1703.09194): at the exact posterior the gradient then has no
+    variance. Transforms that cache their inverse (Pyro's IAF autoguides) keep the score term: the gradient is then the
+    plain pathwise one. A partly reparameterized distribution (a rejection sampler with ``score_parts``) adds the cost
+    times its score term.
 
     >>> Pathwise().unbiased, Pathwise(drop_score=True).name
     (True, 'stl')

@@ -1,4 +1,4 @@
-"""ReinMax: a straight-through gradient that is right to second order (Liu et al. 2023)."""
+"""ReinMax: a straight-through gradient of second order (Liu et al. 2023)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from .relaxation import bounded_logits, relaxable_why_not, squash
 class ReinMax(Estimator):
     """Heun's second-order step in place of straight-through's first-order one (Liu et al. 2023, arXiv 2304.08612).
 
-    The discrete value goes forward; back goes 2 J(½(z + π_τ)) − ½ J(π), where J is the Jacobian of a softmax at the
-    probabilities named and π_τ are those at ``temperature``, a positive number or a schedule. At temperature 1 the
-    gradient is exact for a cost quadratic in one site; otherwise it is biased. The log pmf is extended linearly.
+    The forward pass uses the discrete value; the backward pass uses 2 J(½(z + π_τ)) − ½ J(π), where J is the Jacobian
+    of a softmax at these probabilities and π_τ are those at ``temperature``, a positive number or a schedule. At
+    temperature 1 the gradient is exact for a cost quadratic in one site; otherwise it is biased. The log pmf is
+    extended linearly.
 
     >>> ReinMax().unbiased, ReinMax().name
     (False, 'reinmax')
@@ -48,7 +49,7 @@ class ReinMax(Estimator):
 
 
 def _along(nudge: Tensor, probs: Tensor, one_hot: bool) -> Tensor:
-    """How probabilities move when their logits do: the Jacobian of softmax, or of sigmoid, times ``nudge``."""
+    """The derivative of probabilities along logits: the Jacobian of softmax, or of sigmoid, times ``nudge``."""
     if not one_hot:
         return probs * (1 - probs) * nudge
     return probs * (nudge - (probs * nudge).sum(-1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Relaxed one-hots and coins: gradients through a softened sample."""
+"""Relaxed one-hot and Bernoulli sites: gradients through a relaxed sample."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ._distributions import (
 
 
 def relaxable_why_not(site: Mapping[str, Any]) -> str | None:
-    """What every relaxation asks of a site."""
+    """Why a relaxation does not support a site, or None."""
     fn = site["fn"]
     if is_one_hot(fn) or is_bernoulli(fn):
         return None
@@ -42,44 +42,44 @@ def gumbel(like: Tensor) -> Tensor:
 
 
 def noise(like: Tensor, one_hot: bool) -> Tensor:
-    """What makes a discrete draw of logits: Gumbel for classes, logistic (a difference of two Gumbels) for coins."""
+    """The noise of a discrete draw from logits: Gumbel for classes, logistic (two Gumbels' difference) for binary."""
     return gumbel(like) if one_hot else gumbel(like) - gumbel(like)
 
 
 def bounded_logits(fn: Any) -> Tensor:
-    """Logits of which even the impossible classes are finite, so that zero times them is zero."""
+    """Logits in which impossible classes are finite, so that zero times them is zero."""
     return logits_of(fn).clamp(-1e4, 1e4)
 
 
 def harden(scores: Tensor, one_hot: bool) -> Tensor:
-    """The discrete value that perturbed logits lead to."""
+    """The discrete value of perturbed logits."""
     if one_hot:
         return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
     return (scores > 0).to(scores.dtype)
 
 
 def squash(scores: Tensor, temperature: Tensor | float, one_hot: bool) -> Tensor:
-    """The relaxed value that perturbed logits lead to."""
+    """The relaxed value of perturbed logits."""
     return (scores / temperature).softmax(-1) if one_hot else (scores / temperature).sigmoid()
 
 
 def conditional_scores(logits: Tensor, value: Tensor, noise: Tensor, one_hot: bool) -> Tensor:
-    """Perturbed logits given the discrete value that they led to, reparameterized (Tucker et al. 2017, appendix C).
+    """Perturbed logits given their discrete value, reparameterized (Tucker et al. 2017, appendix C).
 
-    ``noise`` is of the kind that made the value, and independent of it; logits of classes are normalised.
+    ``noise`` has the distribution of the original noise, and is independent of it; logits of classes are normalized.
     """
     if not one_hot:
         sign = 2 * value - 1
         return sign * softplus(noise + softplus(sign * logits))
-    # The largest is a Gumbel; each other is one cut off at the largest.
+    # The largest is a Gumbel; each other is a Gumbel truncated at the largest.
     top = (value * noise).sum(-1, keepdim=True)
     return torch.where(value > 0, noise, -torch.logaddexp(-noise - logits, -top))
 
 
 def soften(fn: Any, temperature: float) -> tuple[Tensor, Tensor]:
-    """A relaxed draw of a one-hot or Bernoulli site and the discrete value it leans to.
+    """A relaxed draw of a one-hot or Bernoulli site, and its discrete value.
 
-    softmax((log π + g)/τ), or for coins the same with two classes: sigmoid((log odds + g₁ − g₀)/τ).
+    softmax((log π + g)/τ), or for Bernoulli the same with two classes: sigmoid((log odds + g₁ − g₀)/τ).
     """
     logits, one_hot = logits_of(fn), is_one_hot(fn)
     scores = logits + noise(logits, one_hot)
@@ -89,11 +89,11 @@ def soften(fn: Any, temperature: float) -> tuple[Tensor, Tensor]:
 class GumbelSoftmax(Estimator):
     """Relaxed samples in place of discrete ones (Jang et al. 2017, arXiv 1611.01144): biased, low variance.
 
-    The log pmf is extended linearly, Σ yᵢ log πᵢ, in both log p and log q. ``hard`` sends the discrete value forward
-    and the relaxed gradient back ("straight-through"). ``rao`` averages the relaxed gradient over that many noises,
-    each drawn given the discrete value (Paulus et al. 2021, arXiv 2010.04838): the same mean as straight-through, less
-    variance, and no further run of the model. ``temperature`` is a positive number or a schedule, a function of the
-    training step.
+    The log pmf is extended linearly, Σ yᵢ log πᵢ, in both log p and log q. ``hard`` uses the discrete value in the
+    forward pass and the relaxed gradient in the backward pass ("straight-through"). ``rao`` averages the relaxed
+    gradient over that many noises, each drawn given the discrete value (Paulus et al. 2021, arXiv 2010.04838): the same
+    mean as straight-through with less variance, without further model runs. ``temperature`` is a positive number or a
+    schedule, a function of the training step.
 
     >>> GumbelSoftmax(0.5, hard=True).unbiased, GumbelSoftmax(hard=True, rao=10).name
     (False, 'gumbel-rao')
@@ -127,13 +127,13 @@ class GumbelSoftmax(Estimator):
         return Draw(hard + (soft - soft.detach()) if self.hard else soft)
 
     def _averaged(self, fn: Any, temperature: float) -> tuple[Tensor, Tensor]:
-        """A hard draw, and the relaxed draws that could have led to it, averaged."""
+        """A hard draw, and the mean of relaxed draws conditioned on it."""
         logits, one_hot = bounded_logits(fn), is_one_hot(fn)
         fixed = logits.detach()
         hard = harden(fixed + noise(fixed, one_hot), one_hot)
         many = fixed.expand(self.rao, *fixed.shape)
         scores = conditional_scores(many, hard, noise(many, one_hot), one_hot)
-        # The scores carry the noise; the gradient is that of adding the logits to it.
+        # The scores contain the noise; the gradient is that of adding the logits to it.
         soft = squash(scores + (logits - fixed), temperature, one_hot)
         return soft.mean(0), hard
 
@@ -145,7 +145,7 @@ class GumbelSoftmax(Estimator):
 
 
 class Mean(Estimator):
-    """A site held at its mean, for a deterministic pass through a program; not an estimator by itself."""
+    """Sets a site to its mean, for a deterministic pass through a program; not registered as an estimator."""
 
     unbiased = False
     needs_relaxed_model = True
@@ -164,7 +164,7 @@ class Mean(Estimator):
 
 
 def _between(fn: Any) -> Any:
-    """The distribution, with a log-probability for values between the discrete ones too."""
+    """The distribution, with a log-probability for relaxed values."""
     if relaxable_why_not({"fn": fn}) is None:
         return LinearExtension(fn)
     return unvalidated(fn) if is_discrete(fn) else fn
@@ -175,7 +175,7 @@ def mean_of(fn: Any) -> Tensor:
 
 
 def mean_why_not(site: Mapping[str, Any]) -> str | None:
-    """What a pass through means asks of a site."""
+    """Why a pass at the means does not support a site, or None."""
     fn = site["fn"]
     try:
         mean = elementary(fn).mean
@@ -187,7 +187,7 @@ def mean_why_not(site: Mapping[str, Any]) -> str | None:
 class Concrete(Estimator):
     """Relax the program itself: RelaxedOneHotCategorical in model and guide (Maddison et al. 2017, arXiv 1611.00712).
 
-    Unbiased for the relaxed model's own bound, which is another objective than the discrete one.
+    Unbiased for the relaxed model's own bound, which differs from the discrete objective.
 
     >>> Concrete(0.5).objective_name()
     'concrete-elbo'

@@ -1,4 +1,4 @@
-"""Score-function gradients, around the sample, and the baselines that tame them (Williams 1992)."""
+"""Score-function gradients, and baselines that reduce their variance (Williams 1992)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ._base import Draw, Estimator, SiteView, detached_draw, estimators, score_w
 
 
 class Baseline(Checked):
-    """What is subtracted from the cost of a draw: anything that does not depend on that draw."""
+    """A term that is subtracted from the cost of a draw and does not depend on that draw."""
 
     min_particles = 1
     lazy_parameters = False
     _ranges = {"decay": 0}
 
     def make_state(self, inputs: Callable[[], list[Tensor]]) -> nn.Module | None:
-        """The module that holds what the baseline has learnt at one site."""
+        """The module with the baseline's state at one site."""
         return None
 
     def __call__(self, view: SiteView) -> Tensor | float:
@@ -29,7 +29,7 @@ class Baseline(Checked):
         return 0.0
 
     def loss(self, view: SiteView, prediction: Tensor) -> Tensor | None:
-        """What the baseline's own parameters minimise, if it has any; shaped like ``view.cost``."""
+        """The loss of the baseline's own parameters, if it has any; shaped like ``view.cost``."""
         return None
 
     def __repr__(self) -> str:
@@ -54,9 +54,9 @@ def check_decay(owner: Any, decay: float) -> float:
 
 
 class MovingAverage(Baseline):
-    """A decaying average of the costs seen so far: one number a site, so that it survives any batch size.
+    """A decaying average of earlier costs: one number per site, so that it serves any batch size.
 
-    The average is corrected for its start at zero, and read before the present costs enter it.
+    The average is corrected for its start at zero, and read before it is updated with the current costs.
     """
 
     def __init__(self, decay: float = 0.9):
@@ -85,12 +85,12 @@ class LeaveOneOut(Baseline):
             return view.bound.leave_one_out()
         cost, dim = view.cost, view.particle_dim
         if view.num_particles == 1:
-            return torch.zeros_like(cost)  # no other particle came by this site
+            return torch.zeros_like(cost)  # no other particle has this site
         return (cost.sum(dim, keepdim=True) - cost) / (view.num_particles - 1)
 
 
 class _Network(nn.Module):
-    """A network for the baseline, and the running moments of the cost that it is asked to predict."""
+    """A network for the baseline, and running moments of the cost that it predicts."""
 
     def __init__(self, net: nn.Module, decay: float, width: int):
         super().__init__()
@@ -121,16 +121,16 @@ class _Network(nn.Module):
 
 
 def features(inputs: list[Tensor]) -> Tensor:
-    """Inputs side by side along the last dimension."""
+    """Inputs concatenated along the last dimension."""
     shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in inputs))
     return torch.cat([tensor.detach().expand(*shape, tensor.shape[-1]) for tensor in inputs], dim=-1)
 
 
 def ask(net: nn.Module, x: Tensor, width: int, name: str) -> Tensor:
-    """What a network says of features, of which there were ``width`` when it was made.
+    """The output of a network for features, of which it expects ``width``.
 
     Raises:
-        UnsupportedSite: if it does not take as many as there are now.
+        UnsupportedSite: if the number of features differs.
     """
     try:
         return net(x)
@@ -139,23 +139,23 @@ def ask(net: nn.Module, x: Tensor, width: int, name: str) -> Tensor:
             raise
         raise UnsupportedSite(
             name,
-            reason=f"its network was made for {width} inputs and is given {x.shape[-1]}: what is known before the site"
-            " (arguments, values upstream) changes from run to run; pick what is always there by inputs=…, or give the"
+            reason=f"its network was made for {width} inputs and is given {x.shape[-1]}: the inputs before the site"
+            " (arguments, upstream values) vary between runs; select constant ones by inputs=…, or give the"
             " estimator a network that takes any number",
             alternatives=("score", "score-average"),
         ) from error
 
 
 class Neural(Baseline):
-    """A network that predicts the cost from what is known before the draw ("NVIL", Mnih & Gregor 2014, 1402.0030).
+    """A network that predicts the cost from upstream values ("NVIL", Mnih & Gregor 2014, 1402.0030).
 
-    It sees the program's arguments and the values upstream, element by element of the plates, and nothing else; its
-    squared error trains it and reaches nothing but its own parameters.
+    Its inputs are the program's arguments and upstream values, element by element of the plates; its squared error
+    trains only its own parameters.
 
     Args:
-        net: a module from ``(…, features)`` to ``(…, 1)``; None builds a perceptron of ``hidden`` units in the first
-            run. One network serves one site: name several sites by a mapping, each with its own.
-        inputs: which inputs it sees, ``inputs(list_of_tensors) -> list_of_tensors``; None: all.
+        net: a module from ``(…, features)`` to ``(…, 1)``; None builds a perceptron with ``hidden`` units in the first
+            run. A network serves one site: name several sites by a mapping, each with its own.
+        inputs: selects its inputs, ``inputs(list_of_tensors) -> list_of_tensors``; None takes all.
     """
 
     lazy_parameters = True
@@ -186,15 +186,15 @@ class Neural(Baseline):
     def loss(self, view: SiteView, prediction: Tensor) -> Tensor:
         if view.training:
             view.state.observe(view.cost, view.mean)
-        # In units of the cost's own spread, so that one learning rate serves all problems; its size stands in where
-        # it has none, as the first single cost has not.
+        # In units of the cost's standard deviation, so that one learning rate serves all problems; the first single
+        # cost has none, and its size is used.
         spread = view.state.variance
         unit = torch.where(spread > 0, spread, view.mean(view.cost.square()).to(spread.dtype))
         return (view.cost - prediction).square() / unit.clamp(min=1e-12).to(view.cost.dtype)
 
 
 class ScoreFunction(Estimator):
-    """REINFORCE: f(z) ∇ log q(z), less a baseline; f need not be differentiable (Williams 1992).
+    """REINFORCE: f(z) ∇ log q(z), minus a baseline; f need not be differentiable (Williams 1992).
 
     >>> ScoreFunction().name, ScoreFunction(baseline=LeaveOneOut()).name
     ('score', 'rloo')

@@ -236,7 +236,7 @@ def test_a_global_latent_whose_guide_reads_the_rows_is_refused_in_blocks():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(mu, 1.0).expand([len(x)]) if mu.dim() == 0 else dist.Normal(mu, 1.0))
 
-    with pytest.raises(BadInput, match="'mu' depends on the rows"):
+    with pytest.raises(BadInput, match="'mu' depends on its rows"):
         to_arviz(shared_mean, guide, X, batch_size=5, num_samples=10)
 
 
