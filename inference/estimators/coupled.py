@@ -1,7 +1,8 @@
-"""Several coupled draws that avoid each other: ARMS and CARMS (Dimitriev & Zhou 2021).
+"""ARMS and CARMS: several negatively coupled draws (Dimitriev & Zhou 2021).
 
-A one-hot draw is read off coins in a row: the first class whose coin shows 1, or the last class. Each coin's logit is
-that of its class against those after it, so that a gradient of coins is one of classes (Dong, Mnih & Tucker 2021).
+A one-hot draw is a sequence of Bernoulli draws, one per class: its value is the first class whose draw is 1, or the
+last class. Each Bernoulli logit is that of its class against the later ones, so that gradients of the Bernoulli logits
+give those of the classes (Dong, Mnih & Tucker 2021).
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from .relaxation import bounded_logits
 
 
 def coin_uniforms(probs: Tensor) -> Tensor:
-    """The uniform behind each coin; the coin shows 1 where it is below ``probs``."""
+    """The uniform of each Bernoulli draw, which is 1 where the uniform is below ``probs``."""
     return torch.rand_like(probs)
 
 
 def pair_of_coins(probs: Tensor) -> list[Tensor]:
-    """A coin and its partner, which share a uniform and its complement."""
+    """A Bernoulli draw and its antithetic partner, which uses the complement of the same uniform."""
     uniform = coin_uniforms(probs)
     return [(uniform < probs).to(probs.dtype), (1 - uniform < probs).to(probs.dtype)]
 
 
 def several_coins(probs: Tensor, count: int) -> list[Tensor]:
-    """``count`` coins, any two of which disagree more often than independent ones (a Dirichlet copula).
+    """``count`` Bernoulli draws, any two of which disagree more often than independent ones (a Dirichlet copula).
 
-    With d uniform on the simplex, (1 − dᵢ)^(count − 1) is uniform; the rarer side shows where that is below its
-    probability q. So the probability that s given coins all show it is max(0, s q^(1/(count−1)) − s + 1)^(count−1).
+    With d uniform on the simplex, (1 − dᵢ)^(count − 1) is uniform; the rarer value, of probability q, occurs where that
+    is below q. So the probability that s given draws all have it is max(0, s q^(1/(count−1)) − s + 1)^(count−1).
     """
     waits = torch.empty((count, *probs.shape), dtype=probs.dtype, device=probs.device).exponential_()
     uniforms = (1 - waits / waits.sum(0)) ** (count - 1)
@@ -47,31 +48,31 @@ def coupled_coins(probs: Tensor, count: int) -> list[Tensor]:
 
 
 def pair_correction(probs: Tensor, count: int) -> Tensor:
-    """1/(1 − ρ), where ρ is the correlation of two of ``count`` coupled coins: p (1 − p) / P(one shows 1, other 0)."""
+    """1/(1 − ρ), with the correlation ρ of two of ``count`` coupled draws: p (1 − p) / P(one is 1, the other 0)."""
     rare = torch.minimum(probs, 1 - probs)
     both = (2 * rare ** (1 / (count - 1)) - 1).clamp(min=0.0) ** (count - 1)
     return (1 - rare) / (1 - both / rare.clamp(min=torch.finfo(rare.dtype).tiny))
 
 
 def sticks(logits: Tensor) -> Tensor:
-    """The logit of each class but the last against those after it."""
+    """The logit of each class but the last against the later ones."""
     after = logits.flip(-1).logcumsumexp(-1).flip(-1)
     return logits[..., :-1] - after[..., 1:]
 
 
 def reached(coins: Tensor) -> Tensor:
-    """For each class whether no coin before it shows 1."""
+    """For each class whether all earlier Bernoulli draws are 0."""
     stopped = coins.cumsum(-1).clamp(max=1.0)
     return torch.cat([torch.ones_like(coins[..., :1]), 1 - stopped], dim=-1)
 
 
 def from_sticks(coins: Tensor) -> Tensor:
-    """The one-hot value that coins in a row lead to."""
+    """The one-hot value of a sequence of Bernoulli draws."""
     return reached(coins) * torch.cat([coins, torch.ones_like(coins[..., :1])], dim=-1)
 
 
 def coupled_draw(fn: Any, count: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
-    """A draw, and ``count`` − 1 partners in its extras, each by itself a draw of the same law."""
+    """A draw, with ``count`` − 1 partners in its extras, each with the same marginal distribution."""
     with torch.no_grad():
         logits = bounded_logits(fn).expand(fn.shape(*args, **(kwargs or {})))
         one_hot = is_one_hot(fn)
@@ -82,10 +83,10 @@ def coupled_draw(fn: Any, count: int, args: tuple = (), kwargs: Mapping[str, Any
 
 
 def coupled_surrogate(view: SiteView) -> Tensor:
-    """The mean over the pairs of coupled draws of what each says of the gradient.
+    """The mean over the pairs of coupled draws of their gradient estimates.
 
-    For a coin that both draws of a pair reach, ½ (f − f′) (b − b′) / (1 − ρ) is unbiased for its logit. Where one of
-    them stopped earlier its coin plays no part, and given the other it is averaged out: ½ (f − f′) (b − π).
+    For a Bernoulli draw that both values of a pair reach, ½ (f − f′) (b − b′) / (1 − ρ) is unbiased for its logit. If
+    one value does not reach it, its draw has no effect and is integrated out given the other: ½ (f − f′) (b − π).
     """
     one_hot = is_one_hot(view.fns[0])
     logits = view.parameter("logits")
@@ -101,7 +102,7 @@ def coupled_surrogate(view: SiteView) -> Tensor:
         pairs = list(combinations(range(len(values)), 2))
         for i, j in pairs:
             factor = 0.5 * contrast(values[i], values[j], probs, correction, one_hot)
-            # Chosen, not multiplied: where the draws agree the gap does not count, be it infinite.
+            # Selected, not multiplied: where the draws agree the gap must not count, even if it is infinite.
             gap = costs[i] - costs[j]
             weight = weight + torch.where(factor != 0, factor * gap, torch.zeros_like(gap)) / len(pairs)
     return view.sum_event(weight * logits)
@@ -112,7 +113,7 @@ def len_then_name(name: str) -> tuple[int, str]:
 
 
 def contrast(value: Tensor, other: Tensor, probs: Tensor, correction: Tensor, one_hot: bool) -> Tensor:
-    """What (f − f′)/2 of a pair is multiplied by for each coin."""
+    """The factor of (f − f′)/2 of a pair for each Bernoulli draw."""
     if not one_hot:
         return (value - other) * correction
     here, there = (1 - (one.cumsum(-1) - one)[..., :-1] for one in (value, other))
@@ -122,17 +123,18 @@ def contrast(value: Tensor, other: Tensor, probs: Tensor, correction: Tensor, on
 
 
 class ARMS(Estimator):
-    """Antithetic, several draws at once (Dimitriev & Zhou 2021, arXiv 2105.14141), for coins.
+    """Antithetic REINFORCE with multiple draws (Dimitriev & Zhou 2021, arXiv 2105.14141), for Bernoulli sites.
 
-    K = ``draws`` coins a site and particle, any two of which disagree more often than independent ones. With their
+    K = ``draws`` draws per site and particle, any two of which disagree more often than independent ones. With their
     pair correlation ρ, which has a closed form,
 
         1/(K (K − 1)) Σ over pairs (fᵢ − fⱼ) (bᵢ − bⱼ) / (1 − ρ)
 
-    is unbiased for each logit; with K = 2 it is ``disarm``. Without the correction for ρ it would be biased: a mean
-    over the other draws of a group is no baseline, as these depend on the one at hand. All coins of a site, over event
-    and plates, take part at once. The K draws share what is upstream; each draws anew what is downstream, in a run of
-    its own for each such site: K − 1 more runs a site. A particle is such a group; ``num_particles`` counts groups.
+    is unbiased for each logit; with K = 2 it is ``disarm``. Without the correction for ρ it is biased: the mean over
+    the other draws of a group is no valid baseline, as these depend on the draw. All Bernoulli draws of a site, over
+    event and plates, are replaced at once. The K draws share the upstream values; each draws downstream sites again, in
+    a separate run for each such site: K − 1 more runs per site. A particle is one group; ``num_particles`` counts
+    groups.
 
     >>> ARMS(draws=4).name, ARMS(draws=4).evaluations(num_particles=1, num_sites=2)
     ('arms', 7)
@@ -167,12 +169,12 @@ class ARMS(Estimator):
 
 
 class CARMS(ARMS):
-    """ARMS for one-hot sites (Dimitriev & Zhou 2021, arXiv 2110.14002), through coins in a row.
+    """ARMS for one-hot sites (Dimitriev & Zhou 2021, arXiv 2110.14002), through sequences of Bernoulli draws.
 
-    A class is the first whose coin shows 1, and the K coins of each class are coupled as in ``arms``. The paper draws
-    by an inverse distribution function and weighs pairs by p(a) p(b) / P(a, b), which needs every pair of classes to
-    be possible together; coins in a row, as in ``disarm``, always have bounded weights. With K = 2 it is ``disarm``
-    for one-hot sites, with two classes ``arms``.
+    A class is the first whose Bernoulli draw is 1, and the K draws of each class are coupled as in ``arms``. The paper
+    draws by an inverse distribution function and weights pairs by p(a) p(b) / P(a, b), which needs a positive
+    probability of every pair of classes; with Bernoulli sequences, as in ``disarm``, weights are bounded. With K = 2 it
+    is ``disarm`` for one-hot sites, with two classes ``arms``.
 
     >>> CARMS().name, CARMS(draws=2).evaluations()
     ('carms', 2)

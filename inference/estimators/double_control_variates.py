@@ -1,4 +1,4 @@
-"""Double control variates: leave-one-out with a linear model of the cost on either side (Titsias & Shi 2022)."""
+"""Double control variates: leave-one-out with linear models of the cost (Titsias & Shi 2022)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .score import check_decay
 
 
 def sloping_why_not(site: Mapping[str, Any]) -> str | None:
-    """What an estimator asks of a site that uses the slope of the cost at discrete draws."""
+    """Why an estimator that uses the slope of the cost at discrete draws does not support a site, or None."""
     fn = site["fn"]
     if (reason := score_why_not(site)) is not None:
         return reason
@@ -33,7 +33,7 @@ def is_index(fn: Any) -> bool:
 
 
 def covariance_times(view: SiteView, vector: Tensor) -> Tensor:
-    """The covariance of the site's draw times something shaped like its value."""
+    """The covariance of the site's draw times a tensor shaped like its value."""
     fn = view.fns[0]
     if is_one_hot(fn):
         probs = view.parameter("probs").detach()
@@ -42,16 +42,16 @@ def covariance_times(view: SiteView, vector: Tensor) -> Tensor:
 
 
 def others_mean(view: SiteView, tensor: Tensor, event_dim: int = 0) -> Tensor:
-    """The mean over the other particles of something shaped like the cost, or the value; zero where there are none."""
+    """The mean over the other particles of a tensor shaped like the cost or the value; zero if there are none."""
     if view.num_particles == 1:
         return torch.zeros_like(tensor)
     return (tensor.sum(view.particle_dim - event_dim, keepdim=True) - tensor) / (view.num_particles - 1)
 
 
 class Coefficients(nn.Module):
-    """Two coefficients that earlier steps have found to make the gradient vary least.
+    """Two coefficients that minimize the variance of the gradient, estimated from earlier steps.
 
-    With the gradient g₀ + a₁ g₁ + a₂ g₂, they minimise the running mean of its square; at the start both are zero.
+    With the gradient g₀ + a₁ g₁ + a₂ g₂, they minimize the running mean of its square; initially both are zero.
     """
 
     def __init__(self, like: Tensor, decay: float):
@@ -74,7 +74,7 @@ class Coefficients(nn.Module):
 
     @torch.no_grad()
     def observe(self, view: SiteView, parts: tuple[Tensor, Tensor, Tensor]) -> None:
-        """See the three parts of a step's gradient, each shaped like the value."""
+        """Update the moments by the three parts of a step's gradient, each shaped like the value."""
         dim = view.particle_dim - view.event_dim
         zero, *known = (part.mean(dim, keepdim=True) for part in parts)
 
@@ -89,12 +89,12 @@ class Coefficients(nn.Module):
 
 @dataclass
 class Linear:
-    """A step's draws, and what linear models of the cost make of them.
+    """The draws of a step, and the terms from linear models of the cost.
 
     Attributes:
         slope, value, mean: of the site, without gradients, with an element for every particle and enumerated value.
-        weight: what the score is multiplied by, shaped like the cost.
-        vector: what the gradient of the mean is multiplied by, shaped like the value.
+        weight: the factor of the score, shaped like the cost.
+        vector: the factor of the gradient of the mean, shaped like the value.
         gradient: that of each natural parameter, shaped like the value.
     """
 
@@ -107,23 +107,23 @@ class Linear:
 
 
 def times_event(weight: Tensor, tensor: Tensor, event_dim: int) -> Tensor:
-    """Something shaped like the cost times something shaped like the value."""
+    """A tensor shaped like the cost times a tensor shaped like the value."""
     return weight.reshape(weight.shape + (1,) * event_dim) * tensor
 
 
 class DoubleControlVariates(Estimator):
-    """Leave-one-out with a linear model of the cost on either side (Titsias & Shi 2022, arXiv 2111.05300).
+    """Leave-one-out with two linear models of the cost (Titsias & Shi 2022, arXiv 2111.05300).
 
-    With s = z − μ for a draw z of mean μ, and f′ⱼ the slope of the cost at the draw of particle j, particle k gets
+    With s = z − μ for a draw z of mean μ, and f′ⱼ the slope of the cost at the draw of particle j, particle k has
 
         [fₖ − avg fⱼ + a₂ avg f′ⱼ·(zⱼ − μ) − a₁ avg f′ⱼ·sₖ] ∇log q(zₖ) + a₁ avg f′ⱼ·∇μ,
 
-    where avg is the mean over the other particles. The slopes are those of the runs at hand: no program runs again.
-    They may be anything as far as the mean is concerned, since the last term is what the one before it takes away;
-    where the program is not differentiable in its draws they vanish and what is left is ``rloo``. The coefficients
-    a₁ and a₂, two numbers a site, are those that made the gradient vary least in earlier steps; never those of the
-    step at hand, which would bias it. They start at zero, which is ``rloo``; both one would make a linear cost exact.
-    ``decay`` is how much of that memory a step keeps. Bernoulli, one-hot and count-valued sites (Binomial, Poisson,
+    where avg is the mean over the other particles. The slopes come from the same runs: no program runs again. The mean
+    of the gradient does not depend on them, since the last term compensates for the one before it; where the program is
+    not differentiable in its draws they vanish and the gradient is that of ``rloo``. The coefficients a₁ and a₂, two
+    numbers per site, minimize the variance over earlier steps, and never use the current step, which would bias the
+    gradient. They start at zero, which is ``rloo``; if both are one, a linear cost has an exact gradient. ``decay`` is
+    the weight of the earlier steps in the running means. Bernoulli, one-hot and count-valued sites (Binomial, Poisson,
     Geometric, negative binomial).
 
     >>> DoubleControlVariates().name, DoubleControlVariates().min_particles
@@ -150,7 +150,7 @@ class DoubleControlVariates(Estimator):
         return sloping_draw(fn, args, kwargs)
 
     def coefficients(self, view: SiteView, parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """a₁ and a₂ for this step, found before the step is seen."""
+        """a₁ and a₂ for this step, computed before the step updates them."""
         found = view.state.read()
         if view.training:
             view.state.observe(view, parts)
@@ -158,7 +158,7 @@ class DoubleControlVariates(Estimator):
 
     @torch.no_grad()
     def linear_models(self, view: SiteView, mean: Tensor) -> Linear:
-        """What the gradient is with a linear model of the cost on either side."""
+        """The gradient's terms with a linear model of the cost in the particle's own term and in the baseline."""
         shape, event_dim = view.cost.shape, view.event_dim
         slope, value, mean = (spread(tensor.detach(), view) for tensor in (view.slope, view.value, mean))
         score = value - mean

@@ -1,4 +1,4 @@
-"""Straight-through with a gap: the softmax that goes back leans to the draw, without noise (Fan et al. 2022)."""
+"""Gapped straight-through: the backward softmax is shifted towards the draw, without noise (Fan et al. 2022)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .relaxation import bounded_logits, squash
 
 
 class GappedStraightThrough(Estimator):
-    """The draw goes forward, a softmax that agrees with it goes back (Fan et al. 2022, arXiv 2206.07235): biased.
+    """Straight-through with shifted logits in the backward pass (Fan et al. 2022, arXiv 2206.07235): biased.
 
-    The logit of the class drawn is raised to the largest, and the others are lowered where they come nearer to it than
-    ``gap``; the gradient is that of the softmax of these at ``temperature``, a positive number or a schedule. What
-    Gumbel-softmax's noise does on average, the shifts do without noise: given the draw the path has no variance. The
-    log pmf is extended linearly.
+    The backward pass raises the logit of the drawn class to the largest, and lowers the others to at most that minus
+    ``gap``; the gradient is that of their softmax at ``temperature``, a positive number or a schedule. The shifts
+    replace the mean effect of Gumbel-softmax's noise: given the draw the path has no variance. The log pmf is extended
+    linearly.
 
     >>> GappedStraightThrough(gap=0.5).unbiased, GappedStraightThrough().name
     (False, 'gapped-straight-through')

@@ -1,4 +1,4 @@
-"""RODEO: double control variates with a network in them, through discrete Stein operators (Shi et al. 2022)."""
+"""RODEO: double control variates with a network, through discrete Stein operators (Shi et al. 2022)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from .double_control_variates import (
 
 
 class Surrogate(Coefficients):
-    """The two coefficients, a network for what they leave of the cost, and the cost's running moments.
+    """The two coefficients, a network for the residual of the cost, and the cost's running moments.
 
-    The network sees a cost and how far a linear model of it moves, both in the cost's own spread, and starts at zero.
+    The inputs of the network are a cost and the change of its linear model, both in units of the cost's standard
+    deviation; its initial output is zero.
     """
 
     def __init__(self, like: Tensor, decay: float, hidden: int):
@@ -43,17 +44,17 @@ class Surrogate(Coefficients):
     seen: Tensor
 
     def scale(self, cost: Tensor, average: Callable[[Tensor], Tensor]) -> Tensor:
-        """The spread of costs in earlier steps; their size where there are none."""
+        """The standard deviation of costs in earlier steps; before the first, the size of the costs."""
         return torch.where(self.seen > 0, self.variance, average(cost.square())).clamp(min=1e-12).sqrt()
 
     def forward(self, cost: Tensor, moved: Tensor, scale: Tensor) -> Tensor:
-        """What the network says of draws at which a linear model of the cost, right at a draw of it, has moved."""
+        """The network's output for neighbours of a draw, from the change of the linear model at that draw."""
         cost, moved = torch.broadcast_tensors((cost - self.mean) / scale, moved / scale)
         return scale * self.net(torch.stack([cost, moved], -1)).squeeze(-1)
 
     @torch.no_grad()
     def follow(self, cost: Tensor, average: Callable[[Tensor], Tensor]) -> None:
-        """Let the running moments see the costs of a step."""
+        """Update the running moments by the costs of a step."""
         keep = torch.where(self.seen > 0, self.decay, 0.0)
         mean = average(cost)
         moved = (mean - self.mean).square() * keep
@@ -63,20 +64,20 @@ class Surrogate(Coefficients):
 
 
 class Rodeo(DoubleControlVariates):
-    """``double-cv`` with a network beside its linear models of the cost (Shi et al. 2022, arXiv 2202.09497).
+    """``double-cv`` with a network in addition to its linear models (Shi et al. 2022, arXiv 2202.09497).
 
-    From a draw zⱼ with cost fⱼ and slope f′ⱼ, h(y) = net(fⱼ, f′ⱼ·(y − zⱼ)) says of a neighbour y what the cost is
-    there, beyond what is linear, with no run of any program. A discrete Stein operator A replaces coordinates by fresh
-    ones, so that A h has expectation zero:
+    From a draw zⱼ with cost fⱼ and slope f′ⱼ, h(y) = net(fⱼ, f′ⱼ·(y − zⱼ)) models the nonlinear part of the cost at a
+    neighbour y, without further runs. A discrete Stein operator A replaces coordinates by fresh draws, so that A h has
+    expectation zero:
 
-    * on the side of the draw, h of the *other* particles times the score, where coordinate i of the gradient replaces
+    * in the particle's term, h of the *other* particles times the score, where coordinate i of the gradient replaces
       coordinate i of zₖ: −h(zₖ) sₖᵢ + Σᵥ pᵢ(v) h(zₖ with i = v) sᵢ(v);
     * in the baseline, h of each other particle at its own neighbours: Σᵢ Σᵥ pᵢ(v) (h(zⱼ with i = v) − h(zⱼ)).
 
-    The paper averages its operator over all coordinates in both places; replacing the one coordinate whose gradient it
-    is makes a linear h the ``double-cv`` term, exact for linear costs. The network is learnt from the squared gradient,
-    by the optimizer that the loss is given, and reaches nothing else; like the coefficients it is what earlier steps
-    made of it. Bernoulli and one-hot sites.
+    The paper averages its operator over all coordinates in both places; here only the coordinate whose gradient it is
+    is replaced, so that a linear h gives the ``double-cv`` term, exact for linear costs. The network minimizes the
+    squared gradient, with the loss's optimizer, and has no effect on other parameters; like the coefficients it depends
+    on earlier steps only. Bernoulli and one-hot sites.
 
     >>> Rodeo().name, Rodeo().min_particles, Rodeo().evaluations(num_particles=2, num_sites=3)
     ('rodeo', 2, 2)
@@ -101,9 +102,9 @@ class Rodeo(DoubleControlVariates):
         return sloping_draw(fn, args, kwargs)
 
     def own_term(self, view: SiteView, found: Linear) -> tuple[Tensor, Tensor]:
-        """h of the other particles at the draw, shaped like the cost, and how it changes with each coordinate there.
+        """h of the other particles at the draw, shaped like the cost, and its change with each coordinate.
 
-        The second, shaped like the value, is what multiplies the gradient of the mean.
+        The second, shaped like the value, multiplies the gradient of the mean.
         """
         dim, event_dim, count = view.particle_dim, view.event_dim, view.num_particles
         here, contrast = torch.zeros_like(view.cost), torch.zeros_like(found.value)
@@ -119,14 +120,14 @@ class Rodeo(DoubleControlVariates):
     def baseline_term(self, view: SiteView, found: Linear) -> Tensor:
         """The mean over the other particles of the Stein operator applied to their own h, shaped like the cost."""
         _, changed = self.neighbours(view, view.cost, torch.zeros_like(view.cost), found.slope, found.value)
-        # The mean less the value, times the change of each coordinate: what fresh coordinates change on average.
+        # (mean − value) times the change of each coordinate: the expected change by a fresh draw of it.
         fresh = view.sum_event((found.mean - found.value) * changed).sum_to_size(view.cost.shape)
         return others_mean(view, fresh)
 
     def neighbours(
         self, view: SiteView, cost: Tensor, moved: Tensor, slope: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """h at a value, and h with each coordinate of it replaced: as a slope, one less zero for coins, or by class."""
+        """h at a value, and h with each coordinate replaced: as a difference of 1 and 0 if binary, or by class."""
         scale, events = view.state.scale(view.cost, view.mean), (1,) * view.event_dim
         said = view.state(cost, moved, scale)
         one_hot = is_one_hot(view.fns[0])
@@ -157,7 +158,7 @@ class Rodeo(DoubleControlVariates):
         loss = (mean / view.state.scale(view.cost, view.mean)).square().sum()
         parameters = [p for p in view.state.parameters() if p.requires_grad]
         found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
-        # Linear in the parameters, so that nothing else that the loss passed through can receive a gradient.
+        # Linear in the parameters, so that nothing else in the loss receives a gradient.
         pairs = [(p, g) for p, g in zip(parameters, found, strict=False) if g is not None]
         return sum(((p * g).sum() for p, g in pairs), start=view.cost.new_zeros(()))
 

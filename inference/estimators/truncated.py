@@ -1,4 +1,4 @@
-"""Counts without an end: sums over their first values, alone or with the tail drawn."""
+"""Counts with infinite support: sums over their first values, alone or with a drawn tail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNTS = constraints.nonnegative_integer
 
 
 def count_why_not(site: Mapping[str, Any]) -> str | None:
-    """Why a site is not made of counts 0, 1, 2, … without an end, or None if it is."""
+    """Why a site does not have the unbounded counts 0, 1, 2, … as values, or None if it does."""
     base = elementary(site["fn"])
     if not hasattr(base, "log_prob"):
         return "it has no log_prob"
@@ -31,14 +31,14 @@ def count_why_not(site: Mapping[str, Any]) -> str | None:
     except NotImplementedError:
         return f"{describe(site['fn'])} has no support to list"
     if getattr(base, "has_enumerate_support", False):
-        return f"the values of {describe(site['fn'])} have an end: 'enumerate' or 'local-expectation' lists them all"
+        return f"the values of {describe(site['fn'])} are finitely many: take 'enumerate' or 'local-expectation'"
     if support is not COUNTS:
         return f"{describe(site['fn'])} is no distribution over the counts 0, 1, 2, …"
     return None
 
 
 class Head(TorchDistribution):
-    """A count given that it is less than ``values``.
+    """A count conditioned on being less than ``values``.
 
     >>> import pyro.distributions as dist
     >>> round(Head(dist.Poisson(1.0), 3).log_prob(torch.arange(3.0)).exp().sum().item(), 6)
@@ -53,7 +53,7 @@ class Head(TorchDistribution):
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def listed(self) -> Tensor:
-        """log q of the values listed, ``(values, *batch)``."""
+        """log q of the first values, ``(values, *batch)``."""
         like = next(item for item in vars(self.base).values() if isinstance(item, Tensor) and item.is_floating_point())
         counts = torch.arange(self.values, dtype=like.dtype, device=like.device)
         return self.base.log_prob(counts.reshape((-1,) + (1,) * len(self.base.batch_shape)))
@@ -66,17 +66,17 @@ class Head(TorchDistribution):
 
 
 class TruncatedEnumerate(Enumerate):
-    """Sum over the first ``values`` counts, each weighted by q given that the count is among them: biased.
+    """Sum over the first ``values`` counts, each weighted by q conditioned on these counts: biased.
 
-    The value is the evidence lower bound of the guide without its tail, itself a lower bound, and is called
-    ``truncated-elbo``; the model need not be differentiable and nothing is drawn. :attr:`cut_mass` says for each site
-    how much of q was cut off in the last run, at worst over its elements and coordinates; more than ``tolerance`` in
-    the first run is warned of. The product over the coordinates of an event is listed, as by ``enumerate``.
+    The value is the evidence lower bound of the guide without its tail, which is a lower bound too, and is named
+    ``truncated-elbo``; the model need not be differentiable, and there are no draws. :attr:`cut_mass` is, for each
+    site, the mass of q cut off in the last run, the largest over its elements and coordinates; more than ``tolerance``
+    in the first run gives a warning. The sum is over the product of an event's coordinates, as for ``enumerate``.
 
     Args:
-        values: how many values are listed: 0, 1, …, ``values`` − 1.
-        tolerance: the cut mass that is not worth a warning.
-        limit: the largest number of values of all coordinates together.
+        values: the number of values: 0, 1, …, ``values`` − 1.
+        tolerance: the largest cut mass without a warning.
+        limit: the largest number of joint values of all coordinates.
 
     >>> TruncatedEnumerate(values=8).unbiased, TruncatedEnumerate().name
     (False, 'truncated-enumerate')
@@ -91,7 +91,7 @@ class TruncatedEnumerate(Enumerate):
 
     @property
     def cut_mass(self) -> dict[str, float]:
-        """The mass of q beyond the values listed, by site, of the last run that was not a graph's."""
+        """The mass of q beyond the first values, by site, of the last run outside a captured graph."""
         return {name: float(mass) for name, mass in self._cut.items()}
 
     def objective_name(self) -> str:
@@ -101,7 +101,7 @@ class TruncatedEnumerate(Enumerate):
         if (reason := count_why_not(site)) is not None:
             return reason
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GumboWarning)  # who only asks cuts nothing off
+            warnings.simplefilter("ignore", GumboWarning)  # a mere query cuts nothing off
             listed = TruncatedEnumerate(self.values, self.tolerance, self.limit).listed(
                 site["fn"], 0, site.get("name", "")
             )
@@ -112,7 +112,7 @@ class TruncatedEnumerate(Enumerate):
         with torch.no_grad():
             log_q = head.listed()
             mass = (1 - log_q.exp().sum(0)).max().clamp(min=0.0)
-        if type(mass) is Tensor:  # a graph that is captured keeps no numbers
+        if type(mass) is Tensor:  # during graph capture there are no numbers
             first = name not in self._cut
             self._cut[name] = mass
             if first and mass > self.tolerance:
@@ -130,12 +130,12 @@ class TruncatedEnumerate(Enumerate):
 
 
 class HeadTail(Estimator):
-    """The first ``values`` counts summed over, the tail drawn: unbiased (as Rao-Blackwellized in Liu et al. 2019).
+    """Sum over the first ``values`` counts, draw the tail: unbiased (Rao-Blackwellization of Liu et al. 2019).
 
-    For each coordinate, with the others as drawn, Σᵥ ∇q(v) (f(v) − f(0)) over v < ``values``, and where the draw z lies
-    beyond, (f(z) − f(0)) ∇ log q(z): "Rao-Blackwellized stochastic gradients for discrete distributions", arXiv
-    1810.04777. f(0) depends on no draw of the coordinate, and takes the place of a baseline. A coordinate costs
-    ``values`` runs.
+    For each coordinate, with the others as drawn, Σᵥ ∇q(v) (f(v) − f(0)) over v < ``values``, and if the draw z is in
+    the tail, (f(z) − f(0)) ∇ log q(z): "Rao-Blackwellized stochastic gradients for discrete distributions", arXiv
+    1810.04777. f(0) does not depend on the coordinate's draw and serves as a baseline. A coordinate costs ``values``
+    runs.
 
     >>> HeadTail().name, HeadTail().unbiased
     ('head-tail', True)
@@ -148,7 +148,7 @@ class HeadTail(Estimator):
         self.values = int(values)
 
     def evaluations(self, num_particles: int = 1, num_sites: int = 1) -> int:
-        """Model runs that one gradient costs, where ``num_sites`` counts coordinates."""
+        """Model runs per gradient, where ``num_sites`` counts coordinates."""
         return num_particles * (1 + self.values * num_sites)
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
@@ -161,11 +161,11 @@ class HeadTail(Estimator):
         value = view.value
         counts = torch.arange(self.values, dtype=value.dtype, device=value.device)
         listed = counts.reshape((-1,) + (1,) * value.dim()).expand(self.values, *value.shape)
-        # f(v) − f(z), and with f(0) for f(z) what no draw of the coordinate has a part in.
+        # f(v) − f(z); f(0) replaces f(z) by a value that does not depend on the coordinate's draw.
         gain = gains(view, listed)
         start = gain[0]
         cost = view.cost.reshape(view.cost.shape + (1,) * view.event_dim)
-        start = torch.where(start.isfinite(), start, -cost)  # where 0 cannot be, f is counted from nothing
+        start = torch.where(start.isfinite(), start, -cost)  # where 0 is impossible, no baseline is subtracted
         q = coordinate_log_probs(view, counts).exp()
         dims = max(gain.dim(), q.dim())
         gain, q = (t.reshape(t.shape[:1] + (1,) * (dims - t.dim()) + t.shape[1:]) for t in (gain, q))

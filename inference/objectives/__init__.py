@@ -1,4 +1,4 @@
-"""What is estimated, one file an objective."""
+"""Objectives of variational inference, one file each."""
 
 from . import doubly, evidence, free_bits, importance, log_variance, renyi, wake_sleep
 from ._base import Objective, Recorded, as_objective, objectives

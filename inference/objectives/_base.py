@@ -1,9 +1,9 @@
-"""The contract of an objective: what is estimated, which estimators serve it, and what its value is called.
+"""The interface of an objective: its value, the estimators it supports, and the name of its value.
 
-``SiteELBO`` runs the programs, and hands what it recorded to its objective once. A new objective is one class in one
-file of this folder, a word in ``objectives`` and one import line in the folder's ``__init__``. What it may be told
-beside its word (an order, a proposal) are the arguments of its constructor: ``SiteELBO(objective=word, option=…)``
-hands them on, and they are held against their annotations.
+``SiteELBO`` runs the programs, and passes what it recorded to its objective once. A new objective is one class in one
+file of this folder, a word in ``objectives`` and one import line in the folder's ``__init__``. Its options (an order, a
+proposal) are the arguments of its constructor: ``SiteELBO(objective=word, option=…)`` passes them on, and they are
+checked against their annotations.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from ..estimators._base import Estimator
 
 
 class Objective(Checked):
-    """What a loss estimates; a class of its own for each.
+    """What a loss estimates; one class per objective.
 
     Class attributes:
-        name: the word for it.
-        weighs_rows: whether each datum has a weight of its own, so that plates must keep their rows apart.
+        name: its word.
+        weighs_rows: whether each datum has its own weight, so that plates must keep their rows independent.
         takes_estimators: whether sites take estimators; otherwise all draws are made without gradients.
         takes_kl_weight: whether a weight of the latent terms is defined.
-        runs_model: whether the first runs are of the model too.
-        learns_model: whether it has a gradient for the model's parameters; otherwise it refuses those that could learn.
+        runs_model: whether the first runs include the model.
+        learns_model: whether it has a gradient for the model's parameters; otherwise it refuses trainable ones.
         min_particles: the smallest K that it is defined for.
-        proposal: a program that makes the draws in the guide's place, or None.
-        reports: names of further values that it leaves by ``recorded.report(name, value)`` in each call; ``fit`` gives
+        proposal: a program that makes the draws in place of the guide, or None.
+        reports: names of further values that it reports by ``recorded.report(name, value)`` in each call; ``fit`` gives
             them per datum.
-        gradient_of: the objective whose gradient it has on average, where that is another one; "" for its own.
-        sums_over_rows: whether the value is a sum over rows and over terms outside their plate: several processes may
-            hold a part of the rows each.
+        gradient_of: the objective whose gradient it has in expectation, if that is another one; "" for its own.
+        sums_over_rows: whether the value is a sum over rows and over terms outside their plate: then several processes
+            may each hold a part of the rows.
 
     >>> sorted(objectives)
     ['elbo', 'free-bits', 'iwae', 'log-variance', 'log-variance+elbo', 'renyi', 'rws']
@@ -57,12 +57,12 @@ class Objective(Checked):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What it was told beside its word, by name."""
+        """Its options by name."""
         return {name: value for name, value in sorted(vars(self).items()) if not name.startswith("_")}
 
     @property
     def said(self) -> str:
-        """The word, and the options if there are any, as in ``renyi(alpha=0.5)``."""
+        """The word with its options, if any, as in ``renyi(alpha=0.5)``."""
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)
         return f"{self.name}({options})" if options else self.name
 
@@ -70,31 +70,30 @@ class Objective(Checked):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
 
     def accepts(self, estimator: Estimator) -> bool:
-        """Whether an estimator's gradient is derived for this objective."""
+        """Whether the objective supports an estimator's gradient."""
         return self.name in estimator.objectives
 
     def refusal(self, estimator: Estimator) -> Refusal | None:
-        """Why an estimator cannot serve this objective, or None if it can."""
+        """Why the objective does not support an estimator, or None if it does."""
         return None if self.accepts(estimator) else Refusal(f"it is not derived for objective {self.name!r}")
 
     def refined(self, chosen: Mapping[str, Estimator]) -> Objective:
-        """The objective whose gradient the estimators of all sites together ask for; mostly itself."""
+        """The objective whose gradient the estimators of all sites together need; usually itself."""
         return self
 
     def bound(self, log_weight: Tensor, dim: int) -> Tensor:
-        """The value of a datum whose log importance weights lie along ``dim``, of size 1 in what is returned.
+        """The value of a datum with log importance weights along ``dim``, which is kept with size 1.
 
-        For objectives that weigh rows and are a function of the weights alone, which is what an exact answer is
-        listed from.
+        For objectives with weights per row that depend on the weights alone; exact references use it.
         """
         raise BadInput(f"objective {self.name!r} is not a function of importance weights alone")
 
     def value(self, recorded: Recorded) -> Tensor:
-        """A scalar: its value is that of the objective, its gradient an estimate of the objective's gradient."""
+        """A scalar with the objective's value, whose gradient is an estimate of the objective's gradient."""
         raise BadInput(f"objective {type(self).__name__} must define value(recorded), a scalar tensor")
 
     def value_name(self, chosen: Mapping[str, Estimator], kl_weight: Any) -> str:
-        """What the value is called, given the sites' estimators."""
+        """The name of the value, given the sites' estimators."""
         return self.name
 
 
@@ -107,7 +106,7 @@ objectives: Registry[Callable[[], Objective]] = Registry("objective", _expected)
 
 
 def as_objective(word: str | Objective | type[Objective], options: Mapping[str, Any] | None = None) -> Objective:
-    """The objective that a word names, made with these options, or the objective itself.
+    """The objective of a word with these options, or the objective itself.
 
     >>> as_objective("iwae")
     ImportanceWeightedBound()

@@ -1,4 +1,4 @@
-"""Importance weights per datum, and the bounds that they give."""
+"""Importance weights per datum, and bounds from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..engine.terms import Layout, common_frames, summed_to
 
 @dataclass
 class Bound:
-    """Per-datum log importance weights ``(K, *plates)`` and the bounds of order ``alpha`` that they give."""
+    """Per-datum log importance weights ``(K, *plates)``, and the bounds of order ``alpha`` from them."""
 
     log_weight: Tensor
     dim: int
@@ -27,7 +27,7 @@ class Bound:
         return power_mean(self.log_weight, self.dim, self.alpha)
 
     def normalized(self) -> Tensor:
-        """The derivative of :meth:`value` by each log weight: the weights to the power 1 − α over their sum."""
+        """The derivative of :meth:`value` by each log weight: the weights to the power 1 − α, normalized."""
         return ((1 - self.alpha) * self.log_weight).softmax(self.dim)
 
     def leave_one_out(self) -> Tensor:
@@ -53,7 +53,7 @@ def power_mean(log_weight: Tensor, dim: int, alpha: float) -> Tensor:
         return log_weight.mean(dim, keepdim=True)
     if power == 1.0:
         return log_weight.logsumexp(dim, keepdim=True) - math.log(count)
-    # About the mean, so that nothing is lost where the power is small and a sum of exponentials is all but K.
+    # Centred, which avoids cancellation where the power is small and the sum of exponentials is nearly K.
     middle = log_weight.detach().mean(dim, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
     offset = power * (log_weight - middle)
     near = offset.clamp(-1.0, 1.0).expm1().mean(dim, keepdim=True).log1p()
@@ -63,7 +63,7 @@ def power_mean(log_weight: Tensor, dim: int, alpha: float) -> Tensor:
 
 
 def common_scale(runs: list[Run]) -> Any:
-    """The scale that all terms share and that multiplies the bound; 1 where they differ, and enter the weights."""
+    """The scale common to all terms, which multiplies the bound; 1 where scales differ and enter the weights."""
     scales = [site.scale for run in runs for site in run.sites if site.latent or not site.settled]
     first = scales[0] if scales else 1.0
     same = all(
@@ -74,7 +74,7 @@ def common_scale(runs: list[Run]) -> Any:
 
 @dataclass
 class Weights:
-    """Importance weights per datum, with the two sums that they are made of."""
+    """Importance weights per datum, with log p and log q."""
 
     log_p: Tensor
     log_q: Tensor
@@ -87,13 +87,13 @@ def importance_weights(groups: list[list[Run]], layout: Layout) -> Weights:
 
     Args:
         groups: the runs, as in :class:`Recorded`.
-        layout: what the dimensions of their terms mean; particles lie along dimension ``-layout.room``.
+        layout: the meaning of the terms' dimensions; particles are along dimension ``-layout.room``.
 
     Returns:
-        log p and log q in nats, each ``(K, *plates)``, and the scale that all terms share.
+        log p and log q in nats, each ``(K, *plates)``, and the scale common to all terms.
 
     Raises:
-        UnsupportedSite: a plate is subsampled that does not enclose every site.
+        UnsupportedSite: a plate that does not enclose every site is subsampled.
     """
     runs = [run for paths in groups for run in paths]
     frames, scale = common_frames(runs, layout), common_scale(runs)

@@ -11,11 +11,11 @@ from ._weights import Bound, importance_weights
 
 
 class DoublyReparameterizedBound(Objective):
-    """The value of ``iwae`` or ``renyi``, and the gradient that the estimator ``dreg`` asks for (Tucker et al. 2018).
+    """The value of ``iwae`` or ``renyi``, with the gradient of the estimator ``dreg`` (Tucker et al. 2018).
 
-    The draws z(φ) are those of the first runs; the weights come from the programs run again at the same values, cut
-    from the graph, with the guide's parameters frozen. The factor w̃² (at order α it is α w̃ + (1 − α) w̃², Daudel et al.
-    2023, arXiv 2210.06226) enters once, where all values together leave the second run.
+    The draws z(φ) are those of the first runs; the weights come from a rerun of the programs at the same values,
+    detached, with the guide's parameters frozen. The factor w̃² (at order α it is α w̃ + (1 − α) w̃², Daudel et al. 2023,
+    arXiv 2210.06226) is applied once, where the gradient leaves the rerun.
     """
 
     name = "iwae"

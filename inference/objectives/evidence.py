@@ -14,7 +14,7 @@ from ._base import Objective, Recorded, objectives
 
 @objectives.register("elbo")
 class EvidenceLowerBound(Objective):
-    """E[log p(x, z) − log q(z)], averaged over particles; ``kl_weight`` weighs the terms of latent sites."""
+    """E[log p(x, z) − log q(z)], averaged over particles; ``kl_weight`` multiplies the terms of latent sites."""
 
     name = "elbo"
     sums_over_rows = True

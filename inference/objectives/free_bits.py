@@ -1,4 +1,4 @@
-"""The evidence lower bound with a floor under each latent dimension's KL, against posterior collapse."""
+"""The evidence lower bound with free bits: a lower limit for the KL of each latent dimension."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ._base import Objective, Recorded, objectives
 
 @objectives.register("free-bits")
 class FreeBitsBound(Objective):
-    r"""The KL of each latent dimension is free up to ``floor`` nats, on average over the batch.
+    r"""Free bits: the KL of each latent dimension counts as at least ``floor`` nats, on average over the batch.
 
     .. math:: \sum_n E_q[\log p(x_n \mid z)] - \sum_j \max(N \lambda, \sum_n \mathrm{KL}(q(z_j \mid x_n) \| p(z_j)))
 
-    The value is no bound on log p(x) while a floor is active, and is called ``free-bits-elbo``. The KL must have a
-    closed form, and latents be reparameterized: Normal, and whatever else torch pairs in ``kl_divergence``. Kingma et
+    The value is no bound on log p(x) while a floor is active, and is named ``free-bits-elbo``. The KL must have a
+    closed form, and latents must be reparameterized: Normal, and other pairs in torch's ``kl_divergence``. Kingma et
     al. 2016, "Improved variational inference with inverse autoregressive flow", arXiv:1606.04934, eq. 15.
 
     Args:
         floor: nats per latent dimension, at least 0.
 
     Raises:
-        BadInput: a floor that is no number of at least 0.
+        BadInput: a floor that is not a number of at least 0.
 
     >>> FreeBitsBound(0.1)
     FreeBitsBound(0.1)
@@ -77,7 +77,7 @@ class FreeBitsBound(Objective):
         return "free-bits-elbo"
 
     def _rate(self, prior: Site, site: Site, room: int) -> Tensor:
-        """The KL of one site, each of its dimensions at least the floor on average over the batch, summed."""
+        """The KL of one site, with the floor applied to each dimension's mean over the batch, summed."""
         if site.masked or prior.masked:
             raise UnsupportedSite(site.name, "free-bits", "it is masked, and the floor is on a mean over whole plates")
         try:
@@ -88,7 +88,7 @@ class FreeBitsBound(Objective):
             ) from None
         batch = site.fn.batch_shape
         kl = kl.expand(batch + kl.shape[len(batch) :])
-        # Particles that ran together stand in a dimension of their own, and each has a mean of its own.
+        # Vectorized particles have a dimension of their own, and separate means.
         particles = batch[0] if len(batch) == room else 1
         rows = math.prod(batch) // particles
         mean = kl.reshape(particles, rows, -1).mean(1)
@@ -99,7 +99,7 @@ def _drawn(run: Run) -> dict[str, Site]:
     """The guide's latent sites by name.
 
     Raises:
-        UnsupportedSite: the guide has a factor, whose density is in no KL.
+        UnsupportedSite: the guide has a factor, whose density no KL contains.
     """
     for site in run.guide:
         if not site.latent and not site.settled:

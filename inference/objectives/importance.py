@@ -20,7 +20,7 @@ from .doubly import DoublyReparameterizedBound
 class ImportanceWeightedBound(Objective):
     """log (1/K) Σₖ wₖ per datum (Burda et al. 2015, arXiv 1509.00519).
 
-    A drawn site without a path gets the whole bound of its datum as its signal, and its −log q stays in the weights.
+    A site without a path gets the whole bound of its datum as its learning signal; its −log q stays in the weights.
     """
 
     name = "iwae"
@@ -54,7 +54,7 @@ class ImportanceWeightedBound(Objective):
 def _bound_surrogate(
     name: str, runs: list[Run], weights: Weights, signal: Tensor, bound: Bound, layout: Layout, view: MakeView
 ) -> Tensor:
-    """One site's share of the gradient of the bound; particles that did not come by the site have none."""
+    """One site's part of the gradient of the bound; particles without the site have none."""
     found = {i: site for i, run in enumerate(runs) for site in run.guide if site.name == name}
     rows = [Row(runs[i], site, signal) for i, site in found.items()]
     site = rows[0].site

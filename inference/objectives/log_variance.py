@@ -18,17 +18,17 @@ from ._weights import Weights, importance_weights
 class LogVariance(Objective):
     """½ the sample variance of log q(z) − log p(x, z) over K ≥ 2 detached draws, per datum (Richter et al. 2020).
 
-    "VarGrad: a low-variance gradient estimator for variational inference", arXiv 2010.10436. It is zero where the guide
-    is the posterior. With draws of the guide itself its gradient is the leave-one-out score gradient of the ELBO
-    (``rloo``); it is followed for the guide alone. The loss is the half variance in nats², and its value −½ the
-    variance as a value is what is maximised; ``fit`` reports the ELBO of the same draws beside it.
+    "VarGrad: a low-variance gradient estimator for variational inference", arXiv 2010.10436. It is zero if the guide is
+    the posterior. With draws of the guide itself its gradient is the leave-one-out score gradient of the ELBO
+    (``rloo``); it is a gradient for the guide only. The loss is half the variance in nats², and its value −½ the
+    variance is maximized; ``fit`` reports the ELBO of the same draws as ``elbo``.
 
     Args:
-        proposal: a Pyro program called as the guide is, with the guide's latent sites, that makes the draws; its
-            parameters are not trained. None: the guide makes them.
+        proposal: a Pyro program with the guide's signature and latent sites that makes the draws; its parameters are
+            not trained. None takes the guide.
 
     Raises:
-        BadInput: fewer than two particles; a model with parameters to learn, for which ``log-variance+elbo`` is.
+        BadInput: fewer than two particles; a model with trainable parameters, which needs ``log-variance+elbo``.
 
     >>> from gumbo.inference import SiteELBO
     >>> SiteELBO(objective="log-variance")
@@ -47,7 +47,7 @@ class LogVariance(Objective):
 
     @property
     def reports(self) -> tuple[str, ...]:  # type: ignore[override]
-        # Draws of another program than the guide say nothing of the guide's ELBO.
+        # Draws of another program do not estimate the guide's ELBO.
         return ("elbo",) if self.proposal is None else ()
 
     @property
@@ -66,12 +66,12 @@ class LogVariance(Objective):
         log_p, log_q = torch.broadcast_tensors(weights.log_p, weights.log_q)
         scale, dim, count = weights.scale, -layout.room, layout.num_particles
         offset = (log_q - log_p).detach()
-        if offset.shape[dim] == 1:  # nothing is drawn, and all particles are one
+        if offset.shape[dim] == 1:  # without draws all particles are equal
             offset = offset.expand(*offset.shape[:dim], count, *offset.shape[offset.dim() + dim + 1 :])
         middle = offset.mean(dim, keepdim=True)
         if self.reports:
             recorded.report("elbo", layout.whole(-(scale * middle).sum()))
-        # The slope of ½ the variance. That a draw is masked in log q does not mean that nothing depends on it.
+        # The derivative of ½ the variance. A masked draw has no log q, but later terms may depend on it.
         score = log_q if self.proposal is not None else _score(groups, layout, weights)
         value = -(scale * offset.var(dim, keepdim=True) / 2).sum()
         value = value - magic((scale * (offset - middle) / (count - 1) * score).sum())
@@ -80,7 +80,7 @@ class LogVariance(Objective):
 
 @objectives.register("log-variance+elbo")
 class LogVarianceWithEvidence(LogVariance):
-    """``log-variance`` for the guide, and for the model's parameters the ELBO's gradient at the same draws.
+    """``log-variance`` for the guide, and the ELBO's gradient at the same draws for the model's parameters.
 
     >>> LogVarianceWithEvidence().name
     'log-variance+elbo'

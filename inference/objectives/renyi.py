@@ -16,11 +16,11 @@ from .importance import ImportanceWeightedBound
 class RenyiBound(ImportanceWeightedBound):
     """(1/(1 − α)) log (1/K) Σₖ wₖ^(1 − α) per datum (Li & Turner 2016, arXiv 1602.02311).
 
-    With K draws it is the VR-IWAE bound (Daudel et al. 2023, arXiv 2210.06226). It falls from ``iwae`` at α = 0 to
-    ``elbo`` at α = 1 and below it beyond; its expectation over the K draws is a lower bound on log p(x) at each α.
-    Gradients are those of ``iwae`` with w^(1 − α) for w: a path carries Σₖ w̃ₖ ∇ log wₖ, a site without one has the
-    whole bound of its datum as its signal, and ``dreg`` has the factor α w̃ + (1 − α) w̃². At α = 1 the estimators and
-    the gradient are those of ``elbo``.
+    With K draws it is the VR-IWAE bound (Daudel et al. 2023, arXiv 2210.06226). It decreases from ``iwae`` at α = 0 to
+    ``elbo`` at α = 1 and further beyond; its expectation over the K draws is a lower bound on log p(x) for each α.
+    Gradients are those of ``iwae`` with w^(1 − α) in place of w: a path has Σₖ w̃ₖ ∇ log wₖ, a site without one has the
+    whole bound of its datum as its learning signal, and ``dreg`` has the factor α w̃ + (1 − α) w̃². At α = 1 the
+    estimators and the gradient are those of ``elbo``.
 
     Args:
         alpha: the order, at least 0.

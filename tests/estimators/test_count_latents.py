@@ -192,7 +192,7 @@ def test_what_is_no_endless_count_is_refused():
     for word in ("truncated-enumerate", "head-tail"):
         assert "no distribution over the counts" in refusals(program, program)[word]
     model, guide = pair("binomial")
-    with pytest.raises(UnsupportedSite, match="have an end: 'enumerate' or 'local-expectation' lists them all"):
+    with pytest.raises(UnsupportedSite, match="are finitely many: take 'enumerate' or 'local-expectation'"):
         SiteELBO("head-tail")(model, guide)()
 
 
