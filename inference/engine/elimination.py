@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from opt_einsum import get_symbol
 from pyro.ops.contract import contract_tensor_tree
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -72,8 +71,10 @@ class Listed:
     joint: bool
 
 
-class Listing(Messenger):
-    """Inside a model's handlers: lays out the values of its listed sites, and notes what each dimension stands for.
+class Listing:
+    """Lays out the values of a program's listed sites, and notes what each dimension stands for.
+
+    The messenger that runs the program calls :meth:`enter` before a statement is drawn and :meth:`leave` after it.
 
     Args:
         first: the dimensions from here to the left belong to listed values.
@@ -98,7 +99,6 @@ class Listing(Messenger):
         before: Listing | None = None,
         shares: bool = True,
     ):
-        super().__init__()
         self.shares = shares
         self.drawn, self.first, self.joint, self.nesting, self.limit = drawn, first, joint, nesting, limit
         self.given: dict[str, Listed] = before.listed if before is not None else {}
@@ -112,10 +112,17 @@ class Listing(Messenger):
         # By sequential plates and elements of some of them: what stands there, for as long as the run lasts.
         self._loops: dict[frozenset[str], dict[Place, dict[int, int]]] = {}
 
-    def _pyro_sample(self, msg) -> None:
+    def enter(self, msg: Any) -> None:
+        """See a statement before it is drawn, and list its values if the model asks for that."""
         if site_is_subsample(msg):
             return
         name, infer = msg["name"], msg["infer"]
+        asked = self.drawn is not None and not msg["done"] and name not in self.drawn and is_marked(msg)
+        if not (asked or self.by_number or self.drawn is None):  # nothing is listed yet, so that it sees nothing
+            self.dims[name] = {}
+            if infer.get("_markov_scope") is not None:
+                self._depths[name] = infer["_markov_depth"]
+            return
         place = element_of(msg) if self.shares else frozenset()
         dims: dict[int, int] = {}
         for plates, by_element in self._loops.items():
@@ -131,7 +138,7 @@ class Listing(Messenger):
         if name in self.given:
             self._see(name, dims, {self.given[name].dim: self.given[name].number})
         self.dims[name], self._here = dims, (place, scope is None)
-        if self.drawn is not None and not msg["done"] and name not in self.drawn and is_marked(msg):
+        if asked:
             self.lay_out(msg)
 
     def _see(self, name: str, dims: dict[int, int], more: Mapping[int, int]) -> None:
@@ -225,9 +232,10 @@ class Listing(Messenger):
             )
         return values[(slice(None),) + (0,) * (len(fn.batch_shape) - trailing)]
 
-    def _pyro_post_sample(self, msg) -> None:
+    def leave(self, msg: Any) -> None:
+        """Note which listed sites the value of a statement depends on."""
         name, value = msg["name"], msg["value"]
-        if value is None or name not in self.dims:
+        if value is None or not self.dims.get(name):
             return
         batch = value.shape[: value.dim() - msg["fn"].event_dim]
         self._values[name] = {

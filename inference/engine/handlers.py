@@ -139,7 +139,7 @@ class Draws(Messenger):
         chains: Listing | None = None,
     ):
         super().__init__()
-        self.chains = chains  # lays out the values of enumerated sites under pyro.markov
+        self.chains = chains  # lays out the values of enumerated sites under pyro.markov, and sees each statement
         self.program, self.fixed, self.fork, self.stand_in = program, fixed, fork, stand_in
         self.aside = aside
         self.choices = choices
@@ -149,6 +149,8 @@ class Draws(Messenger):
         self.limit = 0  # the largest of the limits that these have
 
     def _pyro_sample(self, msg) -> None:
+        if self.chains is not None:
+            self.chains.enter(msg)
         if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
             return
         name, fn = msg["name"], msg["fn"]
@@ -180,6 +182,8 @@ class Draws(Messenger):
     def _pyro_post_sample(self, msg) -> None:
         if msg["name"] in self.roles and msg["name"] not in self.draws:
             self.draws[msg["name"]] = Draw(msg["value"])
+        if self.chains is not None:
+            self.chains.leave(msg)
 
     def _take(self, msg, draw: Draw) -> None:
         self.draws[msg["name"]] = draw
@@ -243,15 +247,22 @@ def in_chain(msg: Mapping[str, Any], estimator: Estimator | None) -> bool:
 class Replay(Messenger):
     """Gives the model the guide's draws, and each relaxed draw the log-probability its estimator wants.
 
-    Sites that the model is to sum over are drawn from it, or take the ``values`` given, where nothing has listed them.
+    Sites that the model is to sum over are drawn from it, or take the ``values`` given, where no ``listing`` has
+    listed them.
     """
 
-    def __init__(self, draws: Draws, values: Mapping[str, Tensor] | None = None):
+    def __init__(self, draws: Draws, values: Mapping[str, Tensor] | None = None, listing: Listing | None = None):
         super().__init__()
-        self.draws, self.values = draws, values or {}
+        self.draws, self.values, self.listing = draws, values or {}, listing
         self.eliminated: list[str] = []
 
+    def _pyro_post_sample(self, msg) -> None:
+        if self.listing is not None:
+            self.listing.leave(msg)
+
     def _pyro_sample(self, msg) -> None:
+        if self.listing is not None:
+            self.listing.enter(msg)
         if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
             return
         name = msg["name"]
@@ -287,6 +298,8 @@ def row_numbers(plate: str, subsample: Any) -> Tensor:
     >>> row_numbers("data", [2, 0])
     tensor([2, 0])
     """
+    if type(subsample) is Tensor and subsample.dtype == torch.int64 and subsample.dim() == 1:
+        return subsample
     try:
         rows = torch.as_tensor(subsample)
     except (TypeError, ValueError, RuntimeError):  # whatever no tensor can hold

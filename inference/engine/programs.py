@@ -186,14 +186,13 @@ class Program:
                     kwargs,
                     draws,
                     SharedSubsamples(subsamples, sizes, aside),
-                    chains and chains.listing,
                 )
                 self._check_nesting(guide)
                 if chains is not None and not chains.listing.listed:
                     chains = None
                 guide_sites = self._sites(guide, draws, chains) if self.max_plate_nesting is not None else []
-            model, replay = Recorder(), Replay(draws, values)
             terms = self._terms(draws, chains)
+            model, replay = Recorder(), Replay(draws, values, terms and terms.listing)
             if with_model:
                 model = self._record(
                     self.model,
@@ -201,7 +200,6 @@ class Program:
                     kwargs,
                     replay,
                     SharedSubsamples(subsamples, sizes, aside),
-                    terms and terms.listing,
                 )
             self._check_nesting(model)
             if self.max_plate_nesting is None:
@@ -279,10 +277,9 @@ class Program:
         kwargs,
         handler: Messenger,
         subsamples: SharedSubsamples,
-        inner: Messenger | None = None,
     ) -> Recorder:
         recorder = Recorder()
-        with recorder, subsamples, handler, inner or nullcontext():
+        with recorder, subsamples, handler:
             if self.vectorized and self.num_particles > 1:
                 with pyro.poutine.block(hide=[PARTICLES]):
                     particles = pyro.plate(PARTICLES, self.num_particles, dim=-1 - self.max_plate_nesting)
@@ -466,16 +463,27 @@ def is_settled(msg) -> bool:
     return is_deterministic(msg["fn"]) or bool(msg["infer"].get("_deterministic"))
 
 
-def observed_in_support(msg) -> Tensor | None:
-    """Where observed values are ones that their distribution can have produced; None for what cannot be told."""
-    if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
-        return None
+def support_of(msg) -> Any:
+    """The support of one number of a statement's value; None where its distribution tells none."""
     try:
         support = msg["fn"].support
         while isinstance(support, torch.distributions.constraints.independent):
             support = support.base_constraint  # all must hold, so that nothing need be gathered by event
-        return torch.as_tensor(support.check(msg["value"]))
+        return support
     except (NotImplementedError, AttributeError, ValueError):  # Pyro's and torch's ways to have no support
+        return None
+
+
+def observed_in_support(msg) -> Tensor | None:
+    """Where observed values are ones that their distribution can have produced; None for what cannot be told."""
+    if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
+        return None
+    support = support_of(msg)
+    if support is None:
+        return None
+    try:
+        return torch.as_tensor(support.check(msg["value"]))
+    except (NotImplementedError, AttributeError, ValueError):  # a support that cannot be told
         return None
 
 

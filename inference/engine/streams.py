@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -88,11 +89,9 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _coming_seed(state: Tensor) -> int:
-    """A seed that a generator's state determines; the generator stays where it stands."""
-    generator = torch.Generator()
-    generator.set_state(state)
-    bits = int(torch.randint(2**62, (), generator=generator))
-    return bits * 0x9E3779B97F4A7C15 % 2**64 >> 20
+    """A seed of 44 bits that a generator's state determines."""
+    digest = blake2b(state.numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 20
 
 
 class OwnNoise:
