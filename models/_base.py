@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -95,7 +94,7 @@ class OverData(Configured):
         """The plate ``data`` over the rows of ``x``, or over ``batch_size`` rows when there is no ``x``."""
         if x is None and self.x_is_given:
             raise BadInput(f"{type(self).__name__} says what follows from x, and nothing of x itself: give it x")
-        like = next(chain(self.parameters(), self.buffers()), torch.empty(()))
+        like = self._like()
         if x is None:
             return pyro.plate("data", batch_size, dim=-1, device=str(like.device))
         self.check_batch(x, like)
@@ -105,6 +104,14 @@ class OverData(Configured):
             raise BadInput(f"{type(self).__name__}: a batch of {len(x)} is larger than data_size={self.data_size}")
         rows = torch.arange(len(x), device=x.device)
         return pyro.plate("data", self.data_size, subsample=rows, dim=-1, device=str(x.device))
+
+    def _like(self) -> torch.Tensor:
+        """The first parameter or buffer, which has the device and dtype of all; ``parameters()`` takes longer."""
+        for module in self.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    return parameter
+        return next(self.buffers(), torch.empty(()))
 
     def check_batch(self, x: torch.Tensor, like: torch.Tensor) -> None:
         """Raise BadInput unless ``x`` is a batch ``(B, *data_shape)`` of the module's dtype."""
@@ -213,7 +220,7 @@ class GenerativeModel(OverData):
         >>> {name: tuple(value.shape) for name, value in NeuralClassifier((1, 8, 8)).example(5).items()}
         {'x': (5, 1, 8, 8), 'y': (5, 10)}
         """
-        like = next(chain(self.parameters(), self.buffers()), torch.empty(()))
+        like = self._like()
         shapes = ({"x": self.data_shape} if self.x_is_given else {}) | dict(self.conditions)
         given = {name: like.new_empty((rows, *shape)).uniform_() for name, shape in shapes.items()}
         draws = self.sample_prior(rows, **given)

@@ -77,6 +77,8 @@ class Observation(nn.Module):
     def forward(self, output: Tensor) -> dist.TorchDistribution:
         """p(x | output) from ``(..., outputs * size)``, batch shape ``(...)`` and event shape ``shape``."""
         rank = len(self.shape)
+        if self.outputs == 1:
+            return self.family.make(output.unflatten(-1, self.shape), rank=rank, **self.options)
         parts = output.unflatten(-1, (self.outputs, *self.shape)).unbind(-1 - rank)
         return self.family.make(*parts, rank=rank, **self.options)
 

@@ -161,11 +161,9 @@ class Binding(nn.Module):
 
     def look(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Look for rows that are mixed within a plate, once in each mode and for each of the first batch sizes."""
-        if not self._needs_plates() or current_tape():
-            return
-        mode = tuple(module.training for module in self.modules_met)
-        size = tuple(item.shape[:1] for item in (*args, *kwargs.values()) if isinstance(item, Tensor))
-        if (mode, size) in self.looks:
+        mode = tuple([module.training for module in self.modules_met])
+        size = tuple([item.shape[:1] for item in (*args, *kwargs.values()) if isinstance(item, Tensor)])
+        if (mode, size) in self.looks or not self._needs_plates() or current_tape():
             return
         if sum(mode == other for other, _ in self.looks) < SIZES:
             nesting = self.max_plate_nesting or self.elbo.requested_nesting
@@ -427,8 +425,10 @@ class Binding(nn.Module):
     def _value(self, program: Program, layout: Layout, moving: bool, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         objective = self.elbo.target.refined(self.chosen)
         groups = program.runs(args, kwargs, with_model=objective.runs_model, proposal=objective.proposal)
-        for run in (run for paths in groups for run in paths if run.eliminated):
-            self._check_weight(run.eliminated)
+        for paths in groups:
+            for run in paths:
+                if run.eliminated:
+                    self._check_weight(run.eliminated)
         reruns = self._reruns(program, layout, args, kwargs)
         reruns.through_values(groups)
         if not any(run.sites for paths in groups for run in paths):

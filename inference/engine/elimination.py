@@ -104,7 +104,7 @@ class Listing:
         self.given: dict[str, Listed] = before.listed if before is not None else {}
         self.by_number: list[Listed] = before.by_number if before is not None else []
         self.listed: dict[str, Listed] = {}
-        self._start = min([first, *(listed.dim - 1 for listed in self.given.values())])
+        self._start = min([first, *[listed.dim - 1 for listed in self.given.values()]])
         self._here: tuple[Place, bool] = (frozenset(), True)
         self.dims: dict[str, dict[int, int]] = {}  # by site: what its dimensions stand for
         self._values: dict[str, dict[int, int]] = {}  # the same of its value
@@ -254,7 +254,7 @@ def _within(place: Place, plates: frozenset[str]) -> Place:
 
 def plates_of(msg: Mapping[str, Any]) -> Frames:
     """The vectorized plates that a statement stands in, without that of the particles."""
-    return frozenset((f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLES)
+    return frozenset([(f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLES])
 
 
 def subsampled(msg: Mapping[str, Any]) -> frozenset[tuple[str, int | None]]:

@@ -257,7 +257,7 @@ class Replay(Messenger):
         self.eliminated: list[str] = []
 
     def _pyro_post_sample(self, msg) -> None:
-        if self.listing is not None:
+        if self.listing is not None and self.listing.by_number:
             self.listing.leave(msg)
 
     def _pyro_sample(self, msg) -> None:
@@ -325,12 +325,10 @@ def too_many(counts: Mapping[str, int], total: int, limit: int) -> UnsupportedSi
 
 def nesting(recorder: Recorder) -> int:
     """How many plates deep the statements of one program stand."""
-    return max(
-        (
-            -frame.dim
-            for msg in recorder.messages.values()
-            for frame in msg["cond_indep_stack"]
-            if frame.vectorized and frame.name != PARTICLES
-        ),
-        default=0,
-    )
+    dims = [
+        -frame.dim
+        for msg in recorder.messages.values()
+        for frame in msg["cond_indep_stack"]
+        if frame.vectorized and frame.name != PARTICLES
+    ]
+    return max(dims, default=0)
