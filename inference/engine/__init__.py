@@ -1,3 +1,3 @@
-"""One loss: running the programs, walking back over their terms, objectives, and scopes that leave no trace."""
+"""The engine of a loss: running the programs, collecting their terms, objectives, and scopes without side effects."""
 
 from __future__ import annotations

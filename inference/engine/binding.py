@@ -1,4 +1,4 @@
-"""One loss bound to a model and a guide: what it finds out about them, and the value of a call."""
+"""One loss bound to a model and a guide: the inspection of the programs, and the value of a call."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from .vectorizing import check_at_once, check_listed, differs_listed
 from .views import Inputs, Views
 
 ONE_BY_ONE = "are run one by one"
-SIZES = 4  # for so many batch sizes in each mode the programs are looked at
+SIZES = 4  # the number of batch sizes per mode for which the programs are checked
 
 
 class Loss(Words, Protocol):
-    """What a binding asks of the loss that it belongs to; :class:`SiteELBO` is one."""
+    """The interface of a loss that a binding needs; :class:`SiteELBO` implements it."""
 
     requested_nesting: int | None
     requested_vectorized: bool | None
@@ -52,9 +52,9 @@ class Loss(Words, Protocol):
 
 @dataclass(frozen=True)
 class Pair:
-    """The programs of a binding, whose parameters belong to whoever owns the binding.
+    """The programs of a binding, whose parameters belong to the binding's owner.
 
-    ``program`` is what is run as the guide: the guide itself, or a program around one that runs the model.
+    ``program`` runs as the guide: the guide itself, or a program that wraps a guide which runs the model.
     """
 
     model: Callable
@@ -63,7 +63,7 @@ class Pair:
 
 
 class Binding(nn.Module):
-    """What one loss has found out about one model and guide: sites, plates, particles, and the estimators' state."""
+    """The state of one loss for one model and guide: sites, plates, particles, and the estimators' state."""
 
     uncaptured = frozenset({"steps"})
 
@@ -71,7 +71,7 @@ class Binding(nn.Module):
         super().__init__()
         self.elbo, self.pair = elbo, Pair(model, guide, as_program(guide))
         self.resolution = Resolution(elbo)
-        self.chosen: dict[str, Estimator] = {}  # the estimators of the sites that the first call met
+        self.chosen: dict[str, Estimator] = {}  # the estimators of the sites in the first call
         self.enum_dims: dict[str, int] = {}
         self.stand_ins: dict[Any, Estimator] = {}
         self.states = nn.ModuleDict()
@@ -79,18 +79,18 @@ class Binding(nn.Module):
         self.num_particles: int | None = None
         self.max_plate_nesting: int | None = None
         self.mixed_plates: tuple[str, ...] = ()
-        self.looks: set[tuple[Any, ...]] = set()  # modes and batch sizes in which the programs were looked at
+        self.looks: set[tuple[Any, ...]] = set()  # modes and batch sizes in which the programs were checked
         self.modules_met: list[nn.Module] = []
         self.generators = Generators()
-        self.stacks = True  # whether many alternatives of a draw are run at once
-        self.runs_again = False  # once it does, the programs' own noise is kept apart
+        self.stacks = True  # whether many alternatives of a draw run at once
+        self.runs_again = False  # if so, the programs' own noise is kept separate
         self.make_layout: Callable[..., Layout] = Layout
-        self.checks_plates = True  # whether plates="check" looks at the programs; others may have looked before
-        self.lists_chains = False  # whether enumerated sites under pyro.markov are summed over by elimination
-        self.shares_dims = True  # whether elements of a sequential plate are listed along the same dimensions
-        self.apart = False  # whether particles, and enumerated values, are run one by one
+        self.checks_plates = True  # whether plates="check" checks the programs; False if they were checked before
+        self.lists_chains = False  # whether enumerated sites under pyro.markov are summed out by elimination
+        self.shares_dims = True  # whether elements of a sequential plate are enumerated along the same dimensions
+        self.apart = False  # whether particles, and enumerated values, run one by one
         self.scored = False  # whether a factor, or a draw with a path, leaves a score term
-        self.calls_autograd = False  # found out when a run without gradients fails for it
+        self.calls_autograd = False  # set when a run without gradients fails for this reason
 
     @property
     def model(self) -> Callable:
@@ -102,7 +102,7 @@ class Binding(nn.Module):
 
     @property
     def joint(self) -> set[str]:
-        """The enumerated sites whose values are listed jointly over their plates."""
+        """The enumerated sites whose values are enumerated jointly over their plates."""
         return self.resolution.joint
 
     def has_state(self) -> bool:
@@ -118,7 +118,7 @@ class Binding(nn.Module):
         return self.num_particles is not None
 
     def state_of(self, site: Site, inputs: Callable[[], list[Tensor]]) -> nn.Module | None:
-        """The module of a site's estimator; one is made for a site that the first call did not meet."""
+        """The module of a site's estimator; it is created for a site that was not in the first call."""
         key = _key(site.name)
         if key not in self.states:
             state = site.estimator.make_state({"name": site.name, "fn": site.fn, "infer": site.infer}, inputs)
@@ -133,10 +133,10 @@ class Binding(nn.Module):
             self.states[key] = state.to(site.log_prob.device)
         return self.states[key]
 
-    # The first call, and looks at the programs.
+    # The first call, and checks of the programs.
 
     def initialize(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Run the programs once to see their sites, leaving random streams and statistics as they were."""
+        """Run the programs once to find their sites; random state and statistics are restored."""
         if self.ready():
             return
         if self.elbo.undecided:
@@ -152,7 +152,7 @@ class Binding(nn.Module):
                 return
             program = one_particle(self.model, self.guide, self.elbo.requested_nesting, self.resolution.as_drawn)
             program.generators = Generators(devices_of(self.model, self.guide, *args), others=True)
-            program.eliminates = False  # what is summed over is drawn once, to have values to compare with
+            program.eliminates = False  # sites that are summed out are drawn once, as values for comparison
             seen = program.run(args, kwargs)
             program.eliminates = True
             self.modules_met = list(met)
@@ -160,7 +160,7 @@ class Binding(nn.Module):
             self._study(program, seen, args, kwargs)
 
     def look(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Look for rows that are mixed within a plate, once in each mode and for each of the first batch sizes."""
+        """Check for dependent rows within a plate, once in each mode and for each of the first batch sizes."""
         mode = tuple([module.training for module in self.modules_met])
         size = tuple([item.shape[:1] for item in (*args, *kwargs.values()) if isinstance(item, Tensor)])
         if (mode, size) in self.looks or not self._needs_plates() or current_tape():
@@ -174,7 +174,7 @@ class Binding(nn.Module):
         self.looks.add((mode, size))
 
     def _needs_plates(self) -> bool:
-        """Whether anything is estimated row by row: without surrogates and weights all terms are summed anyway."""
+        """Whether anything is estimated per row: without surrogates and weights all terms are summed anyway."""
         weighs = (type(e).surrogate is not Estimator.surrogate or e.enumerates for e in self.chosen.values())
         return (
             self.elbo.plates == "check"
@@ -183,19 +183,19 @@ class Binding(nn.Module):
         )
 
     def mix(self, plates: list[str]) -> None:
-        """Rows of these plates turned out to be mixed: from now on they are summed, or the objective refuses them."""
+        """Record that rows of these plates are dependent: they are summed, or the objective refuses them."""
         what = f"a change of one row's draw changes other rows of plate {plates[0]!r}"
         if self.elbo.target.weighs_rows:
             raise UnsupportedSite(
                 PROGRAM,
                 ANY,
-                f"{what} (a layer such as BatchNorm mixes them), so that a weight for each row means nothing under"
+                f"{what} (a layer such as BatchNorm mixes them), so that there is no weight per row under"
                 f" objective {self.elbo.objective!r}; pass plates='ignore' for one weight for all rows, or"
                 " plates='trust'",
             )
         if self.looks and any(estimator.lazy_parameters for estimator in self.chosen.values()):
             raise BadInput(
-                f"{what} in this mode or for this batch size, and a network was built for rows that are kept apart:"
+                f"{what} in this mode or for this batch size, and a network was built for independent rows:"
                 " call loss.initialize(x) in training mode, or pass plates='ignore'"
             )
         self.mixed_plates = (*self.mixed_plates, *plates)
@@ -210,7 +210,7 @@ class Binding(nn.Module):
         chains = [site.name for site in seen.guide if in_chain({"infer": site.infer}, chosen.get(site.name))]
         self.lists_chains = bool(chains) and self.vectorized
         if self.lists_chains:
-            for name, estimator in chosen.items():  # dimensions of listed chains stand to the left of these
+            for name, estimator in chosen.items():  # dimensions of enumerated chains are to the left of these
                 if estimator.enumerates and name not in chains:
                     self.enum_dims.setdefault(name, -(2 + program.max_plate_nesting + len(self.enum_dims)))
         if seen.eliminated or self.lists_chains:
@@ -225,7 +225,7 @@ class Binding(nn.Module):
             if site.name in chosen:
                 self.state_of(site, partial(self._inputs(layout, args, kwargs), [seen], site))
         for name in self.elbo.target.reports:
-            # A buffer, so that a captured step fills it; it belongs to no checkpoint.
+            # A buffer, so that a captured step can write it; checkpoints do not hold it.
             zero = torch.zeros((), dtype=torch.float64, device=seen.sites[0].log_prob.device if seen.sites else None)
             self.register_buffer(f"reported_{name}", zero, persistent=False)
         self.max_plate_nesting = program.max_plate_nesting
@@ -252,7 +252,7 @@ class Binding(nn.Module):
             ) from error
 
     def _check_weight(self, eliminated: Sequence[str]) -> None:
-        """Refuse a weight of latent terms, where a latent site has no term of its own."""
+        """Refuse a weight of latent terms if a latent site has no term of its own."""
         if callable(self.elbo.kl_weight) or self.elbo.kl_weight != 1:
             raise UnsupportedSite(
                 eliminated[0],
@@ -264,7 +264,7 @@ class Binding(nn.Module):
     def _settle_listed(
         self, program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any], chains: Sequence[str]
     ) -> None:
-        """Find out which sites are listed jointly over their plates, and whether elimination serves the chains."""
+        """Determine the sites to enumerate jointly over their plates, and whether elimination serves the chains."""
         program.joint, program.memory_limit = self.joint, self.elbo.memory_limit * 2**30
         program.resolve = partial(self._as_listed, chains)
         if self.elbo.plates == "ignore":
@@ -310,15 +310,15 @@ class Binding(nn.Module):
     def _list_jointly(self, site: str) -> None:
         if site in self.joint:
             raise UnsupportedSite(
-                site, "enumerate", "a later plate mixes its values in a way that cannot be enumerated"
+                site, "enumerate", "a later plate combines its values in a way that cannot be enumerated"
             ) from None
         self.joint.add(site)
 
     def _settle(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Find out what the programs take at once: particles and alternatives, enumerated values only, or nothing."""
+        """Determine what runs at once: particles and alternatives, enumerated values only, or nothing."""
         reruns = any(estimator.reruns for estimator in self.chosen.values())
         try:
-            # Two particles stand for alternatives, which are run in another such dimension.
+            # Two particles test alternatives, which run in another leading dimension.
             self._check(seen, args, kwargs, max(self.num_particles, 2) if reruns else self.num_particles)
             return
         except GumboError as error:
@@ -364,7 +364,7 @@ class Binding(nn.Module):
 
     @property
     def vectorized(self) -> bool:
-        """Whether leading dimensions are in use; a single particle with nothing enumerated has none to speak of."""
+        """Whether leading dimensions are in use; a single particle without enumeration needs none."""
         return self.elbo.vectorize_particles and not self.apart
 
     def program(self) -> Program:
@@ -410,7 +410,7 @@ class Binding(nn.Module):
                     raise
                 self.calls_autograd = True
             except NeedsJoint as mixed:
-                # A later site mixes what the plate keeps apart: from now on its elements are enumerated together.
+                # A later site combines the plate's elements: from now on they are enumerated jointly.
                 self._list_jointly(mixed.site)
             except NeedsListing:
                 self.lists_chains = False
@@ -460,7 +460,7 @@ class Binding(nn.Module):
             self.get_buffer(f"reported_{name}").copy_(value)
 
     def reported(self) -> dict[str, Tensor]:
-        """What the objective has reported in the last call in training mode, by name."""
+        """The values that the objective reported in the last call in training mode, by name."""
         return {name: self.get_buffer(f"reported_{name}") for name in self.elbo.target.reports}
 
     def objective_name(self) -> str:
@@ -468,7 +468,7 @@ class Binding(nn.Module):
 
 
 def _unreported(name: str, value: Tensor) -> None:
-    """What is found without moving anything is not kept."""
+    """Reports of calls that change no state are dropped."""
 
 
 def _handles_itself(guide: Any) -> bool:
@@ -480,7 +480,7 @@ def _key(site: str) -> str:
 
 
 def _of_the_dimensions(error: GumboError) -> bool:
-    """Whether a run with leading dimensions failed for these, as far as its error can tell."""
+    """Whether a run with leading dimensions failed because of these, judged by its error."""
     if isinstance(error, CannotVectorize):
         return True
     if isinstance(error, UnsupportedSite):

@@ -1,9 +1,9 @@
-"""Sums over products of log-factors whose dimensions have names, one variable after the other.
+"""Sums over products of log-factors with named dimensions, one variable at a time.
 
-Pyro's contraction (``pyro.ops.contract``) says which factors are joined in which plates; the ring here does the sums.
-Pyro's own ring leaves the logarithm to multiply, so that a sum of which every product is tiny rounds to a constant
-(below e⁻⁸⁷ in float32): two states whose observations differ by a hundred nats are enough. One ``logsumexp`` for each
-variable keeps every finite value.
+Pyro's contraction (``pyro.ops.contract``) determines which factors are joined in which plates; the ring here computes
+the sums. Pyro's own ring leaves the log domain to multiply, so that a sum of tiny products rounds to a constant (below
+e⁻⁸⁷ in float32): two states whose observations differ by a hundred nats suffice. One ``logsumexp`` per variable keeps
+every finite value.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pyro.ops.rings import LogRing
 from torch import Tensor
 
 Names = str  # a dimension is a character, as in ``pyro.ops.packed``
-MEMORY_LIMIT = 4 * 2**30  # bytes that one sum may need
+MEMORY_LIMIT = 4 * 2**30  # the default limit of one sum, in bytes
 
 
 class TooLarge(Exception):
-    """A sum would need more memory than it may."""
+    """Raised for a sum that needs more memory than the limit."""
 
     def __init__(self, needed: int, names: Names):
         super().__init__(needed, names)
@@ -33,7 +33,7 @@ class TooLarge(Exception):
 
 @dataclass(frozen=True)
 class Factor:
-    """Which factor takes part in a step, and how it is laid out for that."""
+    """A factor in a step, and its layout there."""
 
     place: int
     order: tuple[int, ...] | None
@@ -42,7 +42,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Step:
-    """Factors that are joined, and the dimension of the result that is summed over; None for the last one."""
+    """Factors that are joined, and the dimension of the result that is summed out; None for the last one."""
 
     factors: tuple[Factor, ...]
     axis: int | None
@@ -52,7 +52,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a sum, what comes out, how many numbers all joined factors hold, and the names of the largest."""
+    """The steps of a sum, its result, the number of elements of all joined factors, and the names of the largest."""
 
     steps: tuple[Step, ...]
     names: Names
@@ -62,7 +62,7 @@ class Plan:
 
 @lru_cache(maxsize=512)
 def plan(factors: tuple[Names, ...], sizes: tuple[tuple[int, ...], ...], over: frozenset[str]) -> Plan:
-    """In which order ``over`` is summed out of a product of factors: the variable with the smallest joint table first.
+    """The order in which ``over`` is summed out of a product: the variable with the smallest joint table first.
 
     >>> [step.numbers for step in plan(("a", "ab", "bc"), ((9,), (9, 9), (9, 9)), frozenset("abc")).steps]
     [81, 81, 9, 1]
@@ -89,7 +89,7 @@ def plan(factors: tuple[Names, ...], sizes: tuple[tuple[int, ...], ...], over: f
 
     def step(places: Collection[int], summed: str | None) -> Step:
         names = joined(places)
-        # Small factors are added to each other first.
+        # Small factors are added first.
         ordered = sorted(places, key=lambda place: (numbers(held[place]), place))
         axis = None if summed is None else names.index(summed)
         left = names if summed is None else names.replace(summed, "")
@@ -125,10 +125,10 @@ def plan(factors: tuple[Names, ...], sizes: tuple[tuple[int, ...], ...], over: f
 
 
 class SumProduct(LogRing):
-    """Sums of products of probabilities, given and returned as logarithms, for ``pyro.ops.contract``.
+    """Sums of products of probabilities in log space, for ``pyro.ops.contract``.
 
-    It is exact to rounding whatever the range of the factors, keeps a probability of zero as −∞ with a gradient of
-    zero, and raises :class:`TooLarge` before a sum that would hold more than ``limit`` bytes.
+    It is exact up to rounding for any range of the factors, keeps a zero probability as −∞ with gradient zero, and
+    raises :class:`TooLarge` before a sum that needs more than ``limit`` bytes.
     """
 
     def __init__(self, limit: float = math.inf):
@@ -140,7 +140,7 @@ class SumProduct(LogRing):
             return terms[0]
         names = tuple(term._pyro_dims for term in terms)
         found = plan(names, tuple(tuple(term.shape) for term in terms), frozenset(dims))
-        # Kept for the gradient: what is joined, and its exponentials while they are summed.
+        # Memory for the gradient: the joined factor, and its exponentials during the sum.
         needed = 2 * found.numbers * terms[0].element_size()
         if needed > self.limit:
             raise TooLarge(needed, found.largest)
@@ -172,7 +172,7 @@ class SumProduct(LogRing):
 
 
 def laid_out(tensor: Tensor, own: Names, names: Names) -> Tensor:
-    """A tensor with dimensions of the given names, of size 1 where it has none of its own.
+    """A tensor with dimensions of the given names, of size 1 for names that it lacks.
 
     >>> laid_out(torch.zeros(2, 3), "ba", "abc").shape
     torch.Size([3, 2, 1])
@@ -183,7 +183,7 @@ def laid_out(tensor: Tensor, own: Names, names: Names) -> Tensor:
 
 
 def log_sum(tensor: Tensor, dim: int) -> Tensor:
-    """``logsumexp`` whose gradient is zero, and not NaN, where every term is −∞; the sum is then very low, not −∞.
+    """``logsumexp`` with gradient zero, not NaN, where every term is −∞; the sum is then a very low finite number.
 
     >>> x = torch.full((2,), -torch.inf, requires_grad=True)
     >>> log_sum(x, 0).backward()
@@ -194,10 +194,10 @@ def log_sum(tensor: Tensor, dim: int) -> Tensor:
 
 
 def impossible(tensor: Tensor) -> Tensor:
-    """−∞ where :func:`log_sum` stands for it by a very low number."""
+    """Replace the very low number by which :func:`log_sum` represents −∞ by −∞."""
     return torch.where(tensor <= _floor(tensor.dtype) / 2, -torch.inf, tensor)
 
 
 def _floor(dtype: torch.dtype) -> float:
-    """Below every log-probability, and far enough from the lowest number that many of them can be added."""
+    """Below every log-probability, and far enough from the lowest float that many can be added."""
     return -1e30 if torch.finfo(dtype).max > 1e30 else float(torch.finfo(dtype).min) / 64

@@ -1,9 +1,9 @@
-"""Sites that the model lists and the guide leaves out: their values laid out, and summed over by elimination.
+"""Enumerated sites that the guide does not sample: their values are laid out, and summed out by variable elimination.
 
-A chain or a tree of such sites has too many joint values to list, and its sum needs none of them: variables are summed
-out one after the other, each from the few factors that it stands in (Obermeyer et al. 2019, "Tensor variable
-elimination for plated factor graphs", arXiv 1902.03210). The values of a site lie along a dimension of their own, which
-other sites use again where ``pyro.markov`` or a sequential plate hides it from them.
+A chain or a tree of such sites has too many joint values to enumerate. Variables are summed out one at a time, each
+from the few factors that contain it (Obermeyer et al. 2019, "Tensor variable elimination for plated factor graphs",
+arXiv 1902.03210). The values of a site are along a dimension of their own, which other sites reuse where
+``pyro.markov`` or a sequential plate separates them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .contraction import MEMORY_LIMIT, SumProduct, TooLarge, impossible, laid_ou
 from .records import PARTICLES, Frame, Frames, Site
 from .terms import NeedsJoint
 
-MAX_DIMS = 60  # torch holds 64
+MAX_DIMS = 60  # torch allows 64
 JOINT_LIMIT = 2**14  # joint values of one site over its plates
 
 Place = frozenset[tuple[str, int]]  # sequential plates by name, with the number of an element
 
 
 def is_marked(msg: Mapping[str, Any]) -> bool:
-    """Whether a statement of the model asks for its values to be summed over.
+    """Whether a statement of the model asks for enumeration.
 
-    Raises UnsupportedSite for a mark that elimination does not serve.
+    Raises UnsupportedSite for a mark that elimination does not support.
     """
     mark = msg["infer"].get("enumerate")
     if not mark or msg["is_observed"]:
@@ -60,7 +60,7 @@ def is_marked(msg: Mapping[str, Any]) -> bool:
 
 @dataclass
 class Listed:
-    """A site whose values lie along a dimension: which, and under which number the dimension is known."""
+    """An enumerated site whose values are along a dimension: the dimension and its number."""
 
     name: str
     dim: int
@@ -72,21 +72,21 @@ class Listed:
 
 
 class Listing:
-    """Lays out the values of a program's listed sites, and notes what each dimension stands for.
+    """Lays out the values of a program's enumerated sites, and records the site of each dimension.
 
     The messenger that runs the program calls :meth:`enter` before a statement is drawn and :meth:`leave` after it.
 
     Args:
-        first: the dimensions from here to the left belong to listed values.
-        joint: sites whose values are listed jointly over their plates.
-        nesting: how many dimensions belong to plates.
-        limit: bytes that the log-probability of one site may need.
+        first: enumerated values use the dimensions from here to the left.
+        joint: sites whose values are enumerated jointly over their plates.
+        nesting: the number of dimensions for plates.
+        limit: the largest log-probability of one site, in bytes.
         drawn: the sites that the guide draws; these take their draws. None in the guide, where :meth:`lay_out` is
-            called for the sites that are to be listed.
-        before: the listing of the guide, in the model that is run after it.
-        shares: whether sites in different elements of a sequential plate take the same dimension, and are hidden from
-            each other. An element is known by its number, so that a second loop over the plate sees what stood in the
-            same element of the first.
+            called for the sites to enumerate.
+        before: the listing of the guide, for the model that runs after it.
+        shares: whether sites in different elements of a sequential plate use the same dimension, and are invisible to
+            each other. An element is identified by its number, so that a second loop over the plate sees the sites of
+            the same element in the first.
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class Listing:
         self.listed: dict[str, Listed] = {}
         self._start = min([first, *[listed.dim - 1 for listed in self.given.values()]])
         self._here: tuple[Place, bool] = (frozenset(), True)
-        self.dims: dict[str, dict[int, int]] = {}  # by site: what its dimensions stand for
-        self._values: dict[str, dict[int, int]] = {}  # the same of its value
+        self.dims: dict[str, dict[int, int]] = {}  # by site: the sites of its dimensions
+        self._values: dict[str, dict[int, int]] = {}  # the same for its value
         self._depths: dict[str, int] = {}
-        # By sequential plates and elements of some of them: what stands there, for as long as the run lasts.
+        # By sequential plates and elements of some of them: the dimensions in use there, during the run.
         self._loops: dict[frozenset[str], dict[Place, dict[int, int]]] = {}
 
     def enter(self, msg: Any) -> None:
-        """See a statement before it is drawn, and list its values if the model asks for that."""
+        """Process a statement before it is drawn, and enumerate its values if the model asks for that."""
         if site_is_subsample(msg):
             return
         name, infer = msg["name"], msg["infer"]
@@ -154,11 +154,11 @@ class Listing:
                 )
 
     def lay_out(self, msg: Any) -> None:
-        """Give a site all of its values at once, along a dimension that no site which it sees uses."""
+        """Give a site all of its values at once, along a dimension that no visible site uses."""
         dims, (place, lasting) = self.dims[msg["name"]], self._here
         taken = set(dims)
         if lasting:
-            # A later statement may see both this site and what stands in no other element than it.
+            # A later statement may see both this site and the sites of the same element.
             for plates, by_element in self._loops.items():
                 taken |= by_element.get(_within(place, plates), {}).keys()
         dim = self._start
@@ -244,7 +244,7 @@ class Listing:
 
 
 def element_of(msg: Mapping[str, Any]) -> Place:
-    """The elements of sequential plates that a statement stands in; plates that are looped over twice count on."""
+    """The elements of sequential plates that contain a statement; plates looped over twice continue to count."""
     return frozenset((f.name, (f.counter - 1) % f.size) for f in msg["cond_indep_stack"] if not f.vectorized)
 
 
@@ -253,12 +253,12 @@ def _within(place: Place, plates: frozenset[str]) -> Place:
 
 
 def plates_of(msg: Mapping[str, Any]) -> Frames:
-    """The vectorized plates that a statement stands in, without that of the particles."""
+    """The vectorized plates that contain a statement, without the plate of the particles."""
     return frozenset([(f.name, f.dim, f.size) for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLES])
 
 
 def subsampled(msg: Mapping[str, Any]) -> frozenset[tuple[str, int | None]]:
-    """The plates of which only a part of the elements is visited; an element of a sequential one by its number."""
+    """The plates of which only some elements are visited; an element of a sequential one by its number."""
     return frozenset(
         (f.name, None if f.vectorized else f.counter)
         for f in msg["cond_indep_stack"]
@@ -267,16 +267,16 @@ def subsampled(msg: Mapping[str, Any]) -> frozenset[tuple[str, int | None]]:
 
 
 class NeedsListing(Exception):
-    """A chain of the guide turned out to be tied to other sites in a way that only a list of all values serves."""
+    """Raised if a chain of the guide depends on other sites so that its joint values must be enumerated."""
 
 
 @dataclass
 class Term:
-    """A factor of the sum: a site's log-probability without its scale, and the listed sites that it depends on."""
+    """A factor of the sum: a site's log-probability without its scale, and the enumerated sites that it depends on."""
 
     site: Site
     tensor: Tensor
-    known: Mapping[int, int]  # which listed site each dimension stands for
+    known: Mapping[int, int]  # the enumerated site of each dimension
     numbers: tuple[int, ...]
     scale: Any
     parts: frozenset[tuple[str, int | None]]
@@ -285,7 +285,7 @@ class Term:
 
 @dataclass
 class Cost:
-    """What a bound has to add: a tensor whose dimensions have names, and the plates that it is told apart by."""
+    """A term of the bound: a tensor with named dimensions, and the plates that it still has."""
 
     name: str
     tensor: Tensor
@@ -299,7 +299,7 @@ class Cost:
 
 @dataclass
 class Terms:
-    """The factors of one run of a model that are to be summed over, with the listed sites that they depend on."""
+    """The factors of one run of a model to be summed, with the enumerated sites that they depend on."""
 
     listing: Listing
     room: int
@@ -315,7 +315,7 @@ class Terms:
     def take(
         self, site: Site, msg: Mapping[str, Any], tensor: Tensor, place: int, scaled: Tensor | None = None
     ) -> bool:
-        """Whether a site's log-probability is one of them; if so it is kept here.
+        """Whether a site's log-probability is a factor; if so it is stored here.
 
         In the guide ``scaled`` is log q with its scale and mask.
         """
@@ -325,7 +325,7 @@ class Terms:
         if listed is None and not left:
             return False
         if listed is None and scaled is not None:
-            raise NeedsListing(site.name)  # a site of the guide that is drawn for each of the listed values
+            raise NeedsListing(site.name)  # a site of the guide that is drawn for each of the enumerated values
         known = listing.dims.get(site.name, {})
         for dim in left:
             if dim not in known:
@@ -357,7 +357,7 @@ class Terms:
         return True
 
     def at(self, values: Mapping[str, Tensor]) -> Iterator[tuple[Term, Tensor]]:
-        """Each factor where the listed sites take these values, laid out along plates; without its scale."""
+        """Each factor at these values of the enumerated sites, laid out along plates; without its scale."""
         listed = {each.name: each for each in self.listing.by_number}
         index = {name: self._index(listed[name], value) for name, value in values.items() if name in listed}
         for term in self.found:
@@ -375,7 +375,7 @@ class Terms:
             yield term, tensor
 
     def _index(self, listed: Listed, value: Tensor) -> Tensor:
-        """Which of the listed values these are, along ``room`` dimensions of plates."""
+        """The indices of these values among the enumerated ones, along ``room`` dimensions of plates."""
         own, event = listed.values.shape[1:], listed.event_dim
         laid = value.reshape((1,) * (self.room + event - value.dim()) + value.shape)
         same = laid == listed.values.reshape(listed.values.shape[:1] + (1,) * (laid.dim() - len(own)) + own)
@@ -385,11 +385,11 @@ class Terms:
         return same.to(torch.uint8).argmax(0)
 
     def own(self, term: Term) -> list[int]:
-        """The model's own among the listed sites that a factor depends on; the guide's are left to an expectation."""
+        """The model's enumerated sites that a factor depends on; the guide's are left to an expectation."""
         return [number for number in term.numbers if self.listing.by_number[number].name in self.listing.listed]
 
     def components(self) -> Iterator[list[Term]]:
-        """Factors that share listed sites of the model, directly or through others."""
+        """Factors that share enumerated sites of the model, directly or through others."""
         leader = list(range(len(self.listing.by_number)))
 
         def root(number: int) -> int:
@@ -430,7 +430,7 @@ class Terms:
             joined = [n for n in names if symbols.of_listed(self.listing.listed[n].number) in error.names]
             raise too_large(error.needed, self.listing.limit, joined or names) from None
         except NotImplementedError:
-            # Plates that cross: what is summed over in one of them is tied to the other.
+            # Crossing plates: a site summed out in one of them depends on the other.
             apart = [site for site in self._listed(terms) if site.frames]
             if not apart:
                 raise
@@ -455,7 +455,7 @@ class Terms:
             )
 
     def laid_out(self, cost: Cost) -> Site:
-        """A cost as a site, to stand after the last of its factors."""
+        """A cost as a site, placed after the last of its factors."""
         log_prob = self.symbols.unpacked(cost.tensor, cost.names, self.room)
         made = Site(cost.name, cost.like.fn, cost.like.value, cost.frames, log_prob, scale=cost.scale)
         made.sums = cost.factors
@@ -467,7 +467,7 @@ class Terms:
 
 
 class Symbols:
-    """A character for each plate, each listed site, and each dimension of particles and of the guide's values."""
+    """A character for each plate, each enumerated site, and each dimension of particles and of the guide's values."""
 
     def __init__(self, first: int):
         self.first = first
@@ -517,7 +517,7 @@ class Symbols:
 
 
 def _check_parts(terms: Sequence[Term], names: Sequence[str]) -> None:
-    """Refuse a sum that reaches out of a subsampled plate: over a part of its elements it stands for no other sum."""
+    """Refuse a sum that spans a subsampled plate: a sum over part of its elements does not estimate the full sum."""
     for term in terms[1:]:
         odd = term.parts ^ terms[0].parts
         if odd:
@@ -559,7 +559,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 class TooMuchMemory(UnsupportedSite):
-    """A sum over listed sites that would need more memory than it may."""
+    """A sum over enumerated sites that needs more memory than the limit."""
 
 
 def too_large(needed: int, limit: float, names: Sequence[str]) -> TooMuchMemory:
@@ -581,10 +581,10 @@ def _bytes(number: float) -> str:
 
 
 def expected(model: Terms, guide: Terms, kl_weight: Any) -> list[Cost]:
-    """The terms of both programs, expected over the sites that the guide lists; one cost for each set of plates.
+    """The terms of both programs, in expectation over the sites that the guide enumerates; one cost per set of plates.
 
-    ``guide.found`` holds log q of the listed sites. From the last of them to the first, the terms that depend on a site
-    are added up, weighed with its probabilities and summed over its values: in time linear in their number for a chain.
+    ``guide.found`` holds log q of these sites. From the last of them to the first, the terms that depend on a site are
+    added up, weighted by its probabilities and summed over its values: in time linear in their number for a chain.
     """
     symbols, listing = model.symbols, guide.listing
     costs: list[tuple[Tensor, str, Frames]] = []
@@ -624,7 +624,7 @@ def expected(model: Terms, guide: Terms, kl_weight: Any) -> list[Cost]:
             if needed > listing.limit:
                 raise too_large(needed, listing.limit, list(listing.listed))
             probabilities = laid_out(logits, of_q, names).exp()
-            # What cannot happen counts for nothing, be its log-probability −∞; nor may −∞ reach the gradient of q.
+            # Impossible values contribute zero although their log-probability is −∞, which must not reach q's gradient.
             possible = torch.where(probabilities > 0, total, torch.zeros_like(total))
             left, names = (probabilities * possible).sum(names.index(symbol)), names.replace(symbol, "")
             made = next(numbers)

@@ -1,4 +1,4 @@
-"""Pyro's messengers of a run: they record it, let sites draw as estimators say, and give the model the draws."""
+"""Pyro messengers of a run: they record it, draw sites by their estimators, and replay the draws in the model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..estimators._distributions import is_deterministic
 from .elimination import Listing, NeedsListing, is_marked
 from .records import PARTICLES
 
-MAX_CHOICES = 64  # enumerated sites of one run, where these are run value by value
+MAX_CHOICES = 64  # the most enumerated sites of one run, if values run one by one
 
 StandIn = Callable[[Any, Estimator, bool], Estimator]
-Aside = Callable[[], AbstractContextManager[None]]  # a sample statement draws within it
+Aside = Callable[[], AbstractContextManager[None]]  # sample statements draw inside it
 
 
 class Bound(Protocol):
-    """What the handlers ask of the program that is run; :class:`~gumbo.inference.engine.programs.Program` is one."""
+    """The interface of the program that the handlers need; :class:`~gumbo.inference.engine.programs.Program` has it."""
 
     resolve: Callable[[Any], Estimator | None]
     max_plate_nesting: int | None
@@ -38,7 +38,7 @@ class Bound(Protocol):
 
 
 class StaysFrozen(Messenger):
-    """A frozen parameter of a PyroModule stays so: to Pyro's param store whatever is registered requires a gradient."""
+    """Keeps frozen parameters of a PyroModule frozen: Pyro's param store sets requires_grad on registration."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class StaysFrozen(Messenger):
 
 
 class Recorder(StaysFrozen):
-    """Keeps the sample statements of one program in the order they ran."""
+    """Records the sample statements of one program in their order."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class Recorder(StaysFrozen):
 
 
 class CheckedRows(Messenger):
-    """Refuses plates whose ``subsample=`` is no list of row numbers."""
+    """Refuses plates whose ``subsample=`` is not a list of row indices."""
 
     def _pyro_post_sample(self, msg) -> None:
         if site_is_subsample(msg):
@@ -84,7 +84,7 @@ class CheckedRows(Messenger):
 
 
 class SharedSubsamples(Messenger):
-    """Lets all particles see the same rows of a subsampled plate."""
+    """Uses the same rows of a subsampled plate for all particles."""
 
     def __init__(self, subsamples: dict[str, Tensor], sizes: dict[str, int], aside: Aside):
         super().__init__()
@@ -94,11 +94,11 @@ class SharedSubsamples(Messenger):
         if not site_is_subsample(msg) or msg["done"]:
             return
         if msg["value"] is not None:
-            row_numbers(msg["name"], msg["value"])  # before a handler further out gives other rows
+            row_numbers(msg["name"], msg["value"])  # before an outer handler sets other rows
             return
         if msg["name"] in self.subsamples:
             rows, plate = self.subsamples[msg["name"]], msg["fn"]
-            # Without a subsample_size a plate of the same size takes the rows that the other program chose, as in Pyro.
+            # Without a subsample_size a plate of the same size uses the other program's rows, as in Pyro.
             same = plate.subsample_size is None and plate.size == self.sizes.get(msg["name"])
             expected = plate.size if plate.subsample_size is None else plate.subsample_size
             if expected is not None and expected >= 0 and len(rows) != expected and not same:
@@ -109,7 +109,7 @@ class SharedSubsamples(Messenger):
             msg["value"] = rows
             msg["done"] = True
         elif msg["fn"].subsample_size not in (None, msg["fn"].size):
-            # Drawn later, unless a handler further out gives the rows.
+            # Drawn later, unless an outer handler sets the rows.
             plate = copy.copy(msg["fn"])
             plate.sample = partial(self._draw, msg["fn"])
             msg["fn"] = plate
@@ -126,7 +126,7 @@ class SharedSubsamples(Messenger):
 
 
 class Draws(Messenger):
-    """Lets each latent site of the guide draw as its estimator says, or take a given draw."""
+    """Draws each latent site of the guide by its estimator, or sets it to a given draw."""
 
     def __init__(
         self,
@@ -145,8 +145,8 @@ class Draws(Messenger):
         self.choices = choices
         self.draws: dict[str, Draw] = {}
         self.roles: dict[str, tuple[Estimator | None, int | None, bool]] = {}
-        self.listed: dict[str, tuple[int, frozenset[str]]] = {}  # for each enumerated site its values and plates
-        self.limit = 0  # the largest of the limits that these have
+        self.listed: dict[str, tuple[int, frozenset[str]]] = {}  # by enumerated site: number of values, plates
+        self.limit = 0  # the largest of their limits
 
     def _pyro_sample(self, msg) -> None:
         if self.chains is not None:
@@ -194,7 +194,7 @@ class Draws(Messenger):
         program, name, fn = self.program, msg["name"], msg["fn"]
         parallel = program.vectorized
         joint = not parallel or name in program.joint
-        # One by one, nothing tells whether a program keeps the elements of a plate apart, so they go together.
+        # One by one, dependence of a plate's elements cannot be tested, so they are enumerated jointly.
         trailing = min(program.max_plate_nesting, len(fn.batch_shape)) if joint else 0
         values = estimator.listed(fn, trailing, name)
         if isinstance(values, str):
@@ -214,19 +214,19 @@ class Draws(Messenger):
         enum_dim = program.enum_dims.setdefault(name, -(2 + program.max_plate_nesting + len(program.enum_dims)))
         if self.chains is not None and enum_dim <= self.chains.first + 1:
             raise NeedsListing(name)
-        # Dimensions further left belong to alternatives of a site upstream: they take the same values.
+        # Dimensions further left are alternatives of an upstream site: they take the same values.
         excess = max(0, len(fn.batch_shape) + 1 + enum_dim)
         values = values[(slice(None),) + (0,) * excess]
         ones = (1,) * (-enum_dim - 1 - len(fn.batch_shape) + excess)
         return Draw(values.reshape(values.shape[:1] + ones + values.shape[1:])), enum_dim, joint
 
     def _count(self, msg: Any, count: int, limit: int) -> None:
-        """Refuse a program whose enumerated sites have too many values together, before these are laid out."""
+        """Refuse a program whose enumerated sites have too many joint values, before these are laid out."""
         plates = frozenset(f.name for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLES)
         self.listed[msg["name"]] = (count, plates)
         self.limit = max(self.limit, limit)
         if self.program.vectorized:
-            # Values of sites in plates that lie apart are summed over apart.
+            # Values of sites in separate plates are summed separately.
             counts = {n: c for n, (c, other) in self.listed.items() if other <= plates or plates <= other}
             if math.prod(counts.values()) > self.limit:
                 raise too_many(counts, math.prod(counts.values()), self.limit)
@@ -240,15 +240,14 @@ class Draws(Messenger):
 
 
 def in_chain(msg: Mapping[str, Any], estimator: Estimator | None) -> bool:
-    """Whether a site of the guide is enumerated under ``pyro.markov``, where elimination takes the place of a list."""
+    """Whether a site of the guide is enumerated under ``pyro.markov``, where elimination replaces joint enumeration."""
     return estimator is not None and estimator.enumerates and "_markov_scope" in msg["infer"]
 
 
 class Replay(Messenger):
-    """Gives the model the guide's draws, and each relaxed draw the log-probability its estimator wants.
+    """Replays the guide's draws in the model, with the log-probability of each draw that its estimator needs.
 
-    Sites that the model is to sum over are drawn from it, or take the ``values`` given, where no ``listing`` has
-    listed them.
+    Sites that the model sums out are drawn from it, or take the given ``values``, unless ``listing`` enumerates them.
     """
 
     def __init__(self, draws: Draws, values: Mapping[str, Tensor] | None = None, listing: Listing | None = None):
@@ -293,7 +292,7 @@ class Replay(Messenger):
 
 
 def row_numbers(plate: str, subsample: Any) -> Tensor:
-    """The rows that a plate was given by ``subsample=``, or drew; anything else than a list of numbers is refused.
+    """The rows that a plate received by ``subsample=``, or drew; refuses anything but a list of indices.
 
     >>> row_numbers("data", [2, 0])
     tensor([2, 0])
@@ -302,7 +301,7 @@ def row_numbers(plate: str, subsample: Any) -> Tensor:
         return subsample
     try:
         rows = torch.as_tensor(subsample)
-    except (TypeError, ValueError, RuntimeError):  # whatever no tensor can hold
+    except (TypeError, ValueError, RuntimeError):  # values that no tensor can hold
         raise BadInput(
             f"plate {plate!r}: subsample= is {type(subsample).__name__}, expected row numbers (B,)"
         ) from None
@@ -324,7 +323,7 @@ def too_many(counts: Mapping[str, int], total: int, limit: int) -> UnsupportedSi
 
 
 def nesting(recorder: Recorder) -> int:
-    """How many plates deep the statements of one program stand."""
+    """The depth of nested plates in one program."""
     dims = [
         -frame.dim
         for msg in recorder.messages.values()

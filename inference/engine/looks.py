@@ -1,4 +1,4 @@
-"""Runs that are only looked at: what the programs are, found out without a trace."""
+"""Trial runs that inspect the programs without side effects."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .vectorizing import check_at_once
 
 @contextmanager
 def looking(model: Callable, guide: Callable, *args: Any) -> Iterator[Collection[nn.Module]]:
-    """A run that is only looked at: random streams and buffers are as they were before.
+    """A trial run: random state and buffers are restored afterwards.
 
-    Gradients are recorded even where the caller has none, since only they show a support that moves. Gives the modules
-    that take part, also those that plain functions call.
+    Gradients are enabled even if the caller disabled them, since only they show a support that depends on parameters.
+    Yields the modules that take part, including those that plain functions call.
     """
     generators = Generators(devices_of(model, guide, *args), others=True)
     with generators.kept(), kept_buffers(model, guide), modules_met() as met, torch.enable_grad():
@@ -38,7 +38,7 @@ def one_particle(
     max_plate_nesting: int | None = None,
     resolve: Callable[[Any], Estimator | None] = lambda msg: None,
 ) -> Program:
-    """A model and a guide as they were written, without estimators; ``resolve`` may say how a site draws."""
+    """A model and a guide with one particle, without estimators; ``resolve`` may give sites an estimator."""
     return Program(
         model,
         guide,
@@ -57,7 +57,7 @@ def plates_mixed_by(
     max_plate_nesting: int | None = None,
     resolve: Callable[[Any], Estimator | None] = lambda msg: None,
 ) -> frozenset[str]:
-    """The plates whose rows a pair of programs is found to mix, at their present parameters and in their present mode.
+    """The plates with dependent rows, found at the programs' current parameters and mode.
 
     >>> import pyro.distributions as dist
     >>> def guide():
@@ -79,7 +79,7 @@ def plates_mixed_by(
 def takes_particles_at_once(
     model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], max_plate_nesting: int | None = None
 ) -> bool:
-    """Whether a pair of programs means the same for two particles at once as for one alone, as far as one run tells.
+    """Whether two particles at once have the log-probabilities of single ones, judged by one run.
 
     >>> import pyro.distributions as dist
     >>> def guide():
@@ -103,7 +103,7 @@ def takes_particles_at_once(
 
 
 def refusals(model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, str]:
-    """For each estimator's word why it cannot serve all sites of a pair, empty if it can; one run of the programs.
+    """For each estimator's word why it does not support all sites of a pair, or ""; one run of the programs.
 
     >>> import pyro.distributions as dist
     >>> program = lambda: pyro.sample("z", dist.Normal(0.0, 1.0))

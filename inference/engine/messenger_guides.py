@@ -1,4 +1,4 @@
-"""Pyro's effect-based guides (AutoMessenger), which run the model themselves, as programs like any other."""
+"""Pyro's effect-based guides (AutoMessenger), which run the model themselves, as ordinary programs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pyro.poutine.guide import GuideMessenger
 
 
 class MessengerProgram:
-    """A guide that runs the model under its own handlers, with nothing of the model's data to be seen.
+    """A guide that runs the model under its own handlers, with the model's observed sites hidden.
 
-    What it draws are the model's latents, under the posterior that it puts in place of each prior; the model is then
-    run once more against them, as against any guide.
+    Its draws are the model's latents, from the posterior that replaces each prior; then the model runs once more with
+    them, as with any guide.
     """
 
     def __init__(self, guide: Callable):
@@ -25,10 +25,10 @@ class MessengerProgram:
 
 
 def _is_data(site: Mapping[str, Any]) -> bool:
-    """Whether a site is one that the model observes or computes, a factor included."""
+    """Whether the model observes or computes a site, factors included."""
     return site["type"] == "sample" and bool(site["is_observed"])
 
 
 def as_program(guide: Callable) -> Callable:
-    """The guide itself, or a program around one that runs the model itself."""
+    """The guide itself, or a program that wraps a guide which runs the model."""
     return MessengerProgram(guide) if isinstance(poutine.unwrap(guide), GuideMessenger) else guide

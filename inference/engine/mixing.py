@@ -1,7 +1,7 @@
-"""Whether programs keep the rows of a plate apart, as the plate promises.
+"""The check whether the rows of a plate are independent, as the plate declares.
 
-A layer such as BatchNorm, or a mean over a plate, joins rows that ``pyro.plate`` declares independent. The terms of one
-row are then no longer the whole cost of its draw.
+A layer such as BatchNorm, or a mean over a plate, makes rows dependent that ``pyro.plate`` declares independent. The
+terms of one row are then not the whole cost of its draw.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from .records import Frame, Run, Site
 
 
 def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> frozenset[str]:
-    """The names of the plates of which a change of one row's draws changes another row's terms.
+    """The names of the plates in which a change of one row's draws changes another row's terms.
 
-    The draws of the first, the last and a random row are changed, with all other draws and the programs' own noise as
-    they were; then the same where all draws are other ones. Every other row's log-probabilities are compared bit for
-    bit. This can find that rows are mixed; it cannot prove that they are not: a program may mix them at other values,
-    or other rows.
+    The draws of the first, the last and a random row are changed, with all other draws and the programs' own noise
+    fixed; then again with all other draws replaced. Every other row's log-probabilities are compared bit for bit. The
+    check can find dependence; it cannot prove independence: a program may combine rows at other values, or other rows.
 
     Args:
-        program: one particle of the programs as they were written, whose own noise is kept apart. The run leaves
-            random streams and buffers changed: the caller keeps them.
+        program: one particle of the programs without estimators, with their own noise separate. The run changes random
+            state and buffers: the caller restores them.
         args, kwargs: the programs' arguments.
     """
     first = program.run(args, kwargs)
@@ -39,12 +38,12 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
     if not plates:
         return frozenset()
 
-    program.skips_unscored = True  # a flow may be unable to score a value that it did not draw
+    program.skips_unscored = True  # some flows cannot score a value that they did not draw
 
     def again(draws: Mapping[str, Tensor]) -> Run | None:
         fixed = {name: Draw(value.detach().clone()) for name, value in draws.items()}
         try:
-            # A value may lie outside the support that another draw gives its distribution.
+            # With another draw upstream, a value may be outside its distribution's support.
             with pyro.validation_enabled(False):
                 return program.run(args, kwargs, fixed=fixed, subsamples=dict(first.subsamples), noise=first.noise)
         except BadInput:
@@ -53,7 +52,7 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
     values = {name: site.value.detach() for name, site in drawn.items()}
     others = {name: another_value(site) for name, site in drawn.items()}
     found: set[str] = set()
-    # Rows that are mixed at some values only (a product of coins) show from one side or from the other.
+    # Rows that depend on each other at some values only (a product of Bernoullis) show in one of the directions.
     for here, there in ((values, others), (others, values)):
         as_drawn = again(here)
         for plate in plates:
@@ -61,7 +60,7 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
                 continue
             for row in sorted({0, plate[2] - 1, int(torch.randint(plate[2], ()))}):
                 changed = {name: _with_row(drawn[name], here[name], there[name], plate, row) for name in drawn}
-                # Some kernels do not give the same bits twice; what they differ by says nothing.
+                # Some kernels are not deterministic; their differences are ignored.
                 if _reaches(again(changed), as_drawn, plate, row, None) and _reaches(
                     again(changed), as_drawn, plate, row, again(here)
                 ):
@@ -71,7 +70,7 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
 
 
 def another_value(site: Site) -> Tensor:
-    """For every element of a site another value that its distribution can produce, where there is one."""
+    """For every element of a site another value in its distribution's support, if there is one."""
     fn, value = site.fn, site.value.detach()
     listed = coordinate_values(fn)
     if isinstance(listed, str):
@@ -108,7 +107,7 @@ def _with_row(site: Site, value: Tensor, other: Tensor, plate: Frame, row: int) 
 
 
 def _reaches(changed: Run | None, as_drawn: Run | None, plate: Frame, row: int, repeated: Run | None) -> bool:
-    """Whether a change of one row shows in another row's terms, beyond what a repetition shows."""
+    """Whether a change of one row changes another row's terms, beyond the differences of a repetition."""
     if changed is None or as_drawn is None:
         return False
     _, dim, size = plate
@@ -121,7 +120,7 @@ def _reaches(changed: Run | None, as_drawn: Run | None, plate: Frame, row: int, 
             if plate not in site.frames or before.shape[dim] != size:
                 continue
             if a is None or b is None or not a.shape == b.shape == before.shape:
-                continue  # the site comes and goes with the draws
+                continue  # the site exists for some draws only
             rows = torch.arange(size, device=before.device) != row
             gap = _gap(a, before).transpose(dim, -1)[..., rows]
             if gap.numel() and (gap > 10 * _gap(b, before).max()).any():
@@ -130,6 +129,6 @@ def _reaches(changed: Run | None, as_drawn: Run | None, plate: Frame, row: int, 
 
 
 def _gap(a: Tensor, b: Tensor) -> Tensor:
-    """How far apart two terms are; zero where they are the same infinity, or both not a number."""
+    """The difference of two terms; zero for equal infinities, and for two NaNs."""
     same = (a == b) | (a.isnan() & b.isnan())
     return torch.where(same, torch.zeros_like(a), torch.nan_to_num((a - b).abs(), nan=torch.inf))

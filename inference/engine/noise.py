@@ -1,8 +1,8 @@
-"""Randomness apart from the program that uses it: what is drawn becomes an input, and the rest a function of it.
+"""Noise as an input of a program: the program becomes a deterministic function of it.
 
-A captured graph must not hold a draw as a constant, and what it draws itself could be compared with nothing. Under
-:class:`Tape` every random operation of torch is written as a function of uniform, normal or permutation noise. The
-first run says what noise it needs; later runs, captured or not, are given it.
+A captured graph must not hold a draw as a constant, and its own draws could not be compared with an eager run's. Under
+:class:`Tape` every random operation of torch is a function of uniform, normal or permutation noise. The first run
+determines the noise needed; later runs, captured or not, receive it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Noise:
         self.requests = list(requests)
         self.buffers: list[Tensor] = []
         self.kinds: list[str] = []
-        self._places: list[tuple[int, int]] = []  # for each request its buffer, and where it begins there
+        self._places: list[tuple[int, int]] = []  # for each request its buffer and its offset
         sizes: list[int] = []
         found: dict[tuple, int] = {}
         for number, request in enumerate(self.requests):
@@ -71,7 +71,7 @@ class Noise:
                 torch.randperm(len(buffer), out=buffer)
 
     def pieces(self, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """What ``buffers``, of the sizes of these, hold for each request."""
+        """The parts of ``buffers``, of the same sizes, for each request."""
         return [
             buffers[buffer].narrow(0, begin, request.size).view(request.shape)
             for request, (buffer, begin) in zip(self.requests, self._places, strict=True)
@@ -79,13 +79,13 @@ class Noise:
 
 
 class Tape(TorchDispatchMode):
-    """Writes torch's random operations as functions of noise, which it draws, or takes from what it is given.
+    """Rewrites torch's random operations as functions of noise, which it draws or receives.
 
-    Operations that it cannot write so (of Gamma, Dirichlet, Poisson, binomial variables) draw for themselves.
+    Operations that it cannot rewrite (Gamma, Dirichlet, Poisson, binomial variables) draw their own noise.
 
     Args:
-        noise: what to take, or None to draw.
-        pieces: the tensors that stand for ``noise.requests``; None: those of ``noise``.
+        noise: the noise to use, or None to draw.
+        pieces: the tensors for ``noise.requests``; None takes those of ``noise``.
 
     >>> tape = Tape()
     >>> with torch.random.fork_rng(), tape:
@@ -102,7 +102,7 @@ class Tape(TorchDispatchMode):
         self._made: list[tuple[Request, Tensor]] = []  # in the order of use, repeats included
         self._repeat: list[tuple[Request, Tensor]] = []
         self._repeating = 0
-        self._body: Any = None  # keeps the noise of a program's body apart; see streams.OwnNoise
+        self._body: Any = None  # separates the noise of a program's body; see streams.OwnNoise
 
     def __enter__(self):
         _tapes.append(self)
@@ -163,7 +163,7 @@ class Tape(TorchDispatchMode):
 
     @contextmanager
     def within(self, body: Any) -> Iterator[None]:
-        """Noise is asked of ``body`` (its ``piece`` and ``unwritten``); of the tape itself where it is None."""
+        """Request noise from ``body`` (its ``piece`` and ``unwritten``); from the tape itself if it is None."""
         before, self._body = self._body, body
         try:
             yield
@@ -185,13 +185,13 @@ _tapes: list[Tape] = []
 
 
 def current_tape() -> Tape | None:
-    """The tape that random operations are written to, if there is one."""
+    """The active tape, or None."""
     return _tapes[-1] if _tapes else None
 
 
 @contextmanager
 def drawn_twice(devices: Sequence[int] = ()) -> Iterator[None]:
-    """What is drawn within is drawn again after.
+    """Draws inside are repeated after exit.
 
     >>> with drawn_twice():
     ...     first = torch.rand(2)
@@ -202,7 +202,7 @@ def drawn_twice(devices: Sequence[int] = ()) -> Iterator[None]:
         yield
 
 
-# How each operation follows from noise. Exponential noise comes from uniform noise, which is several times faster.
+# Each operation as a function of noise. Exponential noise is made from uniform noise, which is several times faster.
 
 
 def _exponential(tape: Tape, shape, dtype, device) -> Tensor:
@@ -269,7 +269,7 @@ def _normal_sized(tape, mean, std, size, *, dtype=None, layout=None, device=None
 
 
 def _multinomial(tape, probs, num_samples, replacement=False):
-    """Each class waits an exponential time of its own rate; the first to come is drawn (as torch does for one draw)."""
+    """Draw the class with the smallest exponential waiting time at its rate, as torch does for a single draw."""
     if replacement and num_samples > 1:
         probs = probs.unsqueeze(-2).expand(*probs.shape[:-1], num_samples, probs.shape[-1])
         return (probs / _exponential(tape, probs.shape, probs.dtype, probs.device)).argmax(-1)

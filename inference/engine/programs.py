@@ -1,8 +1,8 @@
-"""Running a model and a guide under estimators: draws, replays, particles, enumerated values, and what was recorded.
+"""Runs of a model and a guide under estimators: draws, replays, particles, enumerated values, and their records.
 
-The batch dimensions of every recorded log-probability are laid out as ``(…enumerated, K, *plates)``: the rightmost
+The batch dimensions of every recorded log-probability are ``(…enumerated, K, *plates)``: the rightmost
 ``max_plate_nesting`` dimensions belong to plates, the next to the K particles, and every enumerated site has one of its
-own to the left of that.
+own further left.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ from .streams import Generators, OwnNoise
 
 
 class Misfit(BadInput):
-    """A plate or a parameter that does not fit where it stands, as Pyro's own statement finds."""
+    """A plate or a parameter of the wrong size, found by Pyro's own statement."""
 
 
-ENOUGH_PATHS = 64  # after so many, their number is foreseen from the share of all values that they cover
+ENOUGH_PATHS = 64  # after this many, the total is extrapolated from the fraction of values covered
 
 
 class Program:
-    """A model and a guide, bound to the way they are run.
+    """A model and a guide, with the options of their runs.
 
-    With ``max_plate_nesting=None`` the first run, of one particle, finds it. With ``generators`` the programs' own
-    noise is kept apart from the sites' draws, so that it can be repeated. Sites that the model lists and the guide
-    leaves out are summed over, within ``memory_limit`` bytes; where ``eliminates`` is false, and in the run that finds
-    the nesting, they are drawn from the model. With ``lists_chains`` enumerated sites of the guide under
-    ``pyro.markov`` are summed over likewise, where ``kl_weight`` weighs the terms of latent sites. With ``shares_dims``
-    the elements of a sequential plate are listed along the same dimensions.
+    With ``max_plate_nesting=None`` the first run, of one particle, determines it. With ``generators`` the programs' own
+    noise is separate from the sites' draws, so that it can be repeated. Enumerated sites of the model that the guide
+    does not sample are summed out, within ``memory_limit`` bytes; if ``eliminates`` is false, and in the run that
+    determines the nesting, they are drawn from the model. With ``lists_chains`` enumerated sites of the guide under
+    ``pyro.markov`` are summed out too, with ``kl_weight`` as the weight of the latent terms. With ``shares_dims`` the
+    elements of a sequential plate are enumerated along the same dimensions.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class Program:
     def runs(
         self, args: tuple, kwargs: Mapping[str, Any], proposal: Callable | None = None, **options: Any
     ) -> list[list[Run]]:
-        """For each group of particles that ran together, its paths through enumerated values.
+        """For each group of vectorized particles, its paths through enumerated values.
 
-        A ``proposal`` makes the draws in the guide's place.
+        A ``proposal`` makes the draws in place of the guide.
         """
         subsamples: dict[str, Tensor] = {}
         groups: list[list[Run]] = []
@@ -125,7 +125,7 @@ class Program:
         noise: OwnNoise | None = None,
         **options: Any,
     ) -> Iterator[Run]:
-        """One particle, once for each combination of enumerated values; what is upstream of a choice is shared."""
+        """One particle, once for each combination of enumerated values; draws upstream of a choice are shared."""
         noise = noise or self._noise()
         waiting: list[tuple[dict[str, int], dict[str, Draw]]] = [({}, dict(fixed or {}))]
         done, covered, limit = 0, 0.0, 0
@@ -143,7 +143,7 @@ class Program:
                 **options,
             )
             yield run
-            # A path lists the choices that it met first; those before them are given.
+            # A path enumerates the new choices; earlier ones are given.
             counts, limit = counts | run.listed, max(limit, run.limit)
             done, covered = done + 1, covered + 1 / math.prod(counts[name] for name in run.choices)
             foreseen = round(done / covered) if done >= ENOUGH_PATHS else done + len(waiting)
@@ -165,11 +165,11 @@ class Program:
         noise: OwnNoise | None = None,
         values: Mapping[str, Tensor] | None = None,
     ) -> Run:
-        """Execute the guide, then the model against it.
+        """Run the guide, then the model with its draws.
 
-        ``stand_in`` may put one estimator in place of another; ``around_guide`` is entered while the guide is run and
-        its draws are scored; ``noise`` is that of another run, to be repeated; ``values`` are taken by sites that the
-        model would draw in place of summing over them.
+        ``stand_in`` may replace an estimator; ``around_guide`` is entered while the guide runs and its draws are
+        scored; ``noise`` is that of an earlier run, to repeat; ``values`` are for sites that the model would otherwise
+        draw instead of summing out.
         """
         choices = {} if choices is None else choices
         subsamples = {} if subsamples is None else subsamples
@@ -240,7 +240,7 @@ class Program:
         return [self._site(msg, draws, chains, place) for place, msg in enumerate(messages)]
 
     def _terms(self, draws: Draws | None = None, chains: Terms | None = None) -> Terms | None:
-        """Listed values go to the left of all else: particles, other listed values of the guide, alternative draws."""
+        """Enumerated values are left of all else: particles, other values of the guide, alternative draws."""
         if not self.eliminates or self.max_plate_nesting is None:
             return None
         nesting, first = self.max_plate_nesting, -3 - self.max_plate_nesting - len(self.enum_dims)
@@ -258,12 +258,12 @@ class Program:
         if terms is None or not (terms.listing.listed or chains):
             sites = [self._site(msg, None) for msg in messages]
             for site in sites:
-                if site.name in eliminated:  # drawn, to be compared with what it is where it is summed over
+                if site.name in eliminated:  # drawn, for comparison with the sum
                     site.score = self._lay_out(site.name, score_log_prob(site.fn, site.value), site.frames)
             return sites
         sites = [self._site(msg, None, terms, place) for place, msg in enumerate(messages)]
         costs = terms.summed() if chains is None else expected(terms, chains, self.kl_weight)
-        # From the last one on, so that the places of those before stay what they are.
+        # From the last one on, so that earlier positions stay valid.
         for cost in sorted(costs, key=lambda found: found.place, reverse=True):
             site = terms.laid_out(cost)
             site.log_prob = self._lay_out(site.name, site.log_prob, site.frames)
@@ -331,7 +331,7 @@ class Program:
             raise BadInput(f"site {name!r}: {describe(fn)} cannot score its value ({first})") from error
         if terms is not None:
             if name in terms.listing.listed:
-                # The values of what a mask hides sum to one all the same.
+                # The probabilities of a masked site sum to one too.
                 factor = score_log_prob(fn, value) if has_own_mask(fn) else unscaled
             else:
                 factor = scale_and_mask(unscaled, 1.0, msg["mask"])
@@ -377,8 +377,8 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         ):
             first = str(error).splitlines()[0]
             raise BadInput(
-                f"the program does something with a draw or a parameter that torch does not allow where gradients are"
-                f" followed ({first}); call .detach() first, or take an estimator of values alone, such as 'rloo'"
+                f"the program applies an operation to a draw or a parameter that torch does not allow with gradients"
+                f" ({first}); call .detach() first, or take an estimator of values alone, such as 'rloo'"
             ) from error
         if not any(said in str(error) for said in ("does not require grad", "to not have been used in the graph")):
             raise
@@ -388,7 +388,7 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
             " under 'pathwise' only, parameters under every word but stl, dreg, rebar and muprop"
         ) from error
     except ValueError as error:
-        # A plate that does not fit is Pyro's to find; what a program of the user's raises itself stays as it is.
+        # Only Pyro's own size errors are converted; errors raised by the user's program pass unchanged.
         where = error.__traceback__
         while where.tb_next is not None:
             where = where.tb_next
@@ -412,7 +412,7 @@ def _check_proposed(drawn: Mapping[str, Draw], run: Run) -> None:
 
 
 def _check_met(name: str, msg: Any, met: Any, max_plate_nesting: int) -> None:
-    """Refuse a latent site of the guide that is not one of the model, of the same shape."""
+    """Refuse a latent site of the guide that is no latent of the model with the same shape."""
     if met is None:
         if msg["infer"].get("is_auxiliary"):
             return
@@ -441,7 +441,7 @@ def _check_met(name: str, msg: Any, met: Any, max_plate_nesting: int) -> None:
 
 
 def _shape(fn: Any, max_plate_nesting: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Batch shape along plates, and event shape; further left stand particles and enumerated values."""
+    """Batch shape along plates, and event shape; particles and enumerated values are further left."""
     batch = tuple(fn.batch_shape)[-max_plate_nesting:] if max_plate_nesting else ()
     while batch and batch[0] == 1:
         batch = batch[1:]
@@ -449,7 +449,7 @@ def _shape(fn: Any, max_plate_nesting: int) -> tuple[tuple[int, ...], tuple[int,
 
 
 def _has_rsample(factor: Any) -> bool:
-    """Whether a ``pyro.factor`` of the guide stands for draws that have a path."""
+    """Whether a ``pyro.factor`` of the guide represents reparameterized draws."""
     unit = elementary(factor["fn"])
     if "has_rsample" not in vars(unit):
         raise BadInput(
@@ -488,7 +488,7 @@ def observed_in_support(msg) -> Tensor | None:
 
 
 def check_same_kind(run: Run) -> None:
-    """A pmf is never compared with a density."""
+    """Refuse a comparison of a probability mass function with a density."""
     model = {site.name: site for site in run.model}
     for site in run.guide:
         other = model.get(site.name)

@@ -1,4 +1,4 @@
-"""What a long run says while it runs: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a long run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TextIO, cast
 
 from ...console import standard_error
 
-# How many lines a run of any length prints where there is no terminal.
+# The number of lines that a run of any length prints without a terminal.
 _PLAIN_LINES = 20
 
 
 class Progress:
-    """Says nothing; the base of those that do. Use it as a context manager."""
+    """Shows nothing; the base class of progress displays. Use it as a context manager."""
 
     def __enter__(self) -> Progress:
         return self
@@ -21,19 +21,19 @@ class Progress:
     def __exit__(self, *error: object) -> None: ...
 
     def begin(self, words: str) -> None:
-        """The run is about to go on."""
+        """Called when the run starts or resumes."""
 
     def step(self, done: int) -> None:
-        """``done`` steps are behind us."""
+        """Called after ``done`` steps in total."""
 
     def epoch(self, number: int, numbers: Mapping[str, float]) -> None:
-        """An epoch is over; ``numbers`` are what it found."""
+        """Called at the end of an epoch with its ``numbers``."""
 
 
 class Stages(Progress):
-    """Lines that say what is being done, once it takes longer than anybody waits in silence.
+    """Lines that name the current stage, for operations that take long.
 
-    ``enabled`` None speaks after ``patience`` seconds, True from the start, False never.
+    ``enabled`` None prints after ``patience`` seconds, True from the start, False never.
     """
 
     def __init__(self, title: str, enabled: bool | None, patience: float = 2.0, every: float = 5.0):
@@ -42,7 +42,7 @@ class Stages(Progress):
         self.words, self.steps, self.said = "", 0, True
 
     def stage(self, words: str, steps: int = 0) -> None:
-        """What is done from now on, in so many steps."""
+        """Begin a stage of ``steps`` steps."""
         self.words, self.steps, self.said = words, steps, False
         if self.enabled or self._impatient():
             self._say(words)
@@ -69,7 +69,7 @@ def make_progress(enabled: bool, title: str, epochs: int, steps: int) -> Progres
 
 
 def in_words(numbers: Mapping[str, float]) -> str:
-    """``elbo -21.30  valid_elbo -22.01``: the numbers that a reader wants to see move."""
+    """``elbo -21.30  valid_elbo -22.01``: the main numbers of an epoch."""
     hidden = ("epoch", "step", "seconds")
     return "  ".join(
         f"{name} {value:{'.2g' if name == 'lr' else '.2f'}}" for name, value in numbers.items() if name not in hidden
@@ -117,7 +117,7 @@ class _Bar(Progress):
         self.bar.console.print(f"{self.bar.tasks[0].description}: {words}", highlight=False, soft_wrap=True)
 
     def step(self, done: int) -> None:
-        # The bar is drawn ten times a second; to tell it more often costs more than a small step.
+        # The bar is redrawn ten times a second; more frequent updates cost more than a small step.
         if (now := time.monotonic()) - self.shown > 0.1:
             self.bar.update(self.task, completed=done)
             self.shown = now

@@ -1,4 +1,4 @@
-"""What one run of a guide and a model leaves behind."""
+"""The record of one run of a guide and a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Frames = frozenset[Frame]
 
 @dataclass
 class Site:
-    """One recorded sample statement, its log-probability laid out as above."""
+    """One recorded sample statement, with its log-probability in the layout of ``programs.py``."""
 
     name: str
     fn: Any
@@ -27,18 +27,18 @@ class Site:
     log_prob: Tensor
     scale: Any = 1.0
     latent: bool = False
-    settled: bool = False  # a Delta or a pyro.deterministic: it can carry a dependence, but draws nothing
+    settled: bool = False  # a Delta or a pyro.deterministic: it can transmit a dependence, but is not random
     estimator: Estimator | None = None
     draw: Draw | None = None
     score: Tensor | None = None
     enum_dim: int | None = None
     joint: bool = False
-    factor: bool = False  # a pyro.factor of the guide that stands for draws without a path, made somewhere before it
+    factor: bool = False  # a pyro.factor of the guide for earlier draws without a path
     infer: Mapping[str, Any] = field(default_factory=dict)
     masked: bool = False  # a mask of the program hides some of its elements
     scored: bool = True  # False where a replayed draw cannot be scored, and only the other sites can be compared
-    sums: tuple[str, ...] = ()  # the factors of the sum that it stands for
-    summed: bool = False  # a factor of a sum over listed sites of the model, which another site's log_prob holds
+    sums: tuple[str, ...] = ()  # the factors of the sum that it replaces
+    summed: bool = False  # a factor of a sum over enumerated sites; the sum is another site's log_prob
 
     @property
     def drawn(self) -> bool:
@@ -47,7 +47,7 @@ class Site:
 
 @dataclass
 class Run:
-    """One execution of guide and model: K particles at once, or one particle, or one path through enumerated values."""
+    """One run of guide and model: K particles at once, or one particle, or one path through enumerated values."""
 
     guide: list[Site]
     model: list[Site]
@@ -56,13 +56,13 @@ class Run:
     guide_params: dict[str, Tensor] = field(default_factory=dict)
     model_params: dict[str, Tensor] = field(default_factory=dict)
     partial_plates: Frames = frozenset()
-    listed: dict[str, int] = field(default_factory=dict)  # how many values each enumerated site has
+    listed: dict[str, int] = field(default_factory=dict)  # the number of values of each enumerated site
     limit: int = 0
     loops: frozenset[str] = frozenset()  # sequential plates
-    partial_loops: frozenset[str] = frozenset()  # those of which only some elements were visited
-    eliminated: tuple[str, ...] = ()  # the sites that the model lists and the guide leaves out
-    terms: list[Any] = field(default_factory=list)  # the factors that were summed over (elimination.Terms)
-    noise: OwnNoise | None = None  # what the programs drew outside of sample statements; None: not kept apart
+    partial_loops: frozenset[str] = frozenset()  # sequential plates of which only some elements were visited
+    eliminated: tuple[str, ...] = ()  # the enumerated sites of the model that the guide does not sample
+    terms: list[Any] = field(default_factory=list)  # the factors of the sums (elimination.Terms)
+    noise: OwnNoise | None = None  # the programs' noise outside sample statements; None if it is not separate
 
     @property
     def sites(self) -> list[Site]:
