@@ -1,4 +1,4 @@
-"""Further runs of the programs of one call: the cost of other draws, and log q through values only."""
+"""Further runs of the programs in one call: the cost of other draws, and log q through values only."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ Cost = Callable[[Run, Draw], Tensor]
 
 
 class RunsAgain(Exception):
-    """An estimator runs the programs again whose noise was not kept apart in the first run."""
+    """Raised if an estimator reruns programs whose noise was not separate in the first run."""
 
 
 @dataclass
 class Reruns:
-    """Runs the programs of one call again, at recorded draws or at others of one site.
+    """Reruns the programs of one call, at recorded draws or at other draws of one site.
 
     Attributes:
         program, layout, args, kwargs: those of the call.
-        stand_ins: the relaxations and means that sites take in further runs, once they are found.
-        stacks: whether many alternatives of a draw are run at once.
-        at_once: how many particles × alternatives that may be, which bounds memory.
-        calls_autograd: whether the programs ask for gradients themselves; found out when a run without them fails.
+        stand_ins: the relaxations and means that sites take in further runs, cached.
+        stacks: whether many alternatives of a draw run at once.
+        at_once: the largest number of particles × alternatives per run, which bounds memory.
+        calls_autograd: whether the programs compute gradients themselves; set when a run without gradients fails.
     """
 
     program: Program
@@ -50,7 +50,7 @@ class Reruns:
     calls_autograd: bool = False
 
     def through_values(self, groups: list[list[Run]]) -> None:
-        """Where log q is to be differentiated through values only, take it from a second run with frozen parameters."""
+        """Where log q is differentiated through values only, take it from a second run with frozen parameters."""
         for run in (run for paths in groups for run in paths):
             sites = [site for site in run.guide if site.estimator is not None and site.estimator.log_q == "path"]
             if not sites:
@@ -60,7 +60,7 @@ class Reruns:
                 site.log_prob = again.guide_site(site.name).log_prob
 
     def cut(self, groups: list[list[Run]]) -> list[list[Run]]:
-        """The same runs with their values cut from the graph, and with the guide's parameters frozen."""
+        """The same runs with detached values, and with the guide's parameters frozen."""
 
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_(tensor.requires_grad)
@@ -101,7 +101,7 @@ class Reruns:
             if not self.program.vectorized:
                 costs = self._particle_by_particle(rows, draw, cost)
             elif len(draw.value) == 1 or run.noise is None or run.noise.drew or not self.stacks:
-                # Noise of the programs' own would have another shape for many alternatives than for the draw.
+                # The programs' own noise would have another shape for many alternatives than for the draw.
                 costs = self._one_by_one(run, site, draw, cost)
             else:
                 costs = self._stacked(run, site, draw, cost)
@@ -110,7 +110,7 @@ class Reruns:
     def _cost(
         self, run: Run, name: str, alternative: Draw, downstream: str, differentiable: bool
     ) -> tuple[Tensor, Tensor]:
-        """The cost at a site in a run with another draw of it, element by element and with each term counted once."""
+        """The cost at a site in a run with another draw of it: by element, and with each term counted once."""
         if run.noise is None:
             raise RunsAgain
         options = {
@@ -141,13 +141,13 @@ class Reruns:
         )
 
     def _width(self) -> int:
-        """Alternatives stand to the left of everything, enumerated sites included."""
+        """The dimensions of alternatives are left of all others, enumerated sites included."""
         return 1 + self.layout.room + len(self.program.enum_dims)
 
     def _one_by_one(self, run: Run, site: Site, draw: Draw, cost: Cost) -> Tensor:
-        """Nothing stands to the left, so that each alternative gets the shape that the program itself gave the draw.
+        """Without leading dimensions, each alternative gets the shape that the program gave the draw.
 
-        One that was spread over the enumerated values upstream keeps their dimensions.
+        A draw that was expanded over upstream enumerated values keeps their dimensions.
         """
         shape = site.draw.value.shape
         same = draw.value[0].numel() == shape.numel()
@@ -158,7 +158,7 @@ class Reruns:
                 raise UnsupportedSite(
                     site.name,
                     site.estimator.name,
-                    "the programs draw noise of their own (dropout), in another shape where the draw is spread"
+                    "the programs draw noise of their own (dropout), in another shape where the draw is expanded"
                     " over the values enumerated upstream; pass vectorize_particles=False",
                 )
         if len(found) == 1:
@@ -179,7 +179,7 @@ class Reruns:
         return torch.cat(found)
 
     def _without_gradients(self, evaluate: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """What ``evaluate`` returns, run without gradients unless the programs themselves ask for some."""
+        """The result of ``evaluate``, without gradients unless the programs themselves need them."""
         if not self.calls_autograd:
             try:
                 with torch.no_grad():
@@ -194,7 +194,7 @@ class Reruns:
 def stand_in(
     name: str, downstream: str, known: dict[Any, Estimator], msg: Mapping[str, Any], estimator: Estimator, fixed: bool
 ) -> Estimator:
-    """The estimator that a site takes in a second run: its own, a relaxation, or its mean; ``known`` once found."""
+    """The estimator of a site in a second run: its own, a relaxation, or its mean; cached in ``known``."""
     if downstream == "draw" or (fixed and msg["name"] != name):
         return estimator
     key = (msg["name"], describe(msg["fn"]), downstream)
@@ -202,7 +202,7 @@ def stand_in(
         return known[key]
     site = {"name": msg["name"], "fn": msg["fn"]}
     for other in (GumbelSoftmax(), Pathwise()) if downstream == "soft" else (Mean(),):
-        # The path of a rejection sampler jumps where another proposal is accepted.
+        # The path of a rejection sampler is discontinuous where another proposal is accepted.
         if other.supports(site) and not (downstream == "soft" and has_score_term(msg["fn"])):
             known[key] = other
             return other
@@ -215,7 +215,7 @@ def stand_in(
 
 @contextmanager
 def frozen(programs: list[Any], params: Iterable[Any]) -> Iterator[None]:
-    """No gradient is recorded for parameters; values that flow through the programs keep theirs."""
+    """Record no gradients for parameters; values in the programs keep theirs."""
     leaves: dict[int, Tensor] = {}
     for program in programs:
         if isinstance(program, nn.Module):
@@ -229,7 +229,7 @@ def frozen(programs: list[Any], params: Iterable[Any]) -> Iterator[None]:
         for leaf in thawed:
             leaf.requires_grad_(False)
         with warnings.catch_warnings():
-            # Pyro says of every frozen parameter that it does not register it, which is the point.
+            # Pyro warns that it does not register frozen parameters, which is intended.
             warnings.filterwarnings("ignore", message=".*was not registered in the param store")
             yield
     finally:

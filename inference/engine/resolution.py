@@ -1,4 +1,4 @@
-"""Which estimator each latent site of a guide takes."""
+"""The estimator of each latent site of a guide."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .records import Run
 
 
 class Target(Protocol):
-    """What is asked of an objective; :class:`~gumbo.inference.objectives.Objective` is one."""
+    """The interface of an objective; :class:`~gumbo.inference.objectives.Objective` implements it."""
 
     takes_estimators: bool
     weighs_rows: bool
@@ -28,7 +28,7 @@ class Target(Protocol):
 
 
 class Words(Protocol):
-    """What a loss was told: an estimator for some sites by name, and one for all others."""
+    """The words of a loss: estimators for some sites by name, and one for all others."""
 
     given: dict[str, Estimator]
     otherwise: Estimator | None
@@ -39,7 +39,7 @@ class Words(Protocol):
 
 
 def as_estimator(word: str | Estimator) -> Estimator:
-    """The estimator that a word names, perhaps with options in a call, or the estimator itself.
+    """The estimator of a word, possibly with options in a call, or the estimator itself.
 
     >>> as_estimator("rloo"), as_estimator("arms(draws=3)")
     (ScoreFunction(baseline=LeaveOneOut()), ARMS(draws=3))
@@ -65,7 +65,7 @@ def as_estimator(word: str | Estimator) -> Estimator:
 
 
 class _Default(Estimator):
-    """Stands for `pathwise where there is an rsample`, so that the error can say what to do."""
+    """Represents `pathwise if there is an rsample`, so that the error can give advice."""
 
     name = "default"  # type: ignore[assignment]
 
@@ -74,7 +74,7 @@ class _Default(Estimator):
 
 
 class Detached(Estimator):
-    """Draws without a gradient, for objectives that need none through their draws."""
+    """Draws without gradients, for objectives that need none through their draws."""
 
     log_q = "value"
 
@@ -93,10 +93,10 @@ def check_particles(site: str, estimator: Estimator, num_particles: int | None) 
 
 
 class Resolution:
-    """The estimators that the sites of one guide take, by what the loss and the sites say.
+    """The estimators of a guide's sites, from the words of the loss and the sites' own.
 
     Attributes:
-        joint: the enumerated sites whose values are listed jointly over their plates.
+        joint: the enumerated sites whose values are enumerated jointly over their plates.
     """
 
     def __init__(self, words: Words):
@@ -105,16 +105,16 @@ class Resolution:
         self.joint: set[str] = set()
 
     def __call__(self, msg: Mapping[str, Any]) -> Estimator:
-        """The estimator of a site, checked once for each kind of distribution that the site shows."""
+        """The estimator of a site, checked once for each distribution type of the site."""
         key = (msg["name"], type(msg["fn"]))
         if key not in self.known:
             self.known[key] = self._choose(msg)
         return self.known[key]
 
     def of_all(self, seen: Run) -> dict[str, Estimator]:
-        """The estimators of all sites that a run of the guide shows, by name; a site's own is noted in the run.
+        """The estimators of all sites in a run of the guide, by name; a site's own is recorded in the run.
 
-        Raises UnsupportedSite where a site cannot be served by its estimator, or sites cannot be served together.
+        Raises UnsupportedSite if an estimator does not support its site, or sites cannot be combined.
         """
         latent = [site for site in seen.guide if site.latent]
         names = {site.name for site in latent}
@@ -147,10 +147,10 @@ class Resolution:
         return chosen
 
     def as_drawn(self, msg: Mapping[str, Any]) -> Estimator | None:
-        """For a look at the programs: what is to be drawn without a path is, since a simulator may ask for that."""
+        """The estimator for a trial run: draws without a path are made so, since a simulator may need that."""
         try:
             return Detached() if self(msg).log_q == "value" else None
-        except GumboError:  # said later, when all sites are known
+        except GumboError:  # raised later, when all sites are known
             return None
 
     def _choose(self, msg: Mapping[str, Any]) -> Estimator:
@@ -192,7 +192,7 @@ class Resolution:
 
 
 def _honoured_baseline(name: str, options: Mapping[str, Any]) -> Estimator:
-    """What TraceGraph_ELBO's own marks ask for, as an estimator."""
+    """The estimator that TraceGraph_ELBO's own ``infer`` entries ask for."""
     unknown = {key for key, value in options.items() if value is not None} - {
         "use_decaying_avg_baseline",
         "baseline_beta",

@@ -1,4 +1,4 @@
-"""Parameters that belong to positions among the rows, as those of a guide that keeps its own for each datum."""
+"""Parameters of row positions, such as those of a guide with parameters for each datum."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def traces_of(model: Callable, guide: Callable, batch: Rows) -> tuple[Trace, Tra
 
 
 class _OwnParameters(Messenger):
-    """A network registered by ``pyro.module`` takes its own parameters, not what another has left in the store."""
+    """Gives a network registered by ``pyro.module`` its own parameters, not another network's from the store."""
 
     def __init__(self):
         super().__init__()
@@ -51,18 +51,18 @@ class _OwnParameters(Messenger):
 
 
 def sites_of(trace: Trace) -> Iterator[Mapping[str, Any]]:
-    """The random choices of a run, the rows that plates chose left out."""
+    """The random sites of a run, without the row indices of plates."""
     for site in trace.nodes.values():
-        # AutoStructured empties the sites of its prototype.
+        # AutoStructured's prototype has empty sites.
         if site.get("type") == "sample" and not site_is_subsample(site):
             yield site
 
 
 def positional_parameter(model: Callable, guide: Callable, batch: Rows, seed: int) -> str | None:
-    """A parameter that has elements of its own for each position in the batch, whatever row stands there.
+    """A parameter with separate elements for each position in the batch, whatever row is there.
 
-    The terms of several rows are differentiated. Elements that one row's terms depend on and no other's belong to the
-    row; if they stay where they are when the rows change places, they belong to the position.
+    The terms of several rows are differentiated. Elements that only one row's terms depend on belong to the row; if the
+    same elements are used after the rows are permuted, they belong to the position.
     """
     if batch.whole or len(batch) < 2:
         return None
@@ -87,7 +87,7 @@ def positional_parameter(model: Callable, guide: Callable, batch: Rows, seed: in
 
 
 def _supports(model: Callable, guide: Callable, batch: Rows) -> dict[str, list[Tensor]]:
-    """For some rows, which elements of each parameter the row's log-probabilities depend on."""
+    """For some rows, the elements of each parameter that the row's log-probabilities depend on."""
     traces = traces_of(model, guide, batch)
     size = len(batch)
     total: Tensor | None = None
@@ -124,7 +124,7 @@ def _disjoint(supports: Sequence[Tensor]) -> bool:
 
 
 def autoguides_in(program: Callable) -> list[AutoGuide]:
-    """Pyro's autoguides that are a program, or in it."""
+    """Pyro's autoguides in a program, itself included."""
     held: list[Any] = [program, getattr(program, "__self__", None)]
     if inspect.isfunction(program):
         names = inspect.getclosurevars(program)

@@ -1,10 +1,10 @@
-"""Data as programs take them: the one convention of ``fit``, ``evaluate``, ``to_arviz``, ``diagnose`` and ``audit``.
+"""Data as arguments of programs: the convention of ``fit``, ``evaluate``, ``to_arviz``, ``diagnose`` and ``audit``.
 
-A tuple is the positional arguments, a mapping the keywords, anything else the one argument; a tuple or a mapping that
-is itself an argument stands in a tuple. N is the number of rows of the first tensor (or NumPy array) among the
+A tuple holds the positional arguments, a mapping the keywords, anything else is the single argument; wrap an argument
+that is itself a tuple or a mapping in a tuple. N is the number of rows of the first tensor (or NumPy array) among the
 arguments. All tensors and arrays with N rows are cut into batches; everything else (a PackedSequence, None, a number,
-a list, a tensor with another number of rows) is passed whole. A Dataset or DataLoader of torch's stands for its rows,
-and a memory-mapped array for a tensor over the same file.
+a list, a tensor with another number of rows) is passed whole. A torch Dataset or DataLoader provides its rows, and a
+memory-mapped array is a tensor over the same file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 
 
 class ProcessGroup(Protocol):
-    """What sharing rows over several processes needs of them; ``training.distributed.Processes`` is one."""
+    """The interface of a process group for sharing rows; ``training.distributed.Processes`` implements it."""
 
     @property
     def rank(self) -> int: ...
@@ -49,15 +49,15 @@ def arguments_of(data: object) -> tuple[tuple, dict[str, Any]]:
         data = Source(data).held()
     if isinstance(data, Mapping):
         return (), dict(data)
-    if isinstance(data, tuple) and not isinstance(data, PackedSequence):  # which is a tuple to Python only
+    if isinstance(data, tuple) and not isinstance(data, PackedSequence):  # a tuple in Python, one argument here
         return tuple(data), {}
     return (data,), {}
 
 
 def given_arguments(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """``(args, kwargs)`` of a program for what a function with ``*args, **kwargs`` was given.
+    """``(args, kwargs)`` of a program from the arguments of a function with ``*args, **kwargs``.
 
-    One positional argument is data in any form; several are the program's own arguments. Keywords stand beside either.
+    One positional argument is data in any form; several are the program's own arguments. Keywords go with either.
 
     >>> given_arguments(((1, 2),), {"n": 3}) == given_arguments((1, 2), {"n": 3}) == ((1, 2), {"n": 3})
     True
@@ -74,7 +74,7 @@ def given_arguments(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict
 
 
 class Rows:
-    """Data as a program takes them, and which of the arguments have a row for each datum.
+    """Data as arguments of a program, of which some have a row for each datum.
 
     Attributes: ``args`` and ``kwargs``; ``whole`` says that no argument has rows, so that all data are one batch (of
     length 1).
@@ -93,7 +93,7 @@ class Rows:
 
     @classmethod
     def of(cls, args: Sequence, kwargs: Mapping[str, Any]) -> Rows:
-        """The arguments of a call, positional ones and keywords together."""
+        """The arguments of a call, positional and keyword."""
         rows = cls(())
         rows._hold(tuple(args), dict(kwargs))
         return rows
@@ -106,7 +106,7 @@ class Rows:
         self._cut = frozenset(name for name, count in counts.items() if count == self._length)
 
     def count_as(self, rows: int) -> None:
-        """Say how many rows there are, where the first tensor may have another axis first (a padded sequence)."""
+        """Set the number of rows, where the first axis of the first tensor is another one (a padded sequence)."""
         self._length = rows
         self._cut = frozenset(name for name, value in self.named() if is_array(value) and len(value) == rows)
 
@@ -120,11 +120,11 @@ class Rows:
         yield from self.kwargs.items()
 
     def cut(self) -> list[tuple[int | str, Any]]:
-        """Those that have a row for each datum."""
+        """Those with a row for each datum."""
         return [(name, value) for name, value in self.named() if name in self._cut]
 
     def kept_whole(self) -> list[tuple[int | str, Any]]:
-        """Those that every batch is given as they are."""
+        """Those that every batch receives whole."""
         return [(name, value) for name, value in self.named() if name not in self._cut]
 
     def tensors(self) -> list[torch.Tensor]:
@@ -132,7 +132,7 @@ class Rows:
         return [value for _, value in self.named() if isinstance(value, torch.Tensor)]
 
     def check(self, what: str | None = None) -> Rows:
-        """Itself, once it is known to hold at least one row and no NaN or infinity in any."""
+        """Return itself, after checking for at least one row and for finite values."""
         what = what or self.what
         if not len(self):
             raise BadInput(f"{what} is empty: expected at least one row")
@@ -147,7 +147,7 @@ class Rows:
 
     @property
     def data(self) -> object:
-        """The rows in the form they were given in."""
+        """The rows in the form in which they were given."""
         if self.kwargs:
             return self.kwargs
         alone = len(self.args) == 1 and arguments_of(self.args[0]) == ((self.args[0],), {})
@@ -163,7 +163,7 @@ class Rows:
         return self._map(rows)
 
     def to(self, device: torch.device | str) -> Rows:
-        """Every tensor on that device, also those inside of lists, tuples and mappings."""
+        """Move every tensor to the device, inside lists, tuples and mappings too."""
         return self._map(lambda value: _moved(value, device), of_all=True)
 
     def repeated(self, times: int) -> Rows:
@@ -188,22 +188,22 @@ class Rows:
         return changed
 
 
-_AT_ONCE = 2**24  # numbers that are looked at together: what is made of them lies in memory
+_AT_ONCE = 2**24  # numbers that are processed together, which bounds memory
 
 
 def pieces_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor in pieces along its first axis, each of them small beside what lies in a file."""
+    """A tensor in pieces along its first axis, each small, for data in files."""
     size = max(1, _AT_ONCE // max(1, tensor[:1].numel())) if tensor.dim() and len(tensor) else 1
     yield from tensor.split(size) if tensor.dim() else (tensor,)
 
 
 def _rows_not_finite(tensor: torch.Tensor) -> int:
-    """How many rows hold NaN or infinity."""
+    """The number of rows with NaN or infinity."""
     return sum(int((~torch.isfinite(piece)).reshape(len(piece), -1).any(1).sum()) for piece in pieces_of(tensor))
 
 
 def _over_its_file(value: Any) -> Any:
-    """A memory-mapped array as a tensor over the same file, of which batches are copies; anything else itself."""
+    """A memory-mapped array as a tensor over the same file, of which batches are copies; other values unchanged."""
     if not isinstance(value, np.memmap) or value.dtype.kind not in "biufc" or not value.dtype.isnative:
         return value
     with warnings.catch_warnings():
@@ -224,7 +224,7 @@ def is_numeric(value: object) -> bool:
 
 
 def leaves_of(value: Any) -> Iterator[Any]:
-    """What is in a value, inside of lists, tuples and mappings too."""
+    """The leaves of a value, inside lists, tuples and mappings too."""
     if isinstance(value, Mapping):
         for name, one in value.items():
             yield name
@@ -238,7 +238,7 @@ def leaves_of(value: Any) -> Iterator[Any]:
 
 def _moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, (torch.Tensor, PackedSequence)):
-        # Out of page-locked memory a GPU copies while the processor goes on.
+        # Copies from page-locked memory run asynchronously.
         return value.to(device, non_blocking=torch.device(device).type == "cuda" and value.is_pinned())
     if type(value) in (list, tuple):
         return type(value)(_moved(one, device) for one in value)

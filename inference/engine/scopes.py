@@ -1,4 +1,4 @@
-"""Running a pair of programs and leaving no trace of it: param store, seeds, training flags."""
+"""Scopes for running programs without side effects: param store, seeds, training flags."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ...errors import BadInput
 from ...options import check_seed
 
-# Pyro's handlers and its param store, and torch's generators, belong to the process: threads take turns at them.
+# Pyro's handlers and param store, and torch's generators, are global to the process: threads take turns.
 one_at_a_time = threading.RLock()
 
 
 def modules_of(*programs: object) -> list[torch.nn.Module]:
     """The programs that are modules (a program may also be a plain function).
 
-    A program that runs another says which by ``inner_program``; both count.
+    A program that runs another names it by ``inner_program``; both are included.
     """
     found = [one for program in programs for one in (program, getattr(program, "inner_program", None))]
     return [one for one in found if isinstance(one, torch.nn.Module)]
 
 
 def owned_parameters(model: Callable, guide: Callable) -> dict[str, torch.nn.Parameter]:
-    """Parameters of both modules as ``model.…`` and ``guide.…``; one that both share is named once."""
+    """Parameters of both modules as ``model.…`` and ``guide.…``; a shared one occurs once."""
     named: dict[str, torch.nn.Parameter] = {}
     seen: set[int] = set()
     for prefix, program in (("model", model), ("guide", guide)):
@@ -43,16 +43,16 @@ def owned_parameters(model: Callable, guide: Callable) -> dict[str, torch.nn.Par
 
 
 def _plain(name: str) -> str:
-    """A store's name for a module's parameter, as the module itself writes it."""
+    """A store's name for a module's parameter, in the module's own notation."""
     return name.replace("$$$", ".").removesuffix("_unconstrained")
 
 
 @contextmanager
 def private_store(*programs: object) -> Iterator[None]:
-    """A scope of the param store in which each module's own values rule; the store outside stays as it was.
+    """A scope of the param store with each module's own values; the outer store does not change.
 
-    What plain functions keep in the store is seen inside, under the same tensors. A module would take the store's
-    tensor wherever the names agree, so stale entries of another module's training are hidden from it.
+    Store parameters of plain functions are visible inside, as the same tensors. Entries of another module's training
+    are hidden, since a module would take the store's tensor wherever names agree.
     """
     owned: dict[str, int] = {}
     for module in modules_of(*programs):
@@ -71,7 +71,7 @@ def private_store(*programs: object) -> Iterator[None]:
 
 
 def devices_of(*things: object) -> list[torch.device]:
-    """CUDA devices that the tensors and modules among ``things`` live on."""
+    """The CUDA devices of the tensors and modules among ``things``."""
     tensors = [thing for thing in things if isinstance(thing, torch.Tensor)]
     tensors += [parameter for module in modules_of(*things) for parameter in module.parameters()]
     return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
@@ -79,7 +79,7 @@ def devices_of(*things: object) -> list[torch.device]:
 
 @contextmanager
 def private_seed(seed: int | None, *things: object) -> Iterator[None]:
-    """Torch's generators seeded inside and as they were outside; ``seed=None`` leaves the stream where it stands."""
+    """Seed torch's generators inside and restore them outside; ``seed=None`` keeps the current state."""
     with torch.random.fork_rng(devices=devices_of(*things)):
         if seed is not None:
             check_seed(seed)
@@ -89,7 +89,7 @@ def private_seed(seed: int | None, *things: object) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(*programs: object) -> Iterator[None]:
-    """Every submodule's training flag is afterwards what it was."""
+    """Restore every submodule's training flag on exit."""
     flags = [(module, module.training) for root in modules_of(*programs) for module in root.modules()]
     try:
         yield
@@ -100,9 +100,9 @@ def modes_kept(*programs: object) -> Iterator[None]:
 
 @contextmanager
 def denormals_flushed() -> Iterator[None]:
-    """Numbers too small for a float's normal range count as zero, as they were treated before afterwards.
+    """Flush denormal numbers to zero inside, and restore the setting on exit.
 
-    Moments of weights that get no gradient shrink into that range, where a processor is many times slower.
+    Moments of weights without gradients decay into that range, where a processor is many times slower.
     """
     tiny = torch.finfo(torch.float32).tiny
     before = (torch.tensor([tiny]) / 2).item() == 0.0
@@ -114,7 +114,7 @@ def denormals_flushed() -> Iterator[None]:
 
 
 def device_of(*programs: object) -> torch.device:
-    """Where the programs' parameters live; the CPU if they have none."""
+    """The device of the programs' parameters; the CPU if they have none."""
     for module in modules_of(*programs):
         for parameter in module.parameters():
             return parameter.device
@@ -122,9 +122,9 @@ def device_of(*programs: object) -> torch.device:
 
 
 class Aside:
-    """A private param store and random stream that can be entered again and again; each goes on where it stopped.
+    """A private param store and random state that can be entered repeatedly; each continues where it stopped.
 
-    Outside, the store and the generators stay as they are, also between two entries.
+    The outer store and generators do not change, also between two entries.
     """
 
     def __init__(self, seed: int | None, *programs: object):
@@ -148,7 +148,7 @@ class Aside:
 
 
 def shared_names(model: Callable, guide: Callable) -> list[str]:
-    """Names that Pyro's param store would give to two different parameters, one of the model and one of the guide."""
+    """Names that Pyro's param store gives to two parameters, one of the model and one of the guide."""
     if pyro.settings.get("module_local_params"):
         return []
     named = [
@@ -162,7 +162,7 @@ def shared_names(model: Callable, guide: Callable) -> list[str]:
 
 
 def check_shared_names(model: Any, guide: Any) -> None:
-    """Two networks of one name share one entry of the param store and silently train as one."""
+    """Refuse two networks of one name, which share an entry of the param store and train as one without an error."""
     if not (isinstance(model, pyro.nn.PyroModule) and isinstance(guide, pyro.nn.PyroModule)):
         return
     mine = dict(torch.nn.Module.named_parameters(model, prefix=model._pyro_name))
@@ -176,10 +176,10 @@ def check_shared_names(model: Any, guide: Any) -> None:
 
 @contextmanager
 def networks_at_hand(*programs: Any) -> Iterator[None]:
-    """Programs whose class says ``plain_networks = True`` find their networks without a statement for each parameter.
+    """Let programs whose class sets ``plain_networks = True`` use their networks without ``pyro.module`` statements.
 
-    To be used where the param store knows the parameters already. Other programs keep Pyro's way, which registers all
-    parameters of a network at every mention of it, since a handler of theirs may listen to that.
+    For use where the param store already has the parameters. Other programs keep Pyro's way, which registers all
+    parameters of a network at every use, since their handlers may depend on it.
     """
     plain = [program for program in programs if getattr(type(program), "plain_networks", False)]
     found = [(vars(program), program._modules) for program in plain]
@@ -195,7 +195,7 @@ def networks_at_hand(*programs: Any) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(*programs: Any) -> Iterator[None]:
-    """Leave the buffers of modules (running statistics) as they were."""
+    """Restore the buffers of modules (running statistics) on exit."""
     modules = [program for program in programs if isinstance(program, torch.nn.Module)]
     before = [(module, dict(module.named_buffers())) for module in modules]
     made = [b for _, buffers in before for b in buffers.values() if not torch.nn.parameter.is_lazy(b)]
@@ -210,7 +210,7 @@ def kept_buffers(*programs: Any) -> Iterator[None]:
 
 @contextmanager
 def modules_met() -> Iterator[Collection[torch.nn.Module]]:
-    """The modules that are called within; each buffer of theirs is afterwards what it was before the first call."""
+    """Collect the modules called inside; their buffers are restored on exit."""
     met: dict[torch.nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def note(module: torch.nn.Module, inputs: Any) -> None:
@@ -231,7 +231,7 @@ def modules_met() -> Iterator[Collection[torch.nn.Module]]:
 
 @contextmanager
 def evaluating(*programs: object) -> Iterator[None]:
-    """Modules in evaluation mode for a while."""
+    """Modules in evaluation mode inside."""
     with modes_kept(*programs):
         for module in modules_of(*programs):
             module.eval()
@@ -240,10 +240,10 @@ def evaluating(*programs: object) -> Iterator[None]:
 
 @contextmanager
 def quietly(model: Callable, guide: Callable, seed: int | None) -> Iterator[None]:
-    """No gradients, evaluation mode, and a param store and random stream of our own.
+    """No gradients, evaluation mode, and a private param store and random state.
 
-    The stream is not that of ``torch.manual_seed(seed)``: a guide that was trained under the same seed would be judged
-    by the very noise that it was trained on.
+    The state differs from that of ``torch.manual_seed(seed)``: otherwise a guide trained with the same seed would be
+    evaluated on its training noise.
     """
     own = None if seed is None else (seed * 0x9E3779B9 + 0x5EED) % 2**63
     with private_store(model, guide), private_seed(own, model, guide), evaluating(model, guide), torch.no_grad():

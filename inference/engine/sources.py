@@ -1,4 +1,4 @@
-"""Data sets of ``torch.utils.data``: what a Dataset or a DataLoader says, and its rows read as they are asked for."""
+"""Data sets of ``torch.utils.data``: the settings of a Dataset or a DataLoader, and rows read on demand."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from torch.utils.data import default_collate as collate_tensors
 
 from ...errors import BadInput, GumboError, first_line
 
-LIMIT = 4 * 2**30  # bytes of a data set that is read whole, where a function needs all rows at once
-Job = tuple[list[int], int]  # the numbers of some rows, and a seed for what reading them draws
+LIMIT = 4 * 2**30  # the largest data set, in bytes, that is read whole where a function needs all rows
+Job = tuple[list[int], int]  # row indices, and a seed for draws during their reading
 
 
 def is_source(data: object) -> bool:
-    """Whether data come as a data set or a loader of torch's."""
+    """Whether data are a torch data set or loader."""
     return isinstance(data, (Dataset, DataLoader))
 
 
 class Source:
-    """A Dataset, or the one behind a DataLoader with what the loader says of its batches.
+    """A Dataset, or the one of a DataLoader with the loader's settings for batches.
 
     Attributes: ``dataset``; ``loader``, None for a Dataset; ``collate`` makes a batch of a list of items; ``iterable``
-    says that the rows cannot be asked for by number, ``own_order`` that they come in an order of the user's: a sampler
-    other than torch's plain ones, or a stream.
+    says that rows have no random access, ``own_order`` that they have a user-defined order: a sampler other than
+    torch's plain ones, or a stream.
 
     A batch in a list or a tuple is the positional arguments of the programs, a mapping the keywords, anything else the
-    one argument.
+    single argument.
 
     >>> rows = torch.utils.data.TensorDataset(torch.arange(3.0), torch.arange(3))
     >>> Source(rows, "train").batch([2, 0])
@@ -56,18 +56,18 @@ class Source:
 
     @property
     def batch_size(self) -> int | None:
-        """That of the loader, where it has one."""
+        """The loader's batch size, if any."""
         return None if self.loader is None else self.loader.batch_size
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def batch(self, numbers: Sequence[int], seed: int = 0) -> object:
-        """The rows of these numbers, as the arguments of the programs; what reading them draws follows the seed."""
+        """The rows at these indices, as arguments of the programs; draws during reading use the seed."""
         return _opened(self._fetch()[list(numbers), seed])
 
     def batches(self, jobs: Sequence[Job], pin: bool = False) -> Iterator[object]:
-        """One batch for each job, read by the loader's workers where it has some; ``pin`` in page-locked memory.
+        """One batch per job, read by the loader's workers if it has some; ``pin`` uses page-locked memory.
 
         Raises BadInput for a row that cannot be read, GumboError where a worker dies.
         """
@@ -90,7 +90,7 @@ class Source:
             raise GumboError(f"{self.what}: a worker that reads batches has stopped ({first_line(error)})") from error
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Stop the workers."""
         self._reader = None
 
     def held(self) -> object:
@@ -122,7 +122,7 @@ class Source:
                 yield from (self.dataset[number] for number in range(len(self)))
         except GumboError:
             raise
-        except Exception as error:  # the code of whoever wrote the data set
+        except Exception as error:  # the user's code
             raise BadInput(f"{self.what} cannot be read: {first_line(error, kind=True)}") from error
 
     def _fetch(self) -> _Fetch:
@@ -130,7 +130,7 @@ class Source:
 
 
 def _is_plain(loader: DataLoader) -> bool:
-    """Whether a loader's order is one of torch's two plain ones: all rows once, in their order or in any."""
+    """Whether a loader's order is one of torch's plain ones: all rows once, in sequence or shuffled."""
     sampler = loader.sampler
     plain = type(sampler) is SequentialSampler or (
         type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
@@ -139,12 +139,12 @@ def _is_plain(loader: DataLoader) -> bool:
 
 
 def worker_options(loader: DataLoader, pin: bool) -> dict[str, Any]:
-    """What another loader takes to read with as many workers, in the same way."""
+    """Options for another loader to read with the same workers."""
     options: dict[str, Any] = {
         "num_workers": loader.num_workers,
         "pin_memory": loader.pin_memory and pin,
         "timeout": loader.timeout,
-        "generator": torch.Generator(),  # so that torch's own stream stays where it is
+        "generator": torch.Generator(),  # so that torch's own generator does not change
     }
     if loader.num_workers:
         options |= {
@@ -157,18 +157,18 @@ def worker_options(loader: DataLoader, pin: bool) -> dict[str, Any]:
 
 
 def _deaf(then: Callable[[int], None] | None, number: int) -> None:
-    """A worker leaves Ctrl-C to the main process, which saves first."""
+    """Ignore Ctrl-C in a worker; the main process handles it and saves first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if then is not None:
         then(number)
 
 
 class _Unreadable(str):
-    """What to say of rows that could not be read, on its way from a worker."""
+    """An error message about unreadable rows, sent by a worker."""
 
 
 class _Fetch(Dataset):
-    """Batches as a function of the numbers of their rows and of a seed, whichever worker reads them."""
+    """Batches as a function of row indices and a seed, independent of the worker."""
 
     def __init__(self, dataset: Any, collate: Callable, what: str):
         self.dataset, self.collate, self.what = dataset, collate, what
@@ -182,7 +182,7 @@ class _Fetch(Dataset):
                 else:
                     items = [self.dataset[number] for number in numbers]
                 return self.collate(items)
-        except Exception as error:  # the code of whoever wrote the data set
+        except Exception as error:  # the user's code
             said = first_line(error, kind=True)
             return _Unreadable(f"{self.what}: rows {numbers[0]}, … of {type(self.dataset).__name__}: {said}")
 
@@ -194,7 +194,7 @@ def _opened(batch: Any) -> object:
 
 
 def as_arguments(batch: Any) -> object:
-    """A collated batch in the form that programs' data have: a list, which stands for a tuple of items, is a tuple."""
+    """A collated batch in the form of programs' data: a list, which collation makes of a tuple of items, is a tuple."""
     return tuple(batch) if type(batch) is list else batch
 
 
@@ -204,7 +204,7 @@ def _same(batch: Any) -> Any:
 
 @contextmanager
 def noise_of(seed: int) -> Iterator[None]:
-    """Torch's CPU generator, NumPy's and Python's seeded inside, and outside as they were."""
+    """Seed torch's CPU generator, NumPy's and Python's inside, and restore them on exit."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed % 2**63)
     np.random.seed(seed % 2**32)

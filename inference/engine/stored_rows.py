@@ -1,4 +1,4 @@
-"""Rows that are not in memory: a data set whose batches are read when they are asked for."""
+"""Rows that are not in memory: batches of a data set, read on demand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .sources import Source, is_source
 
 
 class StoredRows(Rows):
-    """The rows of a :class:`Source` as :class:`Rows`: an index reads a batch, ``args`` and ``kwargs`` read all of them.
+    """The rows of a :class:`Source` as :class:`Rows`: an index reads a batch, ``args`` and ``kwargs`` read all rows.
 
     >>> data = torch.utils.data.TensorDataset(torch.arange(6.0))
     >>> rows = StoredRows(Source(data))
@@ -50,17 +50,17 @@ class StoredRows(Rows):
         return self._held().kept_whole()
 
     def tensors(self) -> list[torch.Tensor]:
-        """Those of a few rows, which stand for the others where data are told apart."""
+        """Those of a few rows, as a sample of the data."""
         return [tensor for batch in self.samples() for tensor in batch.tensors()]
 
     def samples(self) -> Iterator[Rows]:
-        """The first row, the last and one between."""
+        """The first row, the last and a middle one."""
         if not self.source.iterable:
             for number in sorted({0, len(self) // 2, len(self) - 1}):
                 yield self[number : number + 1]
 
     def check(self, what: str | None = None) -> Rows:
-        """Itself, once it is known to have a row; values are looked at as they are read."""
+        """Return itself, after checking for a row; values are checked as they are read."""
         if not len(self):
             raise BadInput(f"{what or self.what} is empty: expected at least one row")
         return self
@@ -73,7 +73,7 @@ class StoredRows(Rows):
         return self.made(self.source.batch(list(numbers)), len(numbers))
 
     def made(self, batch: object, count: int | None = None) -> Rows:
-        """A batch as it was read, of so many rows, looked at and put on the device."""
+        """A batch as read, with ``count`` rows, checked and moved to the device."""
         rows = Rows(batch, self.what)
         if count is not None:
             rows.count_as(count)
@@ -87,9 +87,9 @@ class StoredRows(Rows):
 
 
 def rows_in(data: object, what: str = "data", streams: bool = False) -> Rows:
-    """Data in any form as rows: those of a data set are read as they are needed, all else is at hand.
+    """Data in any form as rows: those of a data set are read on demand, others are in memory.
 
-    A stream, whose rows cannot be asked for by number, is read whole unless the caller takes ``streams``.
+    A stream, without random access, is read whole unless the caller accepts ``streams``.
     """
     if isinstance(data, StoredRows):
         return data

@@ -1,7 +1,7 @@
-"""The noise that programs draw outside of sample statements (dropout, ``torch.rand``), apart from the sites' draws.
+"""The programs' own noise outside sample statements (dropout, ``torch.rand``), separate from the sites' draws.
 
-An estimator that runs the programs again compares the cost of one draw with the cost of another. The two runs must then
-share what else is random in the programs, and must not share the noise of the sites that draw anew.
+An estimator that reruns the programs compares the costs of two draws. The two runs must share the programs' own noise,
+and must not share the noise of the sites that are drawn again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .noise import Request, current_tape
 
 
 class _Python:
-    """Python's random numbers, with the methods of a torch generator."""
+    """Python's random numbers, with the interface of a torch generator."""
 
     get_state = staticmethod(random.getstate)
     set_state = staticmethod(random.setstate)
@@ -29,7 +29,7 @@ class _Python:
 
 
 class _NumPy:
-    """NumPy's global random numbers, with the methods of a torch generator."""
+    """NumPy's global random numbers, with the interface of a torch generator."""
 
     def get_state(self) -> tuple[Any, ...]:
         return tuple(part.tobytes() if hasattr(part, "tobytes") else part for part in self._global().get_state())
@@ -46,11 +46,11 @@ class _NumPy:
 
 
 class Generators:
-    """The global random generators that a pair of programs may draw from: torch's on the CPU and on some devices.
+    """The global random generators that programs may use: torch's on the CPU and on some devices.
 
     Args:
         devices: the CUDA devices in use.
-        others: whether to count Python's and NumPy's random numbers among them.
+        others: whether to include Python's and NumPy's generators.
     """
 
     def __init__(self, devices: Sequence[torch.device] = (), others: bool = False):
@@ -76,7 +76,7 @@ class Generators:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """All states are afterwards what they were."""
+        """Restore all states on exit."""
         before = self.states()
         try:
             yield
@@ -89,24 +89,24 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _coming_seed(state: Tensor) -> int:
-    """A seed of 44 bits that a generator's state determines."""
+    """A seed of 44 bits, determined by a generator's state."""
     digest = blake2b(state.numpy().tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 20
 
 
 class OwnNoise:
-    """What the programs of one run draw outside of their sample statements, which other runs can repeat.
+    """The noise of a run's programs outside their sample statements, which other runs can repeat.
 
-    The bodies of the programs run in :meth:`entered` on generators of a seed of their own; sample statements draw in
-    :meth:`aside`, on the generators as the caller left them, which therefore go on from run to run. The seed follows
-    from the caller's generator, which moves on only if the programs draw noise: programs that draw none leave every
-    random number as it is without this class. Under a :class:`~gumbo.inference.engine.noise.Tape` the pieces of noise
-    are kept instead of a seed.
+    The bodies of the programs run in :meth:`entered` with separately seeded generators; sample statements draw in
+    :meth:`aside`, from the caller's generators, which continue from run to run. The seed comes from the caller's
+    generator, which advances only if the programs draw noise: for programs without noise all random numbers are the
+    same as without this class. Under a :class:`~gumbo.inference.engine.noise.Tape` the pieces of noise are stored
+    instead of a seed.
 
     Attributes:
-        drew: whether the first run drew anything outside of its sample statements.
-        drew_elsewhere: whether some of that came from Python's or NumPy's random numbers.
-        fits: whether the latest run drew as much as the first.
+        drew: whether the first run drew noise outside its sample statements.
+        drew_elsewhere: whether some of it came from Python's or NumPy's generators.
+        fits: whether the latest run drew as much noise as the first.
     """
 
     def __init__(self, generators: Generators):
@@ -121,18 +121,18 @@ class OwnNoise:
         self._unrepeatable: str | None = None
 
     def entered(self) -> AbstractContextManager[None]:
-        """The programs' bodies run within; a second entry repeats the noise of the first, if there was any."""
+        """The programs' bodies run inside; a second entry repeats the noise of the first, if any."""
         if self._end is not None and not self.drew:
             return nullcontext()
         return self._seeded() if self.tape is None else self._taped()
 
     def aside(self) -> AbstractContextManager[None]:
-        """A sample statement draws within, from the caller's generators."""
+        """A sample statement draws inside, from the caller's generators."""
         if self._end is not None and not self.drew:
             return nullcontext()
         if self.tape is not None:
             return self.tape.within(None)
-        # Who has put another stream in the body's place, for a site that all processes draw alike, has its way.
+        # Another stream in the body's place, for a site that all processes draw alike, has precedence.
         return self._outside_seed() if torch.default_generator.initial_seed() == self._seed else nullcontext()
 
     @contextmanager
@@ -177,10 +177,10 @@ class OwnNoise:
             self.drew = bool(self._pieces) or self._unrepeatable is not None
         self.fits = True  # a tape refuses to repeat noise in another shape
 
-    # What a tape asks.
+    # The interface for a tape.
 
     def piece(self, request: Request, draw: Callable[[], Tensor]) -> Tensor:
-        """The noise that a body asks for: that of the first run as far as it went, then new noise."""
+        """The noise for a body: that of the first run as far as it goes, then new noise."""
         if self._next is None or self._next >= len(self._pieces):
             self._pieces.append((request, draw()))
             self._next = None if self._next is None else self._next + 1
@@ -194,7 +194,7 @@ class OwnNoise:
         return self._pieces[self._next - 1][1]
 
     def unwritten(self, operation: str) -> None:
-        """A body draws with an operation that the tape cannot write as a function of noise."""
+        """Handle an operation of a body that the tape cannot rewrite as a function of noise."""
         if self._next is not None:
             raise BadInput(
                 f"the program draws noise of its own with {operation} and has to repeat it in a second run, which a"

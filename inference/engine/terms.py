@@ -1,8 +1,8 @@
-"""What is estimated: from recorded runs to one scalar whose value is the objective and whose gradient is the estimator.
+"""From recorded runs to one scalar whose value is the objective and whose gradient is the estimator.
 
-The heart is :func:`walk_back`: from the last statement to the first, the terms met so far are the cost of the site at
-hand. Enumerated sites are summed over on the way, plates are summed where a site outside them is passed, and every
-estimator adds a term of value zero that carries its gradient.
+The main function is :func:`walk_back`: from the last statement to the first, the sum of the terms so far is the cost of
+the current site. Enumerated sites are summed out on the way, plates are summed when a site outside them is reached, and
+every estimator adds a term of value zero that carries its gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NO_FRAMES: Frames = frozenset()
 
 
 class NeedsJoint(Exception):
-    """A term outside a plate turned out to depend on a site enumerated inside it."""
+    """Raised if a term outside a plate depends on a site enumerated inside it."""
 
     def __init__(self, site: str):
         super().__init__(site)
@@ -33,32 +33,32 @@ class NeedsJoint(Exception):
 
 @dataclass
 class Layout:
-    """How the batch dimensions of all terms are laid out, and what they may be taken to mean."""
+    """The layout of the batch dimensions of all terms, and which plates have independent rows."""
 
     room: int  # dimensions for particles and plates
     num_particles: int
     kl_weight: float = 1.0
     trust_plates: bool = True
-    mixed_plates: tuple[str, ...] = ()  # plates whose rows the programs mix
+    mixed_plates: tuple[str, ...] = ()  # plates with dependent rows
 
     def apart(self, frames: Frames) -> Frames:
-        """The plates among these whose rows the programs keep apart."""
+        """The plates among these with independent rows."""
         if not self.trust_plates:
             return NO_FRAMES
         return frozenset(f for f in frames if f[0] not in self.mixed_plates) if self.mixed_plates else frames
 
     def frames(self, site: Site) -> Frames:
-        """The plates along which the elements of a site are told apart."""
+        """The plates along which a site's elements are separate."""
         return NO_FRAMES if site.joint else self.apart(site.frames)
 
     def join(self, tensors: list[Tensor]) -> Tensor:
-        """Tensors of single particles, side by side."""
+        """Concatenate tensors of single particles."""
         return tensors[0] if len(tensors) == 1 else torch.cat(torch.broadcast_tensors(*tensors), dim=-self.room)
 
-    # Where the rows of a batch are split over processes, these know of the other rows.
+    # Overridden where the rows of a batch are split over processes, to include the other rows.
 
     def cost(self, site: Site, costs: CostToGo) -> Tensor:
-        """The cost-to-go at a site, element by element of its plates."""
+        """The cost-to-go at a site, by element of its plates."""
         return costs.total()
 
     def cost_once(self, site: Site, costs: CostToGo) -> Tensor:
@@ -66,20 +66,20 @@ class Layout:
         return costs.scalar()
 
     def surrogate(self, site: Site, view: SiteView) -> Tensor | None:
-        """What the site's estimator adds to the objective."""
+        """The term that the site's estimator adds to the objective."""
         return surrogate_of(site, view)
 
     def whole(self, total: Tensor) -> Tensor:
-        """A sum over the rows at hand as one over all rows."""
+        """A sum over this process's rows as one over all rows."""
         return total
 
     def mean(self, site: Site, tensor: Tensor) -> Tensor:
-        """The mean of something shaped like a site's cost, over all of its elements."""
+        """The mean of a tensor shaped like a site's cost, over all of its elements."""
         return tensor.mean()
 
 
 def surrogate_of(site: Site, view: SiteView) -> Tensor | None:
-    """What a site's estimator adds; for a draw with a path the score term that its distribution leaves over, if any."""
+    """The term of a site's estimator; for a reparameterized draw the score term of its distribution, if any."""
     if site.estimator.has_path and view.log_prob is not None:
         return view.cost * view.log_prob
     return site.estimator.surrogate(view)
@@ -96,7 +96,7 @@ def summed_to(tensor: Tensor, frames: Frames, keep: Frames) -> Tensor:
 
 
 class CostToGo:
-    """Sums of terms, kept apart by the plates along which they are still elementwise."""
+    """Sums of terms, stored by the plates that they still have."""
 
     def __init__(self, terms: dict[Frames, Tensor] | None = None):
         self.terms = {} if terms is None else terms
@@ -115,17 +115,17 @@ class CostToGo:
         self.sum_out(lambda own: own - frames)
 
     def expect(self, site: Site, probabilities: Tensor, frames: Frames) -> None:
-        """Sum over an enumerated site; a term that does not change with it is its own expectation."""
+        """Sum over an enumerated site; a term that does not depend on it is its own expectation."""
         for own, term in list(self.terms.items()):
             if term.dim() >= -site.enum_dim and term.shape[site.enum_dim] > 1:
                 if not own >= frames:
                     raise NeedsJoint(site.name)
-                # What cannot happen counts for nothing, be its log-probability −∞; nor may −∞ reach the gradient of q.
+                # Impossible values contribute zero although log p is −∞, and −∞ must not reach q's gradient.
                 possible = torch.where(probabilities > 0, term, torch.zeros_like(term))
                 self.terms[own] = (probabilities * possible).sum(site.enum_dim, keepdim=True)
 
     def total(self) -> Tensor:
-        """The terms added up, broadcast over each other."""
+        """The sum of the terms, broadcast."""
         return sum(self.terms.values())  # type: ignore[return-value]
 
     def scalar(self) -> Tensor:
@@ -136,12 +136,12 @@ class CostToGo:
 
 
 def probabilities(site: Site, layout: Layout) -> Tensor:
-    """q of each listed value of an enumerated site."""
+    """q of each value of an enumerated site."""
     return summed_to(site.score, site.frames, layout.frames(site)).exp()
 
 
 def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] | None = None) -> CostToGo:
-    """Gather the terms of the ELBO from last to first; ``visit`` sees each drawn site with its cost-to-go."""
+    """Collect the terms of the ELBO from last to first; ``visit`` receives each drawn site with its cost-to-go."""
     costs, beta = CostToGo(), layout.kl_weight
     plain = not isinstance(beta, Tensor) and beta == 1.0
     above: list[Frames] = []  # for each model site, the plates of the latent sites that ran before it
@@ -154,7 +154,7 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] 
             continue
         costs.add(site.frames, site.log_prob if plain or not site.latent else beta * site.log_prob)
         if site.settled and not site.latent and before - site.frames:
-            # A deterministic value outside a plate may mix what the plate keeps apart.
+            # A deterministic value outside a plate may combine the plate's elements.
             costs.sum_out(lambda own, mixed=before - site.frames: own & mixed)
     for site in reversed(run.guide):
         costs.add(site.frames, -beta * (site.log_prob.detach() if is_dropped(site) else site.log_prob))
@@ -167,25 +167,25 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] 
 
 
 def is_dropped(site: Site) -> bool:
-    """Whether −log q of a guide's site is counted and not differentiated."""
+    """Whether −log q of a guide's site enters by its value only, without a derivative."""
     return site.factor or (site.estimator is not None and site.estimator.log_q == "value")
 
 
 def sloping_cost(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tensor | None:
-    """The cost at a site as a function of its draw, each term counted once; None where its slope is not asked for."""
+    """The cost at a site as a function of its draw, each term counted once; None if its slope is not needed."""
     if not site.estimator.takes_slope or not torch.is_grad_enabled():
         return None
     later = run.guide[next(i for i, other in enumerate(run.guide) if other is site) :]
-    # These terms are in the cost as numbers, and depend on the draw all the same.
+    # These terms are constants in the cost, but depend on the draw.
     counted = [other.log_prob.sum() for other in later if is_dropped(other)]
     return layout.cost_once(site, costs) - layout.kl_weight * sum(counted)
 
 
 @dataclass
 class Row:
-    """A draw of one site, with its cost and the probability of the enumerated choices that led to it.
+    """A draw of one site, with its cost and the probability of the enumerated choices before it.
 
-    ``once`` is the cost with each term counted once, differentiable, for estimators that ask for its slope.
+    ``once`` is the cost with each term counted once, differentiable, for estimators that use its slope.
     """
 
     run: Run
@@ -200,16 +200,16 @@ MakeView = Callable[[list[Row], "Tensor | None", Tensor, Any], SiteView]
 
 @dataclass
 class Recorded:
-    """What one call of a loss has seen of the programs.
+    """What one call of a loss recorded of the programs.
 
     Attributes:
-        groups: for each group of particles that ran together, its runs: one for each path through enumerated values.
-        layout: what the dimensions of the terms in these mean.
-        view: ``view(rows, log_prob, cost, bound)`` is what an estimator sees of its site.
-        again: ``again()`` runs the programs once more at the same values, cut from the graph, with the guide's
-            parameters frozen; the same groups.
-        report: ``report(name, value)`` keeps a further value of this call, a scalar in nats, summed as the
-            objective's and over the rows of all processes (``layout.whole``).
+        groups: for each group of vectorized particles, its runs: one for each path through enumerated values.
+        layout: the layout of the terms' dimensions.
+        view: ``view(rows, log_prob, cost, bound)`` makes an estimator's :class:`SiteView`.
+        again: ``again()`` reruns the programs at the same, detached values, with the guide's parameters frozen; returns
+            the same groups.
+        report: ``report(name, value)`` stores a further value of this call, a scalar in nats, summed like the
+            objective and over the rows of all processes (``layout.whole``).
     """
 
     groups: list[list[Run]]
@@ -220,9 +220,9 @@ class Recorded:
 
 
 def factor_share(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tensor:
-    """The share of a guide's factor in the gradient: its score times the cost of the draws that it stands for.
+    """The gradient term of a guide's factor: its score times the cost of the draws that it represents.
 
-    These were made at some point before it, so that what ran before it may depend on them too.
+    These draws were made anywhere before it, so that earlier statements may depend on them too.
     """
     costs = CostToGo(dict(costs.terms))
     upstream = run.guide[: next(i for i, other in enumerate(run.guide) if other is site)]
@@ -237,7 +237,7 @@ def factor_share(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tenso
 
 
 def weighed_by_enumerated(surrogate: Tensor, run: Run, site: Site, layout: Layout) -> Tensor:
-    """The expectation of a site's share under the enumerated sites upstream; those downstream are summed over."""
+    """The expectation of a site's term under upstream enumerated sites; downstream ones are summed out."""
     costs = CostToGo({layout.frames(site): surrogate})
     if surrogate.dim() > layout.room:
         upstream = run.guide[: next(i for i, other in enumerate(run.guide) if other is site)]
@@ -248,7 +248,7 @@ def weighed_by_enumerated(surrogate: Tensor, run: Run, site: Site, layout: Layou
 
 
 def weighed(total: Tensor, chosen: list[tuple[str, Tensor]]) -> Tensor:
-    """A path's total times the probability of what it chose; what cannot be chosen counts for nothing."""
+    """A path's total times the probability of its choices; impossible choices contribute zero."""
     if not chosen:
         return total
     weight = math.prod(q for _, q in chosen)
@@ -258,10 +258,10 @@ def weighed(total: Tensor, chosen: list[tuple[str, Tensor]]) -> Tensor:
 def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tensor:
     """The evidence lower bound, averaged over particles.
 
-    ``groups`` holds, for each group of particles that ran together, its paths through enumerated values.
+    ``groups`` holds, for each group of vectorized particles, its paths through enumerated values.
     """
     value: Any = 0.0
-    # A site reached by the same enumerated choices in several particles: leave-one-out compares these.
+    # Draws of a site after the same enumerated choices in several particles: leave-one-out compares these.
     rows: dict[tuple, list[Row]] = defaultdict(list)
     for paths in groups:
         for run in paths:
@@ -280,14 +280,14 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
             for share in factors:
                 value = value + magic(weighed(share, [(name, q.detach()) for name, q in chosen]))
             _share(paths, run, found, chosen, rows)
-    if torch.is_grad_enabled():  # otherwise the runs that estimators add would be made for nothing
+    if torch.is_grad_enabled():  # otherwise the reruns of estimators have no use
         for members in rows.values():
             value = value + magic(site_surrogate(members, layout, view))
     return value / layout.num_particles
 
 
 def _share(paths: list[Run], run: Run, found: list, chosen: list, rows: dict[tuple, list[Row]]) -> None:
-    """Paths that agree up to a site share its draw; the cost there is their expectation over what they chose later."""
+    """Paths that agree up to a site share its draw; the cost there is their expectation over later choices."""
     order = {site.name: i for i, site in enumerate(run.guide)}
     for site, cost, once in found:
         made = tuple((name, run.choices[name]) for name, _ in chosen if order[name] < order[site.name])
@@ -299,7 +299,7 @@ def _share(paths: list[Run], run: Run, found: list, chosen: list, rows: dict[tup
         share = torch.where(after > 0, after * cost, torch.zeros_like(cost)).detach()
         if once is not None:
             once = torch.where(after > 0, after.detach() * once, 0.0)
-        # Paths run one particle after the other, so a row of this particle is the last one, if it is there.
+        # Paths run one particle after the other, so this particle's row, if any, is the last one.
         last = rows[site.name, made][-1] if rows[site.name, made] else None
         if last is not None and any(last.run is other for other in paths):
             last.cost = last.cost + share
@@ -309,10 +309,10 @@ def _share(paths: list[Run], run: Run, found: list, chosen: list, rows: dict[tup
 
 
 def cost_at(name: str, paths: list[Run], layout: Layout) -> tuple[Tensor, Tensor]:
-    """The cost-to-go at one site, expected over the values enumerated after it; differentiable.
+    """The cost-to-go at one site, in expectation over the values enumerated after it; differentiable.
 
-    Element by element of the site's plates, and summed with each term counted once: a term outside a plate is part of
-    the cost of every element, so that the elements' sum would count it too often.
+    Returned by element of the site's plates, and summed with each term counted once: a term outside a plate is part of
+    every element's cost, so that the sum of the elements counts it too often.
     """
     cost: Any = 0.0
     total: Any = 0.0
@@ -337,9 +337,10 @@ def cost_at(name: str, paths: list[Run], layout: Layout) -> tuple[Tensor, Tensor
 
 
 def joined_dims(runs: list[Run], name: str, layout: Layout) -> tuple[int, ...]:
-    """The plate dimensions of a site along which something evaluated after it may join the elements.
+    """The plate dimensions of a site along which a later statement may combine its elements.
 
-    That is any later statement outside the plate: of the guide, or of the model from where it first meets the site or
+    This is any later statement outside the plate: of the guide, or of the model from the first one after the site or
+    after a site that the guide draws later.
     one that the guide draws after it.
     """
     joined: set[int] = set()
@@ -355,7 +356,7 @@ def joined_dims(runs: list[Run], name: str, layout: Layout) -> tuple[int, ...]:
 
 
 def site_surrogate(rows: list[Row], layout: Layout, view: MakeView) -> Tensor:
-    """One site's share of the gradient, summed over particles; its value means nothing."""
+    """One site's gradient term, summed over particles; its value is meaningless."""
     site, run = rows[0].site, rows[0].run
     frames = layout.frames(site)
     try:
@@ -375,7 +376,7 @@ def site_surrogate(rows: list[Row], layout: Layout, view: MakeView) -> Tensor:
 
 
 def check_shape(surrogate: Tensor, cost: Tensor, site: Site, layout: Layout) -> None:
-    """A surrogate of another shape would be broadcast, and silently counted too often or too rarely."""
+    """Refuse a surrogate of another shape, which would be broadcast and counted too often or too rarely."""
     if surrogate.shape[-layout.room :] != cost.shape[-layout.room :]:
         raise BadInput(
             f"estimator {site.estimator.name!r} at site {site.name!r} returned a surrogate of shape"
@@ -384,6 +385,6 @@ def check_shape(surrogate: Tensor, cost: Tensor, site: Site, layout: Layout) -> 
 
 
 def common_frames(runs: list[Run], layout: Layout) -> Frames:
-    """The plates that enclose every site: one importance weight for each of their elements."""
+    """The plates that enclose every site: each of their elements has one importance weight."""
     frames = [layout.apart(site.frames) for run in runs for site in run.sites if site.latent or not site.settled]
     return frozenset.intersection(*frames) if frames else NO_FRAMES

@@ -1,4 +1,4 @@
-"""Whether a program means the same for many particles at once as for one alone."""
+"""The check whether many particles at once have the log-probabilities of single ones."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .terms import NeedsJoint, summed_to
 
 
 def check_at_once(program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Run many particles at once and hold one of them against a particle alone; ``seen`` is a run of one.
+    """Run many particles at once and compare one of them with a single particle; ``seen`` is a run of one.
 
-    Where noise of the programs' own has another shape in the two, modules are compared in evaluation mode.
+    Where the programs' own noise has another shape in the two, modules are compared in evaluation mode.
     """
     try:
         ((run,),) = program.runs(args, kwargs)
@@ -47,29 +47,29 @@ def check_at_once(program: Program, seen: Run, args: tuple, kwargs: Mapping[str,
 
 
 def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Replay one particle of a vectorized run on its own and compare what each site says of it."""
+    """Replay one particle of a vectorized run alone and compare the log-probabilities of each site."""
     alone = copy.copy(program)
     alone.num_particles, alone.vectorized, alone.skips_unscored = 1, False, True
     if (stray := _stray_dimension(program, run)) is not None:
         raise does_not_vectorize(*stray)
     for place in _places(program):
         fixed = _one_of(run, seen, program.max_plate_nesting, place)
-        # Gradients are on, for programs that call autograd inside.
+        # Gradients are enabled for programs that call autograd inside.
         with torch.enable_grad():
             single = alone.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples), noise=run.noise)
         difference = _difference(run, single, program.max_plate_nesting, place)
         if difference is None:
             continue
-        if run.noise.drew:  # perhaps in another shape, with which nothing can be compared
+        if run.noise.drew:  # possibly in another shape, which prevents a comparison
             raise NoisyProgram
         raise does_not_vectorize(*difference)
 
 
 def _places(program: Program) -> list[dict[int, int]]:
-    """Where to look along the dimensions of enumerated values: at the last of all, and at mixtures of first and last.
+    """Positions along the dimensions of enumerated values: the last of all, and combinations of first and last.
 
-    A statement that moves one dimension onto another (an ``unsqueeze``, a sum) goes unseen where both stand at the
-    same value. Any two dimensions stand apart in one of these, the particles' being always at the last.
+    A statement that moves one dimension onto another (an ``unsqueeze``, a sum) is not detected where both are at the
+    same position. Any two dimensions differ in one of these; the particles' dimension is always at the last.
     """
     dims = sorted(program.enum_dims.values(), reverse=True)
     bits = range(len(dims).bit_length())
@@ -80,13 +80,13 @@ def _places(program: Program) -> list[dict[int, int]]:
 def check_listed(
     program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any], chains: Collection[str] = ()
 ) -> tuple[str, str, list[str]] | None:
-    """Hold what each statement says where values are listed against what it says where the sites take single values.
+    """Compare the log-probabilities of each statement at all enumerated values with those at single values.
 
-    The values are those of ``seen``, in which the model drew the sites that it lists and the guide its ``chains``, and
-    others. Rows of a plate take values of their own, so that rows that a program mixes show too.
+    The values are those of ``seen``, in which the model drew its enumerated sites and the guide its ``chains``, and
+    others. Rows of a plate take different values, so that dependence between rows is detected too.
 
     Returns:
-        The first statement that differs, how, and the listed sites that it depends on; None where all agree.
+        The first statement that differs, how, and the enumerated sites that it depends on; None if all agree.
     """
     for changed in (False, True):
         sites = [site for site in seen.model if site.name in seen.eliminated]
@@ -94,7 +94,7 @@ def check_listed(
         values = {site.name: _other_values(site) if changed else site.value.detach() for site in sites}
         found = _listed_difference(program, seen, values, args, kwargs)
         if found is not None and program.generators is not None and found[3].drew:
-            # Layers that draw noise of their own draw it in another shape for many values.
+            # Layers with random noise draw it in another shape for many values.
             with evaluating(program.model, program.guide):
                 found = _listed_difference(program, seen, values, args, kwargs)
         if found is not None:
@@ -151,7 +151,7 @@ def _listed_difference(
                 _depends(term, listed),
                 plain.noise,
             )
-    for site in listed.model:  # what shows no dimension of listed values
+    for site in listed.model:  # sites without a dimension of enumerated values
         other = by_name.get(site.name)
         gap = None if site.summed or other is None else _gap(site.log_prob.detach(), other.log_prob.detach())
         if gap is not None:
@@ -171,9 +171,9 @@ _LISTED_ADVICE = (
 
 
 def _stray_dimension(program: Program, run: Run) -> tuple[str, str] | None:
-    """The first site with a dimension to the left that belongs neither to particles nor to enumerated values.
+    """The first site with a leading dimension of neither particles nor enumerated values.
 
-    An ``unsqueeze`` moves the particles there, where they would be taken for more of them and summed.
+    An ``unsqueeze`` moves the particles there, where they would be counted as further particles and summed.
     """
     particles = -1 - program.max_plate_nesting
     known = {particles, *program.enum_dims.values()}
@@ -187,11 +187,11 @@ def _stray_dimension(program: Program, run: Run) -> tuple[str, str] | None:
 
 
 class NoisyProgram(Exception):
-    """A program whose layers draw noise of their own (dropout), so that two runs on the same draws differ."""
+    """Raised for layers with random noise (dropout), so that two runs on the same draws differ."""
 
 
 def _at(tensor: Tensor, event_dim: int, max_plate_nesting: int, place: Mapping[int, int]) -> Tensor:
-    """The last particle, and the enumerated values at a place: the last of those that it does not name."""
+    """The last particle, at the given positions of enumerated values, by default the last ones."""
     while (batch := tensor.dim() - event_dim) > max_plate_nesting:
         tensor = tensor[place.get(-batch, -1)]
     return tensor
@@ -209,14 +209,14 @@ def _one_of(run: Run, seen: Run, max_plate_nesting: int, place: Mapping[int, int
             shape = shapes.get(site.name, draw.value.shape)
             if draw.value.numel() == shape.numel():
                 draw = draw.map(lambda t, s=shape: t.reshape(s))
-            elif site.enum_dim is not None:  # listed values have no plates, where a draw alone has them
+            elif site.enum_dim is not None:  # enumerated values have no plate dimensions, a single draw has
                 draw = draw.map(lambda t, s=shape: t.expand(s))
             fixed[site.name] = draw
     return fixed
 
 
 def _difference(run: Run, single: Run, max_plate_nesting: int, place: Mapping[int, int]) -> tuple[str, str] | None:
-    """The first site that says one thing among K particles and another alone, and how."""
+    """The first site whose log-probability differs between K particles and a single one, and how."""
     for many, one in ((run.guide, single.guide), (run.model, single.model)):
         by_name = {site.name: site for site in one}
         for site in many:
@@ -233,7 +233,7 @@ def _difference(run: Run, single: Run, max_plate_nesting: int, place: Mapping[in
 
 
 def _gap(a: Tensor, b: Tensor) -> float | None:
-    """By how much two tensors differ; None if by rounding only."""
+    """The difference of two tensors; None if it is rounding error."""
     tolerance = max(_tolerance(a), _tolerance(b))
     a, b = torch.broadcast_tensors(a.double(), b.double())
     size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0

@@ -1,4 +1,4 @@
-"""What the estimators of one call see of their sites."""
+"""The :class:`SiteView` objects of one call."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ StateOf = Callable[[Site, Callable[[], list[Tensor]]], "nn.Module | None"]
 
 @dataclass
 class Inputs:
-    """What is known before a site draws: the programs' arguments and the values upstream.
+    """The information available before a site draws: the programs' arguments and upstream values.
 
     Attributes:
         layout, args, kwargs: those of the call.
-        weighted: whether an importance weight, and not a cost, is what is predicted from it.
+        weighted: whether an importance weight, and not a cost, is predicted from it.
     """
 
     layout: Layout
@@ -34,7 +34,7 @@ class Inputs:
     weighted: bool
 
     def __call__(self, runs: list[Run], site: Site) -> list[Tensor]:
-        """Each laid out as ``(…, K or 1, *plates, features)``."""
+        """The inputs, each as ``(…, K or 1, *plates, features)``."""
         room = self.layout.room
         frames = common_frames(runs, self.layout) if self.weighted else self.layout.frames(site)
         found = [torch.ones((1,) * room + (1,), dtype=site.log_prob.dtype, device=site.log_prob.device)]
@@ -54,14 +54,14 @@ class Inputs:
 
 @dataclass
 class Views:
-    """Makes the :class:`SiteView` of one site after the other.
+    """Makes the :class:`SiteView` of each site.
 
     Attributes:
-        inputs: what is known before a site draws.
+        inputs: the information available before a site draws.
         evaluate: the cost of other draws, ``Reruns.evaluate``.
         state_of: the module of a site's estimator.
-        step: training steps made so far.
-        moving: whether statistics may move.
+        step: number of earlier training steps.
+        moving: whether statistics may change.
     """
 
     inputs: Inputs
@@ -97,9 +97,9 @@ class Views:
 
 
 def _slope(rows: list[Row], dims: int) -> Tensor:
-    """The derivative of the cost with respect to the draws; zero where it says nothing."""
+    """The derivative of the cost with respect to the draws; zero where it does not exist."""
     leaves = [row.site.draw.value for row in rows]
-    with torch.enable_grad():  # wherever it is asked for
+    with torch.enable_grad():  # also if the caller disabled gradients
         total = sum((row.once for row in rows if row.once is not None), start=leaves[0].new_zeros(()))
     found: list[Tensor | None] = [None] * len(leaves)
     if total.requires_grad:
@@ -110,7 +110,7 @@ def _slope(rows: list[Row], dims: int) -> Tensor:
 
 
 def _laid_out(site: Site, room: int) -> Draw:
-    """A site's draw with dimensions for particles and plates, whether or not it was run with them."""
+    """A site's draw with dimensions for particles and plates, whether or not it ran with them."""
     return site.draw.map(lambda t: pad_left(t, room + site.fn.event_dim))
 
 
