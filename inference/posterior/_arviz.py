@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,16 @@ def make(groups: Mapping[str, Any]) -> Any:
         import xarray
 
         return xarray.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
-    return arviz().InferenceData(warn_on_custom_groups=False, **groups)
+    with _own_groups():
+        return arviz().InferenceData(**groups)
+
+
+@contextmanager
+def _own_groups() -> Iterator[None]:
+    """Older ArviZ warns of each group that its scheme does not name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*not defined in the InferenceData scheme")
+        yield
 
 
 def groups_of(idata: Any) -> list[str]:
@@ -50,7 +60,8 @@ def save(idata: Any, path: str | Path) -> None:
 
 def load(path: str | Path) -> Any:
     """Read what :func:`save` wrote."""
-    return arviz().from_netcdf(str(path), engine="h5netcdf")
+    with _own_groups():
+        return arviz().from_netcdf(str(path), engine="h5netcdf")
 
 
 def pareto_k(log_weights: np.ndarray) -> np.ndarray:

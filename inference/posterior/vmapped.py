@@ -166,6 +166,8 @@ class _OwnMemory(TorchFunctionMode):
         self.yes = lane >= 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.new and all(isinstance(size, (int, torch.Size)) for size in args[1:]):
+            func = torch.Tensor.new_empty  # which vmap also serves in torch 2.4
         made = func(*args, **(kwargs or {}))
         return torch.where(self.yes, made, made) if func in _MEMORY else made
 

@@ -389,6 +389,21 @@ FAMILIES = {
 }
 
 
+def vmap_fills_by_mask():
+    """As the density of a multinomial does; torch 2.4 refuses it."""
+
+    def fill(x):
+        x = x.clone()
+        x[x > 0] = 0.0
+        return x
+
+    try:
+        torch.vmap(fill)(torch.ones(2, 3))
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_draws_anew_in_every_lane_with_its_own_density(name):
     family = FAMILIES[name]
@@ -404,7 +419,8 @@ def test_every_family_draws_anew_in_every_lane_with_its_own_density(name):
         pyro.sample("u", family(w))
 
     x = X.float()
-    assert Sweep(model, guide, (x,), {}).mode == ("single" if name in ("von-mises", "lkj") else "lanes")
+    one_by_one = {"von-mises", "lkj"} | (set() if vmap_fills_by_mask() else {"multinomial"})
+    assert Sweep(model, guide, (x,), {}).mode == ("single" if name in one_by_one else "lanes")
     idata = to_arviz(model, guide, x, num_samples=60, groups=["posterior", "sample_stats"])
     u, w = (torch.from_numpy(group(idata, "posterior")[name].values[0]) for name in ("u", "w"))
     flat = u.double().reshape(60, -1)

@@ -263,7 +263,7 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.
             warnings.simplefilter("ignore")  # torch's own, about how it captures
             graph = make_fx(watched, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
     except Exception as error:
-        raise _explained(error) from error
+        raise _explained(error, asked.line) from error
     for name, value in vars(graph).items():
         if isinstance(value, nn.Parameter):
             raise BadInput(f"the graph holds a parameter {name!r} as a constant, so that it would not train; {ADVICE}")
@@ -300,19 +300,27 @@ _ASKED = (
 )
 
 
-def _explained(error: BaseException) -> BaseException:
-    """The error as one line if it comes from the capture; otherwise unchanged."""
+def _explained(error: BaseException, asked_at: str | None) -> BaseException:
+    """The error as one line if it comes from the capture; otherwise unchanged. ``asked_at``: what `_Asked` noted."""
     found: BaseException | None = error
-    while found is not None and not isinstance(found, _ASKED):
+    while found is not None and not _asks(found):
         found = found.__cause__ or found.__context__
-    if found is None and isinstance(error, GumboError):
+    if found is not None:
+        return asks_for_a_value(asked_at or _line_of(found))
+    if isinstance(error, GumboError):
         return error
     first = (str(error).splitlines() or [""])[0]
     reason = f"fails without values ({type(error).__name__}: {first})"
-    if isinstance(found, _ASKED):
-        return asks_for_a_value(_innermost(traceback.extract_tb(found.__traceback__), torch, pyro))
-    line = _innermost(traceback.extract_tb(error.__traceback__), torch, pyro)
-    return BadInput(f"compile: the program {reason}, at {line}; {ADVICE}")
+    return BadInput(f"compile: the program {reason}, at {_line_of(error)}; {ADVICE}")
+
+
+def _asks(error: BaseException) -> bool:
+    # Torch 2.4 lets tolist() give Python a symbol, and fails where the symbol is used.
+    return isinstance(error, _ASKED) or "is not tracked with proxy" in str(error)
+
+
+def _line_of(error: BaseException) -> str:
+    return _innermost(traceback.extract_tb(error.__traceback__), torch, pyro, sys.modules[__package__])
 
 
 def asks_for_a_value(line: str) -> BadInput:
