@@ -37,16 +37,22 @@ class ChosenRows(CheckedRows):
 
 
 class GivenValues(Messenger):
-    """Latent sites take the values given; observed sites stay as they are."""
+    """Latent sites and plates' rows take the values given; observed sites stay as they are.
 
-    def __init__(self, values: Mapping[str, torch.Tensor]):
+    Args:
+        values: the values by site.
+        as_data: show the latent sites to the handlers outside as observed ones, which enumeration leaves alone.
+    """
+
+    def __init__(self, values: Mapping[str, torch.Tensor], as_data: bool = False):
         super().__init__()
-        self.values = values
+        self.values, self.as_data = values, as_data
 
     def _pyro_sample(self, msg) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
-            msg["done"] = True
+            msg["is_observed"] = self.as_data and not site_is_subsample(msg)
+            msg["done"] = not msg["is_observed"]
 
 
 class DrawnAnew(Messenger):

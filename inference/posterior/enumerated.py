@@ -27,6 +27,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from ...errors import BadInput
 from ..engine.contraction import MEMORY_LIMIT, laid_out, log_sum
 from ..engine.elimination import MAX_DIMS
+from ..engine.interventions import GivenValues
 
 
 def completed(model: Callable, guide: Callable, drawn: Trace, run: Trace) -> Callable:
@@ -84,7 +85,7 @@ class CompletedGuide:
         values = {name: site["value"] for name, site in drawn.trace.nodes.items() if site["type"] == "sample"}
         # Plates that only the model has request their rows from outer handlers, once.
         lists = _Lists(first_available_dim=-2 - self.nesting)
-        with _Aside(set()), poutine.trace() as listed, lists, _Given(values), _Along(around, set()):
+        with _Aside(set()), poutine.trace() as listed, lists, GivenValues(values, as_data=True), _Along(around, set()):
             self.model(*args, **kwargs)
         values |= {name: site["value"] for name, site in listed.trace.nodes.items() if _subsamples(site)}
         listed = prune_subsample_sites(listed.trace)
@@ -120,20 +121,6 @@ class _Lists(EnumMessenger):
             self._value_dims[msg["name"]] = {
                 dim: one for dim, one in named.items() if len(batch) >= -dim and batch[dim] > 1
             }
-
-
-class _Given(Messenger):
-    """Sets latent sites and plate rows to given values, which enumeration treats as data."""
-
-    def __init__(self, values: Mapping[str, torch.Tensor]):
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
-            msg["done"] = site_is_subsample(msg)
-            msg["is_observed"] = not msg["done"]
 
 
 class _Along(Messenger):

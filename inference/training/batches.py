@@ -40,8 +40,8 @@ class Batches:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.transform, self.device = transform, torch.device(device)
         self.in_order = False
-        self.per_epoch: int | None = len(rows) // batch_size if drop_last else math.ceil(len(rows) / batch_size)
         self._generator = torch.Generator()
+        self.per_epoch = self._open(drop_last)
 
     note = ""  # a remark on the order for the progress lines
     resumable = True
@@ -75,6 +75,11 @@ class Batches:
 
     def close(self) -> None:
         """Stop workers that read ahead."""
+
+    def _open(self, drop_last: bool) -> int | None:
+        """Get ready to read; the number of batches of an epoch, None where only reading tells."""
+        number = len(self.rows) / self.batch_size
+        return math.floor(number) if drop_last else math.ceil(number)
 
     def _read(self, jobs: Sequence[tuple[torch.Tensor, int]]) -> Iterator[Rows]:
         return (self.rows[index] for index, _ in jobs)

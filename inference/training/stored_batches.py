@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -65,27 +65,17 @@ class LoaderBatches(Batches):
 
     rows: StoredRows
 
-    def __init__(
-        self,
-        rows: StoredRows,
-        batch_size: int,
-        seed: int,
-        drop_last: bool = False,
-        transform: Callable[[Any, torch.Generator], Any] | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.transform, self.device, self.in_order = transform, torch.device(device), False
-        self._generator, self._stream = torch.Generator(), _Stream()
-        source = rows.source
+    def _open(self, drop_last: bool) -> int | None:
+        self._stream = _Stream()
+        self._begun: list[torch.Tensor] = []
+        self._began = False
+        source = self.rows.source
         kind = None if source.iterable else _stateful_loader()
-        self.loader = _rebuilt(source, kind or DataLoader, batch_size, drop_last, self.device.type == "cuda", seed)
+        self.loader = _rebuilt(
+            source, kind or DataLoader, self.batch_size, drop_last, self.device.type == "cuda", self.seed
+        )
         self.keeps, self.resumable = kind is not None, kind is not None or source.iterable
         self.why_not = f"its sampler, {_sampler_of(source)}, has an order of its own, which is not kept: {STATEFUL}"
-        try:
-            self.per_epoch = len(self.loader)
-        except TypeError:  # a stream
-            self.per_epoch = None
         if source.iterable:
             self.note = (
                 f"{type(source.dataset).__name__} is a stream: its rows are neither counted, shuffled nor told from "
@@ -96,8 +86,10 @@ class LoaderBatches(Batches):
             self.note = f"the order is that of {_sampler_of(source)}, whose place torchdata's StatefulDataLoader keeps"
         else:
             self.note = f"this run cannot be resumed: {self.why_not}"
-        self._begun: list[torch.Tensor] = []
-        self._began = False
+        try:
+            return len(self.loader)
+        except TypeError:  # a stream
+            return None
 
     @property
     def show_other_rows(self) -> bool:
