@@ -123,16 +123,6 @@ def _zeros(latent: Latent, zero: Tensor) -> Tensor:
     return zero.expand(latent.shape)
 
 
-def _normal(latent: Latent, output: Tensor, *, min_sd: float = MIN_SD, **_: Any) -> dist.TorchDistribution:
-    loc, raw = _pair(latent, output)
-    return dist.Normal(loc, softplus(raw) + min_sd).to_event(len(latent.shape))
-
-
-def _standard_normal(latent: Latent, zero: Tensor) -> dist.TorchDistribution:
-    zeros = _zeros(latent, zero)
-    return dist.Normal(zeros, torch.ones_like(zeros)).to_event(len(latent.shape))
-
-
 def _pair(latent: Latent, output: Tensor) -> tuple[Tensor, Tensor]:
     """The two numbers that the network gives for each number of the value."""
     return output.unflatten(-1, (2, *latent.shape)).unbind(-1 - len(latent.shape))
@@ -152,16 +142,6 @@ def rate(output: Tensor) -> Tensor:
     return output.clamp(-30.0, 15.0).exp()
 
 
-def _log_normal(latent: Latent, output: Tensor, *, min_sd: float = MIN_SD, **_: Any) -> dist.TorchDistribution:
-    loc, raw = _pair(latent, output)
-    return dist.LogNormal(loc, softplus(raw) + min_sd).to_event(len(latent.shape))
-
-
-def _standard_log_normal(latent: Latent, zero: Tensor) -> dist.TorchDistribution:
-    zeros = _zeros(latent, zero)
-    return dist.LogNormal(zeros, torch.ones_like(zeros)).to_event(len(latent.shape))
-
-
 def _gamma(latent: Latent, output: Tensor, **_: Any) -> dist.TorchDistribution:
     concentration, speed = _pair(latent, output)
     return dist.Gamma(_positive(concentration), _positive(speed)).to_event(len(latent.shape))
@@ -177,19 +157,25 @@ def _von_mises(latent: Latent, output: Tensor, **_: Any) -> dist.TorchDistributi
     return dist.VonMises(loc, softplus(raw) + MIN_CONCENTRATION).to_event(len(latent.shape))
 
 
-def _with_ones(make: Callable[..., dist.TorchDistribution]):
-    """The member of a family of two positive parameters that has both of them one."""
+def _located(make: Callable[..., dist.TorchDistribution]):
+    """The members of a family of a location and a scale, which is at least ``min_sd``."""
+
+    def of(latent: Latent, output: Tensor, *, min_sd: float = MIN_SD, **_: Any) -> dist.TorchDistribution:
+        loc, raw = _pair(latent, output)
+        return make(loc, softplus(raw) + min_sd).to_event(len(latent.shape))
+
+    return of
+
+
+def _at(make: Callable[..., dist.TorchDistribution], first: float, second: float):
+    """The member of a family of two parameters that has these everywhere."""
 
     def standard(latent: Latent, zero: Tensor) -> dist.TorchDistribution:
-        ones = _zeros(latent, zero) + 1
-        return make(ones, ones).to_event(len(latent.shape))
+        zeros = _zeros(latent, zero)
+        values = (zeros if value == 0 else torch.full_like(zeros, value) for value in (first, second))
+        return make(*values).to_event(len(latent.shape))
 
     return standard
-
-
-def _nearly_uniform_angle(latent: Latent, zero: Tensor) -> dist.TorchDistribution:
-    zeros = _zeros(latent, zero)
-    return dist.VonMises(zeros, zeros + 1e-4).to_event(len(latent.shape))
 
 
 def _dirichlet(latent: Latent, output: Tensor, **_: Any) -> dist.TorchDistribution:
@@ -238,18 +224,20 @@ def _uniform(make: Callable[..., dist.TorchDistribution], **settings: Any):
     return standard
 
 
-families.register("normal", Family(constraints.real, _normal, _standard_normal, outputs=2))
+families.register("normal", Family(constraints.real, _located(dist.Normal), _at(dist.Normal, 0, 1), outputs=2))
 families.register("categorical", Family(constraints.one_hot, _categorical, _uniform(_categorical)))
 families.register(
     "relaxed-categorical",
     Family(_Simplex(), _relaxed, _uniform(_relaxed, temperature=1.0), relaxes="categorical"),
 )
 families.register("bernoulli", Family(constraints.boolean, _bernoulli, _uniform(_bernoulli)))
-families.register("log-normal", Family(constraints.positive, _log_normal, _standard_log_normal, outputs=2))
-families.register("gamma", Family(constraints.positive, _gamma, _with_ones(dist.Gamma), outputs=2))
-families.register("beta", Family(constraints.unit_interval, _beta, _with_ones(dist.Beta), outputs=2))
 families.register(
-    "von-mises", Family(constraints.interval(-math.pi, math.pi), _von_mises, _nearly_uniform_angle, outputs=2)
+    "log-normal", Family(constraints.positive, _located(dist.LogNormal), _at(dist.LogNormal, 0, 1), outputs=2)
+)
+families.register("gamma", Family(constraints.positive, _gamma, _at(dist.Gamma, 1, 1), outputs=2))
+families.register("beta", Family(constraints.unit_interval, _beta, _at(dist.Beta, 1, 1), outputs=2))
+families.register(
+    "von-mises", Family(constraints.interval(-math.pi, math.pi), _von_mises, _at(dist.VonMises, 0, 1e-4), outputs=2)
 )
 families.register("dirichlet", Family(_Simplex(), _dirichlet, _flat_dirichlet))
 families.register("poisson", Family(constraints.nonnegative_integer, _poisson, _uniform(_poisson)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -318,7 +319,32 @@ def logits_of(fn: Distribution) -> Tensor:
     return logits.expand(tuple(fn.batch_shape) + tuple(fn.event_shape))
 
 
-class LinearExtension(TorchDistribution):
+class _OtherDensity(TorchDistribution):
+    """Replaces the log-density of the elementary distribution and keeps its wrappers."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, base_dist: Distribution):
+        self.base_dist = base_dist
+        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
+
+    def sample(self, sample_shape=()):
+        return self.base_dist.sample(sample_shape)
+
+    def _elementary_log_prob(self, fn: Any, value: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define _elementary_log_prob(fn, value)")
+
+    def _under(self, fn: Distribution, value: Tensor) -> Tensor:
+        if isinstance(fn, MaskedDistribution):
+            return scale_and_mask(self._under(fn.base_dist, value), mask=torch.as_tensor(fn._mask))
+        if isinstance(fn, torch.distributions.Independent):
+            return sum_rightmost(self._under(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+        if isinstance(fn, ExpandedDistribution):
+            return self._under(fn.base_dist, value)
+        return self._elementary_log_prob(fn, value)
+
+
+class LinearExtension(_OtherDensity):
     """A discrete distribution whose log pmf is extended linearly to relaxed values: Σᵢ yᵢ log πᵢ.
 
     At one-hot (or binary) values it equals the pmf; between them it is the expectation of log π under y. A discrete
@@ -330,12 +356,6 @@ class LinearExtension(TorchDistribution):
     0.1875
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
-
-    def __init__(self, base_dist: Distribution):
-        self.base_dist = base_dist
-        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
-
     @property
     def support(self) -> constraints.Constraint:
         inner = constraints.simplex if is_one_hot(self.base_dist) else constraints.unit_interval
@@ -345,28 +365,18 @@ class LinearExtension(TorchDistribution):
     def expand(self, batch_shape, _instance=None):
         return LinearExtension(self.base_dist.expand(batch_shape))
 
-    def sample(self, sample_shape=()):
-        return self.base_dist.sample(sample_shape)
-
     def log_prob(self, value: Tensor) -> Tensor:
-        return _linear_log_prob(self.base_dist, value)
+        return self._under(self.base_dist, value)
 
-
-def _linear_log_prob(fn: Distribution, value: Tensor) -> Tensor:
-    if isinstance(fn, MaskedDistribution):
-        return scale_and_mask(_linear_log_prob(fn.base_dist, value), mask=torch.as_tensor(fn._mask))
-    if isinstance(fn, torch.distributions.Independent):
-        return sum_rightmost(_linear_log_prob(fn.base_dist, value), fn.reinterpreted_batch_ndims)
-    if isinstance(fn, ExpandedDistribution):
-        return _linear_log_prob(fn.base_dist, value)
-    if hasattr(fn, "relaxed_log_prob"):  # the distribution defines its own extension
-        return fn.relaxed_log_prob(value)
-    if isinstance(fn, torch.distributions.OneHotCategorical):
-        # A class with probability zero and value zero contributes zero: 0 · log 0 = 0.
-        impossible = fn.logits.isneginf() & (value == 0)
-        return (value * fn.logits.masked_fill(impossible, 0.0)).sum(-1)
-    logits, value = torch.broadcast_tensors(fn.logits, value)
-    return -F.binary_cross_entropy_with_logits(logits, value, reduction="none")
+    def _elementary_log_prob(self, fn: Any, value: Tensor) -> Tensor:
+        if hasattr(fn, "relaxed_log_prob"):  # the distribution defines its own extension
+            return fn.relaxed_log_prob(value)
+        if isinstance(fn, torch.distributions.OneHotCategorical):
+            # A class with probability zero and value zero contributes zero: 0 · log 0 = 0.
+            impossible = fn.logits.isneginf() & (value == 0)
+            return (value * fn.logits.masked_fill(impossible, 0.0)).sum(-1)
+        logits, value = torch.broadcast_tensors(fn.logits, value)
+        return -F.binary_cross_entropy_with_logits(logits, value, reduction="none")
 
 
 def relaxed(fn: Distribution, temperature: Tensor | float) -> Distribution:
@@ -386,18 +396,17 @@ def relaxed(fn: Distribution, temperature: Tensor | float) -> Distribution:
     return rewrap(fn, change)
 
 
-class AtLogValue(TorchDistribution):
+class AtLogValue(_OtherDensity):
     """A relaxed distribution evaluated at one draw through the draw's logarithm (or logit).
 
     At low temperatures the draw rounds to 0 and 1, where the density overflows; its logarithm does not.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
     has_rsample = True
 
     def __init__(self, base_dist: Distribution, unrounded: Tensor):
-        self.base_dist, self.unrounded = base_dist, unrounded
-        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
+        super().__init__(base_dist)
+        self.unrounded = unrounded
 
     @property
     def support(self) -> constraints.Constraint:
@@ -406,23 +415,13 @@ class AtLogValue(TorchDistribution):
     def expand(self, batch_shape, _instance=None):
         return AtLogValue(self.base_dist.expand(batch_shape), self.unrounded)
 
-    def sample(self, sample_shape=()):
-        return self.base_dist.sample(sample_shape)
-
     def log_prob(self, value: Tensor) -> Tensor:
-        return _log_prob_at(self.base_dist, self.unrounded)
+        return self._under(self.base_dist, self.unrounded)
 
-
-def _log_prob_at(fn: Distribution, unrounded: Tensor) -> Tensor:
-    if isinstance(fn, MaskedDistribution):
-        return scale_and_mask(_log_prob_at(fn.base_dist, unrounded), mask=torch.as_tensor(fn._mask))
-    if isinstance(fn, torch.distributions.Independent):
-        return sum_rightmost(_log_prob_at(fn.base_dist, unrounded), fn.reinterpreted_batch_ndims)
-    if isinstance(fn, ExpandedDistribution):
-        return _log_prob_at(fn.base_dist, unrounded)
-    if isinstance(fn, torch.distributions.RelaxedOneHotCategorical):
-        return fn.base_dist.log_prob(unrounded) - unrounded.sum(-1)
-    return fn.base_dist.log_prob(unrounded) + F.softplus(unrounded) + F.softplus(-unrounded)
+    def _elementary_log_prob(self, fn: Any, value: Tensor) -> Tensor:
+        if isinstance(fn, torch.distributions.RelaxedOneHotCategorical):
+            return fn.base_dist.log_prob(value) - value.sum(-1)
+        return fn.base_dist.log_prob(value) + F.softplus(value) + F.softplus(-value)
 
 
 def relaxed_draw(fn: Distribution) -> tuple[Tensor, Tensor]:
