@@ -33,6 +33,9 @@ def check_objective(objective: str | Objective | type[Objective]) -> None:
     Args:
         objective: what to check.
 
+    Returns:
+        None.
+
     Raises:
         AssertionError: with a one-line reason, at the first fault.
 

@@ -2,14 +2,6 @@
 
 Each check takes a built object and a batch, and raises AssertionError with a one-line reason at the first fault. They
 work on copies: the objects, the param store and the random stream are left as they were.
-
->>> import torch
->>> from gumbo.guides import NormalGuide
->>> from gumbo.models import GaussianVAE
->>> x = torch.randint(2, (4, 1, 8, 8)).float()
->>> model = GaussianVAE((1, 8, 8), latent_dim=2, hidden=(8,))
->>> check_model(model, x)
->>> check_guide(NormalGuide(model, hidden=(8,)), model, x)
 """
 
 from __future__ import annotations
@@ -45,12 +37,34 @@ PARTICLES = 3
 
 
 def check_model(model: GenerativeModel, x: Tensor, /, **conditions: Tensor) -> None:
-    """Hold a model to its contract; ``x`` is a valid batch ``(B, *data_shape)`` of at least two rows.
+    """Hold a model to its contract, with validation on.
 
-    ``conditions`` are the keywords that the model takes beside x, its targets included, tensors with B rows. Checked:
-    the declared latents, their families and shapes at B = 1 and B > 1, plates, prior draws, finite log-probabilities
-    under validation, particle dimensions, independent rows, gradients to every parameter, save and load, float64,
-    devices, names, bad input.
+    Checked, in this order:
+
+    - parameters are named ``decoder…``, so that no name of a guide collides with them;
+    - with 1 and with B rows: every latent in ``model.latents`` is drawn with its shape and inside the support of its
+      family, no undeclared site is, every site in ``model.observed`` is observed, log-probabilities are finite, local
+      sites have one per row and stand in the plate ``"data"`` at dim -1 alone, global ones stand in no plate;
+    - without data the model draws what it observes, in the shape that the data have;
+    - a row's log-probability is the same alone, in the batch, and as one of 3 particles in a plate at dim -2;
+    - a finite gradient reaches every parameter;
+    - a twin that is built from ``model.config`` and loads the saved state gives the same numbers;
+    - after ``.double()`` everything is float64, and after ``.to("meta")`` nothing stays on another device;
+    - a batch of another shape, without rows or with NaN raises `BadInput` of one line.
+
+    Args:
+        model: the model; a copy of it is checked.
+        x: a batch that it accepts, ``(B, *data_shape)`` with B at least 2.
+        conditions: its keywords beside ``x``, targets included: tensors with B rows.
+
+    Returns:
+        None.
+
+    Raises:
+        AssertionError: with a reason of one line, at the first fault.
+
+    >>> from gumbo.models import GaussianVAE
+    >>> check_model(GaussianVAE((1, 8, 8), latent_dim=2, hidden=(8,)), torch.randint(2, (4, 1, 8, 8)).float())
     """
     who = type(model).__name__
     _require(len(x) > 1, who, "the check needs a batch of at least two rows")
@@ -80,11 +94,37 @@ def check_model(model: GenerativeModel, x: Tensor, /, **conditions: Tensor) -> N
 
 
 def check_guide(guide: AnyGuide, model: GenerativeModel, x: Tensor, /, **conditions: Tensor) -> None:
-    """Hold a guide to its contract beside the ``model`` it was built for; ``x``, ``conditions`` as in `check_model`.
+    """Hold a guide to its contract beside the model that it was built for, with validation on.
 
-    Checked: every declared latent is drawn with its shape at B = 1 and B > 1, in the model's plate and support, and is
-    returned; particle dimensions; independent rows; gradients of stock Trace_ELBO reach every parameter of the pair,
-    and two stock SVI steps move it; no name shared with the model; save and load, float64, devices, bad input.
+    Checked, in this order:
+
+    - parameters are named ``encoder…``, and none has the name of a parameter of the model;
+    - with 1 and with B rows: every latent in ``model.latents`` is drawn with its shape, inside the support of its
+      family and in the model's plate, beside the sites in ``guide.auxiliary`` no other; the draws are returned as a
+      dict from site to value; the model accepts them;
+    - a row's log-probability is the same alone, in the batch, and as one of 3 particles in a plate at dim -2;
+    - under stock ``SVI`` with ``Trace_ELBO`` (``TraceEnum_ELBO`` for a model that sums sites out) the loss is finite,
+      a gradient reaches every parameter of the pair, and two steps move each of them;
+    - a twin that is built from the model and ``guide.config`` and loads the saved state gives the same numbers;
+    - after ``.double()`` everything is float64, and after ``.to("meta")`` nothing stays on another device;
+    - a batch of another shape, without rows or with NaN raises `BadInput` of one line.
+
+    Args:
+        guide: the guide; a copy of it is checked.
+        model: its model; a copy of it is used.
+        x: a batch that both accept, ``(B, *data_shape)`` with B at least 2.
+        conditions: the keywords of the two beside ``x``: tensors with B rows.
+
+    Returns:
+        None.
+
+    Raises:
+        AssertionError: with a reason of one line, at the first fault.
+
+    >>> from gumbo.guides import NormalGuide
+    >>> from gumbo.models import GaussianVAE
+    >>> model = GaussianVAE((1, 8, 8), latent_dim=2, hidden=(8,))
+    >>> check_guide(NormalGuide(model, hidden=(8,)), model, torch.randint(2, (4, 1, 8, 8)).float())
     """
     who = type(guide).__name__
     _require(len(x) > 1, who, "the check needs a batch of at least two rows")
@@ -316,7 +356,9 @@ class _UnreadDraws(Messenger):
             msg["value"] = torch.empty(base.shape(), device="meta")
 
 
-_NEED_VALUES = tuple(getattr(torch.distributions, name) for name in ("VonMises", "Beta", "Dirichlet", "Binomial"))
+# Gammas and Poissons, and what is made of them, have such a draw since torch 2.5 or so.
+_NAMES = ("VonMises", "Beta", "Dirichlet", "Binomial", "Gamma", "NegativeBinomial", "Poisson")
+_NEED_VALUES = tuple(getattr(torch.distributions, name) for name in _NAMES)
 
 
 def _trace(program, *args, **kwargs) -> poutine.Trace:
