@@ -569,10 +569,12 @@ def collapse(row: Mapping[str, Any]) -> str:
 
 def note(config: Compare) -> str:
     early = f" (after {config.epochs} epochs perhaps only not yet)" if config.epochs < 10 else ""
-    warm_up = f"KL warm-up over {config.warm_up} of {config.epochs} epochs" if config.warm_up else "no KL warm-up"
+    trained = "; every arm trains on the full KL from the first step"
+    if config.warm_up:
+        trained = f", after KL warm-up over {config.warm_up} of {config.epochs} epochs in every arm"
     return (
         f"ELBO (± standard error over {config.seeds} seeds) and log p(x): true bounds, exact-density or discrete, on "
-        f"test data, nats per datum, after {warm_up} in every arm. start ×, later ×: total variance of the guide's "
+        f"test data, nats per datum{trained}. start ×, later ×: total variance of the guide's "
         "gradient at parameters common to all arms, as drawn and after a common training. active: latents whose "
         f"posterior mean varies over the data; collapsed: none does{early}. s: wall-clock seconds of the training. "
         f"(K): {config.particles} draws a step, and one elsewhere."

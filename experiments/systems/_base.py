@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from gumbo.errors import BadInput
 from gumbo.experiments._runs import RunFolder
 from gumbo.registry import Registry
 
@@ -30,6 +31,15 @@ class System:
     def measure(self, run: RunFolder) -> dict[str, Any]:
         """The numbers by name; the picture goes to ``run.plots``."""
         raise TypeError(f"{type(self).__name__} must define measure(run)")
+
+    def number(self, option: str, usual: int, quick: int) -> int:
+        """An option that counts something, at least 1; left out, the usual number or that of a quick run."""
+        given = getattr(self, option)
+        if given is None:
+            return quick if self.quick else usual
+        if given < 1:
+            raise BadInput(f"{option} is {given}: expected at least 1")
+        return given
 
     @property
     def name(self) -> str:

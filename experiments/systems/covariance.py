@@ -35,7 +35,7 @@ class Covariance(System):
 
         x = load("digits").train
         model, means, covariance, evidence = factor_model(x)
-        epochs = self.epochs or (10 if self.quick else 60)
+        epochs = self.number("epochs", usual=60, quick=10)
         found: dict[str, Any] = {
             "log p(x), exact": evidence.mean().item(),
             "best gap of a diagonal": -0.5 * math.log(1 - CORRELATION**2),

@@ -38,7 +38,7 @@ class Manifold(System):
             held, x = held[:100], x[:500]
         model = ConvVAE(x.shape[1:], channels=(8, 16) if self.quick else (32, 64))
         guide = NormalGuide(model)
-        epochs = self.epochs or (2 if self.quick else 30)
+        epochs = self.number("epochs", usual=30, quick=2)
         fit(model, guide, x, valid=held, epochs=epochs, lr=2e-3, seed=self.seed, title="manifold")
         found = evaluate(model, guide, held, num_samples=50)
         side = 8 if self.quick else 20

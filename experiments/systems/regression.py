@@ -34,7 +34,7 @@ class Regression(System):
         train = {"x": x[:, [body_mass]].float(), "y": y.float()}
         test = {"x": x_test[:, [body_mass]].float(), "y": y_test.float()}
         grid = torch.linspace(float(train["x"].min()), float(train["x"].max()), 100).unsqueeze(-1)
-        epochs = self.epochs or (20 if self.quick else 300)
+        epochs = self.number("epochs", usual=300, quick=20)
         made, axes = figure(1, 2, figsize=(10, 4), sharey=True)
         found: dict[str, Any] = {}
         network = HeteroscedasticRegression((1,), hidden=(16,), activation="tanh")

@@ -34,12 +34,10 @@ class SemiSupervised(System):
 
         from gumbo.experiments.plots import colours, figure, save
 
-        recipe = Recipe(first=8, epochs=self.epochs or 30)
+        epochs, seeds = self.number("epochs", usual=30, quick=6), self.number("seeds", usual=3, quick=1)
+        recipe = Recipe(first=8, epochs=epochs)
         if self.quick:
-            recipe = Recipe(first=3, epochs=self.epochs or 6, hidden=(64,), batch_size=100)
-        seeds = (1 if self.quick else 3) if self.seeds is None else self.seeds
-        if seeds < 1:
-            raise BadInput(f"seeds must be at least 1, got {seeds}")
+            recipe = Recipe(first=3, epochs=epochs, hidden=(64,), batch_size=100)
         (x, y), test = labelled_images(self.data)
         curves: dict[str, list[list[float]]] = {name: [] for name in LABELS}
         for seed in range(self.seed, self.seed + seeds):

@@ -31,7 +31,7 @@ class WarmUp(System):
         from gumbo.models import GaussianVAE
 
         data = load("digits", binarize="static")
-        epochs = self.epochs or (2 if self.quick else 60)
+        epochs = self.number("epochs", usual=60, quick=2)
         steps = epochs * -(-len(data.train) // 64)
         losses = {
             "none": SiteELBO(),

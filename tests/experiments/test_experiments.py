@@ -459,3 +459,10 @@ def test_pictures_of_odd_sizes(tmp_path):
     assert path.stat().st_size > 1000
     path = plots.bars(tmp_path / "c.png", {"t": {"one": {"g": [0.0]}, "two": {"g": [3.0, 4.0]}}}, "variance")
     assert path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "said"), [(0, "; every arm trains on the full KL"), (5, ", after KL warm-up over 5 of")]
+)
+def test_the_note_below_the_table_says_how_the_kl_was_weighed(warm_up, said):
+    assert f"nats per datum{said}" in compare.note(compare.Compare(warm_up=warm_up))

@@ -93,6 +93,7 @@ def test_labelled_images_are_balanced():
         (["--labels", "55"], "multiple of 10"),
         (["--labels", "100000"], "multiple of 10"),
         (["--seeds", "0"], "at least 1"),
+        (["--epochs", "0"], "epochs is 0: expected at least 1"),
     ],
 )
 def test_semi_supervised_refuses(options, said, tmp_path, capsys):
