@@ -8,6 +8,7 @@ import pytest
 import torch
 from exact_means import exact_gradient, is_unbiased, mean_gradient
 from programs import (
+    COINS,
     DISCRETE,
     F64,
     ChainGuide,
@@ -19,43 +20,13 @@ from programs import (
     PlateModel,
     gradient,
 )
+from uniforms import representative_uniforms
 from ztest import misses
 
 from gumbo.errors import BadInput, UnsupportedSite
 from gumbo.inference import SiteELBO
 from gumbo.inference.auditing.exact import mean_over_draws
 from gumbo.inference.estimators import ARM, DisARM, Draw, coupled
-
-COINS = [
-    "one coin",
-    "control flow",
-    "buffer",
-    "item",
-    "chain",
-    "plate",
-    "plate then global",
-    "global then plate",
-    "masked event",
-    "masked draw",
-]
-
-
-def representative_uniforms(probs, cuts=()):
-    """The middle of one of the intervals of [0, 1] between m, 1 − m (m = min(p, 1 − p)) and ``cuts``, by its length.
-
-    A coin and its partner are constant within an interval, and both estimators at most linear in each uniform, so
-    that the mean over the middles is the mean over all uniforms; `mean_over_draws` lists the categorical draw.
-    """
-    low = torch.minimum(probs, 1 - probs)
-    ends = [torch.full_like(low, cut) for cut in (0.0, *cuts, 1.0)]
-    edges = torch.stack([low, 1 - low, *ends], -1).sort(-1).values
-    picked = dist.Categorical(probs=edges.diff(dim=-1)).sample().unsqueeze(-1)
-    return (edges.gather(-1, picked) + edges.gather(-1, picked + 1)).squeeze(-1) / 2
-
-
-@pytest.fixture
-def listed_uniforms(monkeypatch):
-    monkeypatch.setattr(coupled, "coin_uniforms", representative_uniforms)
 
 
 def cells():
@@ -70,35 +41,6 @@ def cells():
 def test_the_mean_over_all_uniforms_is_the_exact_gradient(listed_uniforms, name, word, vectorize):
     model, guide = DISCRETE[name].make()
     assert is_unbiased(word, model, guide, vectorize_particles=vectorize)
-
-
-@pytest.mark.parametrize("vectorize", [True, False])
-@pytest.mark.parametrize(
-    "name, words, particles",
-    [
-        ("one coin", "disarm", 2),
-        ("plate", "arm", 2),
-        ("chain", {"z1": "disarm", "z2": "rloo"}, 2),
-        ("chain", {"z1": "score", "z2": "arm"}, 1),
-        ("chain", {"z1": "disarm", "z2": "enumerate"}, 1),
-        ("chain", {"z1": "enumerate", "z2": "disarm"}, 1),
-        ("chain", {"z1": "arm", "z2": "local-expectation"}, 1),
-        ("nested plates", {"o": "disarm", "z": "enumerate"}, 1),
-        ("nested plates", {"o": "score", "z": "disarm"}, 1),
-    ],
-)
-def test_they_mix_with_other_estimators(listed_uniforms, name, words, particles, vectorize):
-    model, guide = DISCRETE[name].make()
-    assert is_unbiased(words, model, guide, num_particles=particles, vectorize_particles=vectorize)
-
-
-def test_a_kl_weight_and_plates_that_cannot_be_trusted_are_served(listed_uniforms):
-    model, guide = DISCRETE["plate"].make()
-    assert is_unbiased("disarm", model, guide, plates="ignore")
-    full = mean_gradient("disarm", model, guide, kl_weight=1.0)
-    none, half = (mean_gradient("disarm", model, guide, kl_weight=beta) for beta in (0.0, 0.5))
-    assert torch.allclose(half, (full + none) / 2, rtol=0, atol=1e-10)
-    assert not torch.allclose(full, none, atol=1e-3)
 
 
 class ProbsGuide(Params):

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from exact_means import exact_gradient, is_unbiased, mean_gradient
+from exact_means import exact_gradient, is_unbiased
 from programs import DISCRETE, F64, ChainGuide, CurvedModel, OneCoinGuide, Params, X, gradient
 from ztest import misses
 
@@ -28,31 +28,6 @@ def cells():
 def test_the_mean_over_every_pair_of_draws_is_the_exact_gradient(name, vectorize):
     model, guide = DISCRETE[name].make()
     assert is_unbiased("double-cv", model, guide, vectorize_particles=vectorize)
-
-
-@pytest.mark.parametrize("vectorize", [True, False], ids=["vec", "seq"])
-@pytest.mark.parametrize(
-    "name, words",
-    [
-        ("chain", {"z1": "double-cv", "z2": "score"}),
-        ("chain", {"z1": "double-cv", "z2": "enumerate"}),
-        ("chain", {"z1": "enumerate", "z2": "double-cv"}),
-        ("dice", {"y": "double-cv", "c": "score"}),
-        ("nested plates", {"o": "double-cv", "z": "enumerate"}),
-    ],
-    ids=str,
-)
-def test_it_mixes_with_other_estimators_and_serves_one_hot_sites(name, words, vectorize):
-    model, guide = DISCRETE[name].make()
-    assert is_unbiased(words, model, guide, num_particles=2, vectorize_particles=vectorize)
-
-
-def test_a_kl_weight_and_plates_that_cannot_be_trusted_are_served():
-    model, guide = DISCRETE["plate"].make()
-    assert is_unbiased("double-cv", model, guide, plates="ignore")
-    full, half, none = (mean_gradient("double-cv", model, guide, kl_weight=beta) for beta in (1.0, 0.5, 0.0))
-    assert torch.allclose(half, (full + none) / 2, rtol=0, atol=1e-10)
-    assert not torch.allclose(full, none, atol=1e-3)
 
 
 class FittedHere(DoubleControlVariates):

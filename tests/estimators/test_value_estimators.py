@@ -9,25 +9,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact_means import exact_gradient, is_unbiased, mean_gradient
-from programs import DISCRETE, F64, DiceGuide, DiceModel, Params, PlateModel, X, gradient
+from programs import COINS, DISCRETE, F64, DiceGuide, DiceModel, Params, PlateModel, X, gradient
 from ztest import misses
 
 from gumbo.errors import BadInput, UnsupportedSite
 from gumbo.inference import SiteELBO
 from gumbo.inference.estimators import LocalExpectation, MeasureValued, _coordinates, measure_valued
-
-COINS = [
-    "one coin",
-    "control flow",
-    "buffer",
-    "item",
-    "chain",
-    "plate",
-    "plate then global",
-    "global then plate",
-    "masked event",
-    "masked draw",
-]
 
 
 def cells():
@@ -134,38 +121,6 @@ def test_a_plate_costs_one_run_a_value_unless_it_is_joined(name, runs, monkeypat
     words = {"z": "local-expectation", "*": "score"}
     SiteELBO(words, num_particles=3)(model, guide)()
     assert counts == [runs]
-
-
-# Mixtures, particles, plates that cannot be trusted, the KL weight.
-
-
-@pytest.mark.parametrize("vectorize", [True, False])
-@pytest.mark.parametrize(
-    "name, words, particles",
-    [
-        ("one coin", "local-expectation", 2),
-        ("plate", "measure-valued", 2),
-        ("chain", {"z1": "local-expectation", "z2": "rloo"}, 2),
-        ("chain", {"z1": "measure-valued", "z2": "enumerate"}, 1),
-        ("chain", {"z1": "enumerate", "z2": "local-expectation"}, 1),
-        ("dice", {"y": "local-expectation", "c": "enumerate"}, 2),
-        ("dice", {"y": "score", "c": "local-expectation"}, 1),
-        ("nested plates", {"o": "local-expectation", "z": "enumerate"}, 1),
-        ("nested plates", {"o": "score", "z": "measure-valued"}, 1),
-    ],
-)
-def test_they_mix_with_other_estimators(name, words, particles, vectorize):
-    model, guide = DISCRETE[name].make()
-    assert is_unbiased(words, model, guide, num_particles=particles, vectorize_particles=vectorize)
-
-
-@pytest.mark.parametrize("word", ["local-expectation", "measure-valued"])
-def test_plates_that_cannot_be_trusted_and_a_kl_weight_are_served(word):
-    model, guide = DISCRETE["masked event"].make()
-    assert is_unbiased(word, model, guide, plates="ignore")
-    full, half, none = (mean_gradient(word, model, guide, kl_weight=beta) for beta in (1.0, 0.5, 0.0))
-    assert torch.allclose(half, (full + none) / 2, rtol=0, atol=1e-10)
-    assert not torch.allclose(full, none, atol=1e-3)
 
 
 class WideGuide(Params):

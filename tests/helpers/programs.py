@@ -286,3 +286,17 @@ DISCRETE = {
     "masked draw": Case(OneCoinModel, MaskedDrawGuide),
     "nested plates": Case(NestedModel, NestedGuide, large=True),
 }
+
+# Those of which all sites are coins.
+COINS = [
+    "one coin",
+    "control flow",
+    "buffer",
+    "item",
+    "chain",
+    "plate",
+    "plate then global",
+    "global then plate",
+    "masked event",
+    "masked draw",
+]

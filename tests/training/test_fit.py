@@ -12,32 +12,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from resuming import SHAPE, images, pair, quiet, weights
 
 from gumbo.errors import BadInput, GumboError, UnknownName
-from gumbo.guides import CategoricalGuide, NormalGuide
-from gumbo.inference import Linear, fit
+from gumbo.inference import Linear
 from gumbo.inference.training.checkpoints import load_checkpoint, save_checkpoint
-from gumbo.models import CategoricalVAE, GaussianVAE
-
-SHAPE = (1, 3, 3)
-
-
-def images(rows: int = 40, seed: int = 0) -> torch.Tensor:
-    return torch.bernoulli(torch.full((rows, *SHAPE), 0.4), generator=torch.Generator().manual_seed(seed))
-
-
-def pair(kind: str = "discrete", seed: int = 0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if kind == "discrete":
-            model = CategoricalVAE(SHAPE, num_latents=2, num_classes=3, hidden=(6,))
-            return model, CategoricalGuide(model, hidden=(6,))
-        model = GaussianVAE(SHAPE, latent_dim=2, hidden=(6,))
-        return model, NormalGuide(model, hidden=(6,))
-
-
-def parameters(*programs) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for program in programs for parameter in program.parameters()])
 
 
 def same(one, other) -> bool:
@@ -53,17 +32,14 @@ def test_a_result_shows_numbers_and_not_its_history():
     assert repr(result.history) not in said
 
 
-quiet = functools.partial(fit, progress=False, batch_size=16, lr=1e-2)
-
-
 @pytest.mark.parametrize(
     ("kind", "word"),
     [
         ("normal", "pathwise"),
-        ("discrete", "score-average"),
-        ("discrete", "rloo"),
-        ("discrete", "trace"),
-        ("discrete", "trace-graph+baseline"),
+        ("categorical", "score-average"),
+        ("categorical", "rloo"),
+        ("categorical", "trace"),
+        ("categorical", "trace-graph+baseline"),
     ],
 )
 def test_a_resumed_run_gives_the_same_numbers(tmp_path, kind, word):
@@ -76,8 +52,8 @@ def test_a_resumed_run_gives_the_same_numbers(tmp_path, kind, word):
     timings = ("ms_per_step", "seconds")
     numbers = [[{k: v for k, v in h.items() if k not in timings} for h in run.history] for run in (whole, parts)]
     assert numbers[0] == numbers[1]
-    assert torch.equal(parameters(*straight), parameters(*fresh))
-    assert not torch.equal(parameters(*straight), parameters(*resumed))
+    assert torch.equal(weights(*straight), weights(*fresh))
+    assert not torch.equal(weights(*straight), weights(*resumed))
     states = [load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "parts")]
     assert states[0]["store"].keys() == states[1]["store"].keys()
     assert all(torch.equal(states[0]["store"][name], states[1]["store"][name]) for name in states[0]["store"])
@@ -114,7 +90,7 @@ def test_steps_are_those_of_svi(loss):
         for epoch in range(1, 4):
             order = torch.randperm(16, generator=torch.Generator().manual_seed(5 * 1_000_003 + epoch))
             svi.step(x[order])
-    assert torch.allclose(parameters(*ours), parameters(*theirs), atol=1e-6)
+    assert torch.allclose(weights(*ours), weights(*theirs), atol=1e-6)
 
 
 @pytest.mark.parametrize("word", ["trace", "trace-graph+baseline", "rloo"])
@@ -146,7 +122,7 @@ def test_patience_stops_and_the_best_parameters_come_back():
     seen = []
 
     def note(numbers):
-        seen.append((numbers["valid_elbo"], parameters(model, guide)))
+        seen.append((numbers["valid_elbo"], weights(model, guide)))
 
     # A step this long only makes things worse, so the best state is early.
     result = quiet(
@@ -164,7 +140,7 @@ def test_patience_stops_and_the_best_parameters_come_back():
     assert result.stopped_early
     assert result.epochs == result.best_epoch + 3
     if result.best_epoch:
-        assert torch.equal(parameters(model, guide), seen[result.best_epoch - 1][1])
+        assert torch.equal(weights(model, guide), seen[result.best_epoch - 1][1])
 
 
 def test_transform_is_drawn_anew_each_epoch_and_repeatably():
@@ -278,7 +254,7 @@ def test_bad_input_is_one_line(tmp_path):
 )
 def test_folders_seeds_and_transforms_that_cannot_be_are_refused(change, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for kind in ("normal", "discrete"):
+    for kind in ("normal", "categorical"):
         with pytest.raises(BadInput, match=word) as error:
             quiet(*pair(kind), images(), **{"loss": "trace", "epochs": 3} | change)
         one_line(error)
@@ -431,9 +407,9 @@ def test_clipping_bounds_the_step():
         ("pyro", {"optimizer": pyro.optim.SGD({"lr": 1.0}, {"clip_norm": 0.1})}),
     ):
         programs = pair("normal")
-        before = parameters(*programs)
+        before = weights(*programs)
         quiet(*programs, images(16), loss="trace", epochs=1, **{"optimizer": "sgd", "lr": 1.0} | options)
-        moved[name] = parameters(*programs) - before
+        moved[name] = weights(*programs) - before
     assert moved["free"].norm() > 1
     assert moved["norm"].norm() == pytest.approx(0.1, rel=1e-3)
     assert torch.allclose(moved["norm"] / 0.1, moved["free"] / moved["free"].norm(), atol=1e-4)
@@ -466,13 +442,13 @@ def test_pyro_s_optimizers_do_what_they_do_under_svi(make):
             svi.step(x[order])
             if hasattr(optimizer, "step"):
                 optimizer.step()
-    start = parameters(*pair("normal"))
-    assert (parameters(*ours) - start).norm() > 1e-3
-    assert torch.allclose(parameters(*ours), parameters(*theirs), atol=1e-6)
+    start = weights(*pair("normal"))
+    assert (weights(*ours) - start).norm() > 1e-3
+    assert torch.allclose(weights(*ours), weights(*theirs), atol=1e-6)
 
 
 def test_a_schedule_of_lr_is_that_of_the_step():
-    moved = [parameters(*pair("normal"))]
+    moved = [weights(*pair("normal"))]
     result = quiet(
         *(programs := pair("normal")),
         images(16),
@@ -480,7 +456,7 @@ def test_a_schedule_of_lr_is_that_of_the_step():
         optimizer="sgd",
         lr=Linear(2, 1e-2, 0.0),
         epochs=4,
-        on_epoch=lambda _: moved.append(parameters(*programs)),
+        on_epoch=lambda _: moved.append(weights(*programs)),
     )
     assert [h["lr"] for h in result.history] == pytest.approx([5e-3, 0.0, 0.0, 0.0])  # what the next step takes
     steps = [float((b - a).norm()) for a, b in zip(moved, moved[1:], strict=False)]
