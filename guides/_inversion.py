@@ -37,7 +37,9 @@ def faithful_inverse(
     The prior's graph is moralized, observed sites included, and latent sites are eliminated one by one: a site's
     parents are the neighbours that are left, and these are then joined to each other. The site that is eliminated
     first is drawn last. Sites of deeper plates are eliminated first, so that each factor can be drawn row by row;
-    among the others, the one that adds the fewest edges, and of equals the one that the model samples last.
+    among the others, the one that couples the fewest rows of plates with data (the component means of a mixture are
+    drawn before the assignments of the data), then the one that adds the fewest edges, and of equals the one that the
+    model samples last.
 
     Webb et al. 2018, "Faithful inversion of generative models for effective amortized inference", arXiv:1712.00287.
 
@@ -90,6 +92,12 @@ def faithful_inverse(
         for one, other in combinations(left, 2):
             _join(near, one, other)
 
+    with_data = frozenset().union(*(within[name] for name in prior if name in observed))
+
+    def couples(name: str) -> int:
+        """How many pairs of a site and a plate with data are coupled once this site is eliminated."""
+        return sum(len((within[other] - within[name] - coupled[other]) & with_data) for other in near[name])
+
     waiting = [name for name in latent if name in summed]
     while waiting:
         eliminate(waiting.pop(waiting.index(_cheapest(waiting, near, places))))
@@ -100,7 +108,8 @@ def faithful_inverse(
             name = given.pop(0)
         else:
             deepest = [name for name in near if not any(within[name] < within[other] for other in near)]
-            name = _cheapest(deepest, near, places)
+            fewest = min(map(couples, deepest))
+            name = _cheapest([name for name in deepest if couples(name) == fewest], near, places)
         eliminate(name)
         backwards.append(name)
     forwards = list(reversed(backwards))

@@ -84,6 +84,7 @@ class AmortizedGuide(PyroModule):
         look = structure.first
         self._depth = look.depth
         self._plates = dict(look.plates)
+        self._conditioned = frozenset(look.observed)
         joint = dependencies != "mean-field"
         self._families: dict[str, Family] = {}
         self._scopes: dict[str, str] = {}
@@ -311,9 +312,18 @@ class AmortizedGuide(PyroModule):
             }
         features: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
+        unread = {key for key, trunk in trunks.items() if any(name in look.latent for name in trunk.observed)}
         for name, above in self.parents.items():
             seen = look.sites[name]
             trunk = self._trunk_of.get(name)
+            missing = [other for other in above if other not in values]
+            if trunk in unread or missing:
+                if trunk is None:
+                    raise BadInput(
+                        f"amortize: site {name!r} depends on {missing[0]!r}, whose encoder reads data that are missing;"
+                        " give the guide the arguments that the model is conditioned on"
+                    )
+                continue  # the model draws it, from its prior
             if trunk is not None and trunk not in features:
                 features[trunk] = trunks[trunk](look, args, kwargs)
             parents = [self._seen_by(name, other, values[other], look, heads[other]) for other in above]
@@ -384,10 +394,10 @@ class AmortizedGuide(PyroModule):
     def _check(self, look: Look, trunks: nn.ModuleDict) -> None:
         for name in look.latent:
             if name not in self.parents:
-                read = any(name in trunk.observed for trunk in trunks.values())
-                seen = "observed" if read else "not there"
+                if name in self._conditioned:
+                    continue  # without a value, as for predictions
                 raise BadInput(
-                    f"amortize: site {name!r} is latent on these arguments, and was {seen} when the guide was built;"
+                    f"amortize: site {name!r} is latent on these arguments, and was not there when the guide was built;"
                     " give the guide the arguments that the model is conditioned on"
                 )
         for name in self.parents:
@@ -396,7 +406,7 @@ class AmortizedGuide(PyroModule):
                 raise BadInput(f"amortize: latent site {name!r} is {what} on these arguments; build a guide for them")
         for trunk in trunks.values():
             for name in trunk.observed:
-                if name not in look.observed:
+                if name not in look.sites:
                     raise BadInput(
                         f"amortize: site {name!r} is not observed on these arguments, and an encoder reads it"
                     )

@@ -21,7 +21,7 @@ from gumbo.guides import amortize
 from gumbo.guides._conditionals import Family
 from gumbo.guides._encoders import GlobalHead, LocalHead, Recurrent
 from gumbo.guides._inversion import faithful_inverse
-from gumbo.inference import SiteELBO, diagnose, evaluate, fit, to_arviz
+from gumbo.inference import SiteELBO, diagnose, evaluate, fit, predict, to_arviz
 from gumbo.inference.engine.rows import Rows
 from gumbo.inference.training.inspection import inspect_programs
 
@@ -109,6 +109,49 @@ def test_a_chain_stays_a_chain():
 def test_a_summed_site_joins_its_neighbours():
     prior = {"a": [], "s": ["a"], "b": ["s"], "y": ["s"]}
     assert faithful_inverse(prior, ["y"], summed=["s"]).parents == {"a": (), "b": ("a",)}
+
+
+def test_what_crosses_the_data_is_drawn_before_the_rows_of_the_data():
+    """Drawn last, the means of a mixture would couple the assignments of all data."""
+    prior = {"weights": [], "means": [], "z": ["weights"], "x": ["means", "z"]}
+    plates = {"weights": (), "means": ("components",), "z": ("rows",), "x": ("rows",)}
+    found = faithful_inverse(prior, ["x"], plates=plates)
+    assert list(found.parents)[-1] == "z" and not found.coupled["z"]
+
+
+def test_each_row_of_a_mixture_gets_an_assignment_from_its_own_data():
+    def model(x):
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("components", 2):
+            means = pyro.sample("means", dist.Normal(torch.zeros(3), 5.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(means[z], 1.0).to_event(1), obs=x)
+
+    guide = made(model, torch.randn(20, 3), hidden=(4,))
+    decided = {decision.site: decision for decision in guide.decisions}["z"]
+    assert (decided.scope, decided.reads, decided.estimator) == ("local", ("x",), "enumerate")
+
+
+def test_new_rows_without_outcomes_are_predicted_from_the_global_draws():
+    """What an encoder would read is what is asked for; the model draws the local latents of such rows."""
+
+    def model(x, group, y=None):
+        with pyro.plate("groups", 2):
+            level = pyro.sample("level", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(x)):
+            own = pyro.sample("own", dist.Normal(0.0, 0.01))
+            pyro.sample("y", dist.Normal(level[group] + x + own, 0.01), obs=y)
+
+    x, group = torch.linspace(-1, 1, 8, dtype=torch.float64), torch.arange(8) % 2
+    y = x + 3.0 * group
+    guide = made(model, x, group, y, hidden=(4,))
+    fit(model, guide, (x, group, y), epochs=80, lr=0.2, progress=False, batch_size=8)
+    with pyro.get_param_store().scope():
+        assert set(guide(x[:3], group[:3])) == {"level"}
+    found = predict(model, guide, (x[:3] + 1.0, group[:3]), num_samples=200).predictions["y"]
+    expected = x[:3] + 1.0 + 3.0 * group[:3]
+    np.testing.assert_allclose(found.mean(["chain", "draw"]), expected, atol=0.15)
 
 
 # ---- the twelve programs
