@@ -1,4 +1,4 @@
-"""gumbo (Gumbel + ELBO): deep generative models and amortized guides in Pyro, a choice of gradient at every site."""
+"""gumbo (Gumbel + ELBO): deep generative models and amortized guides in Pyro, with a gradient estimator per site."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 
 from ._version import __version__
 
-# Loaded when used: `import gumbo` costs torch and pyro only once something that needs them is touched.
+# Loaded on first access: `import gumbo` does not import torch and pyro.
 _ROOMS = ("errors", "models", "guides", "inference", "experiments", "testing")
 _NAMES = (
     dict.fromkeys(("SiteELBO", "audit", "diagnose", "evaluate", "fit", "predict", "to_arviz", "summary"), "inference")

@@ -1,4 +1,4 @@
-"""The contract of gradient estimators, on programs whose exact gradients are known."""
+"""The contract suite of gradient estimators, on programs with known exact gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .inference.objectives import objectives
 
 F64 = torch.float64
 COPIES, CALLS = 2000, 24
-BOUND = 5.0  # standard errors; of some 20 elements a right estimator misses one with probability below 2e-5
+BOUND = 5.0  # standard errors; a correct estimator fails with probability below 2e-5 over some 20 elements
 
 
 class _Program(PyroModule):
@@ -149,18 +149,18 @@ def small_programs() -> dict[str, _Family]:
 
 
 def check_estimator(estimator: str | Estimator) -> None:
-    """Hold a gradient estimator (a word or an instance) to its contract.
+    """Test that a gradient estimator (a word or an instance) satisfies its interface.
 
     Checked on small programs with Bernoulli, one-hot, categorical, Normal and Poisson sites:
 
-    - what it declares: ``unbiased``, ``needs_relaxed_model``, ``min_particles``, ``evaluations``, ``objectives`` and
-      ``log_q`` have their types and values, and fewer particles than ``min_particles`` are refused;
-    - ``supports`` and ``why_not`` agree, and a site that it does not serve is refused in one line;
-    - where it serves a site, the loss is a finite scalar with a gradient, vectorized over particles and one by one;
+    - the declarations ``unbiased``, ``needs_relaxed_model``, ``min_particles``, ``evaluations``, ``objectives`` and
+      ``log_q`` have valid types and values, and fewer particles than ``min_particles`` are refused;
+    - ``supports`` and ``why_not`` agree, and an unsupported site is refused in one line;
+    - for a supported site the loss is a finite scalar with a gradient, vectorized over particles and one by one;
     - if it declares itself unbiased for the ELBO, the mean gradient of model and guide over 24 calls on 2,000 copies
       of a datum is within 5 standard errors of the exact one (enumerated, or by quadrature);
-    - its state does not move without gradients, and survives save and load;
-    - its first look at the programs leaves the random stream as it was, and nothing is left in the param store.
+    - its state does not change without gradients, and survives save and load;
+    - its first call restores the random state, and leaves nothing in the param store.
 
     Args:
         estimator: a word of `gumbo list estimators`, or an instance.
@@ -169,8 +169,8 @@ def check_estimator(estimator: str | Estimator) -> None:
         None.
 
     Raises:
-        AssertionError: with a reason of one line, at the first fault; also where none of these sites is served.
-        UnknownName: a word that names no estimator.
+        AssertionError: at the first fault, with a one-line reason; also if none of these sites is supported.
+        UnknownName: an unknown estimator.
 
     >>> check_estimator("rloo")
     """
@@ -286,7 +286,7 @@ def _check_unbiased(estimator, family, model, guide, both, who) -> None:
     loss.eval()
     draws = torch.stack([gradient_of(loss(COPIES) / COPIES, both) for _ in range(CALLS)])
     error = draws.std(0) / math.sqrt(CALLS)
-    # Where nothing varies, what is left is rounding.
+    # Without variance the difference is rounding error.
     miss = (draws.mean(0) - exact).abs() > BOUND * error + 1e-9 * (1 + exact.abs())
     if miss.any():
         worst = int(((draws.mean(0) - exact).abs() / (error + 1e-12)).argmax())

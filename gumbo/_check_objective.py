@@ -1,4 +1,4 @@
-"""The contract of objectives, on two small programs."""
+"""The contract suite of objectives, on two small programs."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from .inference.objectives import Objective, as_objective
 
 PARTICLES = 2
 ROWS = 3
-# Words whose draws can be listed, so that their mean gradient is exact.
+# Words whose draws can be enumerated, so that their mean gradient is exact.
 LISTED = ("score", "rloo", "enumerate", "local-expectation")
 
 
 def check_objective(objective: str | Objective | type[Objective]) -> None:
-    """Hold an objective (a word, a class or an instance) to its contract.
+    """Test that an objective (a word, a class or an instance) satisfies its interface.
 
-    Checked on Bernoulli and Normal sites with every estimator that there is: the objective refuses in one line those
-    that it does not accept; those that it accepts give a finite differentiable scalar, the same for the same seed; all
-    unbiased ones among them have one mean gradient, which is exact where draws can be listed; a KL weight is taken or
-    refused as declared; under ``sums_over_rows`` the mean value of several rows is the sum of theirs; its value has a
-    name; and the random stream and the param store stay as they were in the first look.
+    Checked on Bernoulli and Normal sites with every registered estimator: the objective refuses in one line those that
+    it does not accept; accepted ones give a finite differentiable scalar, the same for the same seed; all unbiased
+    ones among them have the same mean gradient, computed exactly where draws can be enumerated; a KL weight is accepted
+    or refused as declared; with ``sums_over_rows`` the mean value of several rows is the sum of theirs; the value has a
+    name; and the first call restores the random state and the param store.
 
     Args:
-        objective: what to check.
+        objective: the objective to check.
 
     Returns:
         None.
 
     Raises:
-        AssertionError: with a one-line reason, at the first fault.
+        AssertionError: at the first fault, with a one-line reason.
 
     >>> check_objective("iwae")
     """
@@ -71,7 +71,7 @@ def _check_kl_weight(target: Objective, who: str) -> None:
 
 
 def _check_word(target: Objective, kind: str, word: str, means: dict[str, Tensor], who: str) -> int:
-    """Whether an estimator serves the objective there; its exact mean gradient is added to ``means``."""
+    """Whether the objective supports an estimator here; its exact mean gradient is added to ``means``."""
     family = small_programs()[kind]
     model, guide = family.model(), family.guide()
     if not target.learns_model:

@@ -1,4 +1,4 @@
-"""Standard error as a stream that cannot stop a run: closed, broken or of few letters, what is said there is lost."""
+"""Standard error as a stream that cannot stop a run: text that cannot be written is dropped."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, TextIO
 
 
 class Forgiving:
-    """A text stream whose troubles are nobody's: what cannot be written is left out.
+    """A text stream that ignores write errors.
 
     Args:
-        stream: where to write; None (Python's own standard error where the process was started without one) is silent.
+        stream: where to write; None (standard error of a process started without one) writes nothing.
 
     >>> import io
     >>> closed = io.StringIO()
@@ -51,16 +51,16 @@ class Forgiving:
 
 
 def standard_error() -> Forgiving:
-    """Where a run says how far it has come."""
+    """The stream for progress output."""
     return Forgiving(sys.stderr)
 
 
 @contextlib.contextmanager
 def forgiving() -> Iterator[None]:
-    """A command whose standard error cannot stop it, and whose standard output takes every letter.
+    """Run a command whose standard error cannot stop it, and whose standard output accepts every character.
 
-    File descriptors that the process was started without are put on the null device, so that no file that is opened
-    later becomes what C libraries take for standard error.
+    Missing file descriptors are opened on the null device, so that no file opened later gets the number of standard
+    error.
     """
     for number in range(3):
         try:

@@ -1,4 +1,4 @@
-"""What gumbo raises: each message is one line that names the thing, what was expected and what to do."""
+"""gumbo's exceptions: each message is one line with the name of the object, the expected value and the remedy."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Iterable
 
 
 class GumboError(Exception):
-    """Any error that gumbo raises on purpose; ``str(error)`` is one line."""
+    """Base of all errors that gumbo raises deliberately; ``str(error)`` is one line."""
 
     def __init__(self, message: str):
-        # Pyro makes errors that pass through a trace anew, from their message and a table of shapes.
+        # Pyro recreates errors that pass through a trace, from their message and a table of shapes.
         super().__init__(" ".join(message.split("Trace Shapes:")[0].split()))
 
 
 class BadInput(GumboError, ValueError):
-    """Data, an argument or a file that cannot be used: a wrong shape, NaN, nothing at all."""
+    """Data, an argument or a file that cannot be used: a wrong shape, NaN, empty data."""
 
 
 class UnknownName(GumboError, ValueError):
-    """A word that the registry does not hold.
+    """A word that is not in the registry.
 
     >>> raise UnknownName("estimator", "rlo0", ["rloo", "score"])
     Traceback (most recent call last):
@@ -37,12 +37,12 @@ class UnknownName(GumboError, ValueError):
         super().__init__(f"unknown {kind} {name!r}: {hint}(known: {', '.join(known)})")
 
 
-# What programs raise that do not take the arguments, one more dimension, or other rows than they were written for.
+# Errors that programs raise for arguments, dimensions or rows that they do not support.
 PROGRAM_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
 
 
 def first_line(error: BaseException, kind: bool = False) -> str:
-    """What an error says in its first line; the name of its class where it says nothing, and before it with ``kind``.
+    """The first line of an error's message; its class name if there is none, and as a prefix with ``kind``.
 
     >>> first_line(ValueError("no rows\\nat all")), first_line(KeyError()), first_line(ValueError("no rows"), kind=True)
     ('no rows', 'KeyError', 'ValueError: no rows')
@@ -53,17 +53,17 @@ def first_line(error: BaseException, kind: bool = False) -> str:
     return f"{name}: {said[0]}" if kind else said[0]
 
 
-PROGRAM = "(program)"  # stands for a site where the whole program is refused
-ANY = "any"  # stands for an estimator where every one would be refused
+PROGRAM = "(program)"  # used as the site when the whole program is refused
+ANY = "any"  # used as the estimator when every one would be refused
 
 
 class Refusal(str):
-    """Why a site cannot be served: the text of the reason, with what it is about.
+    """Why a site is not supported: the text of the reason, with the site and the estimator.
 
-    ``why_not`` of an estimator returns one, or a plain string, or None; :meth:`error` is what is raised for it.
+    ``why_not`` of an estimator returns one, or a plain string, or None; :meth:`error` makes the exception.
 
-    Attributes: ``reason``; ``site`` and ``estimator`` as names, "" and ``"any"`` where it is not of one;
-    ``alternatives``, the estimators that would do.
+    Attributes: ``reason``; ``site`` and ``estimator`` as names, or "" and ``"any"``; ``alternatives``, the estimators
+    that support the site.
 
     >>> refusal = Refusal("it needs a Bernoulli site", site="z", estimator="arm")
     >>> str(refusal), refusal.site
@@ -84,18 +84,18 @@ class Refusal(str):
         return made
 
     def about(self, site: str, estimator: str = ANY, alternatives: Iterable[str] = ()) -> Refusal:
-        """The same reason, said of a site and an estimator."""
+        """The same reason for a site and an estimator."""
         return Refusal(self.reason, site, estimator, alternatives)
 
     def error(self) -> UnsupportedSite:
-        """The exception that says it."""
+        """The exception for this reason."""
         return UnsupportedSite(self.site or PROGRAM, self.estimator, self.reason, self.alternatives)
 
 
 class UnsupportedSite(GumboError, ValueError):
-    """A site that an estimator or an objective cannot serve.
+    """A site that an estimator or an objective does not support.
 
-    Attributes: ``site``, ``estimator`` and ``reason`` as strings; ``alternatives``, the estimators that would do.
+    Attributes: ``site``, ``estimator`` and ``reason`` as strings; ``alternatives``, the estimators that support it.
 
     >>> raise UnsupportedSite("z", "arm", "it needs a Bernoulli site", ["pathwise"])
     Traceback (most recent call last):
@@ -113,31 +113,31 @@ class UnsupportedSite(GumboError, ValueError):
 
     @property
     def refusal(self) -> Refusal:
-        """The reason as a value, for tables of them."""
+        """The reason as a value, for tables."""
         return Refusal(self.reason, "" if self.site == PROGRAM else self.site, self.estimator, self.alternatives)
 
 
 class TooFewParticles(UnsupportedSite, BadInput):
-    """An estimator that compares particles, and too few of them."""
+    """Too few particles for an estimator that compares particles."""
 
 
 class CannotVectorize(UnsupportedSite):
-    """A program that does not mean the same for K particles at once as for one."""
+    """A program whose log-probabilities change when K particles run at once."""
 
 
 class CallsAutograd(BadInput):
-    """A program that takes derivatives while it runs, of something that carries no gradient in this run."""
+    """A program that computes derivatives as it runs, of a tensor that has no gradient in this run."""
 
 
 class GumboWarning(UserWarning):
-    """What gumbo warns of; ``str(warning)`` is one line."""
+    """gumbo's warnings; ``str(warning)`` is one line."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that a signal has stopped, after it was saved; ``str(error)`` is one line that says how to go on with it.
+    """A run that a signal has stopped, after it was saved; ``str(error)`` is one line with the command to resume.
 
-    Attributes: ``signal``, the signal's number; ``where``, the epoch and step in words; ``status``, what a process
-    that ends by it should return.
+    Attributes: ``signal``, the signal's number; ``where``, the epoch and step as text; ``status``, the exit status of a
+    process that ends because of it.
 
     >>> error = Interrupted(signal.SIGTERM, "epoch 3, step 120", "; saved")
     >>> str(error), error.status

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and lines appended whole or not at all: the one place for both."""
+"""Atomic writes of files and lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import GumboError
 
 
 def cannot_write(path: Path, error: OSError) -> GumboError:
-    """One line for a full disk, a folder that may not be written to, a file where a folder should be."""
+    """A one-line error for a full disk, a folder without write access, a file in place of a folder."""
     return GumboError(f"cannot write {path}: {error.strerror or error}; what was written before is still there")
 
 
@@ -23,17 +23,17 @@ def write_whole(
     shared: bool = False,
     before_move: Callable[[], object] | None = None,
 ) -> None:
-    """Write a file beside its place, force it to disk, then move it there: a reader sees the old one or the new one.
+    """Write a file under a temporary name, sync it, then rename it: a reader sees the old file or the new one.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         write: called with the open binary file.
-        shared: whether several processes may write the file at once, each then under a partial name of its own.
-            Otherwise all attempts have one name: what a killed run leaves behind, the next one overwrites.
-        before_move: called when the new file is on disk, and the old one still stands.
+        shared: whether several processes may write the file at once, each under a temporary name of its own. Otherwise
+            the temporary name is fixed: the next attempt overwrites what a killed run left.
+        before_move: called when the new file is on disk, before it replaces the old one.
 
     Raises:
-        GumboError: the disk is full, or the place cannot be written to; no partial file is left.
+        GumboError: the disk is full, or the file cannot be written; no partial file is left.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
     try:
@@ -58,7 +58,7 @@ def append_line(path: Path, line: str) -> None:
     """Append one line in one write, so that lines of several processes do not mix.
 
     Raises:
-        GumboError: the file cannot be written to; what a full disk took of the line is cut off again.
+        GumboError: the file cannot be written; a partial line (full disk) is removed.
     """
     content = line.encode() + b"\n"
     try:
@@ -70,7 +70,7 @@ def append_line(path: Path, line: str) -> None:
         try:
             written = os.write(handle, content)
             if written < len(content):
-                # What is missing meets the same full disk, and is told why.
+                # Writing the rest raises the error of the full disk.
                 written += os.write(handle, content[written:])
             if written < len(content):
                 raise OSError(28, "No space left on device")
@@ -83,12 +83,12 @@ def append_line(path: Path, line: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # where nothing can be written there is no partial file either
+    with contextlib.suppress(OSError):  # without write access there is no partial file
         path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a renaming last through a power cut, where the system can."""
+    """Sync a folder, so that a renaming survives a power cut, if the system supports it."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_DIRECTORY)

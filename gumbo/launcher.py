@@ -1,4 +1,4 @@
-"""What a launcher of several processes (torchrun, accelerate) says in the environment."""
+"""The environment variables of process launchers (torchrun, accelerate)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def launched() -> int:
-    """How many processes a launcher started, this one included; 1 where there is none.
+    """The number of processes that a launcher started, this one included; 1 without a launcher.
 
     >>> launched()
     1
@@ -16,6 +16,6 @@ def launched() -> int:
 
 
 def rank() -> int:
-    """The number of this process among those that a launcher started, counted from 0."""
+    """The rank of this process among those that a launcher started."""
     number = os.environ.get("RANK", "0")
     return int(number) if number.isdigit() else 0

@@ -1,4 +1,4 @@
-"""Options of constructors, held against their annotations: a number is a number, and one that can be meant."""
+"""Checks of constructor options against their annotations."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 SIMPLE = (int, float, bool, str, type(None))
 KINDS = (collections.abc.Mapping, collections.abc.Callable)
-LARGEST = 2**31 - 1  # of a size; torch's own limits lie not far beyond
+LARGEST = 2**31 - 1  # the largest size; torch's own limits are similar
 
 
 class Checked:
-    """Base of classes whose constructors look at their options before they use them.
+    """Base of classes whose constructors check their options against the annotations.
 
-    Each option is held against its annotation: ``int`` and ``float`` are numbers (a bool, NaN or infinity is none),
-    ``Sequence[int]`` is a list of them, ``str``, ``bool`` and ``X | None`` are what they say; classes are looked at by
-    ``isinstance``, and whatever else is annotated is left to the class. In the collection's own constructors an ``int``
-    is a size, at least 1, and a ``float`` a scale, above 0, unless ``_ranges`` says otherwise.
+    ``int`` and ``float`` are finite numbers (not bool), ``Sequence[int]`` is a sequence of them, ``str``, ``bool`` and
+    ``X | None`` have their usual meaning; classes are checked by ``isinstance``, and other annotations are left to the
+    class. In the collection's own constructors an ``int`` is a size, at least 1, and a ``float`` a scale, above 0,
+    unless ``_ranges`` sets another minimum.
     """
 
-    # Options that may be less than a size or scale, or whose range the class itself looks at (-inf): the least value.
+    # The minimum of options that may be less than a size or scale; -inf if the class itself checks the range.
     _ranges: typing.ClassVar[Mapping[str, float]] = {}
-    # Options that the class looks at itself.
+    # Options that the class checks itself.
     _unchecked: typing.ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args, **kwargs):
@@ -43,9 +43,9 @@ class Checked:
 
 
 def check_options(cls: type, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a constructor by name, defaults included; those that are missing are its own to report.
+    """The arguments of a constructor by name, with defaults; the constructor itself reports missing ones.
 
-    Raises BadInput, in a line that names the class and the option, for what cannot be meant.
+    Raises BadInput, with the names of the class and the option, for an invalid value.
     """
     if cls.__init__ is object.__init__:
         if args or kwargs:
@@ -70,9 +70,9 @@ def check_options(cls: type, args: tuple, kwargs: Mapping[str, Any]) -> dict[str
 
 
 def holds_to_annotations(*left_out: str) -> Callable[[Call], Call]:
-    """A decorator: a function whose numbers, switches, words, mappings and functions are what their annotations say.
+    """A decorator that checks a function's numbers, switches, words, mappings and functions against their annotations.
 
-    What range a number lies in is the function's own to say, and so is everything about its other arguments.
+    The function itself checks the ranges of numbers, and its other arguments.
     """
 
     def decorate(function: Call) -> Call:
@@ -104,7 +104,7 @@ def holds_to_annotations(*left_out: str) -> Callable[[Call], Call]:
 
 @lru_cache(maxsize=1024)
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of a function, as types; those that stand for nothing here are left out."""
+    """The annotations of a function as types, without those that are not checked."""
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     found = {}
@@ -119,13 +119,13 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_option(who: str, value: Any, hint: Any, least: float | None = None) -> None:
-    """Raise BadInput unless ``value`` is what the annotation ``hint`` says and its numbers are at least ``least``.
+    """Raise BadInput unless ``value`` matches the annotation ``hint`` and its numbers are at least ``least``.
 
     Args:
         who: the class and the option, for the message.
-        value: what was given.
+        value: the value.
         hint: a type, as in ``int``, ``Sequence[int]`` or ``float | None``.
-        least: the smallest number allowed; None for what a size (1) or a scale (above 0) may be.
+        least: the smallest number allowed; None for the default of a size (1) or a scale (above 0).
 
     >>> check_option("Mine: width", 3, int)
     >>> check_option("Mine: widths", [3, float("nan")], Sequence[int])
@@ -149,7 +149,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:
-    """Raise BadInput for a setting that no computer's number is: NaN, infinity, a count beyond all counting."""
+    """Raise BadInput for NaN, infinity, or a number too large for a size."""
     for name, value in settings.items():
         if name == "seed":
             check_seed(value)
@@ -169,7 +169,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def fits(value: Any, hint: Any, least: float | None = None) -> bool:
-    """Whether ``value`` is what the annotation says; the arguments are those of :func:`check_option`."""
+    """Whether ``value`` matches the annotation; the arguments are those of :func:`check_option`."""
     hints = _choices(hint)
     if len(hints) > 1:
         return any(fits(value, one, least) for one in hints)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def figure(*args: Any, **kwargs: Any):
-    """``(figure, axes)`` drawn without a display, whatever backend the user has chosen."""
+    """``(figure, axes)`` that need no display, for any backend of the user."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

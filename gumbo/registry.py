@@ -1,4 +1,4 @@
-"""Names for classes, so that tests, CLI and docs derive from one list."""
+"""Registries of classes by name, the single source for tests, CLI and docs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """An ordered map from names to things, filled by a decorator.
+    """An ordered map from names to objects, filled by a decorator.
 
     >>> shapes = Registry("shape")
     >>> @shapes.register("round")
@@ -23,9 +23,9 @@ class Registry(Mapping[str, T], Generic[T]):
     >>> list(shapes), shapes["round"] is Round
     (['round'], True)
 
-    A name with a dot in it is an import path (``mypkg.mymodule.MyClass``, or ``mypkg.mymodule:MyClass``), so that a
-    class from somebody else's package needs no registration. ``expected`` looks at what is imported, and says what was
-    expected where that is of another kind.
+    A name with a dot is an import path (``mypkg.mymodule.MyClass``, or ``mypkg.mymodule:MyClass``), so that a class of
+    another package needs no registration. ``expected`` checks the imported object, and returns the expected kind if it
+    is of another.
     """
 
     def __init__(self, kind: str, expected: Callable[[Any], str] | None = None):
@@ -65,9 +65,9 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def is_import_path(name: object) -> bool:
-    """Whether a name says where to import a thing from, rather than the thing's name in a registry.
+    """Whether a name is an import path, not a name in a registry.
 
-    Options in a call are no part of the name.
+    Options in a call are not part of the name.
 
     >>> is_import_path("mypkg:Mine(decay=0.5)"), is_import_path("double-cv(decay=0.5)")
     (True, False)
@@ -76,12 +76,12 @@ def is_import_path(name: object) -> bool:
 
 
 def name_and_options(kind: str, text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the options of ``name(option=value, …)``, whose values are Python literals; of a name alone, none.
+    """The name and the options of ``name(option=value, …)``, whose values are Python literals; a bare name has none.
 
     >>> name_and_options("estimator", "gumbel-softmax(temperature=0.5)"), name_and_options("estimator", "rloo")
     (('gumbel-softmax', {'temperature': 0.5}), ('rloo', {}))
 
-    Raises BadInput for what is no such call.
+    Raises BadInput for other texts.
     """
     name, opened, rest = text.partition("(")
     if not opened:
@@ -99,8 +99,8 @@ def name_and_options(kind: str, text: str) -> tuple[str, dict[str, Any]]:
 def import_object(path: str, kind: str = "object", own: bool = True):
     """The object at ``package.module:name`` or ``package.module.name``.
 
-    Raises BadInput, in a line, where there is none, where its module fails, and, with ``own``, for
-    what is part of Python itself: ``os.system`` is nothing that gumbo could be meant to call.
+    Raises BadInput if it does not exist, if its module fails, and, with ``own``, if it is part of Python's standard
+    library, such as ``os.system``.
     """
     module, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
     if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
@@ -124,7 +124,7 @@ def import_object(path: str, kind: str = "object", own: bool = True):
 
 
 def home_of(thing: Any) -> str:
-    """The module in which a function or class is defined, under any ``functools.partial``; "" for another object."""
+    """The module in which a function or class is defined, inside any ``functools.partial``; "" for another object."""
     while isinstance(thing, functools.partial):
         thing = thing.func
     thing = getattr(thing, "__func__", thing)
@@ -136,7 +136,7 @@ def _is_pythons(module: str) -> bool:
 
 
 def describe(thing: Any) -> str:
-    """What a thing is, in a few words.
+    """A short description of an object.
 
     >>> describe(print), describe(int), describe(3)
     ('the function print', 'the class int', 'an object of class int')

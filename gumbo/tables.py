@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def digits(number: float) -> str:
-    """Three significant digits, as short as they can be: 0.0123, 4.56, 789, 12,300, 4.5e+07.
+    """Three significant digits in the shortest form: 0.0123, 4.56, 789, 12,300, 4.5e+07.
 
     >>> digits(0.01234), digits(12300.0), digits(4.5e7)
     ('0.0123', '12,300', '4.5e+07')
@@ -21,7 +21,7 @@ def digits(number: float) -> str:
 
 
 def plain(heads: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, gap: int = 2) -> list[str]:
-    """Lines of a table with its columns under one another, the first ``left`` flush left.
+    """Lines of a table with aligned columns, the first ``left`` left-aligned.
 
     >>> plain(["name", "value"], [["a", "1.0"], ["bcdef", "10.0"]])
     ['name   value', 'a        1.0', 'bcdef   10.0']
@@ -39,7 +39,7 @@ def plain(heads: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, ga
 
 
 def markdown(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; all columns but the first are flush right."""
+    """Lines of a Markdown table; all columns but the first are right-aligned."""
     escaped = [[text.replace("|", "\\|") for text in line] for line in (heads, *body)]
     first, *rest = ["| " + " | ".join(line) + " |" for line in escaped]
     return [first, "| --- |" + " ---: |" * (len(heads) - 1), *rest]

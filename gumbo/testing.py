@@ -1,7 +1,7 @@
-"""The contracts of models, guides, estimators and objectives as functions, for this package's classes and others.
+"""Contract suites: checks of models, guides, estimators and objectives, for gumbo's and other classes.
 
-Each check takes a built object and a batch, and raises AssertionError with a one-line reason at the first fault. They
-work on copies: the objects, the param store and the random stream are left as they were.
+Each check takes an instance and a batch, and raises AssertionError with a one-line reason at the first fault. They
+work on copies: the objects, the param store and the random state do not change.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ PARTICLES = 3
 
 
 def check_model(model: GenerativeModel, x: Tensor, /, **conditions: Tensor) -> None:
-    """Hold a model to its contract, with validation on.
+    """Test that a model satisfies its interface, with validation on.
 
     Checked, in this order:
 
     - parameters are named ``decoder…``, so that no name of a guide collides with them;
     - with 1 and with B rows: every latent in ``model.latents`` is drawn with its shape and inside the support of its
-      family, no undeclared site is, every site in ``model.observed`` is observed, log-probabilities are finite, local
-      sites have one per row and stand in the plate ``"data"`` at dim -1 alone, global ones stand in no plate;
-    - without data the model draws what it observes, in the shape that the data have;
+      family, there is no undeclared site, every site in ``model.observed`` is observed, log-probabilities are finite,
+      local sites have one per row and are in the plate ``"data"`` at dim -1 only, global ones are in no plate;
+    - without data the model draws its observed sites, in the shape of the data;
     - a row's log-probability is the same alone, in the batch, and as one of 3 particles in a plate at dim -2;
     - a finite gradient reaches every parameter;
-    - a twin that is built from ``model.config`` and loads the saved state gives the same numbers;
-    - after ``.double()`` everything is float64, and after ``.to("meta")`` nothing stays on another device;
-    - a batch of another shape, without rows or with NaN raises `BadInput` of one line.
+    - a copy built from ``model.config`` that loads the saved state gives the same numbers;
+    - after ``.double()`` everything is float64, and after ``.to("meta")`` no tensor is on another device;
+    - a batch of another shape, without rows or with NaN raises a one-line `BadInput`.
 
     Args:
         model: the model; a copy of it is checked.
         x: a batch that it accepts, ``(B, *data_shape)`` with B at least 2.
-        conditions: its keywords beside ``x``, targets included: tensors with B rows.
+        conditions: its keywords besides ``x``, targets included: tensors with B rows.
 
     Returns:
         None.
 
     Raises:
-        AssertionError: with a reason of one line, at the first fault.
+        AssertionError: at the first fault, with a one-line reason.
 
     >>> from gumbo.models import GaussianVAE
     >>> check_model(GaussianVAE((1, 8, 8), latent_dim=2, hidden=(8,)), torch.randint(2, (4, 1, 8, 8)).float())
@@ -94,32 +94,32 @@ def check_model(model: GenerativeModel, x: Tensor, /, **conditions: Tensor) -> N
 
 
 def check_guide(guide: AnyGuide, model: GenerativeModel, x: Tensor, /, **conditions: Tensor) -> None:
-    """Hold a guide to its contract beside the model that it was built for, with validation on.
+    """Test that a guide satisfies its interface, with its model, with validation on.
 
     Checked, in this order:
 
     - parameters are named ``encoder…``, and none has the name of a parameter of the model;
     - with 1 and with B rows: every latent in ``model.latents`` is drawn with its shape, inside the support of its
-      family and in the model's plate, beside the sites in ``guide.auxiliary`` no other; the draws are returned as a
-      dict from site to value; the model accepts them;
+      family and in the model's plate; other sites are in ``guide.auxiliary``; the draws are returned as a dict from
+      site to value; the model accepts them;
     - a row's log-probability is the same alone, in the batch, and as one of 3 particles in a plate at dim -2;
     - under stock ``SVI`` with ``Trace_ELBO`` (``TraceEnum_ELBO`` for a model that sums sites out) the loss is finite,
-      a gradient reaches every parameter of the pair, and two steps move each of them;
-    - a twin that is built from the model and ``guide.config`` and loads the saved state gives the same numbers;
-    - after ``.double()`` everything is float64, and after ``.to("meta")`` nothing stays on another device;
-    - a batch of another shape, without rows or with NaN raises `BadInput` of one line.
+      a gradient reaches every parameter of the pair, and two steps change each of them;
+    - a copy built from the model and ``guide.config`` that loads the saved state gives the same numbers;
+    - after ``.double()`` everything is float64, and after ``.to("meta")`` no tensor is on another device;
+    - a batch of another shape, without rows or with NaN raises a one-line `BadInput`.
 
     Args:
         guide: the guide; a copy of it is checked.
         model: its model; a copy of it is used.
         x: a batch that both accept, ``(B, *data_shape)`` with B at least 2.
-        conditions: the keywords of the two beside ``x``: tensors with B rows.
+        conditions: the keywords of both besides ``x``: tensors with B rows.
 
     Returns:
         None.
 
     Raises:
-        AssertionError: with a reason of one line, at the first fault.
+        AssertionError: at the first fault, with a one-line reason.
 
     >>> from gumbo.guides import NormalGuide
     >>> from gumbo.models import GaussianVAE
@@ -160,7 +160,7 @@ def _check_names(module: Module, prefix: str, who: str) -> None:
 
 
 def _check_unobserved(model: GenerativeModel, trace: poutine.Trace, x: Tensor, conditions: dict, who: str) -> None:
-    """Without what it observes the model draws it, of the shape that the data have."""
+    """Without data the model draws its observed sites, in the shape of the data."""
     free = {name: value for name, value in _first(conditions, 2).items() if name not in model.targets}
     call = {"x": x[:2]} if model.x_is_given else {"batch_size": 2}
     with _running(who, f"unobserved, called with {next(iter(call))} and no data"):
@@ -174,7 +174,7 @@ def _check_unobserved(model: GenerativeModel, trace: poutine.Trace, x: Tensor, c
 def _check_sites(
     trace: poutine.Trace, model: GenerativeModel, rows: int, who: str, auxiliary: tuple[str, ...] = ()
 ) -> None:
-    """Declared sites exist with their shapes and supports, local ones are in the plate, and all is finite."""
+    """Declared sites exist with their shapes and supports, local ones are in the plate, and all values are finite."""
     for name, latent in model.latents.items():
         _require(name in trace.nodes, who, f"never samples the declared latent {name!r}")
         value, expected = trace.nodes[name]["value"], ((rows, *latent.shape) if latent.local else latent.shape)
@@ -230,7 +230,7 @@ def _check_rows_and_particles(module: Module, trace: poutine.Trace, x: Tensor, c
 
 
 def _check_pair_trains(guide: AnyGuide, model: GenerativeModel, x: Tensor, conditions: dict, who: str) -> None:
-    """Stock SVI reaches and moves every parameter of the pair."""
+    """Stock SVI reaches and changes every parameter of the pair."""
     pair = {who: guide, type(model).__name__: model}
     before = {name: copy.deepcopy(module.state_dict()) for name, module in pair.items()}
     with _running(who, "under stock SVI with Pyro's own ELBO"):
@@ -255,14 +255,14 @@ def _check_gradients(modules: dict[str, Module]) -> None:
             gradient = parameter.grad
             _require(gradient is not None and gradient.any(), who, f"no gradient reaches parameter {name!r}")
             _require(gradient.isfinite().all(), who, f"the gradient at parameter {name!r} is not finite")
-    for module in modules.values():  # when all are looked at: a guide may share a network with its model
+    for module in modules.values():  # after all are checked: a guide may share a network with its model
         module.zero_grad()
 
 
 def _check_save_and_load(
     module: Module, arguments: list, trace: poutine.Trace, x: Tensor, conditions: dict, who: str
 ) -> None:
-    """A twin built from ``config`` gives the same numbers once it has loaded the state, without unpickling code."""
+    """A copy built from ``config`` gives the same numbers after it has loaded the state, without unpickling code."""
     module, file = copy.deepcopy(module), io.BytesIO()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -279,7 +279,7 @@ def _check_save_and_load(
 
 
 def _check_dtype(trace: poutine.Trace, dtype: torch.dtype, who: str, whole: tuple[str, ...] = ()) -> None:
-    """``whole`` are sites whose values may be whole numbers of any type."""
+    """``whole`` are sites whose values may be integers of any dtype."""
     for name, site in _sites(trace):
         for what, tensor in (("value", site["value"]), ("log-probability", site["log_prob"])):
             if what == "value" and name in whole:
@@ -320,7 +320,7 @@ def _require(condition: object, who: str, what: str) -> None:
 
 @contextmanager
 def _running(who: str, when: str) -> Iterator[None]:
-    """Turn whatever a program raises into one line that says when it did."""
+    """Turn any error of a program into one line that names the step."""
     try:
         yield
     except AssertionError:
@@ -332,7 +332,7 @@ def _running(who: str, when: str) -> Iterator[None]:
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """A param store and a random stream of our own, with validation on, under Pyro's default for module parameters."""
+    """A private param store and random state, with validation on, and Pyro's default for module parameters."""
     settings = pyro.settings.context(module_local_params=False)
     with pyro.get_param_store().scope(), torch.random.fork_rng(), pyro.validation_enabled(True), settings:
         yield
@@ -340,13 +340,13 @@ def _isolated() -> Iterator[None]:
 
 @contextmanager
 def _off_device() -> Iterator[None]:
-    """For runs on the meta device, which computes shapes and no values: validation would have to read values."""
+    """For runs on the meta device, which has shapes without values: validation would read values."""
     with pyro.validation_enabled(False), torch.no_grad(), _UnreadDraws():
         yield
 
 
 class _UnreadDraws(Messenger):
-    """Leaves out the draws that torch cannot make without values: a rejection loop, a kernel of numbers only."""
+    """Skips draws that torch cannot make without values: a rejection loop, a kernel for numbers only."""
 
     def _pyro_sample(self, msg) -> None:
         base = msg["fn"]
@@ -356,13 +356,13 @@ class _UnreadDraws(Messenger):
             msg["value"] = torch.empty(base.shape(), device="meta")
 
 
-# Gammas and Poissons, and what is made of them, have such a draw since torch 2.5 or so.
+# Gamma and Poisson draws, and distributions based on them, are of this kind since about torch 2.5.
 _NAMES = ("VonMises", "Beta", "Dirichlet", "Binomial", "Gamma", "NegativeBinomial", "Poisson")
 _NEED_VALUES = tuple(getattr(torch.distributions, name) for name in _NAMES)
 
 
 def _trace(program, *args, **kwargs) -> poutine.Trace:
-    # A store of its own: a run in float64 shall not be given what a run in float32 has left there.
+    # A separate store: a run in float64 must not see parameters of a run in float32.
     with pyro.get_param_store().scope():
         trace = poutine.trace(program).get_trace(*args, **kwargs)
     trace.compute_log_prob()
@@ -374,7 +374,7 @@ def _replay(program, trace: poutine.Trace, *args, **kwargs) -> poutine.Trace:
 
 
 def _sites(trace: poutine.Trace) -> list[tuple[str, Any]]:
-    """The sample sites, without those that plates make."""
+    """The sample sites, without those of plates."""
     return [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample" and not site_is_subsample(s)]
 
 
