@@ -21,7 +21,7 @@ from gumbo.inference.diagnosis.thresholds import SHIFT, WIDTH
 
 HERE = Path(__file__).resolve().parent
 GUIDES = ("mean-field", "full-rank", "mode")
-STEPS, QUICK_STEPS = 2000, 20
+STEPS, QUICK_STEPS = 1000, 20
 DRAWS, QUICK_DRAWS = 10_000, 200
 RATE = 0.1
 REFIT_STEPS = 1000
@@ -35,6 +35,7 @@ CALIBRATED = {
     "horseshoe": "horseshoe",
 }
 SAYS = ("khat", "shift", "width")  # without these, a report without alarm says nothing in the guide's favour
+WITHOUT = {("eight_schools-eight_schools_centered", "mode")}  # its density has no mode: it is endless at tau = 0
 # k̂ of mean-field ADVI in the paper's section 4.3, as remembered; to be checked against it.
 PUBLISHED = {
     "eight_schools-eight_schools_centered/mean-field": 1.00,
@@ -267,13 +268,14 @@ def cells() -> list[PosteriorCell]:
         PosteriorCell(f"{name}/{guide}", PUBLISHED.get(f"{name}/{guide}"), STEPS, posterior=name, guide=guide)
         for name in references()["references"]
         for guide in GUIDES
+        if (name, guide) not in WITHOUT
     ]
 
 
 register(
     "posteriors",
     "Yao et al. 2018, arXiv 1802.02538; posteriordb (Magnusson et al. 2024, arXiv 2407.04967)",
-    "Guides for posteriors of posteriordb: mean-field and full-rank Normal, 2,000 steps of Adam from 0.1 with a cosine "
+    "Guides for posteriors of posteriordb: mean-field and full-rank Normal, 1,000 steps of Adam from 0.1 with a cosine "
     "decay from Stan's initial values, and the normal approximation at the mode. A guide is wrong where a parameter's "
     f"mean is off by more than {SHIFT} posterior standard deviations or its standard deviation by a factor beyond "
     f"{WIDTH}, right within half of that. The paper's own examples are simulated anew, smaller, with a calibration by "
