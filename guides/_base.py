@@ -1,4 +1,4 @@
-"""The contract that every guide keeps, and the registry of them."""
+"""The interface of guides, and their registry."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ guides: Registry[type[AnyGuide]] = Registry("guide", _expected)
 
 
 class AnyGuide(OverData):
-    """Base of all guides: it shapes itself from the latents that the model declares, and refuses those it cannot serve.
+    """Base of all guides: takes its shapes from the latents that the model declares, and refuses unsupported ones.
 
     ``guide(x)`` is the Pyro program: it samples each declared latent under the model's name, in the model's plate, and
-    returns them as a dict. ``families`` are the latent families it serves. ``auxiliary`` names further sites that it
-    samples, which no model knows; ``local`` says whether its latents are each datum's own, or one for all data.
+    returns them as a dict. ``families`` are the supported latent families. ``auxiliary`` names further sites that it
+    samples and the model does not have; ``local`` says whether its latents are per datum or shared by all data.
     """
 
     families: ClassVar[Collection[str]] = ()
@@ -54,7 +54,7 @@ class AnyGuide(OverData):
 
     @classmethod
     def why_not(cls, model: GenerativeModel) -> str:
-        """Why this guide cannot serve ``model``, in a few words; an empty string if it can."""
+        """Why this guide does not support ``model``, as a phrase; an empty string if it does."""
         if not model.latents:
             return "it has no latents"
         for site, latent in model.latents.items():
@@ -70,9 +70,9 @@ class AnyGuide(OverData):
 
 
 class Guide(AnyGuide):
-    """Base of the amortized guides q(z | x): ``encoder`` makes features of the data, and of the conditions if any.
+    """Base of the amortized guides q(z | x): ``encoder`` computes features of the data, and of the conditions if any.
 
-    Where ``hidden``, ``channels`` or ``activation`` are None, they mirror the model's decoder.
+    If ``hidden``, ``channels`` or ``activation`` are None, they mirror the model's decoder.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Guide(AnyGuide):
 
 
 def fitting(model: GenerativeModel) -> list[str]:
-    """The names of the registered guides that can serve ``model``.
+    """The names of the registered guides that support ``model``.
 
     >>> from gumbo.models import CategoricalVAE
     >>> fitting(CategoricalVAE((1, 8, 8), hidden=(8,), relaxed=True))
@@ -108,8 +108,8 @@ def fitting(model: GenerativeModel) -> list[str]:
 class FactorizedGuide(Guide):
     r"""Base of the guides :math:`q(z \mid x) = \prod_j q(z_j \mid x)`: an encoder, and a linear head for each site.
 
-    A subclass may say how many numbers a site needs (``num_outputs``) and what they make (``distribution``); by default
-    that is the family's own distribution.
+    A subclass may set the number of outputs of a site (``num_outputs``) and their distribution (``distribution``); the
+    defaults are the family's own.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class FactorizedGuide(Guide):
             }
 
     def num_outputs(self, latent: Latent) -> int:
-        """How many numbers the head of a site gives."""
+        """The number of outputs of a site's head."""
         return num_outputs(latent)
 
     def distribution(self, latent: Latent, output: torch.Tensor) -> TorchDistribution:

@@ -1,4 +1,4 @@
-"""The factor of one site: which family its support asks for, and the distribution that a network's numbers make."""
+"""The factor of one site: the family for its support, and the distribution from a network's output."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch.nn.functional import softplus
 from ..errors import BadInput
 from ._structure import Seen, bare, whole
 
-MOST_CLASSES = 256  # values of a bounded integer that a factor lists; beyond, it is a Binomial
-MIN_SCALE = 1e-4  # in float32 a far mean and a smaller scale would make log q of a draw mean nothing
+MOST_CLASSES = 256  # the most values of a bounded integer for a categorical; beyond, it is a Binomial
+MIN_SCALE = 1e-4  # in float32, log q of a draw with a large mean and a smaller scale is rounding error
 INITIAL_SCALE = 0.1
 NO_SHAPE = torch.Size()
-FAR = 30.0  # unconstrained values beyond say nothing more to a network
+FAR = 30.0  # unconstrained values are clamped to this as network inputs
 
 
 class Integers(dist.Categorical):
-    """A categorical distribution over the integers from ``lower`` on, of the dtype that the model's own site has."""
+    """A categorical distribution over integers from ``lower`` on, with the dtype of the model's site."""
 
     arg_constraints = {"logits": constraints.real_vector}
 
@@ -68,16 +68,16 @@ class Integers(dist.Categorical):
 
 @dataclass(frozen=True)
 class Family:
-    """What one site's factor is made of.
+    """The parts of one site's factor.
 
     Attributes:
-        kind: the word that the table shows.
-        size: how many unconstrained numbers a value has, or how many logits.
-        outputs: how many numbers ``make`` takes for one element.
+        kind: the word in the table.
+        size: number of unconstrained numbers, or of logits, of a value.
+        outputs: number of inputs of ``make`` for one element.
         joint: whether the elements of an event depend on each other.
         shape: of the unconstrained value of one event.
-        features: how many numbers a value is to a network that depends on it.
-        values: how many values one element can take; 0 where they cannot be listed.
+        features: number of features of a value for networks that depend on it.
+        values: number of values of one element; 0 if it is not finite.
     """
 
     kind: str
@@ -95,7 +95,7 @@ class Family:
         return self.kind.startswith(("Normal", "joint Normal"))
 
     def make(self, output: Tensor, seen: Seen) -> dist.TorchDistribution:
-        """The distribution of one site from numbers ``(..., outputs)``, on the support that it shows now."""
+        """The distribution of one site from numbers ``(..., outputs)``, on the site's current support."""
         rank = len(seen.event_shape)
         if self.continuous:
             support = whole(seen.support, rank)
@@ -129,7 +129,7 @@ class Family:
         if int(upper.max()) - self.lower >= self.values:
             raise BadInput(
                 f"site {seen.name!r} may be as large as {int(upper.max())}, and the guide was built for"
-                f" {self.lower + self.values - 1}; build it with data that reach as far"
+                f" {self.lower + self.values - 1}; build it with data of that size"
             )
         if upper.dim() == 0 and int(upper) - self.lower == self.values - 1:
             return logits
@@ -137,7 +137,7 @@ class Family:
         return logits.masked_fill(steps > upper.unsqueeze(-1), -torch.inf)
 
     def read(self, value: Tensor, seen: Seen) -> Tensor:
-        """A value as numbers ``(*batch, features)`` for a network."""
+        """A value as features ``(*batch, features)`` for a network."""
         rank = len(seen.event_shape)
         if self.continuous:
             transform = biject_to(whole(seen.support, rank))
@@ -153,7 +153,7 @@ class Family:
 
 
 class _Counts(dist.NegativeBinomial):
-    """A negative binomial from ``lower`` on."""
+    """A negative binomial with smallest value ``lower``."""
 
     def __init__(self, total_count, probs=None, logits=None, lower: int = 0, validate_args=None):
         self.lower = lower
@@ -176,14 +176,14 @@ class _Counts(dist.NegativeBinomial):
 
 
 def lower_triangular(scale: Tensor, square: Tensor) -> Tensor:
-    """The Cholesky factor with diagonal ``scale (..., n)``, each row scaled by it; below stands ``square``."""
+    """The Cholesky factor with diagonal ``scale (..., n)`` and ``square`` below it, each row scaled by its diagonal."""
     size = scale.shape[-1]
     below = square.unflatten(-1, (size, size)).tril(-1)
     return scale.unsqueeze(-1) * (below + torch.eye(size, dtype=scale.dtype, device=scale.device))
 
 
 def transformed(base: dist.TorchDistribution, shape: Sequence[int], support: Any) -> dist.TorchDistribution:
-    """Unconstrained draws of ``base``, reshaped to events of ``shape`` and carried to the support."""
+    """Unconstrained draws of ``base``, reshaped to events of ``shape`` and transformed to the support."""
     parts: list[Any] = []
     if tuple(shape) != tuple(base.event_shape):
         parts.append(T.ReshapeTransform(base.event_shape, torch.Size(shape)))
@@ -193,11 +193,11 @@ def transformed(base: dist.TorchDistribution, shape: Sequence[int], support: Any
 
 
 def family_of(seen: Seen, joint: bool, most_joint: int) -> Family:
-    """The family that a site's support asks for; raises BadInput for one that none serves."""
+    """The family for a site's support; raises BadInput if there is none."""
     support, rank, shape = bare(seen.support), len(seen.event_shape), tuple(seen.event_shape)
     count = math.prod(shape)
     if support is None:
-        raise BadInput(f"amortize: site {seen.name!r} ({type(seen.fn).__name__}) does not say what its support is")
+        raise BadInput(f"amortize: site {seen.name!r} ({type(seen.fn).__name__}) does not declare its support")
     kind = type(support).__name__
     if isinstance(support, type(constraints.one_hot)):
         return Family("one-hot", count, count, False, shape, count, values=shape[-1] if rank == 1 else 0)

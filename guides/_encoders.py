@@ -1,4 +1,4 @@
-"""Networks that read the observed data of a plate's elements, and heads that make a site's numbers of them."""
+"""Networks that read the observed data of a plate's elements, and heads that compute a site's parameters."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ._conditionals import INITIAL_SCALE, Family
 from ._structure import Covariate, Look, Plate, Seen, bare
 
 ACTIVATION = "silu"
-MOST_CLASSES = 64  # of an observed integer that is read as a one-hot vector
-WIDEST = 256  # numbers that are laid side by side, rather than pooled or left out
-REACH = 3.0  # how far a parent's value moves scales and networks
-MOST_MOMENTS = 8  # features of a set's element whose products are averaged too
+MOST_CLASSES = 64  # the most values of an observed integer for a one-hot input
+WIDEST = 256  # the most numbers to concatenate; more are pooled or left out
+REACH = 3.0  # the bound of a parent's value as input of scales and networks
+MOST_MOMENTS = 8  # the most features of a set's element whose products are averaged
 
 
 def aligned(value: Tensor, batch_dims: int, depth: int) -> Tensor:
-    """``(*batch, …)`` with ones to the left of the batch until it has ``depth`` dimensions."""
+    """``(*batch, …)`` padded on the left to ``depth`` batch dimensions."""
     return value.reshape((1,) * max(0, depth - batch_dims) + value.shape)
 
 
@@ -47,10 +47,9 @@ class Convolutions(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent network in both directions over sequences ``(..., T, features)``, of any length T.
+    """A bidirectional recurrent network over sequences ``(..., T, features)`` of any length T.
 
-    Where ``valid`` ``(..., T)`` is given, a step that is not valid leaves the state as it was, so that what a sequence
-    is padded with, and how far, does not matter.
+    With ``valid`` ``(..., T)``, a step that is not valid does not change the state, so that padding has no effect.
     """
 
     def __init__(self, inputs: int, size: int):
@@ -82,7 +81,7 @@ class Recurrent(nn.Module):
 
 
 class Reader(nn.Module):
-    """One observed site as numbers for a network: ``(*plates, size)``, with what is masked or missing set to zero."""
+    """One observed site as network input ``(*plates, size)``, with masked and missing values set to zero."""
 
     def __init__(self, seen: Seen, hidden: int):
         super().__init__()
@@ -126,7 +125,7 @@ class Reader(nn.Module):
         return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
     def _valid(self, seen: Seen, value: Tensor) -> Tensor | None:
-        """Where the values count ``(*batch, *event)``; None where nothing is masked or missing."""
+        """Which values are valid ``(*batch, *event)``; None if nothing is masked or missing."""
         valid = None
         if isinstance(seen.mask, Tensor):
             rank = len(seen.event_shape)
@@ -166,7 +165,7 @@ class Reader(nn.Module):
 
 
 class Beside(nn.Module):
-    """A covariate as numbers: ``(*plates, size)``."""
+    """A covariate as network input: ``(*plates, size)``."""
 
     def __init__(self, covariate: Covariate, value: Tensor):
         super().__init__()
@@ -225,22 +224,22 @@ class Pool(nn.Module):
 
 
 def flattened(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """Plates of ``(*plates, size)`` laid side by side: their dimensions become one, and their rows features."""
+    """Concatenate plates of ``(*plates, size)``: their dimensions become one, and their rows features."""
     for dim in sorted(dims):
         x = x.movedim(dim - 1, -1).flatten(-2).unsqueeze(dim - 1)
     return x
 
 
 class Trunk(nn.Module):
-    """Features of each element of some plates, from all that is observed within it.
+    """Features of each element of some plates, from all observed values inside it.
 
     Args:
-        plates: the plates that are kept apart.
+        plates: the plates whose elements are kept separate.
         observed: the sites to read.
         beside: the covariates to read.
         look: a run of the model.
         hidden: the sizes of the layers.
-        side_by_side: the inner plates of fixed size, whose rows are features; the rows of others are pooled as a set.
+        side_by_side: the inner plates of fixed size, whose rows are concatenated; the rows of others are pooled.
     """
 
     def __init__(
@@ -316,7 +315,7 @@ class Trunk(nn.Module):
                     if look.plates[name].size != size:
                         raise BadInput(
                             f"plate {name!r} has {look.plates[name].size} elements, and the guide was built for {size};"
-                            " build it with encoder= a module of your own that takes any number"
+                            " build it with encoder=, a module that takes any number"
                         )
                 x = flattened(x, dims)
             elif inner:
@@ -325,14 +324,14 @@ class Trunk(nn.Module):
         x = beside_each_other(parts)
         if not len(self.dense):
             return x
-        # Scaled by their number, so that a step of an optimizer moves what is made of them about as far as a parameter.
+        # Scaled by their number, so that an optimizer step changes the outputs about as much as a parameter.
         made = self.dense(x)
         made = made / math.sqrt(made.shape[-1])
         return torch.cat([x, made], -1) if self.skips else made
 
 
 class Own(nn.Module):
-    """A module of the user's as the encoder of some plates: it takes the observed values, and gives features a row."""
+    """A user's module as the encoder of some plates: it maps the observed values to features per row."""
 
     def __init__(self, module: nn.Module, plates: Sequence[str], observed: Sequence[str], look: Look):
         super().__init__()
@@ -371,7 +370,7 @@ class Own(nn.Module):
 
 
 def beside_each_other(parts: Sequence[Tensor]) -> Tensor:
-    """Features ``(..., size)`` of several kinds, broadcast over what stands to their left."""
+    """Features ``(..., size)`` of several kinds, broadcast over leading dimensions and concatenated."""
     if len(parts) == 1:
         return parts[0]
     leading = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
@@ -379,7 +378,7 @@ def beside_each_other(parts: Sequence[Tensor]) -> Tensor:
 
 
 def starting_numbers(family: Family, loc: Tensor) -> Tensor:
-    """Numbers for ``family.make`` to start from: a narrow Normal at ``loc (..., size)``, or equal probabilities."""
+    """Initial inputs of ``family.make``: a narrow Normal at ``loc (..., size)``, or equal probabilities."""
     start = loc.new_zeros(*loc.shape[:-1], family.outputs)
     if family.continuous:
         start[..., : family.size] = loc
@@ -388,12 +387,12 @@ def starting_numbers(family: Family, loc: Tensor) -> Tensor:
 
 
 def squashed(x: Tensor) -> Tensor:
-    """Itself near zero, never beyond ``REACH``: scales that follow far values without bound make fits fail."""
+    """The identity near zero, bounded by ``REACH``: scales that follow large values without bound make fits fail."""
     return REACH * torch.tanh(x / REACH)
 
 
 class LocalHead(nn.Module):
-    """A site's numbers from its element's features and its parents' values, which move means without bound."""
+    """A site's parameters from its element's features and its parents' values; means are linear in the latter."""
 
     def __init__(self, family: Family, features: int, parents: int, hidden: Sequence[int], loc: Tensor):
         super().__init__()
@@ -417,7 +416,7 @@ class LocalHead(nn.Module):
 
 
 class GlobalHead(nn.Module):
-    """A site's numbers as parameters, one row for each element of its plates, moved by its parents' values."""
+    """A site's parameters, one row for each element of its plates, plus a function of its parents' values."""
 
     def __init__(self, family: Family, shape: Sequence[int], parents: int, hidden: Sequence[int], loc: Tensor):
         super().__init__()
@@ -443,6 +442,6 @@ class GlobalHead(nn.Module):
         return base + torch.cat([far, rest], -1) + self.bent(near) / math.sqrt(self.bent[-1].in_features)
 
     def centred(self, value: Tensor) -> Tensor:
-        """Unconstrained values ``(..., *shape, size)`` in units of about their scale at the centre of their parents."""
+        """Unconstrained values ``(..., *shape, size)``, standardized by their location and scale at zero parents."""
         loc, raw = self.base[..., : self.family.size], self.base[..., self.family.size : 2 * self.family.size]
         return (value - loc) / (nn.functional.softplus(raw) + INITIAL_SCALE / 10)

@@ -1,4 +1,4 @@
-"""From the graph of a prior to a graph of its posterior: moralize, then eliminate site by site."""
+"""Inversion of a prior's graph to a graph of the posterior: moralization, then elimination site by site."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import BadInput
 
 @dataclass(frozen=True)
 class Inverse:
-    """A factorization of a posterior, in the order in which its sites are drawn.
+    """A factorization of a posterior, in drawing order.
 
     Attributes:
         parents: for each latent site the latent sites that its factor depends on, all drawn before it.
@@ -32,10 +32,10 @@ def faithful_inverse(
     summed: Collection[str] = (),
     order: Sequence[str] | None = None,
 ) -> Inverse:
-    """A graph of the posterior that asserts no independence which the prior's graph does not imply.
+    """A graph of the posterior that implies no independence beyond those of the prior's graph.
 
     The prior's graph is moralized, observed sites included, and latent sites are eliminated one by one: a site's
-    parents are the neighbours that are left, and these are then joined to each other. The site that is eliminated
+    parents are its remaining neighbours, and these are then connected to each other. The site that is eliminated
     first is drawn last. Sites of deeper plates are eliminated first, so that each factor can be drawn row by row;
     among the others, the one that couples the fewest rows of plates with data (the component means of a mixture are
     drawn before the assignments of the data), then the one that adds the fewest edges, and of equals the one that the
@@ -47,8 +47,8 @@ def faithful_inverse(
         prior: for each site, in the model's order, the latent sites on which it depends.
         observed: the sites that are observed.
         plates: the plates of each site.
-        summed: latent sites that are summed out before, and are no part of the result.
-        order: the order in which to draw the sites, in place of the one that is found.
+        summed: latent sites that are summed out first, and are not in the result.
+        order: the order in which to draw the sites, instead of the one found.
 
     Raises:
         BadInput: an ``order`` that does not name each latent site once.
@@ -136,7 +136,7 @@ def _cheapest(names: Iterable[str], near: Mapping[str, set[str]], places: Mappin
 def drawn_in_model_order(
     sites: Sequence[str], plates: Mapping[str, Collection[str]], parents: Mapping[str, Collection[str]]
 ) -> list[str]:
-    """The sites with those of fewer plates first, and otherwise in the model's order, after their ``parents``."""
+    """The sites ordered by number of plates, then in the model's order, each after its ``parents``."""
     waiting, drawn = sorted(sites, key=lambda name: len(set(plates[name]))), []
     while waiting:
         ready = next((name for name in waiting if all(above in drawn for above in parents.get(name, ()))), None)

@@ -1,4 +1,4 @@
-"""What a Pyro program says of itself when it is run: its sites, plates, and which site depends on which."""
+"""The structure of a Pyro program from its runs: sites, plates, and which site depends on which."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch.distributions import biject_to, constraints
 
 from ..errors import BadInput, GumboError
 
-TRACES = 20  # draws from the prior that are looked at
-RERUNS = 400  # runs of the model, at most, that look for dependencies by changing one site's value
+TRACES = 20  # number of draws from the prior
+RERUNS = 400  # the most runs that test dependencies by changing one site's value
 
 
 @dataclass(frozen=True)
 class Plate:
-    """A plate in which a program's sites stand; ``size`` is that of the batch and −1 where the plate has none."""
+    """A plate that contains sites; ``size`` is that of the batch and −1 if the plate has none."""
 
     name: str
     dim: int
@@ -40,7 +40,7 @@ class Plate:
 
 @dataclass(frozen=True)
 class Seen:
-    """A site as one run shows it. ``plates`` are the vectorized ones, by name; ``scale`` is beside that of these."""
+    """A site in one run. ``plates`` are the vectorized ones, by name; ``scale`` excludes theirs."""
 
     name: str
     observed: bool
@@ -61,14 +61,14 @@ class Seen:
 
 @dataclass
 class Look:
-    """What one run of a program shows: its plates, and its sites in their order."""
+    """One run of a program: its plates, and its sites in order."""
 
     plates: dict[str, Plate] = field(default_factory=dict)
     sites: dict[str, Seen] = field(default_factory=dict)
 
     @property
     def latent(self) -> dict[str, Seen]:
-        """The sites that a guide draws; those that the model's own marks sum out are left out."""
+        """The sites that a guide draws, without those that the model's marks sum out."""
         return {name: site for name, site in self.sites.items() if not site.observed and not site.summed}
 
     @property
@@ -77,12 +77,12 @@ class Look:
 
     @property
     def depth(self) -> int:
-        """How deep the plates nest."""
+        """The depth of nested plates."""
         return max((-plate.dim for plate in self.plates.values()), default=0)
 
 
 class _Recorder(Messenger):
-    """Records sites and plates. ``stands_in`` gives latent sites a value instead of a draw, ``rows`` plates theirs."""
+    """Records sites and plates. ``stands_in`` gives latent sites a value instead of a draw, ``rows`` plate rows."""
 
     def __init__(self, stands_in: Callable[[Any], Tensor | None], rows: Mapping[str, Tensor] | None = None):
         super().__init__()
@@ -138,7 +138,7 @@ class _Recorder(Messenger):
 
 
 def is_settled(msg: Mapping[str, Any]) -> bool:
-    """Whether a site is no random choice: a deterministic one, or one of another type than a distribution."""
+    """Whether a site is not random: a deterministic one, or one without a distribution."""
     fn = msg["fn"]
     if msg["infer"].get("_deterministic") or not isinstance(fn, TorchDistributionMixin):
         return True
@@ -150,7 +150,7 @@ def is_settled(msg: Mapping[str, Any]) -> bool:
 def _support(fn: Any) -> Any:
     try:
         return fn.support
-    except (NotImplementedError, AttributeError, ValueError):  # Pyro's and torch's ways to have no support
+    except (NotImplementedError, AttributeError, ValueError):  # how Pyro and torch report a missing support
         return None
 
 
@@ -160,7 +160,7 @@ def _ratio(scale: Any, own: float) -> Any:
 
 
 def bare(support: Any) -> Any:
-    """A constraint without the event dimensions that are only gathered, and without what a mixture puts around it."""
+    """A constraint without ``independent`` wrappers and without a mixture's wrapper."""
     while isinstance(support, constraints.independent) or type(support).__name__ == "MixtureSameFamilyConstraint":
         support = support.base_constraint
     return support
@@ -173,9 +173,9 @@ def whole(support: Any, event_dim: int) -> Any:
 
 
 def reference(msg: Mapping[str, Any]) -> Tensor:
-    """A value in the support of a site that no random stream is asked for.
+    """A value in the support of a site, without random numbers.
 
-    Zero where all reals are allowed; for others what the transform from there makes of zero; the first class.
+    Zero for real supports; for others the transform of zero; the first class.
     """
     fn = msg["fn"]
     shape, support = torch.Size(fn.batch_shape) + torch.Size(fn.event_shape), bare(_support(fn))
@@ -193,7 +193,7 @@ def reference(msg: Mapping[str, Any]) -> Tensor:
     try:
         transform = biject_to(whole(_support(fn), len(fn.event_shape)))
         return transform(zero.expand(transform.inverse_shape(shape)))
-    except (NotImplementedError, AttributeError):  # no transform to the support, or no support: any value will do
+    except (NotImplementedError, AttributeError):  # no transform to the support, or no support: any value serves
         return zero.expand(shape)
 
 
@@ -208,7 +208,7 @@ _NOISY = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 @contextmanager
 def left_alone(model: Callable) -> Iterator[None]:
-    """Runs of ``model`` that leave its running statistics and the param store as they were, without gradients."""
+    """Run ``model`` without gradients and without changes of its running statistics or the param store."""
     noisy = [part for part in (model.modules() if isinstance(model, nn.Module) else ()) if isinstance(part, _NOISY)]
     modes = [part.training for part in noisy]
     store = pyro.get_param_store()
@@ -223,7 +223,7 @@ def left_alone(model: Callable) -> Iterator[None]:
 
 
 def look_at(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Look:
-    """One run of the model without draws: only the rows of subsampled plates are said to handlers outside."""
+    """One run of the model without draws: outer handlers only see the rows of subsampled plates."""
     recorder = _Recorder(reference)
     with left_alone(model), poutine.block(hide_fn=lambda msg: not site_is_subsample(msg)), recorder:
         model(*args, **kwargs)
@@ -252,12 +252,12 @@ def drawn_look(
 
 @dataclass
 class Structure:
-    """What some draws from a model's prior show of it.
+    """The structure found in draws from a model's prior.
 
     Attributes:
-        looks: one for each draw; all have the same latent sites.
+        looks: one per draw; all have the same latent sites.
         prior: for each site, in the model's order, the latent sites on which it depends.
-        notes: what was found out in another way than by tracking values, in words.
+        notes: remarks on dependencies that value tracking did not find.
     """
 
     looks: list[Look]
@@ -270,10 +270,10 @@ class Structure:
 
 
 def read(model: Callable, args: tuple, kwargs: Mapping[str, Any], num_traces: int = TRACES) -> Structure:
-    """Run a model on its arguments with draws from the prior, and say what it consists of.
+    """Run a model on its arguments with draws from the prior, and return its structure.
 
-    Random streams, the param store and running statistics are left as they were. Raises BadInput for what no guide
-    could be made for: a model that fails or observes nothing, and latent sites that come and go.
+    Random state, the param store and running statistics are restored. Raises BadInput for models without a guide: a
+    model that fails or observes nothing, and latent sites that exist in some draws only.
     """
     looks = []
     for _ in range(num_traces):
@@ -367,7 +367,7 @@ def _same_support(one: Any, other: Any) -> bool:
 
 
 def _tracked(model: Callable, args: tuple, kwargs: Mapping[str, Any], look: Look) -> tuple[dict[str, set[str]], str]:
-    """For each site the latent sites that Pyro's value tracking finds upstream of it; and why, where it fails."""
+    """For each site the latent sites upstream of it by Pyro's value tracking; and why, if that fails."""
     latent = {name for name, site in look.sites.items() if not site.observed}
     try:
         with left_alone(model), poutine.block():
@@ -383,7 +383,7 @@ def _tracked(model: Callable, args: tuple, kwargs: Mapping[str, Any], look: Look
 def _by_perturbation(
     model: Callable, args: tuple, kwargs: Mapping[str, Any], looks: Sequence[Look]
 ) -> tuple[dict[str, set[str]], str]:
-    """For each site the latent sites whose change alone, all other values kept, changes its log-probability."""
+    """For each site the latent sites whose change alone, with all other values fixed, changes its log-probability."""
     latent = [name for name, site in looks[0].sites.items() if not site.observed]
     times = min(6, RERUNS // max(1, len(latent)))
     if not times:

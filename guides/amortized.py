@@ -1,4 +1,4 @@
-"""An amortized guide for any Pyro model, shaped by what some draws from its prior show."""
+"""An amortized guide for any Pyro model, built from draws of its prior."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from ._inversion import Inverse, drawn_in_model_order, faithful_inverse
 from ._structure import Covariate, Look, Plate, Seen, Structure, covariates, look_at, read, tensors_in, whole, within
 
 DEPENDENCIES = ("mean-field", "faithful", "full")
-MOST_JOINT = 100  # numbers of a global site that share one covariance
-MOST_JOINT_LOCAL = 16  # and of a local one, whose covariance a network gives
-MOST_LISTED = 64  # joint values of the discrete sites that are enumerated by default
-START = 5  # draws from the prior whose median a global site starts at
+MOST_JOINT = 100  # the most numbers of a global site with one covariance
+MOST_JOINT_LOCAL = 16  # and of a local one, whose covariance a network computes
+MOST_LISTED = 64  # the most joint values of discrete sites to enumerate by default
+START = 5  # number of prior draws whose median initializes a global site
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the guide does with one site, and why.
+    """The decisions for one site, with reasons.
 
     Attributes: ``site``; ``plates``; ``scope``, "local", "global" or "summed out"; ``family``; ``parents``, the latent
     sites that its factor depends on; ``reads``, the observed sites and arguments that its encoder reads; ``encoder``;
-    ``estimator``, the word it takes where the loss names none; ``why``.
+    ``estimator``, its word unless the loss names one; ``why``.
     """
 
     site: str
@@ -54,10 +54,10 @@ class Decision:
 
 
 class AmortizedGuide(PyroModule):
-    """The guide that :func:`amortize` makes; ``guide(*args)`` takes what the model takes, and returns its draws.
+    """The guide made by :func:`amortize`; ``guide(*args)`` takes the model's arguments, and returns its draws.
 
     Attributes:
-        decisions: what it does with each site, and why; ``print(guide)`` shows them as a table.
+        decisions: the decision for each site, with reasons; ``print(guide)`` shows them as a table.
         parents: the latent sites that each site's factor depends on, in the order in which sites are drawn.
         dependencies: the word, or "given".
     """
@@ -460,39 +460,39 @@ def amortize(
 ) -> AmortizedGuide:
     r"""An amortized guide for any Pyro model, from some twenty draws of its prior on the arguments of a call.
 
-    Plates say what is local: a latent site in a plate that holds observed data gets an encoder, which reads the data
-    of its own element; any other site gets parameters of its own. A site's support says its family: a Normal carried
-    to the support by a transform, or a categorical, Bernoulli, Binomial or negative binomial. ``dependencies`` says
-    how the posterior factorizes:
+    Plates determine which sites are local: a latent site in a plate with observed data has an encoder, which reads the
+    data of its own element; any other site has its own parameters. The support of a site determines its family: a
+    transformed Normal, or a categorical, Bernoulli, Binomial or negative binomial. ``dependencies`` sets the
+    factorization of the posterior:
 
-    - ``"mean-field"``: each site, and each number of it, alone;
-    - ``"faithful"``: the graph of the prior is found by tracking values (and, where that is lost, by changing one
-      site's value at a time), moralized, and inverted by elimination, so that the guide asserts no independence that
-      the model does not imply; numbers of one site share a covariance;
-    - ``"full"``: each site depends on all that are drawn before it;
+    - ``"mean-field"``: all sites, and all numbers of a site, are independent;
+    - ``"faithful"``: the graph of the prior is found by value tracking (and, where that fails, by changing one site's
+      value at a time), moralized, and inverted by elimination, so that the guide implies no independence beyond those
+      of the model; numbers of one site share a covariance;
+    - ``"full"``: each site depends on all earlier ones;
     - a mapping from sites to the sites that they depend on.
 
-    The table of what is decided for each site, and why, is printed once, and by ``print(guide)``. Random streams and
-    the param store are left as they were.
+    The table of the decisions for each site, with reasons, is printed once, and by ``print(guide)``. Random state and
+    the param store are restored.
 
     Args:
         model: any Pyro program.
-        args: the model's arguments, data included: a batch of those that the guide will be given.
-        hidden: the sizes of the encoders' layers; None is 64 and 64.
-        encoder: a module of your own that takes the observed values and gives features ``(*plates, F)``, or a mapping
-            from local sites to such modules.
+        args: the model's arguments, data included: a batch of the guide's data.
+        hidden: the sizes of the encoders' layers; None takes (64, 64).
+        encoder: a module that maps the observed values to features ``(*plates, F)``, or a mapping from local sites to
+            such modules.
         dependencies: as above.
-        order: with ``"faithful"``, the order in which to draw the latent sites, in place of the one that is found.
-        quiet: whether to print nothing.
+        order: with ``"faithful"``, the order in which to draw the latent sites, instead of the one found.
+        quiet: print no table.
         kwargs: the model's keywords.
 
     Returns:
-        A guide whose call takes the model's arguments, as a :class:`PyroModule`.
+        The guide, a :class:`PyroModule` that takes the model's arguments.
 
     Raises:
-        BadInput: a model that no such guide can serve: latent sites that come and go between draws, a support that
-            moves or has no family, nothing observed, dependencies that form a cycle or name no latent site.
-        UnknownName: another word for ``dependencies``.
+        BadInput: a model without such a guide: latent sites that exist in some draws only, a support that depends on
+            other sites or has no family, no observed site; dependencies with a cycle or an unknown site.
+        UnknownName: an unknown word for ``dependencies``.
 
     Webb et al. 2018, arXiv:1712.00287.
 

@@ -22,7 +22,7 @@ from ._base import AnyGuide, guides
 
 
 class _Joint(dist.MultivariateNormal):
-    """Many draws as one product of matrices; torch's own is a product with a vector for each."""
+    """Many draws as one matrix product; torch computes a matrix-vector product for each."""
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
         factor = self._unbroadcasted_scale_tril
@@ -51,12 +51,12 @@ class AutoGuide(AnyGuide):
     """One of Pyro's autoguides over a model's global latents (the weights of a Bayesian regression).
 
     ``kind`` is ``normal`` (a factor for each site), ``diagonal-normal``, ``multivariate-normal`` (full covariance over
-    all sites together), ``low-rank-normal``, or ``delta`` (the most probable values); ``init_scale`` the standard
-    deviation that the Normal ones start with, where None is Pyro's own. The autoguide is the attribute ``encoder``,
-    with everything Pyro gives it (``encoder.median()``, ``encoder.quantiles(...)``).
+    all sites together), ``low-rank-normal``, or ``delta`` (the most probable values); ``init_scale`` the initial
+    standard deviation of the Normal ones, where None is Pyro's default. The autoguide is the attribute ``encoder``,
+    with Pyro's methods (``encoder.median()``, ``encoder.quantiles(...)``).
 
-    ``guide(x)`` takes whatever the model takes, and draws each site once, of the shape that the model declares. Raises
-    UnknownName for another kind, and BadInput for a model whose latents are each datum's own.
+    ``guide(x)`` takes the model's arguments, and draws each site once, with the shape that the model declares. Raises
+    UnknownName for another kind, and BadInput for a model with local latents.
 
     Kucukelbir et al. 2017, arXiv:1603.00788.
 
@@ -75,7 +75,7 @@ class AutoGuide(AnyGuide):
         super().__init__(model)
         options = {} if init_scale is None or kind == "delta" else {"init_scale": init_scale}
         self.encoder = KINDS[kind](poutine.block(model, expose=list(model.latents)), **options)
-        # Its parameters are made in a first run, which nothing outside shall notice.
+        # A first run creates its parameters, without side effects.
         with torch.random.fork_rng(), torch.no_grad(), pyro.get_param_store().scope():
             trace = poutine.trace(self.encoder).get_trace(**model.example(2))
         sites = trace.nodes.items()

@@ -10,7 +10,7 @@ class BernoulliGuide(FactorizedGuide):
     r"""Binary latents: :math:`q(z_j \mid x) = \mathrm{Bernoulli}(\sigma(h_j(x)))`, independent over j.
 
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The encoder mirrors the
-    model's decoder unless ``hidden``, ``channels`` or ``activation`` say otherwise; ``hidden=()`` makes h linear.
+    model's decoder unless ``hidden``, ``channels`` or ``activation`` are set; ``hidden=()`` makes h linear.
     Raises BadInput for a model with latents of another family.
 
     Mnih & Gregor 2014, arXiv:1402.0030.

@@ -17,7 +17,7 @@ class CategoricalGuide(FactorizedGuide):
     r"""One-hot latents: :math:`q(y_n \mid x) = \mathrm{Categorical}(\mathrm{softmax}\,h_n(x))`, independent over n.
 
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)``, one-hot along the last dimension. The encoder
-    mirrors the model's decoder unless ``hidden``, ``channels`` or ``activation`` say otherwise. Raises BadInput for a
+    mirrors the model's decoder unless ``hidden``, ``channels`` or ``activation`` are set. Raises BadInput for a
     model with latents of another family.
 
     Jang, Gu & Poole 2017, arXiv:1611.01144.

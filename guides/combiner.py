@@ -15,17 +15,17 @@ from ._base import AnyGuide, guides
 
 @guides.register("combiner")
 class CombinerGuide(AnyGuide):
-    r"""A chain that sees what is to come: :math:`q(z \mid x) = \prod_t q(z_t \mid z_{t-1}, x_{t:T})`.
+    r"""A chain that reads the future data: :math:`q(z \mid x) = \prod_t q(z_t \mid z_{t-1}, x_{t:T})`.
 
-    A recurrent network (a GRU of ``rnn_hidden``) reads a sequence from its end to step t; what it found, h_t, and
-    z_{t−1} combine into ½ (tanh(W z_{t−1} + b) + h_t), from which linear maps give mean and standard deviation. With
-    ``flows`` above 0 each step's Normal goes through as many affine couplings, the same at all steps. Padding is not
-    read.
+    A recurrent network (a GRU of ``rnn_hidden``) reads a sequence from its end to step t; its state h_t and z_{t−1}
+    combine into ½ (tanh(W z_{t−1} + b) + h_t), from which linear maps compute mean and standard deviation. With
+    ``flows`` above 0 each step's Normal is transformed by that many affine couplings, the same at all steps. Padding
+    has no effect.
 
     Shapes: as the model's; called as ``guide(x, mask=mask)``. Raises BadInput for any other model.
 
     Krishnan, Shalit & Sontag 2017, arXiv:1609.09869; Dinh, Sohl-Dickstein & Bengio 2017, arXiv:1605.08803, for the
-    couplings, which stand where Pyro's example has inverse autoregressive flows: they score a given value in one pass.
+    couplings, in place of the inverse autoregressive flows of Pyro's example: they score a given value in one pass.
 
     >>> model = DeepMarkovModel((6, 4), latent_dim=2, hidden=(8,), transition_hidden=8)
     >>> mask = model.mask_of(torch.tensor([6, 2, 1]))
@@ -72,7 +72,7 @@ class CombinerGuide(AnyGuide):
             return {"z": pyro.sample("z", NormalChain(step, self.encoder_start, mask, self.encoder_flow))}
 
     def read(self, x: Tensor, mask: Tensor) -> Tensor:
-        """What the network knows of x_t ... x_T at each step t, ``(B, T, rnn_hidden)``."""
+        """The state of the network at each step t, from x_t ... x_T, ``(B, T, rnn_hidden)``."""
         steps = torch.arange(mask.shape[-1], device=x.device)
         last = mask.sum(-1, keepdim=True).long() - 1
         turned = torch.where(steps <= last, last - steps, steps).unsqueeze(-1)  # its own inverse

@@ -14,9 +14,9 @@ from ._base import AnyGuide, guides
 
 @guides.register("grid-policy")
 class GridPolicy(AnyGuide):
-    r"""A table: :math:`\pi(a_t \mid s_{t-1}) = \mathrm{softmax}(\theta_{s_{t-1}})`, from zero, every action alike.
+    r"""A table: :math:`\pi(a_t \mid s_{t-1}) = \mathrm{softmax}(\theta_{s_{t-1}})`, initially zero.
 
-    The state follows from the actions drawn before, by the model's own moves. ``encoder_logits`` is θ, ``(cells, 4)``.
+    The state is a function of the earlier actions, by the model's moves. ``encoder_logits`` is θ, ``(cells, 4)``.
 
     Shapes: ``x`` is ``(B, *data_shape)``, a row for each walk; a site is ``(B, 4)``. Raises BadInput for any model but
     `GridWorld`.

@@ -16,9 +16,9 @@ from .layered import LayeredGuide
 class LabelConditionalGuide(LayeredGuide):
     r"""The posterior of M2: :math:`q(y, z \mid x) = q(y \mid x)\, q(z \mid x, y)`, the label drawn or given.
 
-    ``guide(x)`` draws the label, ``guide(x, y=labels)`` takes it as seen, like the model. q(y | x) is a classifier:
-    ``classify`` gives its logits, and ``classification_loss`` its cross-entropy, which training adds to the bound of
-    the labelled data, since that bound alone does not train it. It is a layered guide otherwise, with its arguments.
+    ``guide(x)`` draws the label, ``guide(x, y=labels)`` takes it as observed, like the model. q(y | x) is a classifier:
+    ``classify`` returns its logits, and ``classification_loss`` its cross-entropy, to add to the bound of the labelled
+    data, since that bound alone does not train it. Otherwise it is a layered guide, with its arguments.
 
     Shapes: ``x`` is ``(B, *data_shape)``, labels are integers ``(B,)`` or one-hot vectors. Raises BadInput for a model
     without labels and for labels of another shape.

@@ -1,4 +1,4 @@
-"""Guides whose latents depend on each other, along a directed acyclic graph."""
+"""Guides with dependent latents, along a directed acyclic graph."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ._base import Guide, guides
 class LayeredGuide(Guide):
     r"""A posterior that factorises over a graph: :math:`q(z \mid x) = \prod_j q(z_j \mid \mathrm{Pa}(z_j), x)`.
 
-    Latents may be of any families, mixed. ``parents`` maps a site to those it depends on; by default it is what the
-    model recommends, or else every site depends on all that the model samples before it. Each factor is its family's
-    distribution (diagonal Normal, categorical, ...) with a network of its own, of ``site_hidden`` layers, that sees
-    features of x and the parents' values; ``skip=False`` shows x only to sites without parents, as in the classical
+    Latents may be of mixed families. ``parents`` maps a site to those it depends on; the default is the model's
+    recommendation, or else every site depends on all earlier sites of the model. Each factor is its family's
+    distribution (diagonal Normal, categorical, ...) with its own network, of ``site_hidden`` layers, whose inputs are
+    features of x and the parents' values; ``skip=False`` passes x only to sites without parents, as in the classical
     q(z1 | x) q(z2 | z1).
 
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. Raises BadInput for
@@ -95,7 +95,7 @@ class LayeredGuide(Guide):
 
 
 def default_parents(model: GenerativeModel) -> Mapping[str, Sequence[str]]:
-    """What the model recommends, or else all sites before each in the model's order."""
+    """The model's recommendation, or else all earlier sites in the model's order."""
     if model.guide_parents is not None:
         return model.guide_parents
     sites = list(model.latents)

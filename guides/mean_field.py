@@ -9,15 +9,15 @@ from ._base import FactorizedGuide, guides
 
 @guides.register("mean-field")
 class MeanFieldGuide(FactorizedGuide):
-    r"""Each latent by its own family: :math:`q(z \mid x) = \prod_j q(z_j \mid x)`, of mixed families or one.
+    r"""Each latent by its own family: :math:`q(z \mid x) = \prod_j q(z_j \mid x)`, for one or mixed families.
 
-    A Poisson latent has a Poisson posterior, a Gamma latent a Gamma posterior, and so on, each with a head of its own
-    on one encoder of x; the layered guide makes the same of latents that depend on each other. Which estimators serve a
-    site is its distribution's to say: ``pathwise`` for Normal, log-normal, Gamma, Beta and Dirichlet posteriors (by
-    implicit reparameterization for the last three), score-type ones for all.
+    A Poisson latent has a Poisson posterior, a Gamma latent a Gamma posterior, and so on, each with its own head on one
+    encoder of x; the layered guide does the same for dependent latents. The distribution of a site determines its
+    estimators: ``pathwise`` for Normal, log-normal, Gamma, Beta and Dirichlet posteriors (by implicit
+    reparameterization for the last three), score-type ones for all.
 
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The encoder mirrors the
-    model's decoder unless ``hidden``, ``channels`` or ``activation`` say otherwise. Raises BadInput for a model whose
+    model's decoder unless ``hidden``, ``channels`` or ``activation`` are set. Raises BadInput for a model whose
     latents are all of one family that has a guide of its own name.
 
     Figurnov, Mohamed & Mnih 2018, "Implicit reparameterization gradients", arXiv:1805.08498.

@@ -12,8 +12,8 @@ from ._base import AnyGuide, guides
 class NoGuide(AnyGuide):
     """Draws nothing: for models without latents, where the evidence lower bound is the likelihood itself.
 
-    So that `fit`, `evaluate` and every ELBO serve maximum likelihood with the same call, ``guide(x)`` takes whatever
-    the model takes, checks ``x`` and returns an empty dict. Raises BadInput for a model that has latents.
+    ``guide(x)`` takes the model's arguments, checks ``x`` and returns an empty dict, so that `fit`, `evaluate` and
+    every ELBO do maximum likelihood. Raises BadInput for a model with latents.
 
     >>> from gumbo.models import NeuralClassifier
     >>> model = NeuralClassifier((1, 8, 8))
@@ -23,7 +23,7 @@ class NoGuide(AnyGuide):
 
     def __init__(self, model: GenerativeModel):
         super().__init__(model)
-        # Says which dtype and device the data must have, as a parameter would.
+        # Gives the dtype and device that data must have, as a parameter would.
         like = next(model.parameters(), torch.empty(()))
         self.register_buffer("like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
 

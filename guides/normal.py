@@ -13,9 +13,9 @@ from ._base import FactorizedGuide, guides
 
 
 class UnreparameterizedNormal(dist.Normal):
-    """A Normal that offers no pathwise gradient: its draws are detached, its log-probability is the Normal's.
+    """A Normal without a pathwise gradient: its draws are detached, its log-probability is the Normal's.
 
-    A class, and not ``has_rsample_(False)`` on an instance: a plate that expands a distribution forgets the latter.
+    A class, and not ``has_rsample_(False)`` on an instance: expansion by a plate drops the latter.
 
     >>> UnreparameterizedNormal(torch.zeros(2), 1.0).expand((3, 2)).has_rsample
     False
@@ -30,8 +30,8 @@ class NormalGuide(FactorizedGuide):
 
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The standard deviation
     is ``softplus(output) + min_sd``. The encoder mirrors the model's decoder unless ``hidden`` (dense layers),
-    ``channels`` (convolutions of stride 2 before them) or ``activation`` say otherwise. With ``reparameterized=False``
-    the sites have no pathwise gradient, so that estimators for any density can be set beside the pathwise one on the
+    ``channels`` (convolutions of stride 2 before them) or ``activation`` are set. With ``reparameterized=False``
+    the sites have no pathwise gradient, so that estimators for any density can be compared with the pathwise one on the
     same guide. Raises BadInput for a model with latents of another family.
 
     Kingma & Welling 2013, arXiv:1312.6114.

@@ -16,13 +16,13 @@ from ._base import Guide, guides
 
 @guides.register("top-down-normal")
 class TopDownNormalGuide(Guide):
-    r"""Normal levels drawn in the model's own order, from the top downwards.
+    r"""Normal levels drawn in the model's order, from the top level down.
 
     .. math:: q(z \mid x) = q(z_L \mid d_L(x)) \prod_{l < L} q(z_l \mid z_{l+1}, d_l(x))
 
-    A deterministic pass upwards makes features :math:`d_1(x), d_2(d_1), \dots`, one level of them a latent; the
+    A deterministic upward pass computes features :math:`d_1(x), d_2(d_1), \dots`, one level for each latent; the
     latents are then drawn downwards, each from its features and the latent above, by a network with one hidden layer
-    of ``level_hidden``. So the top level sees what all below have made of x.
+    of ``level_hidden``.
 
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. Raises BadInput for a
     model with latents of another family, or with a single one.

@@ -62,7 +62,7 @@ class TriangularNormalGuide(FactorizedGuide):
 
 
 def why_not_vectors(model: GenerativeModel) -> str:
-    """Why a guide for vectors cannot serve ``model``; an empty string if it can."""
+    """Why a guide for vectors does not support ``model``; an empty string if it does."""
     for site, latent in model.latents.items():
         if len(latent.shape) != 1:
             return f"its latent {site!r} has shape {latent.shape}, and the guide serves vectors"

@@ -1,4 +1,4 @@
-"""A guide that does not look at the data."""
+"""A guide that is independent of the data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ._base import AnyGuide, guides
 
 @guides.register("unconditional")
 class UnconditionalGuide(AnyGuide):
-    r"""One distribution for every datum: :math:`q_\phi(z) = \prod_j q_{\phi_j}(z_j)`, whose parameters are φ itself.
+    r"""One distribution for every datum: :math:`q_\phi(z) = \prod_j q_{\phi_j}(z_j)`, with free parameters φ.
 
-    It is the distribution under the expectation of an `Expectation` model (a bandit's policy, say); beside a model of
-    data it is what a collapsed guide comes down to. All parameters start at zero: means 0, logits 0, standard
-    deviations softplus(0).
+    It is the distribution of the expectation of an `Expectation` model (a bandit's policy, for example); for a model of
+    data it is the form of a collapsed guide. All parameters start at zero: means 0, logits 0, standard deviations
+    softplus(0).
 
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. Raises BadInput for a
     model without latents, or with global ones.

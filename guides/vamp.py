@@ -14,9 +14,9 @@ from ._base import AnyGuide, guides
 class VampGuide(AnyGuide):
     r"""The diagonal Normal q(z | x) whose posteriors of pseudo-inputs are the model's prior.
 
-    The encoder is one for both: the model holds it as a part of its prior, the guide as ``encoder``, so that training
-    either trains the other. Any guide of Normal latents serves such a model too; the prior then has an encoder of its
-    own.
+    Both share one encoder: the model holds it as a part of its prior, the guide as ``encoder``, so that training
+    either trains the other. Other guides of Normal latents support such a model too; the prior then has its own
+    encoder.
 
     Shapes: ``x`` is ``(B, *data_shape)``; site ``z`` is ``(B, D)``. Raises BadInput for a model without such a prior.
 

@@ -19,7 +19,7 @@ class VectorQuantizedGuide(Guide):
     r"""Codes by distance: :math:`q(y_n = k \mid x) \propto \exp(-\|h_n(x) - e_k\|^2 / \tau)`, independent over n.
 
     The vectors e are the model's own: both programs hold one codebook. ``temperature`` τ is a buffer:
-    ``guide.temperature.fill_(0.1)`` changes it; towards 0 the nearest vector is taken for sure.
+    ``guide.temperature.fill_(0.1)`` changes it; towards 0 the nearest vector has probability one.
 
     Shapes: ``x`` is ``(B, *data_shape)``; site ``y`` is ``(B, N, K)``, one-hot. The encoder mirrors the model's decoder
     unless ``hidden``, ``channels`` or ``activation`` say otherwise. Raises BadInput for a model without a codebook.
