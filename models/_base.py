@@ -1,4 +1,4 @@
-"""The contract that every generative model keeps, and the registry of them."""
+"""The interface of generative models, and their registry."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ models: Registry[type[GenerativeModel]] = Registry("model", _expected)
 
 
 class Configured(PyroModule):
-    """A PyroModule that remembers the arguments it was built from, defaults included, as the dict ``config``.
+    """A PyroModule that stores its constructor arguments, defaults included, in the dict ``config``.
 
-    ``type(module)(**module.config)`` builds its twin (for a guide: ``type(guide)(model, **guide.config)``).
+    ``type(module)(**module.config)`` builds a copy (for a guide: ``type(guide)(model, **guide.config)``).
     """
 
     config: dict[str, Any]
@@ -53,7 +53,7 @@ class Configured(PyroModule):
 
 
 def _within_memory(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor, where sizes that no memory holds are one line."""
+    """The constructor, with a one-line error for sizes beyond the memory."""
 
     @functools.wraps(init)
     def made(self, *args, **kwargs) -> None:
@@ -71,11 +71,11 @@ def _plain(value: Any) -> Any:
 
 
 class OverData(Configured):
-    """What models and guides share: the shape of a datum, the checks on a batch, and the plate over it.
+    """Common base of models and guides: the shape of a datum, the checks of a batch, and the data plate.
 
-    ``conditions`` are the keywords that a conditional program takes beside ``x``, with the shape of one datum each.
+    ``conditions`` are the keywords of a conditional program besides ``x``, with the shape of one datum each.
 
-    ``data_size`` is the size of the whole data set: when it is given, a batch counts as a subsample of it, and Pyro
+    ``data_size`` is the size of the whole data set: if it is given, a batch counts as a subsample of it, and Pyro
     scales every log-probability by ``data_size / B``, in the model and in guides built from it.
     """
 
@@ -91,7 +91,7 @@ class OverData(Configured):
     x_is_given: bool = False
 
     def data_plate(self, x: torch.Tensor | None, batch_size: int = 1):
-        """The plate ``data`` over the rows of ``x``, or over ``batch_size`` rows when there is no ``x``."""
+        """The plate ``data`` over the rows of ``x``, or over ``batch_size`` rows without ``x``."""
         if x is None and self.x_is_given:
             raise BadInput(f"{type(self).__name__} says what follows from x, and nothing of x itself: give it x")
         like = self._like()
@@ -142,7 +142,7 @@ class OverData(Configured):
         return [given[name] for name in self.conditions]
 
     def check_shape(self, name: str, value: torch.Tensor, expected: tuple[int, ...]) -> None:
-        """Raise BadInput unless what is given beside ``x`` has the expected shape."""
+        """Raise BadInput unless a condition has the expected shape."""
         if tuple(value.shape) != tuple(expected):
             raise BadInput(f"{type(self).__name__}: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}")
 

@@ -1,4 +1,4 @@
-"""Normal chains: a latent of many time steps as one site, drawn step by step and scored at all steps at once."""
+"""Normal chains: a latent with many time steps as one site, drawn step by step and scored at all steps at once."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch.nn.functional import softplus
 
 from ._networks import mlp
 
-# ``(previous (..., Z) at one step or (..., T, Z) at all, the step or a slice of them) -> (loc, scale)``
+# ``(previous (..., Z) at one step or (..., T, Z) at all steps, the step or a slice) -> (loc, scale)``
 Step = Callable[[Tensor, "int | slice"], tuple[Tensor, Tensor]]
 
 
 class NormalChain(dist.TorchDistribution):
     r"""z_1 ... z_T with :math:`z_t \mid z_{t-1} \sim N(\mu_t(z_{t-1}), \mathrm{diag}\,\sigma_t(z_{t-1})^2)`.
 
-    Steps where ``mask`` is zero are N(0, I) whatever comes before, so that a guide that says the same of them agrees
-    with the model there exactly, and any other still gives a valid bound. With ``flow`` a step's Normal is pushed
-    through that invertible map.
+    Steps with ``mask`` zero are N(0, I), independent of the others, so that a guide with the same rule agrees with the
+    model there exactly, and any other guide still gives a valid bound. With ``flow`` a step's Normal is transformed by
+    that invertible map.
 
     Args:
         step: mean and standard deviation of one step, or of a slice of steps, given the values before.
-        start: what stands before the first step, ``(Z,)``.
-        mask: ones for the steps that count, ``(B, T)``.
-        flow: a map with ``forward`` and ``inverse``, each giving values and log abs det of the forward map.
+        start: the value before the first step, ``(Z,)``.
+        mask: ones for the valid steps, ``(B, T)``.
+        flow: a map with ``forward`` and ``inverse``, each of which returns values and log abs det of the forward map.
 
     Shapes: batch ``(B,)``, event ``(T, Z)``.
     """
@@ -85,7 +85,7 @@ class NormalChain(dist.TorchDistribution):
 
 
 class Couplings(nn.Module):
-    """An invertible map of vectors: affine couplings, each moving one half of the numbers by a network of the other.
+    """An invertible map of vectors: affine couplings, each transforms one half by a network of the other half.
 
     >>> couplings = Couplings(4, 2, 8)
     >>> z = torch.randn(3, 4)
@@ -104,7 +104,7 @@ class Couplings(nn.Module):
         self.networks = nn.ModuleList(mlp([kept, hidden, 2 * moved], "tanh") for kept, moved in sizes)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The image of z, and log abs det of the derivative there."""
+        """The image of z, and log abs det of the derivative at z."""
         first, second, total = z[..., : self.cut], z[..., self.cut :], z.new_zeros(())
         for layer, network in enumerate(self.networks):
             kept, moved = (first, second) if layer % 2 == 0 else (second, first)
@@ -115,7 +115,7 @@ class Couplings(nn.Module):
         return torch.cat([first, second], -1), total
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """What z is the image of, and log abs det of the derivative of the map, not of its inverse, there."""
+        """The preimage of z, and log abs det of the derivative of the map, not of its inverse."""
         first, second, total = z[..., : self.cut], z[..., self.cut :], z.new_zeros(())
         for layer, network in reversed(list(enumerate(self.networks))):
             kept, moved = (first, second) if layer % 2 == 0 else (second, first)
@@ -127,11 +127,11 @@ class Couplings(nn.Module):
 
     def _moves(self, network: nn.Module, kept: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = network(kept).chunk(2, -1)
-        return shift, 2 * torch.tanh(raw / 2)  # a bounded stretch: no draw is sent to infinity
+        return shift, 2 * torch.tanh(raw / 2)  # a bounded scale keeps draws finite
 
 
 class GatedTransition(nn.Module):
-    """Mean and standard deviation of a step given the one before, ``(..., Z) -> 2 x (..., Z)``, between linear and not.
+    """Mean and standard deviation of a step given the previous one, ``(..., Z) -> 2 x (..., Z)``, partly linear.
 
     Krishnan, Shalit & Sontag 2017, arXiv:1609.09869, section 5.
     """
@@ -143,7 +143,7 @@ class GatedTransition(nn.Module):
         self.linear = nn.Linear(size, size)
         self.spread = nn.Linear(size, size)
         self.min_sd = min_sd
-        with torch.no_grad():  # a step is the one before, to begin with
+        with torch.no_grad():  # initially a step equals the previous one
             self.linear.weight.copy_(torch.eye(size))
             self.linear.bias.zero_()
 

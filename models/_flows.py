@@ -13,10 +13,10 @@ FLOWS = ("maf", "nsf")
 
 
 class FlowDistribution(ZukoToPyro):
-    """A flow as a Pyro distribution that scores every value by itself.
+    """A flow as a Pyro distribution that computes the log-probability of every value from the value.
 
-    The parent keeps the log-probability of each draw, computed along the way of drawing it. Estimators that need the
-    derivative of log q at a fixed value would be handed that one, so it is not kept here.
+    The parent caches the log-probability of each draw, computed during the draw. Estimators that need the derivative
+    of log q at a fixed value would get the cached one, so it is not stored here.
     """
 
     support = constraints.real_vector
@@ -39,9 +39,9 @@ class FlowDistribution(ZukoToPyro):
 
 
 def zuko_flow(word: str):
-    """The class of zuko's flow of that word, UnknownName for another.
+    """The class of zuko's flow with that name; UnknownName for another.
 
-    Imported late, being slow, and in a context, since the import switches validation off for good.
+    Imported late because the import is slow, and in a context because it switches validation off globally.
     """
     if word not in FLOWS:
         raise UnknownName("flow", word, FLOWS)

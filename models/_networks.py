@@ -1,4 +1,4 @@
-"""Small networks that models and guides are made of; each accepts any number of leading dimensions."""
+"""Small networks for models and guides; each accepts any number of leading dimensions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ACTIVATIONS = {
 }
 
 
-# Those with a number of their own: the slope below zero, alpha, beta.
+# Activations with a parameter: the slope below zero, alpha, beta.
 WITH_A_NUMBER = ("leaky-relu", "elu", "softplus")
 
 
 def activation_layer(name: str) -> nn.Module:
-    """The activation of that name, as a layer; ``leaky-relu(0.3)`` has that slope below zero, ``leaky-relu`` 0.01.
+    """The activation of that name, as a layer; ``leaky-relu(0.3)`` sets the slope below zero, whose default is 0.01.
 
     >>> activation_layer("leaky-relu(0.3)")
     LeakyReLU(negative_slope=0.3)
@@ -54,17 +54,17 @@ def mlp(sizes: Sequence[int], activation: str = "relu", activate_last: bool = Fa
     return nn.Sequential(*(layers if activate_last else layers[:-1]))
 
 
-# What an encoder sees of x.
+# The transforms of x for encoders.
 INPUTS = {"identity": lambda x: x, "log1p": torch.log1p}
 
 
 class Trunk(nn.Module):
-    """Features of data ``(B, *data_shape)`` and of what stands beside it: convolutions if any, then dense layers.
+    """Features of data ``(B, *data_shape)`` and of further inputs: convolutions if any, then dense layers.
 
-    ``inputs="log1p"`` shows the networks log(1 + x) instead of x, as counts want it.
+    ``inputs="log1p"`` passes log(1 + x) to the networks, for counts.
 
     Each of ``channels`` is a 3 x 3 convolution that halves height and width; ``extra`` is the number of further inputs,
-    which join before the dense layers. ``size`` is the number of features.
+    which are concatenated before the dense layers. ``size`` is the number of features.
 
     >>> import torch
     >>> trunk = Trunk((1, 8, 8), channels=(4, 6), hidden=(5,))
@@ -104,8 +104,8 @@ class Trunk(nn.Module):
 class Deconvolutions(nn.Module):
     """From a vector to an image, ``(..., inputs) -> (..., *data_shape)``: a dense layer and transposed convolutions.
 
-    ``channels`` are in the order of the `Trunk` that this mirrors: the dense layer gives ``channels[0]`` small maps,
-    each transposed convolution doubles their size, and a last one, of stride 1, gives the image.
+    ``channels`` are in the order of the mirrored `Trunk`: the dense layer gives ``channels[0]`` small maps, each
+    transposed convolution doubles their size, and a last one, of stride 1, gives the image.
     """
 
     def __init__(self, inputs: int, data_shape: Sequence[int], channels: Sequence[int], activation: str = "relu"):
@@ -120,12 +120,12 @@ class Deconvolutions(nn.Module):
         self.convolutions = nn.Sequential(*layers, nn.ConvTranspose2d(channels[0], data_shape[0], 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
-        maps = self.dense(z).reshape(-1, *self.maps)  # convolutions know one leading dimension only
+        maps = self.dense(z).reshape(-1, *self.maps)  # convolutions support one leading dimension only
         return self.convolutions(maps).unflatten(0, z.shape[:-1])
 
 
 def halved(data_shape: Sequence[int], times: int) -> tuple[int, int]:
-    """Height and width of an image after so many halvings; raises BadInput if it cannot be halved so often."""
+    """Height and width of an image after ``times`` halvings; raises BadInput if they are not divisible."""
     if len(data_shape) != 3 or any(size % 2**times for size in data_shape[1:]):
         raise BadInput(
             f"data of shape {tuple(data_shape)} cannot go through {times} convolutions of stride 2: "

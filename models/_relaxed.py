@@ -1,4 +1,4 @@
-"""A relaxed one-hot distribution whose own draws always lie in its support."""
+"""A relaxed one-hot distribution whose draws are always in its support."""
 
 from __future__ import annotations
 

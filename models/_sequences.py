@@ -1,4 +1,4 @@
-"""What models of sequences share: padding, masks, lengths, nats per time step."""
+"""Common parts of sequence models: padding, masks, lengths, nats per time step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from ..errors import BadInput
 from ._base import GenerativeModel
 
-SILENT = -100.0  # the logit of what a step that does not count shows: probability e^-100
+SILENT = -100.0  # the logit of a one at a masked step: probability e^-100
 
 
 def silent_where_masked(logits: Tensor, mask: Tensor) -> Tensor:
-    """The logits ``(..., D)`` of binary vectors, such that zeros are sure where ``mask`` ``(...)`` is zero."""
+    """The logits ``(..., D)`` of binary vectors, with zeros almost surely where ``mask`` ``(...)`` is zero."""
     return torch.where(mask.unsqueeze(-1) > 0, logits, torch.full_like(logits, SILENT))
 
 
 class SequenceModel(GenerativeModel):
-    """Base of models of sequences ``(B, T, D)`` or ``(B, 1, T, D)``, padded with zeros as ``mask`` ``(B, T)`` says."""
+    """Base of models of sequences ``(B, T, D)`` or ``(B, 1, T, D)``, padded with zeros where ``mask`` ``(B, T)`` is."""
 
     def __init__(self, data_shape: Sequence[int], data_size: int | None = None):
         super().__init__(data_shape, data_size)
@@ -48,7 +48,7 @@ class SequenceModel(GenerativeModel):
         return (torch.arange(self.steps, device=lengths.device) < lengths.unsqueeze(-1)).to(dtype)
 
     def inputs(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Sequences as ``x``, and the mask of their lengths, which stand as labels; without labels all steps count."""
+        """Sequences as ``x``, and the mask of their lengths, which are the labels; without labels no step is masked."""
         if labels is None:
             labels = torch.full((len(images),), self.steps, device=images.device)
         return {"x": images, "mask": self.mask_of(labels).to(images.dtype)}
@@ -58,7 +58,7 @@ class SequenceModel(GenerativeModel):
         return {"mask": mask, "x": self.joined(self.sample_prior(rows, mask=mask))}
 
     def joined(self, draws: Mapping[str, Tensor]) -> Tensor:
-        """Sequences ``(B, *data_shape)`` of what `sample_prior` has drawn."""
+        """Sequences ``(B, *data_shape)`` from the draws of `sample_prior`."""
         return draws["x"]
 
     @staticmethod

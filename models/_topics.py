@@ -1,4 +1,4 @@
-"""What topic models share: their topics by words, perplexity, and coherence."""
+"""Common parts of topic models: top words, perplexity, and coherence."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def top_words(topics: Tensor, vocabulary: Sequence[str], count: int = 10) -> lis
     Args:
         topics: probabilities ``(K, V)``.
         vocabulary: the V words.
-        count: how many words a topic.
+        count: number of words per topic.
 
     Returns:
         K lists of words, the most probable first.
 
     Raises:
-        BadInput: if there are not as many words as columns.
+        BadInput: if the number of words differs from the number of columns.
 
     >>> top_words(torch.tensor([[0.1, 0.6, 0.3]]), ["a", "b", "c"], 2)
     [['b', 'c']]
@@ -37,8 +37,8 @@ def top_words(topics: Tensor, vocabulary: Sequence[str], count: int = 10) -> lis
 def perplexity(log_prob: Tensor, counts: Tensor) -> float:
     """The perplexity per word, of a model of word counts.
 
-    Counts have a multinomial coefficient that a sequence of words has not; it is taken out. A lower bound of log p(x)
-    gives an upper bound of the perplexity.
+    Counts have a multinomial coefficient that a sequence of words does not have; it is removed. A lower bound of
+    log p(x) gives an upper bound of the perplexity.
 
     Args:
         log_prob: log p(x) of each document ``(N,)``, or a lower bound of it, in nats.
@@ -60,13 +60,13 @@ def perplexity(log_prob: Tensor, counts: Tensor) -> float:
 def npmi(topics: Tensor, counts: Tensor, count: int = 10) -> Tensor:
     """The coherence of each topic: the mean normalised pointwise mutual information of its top words.
 
-    Two words of a topic are coherent where documents that hold the one tend to hold the other: 1 where they always go
-    together, 0 where they are independent, −1 where they never meet (Lau, Newman & Baldwin 2014).
+    Two words of a topic are coherent if documents with one tend to contain the other: 1 if they always occur together,
+    0 if they are independent, −1 if they never occur together (Lau, Newman & Baldwin 2014).
 
     Args:
         topics: probabilities ``(K, V)``.
-        counts: documents ``(N, ...)`` of V counts, to count the meetings in.
-        count: how many words of a topic are looked at.
+        counts: documents ``(N, ...)`` of V counts, for the co-occurrences.
+        count: number of words per topic.
 
     Returns:
         K numbers in [−1, 1].

@@ -23,8 +23,8 @@ class BernoulliVAE(GenerativeModel):
 
     Shapes: ``x`` is ``(B, *data_shape)``, site ``z`` is ``(B, num_latents)``. ``nonlinear=False`` makes f linear (a
     sigmoid belief network of one layer); otherwise it has the ``hidden`` layers, given in the encoder's order. The
-    prior logits a are learned, from zero, unless ``learn_prior=False``. Any width will do, a thousand latents
-    included. Raises BadInput for data of another shape and, under validation, for NaN or for values other than 0 and
+    prior logits a are learned, from zero, unless ``learn_prior=False``. Wide layers, such as a thousand latents, are
+    supported. Raises BadInput for data of another shape and, under validation, for NaN or for values other than 0 and
     1.
 
     The benchmark of Tucker et al. 2017, arXiv:1703.07370, and of Dong et al. 2020, arXiv:2006.10680.

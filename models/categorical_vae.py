@@ -70,7 +70,7 @@ class CategoricalVAE(GenerativeModel):
         )
         if relaxed and prior != "uniform":
             raise BadInput(
-                f"CategoricalVAE: prior={prior!r} is a law of one-hot codes: it does not go with relaxed=True"
+                f"CategoricalVAE: prior={prior!r} is a distribution of one-hot codes: it does not go with relaxed=True"
             )
         options = (prior_options, num_latents, num_classes)
         self.decoder_prior = None if prior == "uniform" else made(code_priors, prior, *options)
@@ -84,7 +84,7 @@ class CategoricalVAE(GenerativeModel):
             return pyro.sample("x", self.likelihood(y), obs=x)
 
     def exact(self) -> CategoricalVAE:
-        """The discrete model over the same decoder, whose bound is reported for a relaxed one; if discrete, itself."""
+        """The discrete model over the same decoder, whose bound is reported for a relaxed one; itself if discrete."""
         if not self.relaxed:
             return self
         twin = CategoricalVAE(**{**self.config, "relaxed": False}).to(self.prior_logits)

@@ -22,8 +22,8 @@ class DeepMarkovModel(SequenceModel):
     .. math:: z_t \mid z_{t-1} \sim N(\mu(z_{t-1}), \mathrm{diag}\,\sigma(z_{t-1})^2), \qquad
               x_t \mid z_t \sim \prod_i \mathrm{Bernoulli}(x_{ti}; \sigma(f(z_t)_i)), \qquad t = 1 \dots T
 
-    μ and σ are a gated transition; what stands before z_1 is a parameter. Sequences of several lengths are padded with
-    zeros: ``mask`` has ones for the steps that count. A step that does not count shows zeros and is N(0, I), in the
+    μ and σ are a gated transition; the value before z_1 is a parameter. Sequences of different lengths are padded with
+    zeros: ``mask`` has ones for the valid steps. A masked step has zeros as data and a N(0, I) latent, in the
     model and in the guide ``combiner``, so that it adds nothing to any bound.
 
     Called as ``model(x, mask=mask)``, and so are its guides. Shapes: ``x`` is ``(B, T, D)`` or ``(B, 1, T, D)`` (a
@@ -65,7 +65,7 @@ class DeepMarkovModel(SequenceModel):
     def forward(self, x: Tensor | None = None, *, mask: Tensor | None = None, batch_size: int = 1) -> Tensor:
         with self.data_plate(x, batch_size):
             (mask,) = self.check_conditions({"mask": mask}, batch_size if x is None else len(x))
-            # Taken here and not when z is scored, so that Pyro sees the parameters within the program.
+            # Accessed here and not when z is scored, so that Pyro registers the parameters inside the program.
             transition = self.decoder_transition
             z = pyro.sample("z", NormalChain(lambda previous, t: transition(previous), self.decoder_start, mask))
             return pyro.sample("x", self.likelihood(z, mask), obs=x)

@@ -1,4 +1,4 @@
-"""The expectation of somebody's function, to be maximised over the distribution that it is taken under."""
+"""The expectation of a user's function, to be maximized over its distribution."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ rewards: Registry[Reward] = Registry("reward")
 
 @rewards.register("quadratic")
 def quadratic(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    r"""−Σ (z − 0.499)²: for coins the classical toy, whose two values hardly differ (Tucker et al. 2017)."""
+    r"""−Σ (z − 0.499)²: for Bernoulli latents the classical toy problem of Tucker et al. 2017."""
     return -(z - 0.499).square().sum(-1)
 
 
 @rewards.register("bandit")
 def bandit(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A contextual bandit: arm i, a one-hot z, pays what the context x shows at place i, say the ink of a pixel."""
+    """A contextual bandit: the reward of arm i, a one-hot z, is the context x at place i (a pixel's intensity)."""
     return (z * x.flatten(1)[..., : z.shape[-1]]).sum(-1)
 
 
 @rewards.register("counting")
 def counting(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Of a sequence of tokens ``(..., length, vocabulary)``: how many follow their predecessor, 0 1 2 ... and round."""
+    """The number of tokens in ``(..., length, vocabulary)`` that follow their predecessor, in the cycle 0 1 2 ..."""
     return (z[..., 1:, :] * z[..., :-1, :].roll(1, -1)).sum((-1, -2))
 
 
 @models.register("expectation")
 class Expectation(GenerativeModel):
-    r""":math:`E_{p_\theta(z \mid x)}[f(z, x)]` as a Pyro pair: the guide is p_θ, and the model weighs its draws by f.
+    r""":math:`E_{p_\theta(z \mid x)}[f(z, x)]` as a Pyro pair: the guide is p_θ, and the model weights its draws by f.
 
     .. math:: z \sim p_0, \qquad \text{factor } e^{f(z, x)} \quad\Rightarrow\quad
               \mathrm{ELBO} = E_{p_\theta}[f(z, x)] - \mathrm{KL}(p_\theta \| p_0)
 
-    ``SiteELBO(word, kl_weight=0)`` drops the KL, and with it the entropy of p_θ: what is maximised is E[f], and
-    ``score`` is the policy gradient. A weight α leaves α times the entropy in, as maximum-entropy reinforcement
-    learning does. p_0 is standard: N(0, 1), fair coins, equal classes.
+    ``SiteELBO(word, kl_weight=0)`` drops the KL, and with it the entropy of p_θ: the objective is E[f], and ``score``
+    is the policy gradient. A weight α keeps α times the entropy, as in maximum-entropy reinforcement learning. p_0 is
+    standard: N(0, 1), fair Bernoulli, uniform classes.
 
     ``f(z, x)`` maps values ``(..., B, *shape)`` to numbers ``(..., B)``: a function, its import path, or one of
-    ``quadratic``, ``bandit``, ``counting``. ``family`` and ``shape`` say what z is. With ``length=T`` z is a sequence
-    of T tokens, sites ``z1``, ``z2``, ... of that family and shape; f sees them stacked, ``(..., B, T, *shape)``, and
-    the guide ``layered`` draws each given those before it. x is a context ``(B, *data_shape)`` that is given; without
-    one give ones ``(B, 1)``, a row for each draw a step, and the guide ``unconditional``, whose parameters are θ.
+    ``quadratic``, ``bandit``, ``counting``. ``family`` and ``shape`` are those of z. With ``length=T`` z is a sequence
+    of T tokens, sites ``z1``, ``z2``, ... of that family and shape; f takes them stacked, ``(..., B, T, *shape)``, and
+    the guide ``layered`` draws each given the earlier ones. x is a given context ``(B, *data_shape)``; without a
+    context pass ones ``(B, 1)``, a row per draw, and use the guide ``unconditional``, whose parameters are θ.
 
-    Raises BadInput for a context of another shape, and for an f that gives anything but a number a row.
+    Raises BadInput for a context of another shape, and for an f that does not return a number per row.
 
     Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning".
 

@@ -1,7 +1,7 @@
-"""The families that a latent can have: where its values lie, and the distribution that a network's output makes.
+"""The families of latents: the support of a value, and the distribution from a network's output.
 
-A family is one entry of the registry ``families``: models declare latents of it, and every guide that serves all
-families, the contracts of `gumbo.testing` and the model pages take it from there.
+A family is one entry of the registry ``families``: models declare latents of it, and every guide for all families, the
+contract suites of `gumbo.testing` and the model pages use the registry.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Family:
         support: where a value lies, as a constraint on its tensor.
         make: ``make(latent, output, min_sd=…, temperature=…)`` is the distribution of ``latent`` from a network's
             ``output`` of shape ``(..., num_outputs)``, with batch shape ``(...)`` and event shape ``latent.shape``.
-            It ignores the settings that mean nothing to it.
-        standard: ``standard(latent, zero)`` is the distribution without parameters that serves as a fixed prior; the
-            tensor ``zero`` brings dtype and device.
-        outputs: how many numbers ``make`` takes for each number of the value.
-        relaxes: the discrete family that this one is a relaxation of, if any.
+            It ignores settings that do not apply to it.
+        standard: ``standard(latent, zero)`` is the distribution without parameters for a fixed prior; the tensor
+            ``zero`` gives dtype and device.
+        outputs: the number of network outputs per number of the value.
+        relaxes: the discrete family that this one relaxes, if any.
     """
 
     support: constraints.Constraint
@@ -55,7 +55,7 @@ families: Registry[Family] = Registry(
 
 @dataclass(frozen=True)
 class Latent:
-    """What a model says of one latent site: its family, and the shape of one datum's value.
+    """The declaration of one latent site: its family, and the shape of one datum's value.
 
     ``family`` is a word of ``families``: ``normal``, ``log-normal``, ``gamma``, ``beta``, ``von-mises`` (angles),
     ``bernoulli``, ``poisson``, ``negative-binomial``, ``binomial``, ``categorical`` (one-hot vectors), and points of
@@ -85,7 +85,7 @@ class Latent:
 
 
 def num_outputs(latent: Latent) -> int:
-    """How many numbers ``distribution`` needs for one datum.
+    """The number of outputs that ``distribution`` needs for one datum.
 
     >>> num_outputs(Latent("normal", (3,))), num_outputs(Latent("bernoulli", (3,)))
     (6, 3)

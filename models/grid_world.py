@@ -1,4 +1,4 @@
-"""Walks over a grid, paid step by step: policy gradients beside the exact gradient."""
+"""Walks over a grid with rewards: policy gradients with a known exact gradient."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))
 
 @models.register("grid-world")
 class GridWorld(GenerativeModel):
-    r"""A walk of T steps over a grid, whose policy is the guide and whose return is the model's weight.
+    r"""A walk of T steps over a grid: the guide is the policy, and the model weights a walk by its return.
 
     .. math:: a_t \sim p_0 = \mathrm{uniform}, \qquad s_t = m(s_{t-1}, a_t), \qquad
               \prod_t e^{r(s_t)} \quad\Rightarrow\quad
               \mathrm{ELBO\ at\ KL\ weight\ 0} = E_\pi \textstyle\sum_t r(s_t)
 
-    It is an `Expectation` over trajectories whose rewards stand at their steps, so that the gradient of an action is
-    weighed by what follows it alone. A walker starts in one corner of ``height`` × ``width`` cells, moves up, down,
-    left or right (a move out of the grid leaves it where it is), pays 1 for each step that does not end in the opposite
-    corner, and stays there once it has come. ``SiteELBO(word, kl_weight=0)`` with the guide ``grid-policy`` is the
-    policy gradient; a weight α leaves α times the policy's entropy in.
+    It is an `Expectation` over trajectories with a reward at each step, so that the cost of an action contains the
+    later rewards only. A walker starts in one corner of ``height`` × ``width`` cells, moves up, down, left or right (a
+    move out of the grid does nothing), has reward −1 for each step that does not end in the opposite corner, and stays
+    there after reaching it. ``SiteELBO(word, kl_weight=0)`` with the guide ``grid-policy`` is the policy gradient; a
+    weight α keeps α times the policy's entropy.
 
     States are one-hot, and so are actions, sites ``a1`` ... ``aT`` of ``(B, 4)``: return and policy are multilinear in
     them, which relaxed estimators differentiate through. ``expected_return(logits)`` is :math:`E \sum_t r_t` of a
     policy table ``(cells, 4)`` by its forward marginals, differentiable; ``optimum()`` the best return of any. x is a
-    context that is given and not looked at: ones ``(B, 1)``, a row for each walk. Raises BadInput for a context of
+    given context without effect: ones ``(B, 1)``, a row for each walk. Raises BadInput for a context of
     another shape and for a grid of one cell.
 
     Sutton & Barto 2018, "Reinforcement learning", chapters 3 and 13.

@@ -16,7 +16,7 @@ from ._networks import mlp
 
 @models.register("heteroscedastic-regression")
 class HeteroscedasticRegression(GenerativeModel):
-    r"""Regression with a spread of its own at each input.
+    r"""Regression with a standard deviation that depends on the input.
 
     .. math:: y \mid x \sim N(\mu(x), \mathrm{diag}\,\sigma(x)^2), \qquad \sigma(x) = \mathrm{softplus}(s(x)) + \epsilon
 

@@ -24,13 +24,13 @@ class HiddenMarkovModel(SequenceModel):
     .. math:: z_t \mid z_{t-1} \sim \mathrm{Categorical}(\mathrm{softmax}\,A_{z_{t-1}}), \qquad
               x_t \mid z_t \sim \prod_i \mathrm{Bernoulli}(x_{ti}; \sigma(E_{z_t i})), \qquad t = 1 \dots T
 
-    The states are no latents for a guide: the model marks them for enumeration, and with the guide ``none`` every ELBO,
-    `SiteELBO` among them, sums them out in time in proportion to T and is log p(x), maximum likelihood without
+    Guides do not draw the states: the model marks them for enumeration, and with the guide ``none`` every ELBO,
+    `SiteELBO` among them, sums them out in time linear in T and is log p(x), for maximum likelihood without
     Baum–Welch. ``kind="autoregressive"`` adds weights of x_{t−1} to the emission's logits; ``kind="factorial"`` has two
     independent chains of ``num_states`` states each, and a table of emissions for each pair of states.
 
-    Sequences of several lengths are padded with zeros: ``mask`` has ones for the steps that count, and a step that does
-    not shows zeros for sure. Called as ``model(x, mask=mask)``. Shapes: ``x`` is ``(B, T, D)`` or ``(B, 1, T, D)``,
+    Sequences of different lengths are padded with zeros: ``mask`` has ones for the valid steps, and a masked step has
+    zeros as data. Called as ``model(x, mask=mask)``. Shapes: ``x`` is ``(B, T, D)`` or ``(B, 1, T, D)``,
     ``mask`` ``(B, T)``; sites ``z1`` ... ``zT`` (and ``w1`` ...) are integers ``(B,)``, sites ``x1`` ... ``xT``
     ``(B, D)``. ``inputs(x, lengths)`` makes the mask; ``per_step(values, mask)`` turns nats per sequence into nats per
     step.
@@ -68,7 +68,7 @@ class HiddenMarkovModel(SequenceModel):
         self.summed = tuple(f"{chain}{t}" for t in range(1, self.steps + 1) for chain in chains)
         self.observed = tuple(f"x{t}" for t in range(1, self.steps + 1))
         self.decoder_initial = nn.ParameterDict({chain: nn.Parameter(torch.zeros(num_states)) for chain in chains})
-        # States begin as staying where they are, a little, and emissions differ, so that the states come apart.
+        # Initially states tend to persist, and emissions differ, which breaks the symmetry between states.
         self.decoder_transition = nn.ParameterDict({chain: nn.Parameter(torch.eye(num_states)) for chain in chains})
         pairs = (num_states,) * len(chains)
         self.decoder_emission = nn.Parameter(torch.randn(*pairs, self.width) - 1)
@@ -91,7 +91,7 @@ class HiddenMarkovModel(SequenceModel):
         return torch.stack(drawn, -2).unflatten(-2, self.data_shape[:-1])
 
     def emission(self, states: Mapping[str, Tensor], mask: Tensor, before: Tensor | None) -> dist.TorchDistribution:
-        """p(x_t) at states ``(...)`` of each chain, batch shape ``(...)``, and what stands before it, if anything."""
+        """p(x_t) at states ``(...)`` of each chain, batch shape ``(...)``, and the previous x, if any."""
         logits = Vindex(self.decoder_emission)[tuple(states.values())]
         if self.decoder_previous is not None and before is not None:
             logits = logits + before @ self.decoder_previous

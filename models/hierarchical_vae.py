@@ -58,7 +58,7 @@ class HierarchicalVAE(GenerativeModel):
         super().__init__(data_shape, data_size)
         if len(latent_dims) < 2:
             raise BadInput(f"HierarchicalVAE: latent_dims={tuple(latent_dims)} must hold at least two levels")
-        names = [f"z{level}" for level in range(len(latent_dims), 0, -1)]  # from the top downwards
+        names = [f"z{level}" for level in range(len(latent_dims), 0, -1)]  # from the top level down
         sizes = dict(zip(names, reversed(latent_dims), strict=True))
         self.latents = {name: Latent("normal", (sizes[name],)) for name in names}
         self.guide_parents = {names[0]: ()} | {below: (above,) for above, below in pairwise(names)}
@@ -67,7 +67,7 @@ class HierarchicalVAE(GenerativeModel):
         self.decoder = mlp(
             [latent_dims[0], *reversed(hidden), self.observe_by(likelihood, likelihood_options)], activation
         )
-        # Keyed by the site whose mean and standard deviation each network gives.
+        # Keyed by the site whose mean and standard deviation the network computes.
         self.decoder_levels = nn.ModuleDict(
             {below: mlp([sizes[above], level_hidden, 2 * sizes[below]], activation) for above, below in pairwise(names)}
         )

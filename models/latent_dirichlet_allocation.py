@@ -21,10 +21,10 @@ class LatentDirichletAllocation(GenerativeModel):
               \beta_k = \mathrm{softmax}(w_k)
 
     Shapes: ``x`` is ``(B, *data_shape)``, counts of each word; site ``theta`` is ``(B, num_topics)``, on the simplex.
-    Topics are parameters. Each document has its own length N, which is given: a draw has ``length`` words. The guide
-    ``mean-field`` has Dirichlet posteriors, differentiated by implicit reparameterization (``pathwise``); encoders see
-    log(1 + x). ``topics()`` is β; `gumbo.models.perplexity`, `npmi` and `top_words` judge it. Raises BadInput for
-    data of another shape and, under validation, for NaN or for values that are no counts.
+    Topics are parameters. The length N of each document is given; draws have ``length`` words. The guide
+    ``mean-field`` has Dirichlet posteriors, differentiated by implicit reparameterization (``pathwise``); encoders take
+    log(1 + x). ``topics()`` is β; `gumbo.models.perplexity`, `npmi` and `top_words` evaluate it. Raises BadInput for
+    data of another shape and, under validation, for NaN or for values that are not counts.
 
     Blei, Ng & Jordan 2003, "Latent Dirichlet allocation"; Figurnov, Mohamed & Mnih 2018, arXiv:1805.08498, for the
     gradients; Srivastava & Sutton 2017, arXiv:1703.01488, for amortized topic models.

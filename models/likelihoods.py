@@ -27,7 +27,7 @@ MIN_DISPERSION = 1e-3
 
 @dataclass(frozen=True)
 class Likelihood:
-    """One way to observe data.
+    """A likelihood of data.
 
     Args:
         make: ``make(*parts, **options)`` is the distribution of x, with event shape ``shape``, from ``parts``: tensors

@@ -1,4 +1,4 @@
-"""A variational autoencoder of counts whose totals differ, such as a cell's molecules."""
+"""A variational autoencoder of counts with varying totals, such as single-cell counts."""
 
 from __future__ import annotations
 

@@ -24,14 +24,14 @@ class NeuralBayesNet(GenerativeModel):
     .. math:: p(v) = \prod_j p(v_j \mid \mathrm{Pa}(v_j))
 
     ``nodes`` maps each variable to ``family`` (``normal``, ``bernoulli``, or ``categorical``: one-hot vectors),
-    ``shape`` of one datum and ``parents``, names given before it or after it. Its conditional is its family's
+    ``shape`` of one datum and ``parents``, names defined before or after it. Its conditional is its family's
     distribution with parameters from a network of its parents, of ``hidden`` layers; without parents, free parameters.
-    ``observed`` are the variables that data give, by default all: then nothing is latent, and with the guide ``none``
-    every ELBO is the log-likelihood. The others are latents, for any guide of their families; ``layered`` takes mixed
-    ones and any graph. ``observing(...)`` is the same network with other variables observed.
+    ``observed`` are the variables in the data, by default all: then there are no latents, and with the guide ``none``
+    every ELBO is the log-likelihood. The others are latents, for any guide of their families; ``layered`` supports
+    mixed families and any graph. ``observing(...)`` is the same network with other observed variables.
 
-    The data x are the observed variables side by side, flattened, in the order of the graph: ``(B, size)``; ``pack``
-    makes them of named tensors, ``unpack`` names them again. A node without a shape has ``data_shape``. Raises BadInput
+    The data x are the observed variables concatenated, flattened, in the order of the graph: ``(B, size)``; ``pack``
+    makes them from named tensors, ``unpack`` is its inverse. A node without a shape has ``data_shape``. Raises BadInput
     for a graph with a cycle or an unknown name, and for data that do not fit.
 
     Pearl 1988, "Probabilistic reasoning in intelligent systems"; Kingma & Welling 2013, arXiv:1312.6114, appendix F,
@@ -122,7 +122,7 @@ class NeuralBayesNet(GenerativeModel):
         return self.pack(**values) if x is None else x
 
     def conditional(self, name: str, values: Mapping[str, torch.Tensor]) -> dist.TorchDistribution:
-        """p of one variable given the values ``(..., *shape)`` of (at least) its parents."""
+        """p of one variable given the values ``(..., *shape)`` of its parents (further values are ignored)."""
         node, above = self.nodes[name], self.parents[name]
         if not above:
             return distribution(node, self.decoder_roots[name], min_sd=self.min_sd)
@@ -132,7 +132,7 @@ class NeuralBayesNet(GenerativeModel):
         return distribution(node, self.decoder[name](joined), min_sd=self.min_sd)
 
     def pack(self, **values: torch.Tensor) -> torch.Tensor:
-        """The observed variables ``(B, *shape)`` as one tensor ``(B, size)``; what is not observed is left out."""
+        """The observed variables ``(B, *shape)`` as one tensor ``(B, size)``; latent ones are left out."""
         for name in self.observed:
             if name not in values:
                 raise BadInput(f"NeuralBayesNet: {name!r} is observed, and not given")
@@ -174,7 +174,7 @@ class NeuralBayesNet(GenerativeModel):
 def read_nodes(
     nodes: Mapping[str, Mapping[str, Any]], data_shape: Sequence[int] | None
 ) -> tuple[dict[str, Latent], dict[str, tuple[str, ...]]]:
-    """What each node is, and its parents, each node after its parents; BadInput for what cannot be such a graph."""
+    """Each node's latent declaration, and its parents, in topological order; BadInput for an invalid graph."""
     found: dict[str, Latent] = {}
     parents: dict[str, tuple[str, ...]] = {}
     for name, node in nodes.items():

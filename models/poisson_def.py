@@ -16,23 +16,23 @@ from ..errors import BadInput, UnknownName
 from ._base import GenerativeModel, Latent, models
 
 KINDS = ("gamma", "poisson")
-FLOOR = 1e-3  # of a rate: counts of rate zero would make all others impossible
+FLOOR = 1e-3  # the smallest rate: with rate zero, positive counts are impossible
 
 
 @models.register("poisson-def")
 class PoissonDEF(GenerativeModel):
-    r"""Counts whose rates are positive sums of what a layer above holds, layer upon layer.
+    r"""Counts whose rates are positive sums over the layer above, layer upon layer.
 
     .. math:: z_L \sim \mathrm{Gamma}(a, a) \ \text{or}\ \mathrm{Poisson}(1), \qquad
               z_l \mid z_{l+1} \sim \mathrm{Gamma}(a, a / r_l) \ \text{or}\ \mathrm{Poisson}(r_l), \qquad
               x \mid z_1 \sim \mathrm{Poisson}(r_0), \qquad r_l = \mathrm{softplus}(W_l)^\top z_{l+1} + \epsilon
 
-    ``kind`` says of what the layers are: ``gamma``, of ``shape`` a and mean r_l, whose posteriors are differentiated
+    ``kind`` is that of the layers: ``gamma``, of ``shape`` a and mean r_l, whose posteriors are differentiated
     through their draws (``pathwise``), or ``poisson``, whose posteriors take score-type estimators.
 
-    Shapes: ``x`` is ``(B, *data_shape)``, counts, of which encoders see log(1 + x); ``layers`` are the widths of z1,
+    Shapes: ``x`` is ``(B, *data_shape)``, counts, of which encoders take log(1 + x); ``layers`` are the widths of z1,
     z2, ... from the data upwards, and site ``zl`` is ``(B, layers[l - 1])``. Raises BadInput for data of another shape
-    and, under validation, for NaN or for values that are no counts.
+    and, under validation, for NaN or for values that are not counts.
 
     Ranganath, Tang, Charlin & Blei 2015, "Deep exponential families", arXiv:1411.2581, with point estimates of the
     weights.
@@ -66,7 +66,7 @@ class PoissonDEF(GenerativeModel):
         self.guide_parents = {"z1": ()} | {above: (below,) for below, above in pairwise(names[1:])}
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation, "inputs": "log1p"}
         self.observe_by("poisson")
-        # Keyed by the site whose rates they make; they start so that rates are about 1 whatever the width above.
+        # Keyed by the site whose rates they compute; initial rates are about 1 for any width above.
         self.decoder = nn.ParameterDict()
         for below, above in pairwise(names):
             start = math.log(math.expm1(1 / sizes[above]))
@@ -82,7 +82,7 @@ class PoissonDEF(GenerativeModel):
             return pyro.sample("x", self.counts(rate), obs=x)
 
     def layer(self, rate: torch.Tensor) -> dist.TorchDistribution:
-        """p of a layer of that mean, ``(..., width)``, batch shape ``(...)``."""
+        """p of a layer with that mean, ``(..., width)``, batch shape ``(...)``."""
         if self.kind == "poisson":
             return dist.Poisson(rate).to_event(1)
         return dist.Gamma(torch.full_like(rate, self.shape), self.shape / rate).to_event(1)
@@ -96,6 +96,6 @@ class PoissonDEF(GenerativeModel):
         return dist.Poisson(rate.unflatten(-1, self.data_shape)).to_event(len(self.data_shape))
 
     def topics(self) -> torch.Tensor:
-        """The share of each number of x in what a unit of z1 adds, ``(layers[0], size)``."""
+        """The contribution of a unit of z1 to each number of x, normalized, ``(layers[0], size)``."""
         weights = softplus(self.decoder["x"])
         return weights / weights.sum(-1, keepdim=True)

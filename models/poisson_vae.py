@@ -25,12 +25,12 @@ class PoissonVAE(GenerativeModel):
     .. math:: z_j \sim \mathrm{Poisson}(e^{a_j}),\ j = 1 \dots D, \qquad
               x \mid z \sim \prod_i \mathrm{Bernoulli}(x_i; \sigma(f(z)_i))
 
-    Shapes: ``x`` is ``(B, *data_shape)``, site ``z`` is ``(B, num_latents)``. ``counts`` says which: ``poisson``, or
+    Shapes: ``x`` is ``(B, *data_shape)``, site ``z`` is ``(B, num_latents)``. ``counts`` is the family: ``poisson``, or
     ``negative-binomial`` and ``binomial`` of a fixed ``total_count``, whose logits are a_j. The prior's a are zero,
     Poisson(1), unless ``learn_prior=True``. ``nonlinear=False`` makes f linear. ``likelihood`` is a word of
     `gumbo.models.likelihoods`, with its ``likelihood_options``. The guide ``mean-field`` has a posterior of the same
-    family. Raises BadInput for data of another shape and, under validation, for data that the likelihood gives no
-    probability to.
+    family. Raises BadInput for data of another shape and, under validation, for data outside the likelihood's
+    support.
 
     Vafaii, Galor & Yates 2024, "Poisson variational autoencoder", arXiv:2405.14473.
 

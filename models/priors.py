@@ -1,7 +1,7 @@
-"""Priors of a vector of latents by word: what p(z) is beside N(0, I).
+"""Priors of a vector of latents by word, besides N(0, I).
 
-A prior is a module that an entry of the registry ``priors`` makes; models with the option ``prior`` take its word, and
-in ``prior_options`` the options that it names.
+A prior is a module made by an entry of the registry ``priors``; models with the option ``prior`` take its word, and in
+``prior_options`` the options that it names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Prior(nn.Module):
 
 
 def made(registry: Registry, word: str, options: Mapping[str, Any] | None, *arguments: Any) -> Any:
-    """The prior of that word; BadInput for options that it does not have or that cannot be meant."""
+    """The prior of that word; BadInput for unknown or invalid options."""
     make, given = registry[word], dict(options or {})
     taken = {n: p for n, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for name, value in given.items():
@@ -79,8 +79,8 @@ class MixturePrior(Prior):
 class VampPrior(Prior):
     r"""The mean of the posteriors of ``components`` pseudo-inputs: :math:`\frac{1}{K} \sum_k q(z \mid u_k)`.
 
-    The encoder is the guide's own where the guide is ``vamp``, which shares this module's; under another guide it is a
-    network beside that one. Pseudo-inputs are learned and lie in [0, 1].
+    With the guide ``vamp`` the encoder is shared with the guide; with another guide it is a separate network.
+    Pseudo-inputs are learned, in [0, 1].
 
     Tomczak & Welling 2018, "VAE with a VampPrior", arXiv:1705.07120.
     """
@@ -138,7 +138,7 @@ class CodePrior(nn.Module):
 
 @code_priors.register("uniform")
 class UniformCodes(CodePrior):
-    """All codes alike."""
+    """Uniform codes."""
 
     def __init__(self, count: int, classes: int):
         super().__init__()
@@ -150,7 +150,7 @@ class UniformCodes(CodePrior):
 
 @code_priors.register("independent")
 class IndependentCodes(CodePrior):
-    """Each position with learned probabilities of its own."""
+    """Each position with its own learned probabilities."""
 
     def __init__(self, count: int, classes: int):
         super().__init__()
@@ -162,7 +162,7 @@ class IndependentCodes(CodePrior):
 
 @code_priors.register("autoregressive")
 class AutoregressiveCodes(CodePrior):
-    r"""Each position given those before: :math:`p(y_n \mid y_{<n}) = \mathrm{softmax}(V_n\,g(c + \sum_{m<n} W_m y_m))`.
+    r"""Each position given earlier ones: :math:`p(y_n \mid y_{<n}) = \mathrm{softmax}(V_n\,g(c + \sum_{m<n} W_m y_m))`.
 
     Larochelle & Murray 2011, "The neural autoregressive distribution estimator"; one pass scores all positions.
     """
@@ -179,7 +179,7 @@ class AutoregressiveCodes(CodePrior):
 
 
 class AutoregressiveOneHot(dist.TorchDistribution):
-    """N one-hot vectors of C classes, each given those before; event ``(N, C)``, scored in one pass."""
+    """N one-hot vectors of C classes, each given the earlier ones; event ``(N, C)``, scored in one pass."""
 
     arg_constraints = MappingProxyType({})
     support = constraints.independent(constraints.one_hot, 1)

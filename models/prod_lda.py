@@ -1,4 +1,4 @@
-"""A topic model whose topics multiply."""
+"""A topic model with products of topics."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ._base import GenerativeModel, Latent, models
 
 @models.register("prod-lda")
 class ProdLDA(GenerativeModel):
-    r"""Topics as experts, whose product is a document's distribution over words.
+    r"""A document's distribution over words as a product of experts, the topics.
 
     .. math:: z \sim N(0, \sigma_\alpha^2 I), \qquad \theta = \mathrm{softmax}(z), \qquad
               x \mid \theta \sim \mathrm{Multinomial}(N, \mathrm{softmax}(\textstyle\sum_k \theta_k w_k + b))
 
     The Normal is Laplace's approximation of Dirichlet(α, ..., α) in the softmax basis, of variance (1 − 1/K) / α.
 
-    Shapes: ``x`` is ``(B, *data_shape)``, counts of each word; site ``z`` is ``(B, num_topics)``. Each document has its
-    own length N, which is given: a draw has ``length`` words. Encoders see log(1 + x). The paper normalises the
-    decoder's outputs over the batch, which mixes rows; here each document's own logits are normalised instead, with
+    Shapes: ``x`` is ``(B, *data_shape)``, counts of each word; site ``z`` is ``(B, num_topics)``. The length N of each
+    document is given; draws have ``length`` words. Encoders take log(1 + x). The paper normalizes the decoder's
+    outputs over the batch, which makes rows dependent; here each document's own logits are normalized instead, with
     ``normalize=True``. ``topics()`` are the experts as distributions over words; `gumbo.models.perplexity`, `npmi` and
-    `top_words` judge them. Raises BadInput for data of another shape and, under validation, for NaN or for values that
-    are no counts.
+    `top_words` evaluate them. Raises BadInput for data of another shape and, under validation, for NaN or for values
+    that are not counts.
 
     Srivastava & Sutton 2017, "Autoencoding variational inference for topic models", arXiv:1703.01488.
 
@@ -69,5 +69,5 @@ class ProdLDA(GenerativeModel):
         return self.observation(self.decoder_norm(self.decoder(z.softmax(-1))))
 
     def topics(self) -> torch.Tensor:
-        """The distribution over words that each expert alone makes, ``(num_topics, size)``."""
+        """The distribution over words of each expert alone, ``(num_topics, size)``."""
         return self.decoder.weight.mT.softmax(-1)

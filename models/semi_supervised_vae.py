@@ -1,4 +1,4 @@
-"""A variational autoencoder with a class label that is seen of some data only."""
+"""A variational autoencoder with a class label that is observed for some data only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._networks import mlp
 
 @models.register("semi-supervised-vae")
 class SemiSupervisedVAE(GenerativeModel):
-    r"""The model M2: a label, a Normal latent that is free of it, and a Bernoulli likelihood given both.
+    r"""The model M2: a label, a Normal latent independent of it, and a Bernoulli likelihood given both.
 
     .. math:: y \sim \mathrm{Categorical}(1/C, \dots, 1/C), \qquad z \sim N(0, I_D), \qquad
               x \mid y, z \sim \prod_i \mathrm{Bernoulli}(x_i; \sigma(f(y, z)_i))
@@ -84,7 +84,7 @@ class SemiSupervisedVAE(GenerativeModel):
 
 
 def one_hot_labels(labels: torch.Tensor, num_classes: int, x: torch.Tensor | None, who: str) -> torch.Tensor:
-    """Labels ``(B,)``, or one-hot vectors already, as one-hot vectors of x's dtype; BadInput for anything else."""
+    """Labels ``(B,)`` or one-hot vectors, as one-hot vectors of x's dtype; BadInput for other values."""
     if x is None:
         raise BadInput(f"{who}: labels y= go with data x")
     if labels.shape == (len(x),) and not labels.is_floating_point():

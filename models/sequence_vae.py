@@ -18,14 +18,14 @@ from .likelihoods import likelihoods
 
 
 class TokenSequence(dist.TorchDistribution):
-    """L tokens 0 ... V − 1, each given those before: scored in one pass of a recurrent network, drawn one by one.
+    """L tokens 0 ... V − 1, each given the earlier ones: scored in one pass of a recurrent network, drawn one by one.
 
     Args:
-        network: from one-hot tokens before each place ``(..., V)`` and a state ``(..., H)`` to the next state.
+        network: from one-hot tokens before each position ``(..., V)`` and a state ``(..., H)`` to the next state.
         output: from states ``(..., H)`` to logits ``(..., V)``.
         state: the state before the first token, ``(..., H)``.
-        length: how many tokens.
-        vocabulary: how many kinds.
+        length: number of tokens.
+        vocabulary: number of token types.
 
     Shapes: batch ``(...)``, event ``(L,)``, of the state's dtype.
     """
@@ -43,7 +43,7 @@ class TokenSequence(dist.TorchDistribution):
         return type(self)(self.network, self.output, state, self.event_shape[0], self.vocabulary)
 
     def _steps(self, tokens: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Tokens, given or drawn, and the normalised log-probabilities at each place, ``(..., L, V)``."""
+        """Tokens, given or drawn, and the normalized log-probabilities at each position, ``(..., L, V)``."""
         state = self.state.expand(*shape, -1).flatten(0, -2)
         rows, before, chosen, logs = len(state), None, [], []
         given = None if tokens is None else tokens.expand(*shape, -1).reshape(rows, -1).long()
@@ -68,15 +68,15 @@ class TokenSequence(dist.TorchDistribution):
 
 @models.register("sequence-vae")
 class SequenceVAE(GenerativeModel):
-    r"""Normal latents over a recurrent network that writes a sequence token by token.
+    r"""Normal latents and a recurrent network that generates a sequence token by token.
 
     .. math:: z \sim N(0, I), \qquad
               x_l \mid x_{<l}, z \sim \mathrm{Categorical}(\mathrm{softmax}\,f(h_l)), \qquad
               h_l = \mathrm{GRU}(x_{l-1}, h_{l-1}), \quad h_0 = g(z)
 
     Trained by maximum likelihood (its bound); for rewards of whole sequences, with a policy and score-type estimators,
-    see `Expectation` with ``length``. Tokens are whole numbers 0 to ``vocabulary`` − 1 in a float tensor; a sequence
-    that ends early is filled with a token of its own (0, say), which is scored as any other.
+    see `Expectation` with ``length``. Tokens are integers 0 to ``vocabulary`` − 1 in a float tensor; a shorter sequence
+    is padded with a token of its own (0, for example), which is scored like any other.
 
     Shapes: ``x`` is ``(B, L)``, or ``(B, 1, L)`` for a ``data_shape`` of two sizes; site ``z`` is ``(B, latent_dim)``.
     Raises BadInput for data of another shape and, under validation, for NaN or for values that are no tokens.

@@ -27,7 +27,7 @@ class SigmoidBeliefNetwork(GenerativeModel):
     Shapes: ``x`` is ``(B, *data_shape)``; ``layers`` are the widths of z1, z2, ... from the data upwards, and site
     ``zl`` is ``(B, layers[l - 1])``. Each f is linear, or, with ``nonlinear=True``, has a hidden layer as wide as its
     output's layer (f_0: as z1). The prior logits a of the top layer are learned, from zero. Posteriors are usually
-    layered upwards, q(z1 | x) q(z2 | z1) ...: that is what the layered guide does by default. Raises BadInput for data
+    layered upwards, q(z1 | x) q(z2 | z1) ..., the default of the layered guide. Raises BadInput for data
     of another shape and, under validation, for NaN or for values other than 0 and 1.
 
     Neal 1992, "Connectionist learning of belief networks"; Mnih & Gregor 2014, arXiv:1402.0030.
@@ -56,7 +56,7 @@ class SigmoidBeliefNetwork(GenerativeModel):
         self.latents = {name: Latent("bernoulli", (sizes[name],)) for name in reversed(names[1:])}
         self.guide_parents = {"z1": ()} | {above: (below,) for below, above in pairwise(names[1:])}
         self.mirror = {"channels": (), "hidden": (layers[0],) if nonlinear else (), "activation": activation}
-        self.decoder = nn.ModuleDict()  # keyed by the site that each network gives the logits of
+        self.decoder = nn.ModuleDict()  # keyed by the site whose logits the network computes
         for below, above in pairwise(names):
             between = [sizes["z1" if below == "x" else below]] if nonlinear else []
             self.decoder[below] = mlp([sizes[above], *between, sizes[below]], activation)

@@ -1,4 +1,4 @@
-"""Half an image from the other half, through layers of binary latents."""
+"""Prediction of half an image from the other half, through layers of binary latents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ._networks import mlp
 
 @models.register("structured-prediction")
 class StructuredPrediction(GenerativeModel):
-    r"""The lower half of an image given the upper half, which many lower halves may fit, through binary latents.
+    r"""The lower half of an image given the upper half, with a multimodal distribution through binary latents.
 
     .. math:: z_1 \mid u \sim \mathrm{Bernoulli}(\sigma(f_1(u))), \qquad
               z_l \mid z_{l-1} \sim \mathrm{Bernoulli}(\sigma(f_l(z_{l-1}))), \qquad
@@ -62,7 +62,7 @@ class StructuredPrediction(GenerativeModel):
         self.latents = {name: Latent("bernoulli", (size,)) for name, size in zip(names, layers, strict=True)}
         self.mirror = {"channels": (), "hidden": (layers[0],) if nonlinear else (), "activation": activation}
         sizes = [math.prod(self.conditions["upper"]), *layers, math.prod(self.data_shape)]
-        self.decoder = nn.ModuleDict()  # keyed by the site that each network gives the logits of
+        self.decoder = nn.ModuleDict()  # keyed by the site whose logits the network computes
         for site, (inputs, outputs) in zip([*names, "x"], pairwise(sizes), strict=True):
             between = [inputs if site == "x" else outputs] if nonlinear else []
             self.decoder[site] = mlp([inputs, *between, outputs], activation)

@@ -16,7 +16,7 @@ from .priors import code_priors, made
 
 
 class Codebook(nn.Module):
-    """K vectors of D numbers, shared by the model, which looks codes up, and its guide, which looks for near ones."""
+    """K vectors of D numbers, shared by the model, which looks codes up, and its guide, which finds near ones."""
 
     def __init__(self, classes: int, size: int):
         super().__init__()
@@ -39,13 +39,13 @@ class VectorQuantizedVAE(GenerativeModel):
 
     The guide ``vector-quantized`` has :math:`q(y_n = k \mid x) \propto \exp(-\|h_n(x) - e_k\|^2 / \tau)` with the same
     vectors e. Its limit τ → 0 is the deterministic code of the original, whose ELBO is log p(x | y) + log p(y): a true
-    bound, with the prior in it, and with an exact gradient of the encoder that is zero. Nothing else is added to the
-    loss: there is no commitment term, and no straight-through gradient unless the estimator says so.
+    bound, with the prior in it, and with an exact gradient of the encoder that is zero. The loss has no commitment
+    term, and no straight-through gradient unless the estimator has one.
 
     Shapes: ``x`` is ``(B, *data_shape)``, site ``y`` is ``(B, num_codes, num_classes)``, one-hot along the last
     dimension. ``prior`` is a word of `gumbo.models.priors`: ``autoregressive``, learned with the rest, ``independent``
-    or ``uniform``. ``code_use(y)`` tells how many codes are used. Raises BadInput for data of another shape and, under
-    validation, for data that the likelihood gives no probability to.
+    or ``uniform``. ``code_use(y)`` counts the codes in use. Raises BadInput for data of another shape and, under
+    validation, for data outside the likelihood's support.
 
     van den Oord, Vinyals & Kavukcuoglu 2017, "Neural discrete representation learning", arXiv:1711.00937; Sønderby,
     Poole & Mnih 2017, for the stochastic code.
