@@ -1,1 +1,1 @@
-"""What people run: one script per experiment, and the command line over them."""
+"""Experiments: one script per experiment, and the command line."""

@@ -24,18 +24,18 @@ from gumbo.options import check_numbers
 Config = TypeVar("Config")
 Presets = Mapping[str, "Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]"]
 
-USAGE = 2  # exit status for what the caller got wrong; 1 is for what failed underway
+USAGE = 2  # exit status for a mistake of the caller; 1 is for a failure during the run
 
 
 def fail(prog: str, message: object, status: int = USAGE) -> NoReturn:
-    """One line on standard error, and out."""
+    """Print one line to standard error, and exit."""
     if speaks(message):
         print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(status)
 
 
 def speaks(error: object = None) -> bool:
-    """Whether this process is the one that says (this error): of several the main one, unless another failed alone."""
+    """Whether this process prints (this error): with several processes the main one, unless another failed alone."""
     return launched() == 1 or rank() == getattr(error, "process", 0)
 
 
@@ -49,10 +49,10 @@ def run_command(
 ) -> None:
     """Parse ``argv`` (by default the process's) into the dataclass and call ``action`` with it.
 
-    ``presets`` maps a field to the defaults that it stands for when it is given, or to a function that finds them from
-    its value; what is given explicitly wins over them. Mistakes of the caller end in one line and status 2; an
-    interruption in one line and, as shells have it, status 128 + the signal's number. ``several`` says that the action
-    knows of the other processes that a launcher starts.
+    ``presets`` maps a field to the defaults that its value implies, or to a function that computes them from its value;
+    explicit options have precedence. Mistakes of the caller end with one line and status 2; an interruption with one
+    line and, by the shells' convention, status 128 + the signal's number. ``several`` says that the action supports
+    several processes of a launcher.
     """
     with forgiving():
         _run(config_class, action, argv, prog, presets or {}, several)
@@ -72,12 +72,12 @@ def _run(config_class, action, argv, prog: str, presets: Presets, several: bool)
             print(f"{prog}: {interruption}", file=sys.stderr)
         raise SystemExit(interruption.status) from None
     except BrokenPipeError:
-        # The reader went away, as with `| head`: nobody is left to tell, and Python is not to flush at its end.
+        # The reader closed the pipe, as with `| head`; Python must not flush at exit.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
-        # A full disk, a folder that went away: what a run had saved is still there.
+        # A full disk or a removed folder; saved files are intact.
         if error.strerror is None:
             raise
         fail(prog, f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
@@ -85,7 +85,7 @@ def _run(config_class, action, argv, prog: str, presets: Presets, several: bool)
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds the command as Ctrl-C does, so that worker processes are stopped as well."""
+    """Treat SIGTERM like Ctrl-C, so that worker processes are stopped too."""
 
     def stop(number: int, frame: object) -> NoReturn:
         raise Interrupted(number)
@@ -102,7 +102,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 @contextmanager
 def _warnings_in_one_line(prog: str) -> Iterator[None]:
-    """What gumbo warns of, without the line of code that it comes from."""
+    """Print gumbo's warnings without their source line."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -117,7 +117,7 @@ def _warnings_in_one_line(prog: str) -> Iterator[None]:
 
 
 def parse(config_class: type[Config], argv: Sequence[str], prog: str, presets: Presets) -> Config:
-    """The dataclass that ``argv`` describes; a mistake is one line and status 2."""
+    """The dataclass that ``argv`` describes; a mistake gives one line and status 2."""
     parser = _parser(config_class, prog)
     found = _parse(parser, argv, prog)
     chosen = {name: preset for name, preset in presets.items() if found[name] not in (None, False)}
@@ -132,7 +132,7 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str, presets: P
 
 
 def checked(config_class: type[Config], settings: Mapping[str, Any], source: object) -> Config:
-    """The dataclass of settings that stand in a file; raises BadInput where one is of a wrong type."""
+    """The dataclass of settings from a file; raises BadInput for a wrong type."""
     parser = _parser(config_class, "gumbo")
     try:
         found = parser.parse_object({name: value for name, value in settings.items() if value is not None})
@@ -164,7 +164,7 @@ def _parser(config_class: type, prog: str):
 
 
 def _settings_file(prog: str) -> type[argparse.Action]:
-    """What ``--config`` does: a file of the user's own is as good as flags, and a run's own is data."""
+    """The action of ``--config``: a user's file counts as flags, a run's own file as data."""
     from jsonargparse import ActionConfigFile
 
     class SettingsFile(ActionConfigFile):
@@ -177,9 +177,9 @@ def _settings_file(prog: str) -> type[argparse.Action]:
 
 
 def settings_in(path: str, verb: str) -> dict[str, Any]:
-    """The settings of a file; a run's own ``config.yaml``, which names its experiment, keeps where it went to itself.
+    """The settings of a file; those of a run's own ``config.yaml``, which names its experiment, without its folder.
 
-    Raises BadInput for what is no file of settings, or of a run of another verb.
+    Raises BadInput for a file without settings, or of a run of another verb.
     """
     found = read_settings(path)
     if "experiment" not in found:
@@ -197,7 +197,7 @@ def _parse(parser, argv: Sequence[str], prog: str):
 
 
 def _descriptions(config_class: type) -> dict[str, str]:
-    """What the docstrings of a dataclass and of those that it extends say of each option."""
+    """The descriptions of options in the docstrings of a dataclass and its bases."""
     import docstring_parser
 
     return {

@@ -1,4 +1,4 @@
-"""What a run of ``gumbo train`` has left, as Python objects: programs, loss, settings and metrics."""
+"""The results of ``gumbo train`` as Python objects: programs, loss, settings and metrics."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ WEIGHTS = "model.safetensors"  # the parameters of an exported run, in place of 
 
 
 class LoadedRun(NamedTuple):
-    """A run of ``gumbo train``, or what ``gumbo export`` made of one.
+    """A run of ``gumbo train``, or an export of one.
 
-    Attributes: ``model`` and ``guide``, in evaluation mode, with the parameters that the run found; ``loss``, the
-    ``SiteELBO`` (or Pyro's ELBO) that they were trained with, whose schedules and baselines go on where they stood;
-    ``settings``, the run's resolved :class:`~gumbo.experiments.train.Train`; ``metrics``, a dict an epoch as in
-    ``metrics.jsonl``.
+    Attributes: ``model`` and ``guide``, in evaluation mode, with the trained parameters; ``loss``, the ``SiteELBO`` (or
+    Pyro's ELBO) of the training, whose schedules and baselines continue; ``settings``, the run's resolved
+    :class:`~gumbo.experiments.train.Train`; ``metrics``, a dict per epoch as in ``metrics.jsonl``.
     """
 
     model: Any
@@ -35,7 +34,7 @@ class LoadedRun(NamedTuple):
     metrics: list[dict[str, Any]]
 
     def inputs(self, split: str = "test", count: int | None = None) -> dict[str, Any]:
-        """What the programs take of the first ``count`` rows of a split of the run's own data, as keywords."""
+        """The programs' arguments for the first ``count`` rows of a split of the run's own data, as keywords."""
         return inputs_of(self.model, load_data(self.settings), split, count)
 
     def __repr__(self) -> str:
@@ -44,24 +43,23 @@ class LoadedRun(NamedTuple):
 
 
 def load(run: str | Path, trust: bool = False, best: bool | None = None) -> LoadedRun:
-    """A run of ``gumbo train`` (or an export of one), ready for the programs' own calls, ``to_arviz`` and training.
+    """A run of ``gumbo train`` (or an export of one), for calls of its programs, ``to_arviz`` and further training.
 
-    ``fit(run.model, run.guide, data, loss=run.loss)`` trains on from the loaded parameters with a new optimizer, KL
-    weights and temperatures where they stood; ``gumbo train --resume`` goes on to the same bits. A run folder is data:
-    nothing that only its ``config.yaml`` names is imported unless ``trust`` is True.
+    ``fit(run.model, run.guide, data, loss=run.loss)`` continues from the loaded parameters with a new optimizer and the
+    saved step of KL weights and temperatures; ``gumbo train --resume`` continues to the same bits. A run folder is
+    data: nothing that only its ``config.yaml`` names is imported unless ``trust`` is True.
 
     Args:
-        run: the run's folder, or that of an export.
-        trust: import what the run's config.yaml names by import path; such code runs with your rights.
-        best: take the parameters of the best epoch rather than of the last; None does so where the run stopped by
-            ``patience``.
+        run: the folder of a run or of an export.
+        trust: import the import paths in the run's config.yaml; such code runs with your rights.
+        best: load the parameters of the best epoch instead of the last; None does so for a run with ``patience``.
 
     Returns:
         A :class:`LoadedRun`, which unpacks into ``model, guide, loss, settings, metrics``.
 
     Raises:
-        BadInput: no run folder; one that names import paths, without ``trust``; parameters that are damaged, missing
-            or of other programs.
+        BadInput: no run folder; import paths in it without ``trust``; parameters that are damaged, missing or of other
+            programs.
 
     >>> import contextlib, io
     >>> import gumbo
@@ -88,9 +86,9 @@ def load(run: str | Path, trust: bool = False, best: bool | None = None) -> Load
 def load_parameters(
     model: torch.nn.Module, guide: torch.nn.Module, run: RunFolder, settings: Train, best: bool | None
 ) -> dict[str, Any]:
-    """Give the pair what the run's checkpoint, or its export, holds; returns the state of the loss.
+    """Load the checkpoint of a run, or its export, into the pair; returns the state of the loss.
 
-    ``best=None`` takes the best epoch's where the run chose by ``patience``.
+    ``best=None`` loads the best epoch for a run with ``patience``.
     """
     if (run.path / WEIGHTS).exists():
         if best:
@@ -123,7 +121,7 @@ def parameters_of(run: RunFolder, best: bool) -> dict[str, Any]:
 
 
 def safetensors() -> Any:
-    """The library, an extra: BadInput where it is not installed."""
+    """The package safetensors, an extra; raises BadInput if it is not installed."""
     try:
         import safetensors.torch
     except ImportError as error:
@@ -134,7 +132,7 @@ def safetensors() -> Any:
 
 
 def save_weights(run: LoadedRun, path: Path, **said: str) -> None:
-    """One file of both programs' tensors, those that are tied once, as ``model.…`` and ``guide.…``."""
+    """Write both programs' tensors to one file as ``model.…`` and ``guide.…``, tied ones once."""
     from gumbo import __version__
 
     shape = getattr(run.model, "config", {}).get("data_shape") or load_data(run.settings).data_shape
@@ -149,7 +147,7 @@ def save_weights(run: LoadedRun, path: Path, **said: str) -> None:
 
 
 def load_weights(model: torch.nn.Module, guide: torch.nn.Module, path: Path) -> None:
-    """Give the pair what :func:`save_weights` wrote."""
+    """Load a file of :func:`save_weights` into the pair."""
     library = safetensors()
     try:
         library.load_model(_together(model, guide), str(path))
@@ -162,7 +160,7 @@ def _together(model: torch.nn.Module, guide: torch.nn.Module) -> torch.nn.Module
 
 
 def exported_shape(run: RunFolder) -> tuple[int, ...] | None:
-    """The shape of a datum that an export was made for; None where the folder is no export."""
+    """The shape of a datum for which an export was made; None if the folder is no export."""
     path = run.path / WEIGHTS
     if not path.exists():
         return None

@@ -1,8 +1,8 @@
-"""What the names among an experiment's settings stand for, and which of them a command may import.
+"""The names among an experiment's settings, and which of them a command may import.
 
-A name is registered, or it is an import path. To import a path is to run code, so that a path counts only where the
-user has given it: on this command line, in a settings file of their own, or in Python. The paths in a run folder are
-data of whoever wrote it, and count under ``--trust``.
+A name is registered, or it is an import path. Importing a path runs code, so that a path is accepted only if the user
+gives it: on this command line, in their own settings file, or in Python. The paths in a run folder are data of its
+author, and are accepted with ``--trust``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gumbo.registry import Registry, describe, home_of, import_object, is_import
 
 T = TypeVar("T")
 
-# The settings, of any experiment, whose values are names or hold some.
+# The settings, of any experiment, that contain names.
 NAMES = (
     "model",
     "guide",
@@ -37,17 +37,17 @@ NAMES = (
 
 
 def named(registry: Registry[T], name: str) -> T:
-    """What a name stands for: the one lookup of models, guides, estimators and data sets for every verb.
+    """The object of a name: the lookup of models, guides, estimators and data sets for every verb.
 
-    An import path may lie in the current folder, which is looked at after all others and only here, so that a stray
-    ``random.py`` shadows nothing.
+    Import paths are also searched in the current folder, last and only here, so that a stray ``random.py`` shadows
+    nothing.
     """
     with current_folder_importable():
         return registry[name]
 
 
 def named_objective(word: str, options: Mapping[str, Any]) -> Any:
-    """The objective of that name or import path, told its options, of which an import path is what it names."""
+    """The objective of that word or import path with its options; options that are import paths are imported."""
     from gumbo.inference.objectives import as_objective
 
     paths = {name: text for name, text in options.items() if isinstance(text, str) and is_import_path(text)}
@@ -57,16 +57,16 @@ def named_objective(word: str, options: Mapping[str, Any]) -> Any:
 
 
 def imported(path: str, kind: str) -> Any:
-    """The object at an import path that stands in no registry, such as the function behind ``--args``."""
+    """The object at an import path without a registry, such as the function of ``--args``."""
     with current_folder_importable():
         return import_object(path, kind)
 
 
 @contextmanager
 def current_folder_importable() -> Iterator[None]:
-    """While it is entered, import paths are also looked up in the current folder, after all other places."""
+    """Inside, import paths are also searched in the current folder, after all other places."""
     here = os.getcwd()
-    importlib.invalidate_caches()  # a module may have been written a moment ago
+    importlib.invalidate_caches()  # a module may be new
     sys.path.append(here)
     try:
         yield
@@ -78,10 +78,10 @@ def current_folder_importable() -> Iterator[None]:
 
 
 def program(registry: Registry[Any], name: str) -> Callable[..., Any]:
-    """A registered class, or what an import path names where that may be a Pyro program or make one.
+    """A registered class, or the object of an import path if it may be a Pyro program or make one.
 
-    Raises BadInput for what cannot be a program: neither a function nor a module, or out of Python's, torch's or
-    another library's own code.
+    Raises BadInput for other objects: neither a function nor a module, or part of Python's, torch's or another
+    library's own code.
     """
     if not is_import_path(name):
         return registry[name]
@@ -98,17 +98,17 @@ def _makes_modules(found: type) -> bool:
     return issubclass(found, torch.nn.Module)
 
 
-# Libraries that hold no programs, loaders or estimators to be named.
+# Libraries whose objects are no programs, loaders or estimators.
 _LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "sklearn", "xarray", "arviz", "matplotlib", "joblib", "yaml")
 
 
 def is_librarys(found: Any) -> bool:
-    """Whether a function or class belongs to one of the libraries below, none of whose functions was meant."""
+    """Whether a function or class belongs to one of these libraries."""
     return home_of(found).split(".")[0] in _LIBRARIES
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function names so many positional parameters and can be called with just these.
+    """Whether a function has that many named positional parameters and needs no others.
 
     >>> takes(lambda folder, splits: {}, 2), takes(print, 2), takes(lambda *args: {}, 2), takes(lambda *args: {}, 0)
     (True, False, False, False)
@@ -146,7 +146,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def refuse_untrusted(settings: Mapping[str, Any], source: object, own: Mapping[str, Any] | None = None) -> None:
-    """Raise BadInput where settings out of a run folder name an import path that the user's ``own`` do not."""
+    """Raise BadInput if settings of a run folder have an import path that the user's ``own`` settings lack."""
     given = import_paths(own or {})
     for path, setting in import_paths(settings).items():
         if path not in given:
@@ -157,22 +157,22 @@ def refuse_untrusted(settings: Mapping[str, Any], source: object, own: Mapping[s
             )
 
 
-# Stands before an import path out of a run folder while the settings of a command are put together; whatever still has
-# it at the end was not given by the user. A letter of the private use area, which no import path can begin with.
+# Prefix of an import path from a run folder while the settings of a command are merged; a path that still has it at the
+# end was not given by the user. A character of the private use area, with which no import path can begin.
 _MARK = "\ue000"
 
 
 def marked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings out of a run folder, with a mark on each import path that stands until the user's own value replaces it.
+    """Settings of a run folder with marked import paths, which the user's own values replace.
 
-    They carry no trust of their own.
+    The settings carry no trust of their own.
     """
     changed = {name: _mapped(settings[name], _mark) for name in NAMES if name in settings}
     return {name: value for name, value in (dict(settings) | changed).items() if name != "trust"}
 
 
 def unmarked(settings: Mapping[str, Any], trust: bool) -> dict[str, Any]:
-    """The settings of a command without marks; raises BadInput where one is left and is not trusted."""
+    """The settings of a command without marks; raises BadInput for a remaining mark without trust."""
     bare = {name: _mapped(settings[name], lambda text: text.removeprefix(_MARK)) for name in NAMES if name in settings}
     if not trust:
         own = {name: [text for text in _texts(settings[name]) if not text.startswith(_MARK)] for name in bare}

@@ -1,4 +1,4 @@
-"""Pyro programs of a user's own where the verbs expect a model of the collection, and guides made for them."""
+"""A user's Pyro programs in place of models of the collection, and guides made for them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from gumbo.experiments._names import program
 from gumbo.registry import Registry, is_import_path
 
 AMORTIZE = "amortize"
-ROWS = 64  # of the training data, on which a program is looked at
+ROWS = 64  # rows of the training data for the inspection of a program
 
 
 class OwnProgram(PyroModule):
-    """A Pyro program as the verbs call a model: its first argument is the images, one called ``labels`` the labels.
+    """A Pyro program with the interface of a model: its first argument is the images, one named ``labels`` the labels.
 
-    ``latents`` are the names of its latent sites, once a guide has looked at it.
+    ``latents`` are the names of its latent sites, after a guide was made for it.
     """
 
     plain_networks = False
-    x_is_given = True  # nothing is known of what it draws, so that no pictures are made of it
+    x_is_given = True  # its draws are unknown, so that there are no pictures
     observed: tuple[str, ...] = ()
     label_site = None
 
@@ -53,7 +53,7 @@ class OwnProgram(PyroModule):
 
 
 def own_model(registry: Registry[Any], name: str) -> Callable | None:
-    """The program behind an import path, where it is one and no model of the collection's kind."""
+    """The program at an import path, unless it is a model of the collection's type."""
     if not is_import_path(name):
         return None
     found = program(registry, name)
@@ -61,7 +61,7 @@ def own_model(registry: Registry[Any], name: str) -> Callable | None:
 
 
 def amortized(model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]):
-    """The guide that `amortize` makes of a model and some rows of its data."""
+    """The guide of `amortize` for a model and some rows of its data."""
     from gumbo.guides import amortize
 
     known = ("hidden", "dependencies", "order")

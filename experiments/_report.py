@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained file that says what was run, what came of it, and how to run it again."""
+"""``report.html``: a self-contained page with settings, results, and the command that repeats the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gumbo.experiments._runs import RunFolder, environment
 from gumbo.tables import digits
 
 MOST_BYTES = 5_000_000
-MOST_POINTS = 200  # of a curve: each carries a title to hover over
+MOST_POINTS = 200  # the most points of a curve, each with a tooltip
 COLORS = ("#3b82c4", "#d97706", "#2e9e5b", "#c8453b", "#8b5fbf", "#8c6d46", "#c95fa4", "#6b7280", "#9a9a1d", "#1fa3b0")
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
 
@@ -40,11 +40,11 @@ Curve = Sequence[tuple[float, float]]
 
 
 class Report:
-    """A page that grows block by block.
+    """A page made of blocks.
 
     Args:
         title: what was run.
-        verdict: what came of it, in a sentence or two.
+        verdict: the result, in a sentence or two.
 
     >>> page = Report("gumbo train", "The bound is −20.1 nats per datum.")
     >>> page.table(["split", "ELBO"], [["test", "-20.1"]], "Numbers")
@@ -66,7 +66,7 @@ class Report:
         self.blocks.append(f'<pre tabindex="0">{escape(text)}</pre>')
 
     def table(self, heads: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> None:
-        """Rows of cells; a cell says on hovering to which row and column it belongs."""
+        """A table; each cell has a tooltip with its row and column."""
         self.heading(caption)
         top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
         rows = []
@@ -82,7 +82,7 @@ class Report:
         )
 
     def curves(self, caption: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str) -> None:
-        """Lines of (x, y) points, each point with its numbers to hover over."""
+        """Lines of (x, y) points, each point with its numbers as a tooltip."""
         lines = {name: [p for p in points if math.isfinite(p[1])] for name, points in lines.items()}
         lines = {name: _thinned(points) for name, points in lines.items() if points}
         if lines:
@@ -90,13 +90,13 @@ class Report:
             self.blocks.append(_svg(caption, lines, xlabel, ylabel, f"clip{len(self.blocks)}"))
 
     def picture(self, path: Path, caption: str) -> None:
-        """A PNG file, within the page."""
+        """A PNG file, embedded in the page."""
         data = base64.b64encode(path.read_bytes()).decode()
         image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
         self.blocks.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
 
     def facts(self, caption: str, found: Mapping[str, Any]) -> None:
-        """Names and values, folded away."""
+        """Names and values, collapsed."""
         rows = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in found.items())
         self.blocks.append(
             f'<details><summary>{escape(caption)}</summary><div class="scroll"><table>{rows}</table></div></details>'
@@ -116,10 +116,10 @@ class Report:
 
 
 def finish(run: RunFolder, page: Report, name: str = "report.html", pictures: Sequence[Path] | None = None) -> Path:
-    """Add pictures, settings, environment and command, and write the page into the run's folder.
+    """Add pictures, settings, environment and command, and write the page to the run's folder.
 
-    ``pictures`` are by default all that the run has. Those that would make the file larger than 5 MB are left out, and
-    the page names them.
+    ``pictures`` are by default all of the run. Those that would make the file larger than 5 MB are left out, and the
+    page names them.
     """
     paths = sorted(run.plots.glob("*.png")) if pictures is None else [path for path in pictures if path.exists()]
     if paths:
@@ -142,14 +142,14 @@ def finish(run: RunFolder, page: Report, name: str = "report.html", pictures: Se
 
 
 def again(page: Report, found: Mapping[str, Any]) -> None:
-    """Add the command that repeats what was run, and the environment that it ran in."""
+    """Add the command that repeats the run, and its environment."""
     page.heading("Again")
     page.pre(command_line(found["command"]))
     page.facts("environment", {name: value for name, value in found.items() if name != "command"})
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """The command of a process, as one would type it."""
+    """The command of a process, as typed in a shell."""
     script = Path(argv[0]).name if argv else "gumbo"
     program = "gumbo" if script in ("gumbo", "__main__.py") else f"python {argv[0]}"
     return " ".join([program, *(shlex.quote(str(part)) for part in argv[1:])])
@@ -162,7 +162,7 @@ def _thinned(points: Curve) -> list[tuple[float, float]]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two others, some five of them.
+    """About five round numbers between two others.
 
     >>> _ticks(-43.0, -19.0)
     [-40.0, -35.0, -30.0, -25.0, -20.0]
@@ -220,7 +220,7 @@ def _svg(caption: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str, cli
 
 
 def _visible(ys: Sequence[float]) -> tuple[float, float]:
-    """The range that is shown: all of it, but for far outliers below, where training began."""
+    """The range of the axis: all values, without low outliers from the start of training."""
     ordered = sorted(ys)
     high, low = ordered[-1], ordered[0]
     tenth = ordered[len(ordered) // 10]

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind: what was asked, where it ran, what it found."""
+"""Run folders: settings, environment, results."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from typing import Any
 from gumbo.errors import BadInput
 from gumbo.files import append_line, write_whole
 
-LARGEST = 1 << 16  # bytes of a file of settings
-DEEPEST = 20  # levels of lists in mappings in lists, for which YAML's time grows with the square
+LARGEST = 1 << 16  # the largest settings file, in bytes
+DEEPEST = 20  # the deepest nesting, for which YAML's time grows quadratically
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file, as a mapping of plain values.
 
     Raises BadInput, in bounded time and memory, for a file that is missing, larger than 64 KiB, not UTF-8, not YAML,
-    with aliases (a few lines of them unfold to gigabytes), or with anything but a mapping of plain values.
+    with aliases (a few lines can expand to gigabytes), or with anything but a mapping of plain values.
     """
     import yaml
 
@@ -58,7 +58,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def run_settings(run: str, verb: str, config_class: type) -> dict[str, Any]:
     """The settings in the ``config.yaml`` of a run of ``gumbo VERB``, by the fields of its dataclass.
 
-    Raises BadInput for what is no run folder, a run of another verb, and a setting that the dataclass lacks.
+    Raises BadInput for a folder that is no run, a run of another verb, and a setting that the dataclass lacks.
     """
     if not run:
         raise BadInput("the name of the run folder is empty: name one (is a variable of your shell not set?)")
@@ -79,7 +79,7 @@ def run_settings(run: str, verb: str, config_class: type) -> dict[str, Any]:
 
 
 def _refuse_bombs(path: Path, events: Iterable[Any]) -> None:
-    """Raise BadInput at the first event of a YAML file that settings have no need of."""
+    """Raise BadInput at the first YAML event that settings do not need."""
     import yaml
 
     depth = 0
@@ -102,7 +102,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, experiment: str, config: Any, path: str | None = None) -> RunFolder:
-        """A new folder, ``./runs/<experiment>-<time>`` unless ``path`` says otherwise; one with content is refused."""
+        """A new folder, ``./runs/<experiment>-<time>`` or ``path``; a folder with content is refused."""
         if path is not None:
             if not path or "\0" in path:
                 raise BadInput(f"folder is {path!r}: expected the name of a folder")
@@ -128,11 +128,11 @@ class RunFolder:
         return run
 
     def saved(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
+        """Whether there is a checkpoint to resume from."""
         return any(self.checkpoints.glob("*.pt"))
 
     def empty(self) -> None:
-        """Take away what :meth:`create` has made, in a run that came to nothing."""
+        """Remove the folders that :meth:`create` made, after a run without results."""
         for folder in (self.plots, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
         for name in ("config.yaml", "env.json", "metrics.jsonl", ".lock"):
@@ -143,9 +143,9 @@ class RunFolder:
             folder.rmdir()
 
     def write_config(self, experiment: str, config: Any, **changed: Any) -> None:
-        """The settings of a run, under the mark that they are a run's: the name of its experiment.
+        """Write the settings of a run with the name of its experiment, which marks them as a run's.
 
-        Whether a command trusted a run folder is not a setting of the run.
+        ``trust`` is not a setting of the run.
         """
         import yaml
 
@@ -157,11 +157,11 @@ class RunFolder:
         self.write_text(name, json.dumps(_without_nan(content), indent=1) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Replaced as a whole, so that a reader never sees half of it, and a full disk leaves what was there."""
+        """Write a file atomically, so that a reader never sees a part, and a full disk keeps the old one."""
         write_whole(self.path / name, lambda file: file.write(text.encode()), shared=True)  # two may look at one run
 
     def append_metrics(self, numbers: Mapping[str, Any]) -> None:
-        """One line, in one write, so that lines of several processes do not mix."""
+        """Append one line in one write, so that lines of several processes do not mix."""
         append_line(self.metrics, json.dumps(numbers))
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -171,7 +171,7 @@ class RunFolder:
 
 
 def _without_nan(content: Any) -> Any:
-    """The same with None for NaN, of which JSON knows nothing."""
+    """The same with None for NaN, which JSON does not have."""
     if isinstance(content, Mapping):
         return {name: _without_nan(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -187,7 +187,7 @@ def _make(path: Path) -> None:
 
 
 def _new(path: Path) -> Path:
-    """``path``, or the first free of ``path-2``, ``path-3``, …: two runs may begin within one second."""
+    """``path``, or the first free of ``path-2``, ``path-3``, …: two runs may start within one second."""
     _make(path.parent)
     for number in range(1, 1000):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
@@ -234,7 +234,7 @@ def available_cpus() -> int:
 
 
 def _commit() -> str | None:
-    """The commit that this code stands at, if it is a checkout."""
+    """The commit of this code, if it is a checkout."""
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():
         return None
@@ -251,9 +251,9 @@ def _commit() -> str | None:
 
 
 class Watch:
-    """Live progress of a run whose workers may be other processes: it counts the lines of ``metrics.jsonl``.
+    """Live progress of a run with worker processes: counts the lines of ``metrics.jsonl``.
 
-    A bar on a terminal; elsewhere a plain line for each tenth of the work. Used as a context manager.
+    A bar on a terminal; elsewhere a line for each tenth of the work. Used as a context manager.
     """
 
     def __init__(self, run: RunFolder, total: int, title: str):

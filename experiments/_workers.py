@@ -1,4 +1,4 @@
-"""Tasks on several processes, of this machine or of a Dask cluster: results as they come, and a dead worker's again."""
+"""Tasks on several processes, of this machine or of a Dask cluster, with reruns of a dead worker's tasks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gumbo.experiments._runs import environment
 
 BACKENDS = ("loky", "dask")
 ADDRESS = "tcp://host:port"
-SECONDS = 10  # for a scheduler to answer, and for its first worker to come
-DEATHS = 3  # of workers, one after the other, with no task finished between them
+SECONDS = 10  # timeout for a scheduler's answer, and for its first worker
+DEATHS = 3  # deaths of workers in a row, without a finished task between them
 
-_one_at_a_time = threading.Lock()  # seeds, threads and the param store belong to the whole process
+_one_at_a_time = threading.Lock()  # seeds, threads and the param store are global to the process
 
 
 def check_workers(backend: str, address: str | None, jobs: int, least: int = 1) -> None:
-    """Raises for a backend, an address or a number of jobs that cannot be."""
+    """Raise for an invalid backend, address or number of jobs."""
     if backend not in BACKENDS:
         raise UnknownName("backend", backend, BACKENDS)
     if backend == "dask" and not address:
@@ -39,21 +39,22 @@ def in_parallel(
     address: str | None = None,
     again: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[tuple, Any]]:
-    """Each task with ``function(*task)``, as they are finished; no worker outlives the loop, however it ends.
+    """Yield each task with ``function(*task)`` as it finishes; all workers stop with the loop.
 
-    A worker that dies takes no finished task with it: what is missing runs again, until ``DEATHS`` workers have died
+    If a worker dies, finished tasks are kept and the others run again, until ``DEATHS`` workers have died in a row
+    without a finished task between them.
     one after the other with nothing finished between them.
 
     Args:
-        function: what runs, importable by its name.
+        function: the function to run, importable by its name.
         tasks: its arguments.
-        jobs: processes of this machine; 1 runs here, one after the other.
+        jobs: processes of this machine; 1 runs them in this process.
         backend: ``loky`` for processes of this machine, ``dask`` for every worker of a cluster.
         address: of the cluster's scheduler.
-        again: called before tasks of a dead worker run again, while none runs.
+        again: called before tasks of a dead worker run again, when no task runs.
 
     Raises:
-        BadInput: a cluster that does not answer, has no workers, or runs other code than this.
+        BadInput: a cluster that does not answer, has no workers, or runs another version or commit.
         GumboError: workers that die again and again.
     """
     if backend == "loky" and jobs == 1:
@@ -86,7 +87,7 @@ def _numbered(k: int, function: Callable[..., Any], task: tuple) -> tuple[int, A
 
 
 def _deaths() -> tuple[type[BaseException], ...]:
-    """What a dead worker raises here."""
+    """The exceptions that a dead worker causes here."""
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     found: list[type[BaseException]] = [BrokenProcessPool]
@@ -107,7 +108,7 @@ def _processes(jobs: int) -> Iterator[Run]:
     from joblib.externals.loky import get_reusable_executor
 
     def run(function, missing):
-        # With one process joblib would run it here, and its death would be the caller's.
+        # With one process joblib would run the task in this process, which would die with it.
         parallel = Parallel(max(2, min(jobs, len(missing))), return_as="generator_unordered", batch_size=1)
         return parallel([delayed(_numbered)(k, function, task) for k, task in missing.items()])
 
@@ -154,7 +155,7 @@ def _cluster(address: str | None) -> Iterator[Run]:
         _check_cluster(client, address)
 
         def run(function, missing):
-            # The backend's own number of jobs holds; batches of several tasks would die together.
+            # The backend sets the number of jobs; a batch of several tasks would die together.
             parallel = Parallel(-1, backend=Backend(client=client), return_as="generator_unordered", batch_size=1)
             return parallel([delayed(_numbered)(k, function, task) for k, task in missing.items()])
 

@@ -18,31 +18,31 @@ from gumbo.tables import digits, markdown
 
 @dataclass
 class Audit:
-    """Draw gradients of many estimators at fixed parameters, hold them against the exact gradient, and recommend one.
+    """Compare the gradients of many estimators at fixed parameters with the exact gradient, and recommend one.
 
     Args:
         model: a Pyro program as module:object (a function, a module, or a class to be made), or a model's name.
-        guide: its guide, alike.
+        guide: its guide, in the same form.
         args: module:function that returns the programs' arguments, a tuple or a mapping of keywords; or one tensor.
-        data: a data set's name, whose first training images are the argument.
-        batch_size: how many images.
+        data: a data set's name; its first training images are the argument.
+        batch_size: number of images.
         estimators: words of estimators and of Pyro's own ELBOs, or for each site one, as in
-            `--estimators rloo '{gate: enumerate, z: pathwise}'`; by default every word there is.
+            `--estimators rloo '{gate: enumerate, z: pathwise}'`; by default every word.
         objective: elbo, or iwae or renyi (with `--particles`).
-        objective_options: what the objective is told beside its word, as in `--objective_options.alpha=0.5` of renyi.
-        particles: draws a step; by default each estimator's own minimum.
-        num_samples: gradients drawn of each estimator.
-        reference: auto, exact, long-run, or an estimator to be run long.
-        burn_in: steps in which baselines and control variates settle.
-        alpha: the chance that any unbiased estimator is flagged.
+        objective_options: options of the objective, as in `--objective_options.alpha=0.5` for renyi.
+        particles: draws per step; by default each estimator's smallest number.
+        num_samples: gradients per estimator.
+        reference: auto, exact, long-run, or an estimator for a long run.
+        burn_in: steps in which baselines and control variates adapt.
+        alpha: the probability that any unbiased estimator is flagged.
         kl_weight: a factor for the latent terms.
         one_by_one: run particles one after the other, for programs whose layers do not broadcast.
-        max_plate_nesting: how deep plates nest; by default the first run tells.
-        model_options: arguments of a model that is made here, as in `--model_options.num_latents=6`.
-        guide_options: arguments of a guide that is made here.
+        max_plate_nesting: number of batch dimensions of plates; by default found in the first run.
+        model_options: arguments of a model class, as in `--model_options.num_latents=6`.
+        guide_options: arguments of a guide class.
         seed: initial weights and draws.
         folder: the run folder; by default ./runs/audit-<time>.
-        trust: import what the config.yaml of a run, given as `--config`, names by import path.
+        trust: import the import paths in the config.yaml of a run, given as `--config`.
     """
 
     model: str
@@ -129,7 +129,7 @@ def check(config: Audit) -> None:
 
 
 def say(label: str, done: int, total: int) -> None:
-    """One line on standard error, written over on a terminal."""
+    """Print one line to standard error, overwritten on a terminal."""
     over = sys.stderr.isatty()
     words = {"": "done", "reference": "finding the reference", "time": "timing"}.get(label, label)
     ending = "" if over and label else "\n"
@@ -170,7 +170,7 @@ def batch(config: Audit):
 
 
 def made(registry: Registry[Any], name: str, kind: str, positional: tuple, options: Mapping[str, Any]) -> Callable:
-    """A registered program built, or an imported one; a class is called with as much of ``positional`` as it takes."""
+    """A registered program built, or an imported one; a class receives as many of ``positional`` as it takes."""
     from gumbo.experiments.train import construct
 
     found = program(registry, name)
@@ -189,7 +189,7 @@ def made(registry: Registry[Any], name: str, kind: str, positional: tuple, optio
 
 
 def user_arguments(path: str | None) -> tuple[tuple, dict[str, Any]]:
-    """What the user's function returns, as positional and keyword arguments."""
+    """The result of the user's function, as positional and keyword arguments."""
     from gumbo.inference.engine.rows import arguments_of
 
     if path is None:

@@ -1,4 +1,4 @@
-"""The command ``gumbo``: a thin face over the scripts of this folder."""
+"""The command ``gumbo``, which runs the scripts of this folder."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    """A module of this package whose ``main(argv, prog)`` does the work, and a line on what it does."""
+    """A module of this package with ``main(argv, prog)``, and a line that describes it."""
 
     module: str
     summary: str
 
 
-# Imported when used, so that `gumbo --help` does not wait for torch.
+# Imported on use, so that `gumbo --help` does not import torch.
 VERBS = {
-    "compare": Verb("compare", "contrast pathwise, score-function and relaxed gradients on one model"),
+    "compare": Verb("compare", "compare pathwise, score-function and relaxed gradients on one model"),
     "train": Verb("train", "train a model with a guide and an estimator on a data set"),
-    "evaluate": Verb("evaluate", "judge a run of `gumbo train` on a split of its data"),
+    "evaluate": Verb("evaluate", "evaluate a run of `gumbo train` on a split of its data"),
     "inspect": Verb("inspect_posterior", "the posterior of a run for ArviZ, in pictures and verdicts"),
-    "export": Verb("export", "write a run's parameters as safetensors, with the config that makes its programs"),
-    "audit": Verb("audit", "hold gradient estimators against the exact gradient, on any model and guide"),
+    "export": Verb("export", "write a run's parameters as safetensors, with the config of its programs"),
+    "audit": Verb("audit", "compare gradient estimators with the exact gradient, on any model and guide"),
     "system": Verb("system", "one of the small demonstrations: a picture and its numbers"),
-    "reproduce": Verb("reproduce", "train the cells of a published table and set them beside the published numbers"),
+    "reproduce": Verb("reproduce", "train the cells of a published table and compare them with the published numbers"),
     "doctor": Verb("doctor", "versions, devices, data found, and a self-test of ten seconds"),
     "completion": Verb("completion", "a script that completes verbs, options and names in your shell"),
     "list": Verb("listing", "show models, guides, estimators, objectives, and which combinations are valid"),
@@ -37,10 +37,10 @@ def usage() -> str:
     verbs = "\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items())
     return (
         "usage: gumbo VERB [options]\n\n"
-        "Deep generative models and amortized guides in Pyro; how each random choice gets its gradient is one word.\n\n"
+        "Deep generative models and amortized guides in Pyro, with a gradient estimator for each site.\n\n"
         f"verbs:\n{verbs}\n\n"
         "`gumbo VERB --help` shows the options of a verb; `gumbo --version` the version.\n"
-        "Exit status: 0 done; 1 failed underway; 2 a mistake in what was asked; 128 + n stopped by signal n."
+        "Exit status: 0 success; 1 failure during the run; 2 a mistake in the command; 128 + n stopped by signal n."
     )
 
 

@@ -1,7 +1,7 @@
 """``gumbo compare``: one model under pathwise, score-function and relaxed gradients, side by side, on real images.
 
-Every arm of a family sees the same data, architecture, seeds, initial weights and batches; what differs is how the
-gradient passes through the guide's draws. Whatever an arm trains on, what is reported of it is the true bound of the
+Every arm of a family has the same data, architecture, seeds, initial weights and batches; arms differ in how the
+gradient passes through the guide's draws. For every training objective the reported number is the true bound of the
 model with exact densities or discrete latents.
 """
 
@@ -33,33 +33,33 @@ from gumbo.tables import digits, markdown, plain
 
 @dataclass
 class Compare:
-    """Contrast gradient estimators on one model: pathwise against score function, discrete against relaxed.
+    """Compare gradient estimators on one model: pathwise with score function, discrete with relaxed.
 
     Args:
         quick: a small run of every arm, for a first look and for tests.
         data: a data set's name; its images are binarized at one half.
-        families: which contrasts to run.
-        seeds: how many seeds; each draws its own initial weights, batches and noise.
+        families: which comparisons to run.
+        seeds: number of seeds; each has its own initial weights, batches and noise.
         epochs: training epochs of each arm and seed.
-        batch_size: images a step; a last partial batch is dropped in every arm.
+        batch_size: images per step; a last partial batch is dropped in every arm.
         lr: Adam's learning rate.
         hidden: layer widths of the encoder; the decoder mirrors them.
         latent_dim: Normal latents of the continuous family.
         num_latents: one-hot latents of the discrete family.
         num_classes: classes of each one-hot latent.
-        particles: draws a step of the leave-one-out arms; every other arm draws one.
-        gradient_draws: draws of the gradient behind each variance.
-        burn_in: draws before that, for arms whose baseline is a moving average.
-        warm_up: epochs over which every arm's KL weight rises from 0 to 1, so that latents are not given up before the
-            decoder can read them; 0 weighs it fully from the start. What is reported is always the bound at weight 1.
-        common_epochs: epochs of the training that all arms share before the second variance is measured.
-        importance_samples: draws a datum behind the final log p(x).
-        jobs: worker processes; 0 takes one a core, at most 4.
+        particles: draws per step of the leave-one-out arms; other arms have one.
+        gradient_draws: gradient draws for each variance.
+        burn_in: draws before these, for arms with a moving-average baseline.
+        warm_up: epochs over which every arm's KL weight rises from 0 to 1, against posterior collapse; 0 uses weight 1
+            from the start. The reported bound always has weight 1.
+        common_epochs: epochs of the common training before the second variance is measured.
+        importance_samples: draws per datum for the final log p(x).
+        jobs: worker processes; 0 takes one per core, at most 4.
         backend: loky for processes of this machine, dask for every worker of a Dask cluster.
         address: of the cluster's scheduler, tcp://host:port.
-        resume: the folder of a comparison to go on with; arms that were finished are kept.
+        resume: the folder of a comparison to resume; finished arms are kept.
         folder: the run folder; by default ./runs/compare-<time>.
-        trust: import what the config.yaml of a run, given as `--config`, names by import path.
+        trust: import the import paths in the config.yaml of a run, given as `--config`.
     """
 
     quick: bool = False
@@ -105,7 +105,7 @@ QUICK = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to the gradient: a loss by its word, on one form of the family's pair."""
+    """One estimator: a loss by its word, on one form of the family's pair."""
 
     family: str
     name: str
@@ -116,11 +116,11 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """The arm's part in the names of its files."""
+        """The arm's part of its file names."""
         return f"{self.family}-{self.name}".replace(" ", "-").replace("(", "").replace(")", "")
 
 
-# In each family: the arm whose gradients the ratios refer to, then whose parameters all arms meet at.
+# By family: the reference arm of the ratios, then the arm of the common training.
 REFERENCE = {"continuous": "trace (pathwise)", "discrete": "rloo"}
 ARMS = [
     Arm("continuous", "trace (pathwise)", "trace", "reparameterized"),
@@ -144,7 +144,7 @@ PICTURES = 8  # images a row
 
 
 def compare(config: Compare) -> dict[str, Any]:
-    """Run every arm and seed, and write the run folder; returns what ``results.json`` holds."""
+    """Run every arm and seed, and write the run folder; returns the content of ``results.json``."""
     from gumbo.inference.training.locks import FolderLock
 
     check(config)
@@ -194,7 +194,7 @@ def task_identity(task: tuple) -> tuple[str, str, int]:
 
 
 def finished(run: RunFolder) -> tuple[list[dict[str, Any]], float]:
-    """The results that a run holds, and the seconds it took; lines of arms that were cut short are taken away."""
+    """The results in a run, and the seconds it took; lines of unfinished arms are removed."""
     try:
         found = json.loads((run.path / "results.json").read_text())
     except FileNotFoundError:
@@ -206,7 +206,7 @@ def finished(run: RunFolder) -> tuple[list[dict[str, Any]], float]:
 
 
 def forget_unfinished(run: RunFolder, done: Collection[tuple]) -> None:
-    """Take away the lines of arms that were cut short, while nobody writes any."""
+    """Remove the lines of unfinished arms, while no worker writes."""
     lines = [line for line in run.read_metrics() if (line["family"], line.get("arm", ""), line["seed"]) in done]
     run.metrics.unlink(missing_ok=True)
     for line in lines:
@@ -215,7 +215,7 @@ def forget_unfinished(run: RunFolder, done: Collection[tuple]) -> None:
 
 @contextmanager
 def resumable(run: RunFolder, results: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    """An interrupted comparison that has finished something says how to go on with it."""
+    """Add the command to resume to the interruption of a comparison with finished results."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -226,7 +226,7 @@ def resumable(run: RunFolder, results: Sequence[Mapping[str, Any]]) -> Iterator[
 
 
 def resumed(run: str) -> dict[str, Any]:
-    """The defaults that ``--resume RUN`` stands for: what the run recorded."""
+    """The defaults of ``--resume RUN``: the run's recorded settings."""
     found = run_settings(run, "compare", Compare)
     elsewhere = ("folder", "resume", "quick", "backend", "address")
     return {name: value for name, value in marked(found).items() if name not in elsewhere}
@@ -257,7 +257,7 @@ def check(config: Compare) -> None:
     for name, least in (smallest | {"importance_samples": 1}).items():
         if getattr(config, name) < least:
             raise BadInput(f"{name} is {getattr(config, name)}: expected at least {least}")
-    # Read here once, so that a missing file is told before a run folder and workers exist.
+    # Read here once, so that a missing file is reported before a run folder and workers exist.
     rows = len(images(config.data).train)
     if config.batch_size > rows:
         raise BadInput(f"batch_size is {config.batch_size}, and {config.data} has {rows} training images; lower it")
@@ -266,14 +266,14 @@ def check(config: Compare) -> None:
 def results_of(
     tasks: Sequence[tuple], config: Compare, run: RunFolder, jobs: int, done: set[tuple]
 ) -> Iterator[dict[str, Any]]:
-    """Results as they come, and their identities into ``done``; no worker outlives the loop, however it ends."""
+    """Yield results as they finish, and add their identities to ``done``; all workers stop with the loop."""
     if config.backend == "loky":
         here = [(run, config, task) for task in tasks]
         for (_, _, task), result in in_parallel(_here, here, jobs, again=lambda: forget_unfinished(run, done)):
             done.add(task_identity(task))
             yield result
         return
-    # Workers of a cluster may share no disk with the caller, who writes what they return.
+    # Workers of a cluster may share no disk with the caller, which writes their results.
     elsewhere = [(config, task) for task in tasks]
     for _, (result, lines, files) in in_parallel(_elsewhere, elsewhere, jobs, config.backend, config.address):
         for line in lines:
@@ -324,7 +324,7 @@ def build(config: Compare, data_shape: Sequence[int], seed: int, form: str):
 
 
 def copy_weights(pair, source) -> None:
-    """Give a pair the weights of another form of it; what only one of them has (a temperature) stays."""
+    """Copy a pair's weights from another form of it; tensors that only one of them has (a temperature) are kept."""
     for program, other in zip(pair, source, strict=True):
         weights = {name: value for name, value in other.state_dict().items() if name != "temperature"}
         missing = set(program.load_state_dict(weights, strict=False).missing_keys)
@@ -344,7 +344,7 @@ def loss_of(config: Compare, arm: Arm, kl_weight: Callable[[int], float] | None 
 
 
 def warmed(stock: type, kl_weight: Callable[[int], float]) -> type:
-    """One of Pyro's ELBOs, which know no such weight, with its latent terms weighted by a schedule of the step."""
+    """One of Pyro's ELBOs, which have no KL weight, with its latent terms weighted by a schedule of the step."""
     from gumbo.inference.stock import LatentsWeighted
 
     class Warmed(stock):  # type: ignore[misc, valid-type]
@@ -365,12 +365,12 @@ def warmed(stock: type, kl_weight: Callable[[int], float]) -> type:
             self.step += 1
             return value
 
-        Warmed.differentiable_loss = differentiable_loss  # only where it is: TraceGraph_ELBO has none
+        Warmed.differentiable_loss = differentiable_loss  # only if it exists: TraceGraph_ELBO has none
     return Warmed
 
 
 def train(config: Compare, run: RunFolder, arm: Arm, seed: int) -> dict[str, Any]:
-    """One arm and seed: trained, watched on the validation data, judged on the test data."""
+    """One arm and seed: training, validation, evaluation on the test data."""
     from gumbo.inference import Linear, evaluate, fit
     from gumbo.inference.training.checkpoints import save_checkpoint
 
@@ -419,7 +419,7 @@ def checkpoint(run: RunFolder, arm: Arm, seed: int) -> Path:
 
 
 def sample_pictures(config: Compare, run: RunFolder, arm: Arm):
-    """Test images with what the arm's first seed makes of them, and draws from its model."""
+    """Test images with their reconstructions by the arm's first seed, and draws from its model."""
     from gumbo.experiments.plots import prior_draws, reconstructions
     from gumbo.inference.posterior.parts import exact_pair
     from gumbo.inference.training.checkpoints import load_checkpoint
@@ -468,10 +468,10 @@ def measure(config: Compare, run: RunFolder, family: str, seed: int) -> dict[str
                 batch,
                 num_samples=config.gradient_draws,
                 seed=seed,
-                # Pyro's average decays by 0.9 a draw: what is left of its start adds to the variance by its square.
+                # Pyro's average decays by 0.9 per draw: the remainder of its initial value adds to the variance.
                 burn_in=config.burn_in if arm.word.endswith("+baseline") else 0,
             )
-        # Arms with one objective share one true gradient, and the least noisy of them knows its size best.
+        # Arms with the same objective have the same exact gradient, best estimated by the least noisy one.
         least = min((m for a, m in zip(arms, moments.values(), strict=True) if a.same_objective), key=noise)
         for arm in arms:
             own = moments[arm.name]
@@ -492,7 +492,7 @@ def noise(moments) -> float:
 
 
 def summarize(arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row an arm: means and standard errors over seeds of whatever has come in."""
+    """One row per arm: means and standard errors over the available seeds."""
     rows = []
     for arm in arms:
         runs = [r for r in results if r["what"] == "training" and (r["family"], r["arm"]) == (arm.family, arm.name)]
@@ -561,7 +561,7 @@ def table_of(family: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[
 
 
 def collapse(row: Mapping[str, Any]) -> str:
-    """A remark on an arm whose latents know nothing of the data."""
+    """A remark on an arm whose latents are independent of the data."""
     if not row["collapsed"]:
         return ""
     return "collapsed" if row["collapsed"] == row["seeds"] else f"{row['collapsed']} collapsed"
@@ -582,7 +582,7 @@ def note(config: Compare) -> str:
 
 
 def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Pathwise or score function, in a sentence, by the numbers at hand."""
+    """Pathwise or score function, in a sentence, from the numbers."""
     by_arm = {(row["family"], row["arm"]): row for row in rows if row["elbo"] and row["ratio_initial"]}
     parts = []
     path, score = (by_arm.get(("continuous", name)) for name in ("trace (pathwise)", "trace (score)"))
@@ -612,7 +612,7 @@ def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_tables(run: RunFolder, config: Compare, arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> None:
-    """``table.md``: the table of each family, and below it the numbers that do not fit a terminal."""
+    """``table.md``: the table of each family, and further numbers below it."""
     rows = summarize(arms, results)
     text = ["# gumbo compare", ""]
     for family in dict.fromkeys(arm.family for arm in arms):

@@ -16,7 +16,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 @dataclass
 class Completion:
-    """Print a script that completes gumbo's verbs, options and names; it starts no Python when you press TAB.
+    """Print a script that completes gumbo's verbs, options and names, without starting Python on TAB.
 
     bash: `gumbo completion bash > ~/.local/share/bash-completion/completions/gumbo`; zsh: `gumbo completion zsh >
     DIR/_gumbo`, DIR a folder of $fpath. Run it again after an upgrade.
@@ -29,7 +29,7 @@ class Completion:
 
 
 def names() -> dict[str, list[str]]:
-    """What an option of that name may be, from the registries."""
+    """The values of an option, from the registries."""
     from gumbo.experiments.data import datasets
     from gumbo.guides import guides
     from gumbo.inference import stock_elbos
@@ -45,7 +45,7 @@ def names() -> dict[str, list[str]]:
 
 
 def settings_of(module: str) -> type | None:
-    """The dataclass of a verb's settings: the one that its module defines under the verb's name."""
+    """The dataclass of a verb's settings, which its module defines under the verb's name."""
     found = importlib.import_module(f"gumbo.experiments.{module}")
     own = [thing for thing in vars(found).values() if is_dataclass(thing) and thing.__module__ == found.__name__]
     marked = [thing for thing in own if isinstance(thing, type) and "Args:" in (thing.__doc__ or "")]
@@ -53,7 +53,7 @@ def settings_of(module: str) -> type | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All verbs with their options, for completion alone."""
+    """All verbs with their options, for completion."""
     from gumbo.experiments.cli import VERBS
     from gumbo.experiments.reproduction import tables
     from gumbo.experiments.systems import systems
@@ -84,7 +84,7 @@ def script(shell: str) -> str:
 
     Raises:
         UnknownName: the shell is none of bash, zsh, tcsh.
-        BadInput: shtab, which writes the script, is not installed.
+        BadInput: shtab, which generates the script, is not installed.
     """
     if shell not in SHELLS:
         raise UnknownName("shell", shell, SHELLS)

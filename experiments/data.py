@@ -14,8 +14,8 @@ name                image       train / valid / test       splits
 ``cells``           1 x 60      1,500 / 500 / 1,000        counts drawn from ``cells_law``; labels: types of cell
 =================== =========== ========================== =========================================================
 
-Files are looked for under the folder that the environment variable ``GUMBO_DATA`` names (by default ``gumbo`` in the
-user's cache folder) and downloaded there on first use.
+Files are read from the folder that the environment variable ``GUMBO_DATA`` names (by default ``gumbo`` in the user's
+cache folder) and downloaded there on first use.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Loader = Callable[[Path, Sequence[str]], dict[str, Split]]
 
 
 def _expected(found: object) -> str:
-    """The marks of a loader: it takes a folder and the splits, or nothing, and belongs to no library."""
+    """Check a loader: it takes a folder and the splits, or nothing, and belongs to no library."""
     own = callable(found) and not isinstance(found, type) and not is_librarys(found)
     fits = own and (takes(found, 2) or takes(found, 0))
     return "" if fits else "a loader of data, a function of (folder, splits) or of nothing"
@@ -65,9 +65,9 @@ def dataset(name: str, images: bool = False) -> Callable[[Loader], Loader]:
     """Register a loader, a function from a folder and the names of splits to ``{split: (rows, labels or None)}``.
 
     Args:
-        name: what ``load`` and ``--data`` call it.
-        images: its rows are images with grey levels in [0, 1], which ``binarize="auto"`` thresholds at one half;
-            anything else (counts, measurements) is passed on as it is.
+        name: the name for ``load`` and ``--data``.
+        images: whether rows are images with grey levels in [0, 1], which ``binarize="auto"`` thresholds at one half;
+            other rows (counts, measurements) are not changed.
     """
 
     def enrol(loader: Loader) -> Loader:
@@ -81,11 +81,11 @@ def dataset(name: str, images: bool = False) -> Callable[[Loader], Loader]:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images ``(N, 1, H, W)`` of three splits, and their labels ``(N,)`` by split where there are any.
+    """Images ``(N, 1, H, W)`` of three splits, and their labels ``(N,)`` by split, if any.
 
-    A split that was not asked for is empty. With ``binarize="dynamic"`` ``train`` keeps its grey levels, and
-    ``transform`` draws zeros and ones from them, once an epoch or once a batch. ``rows`` is a Dataset or DataLoader of
-    the training rows where these are read as they are needed; ``train`` is empty then.
+    A split that was not requested is empty. With ``binarize="dynamic"`` ``train`` keeps its grey levels, and
+    ``transform`` draws zeros and ones from them, once per epoch or per batch. ``rows`` is a Dataset or DataLoader of
+    the training rows if these are read on demand; ``train`` is empty then.
     """
 
     name: str
@@ -98,11 +98,11 @@ class ImageData:
 
     @property
     def data_shape(self) -> tuple[int, ...]:
-        """The shape of one image, as models take it."""
-        return tuple(self.train.shape[1:])  # of no rows, where they are read as they are needed
+        """The shape of one image, for models."""
+        return tuple(self.train.shape[1:])  # without rows if they are read on demand
 
     def batch(self, rows: Any, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
-        """The images of a training batch as a model should see them now, and their labels if there are any."""
+        """The images of a training batch for the model, and their labels if there are any."""
         images, labels = parts_of(self.name, rows)
         if self.rows is not None:
             images = _prepared(self.name, images, self.binarize, self.valid.dtype)
@@ -110,7 +110,7 @@ class ImageData:
         return self.transform(images, generator), labels
 
     def transform(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Training ``images`` as a model should see them now: drawn afresh if the binarization is dynamic."""
+        """Training ``images`` for the model: drawn again under dynamic binarization."""
         return torch.bernoulli(images, generator=generator) if self.binarize == "dynamic" else images
 
 
@@ -123,13 +123,13 @@ def load(
 ) -> ImageData:
     """The data set of that name: images with values in [0, 1], or in {0, 1} if they are binarized.
 
-    A loader of your own may give any numbers, such as counts. ``binarize="auto"`` thresholds the images of the table
-    above at one half and leaves all other data as they are; ``"static"`` thresholds at one half; ``"dynamic"`` makes
-    zeros and ones by a Bernoulli draw per pixel: anew for training images whenever ``ImageData.transform`` is called,
-    once and for all (by a seed of its own) for the other splits, so that evaluations compare. ``splits`` restricts what
-    is read, so that MNIST's test images can be used where its training images are missing. ``root`` overrides the
-    folder. Raises UnknownName for a name or a binarization that does not exist, and BadInput for a binarization of
-    values outside [0, 1], and where a file is missing and cannot be downloaded, saying where to put it.
+    Your own loader may return any numbers, such as counts. ``binarize="auto"`` thresholds the images of the table above
+    at one half and does not change other data; ``"static"`` thresholds at one half; ``"dynamic"`` makes zeros and ones
+    by a Bernoulli draw per pixel: again for training images whenever ``ImageData.transform`` is called, once with a
+    fixed seed for the other splits, so that evaluations are comparable. ``splits`` restricts what is read, so that
+    MNIST's test images can be used without its training images. ``root`` overrides the folder. Raises UnknownName for
+    an unknown name or binarization, and BadInput for a binarization of values outside [0, 1], and for a file that is
+    missing and cannot be downloaded, with the place to put it.
 
     >>> data = load("digits", binarize="static")
     >>> data.train.shape, data.train.unique(), data.labels["test"].shape
@@ -162,7 +162,7 @@ def load(
 
 
 def parts_of(name: str, rows: Any) -> tuple[Any, Any]:
-    """Images and labels (or None) out of a batch in any form: images, a tuple with labels second, a mapping."""
+    """Images and labels (or None) of a batch in any form: images, a tuple with labels second, a mapping."""
     if isinstance(rows, Mapping):
         found = [next((rows[key] for key in keys if key in rows), None) for keys in (_IMAGES, _LABELS)]
         if found[0] is None:
@@ -179,7 +179,7 @@ _IMAGES, _LABELS = ("images", "x", "image"), ("labels", "label", "y")
 
 
 def _own(name: str, make: Callable[[], Any], binarize: str | None, splits: Sequence[str], dtype) -> ImageData:
-    """The data that a function of the user's makes: a Dataset, a DataLoader or arrays, for each split or for all."""
+    """The data of a user's function: a Dataset, a DataLoader or arrays, for each split or for all."""
     from gumbo.inference.engine.sources import Source
 
     who = f"dataset {name!r}"
@@ -238,7 +238,7 @@ class _ArrayRows(Dataset):
 
 
 def _prepared(name: str, images: Any, binarize: str | None, dtype: torch.dtype) -> Tensor:
-    """Images in the type that models take, thresholded if asked; BadInput for what they cannot be."""
+    """Images in the dtype of models, thresholded if requested; BadInput for values that do not allow it."""
     if not isinstance(images, Tensor):
         raise BadInput(f"dataset {name!r}: its rows are {describe(images)}: expected tensors or arrays of numbers")
     images = images.to(dtype)
@@ -250,7 +250,7 @@ def _prepared(name: str, images: Any, binarize: str | None, dtype: torch.dtype) 
 
 
 def _checked(name: str, read: Any, splits: Sequence[str]) -> dict[str, Split]:
-    """What a loader has returned, as arrays; BadInput where it is not what a loader returns."""
+    """The result of a loader, as arrays; BadInput for an invalid result."""
     who = f"dataset {name!r}"
     if not isinstance(read, Mapping) or not set(splits) <= set(read):
         raise BadInput(f"{who}: its loader returned {describe(read)}: expected a dict with {', '.join(splits)}")
@@ -273,19 +273,19 @@ def _checked(name: str, read: Any, splits: Sequence[str]) -> dict[str, Split]:
 
 
 def _rows(pixels: np.ndarray) -> Tensor:
-    """Images one after the other in memory, whatever order the file has: batches are gathered by row."""
+    """Contiguous images: batches are gathered by row."""
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
 def data_folder() -> Path:
-    """Where data files lie: ``GUMBO_DATA``, or ``gumbo`` in the user's cache folder."""
+    """The folder of data files: ``GUMBO_DATA``, or ``gumbo`` in the user's cache folder."""
     if folder := os.environ.get("GUMBO_DATA"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gumbo"
 
 
 def _refuse_levels(name: str, images: dict[str, Tensor], binarize: str) -> None:
-    """Raise BadInput for values that are no grey levels: a threshold of one half would turn counts into bits."""
+    """Raise BadInput for values that are not grey levels: a threshold of one half would turn counts into bits."""
     for pixels in images.values():
         if pixels.numel() and not (pixels.min() >= 0 and pixels.max() <= 1):
             raise BadInput(
@@ -304,7 +304,7 @@ def _fixed_draw(pixels: Tensor, seed: int) -> Tensor:
 
 
 def _permutation(size: int) -> np.ndarray:
-    # RandomState's stream is frozen by numpy's policy, so the splits stay what they are for good.
+    # RandomState's stream is frozen by numpy's policy, so the splits never change.
     return np.random.RandomState(0).permutation(size)
 
 
@@ -405,7 +405,7 @@ _KNOWN = {
 
 
 def _check_known(name: str, file: str, array: np.ndarray, folder: Path) -> None:
-    """Raise BadInput where an array has the published one's size and other content; another size is a user's own."""
+    """Raise BadInput for an array with the published size and other content; another size is a user's own data."""
     rows = 10_000 if file.startswith("t10k") else 60_000
     if array.shape != ((rows, 28, 28) if "images" in file else (rows,)):
         return
@@ -422,7 +422,7 @@ _LARGEST = 1 << 30  # bytes of one array; the largest of the data sets here has 
 def _read_idx(path: Path) -> np.ndarray:
     """An array of bytes in the IDX format: two zeros, the type (8: a byte), the rank, big-endian sizes, the data.
 
-    Raises BadInput, having read no more than the header says, for a file that is no such thing or holds more or less.
+    Raises BadInput, having read no more than the header says, for a file of another format or size.
     """
     again = "; delete it to have it downloaded again"
     try:
@@ -449,8 +449,8 @@ def _read_idx(path: Path) -> np.ndarray:
 def _read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Arrays of numbers out of an ``.npz``.
 
-    Raises BadInput, having unpacked no more than `_LARGEST` bytes an array, for a file that is none, lacks one of the
-    names, or holds objects, which are code.
+    Raises BadInput, having unpacked no more than `_LARGEST` bytes an array, for a file of another format, without one
+    of the names, or with objects, which are code.
     """
     found = {}
     try:
@@ -465,7 +465,7 @@ def _read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
                     found[name] = _read_npy(file)
     except BadInput:
         raise
-    except Exception as error:  # zipfile, zlib and numpy raise anything on a broken file
+    except Exception as error:  # zipfile, zlib and numpy raise errors of any type on a broken file
         raise BadInput(f"{path} is damaged or no .npz file ({type(error).__name__}: {error})") from error
     return found
 
@@ -503,7 +503,7 @@ def _omniglot(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
 
 
 def _omniglot_part(folder: Path, background: bool) -> tuple[np.ndarray, np.ndarray]:
-    """One of Omniglot's two sets, shrunk to 28 x 28 with ink as 1; kept as an ``.npz``, since many PNGs are slow."""
+    """One of Omniglot's two sets, reduced to 28 x 28 with ink as 1; cached as an ``.npz``, since many PNGs are slow."""
     part = "background" if background else "evaluation"
     kept = folder / f"omniglot-28-{part}.npz"
     if not kept.exists():
@@ -523,7 +523,7 @@ def _omniglot_part(folder: Path, background: bool) -> tuple[np.ndarray, np.ndarr
 
 
 _LAROCHELLE = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/binarized_mnist_{}.amat"
-# SHA-256 of the packed rows of each split, so that a damaged or different download is noticed.
+# SHA-256 of the packed rows of each split, so that a damaged or different download is detected.
 _BINARIZED_MNIST = {
     "train": "727146c35424b019f3e350e1e69faa05644a0abaf787e3f4e1a9632220a13906",
     "valid": "a256ac44ae26be720fad8616a05ed6ecfd1619930d9a208379bb2a4405df5b6d",
@@ -554,7 +554,7 @@ def _unpack(rows: np.ndarray) -> np.ndarray:
 
 
 def _convert_binarized_mnist(path: Path) -> None:
-    """Download the three text files (a row per image, 784 numbers a row) and keep them packed, 98 bytes a row."""
+    """Download the three text files (a row per image, 784 numbers a row) and store them packed, 98 bytes a row."""
     from urllib.request import urlopen
 
     packed = {}
@@ -568,7 +568,7 @@ def _convert_binarized_mnist(path: Path) -> None:
 
 
 def _save(path: Path, **arrays: np.ndarray) -> None:
-    """Write an ``.npz`` whole or not at all."""
+    """Write an ``.npz`` atomically."""
     write_whole(path, lambda file: np.savez_compressed(file, **arrays), shared=True)
 
 
@@ -585,10 +585,10 @@ def _reuters(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
 
 
 def reuters_vocabulary(root: str | Path | None = None) -> list[str]:
-    """The words that the columns of ``reuters`` count.
+    """The words of the columns of ``reuters``.
 
     Args:
-        root: the folder where data lie, by default the one that ``load`` uses.
+        root: the data folder, by default that of ``load``.
 
     Raises:
         BadInput: if there is no file and the package ``lda`` is not installed.
@@ -604,7 +604,7 @@ def reuters_vocabulary(root: str | Path | None = None) -> list[str]:
 
 
 def _ldas(function: str, path: Path) -> Any:
-    """What the package ``lda`` ships, if it is installed."""
+    """A file of the package ``lda``, if it is installed."""
     try:
         import lda.datasets
     except ImportError as error:
@@ -617,7 +617,7 @@ def _ldas(function: str, path: Path) -> Any:
 
 @dataset("jsb-chorales")
 def _jsb_chorales(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
-    """Rolls (N, T, 88), padded with silence to the longest chorale of all splits; the lengths stand as labels."""
+    """Rolls (N, T, 88), padded with silence to the longest chorale of all splits; the lengths are the labels."""
     path = folder / "jsb_chorales.npz"
     if not path.exists():
         raise BadInput(f"jsb-chorales is not on disk: put jsb_chorales.npz into {folder}")
@@ -635,10 +635,10 @@ CELL_TYPES, CELL_GENES, CELL_LIBRARY = 5, 60, (5.0, 0.5)  # mean and standard de
 
 
 def cells_law() -> tuple[np.ndarray, np.ndarray]:
-    """What the data set ``cells`` is drawn from: each type's shares of the genes ``(5, 60)``, and their total counts.
+    """The parameters of the data set ``cells``: each type's gene proportions ``(5, 60)``, and total counts.
 
-    A cell's type is uniform, its library l log-normal with the numbers ``CELL_LIBRARY``, and each gene's count negative
-    binomial with mean l times the share, and with the gene's total count.
+    A cell's type is uniform, its library l log-normal with the parameters ``CELL_LIBRARY``, and each gene's count
+    negative binomial with mean l times the proportion, and with the gene's total count.
     """
     random = np.random.RandomState(0)
     shares = random.dirichlet(np.full(CELL_GENES, 0.5), CELL_TYPES)

@@ -1,4 +1,4 @@
-"""``gumbo doctor``: what is installed, which devices and data are found, and whether the main things work here."""
+"""``gumbo doctor``: installed versions, devices and data, and a short self-test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gumbo.experiments._command import run_command
 from gumbo.experiments._runs import environment
 from gumbo.tables import plain
 
-# What an extra brings, by the name under which it is imported.
+# Optional packages by import name, with their install commands.
 EXTRAS = {
     "zuko": "pip install zuko (guides by flows)",
     "accelerate": 'pip install "gumbo-ppl[distributed]"',
@@ -118,7 +118,7 @@ CHECKS: dict[str, Callable[[], str]] = {
 
 
 def checked(check: Callable[[], str]) -> dict[str, Any]:
-    """What a check says, whether it passed, and the seconds that it took; nothing global has changed afterwards."""
+    """The message of a check, whether it passed, and its seconds, without global side effects."""
     import pyro
     import torch
 
@@ -133,7 +133,7 @@ def checked(check: Callable[[], str]) -> dict[str, Any]:
 
 
 def findings() -> dict[str, Any]:
-    """All that is shown."""
+    """Everything that is shown."""
     import torch
 
     from gumbo.experiments.data import data_folder

@@ -1,4 +1,4 @@
-"""``gumbo evaluate RUN``: judge a run of ``gumbo train`` on a split of its data."""
+"""``gumbo evaluate RUN``: evaluate a run of ``gumbo train`` on a split of its data."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from gumbo.experiments.train import Train, build, inputs_of, load_data, settings
 
 @dataclass
 class Evaluate:
-    """Judge a run of `gumbo train`: bound, evidence and what latents know, in nats per datum.
+    """Evaluate a run of `gumbo train`: bound, evidence and information in the latents, in nats per datum.
 
     Args:
         run: the run's folder.
         split: train, valid or test.
-        importance_samples: draws a datum.
+        importance_samples: draws per datum.
         seed: of those draws.
-        best: take the parameters of the best epoch rather than of the last.
-        trust: import what the run's config.yaml names by import path; such code runs with your rights.
+        best: load the parameters of the best epoch instead of the last.
+        trust: import the import paths in the run's config.yaml; such code runs with your rights.
     """
 
     run: str
@@ -38,7 +38,7 @@ class Evaluate:
 def reopened(
     folder: str, split: str, best: bool, verb: str, trust: bool = False
 ) -> tuple[Train, RunFolder, Any, Any, Any]:
-    """A run of ``gumbo train``: its settings, folder, data, and the model and guide as they were trained.
+    """A run of ``gumbo train``: its settings, folder, data, and the trained model and guide.
 
     Nothing that only the run's config.yaml names is imported unless ``trust`` is True.
     """
@@ -74,7 +74,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
 
 
 def show_information(found: dict[str, Any]) -> None:
-    """What the latents know of the data, on standard output."""
+    """Print the information of the latents about the data."""
     for site, kl in found["kl"].items():
         numbers = flat(kl)
         active = f", {found['active_units'][site]} active" if site in found["active_units"] else ""

@@ -1,4 +1,4 @@
-"""``gumbo export RUN``: the trained programs as safetensors, beside the settings that make them."""
+"""``gumbo export RUN``: the trained programs as safetensors, with their settings."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gumbo.experiments._runs import RunFolder
 
 @dataclass
 class Export:
-    """Write a run's parameters as safetensors, with the config that makes the programs; `gumbo.load` reads both.
+    """Write a run's parameters as safetensors, with the config of its programs; `gumbo.load` reads both.
 
     Args:
         run: the run's folder.
-        folder: where to; by default export/ in the run's folder.
-        best: take the parameters of the best epoch rather than of the last.
-        trust: import what the run's config.yaml names by import path; such code runs with your rights.
+        folder: the target; by default export/ in the run's folder.
+        best: load the parameters of the best epoch instead of the last.
+        trust: import the import paths in the run's config.yaml; such code runs with your rights.
     """
 
     run: str
@@ -33,7 +33,7 @@ class Export:
 
 def export(config: Export) -> dict[str, Any]:
     """Writes ``model.safetensors``, ``config.yaml`` and ``metrics.jsonl``; returns their paths."""
-    safetensors()  # what is not installed is said before anything is read
+    safetensors()  # a missing package is reported before anything is read
     found = load(config.run, trust=config.trust, best=config.best or None)
     target = Path(config.folder) if config.folder is not None else Path(config.run) / "export"
     if config.folder == "" or "\0" in str(target):

@@ -17,18 +17,18 @@ from gumbo.experiments.train import inputs_of
 
 @dataclass
 class Inspect:
-    """Draw the posterior of a run of `gumbo train`, say what to think of it, and plot it.
+    """Draw the posterior of a run of `gumbo train`, diagnose it, and plot it.
 
     Args:
         run: the run's folder.
         split: train, valid or test.
-        num_data: rows of the split to look at, from its beginning.
+        num_data: number of rows of the split, from its beginning.
         num_samples: draws of the guide.
-        num_simulations: data sets or data that the model draws, to calibrate the guide on.
-        refine_steps: optimisation steps a datum, to tell the amortization gap from the approximation gap.
+        num_simulations: data sets or data drawn from the model, for calibration.
+        refine_steps: optimization steps per datum, to separate amortization and approximation gap.
         seed: of all draws.
-        best: take the parameters of the best epoch rather than of the last.
-        trust: import what the run's config.yaml names by import path; such code runs with your rights.
+        best: load the parameters of the best epoch instead of the last.
+        trust: import the import paths in the run's config.yaml; such code runs with your rights.
     """
 
     run: str

@@ -24,10 +24,10 @@ class List:
     """Show models, guides, estimators, objectives, and which combinations are valid.
 
     Args:
-        kind: only these: models, guides, families, estimators, objectives, stock or combinations; may stand without
-            the flag, as in `gumbo list objectives`.
+        kind: only these: models, guides, families, estimators, objectives, stock or combinations; the flag may be left
+            out, as in `gumbo list objectives`.
         json: everything as JSON.
-        reasons: also say why each other combination is not valid.
+        reasons: also print why each other combination is not valid.
     """
 
     kind: str | None = None
@@ -36,11 +36,11 @@ class List:
 
 
 def catalogue(names: Iterable[str] | None = None, kinds: Iterable[str] = KINDS) -> dict[str, Any]:
-    """What each registry holds, with what it declares, and the grid of combinations.
+    """The content of each registry with its declarations, and the grid of combinations.
 
     Args:
         names: the models of the grid by their registered names, by default all.
-        kinds: which of `KINDS` to look at.
+        kinds: the kinds to include, from `KINDS`.
 
     Returns:
         For each kind a dict by name; for ``combinations`` a list, see :func:`combinations`.
@@ -150,7 +150,7 @@ def combinations(names: Iterable[str] | None = None) -> list[dict[str, Any]]:
 
 
 def why_not(model: Any, guide: Any, word: str) -> str:
-    """Why a loss refuses a pair, in one line, found by trying; empty if it gives a gradient."""
+    """Why a loss refuses a pair, in one line, found by a trial; empty if it gives a gradient."""
     import pyro
     import torch
 
@@ -166,7 +166,7 @@ def why_not(model: Any, guide: Any, word: str) -> str:
         try:
             loss_for(word).loss_and_grads(model, guide, **model.example(2))
         except (GumboError, NotImplementedError, ValueError) as error:
-            # NotImplementedError and ValueError are Pyro's way to refuse; it appends the trace's shapes.
+            # Pyro refuses by NotImplementedError and ValueError, with the trace's shapes appended.
             return " ".join(str(error).split("Trace Shapes")[0].split()) or f"Pyro refuses it ({type(error).__name__})"
         finally:
             for parameter in (*model.parameters(), *guide.parameters()):
@@ -175,7 +175,7 @@ def why_not(model: Any, guide: Any, word: str) -> str:
 
 
 def loss_for(word: str):
-    """A loss of that name, under the first objective that it is derived for."""
+    """A loss of that name, with the first objective that it supports."""
     from gumbo.inference import make_loss
     from gumbo.inference.estimators import estimators
 
@@ -205,7 +205,7 @@ TITLES = {"families": "families of latents", "stock": "Pyro's own", "combination
 
 
 def _line(kind: str, entry: dict[str, Any]) -> str:
-    """What is said of one entry, in columns."""
+    """The columns of one entry."""
     if kind == "models":
         latents = ", ".join(f"{site}: {latent['family']}" for site, latent in entry["latents"].items())
         return f"{latents:28} {entry['summary']}"
@@ -244,7 +244,7 @@ def _show_combinations(found: list[dict[str, Any]], reasons: bool) -> None:
 
 
 def _form(row: dict[str, Any]) -> str:
-    # Sizes only keep the trial small; what else a variant sets is another form of the model.
+    # Sizes keep the trial small; other options of a variant are forms of the model.
     options = {key: value for key, value in row["variant"].items() if isinstance(value, (bool, str))}
     return row["model"] + (f" ({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
 

@@ -17,7 +17,7 @@ from gumbo.pictures import figure, save
 
 
 def colours(names: Sequence[str]) -> dict[str, Any]:
-    """One colour a name, the same in every picture of a run."""
+    """One colour per name, the same in every picture of a run."""
     from matplotlib import colormaps
 
     palette = colormaps["tab10"]
@@ -27,7 +27,7 @@ def colours(names: Sequence[str]) -> dict[str, Any]:
 def learning_curves(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], ylabel: str) -> Path:
     """A panel for each title; in it a curve with its standard error for each name, from ``(seeds, epochs + 1)`` values.
 
-    Below each, from four epochs on, the last half of it enlarged, since early epochs flatten the rest. Nothing is cut.
+    With four epochs or more, a second row enlarges the last half, since early epochs dominate the scale.
     """
     longest = max(values.shape[1] for curves in panels.values() for values in curves.values())
     starts = (0, longest // 2) if longest > 4 else (0,)
@@ -48,7 +48,7 @@ def _curves(axis: Any, curves: Mapping[str, np.ndarray], start: int) -> None:
         epochs = np.arange(start, values.shape[1])
         shown = values[:, start:]
         mean = shown.mean(0)
-        # Dashes of different lengths, since some arms lie on top of one another.
+        # Dashes of different lengths, since some curves coincide.
         style = "-" if index == 0 else (index, (4 + index, 2 + index % 3))
         mark = "o" if len(epochs) == 1 else None
         axis.plot(epochs, mean, label=name, color=palette[name], linewidth=1.8, linestyle=style, marker=mark)
@@ -93,13 +93,13 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, Sequence[flo
     return save(made, path)
 
 
-WIDEST = 14.0  # inches of a picture's rows
+WIDEST = 14.0  # the largest width of a picture, in inches
 
 
 def image_rows(path: Path, title: str, rows: Mapping[str, torch.Tensor]) -> Path:
     """A labelled row of grey images for each name, from tensors ``(n, *shape)``: of one channel, or flat as strips.
 
-    Values in [0, 1] are shown from black to white, others from the least to the largest. No picture is wider than 14
+    Values in [0, 1] are shown from black to white, others from the smallest to the largest. No picture is wider than 14
     inches, whatever the shape.
     """
     flat = {name: _as_images(images) for name, images in rows.items()}
@@ -112,7 +112,7 @@ def image_rows(path: Path, title: str, rows: Mapping[str, torch.Tensor]) -> Path
             top, left = line * (height + gap), column * (width + gap)
             sheet[top : top + height, left : left + width] = image
     across = min(0.55 / min(height, width), WIDEST / sheet.shape[1])
-    # Strips are stretched, so that a row is as high as its label, and towers pressed.
+    # The aspect ratio of very flat or tall images is limited.
     down = min(max(across, 0.25 / height), 2.0 / height)
     made, axes = figure(figsize=(2.8 + across * sheet.shape[1], 0.5 + down * sheet.shape[0]))
     made.suptitle(title, fontsize=10)
@@ -129,7 +129,7 @@ def image_rows(path: Path, title: str, rows: Mapping[str, torch.Tensor]) -> Path
 
 
 def _as_images(images: torch.Tensor) -> np.ndarray:
-    """``(n, H, W)`` of whatever data: the mean of channels, and vectors as rows."""
+    """``(n, H, W)`` of any data: the mean of channels, and vectors as rows."""
     images = images.detach().float().cpu()
     if images.dim() < 3:
         images = images.reshape(len(images), 1, -1)
@@ -144,7 +144,7 @@ def reconstructions(model, guide, inputs: Mapping[str, torch.Tensor], seed: int 
 
 
 def prior_draws(model, inputs: Mapping[str, torch.Tensor], seed: int = 0) -> torch.Tensor:
-    """Means of p(x | z) for as many draws z of the prior as there are rows, ``(B, *data_shape)``."""
+    """Means of p(x | z) for draws z of the prior, one per row, ``(B, *data_shape)``."""
     conditions = {name: inputs[name] for name in getattr(model, "conditions", {})}
     with _aside(seed):
         return _observed_mean(poutine.trace(model).get_trace(batch_size=len(inputs["x"]), **conditions))

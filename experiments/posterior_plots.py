@@ -1,4 +1,4 @@
-"""Pictures of a posterior that `to_arviz` drew and of what `diagnose` found, for either version of ArviZ."""
+"""Pictures of a posterior from `to_arviz` and of the results of `diagnose`, for both versions of ArviZ."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 
 from gumbo.experiments.plots import figure, save
 
-# As many coordinates as a reader can tell apart in one picture.
+# The most coordinates in one picture.
 _FOREST, _TRACES, _PAIRS = 20, 4, 4
 
 
 def coordinates(posterior: Any, most: int) -> dict[str, np.ndarray]:
-    """Up to ``most`` single numbers of the posterior by name, each ``(chain, draw)``: those that vary most."""
+    """Up to ``most`` scalars of the posterior by name, each ``(chain, draw)``: those with the largest variation."""
     found: dict[str, np.ndarray] = {}
     for name, values in posterior.data_vars.items():
         names = values.dims[2:]
@@ -35,7 +35,7 @@ def coordinates(posterior: Any, most: int) -> dict[str, np.ndarray]:
 
 
 def one_datum(posterior: Any) -> Any:
-    """The global latents, and the local ones of the first datum: what can depend on each other."""
+    """The global latents, and the local ones of the first datum, which may be dependent."""
     if not posterior.attrs.get("local"):
         return posterior
     first = {dim: slice(0, 1) for dim in posterior.attrs["data_plates"].split(",") if dim in posterior.dims}
@@ -43,14 +43,14 @@ def one_datum(posterior: Any) -> Any:
 
 
 def is_binary(values: np.ndarray) -> bool:
-    """Whether all draws are 0 or 1, as those of a Bernoulli or one-hot site are."""
+    """Whether all draws are 0 or 1, as for a Bernoulli or one-hot site."""
     return bool(np.isin(values, (0.0, 1.0)).all())
 
 
 def forest(path: Path, posterior: Any) -> Path:
-    """A row for each number and chain: means with intervals that hold 50 and 94 % of the draws.
+    """A row for each scalar and chain: means with intervals that hold 50 and 94 % of the draws.
 
-    Numbers that are 0 or 1 have no such intervals: of them the share of ones is drawn, their probability.
+    For binary scalars the fraction of ones, their probability, is drawn instead.
     """
     shown = coordinates(one_datum(posterior), _FOREST)
     binary = [is_binary(values) for values in shown.values()]
@@ -77,7 +77,7 @@ def forest(path: Path, posterior: Any) -> Path:
 
 
 def traces(path: Path, posterior: Any) -> Path:
-    """Draws in their order, beside their histogram: the draws of a guide are independent, and the picture says so."""
+    """Draws in their order, and their histogram; the title says that draws of a guide are independent."""
     shown = coordinates(one_datum(posterior), _TRACES)
     made, axes = figure(len(shown), 2, figsize=(8.0, 1.0 + 1.6 * len(shown)), squeeze=False, width_ratios=(1, 2))
     for (left, right), (name, values) in zip(axes, shown.items(), strict=True):
@@ -99,9 +99,9 @@ def traces(path: Path, posterior: Any) -> Path:
 
 
 def pairs(path: Path, posterior: Any) -> Path:
-    """Draws of each pair of a few numbers."""
+    """Scatter plots of the draws of some pairs of scalars."""
     shown = coordinates(one_datum(posterior), _PAIRS)
-    noise = np.random.default_rng(0)  # spreads draws of 0 and 1 that would lie on top of one another
+    noise = np.random.default_rng(0)  # separates draws of 0 and 1 that would coincide
     placed = {
         name: values + noise.uniform(-0.15, 0.15, values.shape) if is_binary(values) else values
         for name, values in shown.items()
@@ -126,7 +126,7 @@ def pairs(path: Path, posterior: Any) -> Path:
 
 
 def predictive(path: Path, observed: Any, drawn: Any) -> Path:
-    """What the data are against data drawn at the posterior: of each datum, the mean over its numbers."""
+    """The data against data drawn from the posterior: for each datum, the mean over its elements."""
     names = list(observed.data_vars)
     made, axes = figure(1, len(names), figsize=(5.6 * len(names), 4.0), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
@@ -159,7 +159,7 @@ def predictive(path: Path, observed: Any, drawn: Any) -> Path:
 
 
 def bins(values: np.ndarray, size: int, most: int = 30) -> np.ndarray:
-    """Edges of about ``most`` bins; means over ``size`` counts lie on a grid, whose points each bin holds equally many.
+    """Edges of about ``most`` bins; means over ``size`` counts are on a grid; bins have equally many grid points.
 
     >>> bins(np.array([0.0, 3.0, 2.0]), 1).tolist()
     [-0.5, 0.5, 1.5, 2.5, 3.5]
@@ -173,7 +173,7 @@ def bins(values: np.ndarray, size: int, most: int = 30) -> np.ndarray:
 
 
 def pareto(path: Path, stats: Any, limit: float, verdict: str) -> Path:
-    """k̂ of each datum, or of the whole, with the limit that the verdict holds them against."""
+    """k̂ of each datum, or of all data, with the verdict's limit."""
     values = np.asarray(stats["khat"]).reshape(-1)
     made, axis = figure(figsize=(6.4, 3.6))
     finite = np.isfinite(values)
@@ -233,7 +233,7 @@ def latent_space(path: Path, posterior: Any, names: Sequence[str], labels: np.nd
 def everything(
     folder: Path, groups: Mapping[str, Any], report: Any, labels: np.ndarray | None, num_samples: int
 ) -> list[Path]:
-    """All pictures that the groups allow; ``num_samples`` are the draws behind the report."""
+    """All pictures of the groups; ``num_samples`` is the number of draws of the report."""
     from gumbo.inference.posterior.importance import khat_limit
 
     posterior = groups["posterior"]

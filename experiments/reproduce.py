@@ -25,7 +25,7 @@ ALL = "all"
 
 @dataclass
 class Reproduce:
-    """Train the cells of a published table and set them beside the published numbers.
+    """Train the cells of a published table and compare them with the published numbers.
 
     Args:
         table: a table's name: arm, coins, gumbel-softmax, iwae, question or toy; or all.

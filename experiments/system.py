@@ -1,4 +1,4 @@
-"""``gumbo system NAME``: small runs that each show one thing, with a picture and its numbers."""
+"""``gumbo system NAME``: small demonstrations, each with a picture and its numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gumbo.experiments.systems import System, systems
 
 
 def system(config: System) -> dict[str, Any]:
-    """Run it, write ``results.json`` and ``plots/``, and print the numbers."""
+    """Run a system, write ``results.json`` and ``plots/``, and print the numbers."""
     import torch
 
     run = RunFolder.create(config.name, config, config.folder)
@@ -27,7 +27,7 @@ def system(config: System) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any], indent: str = "") -> None:
-    """Numbers by name, those of a group further in."""
+    """Print numbers by name, those of a group indented."""
     for name, value in results.items():
         if isinstance(value, dict):
             print(f"{indent}{name}")
@@ -37,7 +37,7 @@ def show(results: dict[str, Any], indent: str = "") -> None:
 
 
 def usage(prog: str) -> str:
-    """The systems, each with the first line of what it says of itself."""
+    """The systems, each with the first line of its docstring."""
     width = max(map(len, systems))
     lines = [f"  {name:{width}}  {(known.__doc__ or '').splitlines()[0]}" for name, known in systems.items()]
     listed = "\n".join(lines)

@@ -30,39 +30,39 @@ class Train:
     Args:
         model: a model's name, or the import path of a class or of any Pyro program, `mypkg:model`.
         guide: a guide's name or import path, or `amortize`, which fits any program; by default the first that fits.
-        estimator: how each random choice gets its gradient: one word (`auto` measures and chooses; options stand in a
-            call, as in `'arms(draws=3)'`), or one for each site, as in `--estimator '{gate: enumerate, z: pathwise}'`;
-            Pyro's own ELBOs are `trace`, `trace-graph`, ….
-        objective: what is estimated; a word of docs/objectives.md, such as elbo, iwae or renyi.
-        objective_options: what the objective is told beside its word, as in `--objective_options.alpha=0.5` of renyi.
-        particles: draws a step; by default the estimator's own minimum.
+        estimator: the gradient estimator: one word (`auto` measures and selects; options are in a call, as in
+            `'arms(draws=3)'`), or one for each site, as in `--estimator '{gate: enumerate, z: pathwise}'`; Pyro's own
+            ELBOs are `trace`, `trace-graph`, ….
+        objective: a word of docs/objectives.md, such as elbo, iwae or renyi.
+        objective_options: options of the objective, as in `--objective_options.alpha=0.5` for renyi.
+        particles: draws per step; by default the estimator's smallest number.
         kl_weight: the weight of the KL in training, a number or a schedule of the step, as in `linear(1000)` or
-            `cyclical(4000, 4)`; what is reported is always the bound at weight 1.
+            `cyclical(4000, 4)`; the reported bound always has weight 1.
         temperature: of a relaxed estimator, a number or a schedule, as in `exponential(1.0, 0.5, 1e-3)`.
         data: a data set's name, or the import path of a function: of (folder, splits), or of nothing, which returns a
             Dataset, a DataLoader or arrays, or a dict of them by split.
-        binarize: static (at one half), dynamic (a draw an epoch), or null for the values as they are; by default the
-            known images are binarized at one half, and data of your own stay as they are.
+        binarize: static (at one half), dynamic (a draw per epoch), or null for unchanged values; by default the known
+            images are binarized at one half, and your own data are not changed.
         model_options: the model's own arguments, as in `--model_options.latent_dim=10`.
         guide_options: the guide's own arguments, as in `--guide_options.hidden=[64,32]`.
         optimizer: adam, adamw, adamax, nadam, radam, rmsprop or sgd.
         lr: learning rate, a number or a schedule of the step, as in `cosine(10000, 1e-3, 1e-5)`.
-        clip_norm: bound on the norm of the gradients of all parameters together.
-        epochs: how many epochs; with `--resume`, in all.
-        batch_size: images a step.
+        clip_norm: bound on the norm of the gradient of all parameters together.
+        epochs: number of epochs; with `--resume`, the total.
+        batch_size: images per step.
         seed: initial weights, batches and noise.
-        patience: stop after so many epochs without a better validation ELBO, counted once KL warm-up and temperatures
-            have come to their end, and keep the best parameters.
-        until: converged stops when the iterates stand still, and takes their average.
-        importance_samples: draws a datum behind the final log p(x).
-        checkpoint_steps: also save every so many steps, and not only at every epoch's end.
-        checkpoint_minutes: also save after so many minutes.
+        patience: stop after that many epochs without a better validation ELBO, counted from the end of KL warm-up and
+            temperature schedules, and keep the best parameters.
+        until: converged stops when the iterates are stationary, and takes their average.
+        importance_samples: draws per datum for the final log p(x).
+        checkpoint_steps: also save after that many steps.
+        checkpoint_minutes: also save after that many minutes.
         tensorboard: also write scalars under tensorboard/ in the run folder.
-        compile: make machine code of the training step, which takes some seconds and then saves time at every step.
-        resume: the folder of a run to go on with; its settings are the defaults.
+        compile: compile the training step, which takes some seconds and then saves time at every step.
+        resume: the folder of a run to resume; its settings are the defaults.
         folder: the run folder; by default ./runs/train-<time>.
-        device: where to compute: cpu, cuda, cuda:1, …; of several processes, each has a GPU of its own under cuda.
-        trust: import what the config.yaml of a run names by import path; such code runs with your rights.
+        device: cpu, cuda, cuda:1, …; with several processes, cuda gives each its own GPU.
+        trust: import the import paths in the config.yaml of a run; such code runs with your rights.
     """
 
     model: str = "gaussian-vae"
@@ -97,7 +97,7 @@ class Train:
 
 
 def train(config: Train) -> dict[str, Any]:
-    """Fit, judge on the test split, draw; returns what ``results.json`` holds."""
+    """Fit, evaluate on the test split, plot; returns the content of ``results.json``."""
     from gumbo.inference.training.locks import FolderLock
     from gumbo.inference.training.optimizers import OPTIMIZERS
 
@@ -109,10 +109,10 @@ def train(config: Train) -> dict[str, Any]:
         recorded(config.resume)
     device, processes = place(config)
     if processes is not None:
-        processes.from_main(lambda: load_data(config) is None)  # one downloads what the others then find
+        processes.from_main(lambda: load_data(config) is None)  # one process downloads the data for all
     data = load_data(config)
     model, guide = (program.to(device) for program in build(config, data.data_shape))
-    config = replace(config, guide=guide_of(config, model))  # the run says which guide it used
+    config = replace(config, guide=guide_of(config, model))  # the run records its guide
     loss = make_loss(config)
 
     def folder() -> RunFolder:
@@ -130,7 +130,7 @@ def train(config: Train) -> dict[str, Any]:
 
 
 def place(config: Train):
-    """The device to compute on, and the processes that a launcher started: None where there is but this one."""
+    """The device, and the processes of a launcher: None if there is only this one."""
     import torch
 
     from gumbo.inference.training.distributed import Processes
@@ -199,7 +199,7 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss, processe
 
 @contextmanager
 def resumable(run: RunFolder, config: Train) -> Iterator[None]:
-    """A run that is interrupted says how to go on with it; one that has saved nothing leaves no folder behind."""
+    """Add the command to resume to an interruption; a run that has saved nothing leaves no folder behind."""
     try:
         yield
     except BaseException as error:
@@ -232,7 +232,7 @@ def load_data(config: Train):
 
 
 def rows_of(data, split: str) -> dict[str, Any]:
-    """Images of a split, and their labels where there are any; of rows that are read as needed, the data set."""
+    """Images of a split, and their labels if any; the data set if rows are read on demand."""
     if split == "train" and data.rows is not None:
         return data.rows
     labels = {"labels": data.labels[split]} if split in data.labels else {}
@@ -240,7 +240,7 @@ def rows_of(data, split: str) -> dict[str, Any]:
 
 
 def inputs_of(model, data, split: str, count: int | None = None) -> dict[str, Any]:
-    """What the programs take of the first ``count`` rows of a split."""
+    """The programs' arguments for the first ``count`` rows of a split."""
     rows = rows_of(data, split)
     if split == "train" and data.rows is not None:
         from gumbo.inference.engine.sources import Source
@@ -266,7 +266,7 @@ def make_loss(config: Train):
 
 
 def with_temperature(word: Any, temperature: Any) -> Any:
-    """The estimator, or those among several that have a temperature, at this one."""
+    """The estimator, or those among several that have a temperature, with this temperature."""
     from gumbo.inference.engine.resolution import as_estimator
 
     words = {site: as_estimator(one) for site, one in (word if isinstance(word, dict) else {"*": word}).items()}
@@ -304,7 +304,7 @@ def build(config: Train, data_shape: Sequence[int]):
 
 
 def guide_of(config: Train, model) -> str:
-    """The guide's name: the one that was asked for, or the first that fits the model."""
+    """The guide's name: the requested one, or the first that fits the model."""
     from gumbo.guides import fitting
 
     if config.guide is not None:
@@ -318,11 +318,11 @@ def guide_of(config: Train, model) -> str:
 
 
 def default_guide(model, fit: Sequence[str]) -> str:
-    """Of the guides that fit: one that takes labels if the model does, or the plain one of the latents' family."""
+    """Among the guides that fit: one that takes labels if the model does, or the plain one of the latents' family."""
     from gumbo.guides import guides
 
     if model.label_site is not None:
-        # Data that come with labels bring them to the guide as well.
+        # Data with labels pass them to the guide too.
         labelled = [name for name in fit if model.label_site in inspect.signature(guides[name].forward).parameters]
         fit = labelled or fit
     family = next((latent.family for latent in model.latents.values()), None)
@@ -330,7 +330,7 @@ def default_guide(model, fit: Sequence[str]) -> str:
 
 
 def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple, options: Mapping[str, Any]):
-    """An object from its options; an option that it does not have is named."""
+    """An object from its options; BadInput names an unknown option."""
     known = [
         p.name
         for p in inspect.signature(make).parameters.values()
@@ -344,7 +344,7 @@ def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple,
         return make(*positional, **options)
     except GumboError:
         raise
-    except Exception as error:  # the code of whoever wrote the class
+    except Exception as error:  # the class's own code
         raise BadInput(f"{kind} {name!r} cannot be made: {type(error).__name__}: {error}") from error
 
 
@@ -359,7 +359,7 @@ def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> Non
     title = "true ELBO on validation data"
     learning_curves(run.plots / "learning_curve.png", {title: {"valid": curve}}, "nats per datum")
     if model.x_is_given or model.observed != ("x",):
-        return  # what is observed is no image
+        return  # the data are no images
     model, guide = exact_pair(model, guide)
     first = {name: value[:10] for name, value in inputs.items()}
     rows = {"data": first["x"], "reconstruction": reconstructions(model, guide, first)}
@@ -396,7 +396,7 @@ def show(split: str, found: Evaluation) -> None:
 def settings_of(run: str, trust: bool = False) -> dict[str, Any]:
     """The settings of a run of ``gumbo train``, from its ``config.yaml``, which is data and not code.
 
-    Raises BadInput for what is no run folder, and for one that names import paths unless ``trust`` is True.
+    Raises BadInput for a folder that is no run, and for import paths in it unless ``trust`` is True.
     """
     found = recorded(run)
     if not trust:
@@ -405,13 +405,13 @@ def settings_of(run: str, trust: bool = False) -> dict[str, Any]:
 
 
 def recorded(run: str) -> dict[str, Any]:
-    """What ``config.yaml`` holds, whatever it names."""
+    """The content of ``config.yaml``, with any names."""
     found = run_settings(run, "train", Train)
     return found | {"folder": None, "resume": None, "trust": False}
 
 
 def resumed(run: str) -> dict[str, Any]:
-    """The defaults that ``--resume RUN`` stands for; the import paths among them are marked as the run's."""
+    """The defaults of ``--resume RUN``; the import paths among them are marked as the run's."""
     return {name: value for name, value in marked(recorded(run)).items() if name not in ("folder", "resume")}
 
 

@@ -1,4 +1,4 @@
-"""Small experiments that each show one thing: a file each, with options of its own."""
+"""Small demonstrations, one file each with its own options."""
 
 from gumbo.experiments.systems._base import System, systems
 from gumbo.experiments.systems.covariance import Covariance

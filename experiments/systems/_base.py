@@ -14,13 +14,13 @@ systems: Registry[type[System]] = Registry("system")
 
 @dataclass
 class System:
-    """Run one of the systems, a small experiment with a picture and its numbers; each has options of its own.
+    """Run one of the systems, a small demonstration with a picture and its numbers; each has its own options.
 
     Args:
         quick: a small run, for a first look and for tests.
         seed: initial weights, batches and noise.
         folder: the run folder; by default ./runs/<system>-<time>.
-        trust: import what the config.yaml of a run, given as `--config`, names by import path.
+        trust: import the import paths in the config.yaml of a run, given as `--config`.
     """
 
     quick: bool = False
@@ -33,7 +33,7 @@ class System:
         raise TypeError(f"{type(self).__name__} must define measure(run)")
 
     def number(self, option: str, usual: int, quick: int) -> int:
-        """An option that counts something, at least 1; left out, the usual number or that of a quick run."""
+        """An option that counts something, at least 1; the default is the usual number or that of a quick run."""
         given = getattr(self, option)
         if given is None:
             return quick if self.quick else usual
@@ -43,7 +43,7 @@ class System:
 
     @property
     def name(self) -> str:
-        """The word that it is registered under."""
+        """Its registered name."""
         return next(name for name, known in systems.items() if known is type(self))
 
 
@@ -63,7 +63,7 @@ def clear_store() -> None:
 
 
 def diabetes():
-    """scikit-learn's 442 patients: ten measurements, and the disease's progress a year later; standardised."""
+    """scikit-learn's 442 patients: ten measurements, and the disease's progress a year later; standardized."""
     import torch
     from sklearn.datasets import load_diabetes
 

@@ -14,7 +14,7 @@ CORRELATION = 0.95
 @systems.register("covariance")
 @dataclass
 class Covariance(System):
-    """What a diagonal guide loses to a posterior of correlation 0.95, and that a full covariance and a flow do not.
+    """The gap of a diagonal guide to a posterior of correlation 0.95, against a full covariance and a flow.
 
     Args:
         epochs: training epochs of each guide; by default 60, and 10 under `--quick`.
@@ -65,7 +65,7 @@ class Covariance(System):
 
 
 def factor_model(x):
-    """Two factors of the images whose exact posterior is a Normal of that correlation; and log p(x) of each image."""
+    """Two factors of the images whose exact posterior is a Normal with that correlation; and log p(x) of each image."""
     import pyro
     import pyro.distributions as dist
     import torch

@@ -12,7 +12,7 @@ from gumbo.experiments.systems._base import System, systems
 @systems.register("gumbel-max")
 @dataclass
 class GumbelMax(System):
-    """argmax (log π + g) against π, the ink of the digits' pixels, by a χ² test; and with the noise's sign slipped."""
+    """argmax (log π + g) against π, the mean intensity of the digits' pixels, by a χ² test; and with the wrong sign."""
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
         """The numbers; the picture goes to the run folder."""

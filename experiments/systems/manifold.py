@@ -12,10 +12,10 @@ from gumbo.experiments.systems._base import System, images, systems
 @systems.register("manifold")
 @dataclass
 class Manifold(System):
-    """ConvVAE with two latents: what each point of the latent plane decodes to.
+    """ConvVAE with two latents: the decoded images over the latent plane.
 
     Args:
-        data: the images to learn; of mnist only the test split is read.
+        data: the training images; of mnist only the test split is read.
         epochs: training epochs; by default 30, and 2 under `--quick`.
     """
 

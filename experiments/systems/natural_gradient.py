@@ -72,7 +72,7 @@ METHODS = {"natural gradient": None, "Adam, lr 0.03": 0.03, "Adam, lr 0.1": 0.1,
 
 
 def mean_field():
-    """Parameters of a diagonal Normal, its KL above the best to a badly scaled and correlated target, and itself."""
+    """Parameters of a diagonal Normal, its KL above the optimum for an ill-conditioned target, and itself."""
     import torch
     from torch.distributions import MultivariateNormal, Normal, kl_divergence
 

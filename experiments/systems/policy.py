@@ -1,4 +1,4 @@
-"""Rewards to maximise: policy gradients, and a generator of token sequences."""
+"""Rewards to maximize: policy gradients, and a generator of token sequences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gumbo.experiments.systems._base import System, clear_store, systems
 @systems.register("policy")
 @dataclass
 class Policy(System):
-    """Policy gradients: point at the ink of a digit, paid or not; and write sequences of tokens that count."""
+    """Policy gradients: point at the ink of a digit, with and without seeing it; and generate counting sequences."""
 
     def measure(self, run: RunFolder) -> dict[str, Any]:
         """The numbers; the picture goes to the run folder."""
@@ -57,7 +57,7 @@ class Policy(System):
 
 
 def climb(model, guide, word: str, x, steps: int) -> list[float]:
-    """Maximise E[f] by one estimator; the mean reward of each step's draws."""
+    """Maximize E[f] with one estimator; the mean reward of each step's draws."""
     import torch
 
     from gumbo.inference import SiteELBO

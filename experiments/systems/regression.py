@@ -12,7 +12,7 @@ from gumbo.experiments.systems._base import System, diabetes, systems
 @systems.register("regression")
 @dataclass
 class Regression(System):
-    """Progress of diabetes from body mass: a network with its own spread at each input, and one with latent weights.
+    """Progress of diabetes from body mass: a network with input-dependent spread, and one with latent weights.
 
     Args:
         epochs: training epochs of each network; by default 300, and 20 under `--quick`.

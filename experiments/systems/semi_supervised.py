@@ -1,4 +1,4 @@
-"""Labels of a few images only: M2 beside its classifier."""
+"""Labels of few images only: M2 and its classifier."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gumbo.experiments.systems._base import System, systems
 @systems.register("semi-supervised")
 @dataclass
 class SemiSupervised(System):
-    """M2 with few labels under three estimators of the unseen label, against its classifier on those labels alone.
+    """M2 with few labels under three estimators of the missing label, against its classifier on those labels alone.
 
     Args:
-        data: the images to learn; of mnist only the test split is read.
+        data: the training images; of mnist only the test split is read.
         epochs: training epochs; by default 30, and 6 under `--quick`.
-        seeds: how many seeds, from `seed` on; by default 3, and 1 under `--quick`.
-        labels: how many labels are seen, as many of each class.
+        seeds: number of seeds, from `seed` on; by default 3, and 1 under `--quick`.
+        labels: number of labels, equally many of each class.
     """
 
     data: str = "digits"
@@ -65,7 +65,7 @@ class SemiSupervised(System):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the semi-supervised system trains: first on labelled images alone, so that the label means the class."""
+    """The training of the semi-supervised system: first on labelled images alone, so that the label means the class."""
 
     first: int
     epochs: int
@@ -78,12 +78,12 @@ class Recipe:
     temperature: float = 0.3
 
 
-# The classifier on labelled images alone, and how the unseen label of M2 gets its gradient.
+# The classifier on labelled images alone, and the estimators of M2's missing label.
 LABELS = ("supervised", "enumerate", "gumbel-softmax", "rloo")
 
 
 def labelled_images(name: str):
-    """Grey images to learn from and binary ones to test on, each with labels; of MNIST its test images, 8,000/2,000."""
+    """Grey training images and binary test images, each with labels; of MNIST its test images, 8,000/2,000."""
     import torch
 
     from gumbo.experiments.data import load
@@ -97,7 +97,7 @@ def labelled_images(name: str):
 
 
 def choose_labelled(y, count: int, seed: int):
-    """Places of ``count`` images to label, as many of each class, and of all the others."""
+    """Indices of ``count`` images to label, equally many of each class, and of all the others."""
     import torch
 
     classes = y.unique()

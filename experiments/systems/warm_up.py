@@ -12,7 +12,7 @@ from gumbo.experiments.systems._base import System, systems
 @systems.register("warm-up")
 @dataclass
 class WarmUp(System):
-    """A deep VAE whose latents collapse, and do not under KL warm-up (linear, cyclical) or free bits.
+    """A deep VAE whose latents collapse without KL warm-up (linear, cyclical) or free bits.
 
     Args:
         epochs: training epochs of each loss; by default 60, and 2 under `--quick`.
