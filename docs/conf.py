@@ -198,10 +198,18 @@ def outside_pages(app, docname: str, source: list[str]) -> None:
     source[0] = re.sub(r"\[(?P<text>[^\]`]+)\]\((?P<path>(?:\.\./)+[^)#\s]+\.md)\)", offered, source[0])
 
 
+def mark_not_run(app, doctree) -> None:
+    """Mark the blocks of code that say "not run here" in their first line; tests compile them and run all others."""
+    for block in doctree.findall(nodes.literal_block):
+        if block.astext().startswith("# not run here"):
+            block["classes"].append("not-run")
+
+
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", bars_as_text)
     app.connect("autodoc-skip-member", from_elsewhere)
     app.connect("source-read", outside_pages)
+    app.connect("doctree-read", mark_not_run)
     app.add_directive("public-names", PublicNames)
     app.add_directive("pages-left", PagesLeft)
     app.add_directive("model-gallery", ModelGallery)

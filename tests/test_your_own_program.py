@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
+from pages import DOCS, blocks, run, sections
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "your-own-program.md"
-SECTIONS = {
-    part.splitlines()[0]: re.findall(r"```py\n(.*?)```", part, re.DOTALL)
-    for part in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]
-}
+PAGE = DOCS / "your-own-program.md"
+SECTIONS = {title: blocks(part) for title, part in sections(PAGE.read_text(encoding="utf-8")).items()}
 
 
-@pytest.mark.parametrize("title", [title for title, blocks in SECTIONS.items() if blocks])
+@pytest.mark.parametrize("title", [title for title, found in SECTIONS.items() if found])
 def test_a_section_runs_as_it_stands(title, tmp_path, monkeypatch, param_store):
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "page"}
-    for block in SECTIONS[title]:
-        exec(compile(block, f"{PAGE.name}: {title}", "exec"), names)
+    run(SECTIONS[title], f"{PAGE.name}: {title}")
