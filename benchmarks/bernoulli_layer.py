@@ -1,14 +1,15 @@
 """Estimators on a layer of 200 coins, or its twins: variance of the gradient, time a step, and their product.
 
     GUMBO_DATA=… python benchmarks/bernoulli_layer.py [--layer coins|one-hot|poisson] [--steps 0 500 1500] [--settle 0]
-                                                      [--draws 100] [--only WORD …] [--out FILE]
+                                                      [--draws 100] [--only WORD …] [--times FILE] [--out FILE]
 
 A nonlinear autoencoder on binarized MNIST, batch 50: 200 Bernoulli latents, 20 one-hot ones of 10 classes, or 200
 Poisson ones. Model and guide are trained with leave-one-out gradients; all baselines and control variates live through
 the same training, see every batch and take their own optimizer steps, as they would if they were in charge. At each
 stop everything is held still, every estimator draws gradients of the guide on one fresh batch, and full steps are timed
 one after the other in every round. The last column is the factor by which variance × time is below that of Pyro's
-TraceGraph_ELBO with its decaying-average baseline. ``--settle 100`` lets baselines and control variates see 100 batches
+TraceGraph_ELBO with its decaying-average baseline. ``--times FILE`` takes the milliseconds from what an earlier run on
+an idle machine (``--steps 0 --draws 4 --rounds 25 --out FILE``) has written. ``--settle 100`` lets baselines and control variates see 100 batches
 at the initial parameters, before the first stop.
 """
 
@@ -162,7 +163,7 @@ def variance_of(arm, x, draws):
     return variance, (signal / variance) ** 0.5 if variance else float("inf")
 
 
-def measure(arms, x, draws, rounds):
+def measure(arms, x, draws, rounds, known):
     rows = []
     for name, arm in arms.items():
         variance, snr = variance_of(arm, x, draws)
@@ -178,7 +179,7 @@ def measure(arms, x, draws, rounds):
 
         return run
 
-    times = interleaved({name: step(arm) for name, arm in arms.items()}, rounds)
+    times = known or interleaved({name: step(arm) for name, arm in arms.items()}, rounds)
     for name, arm in arms.items():
         if isinstance(arm, Ours):
             arm.loss.load_state_dict(kept[name])
@@ -186,7 +187,7 @@ def measure(arms, x, draws, rounds):
         else:
             arm.store = stores[name]
     for row in rows:
-        row["ms"] = median(times[row["estimator"]])
+        row["ms"] = times[row["estimator"]] if known else median(times[row["estimator"]])
         row["variance x ms"] = row["variance"] * row["ms"]
     stock = next(row["variance x ms"] for row in rows if row["estimator"] == REFERENCE)
     for row in rows:
@@ -206,6 +207,7 @@ def main():
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--settle", type=int, default=0, help="steps of the arms alone, before training starts")
     parser.add_argument("--only", nargs="*", help="words of estimators; all by default")
+    parser.add_argument("--times", type=pathlib.Path, help="what an earlier run wrote, for its milliseconds")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -233,12 +235,16 @@ def main():
 
     for _ in range(options.settle):
         train_once(move=False)
+    known = None
+    if options.times:
+        earlier = next(iter(json.loads(options.times.read_text())["stops"].values()))
+        known = {row["estimator"]: row["ms"] for row in earlier}
     found, done = {}, 0
     for stop in sorted(options.steps):
         for _ in range(done, stop):
             train_once(move=True)
         done = stop
-        found[stop] = measure(arms, fresh, options.draws, options.rounds)
+        found[stop] = measure(arms, fresh, options.draws, options.rounds, known)
         print(f"\n{options.layer}: after {stop} steps ({options.data}, batch {options.batch_size}; {machine()})")
         print(f"{'estimator':<34}{'variance':>12}{'SNR':>9}{'ms':>9}{'var x ms':>12}{'x better':>12}")
         for row in found[stop]:

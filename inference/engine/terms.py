@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...errors import BadInput
 from ..estimators._base import SiteView
@@ -185,7 +186,8 @@ def sloping_cost(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tenso
 class Row:
     """A draw of one site, with its cost and the probability of the enumerated choices before it.
 
-    ``once`` is the cost with each term counted once, differentiable, for estimators that use its slope.
+    ``once`` is the cost with each term counted once, differentiable, for estimators that use its slope; ``slope`` is its
+    derivative with respect to the draw, where it is known already.
     """
 
     run: Run
@@ -193,6 +195,7 @@ class Row:
     cost: Tensor
     weight: Tensor | None = None
     once: Tensor | None = None
+    slope: Tensor | None = None
 
 
 MakeView = Callable[[list[Row], "Tensor | None", Tensor, Any], SiteView]
@@ -255,6 +258,67 @@ def weighed(total: Tensor, chosen: list[tuple[str, Tensor]]) -> Tensor:
     return weight * torch.where(weight > 0, total, torch.zeros_like(total))
 
 
+class Differentiated(torch.autograd.Function):
+    """A value whose gradient has been found already, so that no backward pass finds it again."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple:
+        return None, None, *(scale * gradient for gradient in ctx.gradients)
+
+
+def leaves_of(total: Tensor) -> list[Tensor] | None:
+    """The leaves that a scalar can be differentiated for; None where a hook would meet their gradients twice."""
+    waiting, seen, found = [total.grad_fn], {total.grad_fn}, []
+    while waiting:
+        node = waiting.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            if leaf._backward_hooks:
+                return None
+            found.append(leaf)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+def with_slopes(total: Tensor, run: Run, layout: Layout, found: list) -> tuple[Tensor, dict[str, Tensor]]:
+    """The total of a run, and the slopes of the cost at its draws, by one backward pass for the slopes and the total.
+
+    The cost at a site is the total less what came before its draw, so that one derivative of the total has the slopes
+    at all sites. The total that is returned has the gradient that the same pass found for all other leaves. Where a
+    site asks for no slope, none are returned, and each is found when it is asked for.
+    """
+    sites = [site for site, _, once in found if once is not None]
+    if not sites or len(sites) < len(found) or not total.requires_grad or (known := leaves_of(total)) is None:
+        return total, {}
+    draws = [site.draw.value for site in sites]
+    own = {id(draw) for draw in draws}
+    leaves = [leaf for leaf in known if id(leaf) not in own]
+    gradients = torch.autograd.grad(total, [*draws, *leaves], retain_graph=True, allow_unused=True)
+    slopes = {site.name: gradient for site, gradient in zip(sites, gradients, strict=False)}
+    counted = sum((site.log_prob.sum() for site in run.guide if is_dropped(site)), start=total.new_zeros(()))
+    if counted.requires_grad:  # in the cost as a number, which depends on the draws all the same
+        others = torch.autograd.grad(counted, draws, retain_graph=True, allow_unused=True)
+        for site, other in zip(sites, others, strict=True):
+            here = slopes[site.name]
+            if other is not None:
+                slopes[site.name] = (0.0 if here is None else here) - layout.kl_weight * other
+    slopes = {
+        site.name: torch.zeros_like(draw) if (slope := slopes[site.name]) is None else slope
+        for site, draw in zip(sites, draws, strict=True)
+    }
+    parts = [(g, leaf) for g, leaf in zip(gradients[len(draws) :], leaves, strict=True) if g is not None]
+    settled = Differentiated.apply(total.detach(), [g for g, _ in parts], *(leaf for _, leaf in parts))
+    return settled, slopes
+
+
 def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tensor:
     """The evidence lower bound, averaged over particles.
 
@@ -274,25 +338,30 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
                 else:
                     found.append((site, layout.cost(site, costs).detach(), sloping_cost(run, site, costs, layout)))
 
-            total = walk_back(run, layout, visit).scalar()
+            total, slopes = walk_back(run, layout, visit).scalar(), {}
+            listed = run.choices or any(site.enum_dim is not None for site in run.guide)
+            if not listed and not factors:
+                total, slopes = with_slopes(total, run, layout, found)
             chosen = [(site.name, site.score.sum().exp()) for site in run.guide if site.name in run.choices]
             value = value + weighed(total, chosen)
             for share in factors:
                 value = value + magic(weighed(share, [(name, q.detach()) for name, q in chosen]))
-            _share(paths, run, found, chosen, rows)
+            _share(paths, run, found, chosen, rows, slopes)
     if torch.is_grad_enabled():  # otherwise the reruns of estimators have no use
         for members in rows.values():
             value = value + magic(site_surrogate(members, layout, view))
     return value / layout.num_particles
 
 
-def _share(paths: list[Run], run: Run, found: list, chosen: list, rows: dict[tuple, list[Row]]) -> None:
+def _share(
+    paths: list[Run], run: Run, found: list, chosen: list, rows: dict[tuple, list[Row]], slopes: dict[str, Tensor]
+) -> None:
     """Paths that agree up to a site share its draw; the cost there is their expectation over later choices."""
     order = {site.name: i for i, site in enumerate(run.guide)}
     for site, cost, once in found:
         made = tuple((name, run.choices[name]) for name, _ in chosen if order[name] < order[site.name])
         if not chosen:
-            rows[site.name, made].append(Row(run, site, cost, once=once))
+            rows[site.name, made].append(Row(run, site, cost, once=once, slope=slopes.get(site.name)))
             continue
         before = math.prod((q for name, q in chosen if order[name] < order[site.name]), start=cost.new_ones(()))
         after = math.prod((q for name, q in chosen if order[name] > order[site.name]), start=cost.new_ones(()))

@@ -98,6 +98,8 @@ class Views:
 
 def _slope(rows: list[Row], dims: int) -> Tensor:
     """The derivative of the cost with respect to the draws; zero where it does not exist."""
+    if all(row.slope is not None for row in rows):
+        return _as_slope([row.slope for row in rows], dims)
     leaves = [row.site.draw.value for row in rows]
     with torch.enable_grad():  # also if the caller disabled gradients
         total = sum((row.once for row in rows if row.once is not None), start=leaves[0].new_zeros(()))
@@ -105,6 +107,10 @@ def _slope(rows: list[Row], dims: int) -> Tensor:
     if total.requires_grad:
         found = list(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True))
     slopes = [torch.zeros_like(at) if slope is None else slope for at, slope in zip(leaves, found, strict=True)]
+    return _as_slope(slopes, dims)
+
+
+def _as_slope(slopes: list[Tensor], dims: int) -> Tensor:
     laid_out = [pad_left(torch.nan_to_num(slope, posinf=0.0, neginf=0.0), dims).detach() for slope in slopes]
     return laid_out[0] if len(laid_out) == 1 else torch.cat(laid_out, dim=-dims)
 

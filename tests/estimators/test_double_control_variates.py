@@ -8,10 +8,12 @@ import pytest
 import torch
 from exact_means import exact_gradient, is_unbiased
 from programs import DISCRETE, F64, ChainGuide, CurvedModel, OneCoinGuide, Params, X, gradient
+from torch import nn
 from ztest import misses
 
 from gumbo.errors import BadInput, UnsupportedSite
 from gumbo.inference import SiteELBO
+from gumbo.inference.engine import terms
 from gumbo.inference.estimators import DoubleControlVariates
 from gumbo.inference.estimators.double_control_variates import Coefficients
 
@@ -254,3 +256,93 @@ def test_counts_are_served():
     q = dist.Poisson(guide.r.exp())
     f = dist.Poisson(torch.tensor(1.5, dtype=F64)).log_prob(z) + (0.5 * z).sin() - q.log_prob(z)
     assert not misses(draws, gradient(-(q.log_prob(z).exp() * f).sum(), guide), resolves=0.05)
+
+
+class TwoLayers(nn.Module):
+    """Coins above coins, with networks between them."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.decoder = nn.Linear(3, 2).double()
+            self.encoder, self.encoder_top = nn.Linear(2, 3).double(), nn.Linear(3, 3).double()
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(logits=torch.zeros(3, dtype=F64)).to_event(1))
+            z = pyro.sample("z", dist.Bernoulli(logits=y - 0.5).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z).tanh(), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
+            pyro.sample("y", dist.Bernoulli(logits=self.encoder_top(z)).to_event(1))
+
+
+ROWS = torch.tensor([[0.3, -1.0], [0.8, 0.1]], dtype=F64)
+
+
+def gradient_of(words, networks, **options):
+    with pyro.get_param_store().scope():
+        elbo = SiteELBO(words, num_particles=3, kl_weight=0.7, **options)
+        torch.manual_seed(0)
+        loss = elbo.differentiable_loss
+        found = [gradient(loss(networks.model, networks.guide, ROWS), networks) for _ in range(4)]
+    return torch.stack(found)
+
+
+WORDS = {"double-cv": "double-cv", "rodeo": "rodeo", "mixed": {"z": "double-cv", "y": "rloo"}}
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+def test_slopes_that_come_with_the_models_gradient_change_no_number(words, vectorize, monkeypatch):
+    found = gradient_of(words, TwoLayers(), vectorize_particles=vectorize)
+    monkeypatch.setattr(terms, "with_slopes", lambda total, *_: (total, {}))
+    apart = gradient_of(words, TwoLayers(), vectorize_particles=vectorize)
+    torch.testing.assert_close(found, apart, rtol=1e-10, atol=1e-12)
+    assert apart.abs().sum() > 1
+
+
+def passes_through_the_model(word):
+    networks, backward = TwoLayers(), []
+
+    def note(out):
+        out.register_hook(lambda _: backward.append(1))
+
+    with pyro.get_param_store().scope():
+        elbo = SiteELBO(word, num_particles=3)
+        elbo.differentiable_loss(networks.model, networks.guide, ROWS)  # what is looked at once
+        networks.decoder.register_forward_hook(lambda _, inputs, out: note(out))
+        elbo.differentiable_loss(networks.model, networks.guide, ROWS).backward()
+    return len(backward)
+
+
+@pytest.mark.parametrize("word", ["double-cv", "rodeo"])
+def test_the_model_is_differentiated_once(word, monkeypatch):
+    """As under ``rloo``; before, once more for the slope."""
+    assert passes_through_the_model("rloo") == passes_through_the_model(word) == 1
+    monkeypatch.setattr(terms, "with_slopes", lambda total, *_: (total, {}))
+    assert passes_through_the_model(word) == 2
+
+
+def test_a_gradient_that_a_hook_changes_is_changed_once():
+    found = []
+    for share in (1.0, 0.5):
+        networks = TwoLayers()
+        networks.decoder.weight.register_hook(lambda gradient, share=share: share * gradient)
+        with pyro.get_param_store().scope():
+            torch.manual_seed(0)
+            SiteELBO("double-cv").differentiable_loss(networks.model, networks.guide, ROWS).backward()
+        found.append(networks.decoder.weight.grad)
+    assert torch.allclose(found[1], 0.5 * found[0]) and found[0].abs().sum() > 0
+
+
+def test_a_second_derivative_of_what_was_differentiated_is_refused():
+    networks = TwoLayers()
+    with pyro.get_param_store().scope():
+        loss = SiteELBO("double-cv").differentiable_loss(networks.model, networks.guide, ROWS)
+        (slope,) = torch.autograd.grad(loss, networks.decoder.weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+            slope.sum().backward()

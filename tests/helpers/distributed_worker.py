@@ -19,14 +19,17 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
+import word_programs
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
+from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gumbo import inference
 from gumbo.errors import BadInput, GumboError
 from gumbo.inference import evaluate, fit
+from gumbo.inference.auditing.automatic import Choice
 from gumbo.inference.engine.rows import Rows
 from gumbo.inference.estimators import GumbelSoftmax, ScoreFunction
 from gumbo.inference.estimators.score import Baseline
@@ -209,7 +212,19 @@ CASES = {
     "shared enumerate": (SHARED, True, lambda: shared("enumerate", "rloo", num_particles=2)),
     "shared, rows enumerated": (SHARED, False, lambda: shared("rloo", "enumerate", num_particles=2)),
 }
+# Every newer word on every kind of site that it serves: two dependent sites, masked rows, a subsampled plate.
+WORDS = {
+    f"{kind} {word}, masked": (
+        (lambda scaled, kind=kind: word_programs.Model(kind), lambda scaled, kind=kind: word_programs.Guide(kind)),
+        True,
+        lambda word=word: SiteELBO(word_programs.said(word), num_particles=2),
+    )
+    for word, kind, _ in word_programs.cells()
+    if word not in word_programs.FIRST_WAVE
+}
+CASES |= WORDS
 SHORT = (
+    *(f"{kind} {word}, masked" for word, kind, quick in word_programs.cells() if quick),
     "pathwise, K = 3, subsample",
     "iwae pathwise, subsample",
     "dreg",
@@ -256,6 +271,11 @@ class ByRow(TorchDispatchMode):
                 torch.manual_seed(1000 * self.seed + self.calls)
                 return func(*args, **(kwargs or {}))
         with torch.utils._python_dispatch._disable_current_modes():
+            if name == "multinomial":  # of particles and rows in one dimension
+                here = len(range(*self.rows.indices(self.count)))
+                apart = like.reshape(-1, here if len(like) % here == 0 else 1, like.shape[-1])
+                passed = self.uniform(apart[..., :1]) > (apart / apart.sum(-1, keepdim=True)).cumsum(-1)
+                return passed.sum(-1, keepdim=True).clamp(max=like.shape[-1] - 1).reshape(len(like), 1)
             u = self.uniform(like)
         if name == "normal_":
             return like.copy_(2**0.5 * torch.erfinv(2 * u - 1))
@@ -267,6 +287,9 @@ class ByRow(TorchDispatchMode):
             return like.copy_(u) if name == "uniform_" else u.to(like.dtype)
         if name == "bernoulli":
             return (u < like).to(like.dtype)
+        if name in ("poisson", "binomial", "_standard_gamma"):
+            inverse = {"poisson": stats.poisson.ppf, "binomial": stats.binom.ppf, "_standard_gamma": stats.gamma.ppf}
+            return torch.as_tensor(inverse[name](u, *args[: 2 if name == "binomial" else 1]), dtype=like.dtype)
         raise NotImplementedError(name)
 
 
@@ -334,6 +357,7 @@ def everything_short(folder: Path) -> dict:
         "draws": draws(processes),
         "evaluation": evaluation(processes),
         "resumed": resumed(processes, folder),
+        "chosen": chosen(processes, folder),
         "mixed": mixed(processes),
         "one fails": one_fails(processes),
         "statistics of its own": said_by(processes, lambda: own_statistics(processes)),
@@ -416,6 +440,28 @@ def resumed(processes: Processes, folder: Path) -> dict:
         digits = [value.flatten().tolist() for module in (model, guide) for value in module.state_dict().values()]
         found[name] = processes.gather([timeless, digits])
     return found
+
+
+def chosen(processes: Processes, folder: Path) -> dict:
+    """What ``auto`` chooses in a run of both processes, of which the second would choose otherwise."""
+    found, measured = [], []
+    choose = inference.Auto.choose
+
+    def own(chooser, *args):
+        measured.append(processes.main)
+        return choose(chooser, *args) if processes.main else Choice({"z": "score"})
+
+    for number in (1, 2):  # a run, and one that goes on with it
+        model, guide = pair_of(COINS, True)
+        chooser = inference.Auto(draws=8, candidates=["score", "rloo", "arms"], quiet=True)
+        loss = SiteELBO(chooser, num_particles=2)
+        running = {"batch_size": 7, "epochs": number, "progress": False, "run_dir": folder / "chosen"}
+        with unittest.mock.patch.object(inference.Auto, "choose", own):
+            fit(model, guide, data(33), loss=loss, resume=number == 2, **running)
+        digits = [value.flatten().tolist() for module in (model, guide) for value in module.state_dict().values()]
+        found.append(processes.gather([loss.choice.words, digits]))
+    kept = json.loads((folder / "chosen" / "estimators.json").read_text())
+    return {"runs": found, "measured": processes.gather(measured), "kept": [one["words"] for one in kept]}
 
 
 class Sentinel(NormalModel):

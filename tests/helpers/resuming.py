@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import word_programs
 
 from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide
 from gumbo.inference import fit
@@ -21,7 +22,9 @@ TIMES = ("ms_per_step", "seconds")
 quiet = functools.partial(fit, progress=False, batch_size=16, lr=1e-2)
 
 
-def images(rows: int = 40, seed: int = 0) -> torch.Tensor:
+def images(rows: int = 40, seed: int = 0, kind: str = "categorical") -> torch.Tensor:
+    if kind in word_programs.KINDS:
+        return word_programs.rows(rows, seed)
     return torch.bernoulli(torch.full((rows, *SHAPE), 0.4), generator=torch.Generator().manual_seed(seed))
 
 
@@ -31,6 +34,8 @@ def pair(kind: str = "categorical", seed: int = 0):
         if kind == "categorical":
             model = CategoricalVAE(SHAPE, num_latents=2, num_classes=3, hidden=(6,))
             return model, CategoricalGuide(model, hidden=(6,))
+        if kind in word_programs.KINDS:
+            return word_programs.pair(kind, seed)
         if kind == "bernoulli":
             model = BernoulliVAE(SHAPE, num_latents=3, hidden=(6,))
             return model, BernoulliGuide(model, hidden=(6,))

@@ -122,6 +122,16 @@ def test_a_run_that_went_on_is_the_whole_run(found):
 
 
 @several_processes
+def test_auto_makes_one_choice_for_all_processes_and_keeps_it(found):
+    """The second process would choose another word, and is not asked; a run that goes on asks nobody."""
+    chosen = found["chosen"]
+    assert chosen["measured"] == [[True], []]
+    for first, second in chosen["runs"]:
+        assert first == second and first[0] == {"z": chosen["kept"][0]["z"]}
+    assert len(chosen["kept"]) == 1 and chosen["kept"][0]["z"] in ("rloo", "arms")
+
+
+@several_processes
 def test_the_error_of_one_process_is_everybodys(found):
     assert found["one fails"] == [["GumboError: process 1: RuntimeError: nines"], ["RuntimeError: nines"]]
     assert found["main fails"] == ["BadInput: the main process says no"] * 2

@@ -16,6 +16,7 @@ import pyro
 import pytest
 import resuming
 import torch
+import word_programs
 from resuming import After, assert_alike, images, pair, quiet, weights
 from torch.optim import lr_scheduler
 
@@ -70,12 +71,19 @@ def interrupted_and_resumed(folder, kind: str, stops: list[int], options) -> Non
     """A run that gets a signal at each of these calls of its transform, and is gone on with in a new pair each time."""
     for seed, calls in enumerate(stops, start=5):
         with pytest.raises(Interrupted):
-            quiet(*pair(kind, seed), images(), transform=After(calls, stop), run_dir=folder, resume=True, **options())
-    quiet(*pair(kind, 4), images(), transform=After(0, stop), run_dir=folder, resume=True, **options())
+            quiet(
+                *pair(kind, seed),
+                images(kind=kind),
+                transform=After(calls, stop),
+                run_dir=folder,
+                resume=True,
+                **options(),
+            )
+    quiet(*pair(kind, 4), images(kind=kind), transform=After(0, stop), run_dir=folder, resume=True, **options())
 
 
 def held_against_an_uninterrupted_run(tmp_path, kind: str, options) -> None:
-    quiet(*pair(kind), images(), transform=After(0, stop), run_dir=tmp_path / "whole", **options())
+    quiet(*pair(kind), images(kind=kind), transform=After(0, stop), run_dir=tmp_path / "whole", **options())
     # The first initialises, then come the batches: within the first epoch, at the end of the second, in the next.
     first = quiet_until(tmp_path / "parts", kind, 3, options)
     assert first.where == "epoch 1, step 2"
@@ -85,7 +93,7 @@ def held_against_an_uninterrupted_run(tmp_path, kind: str, options) -> None:
 
 def quiet_until(folder, kind: str, calls: int, options) -> Interrupted:
     with pytest.raises(Interrupted) as caught:
-        quiet(*pair(kind), images(), transform=After(calls, stop), run_dir=folder, **options())
+        quiet(*pair(kind), images(kind=kind), transform=After(calls, stop), run_dir=folder, **options())
     return caught.value
 
 
@@ -95,6 +103,21 @@ def test_every_kind_of_loss_goes_on_in_mid_epoch(name, tmp_path):
     held_against_an_uninterrupted_run(
         tmp_path, kind, lambda: {"loss": make(), "epochs": 4, "valid": images(10, 1), "valid_samples": 2}
     )
+
+
+def newer_words():
+    for word, kind, quick in word_programs.cells():
+        marks = () if quick and word not in LOSSES else pytest.mark.slow
+        yield pytest.param(word, kind, id=f"{word}-{kind}", marks=marks)
+
+
+@pytest.mark.parametrize("word, kind", list(newer_words()))
+def test_every_word_goes_on_in_mid_epoch_on_every_kind_of_site(word, kind, tmp_path):
+    def options():
+        loss = SiteELBO(word_programs.said(word), num_particles=2)
+        return {"loss": loss, "epochs": 3, "valid": images(10, 1, kind), "valid_samples": 2}
+
+    held_against_an_uninterrupted_run(tmp_path, kind, options)
 
 
 def by_name(name: str) -> dict[str, float]:
