@@ -9,8 +9,8 @@ the same training, see every batch and take their own optimizer steps, as they w
 stop everything is held still, every estimator draws gradients of the guide on one fresh batch, and full steps are timed
 one after the other in every round. The last column is the factor by which variance × time is below that of Pyro's
 TraceGraph_ELBO with its decaying-average baseline. ``--times FILE`` takes the milliseconds from what an earlier run on
-an idle machine (``--steps 0 --draws 4 --rounds 25 --out FILE``) has written. ``--settle 100`` lets baselines and control variates see 100 batches
-at the initial parameters, before the first stop.
+an idle machine (``--steps 0 --draws 4 --rounds 25 --out FILE``) has written. ``--settle 100`` lets baselines and
+control variates see 100 batches at the initial parameters, before the first stop.
 """
 
 from __future__ import annotations

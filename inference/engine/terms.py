@@ -186,8 +186,8 @@ def sloping_cost(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tenso
 class Row:
     """A draw of one site, with its cost and the probability of the enumerated choices before it.
 
-    ``once`` is the cost with each term counted once, differentiable, for estimators that use its slope; ``slope`` is its
-    derivative with respect to the draw, where it is known already.
+    ``once`` is the cost with each term counted once, differentiable, for estimators that use its slope; ``slope`` is
+    its derivative with respect to the draw, where it is known already.
     """
 
     run: Run
