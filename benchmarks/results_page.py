@@ -17,6 +17,11 @@ from typing import Any
 from gumbo.experiments.compare import mean_and_error
 from gumbo.experiments.reproduce import path_of, rows_of
 from gumbo.experiments.reproduction import Table, tables
+from gumbo.experiments.reproduction.orderings import HEADS as ORDERING_HEADS
+from gumbo.experiments.reproduction.orderings import by_cell, group, is_relaxed, seconds_of
+from gumbo.experiments.reproduction.orderings import conclude as conclude_orderings
+from gumbo.experiments.reproduction.orderings import rows as ordering_rows
+from gumbo.inference.diagnosis.thresholds import SHIFT, WIDTH
 from gumbo.pictures import figure, save
 from gumbo.tables import markdown
 
@@ -43,6 +48,15 @@ def section(table: Table, found: list[dict[str, Any]]) -> list[str]:
     kept = [k for k in range(len(heads)) if k not in beside]
     lines += [*markdown([heads[k] for k in kept], [[row[k] for k in kept] for row in rows]), ""]
     lines += [sentence + "\n" for sentence in (table.conclude(found) if table.conclude else ())]
+    if table.conclude is conclude_orderings and (ordered := ordering_rows(found)):
+        lines += [
+            "Pairs of arms with three seeds or more each: the first minus the second, nats per datum ± standard error. "
+            "Undecided: seeds alone make such a difference in one of twenty cases. Equal time: the curves where the "
+            "faster arm ends.",
+            "",
+            *markdown(ORDERING_HEADS, ordered),
+            "",
+        ]
     lines += pictures(table, found)
     done = {numbers["cell"]["name"] for numbers in found}
     if missing := [cell.name for cell in table.cells if cell.name not in done]:
@@ -53,7 +67,8 @@ def section(table: Table, found: list[dict[str, Any]]) -> list[str]:
 
 
 def pictures(table: Table, found: list[dict[str, Any]]) -> list[str]:
-    draw = {"toy": toy_curves, "question": question_curves}.get(table.name, learning_curves)
+    own = {"toy": toy_curves, "question": question_curves, "posteriors": confusion, "semi-supervised": speed_up}
+    draw = own.get(table.name, learning_curves)
     name, alt = f"results-{table.name}.png", f"{table.name}: {table.value}"
     if (made := draw(table, found)) is None:
         return []
@@ -62,34 +77,107 @@ def pictures(table: Table, found: list[dict[str, Any]]) -> list[str]:
 
 
 def learning_curves(table: Table, found: Found):
-    """The bound on the training data over steps, and ours against the published number."""
-    by_name: dict[str, list] = {}
-    for numbers in found:
-        if numbers.get("curve"):
-            by_name.setdefault(numbers["cell"]["name"], []).append(numbers)
-    if not by_name:
+    """By group of arms: curves over steps and over time, mean and band over seeds; then ours against the published."""
+    shown = [numbers for numbers in found if numbers.get("curve")]
+    groups = list(dict.fromkeys(group(numbers["cell"]["name"]) for numbers in shown))
+    if not groups:
+        return None
+    made, axes = figure(len(groups), 3, figsize=(14, 4 * len(groups)), squeeze=False)
+    for row, name in zip(axes, groups, strict=True):
+        of_group = [numbers for numbers in shown if group(numbers["cell"]["name"]) == name]
+        bands(row, table, name, by_cell(of_group))
+        beside_published(row[2], by_cell(of_group))
+    return made
+
+
+def bands(row, table: Table, name: str, arms: Mapping[str, list[Mapping[str, Any]]]) -> None:
+    """Curves of the arms that show one bound, over steps and over seconds."""
+    left = []
+    ends = []
+    # Validation data where every arm has looked at them; else the training objective, which for some is another bound.
+    of = "valid" if all("valid" in point for runs in arms.values() for r in runs for point in r["curve"]) else "train"
+    for k, (cell, runs) in enumerate(arms.items()):
+        if of == "train" and is_relaxed(runs[0]["cell"]):
+            left.append(cell.split("/", 1)[-1])
+            continue
+        points = min(len(run["curve"]) for run in runs)
+        heights = [[run["curve"][j][of] for run in runs] for j in range(points)]
+        steps = [point["step"] for point in runs[0]["curve"][:points]]
+        seconds = [sum(seconds_of(run)[j] for run in runs) / len(runs) for j in range(points)]
+        ends += heights[-1] + heights[points // 4]
+        for place, across in zip(row[:2], (steps, seconds), strict=True):
+            (line,) = place.plot(
+                across, [sum(h) / len(h) for h in heights], "-" if k < 10 else "--", label=cell.split("/", 1)[-1]
+            )
+            low, high = [min(h) for h in heights], [max(h) for h in heights]
+            place.fill_between(across, low, high, alpha=0.2, color=line.get_color())
+    what = "ELBO on validation data" if of == "valid" else "training objective"
+    for place, across in zip(row[:2], ("step", "seconds of training"), strict=True):
+        place.set(xlabel=across, ylabel=f"{what}, nats per datum", title=f"{table.name}: {name}")
+        if ends:
+            place.set_ylim(min(ends) - 3, max(ends) + 3)
+    row[0].legend(fontsize="x-small")
+    if left:
+        row[1].set_title(f"not shown, a relaxed bound: {', '.join(left)}", fontsize="x-small")
+
+
+def beside_published(place, arms: Mapping[str, list[Mapping[str, Any]]]) -> None:
+    """Ours against the published number, ± standard error over seeds; on the line they are equal."""
+    known = {name: runs for name, runs in arms.items() if runs[0]["cell"]["published"] is not None}
+    place.set(xlabel="published", ylabel="ours", title="ours against published (share of the paper's steps)")
+    for name, runs in known.items():
+        mean, error = mean_and_error([run["value"] for run in runs]) or (math.nan, math.nan)
+        published = runs[0]["cell"]["published"]
+        place.errorbar(published, mean, yerr=0 if math.isnan(error) else error, fmt="o")
+        label = f" {name.split('/', 1)[-1]} ({runs[0]['share']:.0%})"
+        place.annotate(label, (published, mean), fontsize="x-small")
+    if known:
+        ends = [runs[0]["cell"]["published"] for runs in known.values()]
+        place.axline((ends[0], ends[0]), slope=1, color="gray", linewidth=0.8)
+        place.margins(x=0.25)
+
+
+def confusion(table: Table, found: Found):
+    """What the verdict says of guides, over how wrong they are."""
+    of = [numbers for numbers in found if "shift" in numbers["beside"]]
+    if not of:
         return None
     made, (left, right) = figure(1, 2, figsize=(11, 4.2))
-    for name, runs in by_name.items():
-        steps = [point["step"] for point in runs[0]["curve"]]
-        heights = [[-abs(run["curve"][k]["train"]) for run in runs] for k in range(len(steps))]
-        (line,) = left.plot(steps, [sum(h) / len(h) for h in heights], label=name)
-        left.fill_between(
-            steps, [min(h) for h in heights], [max(h) for h in heights], alpha=0.2, color=line.get_color()
+    colors = {"no alarm": "tab:green", "cannot say": "tab:orange", "alarm": "tab:red"}
+    for word, color in colors.items():
+        some = [numbers["beside"] for numbers in of if numbers["verdict"] == word]
+        shifts, widths = [max(n["shift"], 1e-3) for n in some], [max(n["width"], 1e-4) for n in some]
+        left.loglog(shifts, widths, "o", color=color, label=f"{word} ({len(some)})", alpha=0.7)
+        kept = [n for n in of if n["verdict"] == word and math.isfinite(n["value"])]
+        right.semilogx(
+            [max(n["beside"]["shift"], 1e-3) for n in kept], [n["value"] for n in kept], "o", color=color, alpha=0.7
         )
-    last = [-abs(run["curve"][-1]["train"]) for runs in by_name.values() for run in runs]
-    left.set(xlabel="step", ylabel="training objective, nats per datum", ylim=(min(last) - 25, max(last) + 5))
-    left.legend(fontsize="x-small")
-    known = [(name, runs) for name, runs in by_name.items() if runs[0]["cell"]["published"] is not None]
-    for name, runs in known:
-        mean, error = mean_and_error([run["value"] for run in runs])
-        published = runs[0]["cell"]["published"]
-        right.errorbar(published, mean, yerr=0 if math.isnan(error) else error, fmt="o")
-        right.annotate(f"{name} ({runs[0]['share']:.0%})", (published, mean), fontsize="x-small")
-    if known:
-        ends = [runs[0]["cell"]["published"] for _, runs in known]
-        right.axline((ends[0], ends[0]), slope=1, color="gray", linewidth=0.8)
-    right.set(xlabel="published", ylabel="ours (share of the paper's steps)", title=table.value)
+    left.axvline(SHIFT, color="gray", linewidth=0.8)
+    for limit in (WIDTH, 1 / WIDTH):
+        left.axhline(limit, color="gray", linewidth=0.8)
+    left.set(xlabel="largest shift, posterior sd", ylabel="worst width, sd over posterior sd", title="verdicts")
+    left.legend(fontsize="small", loc="lower left")
+    right.axhline(0.7, color="gray", linewidth=0.8)
+    right.axvline(SHIFT, color="gray", linewidth=0.8)
+    right.set(xlabel="largest shift, posterior sd", ylabel="k̂ of the guide's draws", ylim=(-0.5, 5))
+    return made
+
+
+def speed_up(table: Table, found: Found):
+    """Milliseconds of a step over classes, by word."""
+    lines: dict[str, dict[int, list[float]]] = {}
+    for numbers in found:
+        if "classes" in numbers["cell"]:
+            of = lines.setdefault(numbers["cell"]["estimator"], {})
+            of.setdefault(numbers["cell"]["classes"], []).append(numbers["value"])
+    if not lines:
+        return None
+    made, place = figure(1, 1, figsize=(6, 4))
+    for word, of in lines.items():
+        points = sorted((classes, sum(values) / len(values)) for classes, values in of.items())
+        place.loglog(*zip(*points, strict=True), "o-", label=word)
+    place.set(xlabel="classes", ylabel="ms a training step, batch 100", title="one sample of the label or the sum")
+    place.legend()
     return made
 
 

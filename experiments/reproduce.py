@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -175,7 +175,7 @@ def write_report(path: Path, table, found: Sequence[dict[str, Any]]) -> None:
 def rows_of(table, found: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Heads and cells: published beside ours, mean ± standard error over seeds, and what stands beside."""
     heads = ["cell", "published", "ours", "seeds", "steps", "share"]
-    beside = list(dict.fromkeys(head for numbers in found for head in numbers.get("beside", ())))
+    beside = list(dict.fromkeys(head for numbers in found for head in beside_of(numbers)))
     rows = []
     for cell in table.cells:
         runs = [numbers for numbers in found if numbers["cell"]["name"] == cell.name]
@@ -186,10 +186,22 @@ def rows_of(table, found: Sequence[dict[str, Any]]) -> tuple[list[str], list[lis
         row.append(number(mean) if len(runs) == 1 else f"{number(mean)} ± {number(error)}")
         row += [str(len(runs)), f"{runs[0]['steps']:,}", f"{runs[0]['share']:.1%}"]
         for head in beside:
-            values = [numbers["beside"][head] for numbers in runs if head in numbers.get("beside", ())]
+            values = [beside_of(numbers)[head] for numbers in runs if head in beside_of(numbers)]
             row.append(number(sum(values) / len(values)) if values else "")
         rows.append(row)
     return heads + beside, rows
+
+
+def beside_of(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """What stands beside a cell's value: the other of the two bounds on test data first, where it was trained."""
+    cell, test = numbers["cell"], numbers.get("test")
+    if test is None:
+        other = {}
+    elif cell["metric"] == "nll":
+        other = {"−ELBO": -test["elbo"]}
+    else:
+        other = {f"{test['num_samples']}-draw bound": -test["log_evidence"]}
+    return other | numbers.get("beside", {})
 
 
 def number(value: float) -> str:

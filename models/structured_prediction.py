@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import BadInput
 from ._base import GenerativeModel, Latent, models
 from ._networks import mlp
+from .families import distribution
 
 
 @models.register("structured-prediction")
@@ -28,7 +29,8 @@ class StructuredPrediction(GenerativeModel):
     upper=u)``, and so are its guides; ``inputs`` cuts images in two. Shapes: for images ``(B, channels, height,
     width)`` both halves are ``(B, channels, height / 2, width)`` (an odd middle row is in the lower half), site ``zl``
     is ``(B, layers[l - 1])``. Each f is linear or, with ``nonlinear=True``, has a hidden layer as wide as its output's
-    layer (the last: as the layer before). Raises BadInput for halves of another shape and, under validation, for NaN
+    layer (the last: as the layer before). With ``num_classes`` a layer's latents are one-hot, and site ``zl`` is
+    ``(B, layers[l - 1], num_classes)``. Raises BadInput for halves of another shape and, under validation, for NaN
     or for values of x other than 0 and 1.
 
     Raiko et al. 2014, arXiv:1406.2989; Gu et al. 2016, arXiv:1511.05176.
@@ -40,7 +42,7 @@ class StructuredPrediction(GenerativeModel):
     {'z1': (2, 6), 'z2': (2, 5), 'x': (2, 1, 4, 8)}
     """
 
-    variants = ({"layers": (6,)}, {"layers": (6, 5), "nonlinear": True})
+    variants = ({"layers": (6,)}, {"layers": (6, 5), "nonlinear": True}, {"layers": (4, 3), "num_classes": 3})
     binary_data = True
 
     def __init__(
@@ -49,19 +51,26 @@ class StructuredPrediction(GenerativeModel):
         layers: Sequence[int] = (200, 200),
         nonlinear: bool = False,
         activation: str = "tanh",
+        num_classes: int | None = None,
         data_size: int | None = None,
     ):
         if len(data_shape) != 3 or data_shape[1] < 2:
             raise BadInput(f"StructuredPrediction: images {tuple(data_shape)} must be (channels, height > 1, width)")
         if not layers or min(layers) < 1:
             raise BadInput(f"StructuredPrediction: layers={tuple(layers)} must hold at least one positive width")
+        if num_classes is not None and num_classes < 2:
+            raise BadInput(f"StructuredPrediction: num_classes={num_classes} must be at least 2, or None for coins")
         channels, height, width = data_shape
         super().__init__((channels, height - height // 2, width), data_size)
         self.conditions = {"upper": (channels, height // 2, width)}
         names = [f"z{level}" for level in range(1, len(layers) + 1)]
-        self.latents = {name: Latent("bernoulli", (size,)) for name, size in zip(names, layers, strict=True)}
+        self.latents = {
+            name: Latent("bernoulli", (size,)) if num_classes is None else Latent("categorical", (size, num_classes))
+            for name, size in zip(names, layers, strict=True)
+        }
         self.mirror = {"channels": (), "hidden": (layers[0],) if nonlinear else (), "activation": activation}
-        sizes = [math.prod(self.conditions["upper"]), *layers, math.prod(self.data_shape)]
+        widths = [latent.size for latent in self.latents.values()]
+        sizes = [math.prod(self.conditions["upper"]), *widths, math.prod(self.data_shape)]
         self.decoder = nn.ModuleDict()  # keyed by the site whose logits the network computes
         for site, (inputs, outputs) in zip([*names, "x"], pairwise(sizes), strict=True):
             between = [inputs if site == "x" else outputs] if nonlinear else []
@@ -73,12 +82,13 @@ class StructuredPrediction(GenerativeModel):
         with self.data_plate(x, batch_size):
             (upper,) = self.check_conditions({"upper": upper}, batch_size if x is None else len(x))
             below = upper.flatten(1)
-            for site in self.latents:
-                below = pyro.sample(site, dist.Bernoulli(logits=self.decoder[site](below)).to_event(1))
+            for site, latent in self.latents.items():
+                made = distribution(latent, self.decoder[site](below))
+                below = pyro.sample(site, made).flatten(-len(latent.shape))
             return pyro.sample("x", self.likelihood(below), obs=x)
 
     def likelihood(self, z: torch.Tensor) -> dist.TorchDistribution:
-        """p(x | z) for the last layer's ``z`` of shape ``(..., layers[-1])``, batch shape ``(...)``."""
+        """p(x | z) for the last layer's ``z`` ``(..., layers[-1])`` (one-hot layers flat), batch shape ``(...)``."""
         logits = self.decoder["x"](z).unflatten(-1, self.data_shape)
         return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from gumbo.experiments.reproduction import arm, gumbel_softmax, iwae, posteriors, question, toy, two_hundred_coins
+from gumbo.experiments.reproduction import (
+    arm,
+    gumbel_softmax,
+    iwae,
+    posteriors,
+    question,
+    reinmax,
+    semi_supervised,
+    toy,
+    two_hundred_coins,
+)
 from gumbo.experiments.reproduction.cells import Cell, Table, tables
 
 __all__ = [
@@ -13,6 +23,8 @@ __all__ = [
     "iwae",
     "posteriors",
     "question",
+    "reinmax",
+    "semi_supervised",
     "tables",
     "toy",
     "two_hundred_coins",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gumbo.experiments.reproduction.cells import register
+from gumbo.experiments.reproduction.orderings import conclude
 from gumbo.experiments.reproduction.trained import TrainedCell
 
 # Test NLL in nats, by network, as the paper and those that it cites report them.
@@ -47,4 +48,5 @@ register(
     "Fixed binarization of MNIST, 200 Bernoulli latents a layer. The paper: Adam, learning rate 1e-4, batch 50. Here: "
     "Adam from 1e-3 with a cosine decay, batch 100. The metric is −log p(x) by 1,000 importance-weighted draws.",
     cells,
+    conclude=conclude,
 )

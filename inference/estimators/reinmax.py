@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...errors import BadInput
 from ._base import Draw, Estimator, Schedule, at_step, check_temperature, detached_draw, estimators
 from ._distributions import LinearExtension, is_one_hot
 from .relaxation import bounded_logits, relaxable_why_not, squash
@@ -20,14 +21,20 @@ class ReinMax(Estimator):
     temperature 1 the gradient is exact for a cost quadratic in one site; otherwise it is biased. The log pmf is
     extended linearly.
 
+    ``order=1`` takes the first-order step instead, J(π_τ): the straight-through gradient without Gumbel noise (Bengio
+    et al. 2013, arXiv 1308.3432), exact for a linear cost at temperature 1.
+
     >>> ReinMax().unbiased, ReinMax().name
     (False, 'reinmax')
     """
 
     unbiased = False
+    _ranges = {"order": 1}
 
-    def __init__(self, temperature: float | Schedule = 1.0):
-        self.temperature = check_temperature(temperature)
+    def __init__(self, temperature: float | Schedule = 1.0, order: int = 2):
+        if order not in (1, 2):
+            raise BadInput(f"ReinMax order is {order!r}: expected 1 (straight-through) or 2 (ReinMax)")
+        self.temperature, self.order = check_temperature(temperature), int(order)
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
         return relaxable_why_not(site)
@@ -36,8 +43,10 @@ class ReinMax(Estimator):
         logits, one_hot = bounded_logits(fn), is_one_hot(fn)
         fixed = logits.detach()
         value = detached_draw(fn, args, kwargs).value
-        halfway = (value + squash(fixed, at_step(self.temperature, step), one_hot)) / 2
-        nudge = logits - fixed
+        nudge, tempered = logits - fixed, squash(fixed, at_step(self.temperature, step), one_hot)
+        if self.order == 1:
+            return Draw(value + _along(nudge, tempered, one_hot))
+        halfway = (value + tempered) / 2
         path = 2 * _along(nudge, halfway, one_hot) - _along(nudge, squash(fixed, 1.0, one_hot), one_hot) / 2
         return Draw(value + path)
 

@@ -102,6 +102,10 @@ def test_reinmax_is_exact_for_a_quadratic_cost_and_straight_through_is_not():
         probs = a.softmax(-1)
         first = first + (value * probs).sum().detach() * torch.autograd.grad((slope * probs).sum(), a)[0]
     assert (first - exact).abs().max() > 0.05
+    found = mean_of_estimator(ReinMax(order=1), quadratic, lambda a: dist.OneHotCategorical(logits=a), LOGITS)
+    assert torch.allclose(found, first, rtol=0, atol=1e-12)
+    with pytest.raises(BadInput, match="order is 3"):
+        ReinMax(order=3)
 
 
 def test_reinmax_is_exact_for_a_quadratic_cost_of_a_coin_and_biased_for_a_quartic():
