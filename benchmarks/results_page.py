@@ -1,6 +1,6 @@
 """docs/results.md and its pictures, from the finished cells under experiments/results.
 
-    python benchmarks/results_page.py [RESULTS]
+    python benchmarks/results_page.py [RESULTS [DOCS]]
 
 ``gumbo reproduce TABLE`` writes the cells; this trains nothing. Cells that have not been run are listed as such.
 """
@@ -16,17 +16,14 @@ from typing import Any
 
 from gumbo.experiments.compare import mean_and_error
 from gumbo.experiments.reproduce import path_of, rows_of
-from gumbo.experiments.reproduction import Table, tables
-from gumbo.experiments.reproduction.orderings import HEADS as ORDERING_HEADS
+from gumbo.experiments.reproduction import Table, orderings, tables
 from gumbo.experiments.reproduction.orderings import by_cell, group, is_relaxed, seconds_of
-from gumbo.experiments.reproduction.orderings import conclude as conclude_orderings
-from gumbo.experiments.reproduction.orderings import rows as ordering_rows
 from gumbo.inference.diagnosis.thresholds import SHIFT, WIDTH
 from gumbo.pictures import figure, save
 from gumbo.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, FIGURES = ROOT / "docs" / "results.md", ROOT / "docs" / "figures"
+DOCS = ROOT / "docs"
 MOST_SEEDS = 20
 
 Found = Sequence[Mapping[str, Any]]
@@ -38,7 +35,7 @@ def finished(table: Table, results: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def section(table: Table, found: list[dict[str, Any]]) -> list[str]:
+def section(table: Table, found: list[dict[str, Any]], docs: Path) -> list[str]:
     """What the page says of one table."""
     lines = [f"## {table.name}", "", f"{table.source}.", "", table.note, ""]
     if not found:
@@ -47,17 +44,19 @@ def section(table: Table, found: list[dict[str, Any]]) -> list[str]:
     beside = [k for k, head in enumerate(heads) if head == "published" and all(not row[k] for row in rows)]
     kept = [k for k in range(len(heads)) if k not in beside]
     lines += [*markdown([heads[k] for k in kept], [[row[k] for k in kept] for row in rows]), ""]
-    lines += [sentence + "\n" for sentence in (table.conclude(found) if table.conclude else ())]
-    if table.conclude is conclude_orderings and (ordered := ordering_rows(found)):
+    # Pairs of arms stand in a table of their own.
+    concludes = orderings.totals if table.conclude is orderings.conclude else table.conclude
+    lines += [sentence + "\n" for sentence in (concludes(found) if concludes else ())]
+    if table.conclude is orderings.conclude and (ordered := orderings.rows(found)):
         lines += [
             "Pairs of arms with three seeds or more each: the first minus the second, nats per datum ± standard error. "
             "Undecided: seeds alone make such a difference in one of twenty cases. Equal time: the curves where the "
             "faster arm ends.",
             "",
-            *markdown(ORDERING_HEADS, ordered),
+            *markdown(orderings.HEADS, ordered),
             "",
         ]
-    lines += pictures(table, found)
+    lines += pictures(table, found, docs)
     done = {numbers["cell"]["name"] for numbers in found}
     if missing := [cell.name for cell in table.cells if cell.name not in done]:
         lines += [f"Not run yet: {', '.join(missing)}.", ""]
@@ -66,13 +65,13 @@ def section(table: Table, found: list[dict[str, Any]]) -> list[str]:
     return [*lines, f"    {found[0]['command']}  # and so on, one a cell; `gumbo reproduce {table.name}` for all", ""]
 
 
-def pictures(table: Table, found: list[dict[str, Any]]) -> list[str]:
+def pictures(table: Table, found: list[dict[str, Any]], docs: Path) -> list[str]:
     own = {"toy": toy_curves, "question": question_curves, "posteriors": confusion, "semi-supervised": speed_up}
     draw = own.get(table.name, learning_curves)
     name, alt = f"results-{table.name}.png", f"{table.name}: {table.value}"
     if (made := draw(table, found)) is None:
         return []
-    save(made, FIGURES / name)
+    save(made, docs / "figures" / name)
     return [f"![{alt}](figures/{name})", ""]
 
 
@@ -124,7 +123,8 @@ def bands(row, table: Table, name: str, arms: Mapping[str, list[Mapping[str, Any
 def beside_published(place, arms: Mapping[str, list[Mapping[str, Any]]]) -> None:
     """Ours against the published number, ± standard error over seeds; on the line they are equal."""
     known = {name: runs for name, runs in arms.items() if runs[0]["cell"]["published"] is not None}
-    place.set(xlabel="published", ylabel="ours", title="ours against published (share of the paper's steps)")
+    place.set(xlabel="published", ylabel="ours", title="ours (share of the paper's steps)")
+    place.set_visible(bool(known))
     for name, runs in known.items():
         mean, error = mean_and_error([run["value"] for run in runs]) or (math.nan, math.nan)
         published = runs[0]["cell"]["published"]
@@ -220,7 +220,7 @@ def question_curves(table: Table, found: Found):
 
 
 def main(argv: Sequence[str]) -> None:
-    results = Path(argv[0]) if argv else ROOT / "experiments" / "results"
+    results, docs = (Path(given) for given in (*argv, *(ROOT / "experiments" / "results", DOCS)[len(argv) :]))
     lines = [
         "# Published tables, run again",
         "",
@@ -228,11 +228,17 @@ def main(argv: Sequence[str]) -> None:
         "which `gumbo reproduce TABLE` writes. *share* is that of the paper's training budget. A cell far below 100 % "
         "shows how far it came and no more.",
         "",
+        "`gumbo reproduce all` runs what is missing, `gumbo reproduce all --device cuda --jobs 8` does so on a GPU, "
+        "and `gumbo reproduce all --backend dask --address tcp://host:port` on a cluster. Each result is written as it "
+        "comes.",
+        "",
     ]
-    for table in (tables[name] for name in tables):
-        lines += section(table, finished(table, results))
-    PAGE.write_text("\n".join(lines).rstrip() + "\n")
-    print(f"{PAGE}: new")
+    every = {name: finished(tables[name], results) for name in tables}
+    for name, found in every.items():
+        lines += section(tables[name], found, docs)
+    page = docs / "results.md"
+    page.write_text("\n".join(lines).rstrip() + "\n")
+    print(f"{page}: new")
 
 
 if __name__ == "__main__":

@@ -164,23 +164,15 @@ def rows(found: Runs) -> list[list[str]]:
     ]
 
 
-def conclude(found: Runs) -> list[str]:
-    """How the published orderings fare, every one that is not confirmed, and which arms have too few seeds."""
-    every = orderings(found)
+def totals(found: Runs) -> list[str]:
+    """How the published orderings fare, and which arms have too few seeds to be ordered."""
+    known = [one for one in orderings(found) if one.published]
     said = []
     for title, kind in (("equal steps", "steps"), ("equal time", "time")):
-        known = [one for one in every if one.published]
         words = [one.verdict(getattr(one, kind)) for one in known]
-        if known:
-            counts = ", ".join(f"{words.count(w)} {w}" for w in dict.fromkeys(sorted(words)))
+        if words:
+            counts = ", ".join(f"{words.count(word)} {word}" for word in sorted(set(words)))
             said.append(f"Published orderings at {title}, {len(known)} pairs: {counts}.")
-    for one in every:
-        if one.published and one.verdict(one.steps) != "confirmed":
-            said.append(
-                f"{one.one} against {one.other.split('/', 1)[-1]}: published {one.published:+.2f}, ours "
-                f"{one.steps or 'after unequal steps'}: {one.verdict(one.steps)} at equal steps; "
-                f"{one.time or 'curves'}: {one.verdict(one.time)} at equal time."
-            )
     few: dict[int, list[str]] = {}
     for name, runs in by_cell(found).items():
         if len(runs) < LEAST_SEEDS:
@@ -188,3 +180,15 @@ def conclude(found: Runs) -> list[str]:
     for seeds, names in sorted(few.items()):
         said.append(f"{'One seed' if seeds == 1 else f'{seeds} seeds'} only, not ordered: {', '.join(names)}.")
     return said
+
+
+def conclude(found: Runs) -> list[str]:
+    """The totals, and every pair with both numbers."""
+    said = [
+        f"{one.one} against {one.other.split('/', 1)[-1]}: "
+        f"{'not published' if one.published is None else f'published {one.published:+.2f}'}; "
+        f"ours {one.steps or 'after unequal steps'}, {one.verdict(one.steps)} at equal steps; "
+        f"{one.time or 'curves'}, {one.verdict(one.time)} at equal time."
+        for one in orderings(found)
+    ]
+    return [*totals(found), *said]

@@ -252,3 +252,59 @@ def test_guides_of_posteriors_are_fitted_to_unshuffled_data():
         -1,
     )
     assert (found - torch.linalg.lstsq(x, made.y.unsqueeze(-1)).solution.squeeze(-1)).abs().max() < 0.3
+
+
+def arm_of(name: str, published: float | None, values, estimator: str = "rloo", seconds: float = 1.0, steps: int = 100):
+    """Runs of a trained cell, one a seed, whose curves fall by a nat a point."""
+    cell = {"name": name, "published": published, "estimator": estimator, "objective": "elbo", "particles": None}
+    return [
+        {
+            "cell": cell,
+            "seed": seed,
+            "value": value,
+            "steps": steps,
+            "ms_per_step": 10 * seconds,
+            "curve": [{"step": 10 * k, "train": -value - (10 - k)} for k in range(1, 11)],
+        }
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_orderings_are_confirmed_contradicted_or_undecided_by_their_seeds():
+    from gumbo.experiments.reproduction.orderings import conclude, orderings
+
+    found = [
+        *arm_of("net/a", 100.0, [90.0, 90.1, 89.9]),
+        *arm_of("net/b", 101.0, [92.0, 92.1, 91.9]),
+        *arm_of("net/c", 99.0, [95.0, 95.1, 94.9]),
+        *arm_of("net/d", 98.0, [80.0, 95.0, 88.0]),
+        *arm_of("net/ours", None, [85.0, 85.1, 84.9]),
+        *arm_of("net/few", 97.0, [85.0, 85.1]),
+        *arm_of("other/a", 100.0, [80.0, 80.1, 79.9]),
+    ]
+    verdicts = {(one.one, one.other): one.verdict(one.steps) for one in orderings(found)}
+    assert verdicts["net/a", "net/b"] == "confirmed" and verdicts["net/a", "net/c"] == "contradicted"
+    assert verdicts["net/a", "net/d"] == "undecided" and verdicts["net/a", "net/ours"] == "ours ahead"
+    assert len(verdicts) == 10  # pairs of five arms: none with two seeds, and none of another group
+    said = conclude(found)
+    assert "Published orderings at equal steps, 6 pairs: 1 confirmed, 2 contradicted, 3 undecided." in said
+    assert "2 seeds only, not ordered: net/few." in said
+
+
+def test_equal_time_is_where_the_faster_arm_ends_and_relaxed_bounds_are_not_compared():
+    from gumbo.experiments.reproduction.orderings import orderings
+
+    slow = arm_of("net/slow", 100.0, [90.0, 90.1, 89.9], seconds=2.0)
+    fast = arm_of("net/fast", 101.0, [92.0, 92.1, 91.9])
+    (pair,) = orderings([*slow, *fast])
+    # The slow one has come half its way by then: five points, a nat each.
+    assert pair.steps.mean == pytest.approx(-2.0) and pair.time.mean == pytest.approx(3.0)
+    assert pair.verdict(pair.steps) == "confirmed" and pair.verdict(pair.time) == "contradicted"
+    relaxed = arm_of("net/relaxed", 99.0, [91.0, 91.1, 90.9], estimator="gumbel-softmax")
+    (pair,) = orderings([*fast, *relaxed])
+    assert pair.time is None and pair.verdict(pair.time) == "not comparable"
+    for run in (*fast, *relaxed):
+        for point in run["curve"]:
+            point["valid"] = point["train"]
+    (pair,) = orderings([*fast, *relaxed])
+    assert pair.time.mean == pytest.approx(1.0)
