@@ -218,9 +218,12 @@ def test_print_config_can_be_given_back(tmp_path, capsys):
     assert again.quick
 
 
-def test_the_example_of_the_readme_runs(param_store, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_examples_of_the_readme_run(param_store, capsys):
+    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    exec(compile(first, "README.md", "exec"), {})
+    assert capsys.readouterr().out.split()[::4] == ["Trace_ELBO", "TraceGraph_ELBO", "SiteELBO", "SiteELBO"]
+    with param_store.scope():
+        exec(compile(second, "README.md", "exec"), {})
     said = capsys.readouterr().out
     assert "300 data, 50 draws; nats per datum" in said and re.search(r"ELBO +-\d", said)
 
