@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from additions import OBJECTIVE, additions
 from exact_means import exact_gradient
 from programs import F64, OneCoinGuide, OneCoinModel, gradient
 from torch import nn
@@ -19,53 +18,26 @@ from gumbo.inference.engine.looks import refusals
 from gumbo.inference.estimators import Pathwise, ScoreFunction
 from gumbo.inference.objectives import Objective, as_objective, objectives
 
-SOURCE = '''
-"""Half of the evidence lower bound."""
-
-from gumbo.inference.engine.looks import refusals
-from gumbo.inference.estimators import Pathwise, ScoreFunction
-from gumbo.inference.objectives import Objective, objectives
-from gumbo.inference.engine.terms import elbo_value
-
-
-@objectives.register("half-elbo")
-class HalfBound(Objective):
-    """The evidence lower bound in units of two nats."""
-
-    name = "half-elbo"
-
-    def accepts(self, estimator):
-        return "elbo" in estimator.objectives
-
-    def value(self, recorded):
-        return elbo_value(recorded.groups, recorded.layout, recorded.view) / 2
-'''
-
 
 @pytest.fixture
-def half(tmp_path):
-    path = tmp_path / "half_bound.py"
-    path.write_text(SOURCE)
-    spec = importlib.util.spec_from_file_location("half_bound", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del objectives._items["half-elbo"]
+def double(tmp_path):
+    with additions(tmp_path) as add:
+        yield add(OBJECTIVE)
 
 
 @pytest.mark.parametrize("word", ["score", "rloo", "enumerate", "local-expectation"])
-def test_a_registered_objective_has_its_value_and_gradient(half, word):
+def test_a_registered_objective_has_its_value_and_gradient(double, word):
     model, guide = OneCoinModel(), OneCoinGuide()
-    for objective in ("half-elbo", half.HalfBound, half.HalfBound()):
+    for objective in ("toy", double.ToyBound, double.ToyBound()):
         loss = SiteELBO(word, objective=objective)(model, guide)
         mean = mean_over_draws(lambda loss=loss: gradient(loss(), nn.ModuleList([model, guide])))
-        assert torch.allclose(mean, exact_gradient(model, guide) / 2, rtol=0, atol=1e-10)
-        assert loss.objective_name == "half-elbo"
+        assert torch.allclose(mean, 2 * exact_gradient(model, guide), rtol=0, atol=1e-10)
+        assert loss.objective_name == "toy"
     with pyro.get_param_store().scope():
-        assert torch.allclose(mean_over_draws(loss), -exact_elbo(model, guide) / 2, rtol=0, atol=1e-10)
+        assert torch.allclose(mean_over_draws(loss), -2 * exact_elbo(model, guide), rtol=0, atol=1e-10)
 
 
-def test_fit_trains_with_a_registered_objective(half):
+def test_fit_trains_with_a_registered_objective(double):
     class Model(pyro.nn.PyroModule):
         def forward(self, x):
             with pyro.plate("data", len(x)):
@@ -83,15 +55,15 @@ def test_fit_trains_with_a_registered_objective(half):
 
     guide = Guide()
     x = torch.randn(32, dtype=F64)
-    fit(Model(), guide, x, loss=SiteELBO("pathwise", objective="half-elbo"), epochs=20, lr=0.05)
+    fit(Model(), guide, x, loss=SiteELBO("pathwise", objective="toy"), epochs=20, lr=0.05)
     assert guide.loc.item() == pytest.approx(0.5, abs=0.2)
 
 
-def test_what_an_objective_does_not_take_is_one_line(half):
-    with pytest.raises(BadInput, match="kl_weight is not defined for objective 'half-elbo'"):
-        SiteELBO(objective="half-elbo", kl_weight=0.5)
+def test_what_an_objective_does_not_take_is_one_line(double):
+    with pytest.raises(BadInput, match="kl_weight is not defined for objective 'toy'"):
+        SiteELBO(objective="toy", kl_weight=0.5)
     with pytest.raises(
-        UnknownName, match=r"unknown objective 'iwea': did you mean 'iwae'\? \(known: elbo, free-bits, half-elbo, iwae"
+        UnknownName, match=r"unknown objective 'iwea': did you mean 'iwae'\? \(known: elbo, free-bits, iwae.*, toy"
     ):
         SiteELBO(objective="iwea")
 
