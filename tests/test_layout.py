@@ -310,3 +310,21 @@ def test_paths_of_one_machine_are_seen():
     assert foreign_paths("data = '/" + "home/someone/mnist.npz'")
     assert foreign_paths(f"see {ROOT}/notes")
     assert not foreign_paths("https://example.org/home/page and runs/" + "work/now and ~/" + "work/x")
+
+
+def test_a_large_file_says_which_single_idea_it_holds():
+    """Files of more than 350 lines, and functions of more than 100, are in the list of docs/architecture.md."""
+    listed = (ROOT / "docs" / "architecture.md").read_text().split("## Large files")[1].split("\n## ")[0]
+    missing = []
+    for path in sorted((ROOT / "inference").rglob("*.py")):
+        source = path.read_text()
+        if len(source.splitlines()) > 350 and path.relative_to(ROOT / "inference").as_posix() not in listed:
+            missing.append(path.name)
+        for node in ast.walk(ast.parse(source)):
+            if (
+                isinstance(node, ast.FunctionDef)
+                and node.end_lineno - node.lineno > 100
+                and f"`{node.name}`" not in listed
+            ):
+                missing.append(node.name)
+    assert not missing

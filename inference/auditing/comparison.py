@@ -14,7 +14,7 @@ from pyro.infer import ELBO
 from ...errors import BadInput, GumboError, GumboWarning, Refusal, UnsupportedSite
 from ...options import holds_to_annotations
 from ..elbo import SiteELBO
-from ..engine.binding import ONE_BY_ONE
+from ..engine.arrangement import ONE_BY_ONE
 from ..engine.resolution import as_estimator
 from ..engine.rows import given_arguments
 from ..engine.scopes import modules_of

@@ -2,64 +2,33 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
 
-from ...errors import ANY, PROGRAM, BadInput, CallsAutograd, CannotVectorize, GumboError, GumboWarning, UnsupportedSite
+from ...errors import ANY, PROGRAM, BadInput, CallsAutograd, GumboError, UnsupportedSite
 from ..estimators import Estimator
 from ..estimators._base import at_step
 from ..estimators._distributions import has_score_term
-from .elimination import NeedsListing, TooMuchMemory
-from .handlers import in_chain
+from .arrangement import Arrangement, Loss, Pair
+from .elimination import NeedsListing
 from .looks import looking, one_particle, plates_mixed_by
 from .messenger_guides import as_program
 from .noise import current_tape
 from .programs import Program, check_same_kind
 from .records import Run, Site
 from .reruns import Reruns, RunsAgain
-from .resolution import Resolution, Words
 from .scopes import check_shared_names, devices_of, one_at_a_time
 from .streams import Generators
 from .terms import Layout, NeedsJoint, Recorded
-from .vectorizing import check_at_once, check_listed, differs_listed
 from .views import Inputs, Views
 
-ONE_BY_ONE = "are run one by one"
 SIZES = 4  # the number of batch sizes per mode for which the programs are checked
-
-
-class Loss(Words, Protocol):
-    """The interface of a loss that a binding needs; :class:`SiteELBO` implements it."""
-
-    requested_nesting: int | None
-    requested_vectorized: bool | None
-    vectorize_particles: bool
-    undecided: bool
-    decided: Callable[..., Any]
-    kl_weight: float | Callable[[int], float]
-    max_alternatives: int
-    begins_with: Mapping[str, Any] | None
-    memory_limit: float
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The programs of a binding, whose parameters belong to the binding's owner.
-
-    ``program`` runs as the guide: the guide itself, or a program that wraps a guide which runs the model.
-    """
-
-    model: Callable
-    guide: Callable
-    program: Callable
 
 
 class Binding(nn.Module):
@@ -70,25 +39,18 @@ class Binding(nn.Module):
     def __init__(self, elbo: Loss, model: Callable, guide: Callable):
         super().__init__()
         self.elbo, self.pair = elbo, Pair(model, guide, as_program(guide))
-        self.resolution = Resolution(elbo)
+        self.arrangement = Arrangement(elbo, self.pair)
         self.chosen: dict[str, Estimator] = {}  # the estimators of the sites in the first call
-        self.enum_dims: dict[str, int] = {}
         self.stand_ins: dict[Any, Estimator] = {}
         self.states = nn.ModuleDict()
         self.steps = 0
-        self.num_particles: int | None = None
-        self.max_plate_nesting: int | None = None
         self.mixed_plates: tuple[str, ...] = ()
         self.looks: set[tuple[Any, ...]] = set()  # modes and batch sizes in which the programs were checked
         self.modules_met: list[nn.Module] = []
         self.generators = Generators()
-        self.stacks = True  # whether many alternatives of a draw run at once
         self.runs_again = False  # if so, the programs' own noise is kept separate
         self.make_layout: Callable[..., Layout] = Layout
         self.checks_plates = True  # whether plates="check" checks the programs; False if they were checked before
-        self.lists_chains = False  # whether enumerated sites under pyro.markov are summed out by elimination
-        self.shares_dims = True  # whether elements of a sequential plate are enumerated along the same dimensions
-        self.apart = False  # whether particles, and enumerated values, run one by one
         self.scored = False  # whether a factor, or a draw with a path, leaves a score term
         self.calls_autograd = False  # set when a run without gradients fails for this reason
 
@@ -101,9 +63,16 @@ class Binding(nn.Module):
         return self.pair.program
 
     @property
-    def joint(self) -> set[str]:
-        """The enumerated sites whose values are enumerated jointly over their plates."""
-        return self.resolution.joint
+    def num_particles(self) -> int | None:
+        return self.arrangement.num_particles
+
+    @property
+    def vectorized(self) -> bool:
+        return self.arrangement.vectorized
+
+    @property
+    def lists_chains(self) -> bool:
+        return self.arrangement.lists_chains
 
     def has_state(self) -> bool:
         return len(self.states) > 0
@@ -141,7 +110,7 @@ class Binding(nn.Module):
             return
         if self.elbo.undecided:
             self.elbo = self.elbo.decided(self.model, self.guide, [(args, kwargs)])
-            self.resolution = Resolution(self.elbo)
+            self.arrangement = Arrangement(self.elbo, self.pair)
         if _handles_itself(self.guide):
             raise BadInput(
                 f"the guide is {type(self.guide).__name__}, a handler and no program: pass a function or a module that "
@@ -150,7 +119,9 @@ class Binding(nn.Module):
         with one_at_a_time, looking(self.model, self.guide, *args) as met:
             if self.ready():
                 return
-            program = one_particle(self.model, self.guide, self.elbo.requested_nesting, self.resolution.as_drawn)
+            program = one_particle(
+                self.model, self.guide, self.elbo.requested_nesting, self.arrangement.resolution.as_drawn
+            )
             program.generators = Generators(devices_of(self.model, self.guide, *args), others=True)
             program.eliminates = False  # sites that are summed out are drawn once, as values for comparison
             seen = program.run(args, kwargs)
@@ -166,9 +137,11 @@ class Binding(nn.Module):
         if (mode, size) in self.looks or not self._needs_plates() or current_tape():
             return
         if sum(mode == other for other, _ in self.looks) < SIZES:
-            nesting = self.max_plate_nesting or self.elbo.requested_nesting
+            nesting = self.arrangement.max_plate_nesting or self.elbo.requested_nesting
             with one_at_a_time:
-                found = plates_mixed_by(self.model, self.guide, args, kwargs, nesting, self.resolution.as_drawn)
+                found = plates_mixed_by(
+                    self.model, self.guide, args, kwargs, nesting, self.arrangement.resolution.as_drawn
+                )
             if new := sorted(found.difference(self.mixed_plates)):
                 self.mix(new)
         self.looks.add((mode, size))
@@ -199,22 +172,16 @@ class Binding(nn.Module):
                 " call loss.initialize(x) in training mode, or pass plates='ignore'"
             )
         self.mixed_plates = (*self.mixed_plates, *plates)
-        self.joint.update(name for name, estimator in self.chosen.items() if estimator.enumerates)
+        self.arrangement.joint.update(name for name, estimator in self.chosen.items() if estimator.enumerates)
 
     def _study(self, program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
         check_shared_names(self.pair.model, self.pair.guide)
         check_same_kind(seen)
-        chosen = self.resolution.of_all(seen)
+        arrangement = self.arrangement
+        chosen = arrangement.resolution.of_all(seen)
         if seen.eliminated:
             self._check_weight(seen.eliminated)
-        chains = [site.name for site in seen.guide if in_chain({"infer": site.infer}, chosen.get(site.name))]
-        self.lists_chains = bool(chains) and self.vectorized
-        if self.lists_chains:
-            for name, estimator in chosen.items():  # dimensions of enumerated chains are to the left of these
-                if estimator.enumerates and name not in chains:
-                    self.enum_dims.setdefault(name, -(2 + program.max_plate_nesting + len(self.enum_dims)))
-        if seen.eliminated or self.lists_chains:
-            self._settle_listed(program, seen, args, kwargs, chains)
+        arrangement.list_chains(program, seen, chosen, args, kwargs)
         needed = max([self.elbo.target.min_particles, *(estimator.min_particles for estimator in chosen.values())])
         self.chosen = chosen
         self.scored = any(site.factor or (site.latent and has_score_term(site.fn)) for site in seen.guide)
@@ -228,16 +195,17 @@ class Binding(nn.Module):
             # A buffer, so that a captured step can write it; checkpoints do not hold it.
             zero = torch.zeros((), dtype=torch.float64, device=seen.sites[0].log_prob.device if seen.sites else None)
             self.register_buffer(f"reported_{name}", zero, persistent=False)
-        self.max_plate_nesting = program.max_plate_nesting
-        self.num_particles = self.elbo.requested_particles or needed
-        leading = self.num_particles > 1 or any(e.enumerates or e.reruns for e in chosen.values())
-        if self.vectorized and leading:
+        arrangement.max_plate_nesting = program.max_plate_nesting
+        arrangement.num_particles = self.elbo.requested_particles or needed
+        leading = arrangement.num_particles > 1 or any(e.enumerates or e.reruns for e in chosen.values())
+        if arrangement.vectorized and leading:
             try:
-                self._settle(seen, args, kwargs)
+                make = partial(arrangement.program, self.steps, self.generators)
+                arrangement.settle(make, seen, chosen, args, kwargs)
             except GumboError:
-                self.num_particles = None
+                arrangement.num_particles = None
                 raise
-        self.runs_again = any(e.runs_again or (e.enumerates and not self.vectorized) for e in chosen.values())
+        self.runs_again = any(e.runs_again or (e.enumerates and not arrangement.vectorized) for e in chosen.values())
         if self.elbo.begins_with is not None:
             self._begin_with(self.elbo.begins_with)
 
@@ -245,7 +213,7 @@ class Binding(nn.Module):
         try:
             self.load_state_dict(dict(state))
         except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as error:
-            self.num_particles = None
+            self.arrangement.num_particles = None
             said = " ".join(str(error).split())
             raise BadInput(
                 f"what an earlier training left of this loss does not fit these programs ({said})"
@@ -261,133 +229,14 @@ class Binding(nn.Module):
                 " kl_weight at 1, or draw the site in the guide (where 'enumerate' sums over it exactly)",
             )
 
-    def _settle_listed(
-        self, program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any], chains: Sequence[str]
-    ) -> None:
-        """Determine the sites to enumerate jointly over their plates, and whether elimination serves the chains."""
-        program.joint, program.memory_limit = self.joint, self.elbo.memory_limit * 2**30
-        program.resolve = partial(self._as_listed, chains)
-        if self.elbo.plates == "ignore":
-            self.joint.update((*seen.eliminated, *(chains if self.lists_chains else ())))
-        plates = {site.name: site.frames for site in seen.sites}
-        while seen.eliminated or self.lists_chains:
-            program.lists_chains, program.shares_dims = self.lists_chains, self.shares_dims
-            try:
-                difference = check_listed(program, seen, args, kwargs, chains if self.lists_chains else ())
-            except NeedsJoint as mixed:
-                self._list_jointly(mixed.site)
-                continue
-            except NeedsListing:
-                self.lists_chains = False
-                continue
-            except UnsupportedSite as error:
-                if isinstance(error, TooMuchMemory):
-                    raise
-                if self.shares_dims and seen.loops:
-                    self.shares_dims = False
-                    continue
-                if not self.lists_chains:
-                    raise
-                self.lists_chains = False
-                continue
-            if difference is None:
-                return
-            if self.shares_dims and seen.loops:
-                self.shares_dims = False
-                continue
-            site, reason, names = difference
-            apart = [name for name in names if plates[name] and name not in self.joint]
-            if apart and self.elbo.plates != "trust":
-                self.joint.update(apart)
-            elif self.lists_chains:
-                self.lists_chains = False
-            else:
-                raise differs_listed(site, reason, names)
-
-    def _as_listed(self, chains: Collection[str], msg: Mapping[str, Any]) -> Estimator | None:
-        return self.resolution(msg) if msg["name"] in chains else self.resolution.as_drawn(msg)
-
-    def _list_jointly(self, site: str) -> None:
-        if site in self.joint:
-            raise UnsupportedSite(
-                site, "enumerate", "a later plate combines its values in a way that cannot be enumerated"
-            ) from None
-        self.joint.add(site)
-
-    def _settle(self, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Determine what runs at once: particles and alternatives, enumerated values only, or nothing."""
-        reruns = any(estimator.reruns for estimator in self.chosen.values())
-        try:
-            # Two particles test alternatives, which run in another leading dimension.
-            self._check(seen, args, kwargs, max(self.num_particles, 2) if reruns else self.num_particles)
-            return
-        except GumboError as error:
-            if not _of_the_dimensions(error):
-                raise
-            first = error
-        if self.num_particles == 1 and reruns:
-            self.stacks = False
-            if not any(estimator.enumerates for estimator in self.chosen.values()):
-                return
-            self.enum_dims.clear()
-            try:
-                self._check(seen, args, kwargs, 1)
-                return
-            except GumboError as error:
-                if not _of_the_dimensions(error):
-                    raise
-        if self.elbo.requested_vectorized:
-            raise first
-        self.enum_dims.clear()
-        self.apart = True
-        what = "particles" if self.num_particles > 1 else "enumerated values"
-        why = str(first).split("; pass vectorize_particles")[0]
-        warnings.warn(
-            f"{why}; {what} {ONE_BY_ONE} (vectorize_particles=False does so without this warning)",
-            GumboWarning,
-            stacklevel=2,
-        )
-
-    def _check(self, seen: Run, args: tuple, kwargs: Mapping[str, Any], num_particles: int) -> None:
-        while True:
-            program = self.program()
-            program.num_particles, program.generators = num_particles, self.generators
-            try:
-                check_at_once(program, seen, args, kwargs)
-                return
-            except NeedsJoint as mixed:
-                self._list_jointly(mixed.site)
-            except NeedsListing:
-                self.lists_chains = False
-
     # Every call.
 
-    @property
-    def vectorized(self) -> bool:
-        """Whether leading dimensions are in use; a single particle without enumeration needs none."""
-        return self.elbo.vectorize_particles and not self.apart
-
     def program(self) -> Program:
-        return Program(
-            self.model,
-            self.guide,
-            resolve=self.resolution,
-            num_particles=self.num_particles,
-            max_plate_nesting=self.max_plate_nesting,
-            vectorized=self.vectorized,
-            joint=self.joint,
-            enum_dims=self.enum_dims,
-            step=self.steps,
-            generators=self.generators if self.runs_again else None,
-            memory_limit=self.elbo.memory_limit * 2**30,
-            lists_chains=self.lists_chains and self.vectorized,
-            shares_dims=self.shares_dims,
-            kl_weight=at_step(self.elbo.kl_weight, self.steps),
-        )
+        return self.arrangement.program(self.steps, self.generators if self.runs_again else None)
 
     def layout(self) -> Layout:
         return self.make_layout(
-            room=1 + self.max_plate_nesting,
+            room=1 + self.arrangement.max_plate_nesting,
             num_particles=self.num_particles,
             kl_weight=at_step(self.elbo.kl_weight, self.steps),
             trust_plates=self.elbo.plates != "ignore",
@@ -409,11 +258,8 @@ class Binding(nn.Module):
                 if self.calls_autograd or torch.is_grad_enabled():
                     raise
                 self.calls_autograd = True
-            except NeedsJoint as mixed:
-                # A later site combines the plate's elements: from now on they are enumerated jointly.
-                self._list_jointly(mixed.site)
-            except NeedsListing:
-                self.lists_chains = False
+            except (NeedsJoint, NeedsListing) as found:
+                self.arrangement.revise(found)
             except RunsAgain:
                 self.runs_again = True
             if before:
@@ -447,7 +293,7 @@ class Binding(nn.Module):
             args,
             kwargs,
             stand_ins=self.stand_ins,
-            stacks=self.stacks,
+            stacks=self.arrangement.stacks,
             at_once=self.elbo.max_alternatives,
             calls_autograd=self.calls_autograd,
         )
@@ -477,12 +323,3 @@ def _handles_itself(guide: Any) -> bool:
 
 def _key(site: str) -> str:
     return site.replace(".", "/")
-
-
-def _of_the_dimensions(error: GumboError) -> bool:
-    """Whether a run with leading dimensions failed because of these, judged by its error."""
-    if isinstance(error, CannotVectorize):
-        return True
-    if isinstance(error, UnsupportedSite):
-        return error.estimator == ANY
-    return isinstance(error, BadInput) and not isinstance(error, CallsAutograd)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.optim
 import torch
@@ -19,7 +17,7 @@ from pyro.infer import ELBO, TraceGraph_ELBO
 
 from ...errors import BadInput, GumboError, first_line
 from ..elbo import SiteELBO
-from ..engine.rows import Rows, leaves_of, pieces_of
+from ..engine.rows import Rows
 from ..engine.scopes import (
     denormals_flushed,
     device_of,
@@ -32,9 +30,10 @@ from ..engine.scopes import (
 )
 from ..engine.stored_rows import StoredRows, rows_in
 from ..stock import is_differentiable
-from .batches import TRANSFORMED
+from .batches import TRANSFORMED, Batches
 from .choices import Choices
 from .distributed import Processes
+from .fingerprints import described, fingerprint
 from .inspection import Inspection, inspect_programs, parameter_of_rows, refuse_parameter_of_rows
 from .optimizers import make_optimizer, without_addresses
 from .schedules import Schedule
@@ -177,35 +176,16 @@ def fit(
         raise BadInput("patience and restore_best choose by validation data: pass valid=")
     rows = rows_in(train, "train", streams=True)
     options = _with_the_loaders(options, rows)
-    batch_size, seed = options.batch_size, options.seed
+    seed = options.seed
     if not _is_stream(rows):
         rows.check("train")
     valid_rows = None if valid is None else rows_in(valid, "valid").check("valid")
     loss, loss_name = _make_loss(loss)
     device = _device_of(model, guide, rows)
-    with private_seed(seed, model, guide), one_at_a_time:
-        first = batches_of(rows, batch_size, seed, False, transform, device).first()
-        of_rows = None
-        num_rows = sys.maxsize if _is_stream(rows) else len(rows)
-        if batch_size == 1 < num_rows:  # with one row, a parameter of that row has the shape of a shared one
-            of_rows = parameter_of_rows(model, guide, batches_of(rows, 2, seed, False, transform, device).first(), seed)
-        found = _inspected(model, guide, first, seed, of_rows)
+    batches_in = partial(batches_of, rows, transform=transform, device=device)
+    first, found = _first_look(model, guide, rows, valid_rows, batches_in, options)
     model, guide = found.model, found.guide
-    refuse_parameter_of_rows(found, batch_size, num_rows)
-    if found.of_rows is not None and valid_rows is not None and _fingerprint(valid_rows) != _fingerprint(rows):
-        raise BadInput(
-            f"parameter {found.of_rows!r} has elements for each row of train and none for those of valid: "
-            "leave valid out"
-        )
-    drop_last = options.drop_last
-    if drop_last is None:
-        drop_last = keeps_batch_positions(loss) or (
-            num_rows > batch_size and isinstance(loss, TraceGraph_ELBO) and found.averages
-        )
-    if drop_last and num_rows < batch_size:
-        raise BadInput(
-            f"train has {num_rows} rows: with drop_last, a batch of {batch_size} is never full; lower batch_size"
-        )
+    drop_last = _drops_last(options, loss, rows, found)
     processes = Processes.join(device)
     make, optimizer_name = make_optimizer(optimizer, lr, clip_norm, clip_value, scheduler, scheduler_every)
     if processes is not None and isinstance(rows, StoredRows) and rows.source.own_order:
@@ -213,14 +193,14 @@ def fit(
             "several processes split batches that all of them see, and this DataLoader has an order of its own: pass "
             "its data set, whose order is drawn here"
         )
-    batches = batches_of(rows, batch_size, seed, drop_last, transform, device)
+    batches = batches_in(options.batch_size, seed, drop_last)
     batches.in_order = found.of_rows is not None
     identity = options.deciding() | {
         "loss": loss_name,
         "optimizer": optimizer_name,
         "drop_last": drop_last,
-        "train": _fingerprint(rows),
-        "valid": None if valid_rows is None else _fingerprint(valid_rows),
+        "train": fingerprint(rows),
+        "valid": None if valid_rows is None else fingerprint(valid_rows),
         "processes": 1 if processes is None else processes.world_size,
     }
     with (
@@ -249,6 +229,50 @@ def fit(
         finally:
             run.end()
             batches.close()
+
+
+def _first_look(
+    model: Callable,
+    guide: Callable,
+    rows: Rows,
+    valid_rows: Rows | None,
+    batches_in: Callable[..., Batches],
+    options: FitSettings,
+) -> tuple[Rows, Inspection]:
+    """The first batch, and what the programs are found to do with it; raises BadInput where they cannot be trained."""
+    with private_seed(options.seed, model, guide), one_at_a_time:
+        first = batches_in(options.batch_size, options.seed).first()
+        of_rows = None
+        if options.batch_size == 1 < _number_of(rows):
+            # With one row, a parameter of that row has the shape of a shared one.
+            of_rows = parameter_of_rows(model, guide, batches_in(2, options.seed).first(), options.seed)
+        found = _inspected(model, guide, first, options.seed, of_rows)
+    refuse_parameter_of_rows(found, options.batch_size, _number_of(rows))
+    if found.of_rows is not None and valid_rows is not None and fingerprint(valid_rows) != fingerprint(rows):
+        raise BadInput(
+            f"parameter {found.of_rows!r} has elements for each row of train and none for those of valid: "
+            "leave valid out"
+        )
+    return first, found
+
+
+def _drops_last(options: FitSettings, loss: ELBO, rows: Rows, found: Inspection) -> bool:
+    """Whether a last partial batch is dropped; raises BadInput if no batch would be left."""
+    drop_last, number = options.drop_last, _number_of(rows)
+    if drop_last is None:
+        drop_last = keeps_batch_positions(loss) or (
+            number > options.batch_size and isinstance(loss, TraceGraph_ELBO) and found.averages
+        )
+    if drop_last and number < options.batch_size:
+        raise BadInput(
+            f"train has {number} rows: with drop_last, a batch of {options.batch_size} is never full; lower batch_size"
+        )
+    return drop_last
+
+
+def _number_of(rows: Rows) -> int:
+    """The number of rows; a stream counts as endless."""
+    return sys.maxsize if _is_stream(rows) else len(rows)
 
 
 def _is_stream(rows: Rows) -> bool:
@@ -321,48 +345,6 @@ def _make_loss(loss: ELBO | str) -> tuple[ELBO, str]:
     return loss, without_addresses([loss, *chosen] if any(chosen) else loss)
 
 
-def _fingerprint(rows: Rows) -> str:
-    """A description of the data with a checksum, which differs between runs with different data."""
-    if isinstance(rows, StoredRows):
-        named = type(rows.source.dataset).__name__
-        if rows.source.iterable:
-            return named
-        few = [value for batch in rows.samples() for _, value in batch.named()]
-        return f"{named} of {len(rows)} rows {_checksum(few):08x}"
-    return f"{_described(rows)} {_checksum(value for _, value in rows.named()):08x}"
-
-
-def _checksum(values: Iterable[Any]) -> int:
-    checksum = 0
-    for value in values:
-        for leaf in leaves_of(value):
-            for content in _contents(leaf):
-                checksum = zlib.crc32(content, checksum)
-    return checksum
-
-
-def _contents(leaf: object) -> Iterator[bytes | memoryview]:
-    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
-        leaf = torch.as_tensor(leaf)
-    if isinstance(leaf, torch.Tensor):
-        for piece in pieces_of(leaf.detach()):
-            content = piece.cpu().contiguous().flatten().view(torch.uint8)  # numpy lacks some of torch's types
-            yield content.numpy().data
-    else:
-        yield without_addresses(leaf).encode()
-
-
-def _described(rows: Rows) -> str:
-    """``(40, 1, 3, 3) float32, (40,) int64``."""
-
-    def said(value: object) -> str:
-        if isinstance(value, (torch.Tensor, np.ndarray)):
-            return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-        return repr(value) if value is None or isinstance(value, (bool, int, float)) else type(value).__name__
-
-    return ", ".join(said(value) for _, value in rows.named()) or "no arguments"
-
-
 def _refuse_programs(model: Callable, guide: Callable) -> None:
     """Raise BadInput for programs that cannot be trained with any data."""
     for name, program in (("model", model), ("guide", guide)):
@@ -412,7 +394,7 @@ def _explained(batch: Rows, model: Callable, guide: Callable) -> Iterator[None]:
     except Exception as error:
         batch.check(TRANSFORMED)
         raise BadInput(
-            f"the programs cannot run on a batch of train, {_described(batch)}: {first_line(error)}"
+            f"the programs cannot run on a batch of train, {described(batch)}: {first_line(error)}"
             f"{_about_dtypes(batch, model, guide)}"
         ) from error
 

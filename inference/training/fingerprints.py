@@ -1,0 +1,56 @@
+"""What identifies the data of a run: their shapes and a checksum."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..engine.rows import Rows, leaves_of, pieces_of
+from ..engine.stored_rows import StoredRows
+from .optimizers import without_addresses
+
+
+def fingerprint(rows: Rows) -> str:
+    """A description of the data with a checksum, which differs between runs with different data."""
+    if isinstance(rows, StoredRows):
+        named = type(rows.source.dataset).__name__
+        if rows.source.iterable:
+            return named
+        few = [value for batch in rows.samples() for _, value in batch.named()]
+        return f"{named} of {len(rows)} rows {_checksum(few):08x}"
+    return f"{described(rows)} {_checksum(value for _, value in rows.named()):08x}"
+
+
+def _checksum(values: Iterable[Any]) -> int:
+    checksum = 0
+    for value in values:
+        for leaf in leaves_of(value):
+            for content in _contents(leaf):
+                checksum = zlib.crc32(content, checksum)
+    return checksum
+
+
+def _contents(leaf: object) -> Iterator[bytes | memoryview]:
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc":
+        leaf = torch.as_tensor(leaf)
+    if isinstance(leaf, torch.Tensor):
+        for piece in pieces_of(leaf.detach()):
+            content = piece.cpu().contiguous().flatten().view(torch.uint8)  # numpy lacks some of torch's types
+            yield content.numpy().data
+    else:
+        yield without_addresses(leaf).encode()
+
+
+def described(rows: Rows) -> str:
+    """``(40, 1, 3, 3) float32, (40,) int64``."""
+
+    def said(value: object) -> str:
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        return repr(value) if value is None or isinstance(value, (bool, int, float)) else type(value).__name__
+
+    return ", ".join(said(value) for _, value in rows.named()) or "no arguments"
