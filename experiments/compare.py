@@ -27,6 +27,8 @@ from gumbo.experiments._command import run_command
 from gumbo.experiments._names import marked
 from gumbo.experiments._runs import RunFolder, Watch, available_cpus, run_settings
 from gumbo.experiments._workers import check_workers, in_parallel
+from gumbo.experiments.train import Train
+from gumbo.experiments.train import build as build_pair
 from gumbo.files import write_whole
 from gumbo.tables import digits, markdown, plain
 
@@ -307,20 +309,16 @@ def images(name: str):
 
 def build(config: Compare, data_shape: Sequence[int], seed: int, form: str):
     """Model and guide in one of a family's forms; forms of one seed hold the same weights."""
-    import torch
-
-    from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
-    from gumbo.models import CategoricalVAE, GaussianVAE
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if form in ("reparameterized", "score"):
-            model = GaussianVAE(data_shape, latent_dim=config.latent_dim, hidden=config.hidden)
-            return model, NormalGuide(model, hidden=config.hidden, reparameterized=form == "reparameterized")
-        sizes = {"num_latents": config.num_latents, "num_classes": config.num_classes, "hidden": config.hidden}
-        model = CategoricalVAE(data_shape, **sizes, relaxed=form == "relaxed")
-        guide = RelaxedCategoricalGuide if form == "relaxed" else CategoricalGuide
-        return model, guide(model, hidden=config.hidden)
+    hidden = {"hidden": config.hidden}
+    if form in ("reparameterized", "score"):
+        words = {"model": "gaussian-vae", "guide": "normal"}
+        sizes, own = {"latent_dim": config.latent_dim}, {"reparameterized": form == "reparameterized"}
+    else:
+        relaxed = form == "relaxed"
+        words = {"model": "categorical-vae", "guide": "relaxed-categorical" if relaxed else "categorical"}
+        sizes = {"num_latents": config.num_latents, "num_classes": config.num_classes, "relaxed": relaxed}
+        own = {}
+    return build_pair(Train(**words, model_options=sizes | hidden, guide_options=own | hidden, seed=seed), data_shape)
 
 
 def copy_weights(pair, source) -> None:
