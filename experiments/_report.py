@@ -13,6 +13,7 @@ from typing import Any
 
 from gumbo.experiments._runs import RunFolder, environment
 from gumbo.tables import digits
+from gumbo.tables import html as html_table
 
 MOST_BYTES = 5_000_000
 MOST_POINTS = 200  # the most points of a curve, each with a tooltip
@@ -68,18 +69,8 @@ class Report:
     def table(self, heads: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> None:
         """A table; each cell has a tooltip with its row and column."""
         self.heading(caption)
-        top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
-        rows = []
-        for row in body:
-            cells = [
-                f'<td title="{escape(f"{row[0]}, {head}: {cell}")}">{escape(cell)}</td>'
-                for head, cell in zip(heads[1:], row[1:], strict=True)
-            ]
-            rows.append(f'<tr><th scope="row">{escape(row[0])}</th>{"".join(cells)}</tr>')
-        table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        self.blocks.append(
-            f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">{table}</div>'
-        )
+        attributes = f'class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"'
+        self.blocks.append(f"<div {attributes}>{html_table(heads, body)}</div>")
 
     def curves(self, caption: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str) -> None:
         """Lines of (x, y) points, each point with its numbers as a tooltip."""

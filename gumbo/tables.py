@@ -1,9 +1,10 @@
-"""Numbers and tables as text."""
+"""Numbers and tables as text, as Markdown and as HTML."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from html import escape
 
 
 def digits(number: float) -> str:
@@ -43,3 +44,31 @@ def markdown(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     escaped = [[text.replace("|", "\\|") for text in line] for line in (heads, *body)]
     first, *rest = ["| " + " | ".join(line) + " |" for line in escaped]
     return [first, "| --- |" + " ---: |" * (len(heads) - 1), *rest]
+
+
+def html(
+    heads: Sequence[str], body: Sequence[Sequence[str]], above: Sequence[str] = (), below: Sequence[str] = ()
+) -> str:
+    """A table as HTML, with paragraphs above and below; the first cell of a row is its head.
+
+    A cell has its row and its column for a title, which a browser shows on hovering.
+
+    >>> html(["name", "value"], [["a", "<1"]], above=["Numbers"]).splitlines()[0]
+    '<p>Numbers</p>'
+    >>> '<td title="a, value: &lt;1">&lt;1</td>' in html(["name", "value"], [["a", "<1"]])
+    True
+    """
+    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    rows = []
+    for first, *rest in body:
+        cells = "".join(
+            f'<td title="{escape(f"{first}, {head}: {cell}")}">{escape(cell)}</td>'
+            for head, cell in zip(heads[1:], rest, strict=True)
+        )
+        rows.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return "\n".join([*_paragraphs(above), table, *_paragraphs(below)])
+
+
+def _paragraphs(texts: Sequence[str]) -> list[str]:
+    return [f"<p>{escape(text)}</p>" for text in texts if text]

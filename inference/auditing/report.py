@@ -6,7 +6,7 @@ import textwrap
 
 import xarray
 
-from ...tables import digits, plain
+from ...tables import digits, html, plain
 from .recommendation import recommend
 
 
@@ -23,8 +23,16 @@ class AuditReport(xarray.Dataset):
         return _table(self)
 
     def __repr__(self) -> str:
-        whole = set(self.data_vars) >= _SHOWN and self["verdict"].dims == ("estimator",)
-        return self.table() if whole else super().__repr__()
+        return self.table() if self._is_whole() else super().__repr__()
+
+    def _repr_html_(self) -> str:
+        """The table with all of its columns, for notebooks."""
+        if not self._is_whole():
+            return super()._repr_html_()
+        return html(HEADS, cells(self), above=[facts(self)], below=[*remarks(self), advice(self), NOTE])
+
+    def _is_whole(self) -> bool:
+        return set(self.data_vars) >= _SHOWN and self["verdict"].dims == ("estimator",)
 
 
 _SHOWN = {"verdict", "relative_bias", "total_bias_error", "total_variance", "seconds", "work_normalized_variance"}

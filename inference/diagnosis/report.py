@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ...tables import html
+
 OK: Literal["ok"] = "ok"
 ALARM: Literal["alarm"] = "alarm"
 CANNOT_SAY: Literal["cannot say"] = "cannot say"
@@ -74,18 +76,31 @@ class Report:
     def __getitem__(self, name: str) -> Verdict:
         return {verdict.name: verdict for verdict in self.verdicts}[name]
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """Which verdicts are alarms, and which cannot say, in a line."""
         head = "no alarm" if self.ok else f"{len(self.alarms)} alarm(s): {', '.join(self.alarms)}"
         if self.cannot_say:
             head += f"; {len(self.cannot_say)} cannot say: {', '.join(self.cannot_say)}"
-        lines = [*_wrapped(head, "      "), *map(str, self.verdicts)]
+        return head
+
+    def _not_judged(self) -> dict[str, str]:
         judged = {one.name for one in self.verdicts}
-        for name, reason in self.skipped.items():
-            if name not in judged:
-                lines += _wrapped(f"--    {name}: not done, {reason}", "      ")
+        return {name: f"not done, {reason}" for name, reason in self.skipped.items() if name not in judged}
+
+    def __str__(self) -> str:
+        lines = [*_wrapped(self.summary, "      "), *map(str, self.verdicts)]
+        for name, text in self._not_judged().items():
+            lines += _wrapped(f"--    {name}: {text}", "      ")
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The verdicts as a table, for notebooks."""
+        rows = [[one.name, one.verdict, one.text, one.advice] for one in self.verdicts]
+        rows += [[name, "--", text, ""] for name, text in self._not_judged().items()]
+        return html(["diagnostic", "verdict", "what was found", "next"], rows, above=[self.summary])
 
 
 def not_done(name: str, reason: str, advice: str) -> Verdict:

@@ -12,6 +12,7 @@ import torch
 
 from ...errors import BadInput
 from ...options import holds_to_annotations
+from ...tables import html
 from ..engine.rows import ProcessGroup, Rows, pieces_of
 from ..engine.scopes import private_seed
 from ..engine.stored_rows import rows_in
@@ -96,21 +97,34 @@ class Evaluation:
         """Means, errors, counts, k̂ and reason as plain values; ``values`` and `information` hold the rest."""
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NOT_NUMBERS}
 
-    def __str__(self) -> str:
-        lines = [f"{self.num_data} data, {self._draws()}; nats per datum ± error over the data (± of the draws)"]
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        """Label, mean and both errors of each quantity; the reason in place of a mean that cannot be given."""
+        rows = []
         for name, label in LABELS.items():
             mean, error, drawn = (getattr(self, f"{name}{end}") for end in ("", "_se", "_mc_se"))
             if name == "log_evidence" and self.reason:
-                lines.append(f"  {label:14} cannot say: {self.reason}")
-            elif name == "log_predictive" and (math.isnan(mean) or mean == self.log_evidence):
-                continue  # a duplicate, or NaN
-            else:
-                lines.append(f"  {label:14} {mean:9.3f} ± {error:.3f} (± {drawn:.2g})")
-        if not self.reason and not math.isnan(self.khat):
-            lines.append(
-                f"  k̂ of the weights behind log p(x) is {self.khat:.2f}, limit {khat_limit(self.num_samples):.2f}"
-            )
+                rows.append((label, f"cannot say: {self.reason}", "", ""))
+            elif name != "log_predictive" or not (math.isnan(mean) or mean == self.log_evidence):
+                rows.append((label, f"{mean:.3f}", f"{error:.3f}", f"{drawn:.2g}"))
+        return rows
+
+    def _about_khat(self) -> str:
+        if self.reason or math.isnan(self.khat):
+            return ""
+        return f"k̂ of the weights behind log p(x) is {self.khat:.2f}, limit {khat_limit(self.num_samples):.2f}"
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_data} data, {self._draws()}; nats per datum ± error over the data (± of the draws)"]
+        for label, mean, error, drawn in self._rows():
+            lines.append(f"  {label:14} " + (f"{mean:>9} ± {error} (± {drawn})" if error else mean))
+        if about := self._about_khat():
+            lines.append(f"  {about}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same table for notebooks."""
+        heads = ["nats per datum", "mean", "± over the data", "± of the draws"]
+        return html(heads, self._rows(), above=[f"{self.num_data} data, {self._draws()}"], below=[self._about_khat()])
 
     def _draws(self) -> str:
         if self.num_local_samples == 1:

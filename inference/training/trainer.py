@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ...errors import BadInput, GumboError, GumboWarning, Interrupted
+from ...tables import html
 from ..engine.progress import Progress, make_progress
 from ..engine.rows import Rows
 from ..engine.scopes import devices_of
@@ -61,7 +62,7 @@ class FitResult:
     def epochs(self) -> int:
         return int(self.history[-1]["epoch"]) if self.history else 0
 
-    def __repr__(self) -> str:
+    def _shown(self) -> dict[str, str]:
         last = self.history[-1] if self.history else {}
         shown = {"epochs": self.epochs}
         shown |= {name: last[name] for name in (self.objective_name, "elbo", "valid_elbo") if name in last}
@@ -69,10 +70,14 @@ class FitResult:
         shown = {name: value for name, value in shown.items() if value is not None and value == value}
         shown["stopped_early"] = self.stopped_early
         shown |= {} if self.converged is None else {"converged": self.converged}
-        numbers = (
-            f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items()
-        )
-        return f"FitResult({', '.join(numbers)})"
+        return {name: f"{value:.6g}" if isinstance(value, float) else f"{value}" for name, value in shown.items()}
+
+    def __repr__(self) -> str:
+        return f"FitResult({', '.join(f'{name}={value}' for name, value in self._shown().items())})"
+
+    def _repr_html_(self) -> str:
+        """The numbers of ``repr`` as a table, for notebooks."""
+        return html(["fit", "value"], list(self._shown().items()))
 
 
 @dataclass
