@@ -15,7 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+import yaml
 
+import gumbo
 from gumbo.experiments import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,3 +170,10 @@ def test_every_script_is_exercised():
 def test_a_script_without_a_test_is_seen():
     tree = ast.parse("from gumbo.experiments import train\nrun('experiments/compare.py')")
     assert mentions(tree, "train") and mentions(tree, "compare") and not mentions(tree, "evaluate")
+
+
+def test_the_citation_names_this_version():
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert found["cff-version"] == "1.2.0" and found["title"].startswith("gumbo: ")
+    assert found["version"] == gumbo.__version__ and found["license"] == "Apache-2.0"
+    assert {"message", "authors", "type"} <= found.keys()
