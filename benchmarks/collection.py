@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,45 @@ def several(values: Sequence[float], digits: int = 2) -> str:
     return f"{numbers.mean():.{digits}f} ± {numbers.std() / math.sqrt(len(numbers)):.{digits}f}"
 
 
+class Columns:
+    """The numbers of one row of a table, by column, one number for each seed."""
+
+    def __init__(self):
+        self.numbers: dict[str, list[float]] = {}
+
+    def add(self, **numbers: float) -> None:
+        for name, number in numbers.items():
+            self.numbers.setdefault(name, []).append(float(number))
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the ``seconds`` that the block takes."""
+        start = time.perf_counter()
+        yield
+        self.add(seconds=time.perf_counter() - start)
+
+    def cells(self, *names: str, digits: int = 2) -> list[str]:
+        return [several(self.numbers[name], digits) for name in names]
+
+
+def seeded(seeds: int) -> Iterator[int]:
+    """Each seed, set."""
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        yield seed
+
+
+def scaled(epochs: int, scale: float) -> int:
+    return max(1, round(epochs * scale))
+
+
+def binarized_images() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of binarized MNIST 10,000 images to train on, 1,000 to choose the epoch by, and 1,000 of the test split."""
+    data = load("binarized-mnist")
+    chosen = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:1_000]
+    return data.train[:10_000], data.valid[:1_000], data.test[chosen]
+
+
 def topics(seeds: int, scale: float) -> list[str]:
     """Test perplexity with its bound's gap, coherence and topics of news."""
     data, words = load("reuters"), reuters_vocabulary()
@@ -75,24 +115,23 @@ def topics(seeds: int, scale: float) -> list[str]:
         "ProdLDA, normalize": (ProdLDA, NormalGuide, {"normalize": True}),
     }
     for name, (make, guide_of, options) in kinds.items():
-        found: dict[str, list[float]] = {key: [] for key in ("elbo", "evidence", "npmi", "seconds", "epoch")}
-        for seed in range(seeds):
-            torch.manual_seed(seed)
+        found = Columns()
+        for seed in seeded(seeds):
             model = make((len(words),), num_topics=20, hidden=(64,), **options)
             guide = guide_of(model)
             start = time.perf_counter()
             fitted = fit(
                 model, guide, train, valid=data.valid.squeeze(1), loss=SiteELBO("pathwise"), lr=1e-2, batch_size=50,
-                epochs=max(1, round(200 * scale)), seed=seed, restore_best=True, progress=False,
+                epochs=scaled(200, scale), seed=seed, restore_best=True, progress=False,
             )  # fmt: skip
-            found["seconds"].append(time.perf_counter() - start)
-            found["epoch"].append(float(fitted.best_epoch))
+            found.add(seconds=time.perf_counter() - start)
+            found.add(epoch=float(fitted.best_epoch))
             judged = evaluate(model, guide, test, num_samples=200)
-            found["elbo"].append(perplexity(judged.values["elbo"], test))
-            found["evidence"].append(perplexity(judged.values["log_evidence"], test))
-            found["npmi"].append(npmi(model.topics(), train).mean().item())
-        rows.append([name, *(several(found[key], 0) for key in ("elbo", "evidence")), several(found["npmi"], 3)])
-        rows[-1] += [several(found["epoch"], 0), several(found["seconds"], 0)]
+            found.add(elbo=perplexity(judged.values["elbo"], test))
+            found.add(evidence=perplexity(judged.values["log_evidence"], test))
+            found.add(npmi=npmi(model.topics(), train).mean().item())
+        rows.append([name, *found.cells("elbo", "evidence", digits=0), *found.cells("npmi", digits=3)])
+        rows[-1] += [*found.cells("epoch", digits=0), *found.cells("seconds", digits=0)]
         best = npmi(model.topics(), train).topk(5).indices
         lists += ["", f"Five of the 20 topics of {name} (the most coherent, last seed):", ""]
         lists += [f"- {', '.join(one)}" for one in top_words(model.topics()[best], words, 8)]
@@ -113,31 +152,28 @@ def cells(seeds: int, scale: float) -> list[str]:
     truth = true_evidence(test)
     rows = [["truth", "", f"{truth.mean():.2f}", f"{(test == 0).float().mean():.3f}", "0.90", ""]]
     for inflated in (False, True):
-        found: dict[str, list[float]] = {key: [] for key in ("elbo", "evidence", "zeros", "inside", "seconds")}
-        for seed in range(seeds):
-            torch.manual_seed(seed)
+        found = Columns()
+        for seed in seeded(seeds):
             model = NegativeBinomialVAE(
                 (60,), latent_dim=2, library="latent", library_loc=CELL_LIBRARY[0], library_sd=CELL_LIBRARY[1],
                 zero_inflation=inflated, hidden=(64,),
             )  # fmt: skip
             guide = MeanFieldGuide(model, hidden=(64,))
-            start = time.perf_counter()
-            fit(
-                model, guide, train, valid=valid, loss=SiteELBO("pathwise"), lr=3e-3, batch_size=100,
-                epochs=max(1, round(150 * scale)), seed=seed, restore_best=True, progress=False,
-            )  # fmt: skip
-            found["seconds"].append(time.perf_counter() - start)
+            with found.timed():
+                fit(
+                    model, guide, train, valid=valid, loss=SiteELBO("pathwise"), lr=3e-3, batch_size=100,
+                    epochs=scaled(150, scale), seed=seed, restore_best=True, progress=False,
+                )  # fmt: skip
             judged = evaluate(model, guide, test, num_samples=200)
-            found["elbo"].append(judged.elbo)
-            found["evidence"].append(judged.log_evidence)
+            found.add(elbo=judged.elbo, evidence=judged.log_evidence)
             with torch.no_grad():
                 drawn = torch.stack([model.likelihood(**unpack(guide(test))).sample() for _ in range(100)])
-            found["zeros"].append((drawn == 0).float().mean().item())
+            found.add(zeros=(drawn == 0).float().mean().item())
             low, high = drawn.quantile(0.05, dim=0), drawn.quantile(0.95, dim=0)
-            found["inside"].append(((test >= low) & (test <= high)).float().mean().item())
+            found.add(inside=((test >= low) & (test <= high)).float().mean().item())
         name = "zero-inflated" if inflated else "negative binomial"
-        rows.append([name, *(several(found[k]) for k in ("elbo", "evidence")), several(found["zeros"], 3)])
-        rows[-1] += [several(found["inside"]), several(found["seconds"], 0)]
+        rows.append([name, *found.cells("elbo", "evidence"), *found.cells("zeros", digits=3)])
+        rows[-1] += [*found.cells("inside"), *found.cells("seconds", digits=0)]
         if not inflated:
             latent_picture(FOLDER / "cells.png", guide, test, data.labels["test"])
     return [
@@ -192,35 +228,33 @@ def chorales(seeds: int, scale: float) -> list[str]:
     """Nats per time step of Bach's chorales under deep Markov models, by the ELBO and by importance weights."""
     data = load("jsb-chorales")
     longest = int(data.labels["train"].max())
-    epochs = max(1, round(1000 * scale))
+    epochs = scaled(1000, scale)
     rows, curves = [], {}
     for flows in (0, 2):
-        found: dict[str, list[float]] = {key: [] for key in ("elbo", "evidence", "steps", "seconds")}
-        for seed in range(seeds):
-            torch.manual_seed(seed)
+        found = Columns()
+        for seed in seeded(seeds):
             sizes = {"latent_dim": 50, "hidden": (100, 100), "transition_hidden": 100}
             model = DeepMarkovModel((1, longest, 88), **sizes)
             guide = CombinerGuide(model, rnn_hidden=200, flows=flows)
             whole = DeepMarkovModel(data.data_shape, **sizes)  # the same networks, over as many steps as any split has
             reads = CombinerGuide(whole, rnn_hidden=200, flows=flows)
-            start = time.perf_counter()
-            fitted = fit(
-                model, guide, model.inputs(data.train[:, :, :longest], data.labels["train"]),
-                loss=SiteELBO("pathwise", kl_weight=Linear(1000)), lr=3e-3, clip_norm=10.0, batch_size=20,
-                epochs=epochs, seed=seed, progress=False,
-            )  # fmt: skip
-            found["seconds"].append(time.perf_counter() - start)
-            found["steps"].append(float(len(fitted.history) * math.ceil(len(data.train) / 20)))
+            with found.timed():
+                fitted = fit(
+                    model, guide, model.inputs(data.train[:, :, :longest], data.labels["train"]),
+                    loss=SiteELBO("pathwise", kl_weight=Linear(1000)), lr=3e-3, clip_norm=10.0, batch_size=20,
+                    epochs=epochs, seed=seed, progress=False,
+                )  # fmt: skip
+            found.add(steps=float(len(fitted.history) * math.ceil(len(data.train) / 20)))
             whole.load_state_dict(model.state_dict())
             reads.load_state_dict(guide.state_dict())
             given = whole.inputs(data.test, data.labels["test"])
             judged = evaluate(whole, reads, given, num_samples=20, batch_size=77)
-            found["elbo"].append(-whole.per_step(judged.values["elbo"], given["mask"]))
-            found["evidence"].append(-whole.per_step(judged.values["log_evidence"], given["mask"]))
+            found.add(elbo=-whole.per_step(judged.values["elbo"], given["mask"]))
+            found.add(evidence=-whole.per_step(judged.values["log_evidence"], given["mask"]))
             curves[f"{flows} couplings" if flows else "no flow"] = [one["elbo"] for one in fitted.history]
         name = f"combiner, {flows} couplings" if flows else "combiner"
-        rows.append([name, *(several(found[k]) for k in ("elbo", "evidence"))])
-        rows[-1] += [several(found[k], 0) for k in ("steps", "seconds")]
+        rows.append([name, *found.cells("elbo", "evidence")])
+        rows[-1] += found.cells("steps", "seconds", digits=0)
     curve_picture(FOLDER / "chorales.png", curves)
     return [
         "The standard split: 229 chorales to train on, 77 to test, of 25 to 160 steps of 88 keys. Nats per time step",
@@ -250,33 +284,28 @@ def curve_picture(path: Path, curves: dict[str, list[float]]) -> None:
 
 def priors(seeds: int, scale: float) -> list[str]:
     """Binarized MNIST under N(0, I), a mixture, a VampPrior and a flow."""
-    data = load("binarized-mnist")
-    train, valid = data.train[:10_000], data.valid[:1_000]
-    test = data.test[torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:1_000]]
+    train, valid, test = binarized_images()
     options = {"mixture": {"components": 100}, "vamp": {"components": 100}, "flow": {"transforms": 3}}
     rows = []
     for prior in ("standard", "mixture", "vamp", "flow"):
-        found: dict[str, list[float]] = {key: [] for key in ("elbo", "evidence", "rate", "seconds")}
-        for seed in range(seeds):
-            torch.manual_seed(seed)
+        found = Columns()
+        for seed in seeded(seeds):
             model = GaussianVAE(
                 (1, 28, 28), latent_dim=20, hidden=(200, 200), prior=prior, prior_options=options.get(prior)
             )
             guide = VampGuide(model) if prior == "vamp" else NormalGuide(model)
-            start = time.perf_counter()
-            fit(
-                model, guide, train, valid=valid, loss=SiteELBO("pathwise", kl_weight=Linear(1000)), lr=1e-3,
-                batch_size=100, epochs=max(1, round(100 * scale)), seed=seed, restore_best=True, progress=False,
-            )  # fmt: skip
-            found["seconds"].append(time.perf_counter() - start)
+            with found.timed():
+                fit(
+                    model, guide, train, valid=valid, loss=SiteELBO("pathwise", kl_weight=Linear(1000)), lr=1e-3,
+                    batch_size=100, epochs=scaled(100, scale), seed=seed, restore_best=True, progress=False,
+                )  # fmt: skip
             judged = evaluate(model, guide, test, num_samples=100)
-            for key, value in (("elbo", judged.elbo), ("evidence", judged.log_evidence), ("rate", judged.rate)):
-                found[key].append(value)
-        rows.append([prior, *(several(found[key]) for key in ("elbo", "evidence", "rate"))])
-        rows[-1].append(several(found["seconds"], 0))
+            found.add(elbo=judged.elbo, evidence=judged.log_evidence, rate=judged.rate)
+        rows.append([prior, *found.cells("elbo", "evidence", "rate")])
+        rows[-1] += found.cells("seconds", digits=0)
     return [
         "Binarized MNIST: 10,000 of the training images, 1,000 to choose the epoch by, 1,000 test images drawn at",
-        f"random; 20 latents, layers of 200, {max(1, round(100 * scale))} epochs. Nats per image, log p(x) by 100",
+        f"random; 20 latents, layers of 200, {scaled(100, scale)} epochs. Nats per image, log p(x) by 100",
         f"draws, mean ± standard error over {seeds} seeds ({machine()}). Published, on all of the training images with",
         "other networks (reproductions, in brackets the papers' values): −89.78 (−89.9) with a standard prior, −85.79",
         "(−85.57) with a VampPrior. What is to be compared is the order.",
@@ -287,38 +316,33 @@ def priors(seeds: int, scale: float) -> list[str]:
 
 def codes(seeds: int, scale: float) -> list[str]:
     """Codebook use and bits per pixel of vector-quantized codes; the bias of straight-through beside enumeration."""
-    data = load("binarized-mnist")
-    train, valid = data.train[:10_000], data.valid[:1_000]
-    test = data.test[torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:1_000]]
+    train, valid, test = binarized_images()
     rows = []
     for prior in ("uniform", "independent", "autoregressive"):
-        found: dict[str, list[float]] = {key: [] for key in ("elbo", "bits", "used", "perplexity", "seconds")}
-        for seed in range(seeds):
-            torch.manual_seed(seed)
+        found = Columns()
+        for seed in seeded(seeds):
             model = VectorQuantizedVAE((1, 28, 28), num_codes=8, num_classes=32, prior=prior, hidden=(200, 200))
             guide = VectorQuantizedGuide(model)
-            start = time.perf_counter()
-            fit(
-                model, guide, train, valid=valid, loss=SiteELBO("rloo", num_particles=4), lr=1e-3, batch_size=100,
-                epochs=max(1, round(50 * scale)), seed=seed, restore_best=True, progress=False,
-            )  # fmt: skip
-            found["seconds"].append(time.perf_counter() - start)
+            with found.timed():
+                fit(
+                    model, guide, train, valid=valid, loss=SiteELBO("rloo", num_particles=4), lr=1e-3, batch_size=100,
+                    epochs=scaled(50, scale), seed=seed, restore_best=True, progress=False,
+                )  # fmt: skip
             judged = evaluate(model, guide, test, num_samples=50)
             with torch.no_grad():
                 use = model.code_use(guide(test)["y"])
-            found["elbo"].append(judged.elbo)
-            found["bits"].append(-judged.log_evidence / 784 / math.log(2))
-            for key, value in use.items():
-                found[key].append(value)
-        rows.append([prior, several(found["elbo"]), several(found["bits"], 4), several(found["used"])])
-        rows[-1] += [several(found["perplexity"], 1), several(found["seconds"], 0)]
+            found.add(elbo=judged.elbo)
+            found.add(bits=-judged.log_evidence / 784 / math.log(2))
+            found.add(**use)
+        rows.append([prior, *found.cells("elbo"), *found.cells("bits", digits=4), *found.cells("used")])
+        rows[-1] += [*found.cells("perplexity", digits=1), *found.cells("seconds", digits=0)]
     torch.manual_seed(0)
     model = VectorQuantizedVAE((1, 28, 28), num_codes=2, num_classes=4, hidden=(50,))
     guide = VectorQuantizedGuide(model)
     report = audit(model, guide, test[:20], estimators=["straight-through", "gumbel-softmax", "rloo"], num_samples=400)
     return [
         "Binarized MNIST: 10,000 of the training images, 1,000 test images drawn at random; 8 positions of 32 codes,",
-        f"{max(1, round(50 * scale))} epochs with `rloo` and four draws. ELBO in nats per image, bits per pixel by 50",
+        f"{scaled(50, scale)} epochs with `rloo` and four draws. ELBO in nats per image, bits per pixel by 50",
         f"importance-weighted draws, mean ± standard error over {seeds} seeds ({machine()}).",
         "",
         *markdown(["prior", "ELBO", "bits per pixel", "codes used", "their perplexity", "seconds"], rows),
@@ -336,31 +360,30 @@ def grid(seeds: int, scale: float) -> list[str]:
     model = GridWorld(height=4, width=4, steps=10)
     rows = []
     for word in ("score", "score-average", "rloo"):
-        found: dict[str, list[float]] = {key: [] for key in ("variance", "return", "steps")}
-        for seed in range(seeds):
-            torch.manual_seed(seed)
+        found = Columns()
+        for _ in seeded(seeds):
             guide = GridPolicy(model)
             loss = SiteELBO(word, kl_weight=0, num_particles=4)(model, guide)
             walks = torch.ones(8, 1)
             exact = torch.autograd.grad(-model.expected_return(guide.encoder_logits), guide.encoder_logits)[0]
             draws = [torch.autograd.grad(loss(walks) / 8, guide.encoder_logits)[0] for _ in range(100)]
             spread = torch.stack(draws) - exact
-            found["variance"].append(spread.square().mean(0).sum().item() / exact.square().sum().item())
+            found.add(variance=spread.square().mean(0).sum().item() / exact.square().sum().item())
             optimizer = torch.optim.Adam(guide.parameters(), lr=0.1)
             reached = math.nan
-            total = max(1, round(400 * scale))
+            total = scaled(400, scale)
             for step in range(1, total + 1):
                 optimizer.zero_grad()
                 (loss(walks) / 8).backward()
                 optimizer.step()
                 if math.isnan(reached) and model.expected_return(guide.encoder_logits) > model.optimum() - 0.5:
                     reached = step
-            found["return"].append(model.expected_return(guide.encoder_logits).item())
-            found["steps"].append(reached)
-        rows.append([f"`{word}`", *(several(found[key]) for key in ("variance", "return"))])
-        rows[-1].append(several(found["steps"], 0))
+            found.add(total=model.expected_return(guide.encoder_logits).item())
+            found.add(steps=reached)
+        rows.append([f"`{word}`", *found.cells("variance", "total")])
+        rows[-1] += found.cells("steps", digits=0)
     return [
-        f"4 × 4 cells, 10 steps; 8 walks and 4 draws of each a step, {max(1, round(400 * scale))} steps of Adam at",
+        f"4 × 4 cells, 10 steps; 8 walks and 4 draws of each a step, {scaled(400, scale)} steps of Adam at",
         "0.1. The mean squared error of the gradient of a uniform policy over the squared length of the exact one, by",
         f"forward marginals; the return reached, of which the best is {model.optimum():.2f}; steps to within 0.5",
         f"of it; mean ± standard error over {seeds} seeds.",
@@ -375,28 +398,26 @@ def hidden(seeds: int, scale: float) -> list[str]:
     longest = int(data.labels["train"].max())
     rows = []
     for kind, states in (("plain", 16), ("autoregressive", 16), ("factorial", 4)):
-        found: dict[str, list[float]] = {key: [] for key in ("train", "test", "steps", "seconds")}
-        for seed in range(seeds):
-            torch.manual_seed(seed)
+        found = Columns()
+        for seed in seeded(seeds):
             model = HiddenMarkovModel((1, longest, 88), num_states=states, kind=kind)
             whole = HiddenMarkovModel(data.data_shape, num_states=states, kind=kind)
-            start = time.perf_counter()
-            given = model.inputs(data.train[:, :, :longest], data.labels["train"])
-            fitted = fit(
-                model, NoGuide(model), given, loss=SiteELBO(), lr=5e-2, batch_size=len(data.train),
-                epochs=max(1, round(200 * scale)), seed=seed, progress=False,
-            )  # fmt: skip
-            found["seconds"].append(time.perf_counter() - start)
-            found["steps"].append(float(len(fitted.history)))
+            with found.timed():
+                given = model.inputs(data.train[:, :, :longest], data.labels["train"])
+                fitted = fit(
+                    model, NoGuide(model), given, loss=SiteELBO(), lr=5e-2, batch_size=len(data.train),
+                    epochs=scaled(200, scale), seed=seed, progress=False,
+                )  # fmt: skip
+            found.add(steps=float(len(fitted.history)))
             whole.load_state_dict(model.state_dict())
             for split in ("train", "test"):
                 batch = whole.inputs(getattr(data, split), data.labels[split])
                 with torch.no_grad():
                     total = SiteELBO()(whole, NoGuide(whole))(**batch)
-                found[split].append((total / batch["mask"].sum()).item())
+                found.add(**{split: (total / batch["mask"].sum()).item()})
         size = sum(parameter.numel() for parameter in model.parameters())
-        rows.append([f"{kind}, {states} states", f"{size:,}", *(several(found[k]) for k in ("train", "test"))])
-        rows[-1] += [several(found[k], 0) for k in ("steps", "seconds")]
+        rows.append([f"{kind}, {states} states", f"{size:,}", *found.cells("train", "test")])
+        rows[-1] += found.cells("steps", "seconds", digits=0)
     return [
         "The standard split of the chorales; exact nats per time step (lower is better), states summed out by",
         f"`SiteELBO`, Adam on all of the training data at once, mean ± standard error over {seeds} seeds",
