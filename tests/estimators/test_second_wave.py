@@ -11,7 +11,8 @@ import torch
 from programs import DISCRETE, F64, Params
 
 from gumbo.inference import SiteELBO, audit
-from gumbo.inference.estimators import ARMS, CARMS, DisARM, DoubleControlVariates, Rodeo, estimators
+from gumbo.inference.estimators import ARMS, CARMS, DisARM, DoubleControlVariates, MeasureValued, Rodeo, estimators
+from gumbo.inference.estimators._coordinates import gains
 
 
 class Coupled:
@@ -77,6 +78,85 @@ def test_the_audit_clears_them_and_convicts_them_made_wrong(kind):
     }
     assert all(said[word] == "ok" for word in right), said
     assert all(said[f"wrong {i}"].startswith("flagged") for i in range(len(wrong))), said
+
+
+class SiteGuide(Params):
+    """One site of any law with a real parameter."""
+
+    def __init__(self, law, start):
+        super().__init__(a=start)
+        self.law = law
+
+    def forward(self):
+        pyro.sample("z", self.law(self.a))
+
+
+class PriorModel(Params):
+    """The same law before, and a cost that is a polynomial of the site, or is not."""
+
+    def __init__(self, law, start, cost):
+        super().__init__(w=0.6)
+        self.law, self.start, self.cost = law, torch.tensor(start, dtype=F64), cost
+
+    def forward(self):
+        z = pyro.sample("z", self.law(self.start))
+        pyro.factor("f", self.w * self.cost(z))
+
+
+THREE = torch.tensor(3.0, dtype=F64)
+LAWS = {
+    "Poisson": lambda a: dist.Poisson(a.exp()),
+    "Binomial": lambda a: dist.Binomial(4, logits=a),
+    "NegativeBinomial": lambda a: dist.NegativeBinomial(THREE, logits=a - 1),
+    "Geometric": lambda a: dist.Geometric(logits=a + 1),
+    "Gamma": lambda a: dist.Gamma(THREE, a.exp()),
+}
+
+
+class FewerFailures(MeasureValued):
+    """Wrong on purpose: the count is compared at the draw, where one more failure is due."""
+
+    def surrogate(self, view):
+        gain = gains(view, (view.value + 1).unsqueeze(0))[0]
+        name = "rate" if isinstance(view.fns[0], dist.Gamma) else "probs"
+        return view.sum_event(gain * view.parameter(name))
+
+
+class Backwards(MeasureValued):
+    """Wrong on purpose: the two densities are exchanged."""
+
+    def surrogate(self, view):
+        return -super().surrogate(view)
+
+
+@pytest.mark.parametrize("law", [law if law == "Gamma" else pytest.param(law, marks=pytest.mark.slow) for law in LAWS])
+def test_the_audit_clears_measure_valued_derivatives_of_every_family_and_convicts_wrong_ones(law):
+    make = LAWS[law]
+    model, guide = PriorModel(make, -0.3, torch.sin), SiteGuide(make, 0.2)
+    rivals = {"right": "measure-valued", "backwards": Backwards()}
+    if law in ("NegativeBinomial", "Geometric"):
+        rivals["one too few"] = FewerFailures()
+    report = audit(model, guide, estimators=rivals, reference="rloo", num_samples=800, seed=2)
+    said = {str(name): str(report.verdict.sel(estimator=name).item()) for name in rivals}
+    assert said.pop("right") == "ok"
+    assert all(verdict.startswith("flagged") for verdict in said.values()), said
+
+
+@pytest.mark.parametrize("law", ["Poisson"])
+@pytest.mark.parametrize("cost, verdict", [(torch.square, "no bias seen"), (lambda z: torch.cos(3 * z), "biased")])
+def test_the_audit_sees_the_bias_of_fini_where_the_cost_is_no_polynomial(law, cost, verdict):
+    """At the prior itself, so that log p − log q, which is none either, has no part in the cost."""
+    make = LAWS[law]
+    model, guide = PriorModel(make, 0.2, cost), SiteGuide(make, 0.2)
+    report = audit(model, guide, estimators=["fini", "rloo"], reference="rloo", num_samples=800, seed=0)
+    assert report.verdict.sel(estimator="fini").item() == verdict
+    assert not report.unbiased.sel(estimator="fini").item()
+
+
+def test_the_audit_sees_the_bias_of_the_gapped_straight_through_estimator():
+    report = audit(ClassModel(), ClassGuide(), estimators=["gapped-straight-through", "carms"], num_samples=500, seed=1)
+    assert report.verdict.sel(estimator="gapped-straight-through").item() == "biased"
+    assert report.verdict.sel(estimator="carms").item() == "ok"
 
 
 def layer_of(one_hot, logits):
