@@ -108,8 +108,9 @@ class Ours:
     def live(self, x):
         """A training step of baselines and control variates alone."""
         if hasattr(self.loss, "binding") and len(self.loss.binding.states):
-            self.backward(x)
+            loss = self.loss(x)  # statistics move here, and what is learnt by the optimizer below
             if self.optimizer:
+                loss.backward()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
