@@ -20,7 +20,7 @@ from gumbo.tables import markdown
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 START, END = "<!-- the table of `gumbo compare` -->", "<!-- end of the table -->"
-FREE = ("jobs", "folder", "resume", "trust")  # settings that change no number
+FREE = ("jobs", "backend", "address", "folder", "resume", "trust")  # settings that change no number
 
 
 def section(results: dict, machine: str) -> str:
@@ -34,13 +34,13 @@ def section(results: dict, machine: str) -> str:
     return "\n".join([*lines, compare.note(config), "", f"**{compare.conclusion(rows)}**"])
 
 
-def replaced(page: str, text: str) -> str:
+def replaced(page: str, text: str, start: str = START, end: str = END) -> str:
     """The page with ``text`` between its markers."""
-    before, _, rest = page.partition(START)
-    _, found, after = rest.partition(END)
+    before, _, rest = page.partition(start)
+    _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"{README} has no markers {START} … {END}")
-    return f"{before}{START}\n\n{text}\n\n{END}{after}"
+        raise SystemExit(f"{README} has no markers {start} … {end}")
+    return f"{before}{start}\n\n{text}\n\n{end}{after}"
 
 
 def main(argv: list[str]) -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/results_page.py [RESULTS [DOCS]]
 
-``gumbo reproduce TABLE`` writes the cells; this trains nothing. Cells that have not been run are listed as such.
+``gumbo reproduce TABLE`` writes the cells; this trains nothing. Cells that have not been run are listed as such. The
+README's first screen is written, too: two pictures, and a line for each table.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from readme_table import replaced
+
 from gumbo.experiments.compare import mean_and_error
 from gumbo.experiments.reproduce import path_of, rows_of
 from gumbo.experiments.reproduction import Table, orderings, tables
@@ -24,7 +27,17 @@ from gumbo.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+START, END = "<!-- published tables, run again -->", "<!-- end of the published tables -->"
 MOST_SEEDS = 20
+NEAR = 2.0  # nats
+MEDIUM, WIDE = "48%", "100%"
+# The sentences of a table's conclusions that the README has.
+HEADLINES = {
+    "posteriors": ("Misses", "False alarms"),
+    "semi-supervised": ("10 classes", "100 classes"),
+    "question": ("\0",),
+}
 
 Found = Sequence[Mapping[str, Any]]
 
@@ -219,6 +232,103 @@ def question_curves(table: Table, found: Found):
     return made
 
 
+def near(found: Found) -> tuple[int, int]:
+    """Of cells with a published number: how many end within ``NEAR`` nats of it or better, and how many there are."""
+    values = {
+        name: sum(run["value"] for run in runs) / len(runs) - runs[0]["cell"]["published"]
+        for name, runs in by_cell(found).items()
+        if runs[0]["cell"]["published"] is not None
+    }
+    return sum(value <= NEAR for value in values.values()), len(values)
+
+
+def headline(table: Table, found: Found) -> str:
+    """What the README says of a table."""
+    if table.conclude is not orderings.conclude:
+        said = table.conclude(found) if table.conclude else []
+        chosen = [one for one in said if one.startswith(HEADLINES.get(table.name, "\0")) or "as much as" in one]
+        return " ".join(chosen) or f"every estimator's {table.value}, variance and gradient"
+    close, known = near(found)
+    shares = sorted({numbers["share"] for numbers in found})
+    steps = f"{shares[0]:.1%}" if shares[0] == shares[-1] else f"{shares[0]:.1%} to {shares[-1]:.1%}"
+    ordered = [one for one in orderings.totals(found) if one.startswith("Published orderings at equal steps")]
+    against = f"{close} of {known} published cells within {NEAR:g} nats or better" if known else "no published cell"
+    return " ".join([f"{against}, after {steps} of the paper's steps.", *ordered])
+
+
+def front(every: Mapping[str, list[dict[str, Any]]], docs: Path) -> str:
+    """The README's part: two pictures, and a line for each table that has been run."""
+    trained = [numbers for found in every.values() for numbers in found if "objective" in numbers["cell"]]
+    pictures = []
+    if any(numbers["cell"]["published"] is not None for numbers in trained):
+        save(against_published(trained), docs / "figures" / "readme-published.png")
+        pictures.append(("ours against published, nats per datum", "readme-published.png"))
+    if every["question"]:
+        save(crossing(every["question"]), docs / "figures" / "readme-crossing.png")
+        pictures.append(("variance × time of pathwise and score-function gradients", "readme-crossing.png"))
+    if len(pictures) < 2 and every["posteriors"]:
+        pictures.append(("diagnose's verdict and the error of guides", "results-posteriors.png"))
+    shown = " ".join(
+        f'<img src="docs/figures/{name}" alt="{alt}" width="{MEDIUM if len(pictures) > 1 else WIDE}">'
+        for alt, name in pictures[:2]
+    )
+    rows = []
+    for name, found in every.items():
+        if found:
+            cells = len(by_cell(found))
+            rows.append(
+                [
+                    name,
+                    f"{cells} of {len(tables[name].cells)}",
+                    headline(tables[name], found),
+                    f"`gumbo reproduce {name}`",
+                ]
+            )
+    lines = [
+        "Published tables, run again cell by cell. [docs/results.md](docs/results.md) has every number and command; "
+        "`gumbo reproduce all` runs what is missing.",
+        "",
+        shown,
+        "",
+        *markdown(["table", "cells run", "what comes out", "command"], rows),
+    ]
+    return "\n".join(lines)
+
+
+def against_published(trained: Found):
+    """Every trained cell with a published number, by table."""
+    made, place = figure(1, 1, figsize=(6, 4.2))
+    ends = []
+    for name in dict.fromkeys(numbers["table"] for numbers in trained):
+        arms = by_cell([n for n in trained if n["table"] == name and n["cell"]["published"] is not None])
+        if not arms:
+            continue
+        found = [mean_and_error([run["value"] for run in runs]) or (math.nan, math.nan) for runs in arms.values()]
+        published = [runs[0]["cell"]["published"] for runs in arms.values()]
+        errors = [0 if math.isnan(error) else error for _, error in found]
+        place.errorbar(published, [mean for mean, _ in found], yerr=errors, fmt="o", label=name, alpha=0.8)
+        ends += published
+    place.axline((ends[0], ends[0]), slope=1, color="gray", linewidth=0.8)
+    place.set(xlabel="published, nats per datum", ylabel="ours (below the line: better)")
+    place.legend(fontsize="small")
+    return made
+
+
+def crossing(found: Found):
+    """Variance × time against the roughness of f, at a Normal site."""
+    made, place = figure(1, 1, figsize=(6, 4.2))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for numbers in found:
+        setting = numbers["cell"]["name"].split("/")[1]
+        if numbers["cell"]["site"] == "normal" and setting.startswith("sin-"):
+            lines.setdefault(numbers["cell"]["estimator"], []).append((float(setting[4:]), numbers["value"]))
+    for word, points in lines.items():
+        place.loglog(*zip(*sorted(points), strict=True), "o-", label=word, markersize=3)
+    place.set(xlabel="ω of E[sin(ωz)], z Normal", ylabel="variance × CPU ms of a gradient")
+    place.legend(fontsize="small")
+    return made
+
+
 def main(argv: Sequence[str]) -> None:
     results, docs = (Path(given) for given in (*argv, *(ROOT / "experiments" / "results", DOCS)[len(argv) :]))
     lines = [
@@ -239,6 +349,9 @@ def main(argv: Sequence[str]) -> None:
     page = docs / "results.md"
     page.write_text("\n".join(lines).rstrip() + "\n")
     print(f"{page}: new")
+    if docs == DOCS:
+        README.write_text(replaced(README.read_text(), front(every, docs), START, END))
+        print(f"{README}: its first screen is new")
 
 
 if __name__ == "__main__":

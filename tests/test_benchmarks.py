@@ -391,3 +391,39 @@ def test_the_readmes_table_is_that_of_a_run_with_default_settings(tmp_path, monk
 def test_the_readme_has_the_markers_of_its_table():
     table = script("readme_table")
     assert table.replaced(table.README.read_text(), "new").count("\n\nnew\n\n") == 1
+
+
+def test_the_page_of_results_orders_arms_and_draws_them(tmp_path):
+    from dataclasses import asdict
+
+    from gumbo.experiments.reproduce import path_of
+    from gumbo.experiments.reproduction import tables
+
+    page = script("results_page")
+    for name, better in (("linear/arm", 0.0), ("linear/rebar", 2.0)):
+        (cell,) = tables["arm"].chosen([name])
+        for seed in range(3):
+            value = 107.0 + better + 0.1 * seed
+            points = [
+                {"step": 10 * k, "seconds": k, "train": -value - 20 / k, "valid": -value - 30 / k} for k in range(1, 6)
+            ]
+            found = {"cell": asdict(cell), "seed": seed, "table": "arm", "value": value, "steps": 50, "share": 0.05}
+            found |= {"test": {"elbo": -value - 5, "log_evidence": -value}, "seconds": 60.0, "ms_per_step": 20.0}
+            path = path_of(tmp_path / "results", "arm", cell, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found | {"command": f"gumbo reproduce arm --cells '[{name}]'", "curve": points}))
+    (tmp_path / "docs").mkdir()
+    page.main([str(tmp_path / "results"), str(tmp_path / "docs")])
+    written = (tmp_path / "docs" / "results.md").read_text()
+    assert "| linear/arm | 107.20 | 107.10 ± 0.0577 | 3 | 50 | 5.0% | 112.10 |" in written
+    assert "| linear/arm − rebar | -0.50 | -2.00 ± 0.08 | confirmed | -2.00 ± 0.08 | confirmed |" in written
+    assert (tmp_path / "docs" / "figures" / "results-arm.png").stat().st_size > 10_000
+    every = {name: page.finished(tables[name], tmp_path / "results") for name in tables}
+    front = page.front(every, tmp_path / "docs")
+    assert "1 of 2 published cells within 2 nats" not in front and "2 of 2 published cells within 2 nats" in front
+    assert "readme-published.png" in front and "`gumbo reproduce arm`" in front
+
+
+def test_the_readme_has_the_markers_of_its_first_screen():
+    page = script("results_page")
+    assert page.replaced(page.README.read_text(), "new", page.START, page.END).count("\n\nnew\n\n") == 1

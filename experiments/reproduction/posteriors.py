@@ -243,6 +243,17 @@ def verdict(report) -> str:
     return "cannot say" if set(report.cannot_say) & set(SAYS) else "no alarm"
 
 
+def wilson(count: int, of: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a probability by Wilson's score, which holds at the ends, too.
+
+    >>> [round(end, 3) for end in wilson(0, 30)]
+    [0.0, 0.114]
+    """
+    share, slack = count / of, z * z / of
+    middle, half = share + slack / 2, z * math.sqrt(share * (1 - share) / of + slack / (4 * of))
+    return max(0.0, (middle - half) / (1 + slack)), min(1.0, (middle + half) / (1 + slack))
+
+
 def conclude(found: Sequence[dict[str, Any]]) -> list[str]:
     """The confusion table, the rates of misses and false alarms, and which verdicts raise them."""
     # The calibrated runs of the eight schools are the mean-field guides over again.
@@ -256,9 +267,10 @@ def conclude(found: Sequence[dict[str, Any]]) -> list[str]:
         of = [numbers for numbers in found if numbers["truth"] == kind]
         if not of:
             continue
-        share = sum(numbers["verdict"] == word for numbers in of) / len(of)
-        error = math.sqrt(share * (1 - share) / len(of))
-        said.append(f"{title}: {share:.1%} ± {error:.1%} of {len(of)} {kind} guides.")
+        count = sum(numbers["verdict"] == word for numbers in of)
+        low, high = wilson(count, len(of))
+        rate = f"{count / len(of):.0%} (95% interval {low:.0%} to {high:.0%})"
+        said.append(f"{title}: {count} of {len(of)} {kind} guides, {rate}.")
     alarms = {kind: Counter[str]() for kind in ("right", "wrong")}
     for numbers in found:
         if numbers["truth"] in alarms:
