@@ -25,14 +25,16 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import MCMC, NUTS, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import MCMC, NUTS, Predictive, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal, AutoStructured
 from pyro.infer.mcmc.util import initialize_model
+from pyro.infer.reparam.strategies import AutoReparam
 
 from gumbo.guides import amortize
 from gumbo.inference import diagnose
@@ -43,10 +45,11 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 from own_programs import PROGRAMS, Own  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "results" / "amortize.json"
+REFERENCES = ROOT / "benchmarks" / "results" / "amortize_references.json"
 PAGE = ROOT / "docs" / "your-own-program.md"
 WORDS = ("mean-field", "faithful", "full")
 GUIDES = ("AutoNormal", "AutoStructured", *WORDS)
-PARTICLES, FINAL, DRAWS = 8, 1000, 600
+PARTICLES, FINAL = 8, 1000
 PARAMETERS_FASTER = 4  # networks fail at the learning rate that suits autoguides, which have none
 MEAN_OFF, SCALE_OFF = 0.5, math.log(1.5)
 
@@ -67,18 +70,58 @@ def latents(own: Own) -> dict[str, torch.Tensor]:
 # ---- the reference
 
 
-def reference(own: Own, warmup: int, draws: int) -> dict:
+CHAINS, QUANTILES = 4, (0.05, 0.5, 0.95)
+
+
+def reference(name: str, own: Own) -> dict:
     """log p, its standard error, and mean and standard deviation of every number of every site."""
     if own.exact is not None:
         evidence, moments = own.exact()
         return {"kind": "exact", "log_p": evidence, "se": 0.0, "moments": moments}
-    kernel = NUTS(own.model, jit_compile=True, ignore_jit_warnings=True, max_tree_depth=6)
-    run = MCMC(kernel, draws, warmup_steps=warmup, disable_progbar=True)
-    run.run(*own.args)
-    samples = run.get_samples()
-    moments = {name: (value.mean(0), value.std(0)) for name, value in samples.items()}
-    evidence, error, khat = evidence_by_importance(own, samples)
-    return {"kind": "NUTS", "log_p": evidence, "se": error, "khat": khat, "moments": moments}
+    kept = json.loads(REFERENCES.read_text()).get(name) if REFERENCES.exists() else None
+    if kept is None:
+        return {"kind": "none", "log_p": math.nan, "se": 0.0, "moments": {}}
+    moments = {
+        site: tuple(torch.tensor(found[part]).reshape(found["shape"]) for part in ("mean", "sd"))
+        for site, found in kept["sites"].items()
+    }
+    return {"kind": "NUTS", "log_p": kept["log_p"], "se": kept["se"], "moments": moments}
+
+
+def long_run(own: Own, warmup: int, draws: int) -> dict:
+    """Four chains of NUTS: convergence, and moments and quantiles of every number of every site."""
+    import arviz as az
+    import numpy as np
+
+    chains, sites = [], list(latents(own))
+    model = AutoReparam(centered=0.0)(own.model) if own.funnel else own.model
+    for chain in range(CHAINS):
+        pyro.set_rng_seed(chain)
+        kernel = NUTS(model, jit_compile=True, ignore_jit_warnings=True, max_tree_depth=7)
+        run = MCMC(kernel, draws, warmup_steps=warmup, disable_progbar=True)
+        run.run(*own.args)
+        drawn = run.get_samples()
+        chains.append(Predictive(model, drawn, return_sites=sites)(*own.args) if own.funnel else drawn)
+    samples = {name: torch.stack([chain[name] for chain in chains]) for name in chains[0]}
+    arrays = az.from_dict(posterior={name: value.numpy() for name, value in samples.items()})
+    together = {name: value.flatten(0, 1) for name, value in samples.items()}
+    evidence, error, khat = evidence_by_importance(own, together)
+    kept = {}
+    for name, value in together.items():
+        flat = value.reshape(len(value), -1).double().numpy()
+        kept[name] = {"shape": list(value.shape[1:])} | {
+            part: [float(f"{number:.5g}") for number in numbers]
+            for part, numbers in (
+                ("mean", flat.mean(0)),
+                ("sd", flat.std(0)),
+                *((f"q{100 * q:02.0f}", np.quantile(flat, q, 0)) for q in QUANTILES),
+            )
+        }
+    worst = {
+        "rhat": max(float(found.max()) for found in az.rhat(arrays).values()),
+        "bulk_ess": min(float(found.min()) for found in az.ess(arrays, method="bulk").values()),
+    }
+    return {"log_p": evidence, "se": error, "khat": khat, **worst, "chains": CHAINS, "draws": draws, "sites": kept}
 
 
 def evidence_by_importance(own: Own, samples: dict[str, torch.Tensor], count: int = 1500) -> tuple[float, float, float]:
@@ -182,15 +225,11 @@ def judged(own: Own, guide) -> dict:
     return {"alarms": report.alarms, "cannot_say": report.cannot_say}
 
 
-def measure(name: str, own: Own, row: dict, options: argparse.Namespace) -> dict:
-    """The row of one program, with what is asked for measured anew and the rest kept."""
-    pyro.set_rng_seed(0)
-    truth: dict = {"kind": "none", "log_p": math.nan, "se": 0.0, "moments": {}}
-    if own.exact is not None or not options.no_nuts:
-        with pyro.get_param_store().scope():
-            truth = reference(own, options.warmup, options.draws)
-        row |= {"reference": truth["kind"], "log_p": truth["log_p"], "log_p_se": truth["se"], "khat": truth.get("khat")}
-        print(f"{name}: {truth['kind']} log p {truth['log_p']:.2f} ± {truth['se']:.2f}", flush=True)
+def measure(name: str, own: Own, row: dict, options: argparse.Namespace, save: Callable[[], None]) -> None:
+    """Fill the row of one program: what is asked for is measured anew, the rest kept."""
+    truth = reference(name, own)
+    row |= {"reference": truth["kind"], "log_p": truth["log_p"], "log_p_se": truth["se"]}
+    print(f"{name}: {truth['kind']} log p {truth['log_p']:.2f} ± {truth['se']:.2f}", flush=True)
     row.setdefault("guides", {})
     for kind in options.guides or GUIDES:
         pyro.set_rng_seed(1)
@@ -207,8 +246,33 @@ def measure(name: str, own: Own, row: dict, options: argparse.Namespace) -> dict
             if options.diagnose and kind in WORDS:
                 one["diagnose"] = judged(own, guide)
         row["guides"][kind] = one
+        save()
         print(f"  {kind:15} {value:9.3f} ± {error:.3f}  {one.get('diagnose', '')}  {seconds:.0f} s", flush=True)
-    return row
+
+
+def refer(options: argparse.Namespace) -> int:
+    """Write the long runs; 1 where one has not converged."""
+    found = json.loads(REFERENCES.read_text()) if REFERENCES.exists() else {}
+    for name, own in PROGRAMS.items():
+        if own.exact is None and (not options.only or name in options.only):
+            start = time.perf_counter()
+            with pyro.get_param_store().scope():
+                run = found[name] = long_run(own, options.warmup, options.draws)
+            ordered = {each: found[each] for each in PROGRAMS if each in found}
+            REFERENCES.write_text(
+                "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in ordered.items()) + "\n}\n"
+            )
+            print(
+                f"{name}: log p {run['log_p']:.3f} ± {run['se']:.3f} (k̂ {run['khat']:.2f}), R̂ {run['rhat']:.4f}, bulk"
+                f" ESS {run['bulk_ess']:.0f}, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+    return int(any(run["rhat"] >= 1.01 or run["bulk_ess"] <= 1000 for run in found.values()))
+
+
+def write(path: Path, rows: dict) -> None:
+    ordered = {each: rows[each] for each in PROGRAMS if each in rows}
+    path.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
 def falls_short(row: dict) -> bool:
@@ -243,22 +307,22 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], help="a program's name; may be given again")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--warmup", type=int, default=200)
-    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--references", action="store_true", help="only run NUTS where there is no closed form")
+    parser.add_argument("--warmup", type=int, default=300, help="steps of each of the four chains of NUTS")
+    parser.add_argument("--draws", type=int, default=600)
     parser.add_argument("--guides", nargs="*", choices=GUIDES, help="by default all")
-    parser.add_argument("--no-nuts", action="store_true", help="no reference where there is no exact one")
     parser.add_argument("--diagnose", action="store_true", help="also ask `diagnose` about the amortized guides")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--page", action="store_true", help="only write the table of the results into the page")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.references:
+        return refer(options)
     rows = json.loads(options.out.read_text()) if options.out.exists() else {}
     if not options.page:
         for name, own in sorted(PROGRAMS.items(), key=lambda item: item[1].exact is None):  # the quick ones first
             if not options.only or name in options.only:
-                rows[name] = measure(name, own, rows.get(name, {}), options)
-                ordered = {each: rows[each] for each in PROGRAMS if each in rows}
-                options.out.write_text(json.dumps(ordered, indent=1) + "\n")
+                measure(name, own, rows.setdefault(name, {}), options, lambda: write(options.out, rows))
     rows = {each: rows[each] for each in PROGRAMS if each in rows}
     print(table(rows))
     if options.page:

@@ -1,22 +1,28 @@
 """Chains summed out of a model: SiteELBO against stock TraceEnum_ELBO, and the growth of time with the length.
 
-    python benchmarks/elimination.py [--lengths 5 50 500] [--states 16] [--sequences 1] [--rounds 9] [--float64]
+    python benchmarks/elimination.py [--lengths 50 100 200 400 500] [--rounds 9] [--float64]
 
 A hidden Markov model with Normal observations, every state marked infer={"enumerate": "parallel"}, an empty guide. A
-step is the loss and its gradient. Prints medians of interleaved steps, the ratio, and milliseconds for each time step.
+step is the loss and its gradient. Prints medians of interleaved steps, the ratio, milliseconds for each time step, and
+the power of T that the time grows with, and writes them to benchmarks/results/elimination.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
 import torch
-from _timing import interleaved, machine, median
+from _timing import RESULTS, interleaved, spread, surroundings, write_json
 from pyro.infer import TraceEnum_ELBO
 
 from gumbo.inference import SiteELBO
+
+ELBOS = ("SiteELBO", "TraceEnum_ELBO")
 
 
 class HiddenMarkov(pyro.nn.PyroModule):
@@ -50,34 +56,47 @@ def step(loss, model, y):
     return run
 
 
+def exponent(lengths: list[int], times: list[float]) -> float:
+    """The power of T that the times grow with: the slope of a line through their logarithms."""
+    return statistics.linear_regression([math.log(n) for n in lengths], [math.log(time) for time in times]).slope
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[5, 50, 500])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[50, 100, 200, 400, 500])
     parser.add_argument("--states", type=int, default=16)
     parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--float64", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "elimination.json")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64 if options.float64 else torch.float32)
-    print(machine())
+    around = surroundings()
+    steps, losses = {}, {}
     for length in options.lengths:
         y = 3 * torch.randn(options.sequences, length)
-        steps, losses = {}, {}
         for name, elbo in (("SiteELBO", SiteELBO()), ("TraceEnum_ELBO", TraceEnum_ELBO(max_plate_nesting=1))):
             torch.manual_seed(1)
             model = HiddenMarkov(options.states)
             loss = elbo(model, Nothing())
-            losses[name] = loss(y).item()
-            steps[name] = step(loss, model, y)
-        times = {name: median(found) for name, found in interleaved(steps, options.rounds, warm_up=2).items()}
-        ours, stock = times["SiteELBO"], times["TraceEnum_ELBO"]
+            losses[name, length] = loss(y).item()
+            steps[name, length] = step(loss, model, y)
+    found = {key: spread(times) for key, times in interleaved(steps, options.rounds, warm_up=2).items()}
+    print(f"{around['machine']}, load {around['load']} at the start; medians of {options.rounds} interleaved steps")
+    rows = []
+    for length in options.lengths:
+        ours, stock = (found[name, length]["median"] for name in ELBOS)
+        rows.append({"T": length, **{name: found[name, length] for name in ELBOS}, "ratio": ours / stock})
         print(
             f"T = {length:4d}: SiteELBO {ours:8.1f} ms, TraceEnum_ELBO {stock:8.1f} ms, ratio {ours / stock:.2f};"
             f" {ours / length:.2f} and {stock / length:.2f} ms a time step;"
-            f" losses {losses['SiteELBO']:.4f} and {losses['TraceEnum_ELBO']:.4f}",
-            flush=True,
+            f" losses {losses['SiteELBO', length]:.4f} and {losses['TraceEnum_ELBO', length]:.4f}"
         )
+    powers = {name: exponent(options.lengths, [found[name, n]["median"] for n in options.lengths]) for name in ELBOS}
+    print("time grows with T to the power of " + ", ".join(f"{power:.2f} ({name})" for name, power in powers.items()))
+    command = {"states": options.states, "sequences": options.sequences, "float64": options.float64}
+    write_json(options.out, {"surroundings": around, **command, "rows": rows, "exponents": powers})
 
 
 if __name__ == "__main__":

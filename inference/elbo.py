@@ -48,8 +48,8 @@ class SiteELBO(ELBO):
             for another batch size; a plate with dependent rows (BatchNorm, a mean over the plate) is summed under
             ``"elbo"`` and refused under the other objectives. The check can find dependence; it cannot prove
             independence. ``"trust"`` skips the check; ``"ignore"`` sums every plate.
-        memory_limit: GiB that the exact sum over enumerated sites of the model may take at once; a larger sum is
-            refused.
+        memory_limit: GiB that exact sums over enumerated sites of the model or the guide may take at once; more is
+            refused before it is made.
         objective_options: options of an objective given as a word, as in ``objective="renyi", alpha=0.5``.
 
     Sites that the model marks ``infer={"enumerate": "parallel"}`` and the guide does not sample are summed out exactly

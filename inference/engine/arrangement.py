@@ -62,6 +62,7 @@ class Arrangement(nn.Module):
         apart: whether particles, and enumerated values, run one by one.
         lists_chains: whether enumerated sites under pyro.markov are summed out by elimination.
         shares_dims: whether elements of a sequential plate are enumerated along the same dimensions.
+        largest: the bytes of the largest statement of one particle.
     """
 
     def __init__(self, elbo: Loss, pair: Pair):
@@ -75,6 +76,7 @@ class Arrangement(nn.Module):
         self.apart = False
         self.lists_chains = False
         self.shares_dims = True
+        self.largest = 1
 
     @property
     def joint(self) -> set[str]:
@@ -102,6 +104,7 @@ class Arrangement(nn.Module):
             memory_limit=self.elbo.memory_limit * 2**30,
             lists_chains=self.lists_chains and self.vectorized,
             shares_dims=self.shares_dims,
+            largest=self.largest,
             kl_weight=at_step(self.elbo.kl_weight, step),
         )
 
@@ -238,5 +241,5 @@ def _of_the_dimensions(error: GumboError) -> bool:
     if isinstance(error, CannotVectorize):
         return True
     if isinstance(error, UnsupportedSite):
-        return error.estimator == ANY
+        return error.estimator == ANY and not isinstance(error, TooMuchMemory)
     return isinstance(error, BadInput) and not isinstance(error, CallsAutograd)

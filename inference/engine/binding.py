@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -179,6 +180,7 @@ class Binding(nn.Module):
         check_same_kind(seen)
         arrangement = self.arrangement
         chosen = arrangement.resolution.of_all(seen)
+        arrangement.largest = max([1, *(bytes_of(site) for site in seen.sites)])
         if seen.eliminated:
             self._check_weight(seen.eliminated)
         arrangement.list_chains(program, seen, chosen, args, kwargs)
@@ -315,6 +317,10 @@ class Binding(nn.Module):
 
 def _unreported(name: str, value: Tensor) -> None:
     """Reports of calls that change no state are dropped."""
+
+
+def bytes_of(site: Site) -> int:
+    return site.log_prob.numel() * math.prod(site.fn.event_shape) * site.log_prob.element_size()
 
 
 def _handles_itself(guide: Any) -> bool:

@@ -26,9 +26,25 @@ MEMORY_LIMIT = 4 * 2**30  # the default limit of one sum, in bytes
 class TooLarge(Exception):
     """Raised for a sum that needs more memory than the limit."""
 
-    def __init__(self, needed: int, names: Names):
-        super().__init__(needed, names)
-        self.needed, self.names = needed, names
+    def __init__(self, names: Names):
+        super().__init__(names)
+        self.names = names
+
+
+class Memory:
+    """The bytes that the enumerated values of one run hold until its gradient, and their limit.
+
+    >>> memory = Memory(limit=1000)
+    >>> memory.fits(800), memory.fits(300), memory.held
+    (True, False, 1100)
+    """
+
+    def __init__(self, limit: float = math.inf):
+        self.limit, self.held = limit, 0
+
+    def fits(self, needed: int) -> bool:
+        self.held += needed
+        return self.held <= self.limit
 
 
 @dataclass(frozen=True)
@@ -128,12 +144,12 @@ class SumProduct(LogRing):
     """Sums of products of probabilities in log space, for ``pyro.ops.contract``.
 
     It is exact up to rounding for any range of the factors, keeps a zero probability as −∞ with gradient zero, and
-    raises :class:`TooLarge` before a sum that needs more than ``limit`` bytes.
+    raises :class:`TooLarge` before a sum that exceeds the limit of ``memory``.
     """
 
-    def __init__(self, limit: float = math.inf):
+    def __init__(self, memory: Memory | None = None):
         super().__init__()
-        self.limit = limit
+        self.memory = memory or Memory()
 
     def sumproduct(self, terms: Sequence[Any], dims: Collection[str]) -> Any:
         if len(terms) == 1 and not dims:
@@ -142,8 +158,8 @@ class SumProduct(LogRing):
         found = plan(names, tuple(tuple(term.shape) for term in terms), frozenset(dims))
         # Memory for the gradient: the joined factor, and its exponentials during the sum.
         needed = 2 * found.numbers * terms[0].element_size()
-        if needed > self.limit:
-            raise TooLarge(needed, found.largest)
+        if not self.memory.fits(needed):
+            raise TooLarge(found.largest)
         held: list[Tensor] = list(terms)
         for step in found.steps:
             total: Any = None

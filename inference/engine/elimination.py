@@ -8,7 +8,6 @@ arXiv 1902.03210). The values of a site are along a dimension of their own, whic
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +21,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...errors import ANY, UnsupportedSite
-from ..estimators._distributions import finite_support
-from .contraction import MEMORY_LIMIT, SumProduct, TooLarge, impossible, laid_out
+from ..estimators._distributions import coordinate_values, list_size, listed_support
+from .contraction import Memory, SumProduct, TooLarge, impossible, laid_out
 from .records import PARTICLES, Frame, Frames, Site
 from .terms import NeedsJoint
 
 MAX_DIMS = 60  # torch allows 64
-JOINT_LIMIT = 2**14  # joint values of one site over its plates
 
 Place = frozenset[tuple[str, int]]  # sequential plates by name, with the number of an element
 
@@ -80,7 +78,7 @@ class Listing:
         first: enumerated values use the dimensions from here to the left.
         joint: sites whose values are enumerated jointly over their plates.
         nesting: the number of dimensions for plates.
-        limit: the largest log-probability of one site, in bytes.
+        memory: the bytes that enumerated values hold in this run, and their limit.
         drawn: the sites that the guide draws; these take their draws. None in the guide, where :meth:`lay_out` is
             called for the sites to enumerate.
         before: the listing of the guide, for the model that runs after it.
@@ -94,13 +92,14 @@ class Listing:
         first: int,
         joint: Collection[str],
         nesting: int,
-        limit: float = MEMORY_LIMIT,
+        memory: Memory | None = None,
         drawn: Collection[str] | None = None,
         before: Listing | None = None,
         shares: bool = True,
     ):
         self.shares = shares
-        self.drawn, self.first, self.joint, self.nesting, self.limit = drawn, first, joint, nesting, limit
+        self.drawn, self.first, self.joint, self.nesting = drawn, first, joint, nesting
+        self.memory = memory or Memory()
         self.given: dict[str, Listed] = before.listed if before is not None else {}
         self.by_number: list[Listed] = before.by_number if before is not None else []
         self.listed: dict[str, Listed] = {}
@@ -189,9 +188,6 @@ class Listing:
             fn.event_dim,
             joint,
         )
-        needed = len(values) * math.prod(fn.batch_shape) * values.element_size()
-        if needed > self.limit:
-            raise too_large(needed, self.limit, [name])
         # values is (L, *plates or nothing, *event); the rest of the dimensions to its right are 1.
         between = -dim - (values.dim() - fn.event_dim)
         laid = values.reshape(values.shape[:1] + (1,) * between + values.shape[1:])
@@ -223,13 +219,17 @@ class Listing:
                     values._pyro_categorical_support = support
                 return values
         trailing = min(self.nesting, len(fn.batch_shape)) if joint else 0
-        values = finite_support(fn, joint=trailing, limit=JOINT_LIMIT)
+        values = coordinate_values(fn)
         if isinstance(values, str):
             raise UnsupportedSite(
                 msg["name"],
                 ANY,
                 f"the model marks it infer={{'enumerate': 'parallel'}}, and {values}; draw it in the guide",
             )
+        count, numbers = list_size(fn, values, trailing)
+        if not self.memory.fits(2 * count * numbers * values.element_size()):
+            raise too_large(self.memory, [msg["name"]])
+        values = listed_support(fn, values, joint=trailing, limit=count)
         return values[(slice(None),) + (0,) * (len(fn.batch_shape) - trailing)]
 
     def leave(self, msg: Any) -> None:
@@ -423,12 +423,12 @@ class Terms:
             packed = symbols.packed(term.tensor, term.known, term.site.frames)
             over.update(symbols.of_listed(number) for number in self.own(term))
             tree.setdefault(frozenset(symbols.of_frame(frame) for frame in term.site.frames), []).append(packed)
-        ring = SumProduct(self.listing.limit)
+        ring = SumProduct(self.listing.memory)
         try:
             contracted = contract_tensor_tree(tree, over, ring=ring)
         except TooLarge as error:
             joined = [n for n in names if symbols.of_listed(self.listing.listed[n].number) in error.names]
-            raise too_large(error.needed, self.listing.limit, joined or names) from None
+            raise too_large(self.listing.memory, joined or names) from None
         except NotImplementedError:
             # Crossing plates: a site summed out in one of them depends on the other.
             apart = [site for site in self._listed(terms) if site.frames]
@@ -562,14 +562,14 @@ class TooMuchMemory(UnsupportedSite):
     """A sum over enumerated sites that needs more memory than the limit."""
 
 
-def too_large(needed: int, limit: float, names: Sequence[str]) -> TooMuchMemory:
+def too_large(memory: Memory, names: Sequence[str]) -> TooMuchMemory:
     said = ", ".join([repr(name) for name in names[:6]] + ["…"] * (len(names) > 6))
     return TooMuchMemory(
         names[0],
         ANY,
-        f"summing over {said} needs {_bytes(needed)} at once, more than the limit of {_bytes(limit)}; put chains under"
-        " pyro.markov, take a smaller batch, draw some of these sites in the guide ('rloo'), or raise"
-        " SiteELBO(memory_limit=…)",
+        f"summing over {said} needs {_bytes(memory.held)} at once, more than the limit of {_bytes(memory.limit)}; put"
+        " chains under pyro.markov, take a smaller batch or fewer particles, draw some of these sites in the guide"
+        " ('rloo'), or raise SiteELBO(memory_limit=…)",
     )
 
 
@@ -621,8 +621,8 @@ def expected(model: Terms, guide: Terms, kl_weight: Any) -> list[Cost]:
             names = "".join(sorted(set(of_q).union(*(own for _, own in terms))))
             total: Any = sum(laid_out(tensor, own, names) for tensor, own in terms)
             needed = 2 * total.numel() * total.element_size()
-            if needed > listing.limit:
-                raise too_large(needed, listing.limit, list(listing.listed))
+            if not listing.memory.fits(needed):
+                raise too_large(listing.memory, list(listing.listed))
             probabilities = laid_out(logits, of_q, names).exp()
             # Impossible values contribute zero although their log-probability is −∞, which must not reach q's gradient.
             possible = torch.where(probabilities > 0, total, torch.zeros_like(total))

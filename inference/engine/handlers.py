@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from ...errors import ANY, BadInput, UnsupportedSite
 from ..estimators._base import Draw, Estimator
 from ..estimators._distributions import is_deterministic
-from .elimination import Listing, NeedsListing, is_marked
+from ..estimators.enumeration import LIMIT
+from .contraction import Memory
+from .elimination import Listing, NeedsListing, is_marked, too_large
 from .records import PARTICLES
 
 MAX_CHOICES = 64  # the most enumerated sites of one run, if values run one by one
@@ -35,6 +38,9 @@ class Bound(Protocol):
     joint: set[str]
     enum_dims: dict[str, int]
     step: int
+    num_particles: int
+    memory_limit: float
+    largest: int
 
 
 class StaysFrozen(Messenger):
@@ -56,12 +62,17 @@ class StaysFrozen(Messenger):
 
 
 class Recorder(StaysFrozen):
-    """Records the sample statements of one program in their order."""
+    """Records the sample statements of one program in their order.
 
-    def __init__(self):
+    Dimensions to the left of the rightmost ``room`` hold values that are summed out. Their bytes are counted in
+    ``memory``; more than its limit is refused, with the names of the sites ``listed``.
+    """
+
+    def __init__(self, room: int = 0, memory: Memory | None = None, listed: Callable[[], list[str]] = list):
         super().__init__()
         self.messages: dict[str, Any] = {}
         self.params: dict[str, Tensor] = {}
+        self.room, self.memory, self.listed = room, memory, listed
 
     def _pyro_post_sample(self, msg) -> None:
         if msg["infer"].get("_do_not_trace"):
@@ -69,6 +80,20 @@ class Recorder(StaysFrozen):
         if msg["name"] in self.messages:
             raise BadInput(f"site {msg['name']!r} is sampled twice in one program; give each sample a name of its own")
         self.messages[msg["name"]] = msg.copy()
+        if self.memory is not None and not site_is_subsample(msg):
+            fn, value = msg["fn"], msg["value"]
+            if len(fn.batch_shape) > self.room or value.dim() - fn.event_dim > self.room:
+                self._count(fn, value)
+
+    def _count(self, fn: Any, value: Tensor) -> None:
+        """Count the bytes of a statement's log-probability and of its gradient."""
+        of_value = value.shape[: value.dim() - fn.event_dim]
+        batch = [max(pair) for pair in zip_longest(reversed(fn.batch_shape), reversed(of_value), fillvalue=1)]
+        if math.prod(batch[self.room :]) == 1 or not (names := self.listed()):
+            return
+        size = (value if value.is_floating_point() else torch.empty(0)).element_size()
+        if not self.memory.fits(2 * math.prod(batch) * math.prod(fn.event_shape) * size):
+            raise too_large(self.memory, names)
 
     def _pyro_post_param(self, msg) -> None:
         super()._pyro_post_param(msg)
@@ -228,8 +253,15 @@ class Draws(Messenger):
         if self.program.vectorized:
             # Values of sites in separate plates are summed separately.
             counts = {n: c for n, (c, other) in self.listed.items() if other <= plates or plates <= other}
-            if math.prod(counts.values()) > self.limit:
-                raise too_many(counts, math.prod(counts.values()), self.limit)
+            total = math.prod(counts.values())
+            if total <= self.limit:
+                return
+            if self.limit != LIMIT:
+                raise too_many(counts, total, self.limit)
+            # A later statement may depend on all of them.
+            memory = Memory(self.program.memory_limit)
+            if not memory.fits(2 * total * self.program.num_particles * self.program.largest):
+                raise too_large(memory, list(counts))
         elif len(self.choices) > MAX_CHOICES:
             raise UnsupportedSite(
                 msg["name"],

@@ -33,7 +33,7 @@ from ..estimators._distributions import (
     score_log_prob,
     score_term,
 )
-from .contraction import MEMORY_LIMIT
+from .contraction import MEMORY_LIMIT, Memory
 from .elimination import Listing, Symbols, Terms, expected, plates_of
 from .handlers import Draws, Recorder, Replay, SharedSubsamples, StandIn, nesting, too_many
 from .records import PARTICLES, Frames, Run, Site
@@ -53,10 +53,11 @@ class Program:
 
     With ``max_plate_nesting=None`` the first run, of one particle, determines it. With ``generators`` the programs' own
     noise is separate from the sites' draws, so that it can be repeated. Enumerated sites of the model that the guide
-    does not sample are summed out, within ``memory_limit`` bytes; if ``eliminates`` is false, and in the run that
+    does not sample are summed out; if ``eliminates`` is false, and in the run that
     determines the nesting, they are drawn from the model. With ``lists_chains`` enumerated sites of the guide under
     ``pyro.markov`` are summed out too, with ``kl_weight`` as the weight of the latent terms. With ``shares_dims`` the
-    elements of a sequential plate are enumerated along the same dimensions.
+    elements of a sequential plate are enumerated along the same dimensions. Enumerated values may hold ``memory_limit``
+    bytes; ``largest`` are the bytes of the largest statement of one particle.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Program:
         lists_chains: bool = False,
         kl_weight: Any = 1.0,
         shares_dims: bool = True,
+        largest: int = 1,
     ):
-        self.shares_dims = shares_dims
+        self.shares_dims, self.largest = shares_dims, largest
+        self.memory = Memory(memory_limit)
         self.model, self.guide, self.resolve = model, guide, resolve
         self.lists_chains, self.kl_weight = lists_chains, kl_weight
         self.memory_limit, self.eliminates = memory_limit, True
@@ -174,6 +177,7 @@ class Program:
         choices = {} if choices is None else choices
         subsamples = {} if subsamples is None else subsamples
         noise = noise or self._noise()
+        self.memory = Memory(self.memory_limit)
         aside = noise.aside if noise else nullcontext
         chains = self._terms() if self.lists_chains else None
         draws = Draws(self, fixed or {}, choices, fork, stand_in, aside, chains and chains.listing)
@@ -186,6 +190,7 @@ class Program:
                     kwargs,
                     draws,
                     SharedSubsamples(subsamples, sizes, aside),
+                    lambda: [*draws.listed, *(chains.listing.listed if chains else ())],
                 )
                 self._check_nesting(guide)
                 if chains is not None and not chains.listing.listed:
@@ -200,6 +205,10 @@ class Program:
                     kwargs,
                     replay,
                     SharedSubsamples(subsamples, sizes, aside),
+                    lambda: [
+                        *draws.listed,
+                        *(name for each in (chains, terms) if each for name in each.listing.listed),
+                    ],
                 )
             self._check_nesting(model)
             if self.max_plate_nesting is None:
@@ -248,7 +257,7 @@ class Program:
         if chains is not None:
             first = chains.listing.first
         before = chains and chains.listing
-        listing = Listing(first, self.joint, nesting, self.memory_limit, drawn, before, self.shares_dims)
+        listing = Listing(first, self.joint, nesting, self.memory, drawn, before, self.shares_dims)
         return Terms(listing, 1 + nesting, Symbols(first) if chains is None else chains.symbols)
 
     def _model_sites(
@@ -277,8 +286,12 @@ class Program:
         kwargs,
         handler: Messenger,
         subsamples: SharedSubsamples,
+        listed: Callable[[], list[str]],
     ) -> Recorder:
-        recorder = Recorder()
+        if self.max_plate_nesting is None:
+            recorder = Recorder()
+        else:
+            recorder = Recorder(1 + self.max_plate_nesting, self.memory, listed)
         with recorder, subsamples, handler:
             if self.vectorized and self.num_particles > 1:
                 with pyro.poutine.block(hide=[PARTICLES]):

@@ -243,10 +243,9 @@ def finite_support(fn: Distribution, *, joint: int, limit: int) -> Tensor | str:
 
 def listed_support(fn: Distribution, values: Tensor, *, joint: int, limit: int) -> Tensor | str:
     """:func:`finite_support` for coordinates with these values, ``(V, *element)``."""
-    size, one = values.shape[0], values.shape[1:]
-    batch, event = tuple(fn.batch_shape), tuple(fn.event_shape)
-    together = batch[len(batch) - joint :] if joint else ()
-    coordinates = math.prod(together) * math.prod(event[: len(event) - len(one)])
+    size, event = values.shape[0], tuple(fn.event_shape)
+    batch, together = tuple(fn.batch_shape), _together(fn, joint)
+    coordinates = _coordinates(fn, values, joint)
     if size**coordinates > limit:
         over = "jointly over its plates " if joint else ""
         return f"listing it {over}takes {size}^{coordinates} values, more than the limit of {limit}"
@@ -255,6 +254,27 @@ def listed_support(fn: Distribution, values: Tensor, *, joint: int, limit: int) 
     apart = len(batch) - len(together)
     listed = values[grid].reshape((len(grid),) + (1,) * apart + together + event)
     return listed.expand((len(grid),) + batch + event)
+
+
+def list_size(fn: Distribution, values: Tensor, joint: int) -> tuple[int, int]:
+    """How many values :func:`listed_support` lists, and how many numbers each of them is.
+
+    >>> import pyro.distributions as dist
+    >>> list_size(dist.Bernoulli(torch.full((3,), 0.5)), torch.tensor([0.0, 1.0]), joint=1)
+    (8, 3)
+    """
+    coordinates = _coordinates(fn, values, joint)
+    return len(values) ** coordinates, coordinates * math.prod(values.shape[1:])
+
+
+def _together(fn: Distribution, joint: int) -> tuple[int, ...]:
+    batch = tuple(fn.batch_shape)
+    return batch[len(batch) - joint :] if joint else ()
+
+
+def _coordinates(fn: Distribution, values: Tensor, joint: int) -> int:
+    event = tuple(fn.event_shape)
+    return math.prod(_together(fn, joint)) * math.prod(event[: len(event) - (values.dim() - 1)])
 
 
 def rewrap(fn: Distribution, change: Callable[[Distribution], Distribution]) -> Distribution:

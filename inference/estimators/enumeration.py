@@ -10,13 +10,16 @@ from torch import Tensor
 from ._base import Estimator, estimators
 from ._distributions import finite_support
 
+LIMIT = 2**14
+
 
 class Enumerate(Estimator):
     """Sum over every value of the site, weighted by its probability: exact, without draws.
 
     Sums over the product of the coordinates of an event (``.to_event``). Elements of a plate are enumerated in parallel
     where the program keeps them independent, and jointly where a later site combines them. ``limit`` bounds the number
-    of values.
+    of values of a site. Another limit than the default also bounds its combinations with other sites; where these are
+    enumerated at once, ``SiteELBO(memory_limit=…)`` bounds their bytes.
 
     >>> Enumerate().unbiased
     True
@@ -24,7 +27,7 @@ class Enumerate(Estimator):
 
     enumerates = True
 
-    def __init__(self, limit: int = 2**14):
+    def __init__(self, limit: int = LIMIT):
         self.limit = int(limit)
 
     def listed(self, fn: Any, joint: int, name: str) -> Tensor | str:

@@ -23,7 +23,9 @@ from gumbo.errors import GumboError, UnsupportedSite
 from gumbo.inference import SiteELBO, audit
 from gumbo.inference.auditing.exact import exact_elbo, exact_iwae
 from gumbo.inference.engine import contraction
+from gumbo.inference.engine.elimination import TooMuchMemory
 from gumbo.inference.engine.rows import Rows
+from gumbo.inference.estimators import Enumerate
 from gumbo.inference.training.splittable import refuse, study
 
 PARALLEL = {"enumerate": "parallel"}
@@ -604,7 +606,6 @@ def too_many_rows():
         (without_markov, {}, "'z5.'.*pyro.markov"),
         (in_full, {}, "summing over 'z.*needs .*iB at once, more than the limit of 4 GiB.*pyro.markov"),
         (lambda: Chain(16)(randn(8)), {"memory_limit": 2.0**-20}, "needs .*KiB at once, more than the limit of 1 KiB"),
-        (too_many_rows, {}, r"'z'.*2\^40 values, more than the limit"),
         (lambda: chain_of(lambda z: ROWS[z[-1]])(), {"kl_weight": 0.5}, "'z0'.*kl_weight"),
         (lambda: chain_of(lambda z: ROWS[z[-1]])(), {"kl_weight": lambda step: 1.0}, "'z0'.*kl_weight"),
         (lambda: chain_of(lambda z: ROWS[z[-1]])(), {"estimators": {"z1": "rloo"}}, "'z1'.*'rloo'.*sums over it"),
@@ -903,3 +904,92 @@ def test_a_chain_that_reaches_further_back_in_the_model_than_in_the_guide_is_lis
     with pyro.get_param_store().scope():
         value, exact = SiteELBO().differentiable_loss(model, guide, y), -exact_elbo(model, guide, y)
     assert value.item() == pytest.approx(exact.item(), rel=1e-12)
+
+
+# Memory: what is listed, by the model or by the guide, is counted in bytes before it is made.
+
+
+def switches(count=20, infer=None):
+    """Coins that one observation reads together: 2 to the power of ``count`` combinations."""
+    z = [pyro.sample(f"z{i}", dist.Bernoulli(t(0.3)), infer=infer or {}) for i in range(count)]
+    pyro.sample("x", dist.Normal(sum(z).unsqueeze(-1) + torch.zeros(8), 1.0).to_event(1), obs=t([0.4] * 8))
+
+
+def guessed(count=20):
+    for i in range(count):
+        pyro.sample(f"z{i}", dist.Bernoulli(t(0.3)))
+
+
+def in_rows(states=16, rows=64):
+    with pyro.plate("data", rows):
+        z = pyro.sample("z", dist.Categorical(torch.ones(states).double()))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1) + torch.zeros(rows, 8).double(), 1.0).to_event(1), obs=t(0.4))
+
+
+def in_rows_guide(states=16, rows=64):
+    with pyro.plate("data", rows):
+        pyro.sample("z", dist.Categorical(torch.ones(states).double()))
+
+
+GIB = 2.0**-30
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "options", "says"),
+    [
+        # 2^20 combinations, 8 numbers of 8 bytes, and as much for the gradient
+        (
+            switches,
+            guessed,
+            {"memory_limit": 0.0625},
+            "'z0', 'z1', .*needs 128 MiB at once, more than the limit of 64 MiB",
+        ),
+        # x: 16 states, 64 rows, 8 numbers, 8 bytes, twice
+        (
+            in_rows,
+            in_rows_guide,
+            {"memory_limit": 128 * 2**10 * GIB},
+            "over 'z' needs 1.. KiB at once, more than.*128 K",
+        ),
+        (
+            lambda: switches(13, PARALLEL),
+            nothing,
+            {"memory_limit": 2**20 * GIB},
+            "over 'z0', .* needs .*iB at once, more",
+        ),
+        (too_many_rows, nothing, {}, r"over 'z' needs .*TiB at once, more than the limit of 4 GiB"),
+    ],
+    ids=["guide", "rows", "model", "joint"],
+)
+def test_a_list_that_needs_more_memory_than_its_limit_is_refused_before_it_is_made(model, guide, options, says):
+    with pytest.raises(TooMuchMemory, match=says) as caught:
+        SiteELBO("enumerate", **options)(model, guide)()
+    assert "\n" not in str(caught.value) and "rloo" in str(caught.value)
+
+
+def test_combinations_are_limited_by_their_bytes_and_not_by_their_number():
+    model, guide = (lambda: switches(15)), (lambda: guessed(15))
+    count, seen = torch.arange(16).double(), t(0.4)
+    weights = dist.Binomial(15, t(0.3)).log_prob(count).exp()
+    exact = (weights * 8 * dist.Normal(count, 1.0).log_prob(seen)).sum()
+    assert SiteELBO("enumerate")(model, guide)().item() == pytest.approx(-exact.item(), rel=1e-9)
+    with pytest.raises(UnsupportedSite, match="128 combinations.*limit of 100"):
+        SiteELBO(Enumerate(limit=100))(model, guide)()
+    with pytest.raises(UnsupportedSite, match="more than the limit"):  # one by one it is the number that counts
+        SiteELBO("enumerate", vectorize_particles=False)(model, guide)()
+    small = SiteELBO("enumerate", memory_limit=1.0)(model, guide)
+    assert small().isfinite()
+
+
+def test_sums_of_many_parts_are_counted_together():
+    """Forty pairs of states, one pair after the other: each sum fits, all of them do not."""
+
+    def model():
+        for i in pyro.plate("pairs", 40):
+            a = pyro.sample(f"a{i}", dist.Categorical(torch.ones(16).double()), infer=PARALLEL)
+            b = pyro.sample(f"b{i}", dist.Categorical(torch.ones(16).double()), infer=PARALLEL)
+            pyro.sample(f"y{i}", dist.Normal((a + b).double(), 1.0), obs=t(0.4))
+
+    assert SiteELBO(memory_limit=400 * 2**10 * GIB)(model, nothing)().isfinite()
+    with pytest.raises(TooMuchMemory, match="more than the limit of 100 KiB"):
+        SiteELBO(memory_limit=100 * 2**10 * GIB)(model, nothing)()

@@ -24,6 +24,7 @@ class Own:
     args: tuple
     summed: bool = False
     vectorizes: bool = True
+    funnel: bool = False  # NUTS needs its local sites decentered
     exact: Callable[[], tuple[float, dict[str, tuple[Tensor, Tensor]]]] | None = None
 
 
@@ -353,6 +354,6 @@ PROGRAMS: dict[str, Own] = {
     "nested plates": Own(nested_plates, _nested_data()),
     "missing data": Own(missing_data, MISSING, exact=_missing_exact),
     "state space": Own(state_space, STATE, exact=_state_exact),
-    "global and local": Own(global_and_local, _global_data()),
+    "global and local": Own(global_and_local, _global_data(), funnel=True),
     "control flow": Own(control_flow, FLOW, vectorizes=False, exact=_flow_exact),
 }
