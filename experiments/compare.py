@@ -202,7 +202,7 @@ def finished(run: RunFolder) -> tuple[list[dict[str, Any]], float]:
     except FileNotFoundError:
         found = {"runs": [], "seconds": 0.0}
     except (OSError, ValueError) as error:
-        raise BadInput(f"{run.path / 'results.json'} cannot be read ({error}): delete it to begin anew") from error
+        raise BadInput(f"{run.path / 'results.json'} cannot be read ({error}): delete it to start again") from error
     forget_unfinished(run, {identity(result) for result in found["runs"]})
     return found["runs"], found["seconds"]
 
@@ -223,7 +223,7 @@ def resumable(run: RunFolder, results: Sequence[Mapping[str, Any]]) -> Iterator[
     except KeyboardInterrupt as error:
         if not results:
             raise
-        how = f"; {len(results)} results are kept; go on with: gumbo compare --resume {os.path.relpath(run.path)}"
+        how = f"; {len(results)} results are kept; resume with: gumbo compare --resume {os.path.relpath(run.path)}"
         raise Interrupted(getattr(error, "signal", signal.SIGINT), "", how) from None
 
 

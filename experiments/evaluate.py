@@ -50,7 +50,7 @@ def reopened(
     model, guide = build(settings, data.data_shape)
     load_parameters(model, guide, run, settings, best or None)
     if split == "train" and settings.binarize == "dynamic":
-        raise BadInput(f"the train split is drawn anew each epoch under dynamic binarization: {verb} valid or test")
+        raise BadInput(f"the train split is drawn again in each epoch under dynamic binarization: {verb} valid or test")
     return settings, run, data, model, guide
 
 

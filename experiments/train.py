@@ -212,7 +212,7 @@ def resumable(run: RunFolder, config: Train) -> Iterator[None]:
         if not isinstance(error, KeyboardInterrupt):
             raise
         command = "gumbo train" if launched() == 1 else f"the same launcher of {launched()} processes, -m gumbo train"
-        how = f"; go on with: {command} --resume {os.path.relpath(run.path)} --epochs {config.epochs}"
+        how = f"; resume with: {command} --resume {os.path.relpath(run.path)} --epochs {config.epochs}"
         raise Interrupted(getattr(error, "signal", signal.SIGINT), getattr(error, "where", ""), how) from None
 
 

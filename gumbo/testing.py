@@ -190,7 +190,7 @@ def _check_sites(
             continue
         local = name not in model.latents or model.latents[name].local
         plates = [(frame.name, frame.dim) for frame in site["cond_indep_stack"]]
-        where = "must stand in the plate 'data' at dim -1 alone" if local else "is global and must stand in no plate"
+        where = "must be in the plate 'data' at dim -1 only" if local else "is global and must be in no plate"
         _require(plates == ([("data", -1)] if local else []), who, f"site {name!r} {where}")
         expected = (rows,) if local else ()
         _require(log_prob.shape == expected, who, f"log-probability at {name!r} has shape {tuple(log_prob.shape)}")

@@ -179,7 +179,7 @@ class TakesAnything(Sound):
 MODEL_FAULTS = {
     WrongShape: r"site 'z' has shape \(1, 2\), expected \(1, 3\)",
     WrongSupport: "leaves the support of bernoulli",
-    NoPlate: "must stand in the plate 'data'",
+    NoPlate: "must be in the plate 'data'",
     OtherDevice: "fails on another device",
     OtherDtype: "fails in float64",
     MixesRows: "depends on the other rows",

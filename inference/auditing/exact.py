@@ -120,7 +120,7 @@ def _summed(model: Callable, drawn: set[str], args: tuple, kwargs: Mapping[str, 
         found.append(choose.log_q + others)
         if not advance(script):
             return torch.stack(found).logsumexp(0)
-    raise UnsupportedSite("(program)", "enumerate", f"the model lists more than {limit} joint values")
+    raise UnsupportedSite("(program)", "enumerate", f"the model enumerates more than {limit} joint values")
 
 
 def exact_elbo(model: Callable, guide: Callable, *args: Any, limit: int = LIMIT, **kwargs: Any) -> Tensor:
@@ -162,7 +162,7 @@ def exact_iwae(
     """
     listed = [(log_q, p - q) for log_q, p, q in outcomes(model, guide, args, kwargs, limit=limit)]
     if len(listed) ** num_particles > limit:
-        raise UnsupportedSite("(program)", "enumerate", f"{len(listed)}^{num_particles} tuples are too many to list")
+        raise UnsupportedSite("(program)", "enumerate", f"{len(listed)}^{num_particles} tuples are too many")
     total: Any = 0.0
     for tuple_ in itertools.product(listed, repeat=num_particles):
         log_q = sum(log_q for log_q, _ in tuple_)
@@ -180,7 +180,7 @@ def _scripted(script: list[list[int]], log_weight: list[float], limit: int) -> I
         log_probs = log_probs.detach().expand(*shape, len(values)).reshape(-1, len(values)).double()
         count = len(values) ** len(log_probs)
         if count > limit:
-            raise UnsupportedSite("(program)", "enumerate", f"{count} outcomes of one draw are too many to list")
+            raise UnsupportedSite("(program)", "enumerate", f"{count} outcomes of one draw are too many to enumerate")
         turn = _turn(script, at, count)
         at += 1
         digits = [turn // len(values) ** i % len(values) for i in range(len(log_probs))]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _STYLES = {  # colour and marker by the first word of a verdict
     "ok": ("tab:blue", "o", "declared unbiased, not flagged"),
     "flagged": ("tab:red", "X", "declared unbiased, FLAGGED"),
-    "biased": ("tab:orange", "s", "biased, and says so"),
-    "cannot": ("tab:gray", "v", "too few gradients to say"),
+    "biased": ("tab:orange", "s", "declared biased"),
+    "cannot": ("tab:gray", "v", "too few gradients for a verdict"),
     "no": ("tab:olive", "D", "does not claim to be unbiased, no bias seen"),
 }
 

@@ -176,7 +176,7 @@ def exact_bound(stage: Stage, num_particles: int | None, target: Objective) -> T
             )
             return -bound
         if inner is not None:
-            raise UnsupportedSite(inner["name"], "enumerate", "its own plates lie within those of a datum")
+            raise UnsupportedSite(inner["name"], "enumerate", "it has further plates inside those of a datum")
         scales = [site["scale"] for site in sites]
         scale: Any = scales[0] if all(_same(scales[0], other) for other in scales) else 1.0
         script: list[list[int]] = []

@@ -185,7 +185,7 @@ def _examined(
         pairs = [exact_pair(model, one) for one in guides]
     model, guides = pairs[0][0], [pair[1] for pair in pairs]
     if num_refits is not None:
-        say.stage("fitting guides once more")
+        say.stage("refitting the guide")
         guides += refitted(model, guides, args, kwargs, num_refits, seed, None)
     options: dict[str, Any] = {"batch_size": batch_size, "data_plates": data_plates}
     sweep, args, kwargs = few_rows(Sweep(model, guides[0], args, kwargs, **options), num_data, options)
@@ -197,7 +197,7 @@ def _examined(
     for chain, one in enumerate(sweeps):
         say.stage(f"drawing from the guide{one.slowly()}", collection.steps(one))
         collection.fill(chain, one, None if seed is None else seed + chain, say)
-    say.stage("weighing the draws")
+    say.stage("computing importance weights")
     found = weight_statistics(collection, Naming(sweep, {}, {}).event_names)
     skipped: dict[str, str] = {}
     verdicts = [one for units in units_of(collection, found) for one in _by_weights(units, collection)]
@@ -233,5 +233,5 @@ def _unweighed(sweep: Sweep, collection: Collection, skipped: dict[str, str]) ->
         return []
     reason = "the guide draws them given local ones, so that their own density is not known"
     skipped["global latents"] = reason
-    advice = "a guide that draws the global latents first can be judged"
+    advice = "a guide that draws the global latents first has weights"
     return [not_done(name, f"global latents: {reason}", advice) for name in ("khat", "ess", "gap", "shift", "width")]

@@ -47,7 +47,7 @@ def gap(units: Units, collection: Collection, weak: tuple[str, str] | None) -> V
         more = 100 * math.ceil(units.draws * (4 * spread / max(mean, limit)) ** 2 / 100)
         reason, advice = weak or (
             "its error is too large",
-            f"num_samples={max(more, 2 * units.draws)} would let it say",
+            f"num_samples={max(more, 2 * units.draws)} would give a verdict",
         )
         return Verdict("gap", word, f"{text}; {reason}", mean, limit, advice)
     advice = "a richer family or longer training; the split into amortization and family says which"

@@ -197,10 +197,10 @@ def _judged(found: _Found, plan: _Plan, target: Target, refit: str) -> Verdict:
         return Verdict("missed-mass", CANNOT_SAY, text, *numbers, refit)
     if found.unclear(limit):
         text += "; it lies in the guide's own mode, and the guide's weights are too uneven to know their own evidence"
-        return Verdict("missed-mass", CANNOT_SAY, text, *numbers, "mend what khat, ess and width say first")
+        return Verdict("missed-mass", CANNOT_SAY, text, *numbers, "follow the advice of khat, ess and width first")
     unsure = int((2 * found.noise > limit).sum())
     word = three_way(False, unsure <= many)
     if word == OK:
         return Verdict("missed-mass", word, text, *numbers, "nothing; no search proves that all is found")
     text += f"; the error of either evidence is up to {found.noise.max():.2f}"
-    return Verdict("missed-mass", word, text, *numbers, "a better guide would let it say")
+    return Verdict("missed-mass", word, text, *numbers, "a better guide would give a verdict")

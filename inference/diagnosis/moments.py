@@ -99,7 +99,7 @@ def _asked(continuous: np.ndarray, count: int) -> list[str]:
 
 
 def _unknown(units: Units, name: str, weak: tuple[str, str] | None) -> Verdict:
-    reason, advice = weak or units.weak or ("the weights are too uneven", "a better guide would let it say")
+    reason, advice = weak or units.weak or ("the weights are too uneven", "a better guide would give a verdict")
     return Verdict(name, three_way(False, False), f"{units.what}: {reason}", advice=advice)
 
 
@@ -112,7 +112,7 @@ def _verdict(units: Units, name: str, alarm, fine, weak, text: str, numbers: tup
         return Verdict(name, word, text, *numbers, mend)
     reason, advice = weak or (
         "the noise of the weights is as large as the limit",
-        f"num_samples={4 * units.draws} would let it say",
+        f"num_samples={4 * units.draws} would give a verdict",
     )
     return Verdict(name, word, f"{text}; {reason}", *numbers, advice)
 

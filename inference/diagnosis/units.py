@@ -93,7 +93,7 @@ class Units:
             return (
                 f"in {poor} of {len(self)} the weighted draws count as fewer than {ENOUGH:.0f} (least {least:.1f} of "
                 f"{self.draws})",
-                f"{helps} would let it say",
+                f"{helps} would give a verdict",
             )
         return None
 

@@ -63,7 +63,7 @@ def tails(units: Units) -> Verdict:
             return Verdict("khat", OK, text, worst, limit, "importance weights of these draws can be used")
     more = max(1000, 4 * units.draws)
     reason = "too few draws for a tail" if short else "above, but not by more than its error"
-    return Verdict("khat", CANNOT_SAY, f"{text}: {reason}", worst, limit, f"num_samples={more} would let it say")
+    return Verdict("khat", CANNOT_SAY, f"{text}: {reason}", worst, limit, f"num_samples={more} would give a verdict")
 
 
 def _surely_above(shapes: np.ndarray, draws: int, limit: float, many: int) -> bool:
@@ -105,5 +105,5 @@ def effective_draws(units: Units) -> Verdict:
 def weights_bear(units: Units, khat: Verdict) -> tuple[str, str] | None:
     """Why no verdict from these weights may be ok, with an advice; None if it may."""
     if khat.verdict == ALARM:
-        return ("k̂ is too high for weighted draws to be the posterior's", "mend what khat says first")
+        return ("k̂ is too high for weighted draws to be the posterior's", "follow the advice of khat first")
     return units.weak

@@ -217,9 +217,7 @@ class Binding(nn.Module):
         except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as error:
             self.arrangement.num_particles = None
             said = " ".join(str(error).split())
-            raise BadInput(
-                f"what an earlier training left of this loss does not fit these programs ({said})"
-            ) from error
+            raise BadInput(f"the stored state of this loss does not fit these programs ({said})") from error
 
     def _check_weight(self, eliminated: Sequence[str]) -> None:
         """Refuse a weight of latent terms if a latent site has no term of its own."""
@@ -227,7 +225,7 @@ class Binding(nn.Module):
             raise UnsupportedSite(
                 eliminated[0],
                 ANY,
-                "the model sums over it, which leaves no log p(z) − log q(z) of its own for kl_weight to weigh; leave"
+                "the model sums over it, so that it has no log p(z) − log q(z) for kl_weight to weight; leave"
                 " kl_weight at 1, or draw the site in the guide (where 'enumerate' sums over it exactly)",
             )
 

@@ -168,14 +168,14 @@ class Listing:
             raise UnsupportedSite(
                 name,
                 ANY,
-                f"it sees {len(taken)} other listed sites, each with a dimension of its own, and torch has no more;"
+                f"it sees {len(taken)} other enumerated sites, each with its own dimension, and torch has no more;"
                 " put loops under pyro.markov, or make them a vectorized plate",
             )
         if len(fn.batch_shape) >= -dim and fn.batch_shape[dim] > 1:
             raise UnsupportedSite(
                 name,
                 ANY,
-                "it depends on a listed site that pyro.markov hides from it; raise pyro.markov(…, history=…)",
+                "it depends on an enumerated site that pyro.markov hides from it; raise pyro.markov(…, history=…)",
             )
         joint = name in self.joint
         values = self._values_of(msg, joint)
@@ -332,8 +332,8 @@ class Terms:
                 raise UnsupportedSite(
                     site.name,
                     ANY,
-                    f"its log-probability {tuple(tensor.shape)} has dimension {dim} of its own, or one of a listed site"
-                    " that pyro.markov hides from it; declare a plate, or raise pyro.markov(…, history=…)",
+                    f"its log-probability {tuple(tensor.shape)} has dimension {dim} of its own, or one of an enumerated"
+                    " site that pyro.markov hides from it; declare a plate, or raise pyro.markov(…, history=…)",
                 )
         frames = site.frames
         if listed is not None and listed.joint:

@@ -267,7 +267,7 @@ class Draws(Messenger):
                 msg["name"],
                 "enumerate",
                 f"it is the {len(self.choices)}th enumerated site of one run, as in a loop that a draw ends (a"
-                " geometric variable): what has no end cannot be listed; bound the loop, or take 'score' or 'rloo'",
+                " geometric variable): an unbounded loop cannot be enumerated; bound it, or take 'score' or 'rloo'",
             )
 
 

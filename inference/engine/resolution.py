@@ -201,7 +201,7 @@ def _honoured_baseline(name: str, options: Mapping[str, Any]) -> Estimator:
         raise UnsupportedSite(
             name,
             "score",
-            f"its infer={{'baseline': …}} asks for {sorted(unknown)[0]!r}; say it as"
+            f"its infer={{'baseline': …}} asks for {sorted(unknown)[0]!r}; write it as"
             " ScoreFunction(baseline=…) for this site",
         )
     if not options.get("use_decaying_avg_baseline"):

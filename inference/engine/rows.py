@@ -141,7 +141,7 @@ class Rows:
             bad = _rows_not_finite(tensor) if tensor is not None and tensor.is_floating_point() else 0
             if bad:
                 raise BadInput(
-                    f"{what}: argument {name!r} holds NaN or infinity in {bad} of {len(self)} rows; mend them"
+                    f"{what}: argument {name!r} holds NaN or infinity in {bad} of {len(self)} rows; fix them"
                 )
         return self
 

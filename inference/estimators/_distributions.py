@@ -220,7 +220,7 @@ def coordinate_values(fn: Distribution) -> Tensor | str:
     try:
         values = base.enumerate_support(expand=False)
     except (NotImplementedError, ValueError) as error:
-        return f"its support cannot be listed ({error})"
+        return f"its support cannot be enumerated ({error})"
     return values.reshape(values.shape[:1] + tuple(base.event_shape))
 
 
@@ -406,7 +406,7 @@ def relaxed(fn: Distribution, temperature: Tensor | float) -> Distribution:
         if not hasattr(base, "logits"):
             raise BadInput(
                 f"{describe(base)} has no Concrete counterpart to be weighed by: take 'gumbel-softmax', which extends"
-                " the discrete law itself"
+                " the discrete distribution itself"
             )
         tau = torch.as_tensor(temperature, dtype=base.logits.dtype, device=base.logits.device)
         if isinstance(base, torch.distributions.Bernoulli):

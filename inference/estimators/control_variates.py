@@ -87,7 +87,7 @@ class Variate(SiteState):
         self, cost: Tensor, control: Tensor, average: Callable[[Tensor], Tensor] = torch.mean, decay: float = 0.9
     ) -> None:
         """Update running moments by a step: of the cost, and of the residual after the control variate."""
-        # The first control variate knew nothing of the mean, so that what it left says nothing.
+        # The first control variate has no estimate of the mean, so its residual is not used.
         self.offset.add_(torch.where(self.seen > 0, (1 - decay) * average(cost - control), 0.0))
         mean = average(cost)
         variance = average((cost - mean).square())

@@ -159,7 +159,7 @@ class ARMS(Estimator):
         fn = site["fn"]
         if is_bernoulli(fn):
             return None
-        return f"it couples the coins of a Bernoulli site, this one is {describe(fn)}"
+        return f"it couples the draws of a Bernoulli site, this one is {describe(fn)}"
 
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
         return coupled_draw(fn, self.draws, args, kwargs)

@@ -29,7 +29,7 @@ def count_why_not(site: Mapping[str, Any]) -> str | None:
     try:
         support = base.support
     except NotImplementedError:
-        return f"{describe(site['fn'])} has no support to list"
+        return f"{describe(site['fn'])} has no support to enumerate"
     if getattr(base, "has_enumerate_support", False):
         return f"the values of {describe(site['fn'])} are finitely many: take 'enumerate' or 'local-expectation'"
     if support is not COUNTS:

@@ -110,7 +110,7 @@ def importance_weights(groups: list[list[Run]], layout: Layout) -> Weights:
         raise UnsupportedSite(
             site,
             "any",
-            f"it lies outside the subsampled plate {plate!r}, and a weight over a part of the data does not estimate"
+            f"it is outside the subsampled plate {plate!r}, and a weight over a part of the data does not estimate"
             " the bound over all of it; run the full plate, or take objective='elbo'",
         )
 

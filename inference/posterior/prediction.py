@@ -265,17 +265,17 @@ def _refuse_parameters_of_data(model: Callable, guide: Callable, args: tuple, kw
             if shared := sorted({frame.name for frame in site["cond_indep_stack"]} & plates.keys()):
                 raise BadInput(
                     f"the guide has parameters per datum ({type(auto).__name__}, of site {name!r} in plate "
-                    f"{shared[0]!r}) and knows nothing of new rows: {REMEDY}"
+                    f"{shared[0]!r}) and has no distribution for new rows: {REMEDY}"
                 )
     rows, kept = Rows.of(args, kwargs), _plates(guide, args, kwargs)
     for name, size in _plates(model, args, kwargs).items():
         if not rows.whole and size == len(rows) != kept.get(name, size):
             raise BadInput(
-                f"the guide has parameters per datum ({kept[name]} in plate {name!r}, whatever it is given) and knows "
-                f"nothing of {size} new rows: {REMEDY}"
+                f"the guide has parameters per datum ({kept[name]} in plate {name!r}, for any arguments) and has no "
+                f"distribution for {size} new rows: {REMEDY}"
             )
     if found := _looked_at(model, guide, rows):
-        raise BadInput(f"the guide has parameters per datum ({found!r}) and knows nothing of new rows: {REMEDY}")
+        raise BadInput(f"the guide has parameters per datum ({found!r}) and has no distribution for new rows: {REMEDY}")
 
 
 def _looked_at(model: Callable, guide: Callable, rows: Rows) -> str | None:
@@ -306,8 +306,8 @@ def _explained(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Itera
     except (GumboError, *PROGRAM_ERRORS) as error:
         if found := _parameter_of_other_rows(guide, Rows.of(args, kwargs)):
             raise BadInput(
-                f"the guide has parameters per datum ({found[0]!r}, of {found[1]} data) and knows nothing of new rows: "
-                f"{REMEDY}"
+                f"the guide has parameters per datum ({found[0]!r}, of {found[1]} data) and has no distribution for new "
+                f"rows: {REMEDY}"
             ) from error
         if isinstance(error, GumboError):
             raise

@@ -133,7 +133,7 @@ _JOINTLY_NORMAL = (torch.distributions.MultivariateNormal, torch.distributions.L
 
 
 def outside(name: str) -> BadInput:
-    return BadInput(f"site {name!r} has a value outside the support of its distribution: mend the guide or the data")
+    return BadInput(f"site {name!r} has a value outside the support of its distribution: fix the guide or the data")
 
 
 # --- many draws by vmap -----------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if written["format"] != FORMAT:
         raise BadInput(
             f"{path} has checkpoint format {written['format']}, of gumbo {written['version']}, and gumbo {__version__} "
-            f"reads format {FORMAT}: go on with gumbo {written['version']}, or start anew in another folder"
+            f"reads format {FORMAT}: go on with gumbo {written['version']}, or start again in another folder"
         )
     return state
 
@@ -182,7 +182,7 @@ def _why_not(path: Path, content: bytes) -> BadInput:
         return damaged
     return BadInput(
         f"{path} has no format number and no checksum: it was written by an earlier gumbo than any whose checkpoints "
-        "can be read, or by something else; start anew in another folder"
+        "can be read, or by something else; start again in another folder"
     )
 
 
@@ -223,10 +223,10 @@ class Checkpoints:
             trouble = str(error)
             self._last_is_good = False  # so that save() does not overwrite the good one
         if not self.previous.exists():
-            raise BadInput(f"{trouble}, and there is no {self.previous.name} beside it: start anew in another folder")
+            raise BadInput(f"{trouble}, and there is no {self.previous.name} beside it: start again in another folder")
         try:
             state = load_checkpoint(self.previous, device)
         except BadInput as error:
-            raise BadInput(f"{trouble}, and {error}: start anew in another folder") from error
+            raise BadInput(f"{trouble}, and {error}: start again in another folder") from error
         warnings.warn(f"{trouble}; going on from {self.previous.name}, the one before it", GumboWarning, stacklevel=2)
         return state

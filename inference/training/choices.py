@@ -92,4 +92,4 @@ class Choices:
                 return found
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        raise BadInput(f"{self.path} does not say which estimators the run took: mend it, or take another run_dir")
+        raise BadInput(f"{self.path} does not say which estimators the run took: fix it, or take another run_dir")

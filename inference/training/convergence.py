@@ -156,7 +156,7 @@ class Convergence:
             f"{self.numbers['mcse']:.3g} of max(1, |average|), smallest effective number {self.numbers['ess']:.0f}"
         )
         if rhat > ADRIFT:
-            self.said = f"adrift at step {self._step}: {numbers}, of {where}; the average begins anew"
+            self.said = f"adrift at step {self._step}: {numbers}, of {where}; the average restarts"
             self.forget()
         elif self.numbers["mcse"] <= TOLERANCE and self.numbers["ess"] >= ENOUGH:
             self.said, self.converged = f"converged at step {self._step}: {numbers}", True

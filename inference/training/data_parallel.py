@@ -112,8 +112,8 @@ class ProcessStep(TorchStep):
         if any(not math.isclose(each, alike[0], rel_tol=1e-6, abs_tol=1e-6) for each in alike if each == each):
             raise UnsupportedSite(
                 next(iter(self.split.drawn)),
-                reason=f"it stands outside plate {self.split.study.plate!r}, and the processes drew it differently: "
-                "what it is drawn from depends on the rows at hand; use one process",
+                reason=f"it is outside plate {self.split.study.plate!r}, and the processes drew it differently: "
+                "its distribution depends on the process's rows; use one process",
             )
         if math.isfinite(number):
             with torch.no_grad():

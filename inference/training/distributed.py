@@ -163,7 +163,7 @@ class Processes:
         except RuntimeError as error:
             lost = LostTouch(
                 f"process {self.rank} lost touch with the others ({first_line(error)}); another process has stopped, "
-                "see what it said"
+                "see its output"
             )
             raise alone(lost, self.rank) from error
 

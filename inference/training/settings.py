@@ -105,7 +105,7 @@ class FitSettings:
             if value is not None and not callable(value):
                 raise BadInput(f"{name} is {type(value).__name__}: expected a function")
         if self.run_dir is None and self.resume:
-            raise BadInput("resume=True needs the run_dir of the run to go on with")
+            raise BadInput("resume=True needs the run_dir of the run to resume")
         if self.run_dir is None and self.tensorboard:
             raise BadInput("tensorboard=True needs a run_dir")
         if self.tensorboard:
@@ -139,7 +139,7 @@ def _refuse_folder(run_dir: object) -> None:
     try:
         os.lstat(Path(run_dir) / "checkpoints")
     except ValueError as error:
-        raise BadInput(f"run_dir is {str(run_dir)!r}: expected a path, and this is none ({error})") from error
+        raise BadInput(f"run_dir is {str(run_dir)!r}: expected a valid path ({error})") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise BadInput(f"run_dir has a name that is too long for this file system: {str(run_dir)!r}") from error

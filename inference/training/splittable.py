@@ -75,7 +75,7 @@ def study(model: nn.Module, guide: nn.Module, batch: Rows) -> Study:
     if difference is not None:
         raise UnsupportedSite(
             difference,
-            reason="what it says of a row changes with the rows beside it, and several processes hold a part of the "
+            reason="its log-probability of a row depends on other rows, and several processes hold a part of the "
             "rows each: keep the rows apart, or use one process",
         )
     _refuse_late_sites(found)
@@ -156,7 +156,7 @@ def _pairs(full: Run, part: Run) -> Iterator[tuple[Site, Site]]:
         named = {other.name: other for other in others}
         for site in sites:
             if site.name not in named:
-                raise UnsupportedSite(site.name, reason="it comes and goes with the rows of a batch")
+                raise UnsupportedSite(site.name, reason="it exists for some batch sizes only")
             yield site, named[site.name]
 
 
@@ -189,7 +189,7 @@ def _refuse_late_sites(found: Study) -> None:
             elif met is not None and not site.settled:
                 raise UnsupportedSite(
                     site.name,
-                    reason=f"it stands outside plate {found.plate!r} and after site {met!r} in it, so that it may "
+                    reason=f"it is outside plate {found.plate!r} and after site {met!r} in it, so that it may "
                     "depend on rows that another process holds: sample it before the plate, or use one process",
                 )
 
@@ -218,7 +218,7 @@ def _refuse_site_elbo(loss: SiteELBO, chosen: Mapping[str, Estimator], found: St
         if outside:
             raise UnsupportedSite(
                 outside[0],
-                reason=f"it stands outside plate {found.plate!r}, so that under objective {loss.objective!r} one "
+                reason=f"it is outside plate {found.plate!r}, so that under objective {loss.objective!r} one "
                 "weight spans the rows of all processes: take objective='elbo', or use one process",
             )
     for site in found.run.guide:
@@ -239,7 +239,7 @@ def _refuse_site_elbo(loss: SiteELBO, chosen: Mapping[str, Estimator], found: St
         reason = None
         if name not in local:
             if weighs and estimator.needs_relaxed_model:
-                reason = f"it stands outside plate {found.plate!r}, and the slope of its cost spans all processes"
+                reason = f"it is outside plate {found.plate!r}, and the slope of its cost spans all processes"
         elif estimator.enumerates and not vectorized:
             reason = "without vectorized particles the rows of all processes are enumerated together"
         elif (weighs or estimator.enumerates) and loss.plates == "ignore":
@@ -275,6 +275,6 @@ def _refuse_stock(loss: ELBO, found: Study) -> None:
     if outside and (type(loss) is TraceEnumELBO or drawn):
         raise UnsupportedSite(
             outside[0],
-            reason=f"it stands outside plate {found.plate!r}, and {name} multiplies its terms into the costs of rows "
+            reason=f"it is outside plate {found.plate!r}, and {name} multiplies its terms into the costs of rows "
             "that several processes hold in parts: take an estimator of SiteELBO, or use one process",
         )

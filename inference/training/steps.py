@@ -27,7 +27,7 @@ from .schedules import end_of
 
 def outside_support(site: str, distribution: str) -> BadInput:
     return BadInput(
-        f"site {site!r}: the data hold values outside the support of {distribution}; mend them, or take a likelihood "
+        f"site {site!r}: the data hold values outside the support of {distribution}; fix them, or take a likelihood "
         "that allows them"
     )
 

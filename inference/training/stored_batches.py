@@ -38,7 +38,7 @@ class StoredBatches(Batches):
         if rows.source.loader is not None:
             self.note = (
                 "data set, batch size, collate function and workers are the DataLoader's; the order of the rows is "
-                f"drawn here, from seed {self.seed}, so that a resumed run goes on to the same bits"
+                f"drawn here, from seed {self.seed}, so that a resumed run has the same bits"
             )
 
     @property

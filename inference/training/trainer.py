@@ -158,7 +158,7 @@ class Run:
             self.processes.from_main(self.lock.acquire)
         if self.checkpoints.exist():
             if not self.options.resume:
-                raise BadInput(f"{self.folder} holds a run already: pass resume=True to go on, or another run_dir")
+                raise BadInput(f"{self.folder} holds a run already: pass resume=True to resume it, or another run_dir")
             self._load()
             if self.best["epoch"] is not None:
                 self.checkpoints.save_best(self.best)  # a crash may have occurred between the checkpoint and this
@@ -196,7 +196,7 @@ class Run:
             except Interrupted as error:
                 with interrupts.ignored():
                     self._save()
-                advice = f"; saved in {self.folder}: the same call with resume=True goes on from there"
+                advice = f"; saved in {self.folder}: the same call with resume=True resumes from there"
                 raise Interrupted(error.signal, self._where(), advice) from None
         if self.convergence is not None and not self.convergence.converged:
             shown.begin(f"not converged after {self.now.before} steps: {self.convergence.verdict}")
@@ -418,7 +418,7 @@ class Run:
         for name, value in state["made_on"].items():
             if value != self.made_on[name]:
                 warnings.warn(
-                    f"{self.folder} was begun with {name} {value} and goes on with {self.made_on[name]}: its numbers "
+                    f"{self.folder} was begun with {name} {value} and resumes with {self.made_on[name]}: its numbers "
                     "may differ in their last digits from those of a run that was not interrupted",
                     GumboWarning,
                     stacklevel=2,
@@ -449,12 +449,12 @@ def _not_of_fit(state: dict[str, Any]) -> str:
         if not isinstance(state.get(name), kind):
             return f"it has no {name}"
     if not {"epoch", "elbo", "module"} <= set(state["best"]) or not set(state["made_on"]) <= {"threads", "device"}:
-        return "it does not say what was best, or on what it was made"
+        return "it does not have the best epoch or its environment"
     now, counts = state["now"], ("number", "done", "seen")
     if {*now, "reported"} != {item.name for item in fields(_Epoch)} or not all(
         isinstance(now[name], int) for name in counts
     ):
-        return "it does not say where it stands"
+        return "it does not have its position"
     history = state["history"]
     if not all(isinstance(numbers, dict) for numbers in history) or len(history) < now["number"] - 1:
         return "its history is not that of its epochs"

@@ -157,7 +157,7 @@ def test_an_interrupted_comparison_goes_on(comparison, tmp_path, monkeypatch):
         return train_arm(config, run, arm, seed)
 
     monkeypatch.setattr(compare, "train", three_arms)
-    with pytest.raises(Interrupted, match="go on with: gumbo compare --resume"):
+    with pytest.raises(Interrupted, match="resume with: gumbo compare --resume"):
         compare.compare(small)
     monkeypatch.setattr(compare, "train", train_arm)
     settings = compare.resumed(str(folder)) | {"resume": str(folder)}

@@ -88,7 +88,7 @@ def test_a_loaded_loss_goes_on_where_its_schedules_and_baselines_stood(run):
     module = again.loss(again.model, again.guide).initialize(**again.inputs("test", 4))
     assert states and all(torch.equal(module.state_dict()[name], value) for name, value in states.items())
     model = models["categorical-vae"]((1, 4, 4), hidden=(8,))
-    with pytest.raises(BadInput, match="earlier training"):
+    with pytest.raises(BadInput, match="stored state of this loss"):
         again.loss(model, guides["categorical"](model)).initialize(torch.zeros(2, 1, 4, 4))
 
 

@@ -193,7 +193,7 @@ def test_where_both_are_damaged_it_is_said(half):
         path = half / "checkpoints" / f"{name}.pt"
         path.write_bytes(path.read_bytes()[:500])
         kept[path] = path.read_bytes()
-    with pytest.raises(BadInput, match=r"last\.pt is damaged.*previous\.pt is damaged.*start anew") as error:
+    with pytest.raises(BadInput, match=r"last\.pt is damaged.*previous\.pt is damaged.*start again") as error:
         go_on(half)
     one_line(error.value)
     assert all(path.read_bytes() == content for path, content in kept.items())

@@ -266,10 +266,10 @@ class HalfScaled(NormalModel):
 @pytest.mark.parametrize(
     ("model", "guide", "words"),
     [
-        (NormalModel, MeanOfRows, "site 'z': what it says of a row changes with the rows beside it"),
+        (NormalModel, MeanOfRows, "site 'z': its log-probability of a row depends on other rows"),
         (NormalModel, Normed, "layer 'encoder_norm' (BatchNorm1d) mixes the rows of a batch"),
         (NoPlate, Nothing, "the one plate that has as many elements as there are rows; none does"),
-        (LateModel, NormalGuide, "site 'late': it stands outside plate 'rows' and after site 'z' in it"),
+        (LateModel, NormalGuide, "site 'late': it is outside plate 'rows' and after site 'z' in it"),
         (OddScale, NormalGuide, "its scale is"),
         (HalfScaled, NormalGuide, "some sites in plate 'rows' are scaled by the number of rows and others are not"),
     ],
@@ -321,7 +321,7 @@ def test_a_batch_of_one_row_is_refused():
         (
             worker.SHARED,
             lambda: shared("rebar"),
-            "site 'c' cannot take estimator 'rebar': it stands outside plate",
+            "site 'c' cannot take estimator 'rebar': it is outside plate",
         ),
         (worker.SHARED, lambda: shared("muprop"), "the slope of its cost spans all processes"),
         (

@@ -301,7 +301,7 @@ def test_another_number_of_threads_is_said(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        with pytest.warns(GumboWarning, match=rf"threads {threads} and goes on with {threads + 1}") as said:
+        with pytest.warns(GumboWarning, match=rf"threads {threads} and resumes with {threads + 1}") as said:
             quiet(*pair(), images(), loss="trace", epochs=2, run_dir=tmp_path, resume=True)
     finally:
         torch.set_num_threads(threads)
@@ -478,7 +478,7 @@ def test_the_command_goes_on_after_any_signal(estimator, tmp_path):
         if number != signal.SIGKILL:
             line = said.splitlines()[-1]
             assert f"interrupted by {signal.Signals(number).name} at epoch" in line
-            assert line.endswith("; go on with: gumbo train --resume parts --epochs 150")
+            assert line.endswith("; resume with: gumbo train --resume parts --epochs 150")
             assert "Traceback" not in said
         options = ["--resume", "parts"]
     finished(command(tmp_path, *options))
