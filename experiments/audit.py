@@ -183,7 +183,7 @@ def made(registry: Registry[Any], name: str, kind: str, positional: tuple, optio
     given = positional if places and (places[0].default is places[0].empty or name in registry) else ()
     missing = [p.name for p in places[len(given) :] if p.default is p.empty and p.name not in options]
     if missing:
-        advice = "; give --data, which tells the shape of the images" if kind == "model" and not positional else ""
+        advice = "; give --data, which sets the shape of the images" if kind == "model" and not positional else ""
         raise BadInput(f"{kind} {name!r} needs {missing[0]!r} to be made{advice}")
     return construct(found, name, kind, given, options)
 

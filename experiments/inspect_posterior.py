@@ -101,7 +101,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
 
 
 def write_report(run: RunFolder, report, pictures: Sequence[Path]) -> None:
-    """``posterior.html``, beside the run's own report: every verdict with its advice, and the pictures."""
+    """``posterior.html``, in addition to the run's report: every verdict with its advice, and the pictures."""
     from gumbo.experiments._report import Report, finish
 
     page = Report(f"gumbo inspect: the posterior of {run.path.name}", str(report).splitlines()[0])

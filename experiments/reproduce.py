@@ -1,4 +1,4 @@
-"""``gumbo reproduce``: published tables trained again, cell by cell, beside the published numbers."""
+"""``gumbo reproduce``: train the cells of published tables and compare them with the published numbers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Reproduce:
         jobs: cells trained at the same time, one thread each.
         backend: loky for processes of this machine, dask for every worker of a Dask cluster, one cell at a time each.
         address: of the cluster's scheduler, tcp://host:port.
-        folder: where runs keep their checkpoints, the same on every worker; a run that stands there goes on.
-        results: where finished cells are written, one JSON file each; those that stand there are not run again.
+        folder: the folder for checkpoints, the same path on every worker; a run found there is resumed.
+        results: the folder for finished cells, one JSON file each; cells found there are not run again.
         device: cpu, cuda, …
         quick: a trial of a few steps on a few images.
         show: train nothing, and show what has been found.
@@ -68,7 +68,7 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
     wanted = [(table, cell, seed) for seed in config.seeds for table, cells in chosen.items() for cell in cells]
     missing = [task for task in wanted if not path_of(results, *task).exists()]
     if not config.show:
-        # A worker need not stand in the folder that this process stands in.
+        # A worker may have another current folder.
         tasks = [(replace(config, folder=str(Path(config.folder).absolute())), *task) for task in missing]
         for (_, name, cell, seed), numbers in in_parallel(_run, tasks, config.jobs, config.backend, config.address):
             # The caller writes: a worker that dies leaves no half of a file.
@@ -173,7 +173,7 @@ def write_report(path: Path, table, found: Sequence[dict[str, Any]]) -> None:
 
 
 def rows_of(table, found: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells: published beside ours, mean ± standard error over seeds, and what stands beside."""
+    """Heads and cells: published and own numbers, mean ± standard error over seeds, and further columns."""
     heads = ["cell", "published", "ours", "seeds", "steps", "share"]
     beside = list(dict.fromkeys(head for numbers in found for head in beside_of(numbers)))
     rows = []
@@ -205,7 +205,7 @@ def beside_of(numbers: Mapping[str, Any]) -> dict[str, float]:
 
 
 def number(value: float) -> str:
-    """Two decimals where these tell something, else three digits."""
+    """Two decimals where these are significant, else three digits."""
     return f"{value:.2f}" if 0.1 <= abs(value) < 1e5 or value == 0 else f"{value:.3g}"
 
 

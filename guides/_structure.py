@@ -241,7 +241,7 @@ def drawn_look(
             return given[msg["name"]]
         try:
             return msg["fn"].sample()
-        except NotImplementedError:  # a law that cannot be drawn from, as an improper prior
+        except NotImplementedError:  # a distribution without a sampler, such as an improper prior
             return reference(msg)
 
     recorder = _Recorder(stands_in, given)
@@ -313,8 +313,8 @@ def _check(looks: Sequence[Look]) -> None:
         name = sorted(moving)[0]
         count = sum(name in each for each in names)
         raise BadInput(
-            f"amortize: latent site {name!r} is in {count} of {len(looks)} draws from the prior: sites that come and go"
-            " have no place in one guide; sample it always and mask it (poutine.mask), or write the guide by hand"
+            f"amortize: latent site {name!r} is in {count} of {len(looks)} draws from the prior: an amortized guide"
+            " needs the same sites in every draw; sample it always and mask it (poutine.mask), or write a guide"
         )
     first = looks[0]
     if not first.latent:
@@ -436,7 +436,7 @@ def _scores(
 
 @dataclass(frozen=True)
 class Covariate:
-    """An argument with a row for each element of some plates: where it stands in a call, and its axis of each plate."""
+    """An argument with a row for each element of some plates: its position in a call, and its axis of each plate."""
 
     path: tuple[Any, ...]
     axes: tuple[tuple[str, int], ...]
@@ -458,7 +458,7 @@ class Covariate:
 
 
 def tensors_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Every tensor within tuples, lists and mappings, with the way to it."""
+    """Every tensor inside tuples, lists and mappings, with its path."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping):
@@ -470,7 +470,7 @@ def tensors_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
 
 
 def covariates(model: Callable, args: tuple, kwargs: Mapping[str, Any], look: Look) -> list[Covariate]:
-    """The arguments beside the observed data that have a row for each element of a plate.
+    """The arguments, other than the observed data, with a row for each element of a plate.
 
     An axis belongs to a plate where exchanging two of its rows changes the log-probabilities of those two elements of
     the plate's observed sites, and no other element's.
@@ -532,7 +532,7 @@ def _replaced(value: Any, path: tuple[Any, ...], new: Tensor) -> Any:
 
 @contextmanager
 def within(*contexts: Any) -> Iterator[None]:
-    """Several contexts entered together, the first one outermost; None stands for none."""
+    """Enter several contexts, the first one outermost; None is skipped."""
     with ExitStack() as stack:
         for context in contexts:
             if context is not None:

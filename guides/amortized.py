@@ -143,7 +143,7 @@ class AmortizedGuide(PyroModule):
         return "local"
 
     def _kept_parents(self, inverse: Inverse, look: Look, reasons: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
-        """The parents that a network can take: rows of another plate lie side by side where their number is fixed."""
+        """The parents that a network can take: rows of another plate are concatenated if their number is fixed."""
         kept: dict[str, tuple[str, ...]] = {}
         for name, above in inverse.parents.items():
             mine = self._apart(name, look)
@@ -189,7 +189,7 @@ class AmortizedGuide(PyroModule):
         )
 
     def _rows(self, name: str, look: Look) -> list[int]:
-        """The shape of a global site's rows, with ones where it stands in no plate."""
+        """The shape of a global site's rows, with ones for dimensions without a plate."""
         shape = [1] * self._depth
         if not self._coupled[name]:
             for plate in look.latent[name].plates:
@@ -249,13 +249,13 @@ class AmortizedGuide(PyroModule):
         for covariate in wide:
             self.notes.append(f"{covariate.name} is not read ({sizes[covariate.path]:.0f} numbers a row): use encoder=")
         beside = [(c, value) for c, value in beside if c not in wide]
-        # Rows of a plate that crosses, in which other latent sites stand, are not alike: each is read in its place.
+        # Rows of a crossing plate with other latent sites are not exchangeable: each is read at its position.
         crossing = {p for site in look.latent.values() if not set(site.plates) >= set(plates) for p in site.plates}
         self.encoder_trunks[key] = Trunk(plates, observed, beside, look, hidden, {*fixed, *crossing})
         return key
 
     def _words(self, look: Look) -> dict[str, str]:
-        """An estimator for each site: discrete sites are listed where these are few together, and else take rloo."""
+        """An estimator for each site: discrete sites take enumerate if their joint values are few, else rloo."""
         total, words = 1, {}
         for name, family in self._families.items():
             if family.continuous:

@@ -18,7 +18,7 @@ class MeanFieldGuide(FactorizedGuide):
 
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The encoder mirrors the
     model's decoder unless ``hidden``, ``channels`` or ``activation`` are set. Raises BadInput for a model whose
-    latents are all of one family that has a guide of its own name.
+    latents are all of one family with its own guide.
 
     Figurnov, Mohamed & Mnih 2018, "Implicit reparameterization gradients", arXiv:1805.08498.
 

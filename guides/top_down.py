@@ -49,7 +49,7 @@ class TopDownNormalGuide(Guide):
     ):
         super().__init__(model, hidden, channels, activation)
         self.min_sd = min_sd
-        activation, sites = self.layout["activation"], list(self.latents)  # from the top downwards
+        activation, sites = self.layout["activation"], list(self.latents)  # from the top level down
         self.encoder_up = nn.ModuleDict(
             {
                 site: mlp([self.encoder.size, self.encoder.size], activation, activate_last=True)

@@ -22,7 +22,7 @@ class VectorQuantizedGuide(Guide):
     ``guide.temperature.fill_(0.1)`` changes it; towards 0 the nearest vector has probability one.
 
     Shapes: ``x`` is ``(B, *data_shape)``; site ``y`` is ``(B, N, K)``, one-hot. The encoder mirrors the model's decoder
-    unless ``hidden``, ``channels`` or ``activation`` say otherwise. Raises BadInput for a model without a codebook.
+    unless ``hidden``, ``channels`` or ``activation`` are set. Raises BadInput for a model without a codebook.
 
     van den Oord, Vinyals & Kavukcuoglu 2017, arXiv:1711.00937.
 

@@ -334,7 +334,7 @@ class SiteELBOModule(ELBOModule):
     def _look_up(self, stored: Mapping[str, Tensor]) -> None:
         """Check that every parameter in the store belongs to a module; runs only after an unknown parameter appears."""
         self.__dict__["_own"] = {id(parameter): parameter for parameter in nn.Module.parameters(self)}
-        # Registering every parameter anew at each call costs as much as a small layer. But a PyroParam reads the
+        # Registering every parameter again at each call costs as much as a small layer. But a PyroParam reads the
         # store's value before its own, so that with a kept store a value that the user replaced would be undone.
         self.__dict__["_keeps"] = not any(getattr(module, "_pyro_params", None) for module in self.modules())
         for name, parameter in stored.items():

@@ -73,7 +73,7 @@ def make_loss(word: Any, num_particles: int | None = None, **options: Any) -> EL
         options: of :class:`SiteELBO`; of a stock ELBO ``vectorize_particles`` and ``max_plate_nesting`` only.
 
     Returns:
-        The loss; one that is a loss already is returned as it is.
+        The loss; a ``word`` that is a loss is returned unchanged.
 
     Raises:
         UnknownName: a word that names neither.

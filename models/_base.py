@@ -166,7 +166,7 @@ class GenerativeModel(OverData):
     ``mirror`` says what a guide's networks are by default, so that they mirror the decoder, and, as ``inputs``, what of
     x they see (``log1p`` for counts). ``guide_parents`` may say
     on which latents each latent's posterior should depend, and ``label_site`` which latent is a label that may be
-    observed. ``variants`` are small configurations that stand for the class in contract tests and in tables.
+    observed. ``variants`` are small configurations for contract tests and tables.
     """
 
     latents: dict[str, Latent]

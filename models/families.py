@@ -31,7 +31,7 @@ class Family:
     """A family of latent variables.
 
     Args:
-        support: where a value lies, as a constraint on its tensor.
+        support: the support of a value, as a constraint on its tensor.
         make: ``make(latent, output, min_sd=…, temperature=…)`` is the distribution of ``latent`` from a network's
             ``output`` of shape ``(..., num_outputs)``, with batch shape ``(...)`` and event shape ``latent.shape``.
             It ignores settings that do not apply to it.

@@ -48,7 +48,7 @@ class System:
 
 
 def images(name: str):
-    """Binarized images to learn from; MNIST's training images are seldom at hand, and its test images do."""
+    """Binarized training images; of MNIST the test images, since the training images are often missing."""
     from gumbo.experiments.data import load
 
     if name == "mnist":

@@ -14,11 +14,11 @@ from .handlers import CheckedRows
 
 
 class ChosenRows(CheckedRows):
-    """Gives subsampled plates their rows, and notes which of them would have drawn them at random.
+    """Sets the rows of subsampled plates, and records the plates that would have drawn them at random.
 
     Args:
         rows: the rows by plate.
-        drawn_only: leave alone the plates whose rows the program itself names.
+        drawn_only: skip the plates whose rows the program itself sets.
     """
 
     def __init__(self, rows: Mapping[str, torch.Tensor], drawn_only: bool = True):
@@ -37,11 +37,11 @@ class ChosenRows(CheckedRows):
 
 
 class GivenValues(Messenger):
-    """Latent sites and plates' rows take the values given; observed sites stay as they are.
+    """Sets latent sites and plate rows to given values; observed sites do not change.
 
     Args:
         values: the values by site.
-        as_data: show the latent sites to the handlers outside as observed ones, which enumeration leaves alone.
+        as_data: mark the latent sites as observed for outer handlers, so that they are not enumerated.
     """
 
     def __init__(self, values: Mapping[str, torch.Tensor], as_data: bool = False):
@@ -56,7 +56,7 @@ class GivenValues(Messenger):
 
 
 class DrawnAnew(Messenger):
-    """Observed sites are drawn instead."""
+    """Draws observed sites instead."""
 
     def __init__(self, names: set[str]):
         super().__init__()
@@ -79,7 +79,7 @@ class DrawnDetached(Messenger):
 
 
 class Unvalidated(Messenger):
-    """Distributions that were made under validation do not look at values either."""
+    """Removes distributions' own validation settings, so that they follow the global one."""
 
     def _pyro_sample(self, msg) -> None:
         if isinstance(msg["fn"], torch.distributions.Distribution):

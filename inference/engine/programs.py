@@ -477,18 +477,18 @@ def is_settled(msg) -> bool:
 
 
 def support_of(msg) -> Any:
-    """The support of one number of a statement's value; None where its distribution tells none."""
+    """The support of one number of a statement's value; None if its distribution has none."""
     try:
         support = msg["fn"].support
         while isinstance(support, torch.distributions.constraints.independent):
-            support = support.base_constraint  # all must hold, so that nothing need be gathered by event
+            support = support.base_constraint  # all elements must be in it, so the event need not be reduced
         return support
-    except (NotImplementedError, AttributeError, ValueError):  # Pyro's and torch's ways to have no support
+    except (NotImplementedError, AttributeError, ValueError):  # how Pyro and torch report a missing support
         return None
 
 
 def observed_in_support(msg) -> Tensor | None:
-    """Where observed values are ones that their distribution can have produced; None for what cannot be told."""
+    """Where observed values are in the support of their distribution; None if this cannot be determined."""
     if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
         return None
     support = support_of(msg)
@@ -496,7 +496,7 @@ def observed_in_support(msg) -> Tensor | None:
         return None
     try:
         return torch.as_tensor(support.check(msg["value"]))
-    except (NotImplementedError, AttributeError, ValueError):  # a support that cannot be told
+    except (NotImplementedError, AttributeError, ValueError):  # a support without a check
         return None
 
 

@@ -133,7 +133,7 @@ def _no_evidence(sweep: Sweep, name: str | None, num_data: int, globals_count: b
 
 def _data_size(sweep: Sweep, name: str | None, size: int, num_data: int) -> int:
     """The number of data that share the global latents, of which ``size`` rows are in a run."""
-    # A plate that does not subsample covers the data at hand, which may come in batches.
+    # A plate that does not subsample covers the given data, which may come in batches.
     at_hand = name is None or name not in sweep.at_hand
     return num_data if at_hand and sweep.full_sizes.get(name, size) == size else sweep.full_sizes[name]
 

@@ -306,8 +306,8 @@ def _explained(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Itera
     except (GumboError, *PROGRAM_ERRORS) as error:
         if found := _parameter_of_other_rows(guide, Rows.of(args, kwargs)):
             raise BadInput(
-                f"the guide has parameters per datum ({found[0]!r}, of {found[1]} data) and has no distribution for new "
-                f"rows: {REMEDY}"
+                f"the guide has parameters per datum ({found[0]!r}, of {found[1]} data) and has no distribution for "
+                f"new rows: {REMEDY}"
             ) from error
         if isinstance(error, GumboError):
             raise
