@@ -98,6 +98,12 @@ class Guide(AnyGuide):
 def fitting(model: GenerativeModel) -> list[str]:
     """The names of the registered guides that support ``model``.
 
+    Args:
+        model: a model of the collection, or another `GenerativeModel`.
+
+    Returns:
+        The names, in the registry's order.
+
     >>> from gumbo.models import CategoricalVAE
     >>> fitting(CategoricalVAE((1, 8, 8), hidden=(8,), relaxed=True))
     ['relaxed-categorical', 'unconditional']

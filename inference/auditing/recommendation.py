@@ -20,6 +20,16 @@ def recommend(dataset: xarray.Dataset) -> tuple[str | None, str]:
     Returns:
         The estimator's label, or None if no unbiased one passes; and the reason in a sentence, which also names the
         biased estimators with their relative bias, since a small one may be acceptable.
+
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> from gumbo.inference import audit
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Bernoulli(0.5))
+    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.3))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.4))))
+    >>> recommend(audit(model, guide, estimators=["rloo", "enumerate"], num_samples=100))[0]
+    'enumerate'
     """
     verdict, judged = dataset["verdict"], dataset["total_variance"].notnull()
     good = dataset.sel(estimator=(verdict == "ok").values)

@@ -32,6 +32,9 @@ class Fini(Estimator):
 
     The paper's Beta-Binomial is not included: it is no exponential family in its mean.
 
+    Args:
+        order: the degree of the polynomials f for which the gradient is exact, at least 1.
+
     >>> Fini(order=3).unbiased, Fini().name
     (False, 'fini')
     """

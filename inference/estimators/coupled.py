@@ -136,6 +136,12 @@ class ARMS(Estimator):
     a separate run for each such site: K − 1 more runs per site. A particle is one group; ``num_particles`` counts
     groups.
 
+    Args:
+        draws: K, at least 2.
+
+    Raises:
+        BadInput: fewer than 2 draws.
+
     >>> ARMS(draws=4).name, ARMS(draws=4).evaluations(num_particles=1, num_sites=2)
     ('arms', 7)
     """

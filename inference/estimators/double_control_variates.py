@@ -122,9 +122,11 @@ class DoubleControlVariates(Estimator):
     of the gradient does not depend on them, since the last term compensates for the one before it; where the program is
     not differentiable in its draws they vanish and the gradient is that of ``rloo``. The coefficients a₁ and a₂, two
     numbers per site, minimize the variance over earlier steps, and never use the current step, which would bias the
-    gradient. They start at zero, which is ``rloo``; if both are one, a linear cost has an exact gradient. ``decay`` is
-    the weight of the earlier steps in the running means. Bernoulli, one-hot and count-valued sites (Binomial, Poisson,
-    Geometric, negative binomial).
+    gradient. They start at zero, which is ``rloo``; if both are one, a linear cost has an exact gradient. For
+    Bernoulli, one-hot and count-valued sites (Binomial, Poisson, Geometric, negative binomial).
+
+    Args:
+        decay: the weight of earlier steps in the running means, in [0, 1).
 
     >>> DoubleControlVariates().name, DoubleControlVariates().min_particles
     ('double-cv', 2)

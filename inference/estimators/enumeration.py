@@ -17,9 +17,11 @@ class Enumerate(Estimator):
     """Sum over every value of the site, weighted by its probability: exact, without draws.
 
     Sums over the product of the coordinates of an event (``.to_event``). Elements of a plate are enumerated in parallel
-    where the program keeps them independent, and jointly where a later site combines them. ``limit`` bounds the number
-    of values of a site. Another limit than the default also bounds its combinations with other sites; where these are
-    enumerated at once, ``SiteELBO(memory_limit=…)`` bounds their bytes.
+    where the program keeps them independent, and jointly where a later site combines them.
+
+    Args:
+        limit: the largest number of values of a site. Another limit than the default also bounds its combinations with
+            other sites; where these are enumerated at once, ``SiteELBO(memory_limit=…)`` bounds their bytes.
 
     >>> Enumerate().unbiased
     True

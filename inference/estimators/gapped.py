@@ -16,9 +16,15 @@ class GappedStraightThrough(Estimator):
     """Straight-through with shifted logits in the backward pass (Fan et al. 2022, arXiv 2206.07235): biased.
 
     The backward pass raises the logit of the drawn class to the largest, and lowers the others to at most that minus
-    ``gap``; the gradient is that of their softmax at ``temperature``, a positive number or a schedule. The shifts
-    replace the mean effect of Gumbel-softmax's noise: given the draw the path has no variance. The log pmf is extended
-    linearly.
+    ``gap``; the gradient is that of their softmax at ``temperature``. The shifts replace the mean effect of
+    Gumbel-softmax's noise: given the draw the path has no variance. The log pmf is extended linearly.
+
+    Args:
+        temperature: a positive number or a schedule of the training step.
+        gap: the smallest difference between the drawn class's logit and the others, at least 0.
+
+    Raises:
+        BadInput: a temperature or a gap out of range.
 
     >>> GappedStraightThrough(gap=0.5).unbiased, GappedStraightThrough().name
     (False, 'gapped-straight-through')

@@ -12,11 +12,13 @@ from ._distributions import describe, hides_score_term, is_straight_through, sup
 class Pathwise(Estimator):
     """The reparameterization trick: z = g(ε), and the gradient passes through g.
 
-    ``drop_score`` drops the derivative of log q with respect to its own parameters, whose expectation is zero
-    ("sticking the landing", Roeder et al. 2017, arXiv 1703.09194): at the exact posterior the gradient then has no
-    variance. Transforms that cache their inverse (Pyro's IAF autoguides) keep the score term: the gradient is then the
-    plain pathwise one. A partly reparameterized distribution (a rejection sampler with ``score_parts``) adds the cost
-    times its score term.
+    A partly reparameterized distribution (a rejection sampler with ``score_parts``) adds the cost times its score term.
+
+    Args:
+        drop_score: drop the derivative of log q with respect to its own parameters, whose expectation is zero
+            ("sticking the landing", Roeder et al. 2017, arXiv 1703.09194): at the exact posterior the gradient then has
+            no variance. Transforms that cache their inverse (Pyro's IAF autoguides) keep this term: the gradient is
+            then the plain pathwise one.
 
     >>> Pathwise().unbiased, Pathwise(drop_score=True).name
     (True, 'stl')

@@ -17,9 +17,11 @@ class ReinMax(Estimator):
     """Heun's second-order step in place of straight-through's first-order one (Liu et al. 2023, arXiv 2304.08612).
 
     The forward pass uses the discrete value; the backward pass uses 2 J(½(z + π_τ)) − ½ J(π), where J is the Jacobian
-    of a softmax at these probabilities and π_τ are those at ``temperature``, a positive number or a schedule. At
-    temperature 1 the gradient is exact for a cost quadratic in one site; otherwise it is biased. The log pmf is
-    extended linearly.
+    of a softmax at these probabilities and π_τ are those at ``temperature``. At temperature 1 the gradient is exact for
+    a cost quadratic in one site; otherwise it is biased. The log pmf is extended linearly.
+
+    Args:
+        temperature: τ, a positive number or a schedule of the training step.
 
     ``order=1`` takes the first-order step instead, J(π_τ): the straight-through gradient without Gumbel noise (Bengio
     et al. 2013, arXiv 1308.3432), exact for a linear cost at temperature 1.

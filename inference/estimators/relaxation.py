@@ -89,11 +89,17 @@ def soften(fn: Any, temperature: float) -> tuple[Tensor, Tensor]:
 class GumbelSoftmax(Estimator):
     """Relaxed samples in place of discrete ones (Jang et al. 2017, arXiv 1611.01144): biased, low variance.
 
-    The log pmf is extended linearly, Σ yᵢ log πᵢ, in both log p and log q. ``hard`` uses the discrete value in the
-    forward pass and the relaxed gradient in the backward pass ("straight-through"). ``rao`` averages the relaxed
-    gradient over that many noises, each drawn given the discrete value (Paulus et al. 2021, arXiv 2010.04838): the same
-    mean as straight-through with less variance, without further model runs. ``temperature`` is a positive number or a
-    schedule, a function of the training step.
+    The log pmf is extended linearly, Σ yᵢ log πᵢ, in both log p and log q.
+
+    Args:
+        temperature: a positive number or a schedule of the training step.
+        hard: use the discrete value in the forward pass and the relaxed gradient in the backward pass
+            ("straight-through").
+        rao: with ``hard``, average the relaxed gradient over that many noises, each drawn given the discrete value
+            (Paulus et al. 2021, arXiv 2010.04838): the same mean with less variance, without further model runs.
+
+    Raises:
+        BadInput: ``rao`` without ``hard``, or a temperature that is not positive.
 
     >>> GumbelSoftmax(0.5, hard=True).unbiased, GumbelSoftmax(hard=True, rao=10).name
     (False, 'gumbel-rao')
@@ -188,6 +194,10 @@ class Concrete(Estimator):
     """Relax the program itself: RelaxedOneHotCategorical in model and guide (Maddison et al. 2017, arXiv 1611.00712).
 
     Unbiased for the relaxed model's own bound, which differs from the discrete objective.
+
+    Args:
+        temperature: the guide's temperature, a positive number or a schedule of the training step.
+        prior_temperature: the model's temperature; None takes ``temperature``.
 
     >>> Concrete(0.5).objective_name()
     'concrete-elbo'

@@ -57,6 +57,12 @@ class MovingAverage(Baseline):
     """A decaying average of earlier costs: one number per site, so that it serves any batch size.
 
     The average is corrected for its start at zero, and read before it is updated with the current costs.
+
+    Args:
+        decay: the weight of the earlier average, in [0, 1).
+
+    >>> ScoreFunction(baseline=MovingAverage()).name
+    'score-average'
     """
 
     def __init__(self, decay: float = 0.9):
@@ -156,6 +162,11 @@ class Neural(Baseline):
         net: a module from ``(…, features)`` to ``(…, 1)``; None builds a perceptron with ``hidden`` units in the first
             run. A network serves one site: name several sites by a mapping, each with its own.
         inputs: selects its inputs, ``inputs(list_of_tensors) -> list_of_tensors``; None takes all.
+        hidden: units of the perceptron.
+        decay: the weight of earlier steps in the running moments of the cost, in [0, 1).
+
+    >>> ScoreFunction(baseline=Neural()).name
+    'nvil'
     """
 
     lazy_parameters = True
@@ -195,6 +206,9 @@ class Neural(Baseline):
 
 class ScoreFunction(Estimator):
     """REINFORCE: f(z) ∇ log q(z), minus a baseline; f need not be differentiable (Williams 1992).
+
+    Args:
+        baseline: a :class:`Baseline`, such as ``LeaveOneOut()``, ``MovingAverage()`` or ``Neural()``; None takes none.
 
     >>> ScoreFunction().name, ScoreFunction(baseline=LeaveOneOut()).name
     ('score', 'rloo')

@@ -77,7 +77,11 @@ class Rodeo(DoubleControlVariates):
     The paper averages its operator over all coordinates in both places; here only the coordinate whose gradient it is
     is replaced, so that a linear h gives the ``double-cv`` term, exact for linear costs. The network minimizes the
     squared gradient, with the loss's optimizer, and has no effect on other parameters; like the coefficients it depends
-    on earlier steps only. Bernoulli and one-hot sites.
+    on earlier steps only. For Bernoulli and one-hot sites.
+
+    Args:
+        hidden: units of the network.
+        decay: the weight of earlier steps in the running means, in [0, 1).
 
     >>> Rodeo().name, Rodeo().min_particles, Rodeo().evaluations(num_particles=2, num_sites=3)
     ('rodeo', 2, 2)

@@ -137,6 +137,9 @@ class HeadTail(Estimator):
     1810.04777. f(0) does not depend on the coordinate's draw and serves as a baseline. A coordinate costs ``values``
     runs.
 
+    Args:
+        values: the number of counts to sum over: 0, 1, …, ``values`` − 1.
+
     >>> HeadTail().name, HeadTail().unbiased
     ('head-tail', True)
     """

@@ -108,6 +108,17 @@ objectives: Registry[Callable[[], Objective]] = Registry("objective", _expected)
 def as_objective(word: str | Objective | type[Objective], options: Mapping[str, Any] | None = None) -> Objective:
     """The objective of a word with these options, or the objective itself.
 
+    Args:
+        word: a word, an import path, an :class:`Objective`, or a subclass of it.
+        options: options of its constructor, by name.
+
+    Returns:
+        The objective.
+
+    Raises:
+        UnknownName: an unknown word.
+        BadInput: an option that the objective does not have, or another kind of object.
+
     >>> as_objective("iwae")
     ImportanceWeightedBound()
     >>> as_objective("renyi", {"alpha": 0.25}).said

@@ -33,6 +33,9 @@ def _require(schedule: object, condition: bool, expected: str) -> None:
 class Constant(_Checked):
     """The same number at every step.
 
+    Args:
+        value: the number, at least 0.
+
     >>> Constant(0.5)(10_000)
     0.5
     """
@@ -51,8 +54,15 @@ class Constant(_Checked):
 class Exponential(_Checked):
     r"""Annealing: :math:`\max(\text{floor}, \text{start} \cdot e^{-\text{rate} \cdot t})` at step t.
 
-    The usual schedule of a Gumbel-softmax temperature (Jang, Gu & Poole 2017, arXiv:1611.01144). Raises BadInput for a
-    start or a floor that is not positive, a floor above the start, or a negative rate.
+    The usual schedule of a Gumbel-softmax temperature (Jang, Gu & Poole 2017, arXiv:1611.01144).
+
+    Args:
+        start: the value at step 0.
+        floor: the lower limit, above 0 and at most ``start``.
+        rate: the rate r per step, at least 0.
+
+    Raises:
+        BadInput: numbers out of these ranges.
 
     >>> cooling = Exponential(1.0, 0.5, 1e-4)
     >>> [round(cooling(step), 3) for step in (0, 1_000, 5_000, 50_000)]
@@ -76,8 +86,14 @@ class Exponential(_Checked):
 class Linear(_Checked):
     """From ``start`` to ``end`` in ``steps`` steps, then ``end``: KL warm-up, from 0 to 1 by default.
 
-    Bowman et al. 2016, arXiv:1511.06349; Sønderby et al. 2016, arXiv:1602.02282. Raises BadInput for fewer than one
-    step or for negative numbers.
+    Bowman et al. 2016, arXiv:1511.06349; Sønderby et al. 2016, arXiv:1602.02282.
+
+    Args:
+        steps: the number of steps, at least 1.
+        start, end: the values at step 0 and from step ``steps`` on, at least 0.
+
+    Raises:
+        BadInput: numbers out of these ranges.
 
     >>> [Linear(1000)(step) for step in (0, 250, 1000, 5000)]
     [0.0, 0.25, 1.0, 1.0]
@@ -101,9 +117,16 @@ class Linear(_Checked):
 class Cyclical(_Checked):
     """Repeated KL warm-up: ``steps`` are split into ``cycles``; in each the weight rises from 0 and then stays at 1.
 
-    ``ratio`` is the part of a cycle in which the weight rises; ``end`` is the value it rises to and keeps after the
-    last cycle. Fu et al. 2019, arXiv:1903.10145. Raises BadInput for fewer than one step per cycle, or for a ratio
-    outside (0, 1].
+    Fu et al. 2019, arXiv:1903.10145.
+
+    Args:
+        steps: the number of steps of all cycles, at least one per cycle.
+        cycles: the number of cycles, at least 1.
+        ratio: the part of a cycle in which the weight rises, in (0, 1].
+        end: the value that it rises to and keeps after the last cycle, at least 0.
+
+    Raises:
+        BadInput: numbers out of these ranges.
 
     >>> [Cyclical(100, cycles=2)(step) for step in (0, 10, 25, 49, 50, 60, 99, 100)]
     [0.0, 0.4, 1.0, 1.0, 0.0, 0.4, 1.0, 1.0]
@@ -132,7 +155,14 @@ class Cosine(_Checked):
     """From ``start`` to ``end`` along half a cosine in ``steps`` steps, then ``end``.
 
     A common learning-rate schedule: ``fit(…, lr=Cosine(10_000, 1e-3, 1e-5))``. Loshchilov & Hutter 2017,
-    arXiv:1608.03983, without restarts. Raises BadInput for fewer than one step or for negative numbers.
+    arXiv:1608.03983, without restarts.
+
+    Args:
+        steps: the number of steps, at least 1.
+        start, end: the values at step 0 and from step ``steps`` on, at least 0.
+
+    Raises:
+        BadInput: numbers out of these ranges.
 
     >>> [round(Cosine(100, 1.0, 0.2)(step), 3) for step in (0, 25, 50, 100, 500)]
     [1.0, 0.883, 0.6, 0.2, 0.2]
