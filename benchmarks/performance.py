@@ -137,7 +137,7 @@ def step_section(facts: Facts | None) -> list[str]:
         found = steps.ratio(workload, ours, theirs, batch)
         holds = None if found is None else found <= most
         asked.append((f"{workload}, batch {batch}: {ours} ÷ {theirs}", found, f"≤ {most}", holds))
-    lines += ["### What was asked", *verdicts(asked)]
+    lines += ["### Targets", *verdicts(asked)]
     if steps.compiling():
         said = "To the end of the first turn of what torch compiles, from nothing (capture, compile, a few steps)"
         lines += [f"{said}: {steps.compiling()}.", ""]
@@ -146,7 +146,7 @@ def step_section(facts: Facts | None) -> list[str]:
 
 STEP_PROSE = """\
 Each cell is the median over the rounds, with quartiles. All rivals of a row of batches live in one process and take
-turns, a few steps each, in every round, so that the machine's moods hit all alike; compare within a table rather than
+turns, a few steps each, in every round, so that disturbances affect all equally; compare within a table rather than
 between tables. All use the same cores: torch's threads are as many as the cores, JAX's pool takes the cores that the
 process may use. Every rival takes the same batch again and again.
 
@@ -156,7 +156,7 @@ process may use. Every rival takes the same batch again and again.
 - *Pyro SVI*: `SVI.step` with `pyro.optim.Adam` on the same programs. It has no leave-one-out baseline and no
   antithetic pairs, so the discrete rows run what it has: TraceGraph_ELBO, with 4 particles in parallel for the
   categorical model (as many runs of the decoder), with 1 for the belief network (DisARM runs the decoder twice).
-- *gumbo*: the step that `fit` makes, which reads the loss as a number at each step and looks at the data's support;
+- *gumbo*: the step that `fit` makes, which reads the loss as a number at each step and checks the data's support;
   *compiled*: `fit(compile=True)`.
 - *NumPyro*: its own SVI, step by step under `jit`, or whole turns under `lax.scan`; Trace_ELBO, and TraceGraph_ELBO
   (without a baseline) for the discrete models. *JAX by hand*: `rloo` and `disarm`, which NumPyro lacks, with
@@ -203,7 +203,7 @@ What was tried, and what it gave:
   once for every vector of the loop, and cost more than the whole of the fused eager Adam.
 - What remains at small batches is split between the columns: the products, the loops of Adam's update, and the call
   around the graph, which gathers its inputs, draws the noise by torch's own generators (so that runs resume bit for
-  bit), and reads and checks the loss. `lax.scan` pays its call once for many steps, and looks at no loss in between."""
+  bit), and reads and checks the loss. `lax.scan` pays its call once for many steps, and reads no loss in between."""
 
 
 # How it grows.
@@ -233,7 +233,7 @@ def scaling_section(facts: Facts | None) -> list[str]:
                 asked.append(
                     (f"{row['sizes'][-1]} sequential sites, {rival}: exponent of time", row["exponent"], "≤ 1.1")
                 )
-        lines += ["### What was asked", *verdicts([(a, found, bound, found <= 1.1) for a, found, bound in asked])]
+        lines += ["### Targets", *verdicts([(a, found, bound, found <= 1.1) for a, found, bound in asked])]
     if processes := facts.get("processes"):
         first = processes["seconds"][0]
         rows = [
@@ -249,7 +249,7 @@ SCALING_PROSE = """\
 Milliseconds are medians of a step; the points of a table took turns. The exponent is the slope of log time, or log
 memory, against log size over the larger half of the sizes. Memory is what one step adds to the process at its peak,
 gradients included (Linux; an allocator set to give back at once what is freed); a step of more than two seconds is
-taken once, and its memory is not looked at."""
+taken once, without its memory."""
 
 
 # Time to a bound.
@@ -337,8 +337,8 @@ A sigmoid belief network of {latents} coins, one linear layer each way, on {data
 stock TraceGraph_ELBO with a baseline: its decaying average, and besides with a network that sees the image, as Pyro
 lets one bring one's own. All start from the same weights, take one fused Adam (lighter than `SVI.step`, which keeps an
 optimizer for each parameter), have Pyro's validation off, and are judged by the same evaluation on the test images. The
-rule, set beforehand: a target is the best test bound of a stock run's first {epochs} epochs, looked at once an epoch;
-what counts is the time spent in training steps until an evaluation is at the target. The rivals take turns all along.
+rule, set beforehand: a target is the best test bound of a stock run's first {epochs} epochs, evaluated once per epoch;
+what counts is the time spent in training steps until an evaluation is at the target. All are timed in turns.
 """
 TUNING_PROSE = """\
 Learning rates for both baselines of the stock by the bound on the validation images after {epochs} epochs (the worst
@@ -350,7 +350,7 @@ A seed of its own; the race above takes the winners."""
 
 
 NO_GPU = """\
-Not measured: no GPU was at hand. `python benchmarks/step.py --device cuda` writes `benchmarks/results/step-cuda.json`,
+Not measured: no GPU was available. `python benchmarks/step.py --device cuda` writes `benchmarks/results/step-cuda.json`,
 and this page then shows it."""
 
 
@@ -371,7 +371,7 @@ HEAD = """\
 # Performance
 
 Made by `python benchmarks/performance.py` from the files in `benchmarks/results`, which the commands below write.
-Times are of one machine on one day; what carries over are the ratios, of rivals that took turns in one process."""
+Times are from one machine on one day; compare ratios, which are of implementations timed in turns in one process."""
 
 
 def page(folder: Path = RESULTS) -> str:
