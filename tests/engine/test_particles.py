@@ -116,7 +116,7 @@ def test_a_geometric_variable_without_a_bound_cannot_be_listed(goes_on):
         while pyro.sample(f"z{i}", dist.Bernoulli(torch.tensor(0.5, dtype=F64))) == goes_on:
             i += 1
 
-    with pytest.raises(UnsupportedSite, match="th enumerated site of one run.*has no end"):
+    with pytest.raises(UnsupportedSite, match="th enumerated site of one run.*an unbounded loop"):
         SiteELBO("enumerate", vectorize_particles=False).loss(program, program)
 
 
