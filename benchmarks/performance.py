@@ -350,7 +350,7 @@ A seed of its own; the race above takes the winners."""
 
 
 NO_GPU = """\
-Not measured: no GPU was available. `python benchmarks/step.py --device cuda` writes `benchmarks/results/step-cuda.json`,
+Not measured without a GPU. `python benchmarks/step.py --device cuda` writes `benchmarks/results/step-cuda.json`,
 and this page then shows it."""
 
 
