@@ -48,7 +48,7 @@ def run(word: str, seed: int, options: argparse.Namespace, data: Any) -> dict[st
     )  # fmt: skip
     took = time.perf_counter() - began
     bounds = {
-        split: evaluate(model, guide, getattr(data, split)[:ROWS], num_samples=10).values["elbo"]
+        split: evaluate(model, guide, getattr(data, split)[:ROWS], num_samples=10).values["elbo"].mean().item()
         for split in ("train", "test")
     }
     made = {"word": word, "seed": seed, "epochs": options.epochs, "num_latents": options.num_latents}

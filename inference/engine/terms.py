@@ -274,7 +274,8 @@ class Differentiated(torch.autograd.Function):
 
 def leaves_of(total: Tensor) -> list[Tensor] | None:
     """The leaves that a scalar can be differentiated for; None where a hook would meet their gradients twice."""
-    waiting, seen, found = [total.grad_fn], {total.grad_fn}, []
+    waiting: list[Any] = [total.grad_fn]
+    seen, found = set(waiting), []
     while waiting:
         node = waiting.pop()
         if (leaf := getattr(node, "variable", None)) is not None:
@@ -302,16 +303,16 @@ def with_slopes(total: Tensor, run: Run, layout: Layout, found: list) -> tuple[T
     own = {id(draw) for draw in draws}
     leaves = [leaf for leaf in known if id(leaf) not in own]
     gradients = torch.autograd.grad(total, [*draws, *leaves], retain_graph=True, allow_unused=True)
-    slopes = {site.name: gradient for site, gradient in zip(sites, gradients, strict=False)}
+    found_by: dict[str, Any] = {site.name: gradient for site, gradient in zip(sites, gradients, strict=False)}
     counted = sum((site.log_prob.sum() for site in run.guide if is_dropped(site)), start=total.new_zeros(()))
     if counted.requires_grad:  # in the cost as a number, which depends on the draws all the same
         others = torch.autograd.grad(counted, draws, retain_graph=True, allow_unused=True)
         for site, other in zip(sites, others, strict=True):
-            here = slopes[site.name]
+            here = found_by[site.name]
             if other is not None:
-                slopes[site.name] = (0.0 if here is None else here) - layout.kl_weight * other
+                found_by[site.name] = (0.0 if here is None else here) - layout.kl_weight * other
     slopes = {
-        site.name: torch.zeros_like(draw) if (slope := slopes[site.name]) is None else slope
+        site.name: torch.zeros_like(draw) if (slope := found_by[site.name]) is None else slope
         for site, draw in zip(sites, draws, strict=True)
     }
     parts = [(g, leaf) for g, leaf in zip(gradients[len(draws) :], leaves, strict=True) if g is not None]
@@ -338,7 +339,8 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
                 else:
                     found.append((site, layout.cost(site, costs).detach(), sloping_cost(run, site, costs, layout)))
 
-            total, slopes = walk_back(run, layout, visit).scalar(), {}
+            total = walk_back(run, layout, visit).scalar()
+            slopes: dict[str, Tensor] = {}
             listed = run.choices or any(site.enum_dim is not None for site in run.guide)
             if not listed and not factors:
                 total, slopes = with_slopes(total, run, layout, found)
