@@ -31,6 +31,7 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--edge); text-align
 th:first-child, td:first-child { text-align: left; }
 td:hover { background: #3b82c433; }
 svg { width: 100%; height: auto; max-width: 46rem; } svg text { fill: currentColor; font-size: 12px; }
+@media (max-width: 40rem) { svg text { font-size: 18px; } }
 figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
 img { max-width: 100%; height: auto; background: white; }
 pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--edge); }
