@@ -10,14 +10,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, TypeVar
 
 from gumbo.console import forgiving
 from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName, UnsupportedSite
 from gumbo.experiments._names import marked, unmarked
-from gumbo.experiments._runs import read_settings
+from gumbo.experiments._runs import read_settings, without_nan
 from gumbo.launcher import launched, rank
 from gumbo.options import check_numbers
 
@@ -46,6 +46,7 @@ def run_command(
     prog: str,
     presets: Presets | None = None,
     several: bool = False,
+    answers: bool = True,
 ) -> None:
     """Parse ``argv`` (by default the process's) into the dataclass and call ``action`` with it.
 
@@ -55,15 +56,19 @@ def run_command(
     several processes of a launcher.
     """
     with forgiving():
-        _run(config_class, action, argv, prog, presets or {}, several)
+        _run(config_class, action, argv, prog, presets or {}, several, answers)
 
 
-def _run(config_class, action, argv, prog: str, presets: Presets, several: bool) -> None:
+def _run(config_class, action, argv, prog: str, presets: Presets, several: bool, answers: bool) -> None:
     if launched() > 1 and not several:
         fail(prog, f"it runs in one process, and a launcher started {launched()}: only gumbo train runs on several")
     try:
         with _terminated_as_interrupted(), _warnings_in_one_line(prog):
-            action(parse(config_class, sys.argv[1:] if argv is None else argv, prog, presets))
+            config, as_json = _parsed(config_class, sys.argv[1:] if argv is None else argv, prog, presets, answers)
+            if as_json:
+                _answer(action, config)
+            else:
+                action(config)
     except GumboError as error:
         fail(prog, error, USAGE if isinstance(error, (BadInput, UnknownName, UnsupportedSite)) else 1)
     except KeyboardInterrupt as error:
@@ -118,7 +123,14 @@ def _warnings_in_one_line(prog: str) -> Iterator[None]:
 
 def parse(config_class: type[Config], argv: Sequence[str], prog: str, presets: Presets) -> Config:
     """The dataclass that ``argv`` describes; a mistake gives one line and status 2."""
-    parser = _parser(config_class, prog)
+    return _parsed(config_class, argv, prog, presets, answers=False)[0]
+
+
+def _parsed(
+    config_class: type[Config], argv: Sequence[str], prog: str, presets: Presets, answers: bool
+) -> tuple[Config, bool]:
+    """The dataclass, and whether ``--json`` was given."""
+    parser = _parser(config_class, prog, answers)
     found = _parse(parser, argv, prog)
     chosen = {name: preset for name, preset in presets.items() if found[name] not in (None, False)}
     if chosen:
@@ -128,7 +140,24 @@ def parse(config_class: type[Config], argv: Sequence[str], prog: str, presets: P
         found = _parse(parser, argv, prog)
     settings = {field.name: found[field.name] for field in fields(config_class)}
     check_numbers(settings)
-    return config_class(**unmarked(settings, trust=settings.get("trust", False)))
+    config = config_class(**unmarked(settings, trust=settings.get("trust", False)))
+    return config, bool(has_json_flag(config_class, answers) and found.get("json", False))
+
+
+def has_json_flag(config_class: type, answers: bool = True) -> bool:
+    """Whether a verb gets ``--json`` here: it answers with numbers, and has no such option of its own."""
+    return answers and all(field.name != "json" for field in fields(config_class))
+
+
+JSON = "print the results as JSON on standard output, and what is printed otherwise on standard error"
+
+
+def _answer(action: Callable[[Config], Any], config: Config) -> None:
+    with redirect_stdout(sys.stderr):
+        found = action(config)
+    if speaks():
+        found = found.to_dict() if hasattr(found, "to_dict") else found
+        print(json.dumps(without_nan(found), indent=1))
 
 
 def checked(config_class: type[Config], settings: Mapping[str, Any], source: object) -> Config:
@@ -145,7 +174,7 @@ def checked(config_class: type[Config], settings: Mapping[str, Any], source: obj
     return config_class(**settings)
 
 
-def _parser(config_class: type, prog: str):
+def _parser(config_class: type, prog: str, answers: bool = False):
     from jsonargparse import ArgumentParser
 
     summary = (config_class.__doc__ or "").strip().split("\n\n")[0]
@@ -160,6 +189,8 @@ def _parser(config_class: type, prog: str):
         if field.name in switches:
             assert field.default is not MISSING
             parser.add_argument(f"--{field.name}", action="store_true", help=described.get(field.name, ""))
+    if has_json_flag(config_class, answers):
+        parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=JSON)  # no setting of a run
     return parser
 
 

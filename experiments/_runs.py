@@ -154,7 +154,7 @@ class RunFolder:
         self.write_text("config.yaml", text)
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write_text(name, json.dumps(_without_nan(content), indent=1) + "\n")
+        self.write_text(name, json.dumps(without_nan(content), indent=1) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file atomically, so that a reader never sees a part, and a full disk keeps the old one."""
@@ -170,12 +170,12 @@ class RunFolder:
         return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")]
 
 
-def _without_nan(content: Any) -> Any:
+def without_nan(content: Any) -> Any:
     """The same with None for NaN, which JSON does not have."""
     if isinstance(content, Mapping):
-        return {name: _without_nan(value) for name, value in content.items()}
+        return {name: without_nan(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
+        return [without_nan(value) for value in content]
     return None if isinstance(content, float) and math.isnan(content) else content
 
 

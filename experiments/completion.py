@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from gumbo.errors import BadInput, UnknownName
-from gumbo.experiments._command import run_command
+from gumbo.experiments._command import has_json_flag, run_command
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -49,7 +49,8 @@ def settings_of(module: str) -> type | None:
     found = importlib.import_module(f"gumbo.experiments.{module}")
     own = [thing for thing in vars(found).values() if is_dataclass(thing) and thing.__module__ == found.__name__]
     marked = [thing for thing in own if isinstance(thing, type) and "Args:" in (thing.__doc__ or "")]
-    return marked[0] if marked else None
+    last = [one for one in marked if not any(issubclass(other, one) and other is not one for other in marked)]
+    return last[0] if last else None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
             elif field.name in known:
                 options["choices"] = known[field.name]
             sub.add_argument(f"--{field.name}", **options)
+        if config and has_json_flag(config, answers=config is not Completion):
+            sub.add_argument("--json", action="store_true", help=" ")
     return made
 
 
@@ -100,7 +103,7 @@ def completion(config: Completion) -> None:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "gumbo completion") -> None:
-    run_command(Completion, completion, argv, prog)
+    run_command(Completion, completion, argv, prog, answers=False)
 
 
 if __name__ == "__main__":

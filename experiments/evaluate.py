@@ -15,40 +15,48 @@ from gumbo.experiments.train import Train, build, inputs_of, load_data, settings
 
 
 @dataclass
-class Evaluate:
-    """Evaluate a run of `gumbo train`: bound, evidence and information in the latents, in nats per datum.
+class OfRun:
+    """A run of ``gumbo train``, opened again.
 
     Args:
         run: the run's folder.
         split: train, valid or test.
-        importance_samples: draws per datum.
-        seed: of those draws.
+        seed: of the draws.
         best: load the parameters of the best epoch instead of the last.
         trust: import the import paths in the run's config.yaml; such code runs with your rights.
     """
 
     run: str
     split: str = "test"
-    importance_samples: int = 1000
     seed: int = 0
     best: bool = False
     trust: bool = False
 
 
-def reopened(
-    folder: str, split: str, best: bool, verb: str, trust: bool = False
-) -> tuple[Train, RunFolder, Any, Any, Any]:
-    """A run of ``gumbo train``: its settings, folder, data, and the trained model and guide.
+@dataclass
+class Evaluate(OfRun):
+    """Evaluate a run of `gumbo train`: bound, evidence and information in the latents, in nats per datum.
 
-    Nothing that only the run's config.yaml names is imported unless ``trust`` is True.
+    Args:
+        importance_samples: draws per datum.
     """
+
+    importance_samples: int = 1000
+
+
+def reopened(config: OfRun, verb: str) -> tuple[Train, RunFolder, Any, Any, Any]:
+    """The settings, the folder, the data, and the trained model and guide.
+
+    Nothing that only the run's config.yaml names is imported unless ``config.trust`` is True.
+    """
+    folder, split = config.run, config.split
     if split not in ("train", "valid", "test"):
         raise UnknownName("split", split, ("train", "valid", "test"))
-    settings = checked(Train, settings_of(folder, trust), Path(folder) / "config.yaml")
+    settings = checked(Train, settings_of(folder, config.trust), Path(folder) / "config.yaml")
     run = RunFolder(Path(folder))
     data = load_data(settings)
     model, guide = build(settings, data.data_shape)
-    load_parameters(model, guide, run, settings, best or None)
+    load_parameters(model, guide, run, settings, config.best or None)
     if split == "train" and settings.binarize == "dynamic":
         raise BadInput(f"the train split is drawn again in each epoch under dynamic binarization: {verb} valid or test")
     return settings, run, data, model, guide
@@ -59,7 +67,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
 
     from gumbo.inference import evaluate as judge
 
-    settings, run, data, model, guide = reopened(config.run, config.split, config.best, "evaluate", config.trust)
+    settings, run, data, model, guide = reopened(config, "evaluate")
     judged = judge(
         model, guide, inputs_of(model, data, config.split), num_samples=config.importance_samples, seed=config.seed
     )

@@ -11,35 +11,25 @@ from typing import Any
 from gumbo.errors import BadInput
 from gumbo.experiments._command import run_command
 from gumbo.experiments._runs import RunFolder
-from gumbo.experiments.evaluate import reopened
+from gumbo.experiments.evaluate import OfRun, reopened
 from gumbo.experiments.train import inputs_of
 
 
 @dataclass
-class Inspect:
+class Inspect(OfRun):
     """Draw the posterior of a run of `gumbo train`, diagnose it, and plot it.
 
     Args:
-        run: the run's folder.
-        split: train, valid or test.
         num_data: number of rows of the split, from its beginning.
         num_samples: draws of the guide.
         num_simulations: data sets or data drawn from the model, for calibration.
         refine_steps: optimization steps per datum, to separate amortization and approximation gap.
-        seed: of all draws.
-        best: load the parameters of the best epoch instead of the last.
-        trust: import the import paths in the run's config.yaml; such code runs with your rights.
     """
 
-    run: str
-    split: str = "test"
     num_data: int = 100
     num_samples: int = 500
     num_simulations: int = 400
     refine_steps: int = 200
-    seed: int = 0
-    best: bool = False
-    trust: bool = False
 
 
 def inspect(config: Inspect) -> dict[str, Any]:
@@ -50,7 +40,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
 
     if config.num_data < 2:
         raise BadInput(f"num_data is {config.num_data}: expected at least 2")
-    settings, run, data, model, guide = reopened(config.run, config.split, config.best, "inspect", config.trust)
+    settings, run, data, model, guide = reopened(config, "inspect")
     if not model.latents:
         raise BadInput(f"{settings.model} has no latents, so that there is no posterior to inspect")
     inputs = inputs_of(model, data, config.split, config.num_data)

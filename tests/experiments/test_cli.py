@@ -250,3 +250,26 @@ def test_a_run_from_a_shell(tmp_path):
     judged = run("-m", "gumbo", "evaluate", "out", "--importance_samples", "2", cwd=tmp_path)
     assert judged.returncode == 0
     assert judged.stdout.startswith(done.stdout)
+
+
+def test_the_results_of_any_verb_as_json_are_alone_on_standard_output(tmp_path, capsys):
+    """What people read goes to standard error."""
+    gumbel = tmp_path / "gumbel"
+    cli.main(["system", "gumbel-max", "--quick", "--json", "--folder", str(gumbel)])
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == json.loads((gumbel / "results.json").read_text()) and "draws" in shown.err
+    audit = "bernoulli-vae bernoulli --data digits --estimators score,rloo --num_samples 10 --batch_size 2"
+    options = "--model_options.num_latents=2 --model_options.hidden=[4] --guide_options.hidden=[4] --json"
+    cli.main(["audit", *audit.split(), *options.split(), f"--folder={tmp_path / 'audit'}"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["coords"]["estimator"]["data"] == ["score", "rloo"] and found["data_vars"]["seconds"]["data"][0] > 0
+
+
+def test_a_run_with_json_can_be_gone_on_with_without_it(tmp_path, capsys):
+    small = ["--model_options.latent_dim=2", "--model_options.hidden=[4]", "--guide_options.hidden=[4]"]
+    options = [*small, "--importance_samples", "2", "--batch_size", "500"]
+    cli.main(["train", "--epochs", "1", *options, "--json", "--folder", str(tmp_path / "run")])
+    first = json.loads(capsys.readouterr().out)
+    assert first["epochs"] == 1 and "json" not in first["config"]
+    cli.main(["train", "--resume", str(tmp_path / "run"), "--epochs", "2"])
+    assert capsys.readouterr().out.startswith("test: ")

@@ -56,6 +56,8 @@ def test_a_completion_script_knows_every_verb_and_starts_no_python(shell):
         (["gumbo", "eval"], {"evaluate"}),
         (["gumbo", "train", "--estimator", "rl"], {"rloo"}),
         (["gumbo", "train", "--batch"], {"--batch_size"}),
+        (["gumbo", "evaluate", "run", "--imp"], {"--importance_samples"}),
+        (["gumbo", "evaluate", "run", "--js"], {"--json"}),
         (["gumbo", "reproduce", "to"], {"toy"}),
     ],
 )
