@@ -193,7 +193,7 @@ def rows_of(table, found: Sequence[dict[str, Any]]) -> tuple[list[str], list[lis
 
 
 def beside_of(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """What stands beside a cell's value: the other of the two bounds on test data first, where it was trained."""
+    """Further numbers of a cell, for a trained one the other bound on test data first."""
     cell, test = numbers["cell"], numbers.get("test")
     if test is None:
         other = {}

@@ -242,7 +242,7 @@ def _check_served(estimator: Estimator, family: _Family, objective: str, who: st
     model, guide = family.model(), family.guide()
     both = nn.ModuleList([model, guide])
     for vectorize in (True, False):
-        # One by one, what is enumerated is listed jointly over the rows.
+        # One by one, enumerated sites have joint values over the rows.
         rows = COPIES if vectorize else 1 if estimator.enumerates else 3
         options = {"objective": objective, "vectorize_particles": vectorize}
         loss = SiteELBO(estimator, **options)(model, guide)

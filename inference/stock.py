@@ -1,4 +1,4 @@
-"""Pyro's own ELBOs by word, for comparisons and audits beside gumbo's estimators."""
+"""Pyro's own ELBOs by word, for comparisons and audits with gumbo's estimators."""
 
 from __future__ import annotations
 

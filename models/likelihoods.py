@@ -1,4 +1,4 @@
-"""Likelihoods p(x | z) by word: what a decoder's output makes of the data, whatever these are.
+"""Likelihoods p(x | z) by word: the distribution of data from a decoder's output.
 
 A likelihood is one entry of the registry ``likelihoods``; models with the option ``likelihood`` take its word and, in
 ``likelihood_options``, the options that it names.

@@ -1,4 +1,4 @@
-"""What the systems share: their registry, common settings, and data."""
+"""Common parts of the systems: registry, settings, and data."""
 
 from __future__ import annotations
 

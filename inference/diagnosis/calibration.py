@@ -116,7 +116,7 @@ def simulated_ranks(sweep: Sweep, simulations: int, say: Stages | None = None) -
 def refitted_ranks(
     sweep: Sweep, refits: int, steps: int, refit: Callable | None, seed: int, say: Stages
 ) -> tuple[dict[str, np.ndarray], int]:
-    """As `simulated_ranks`, for a guide fitted anew to each simulated data set; one rank per data set.
+    """As `simulated_ranks`, for a guide refitted to each simulated data set; one rank per data set.
 
     The model's parameters do not change. ``refit``, called like the guide with the simulated data, returns a fitted
     guide. Yao et al. 2018, arXiv:1802.02538.

@@ -119,7 +119,7 @@ class Arrangement(nn.Module):
             ) from None
         self.joint.add(found.site)
 
-    # What is summed out by elimination.
+    # Sums by variable elimination.
 
     def list_chains(
         self, program: Program, seen: Run, chosen: Mapping[str, Estimator], args: tuple, kwargs: Mapping[str, Any]

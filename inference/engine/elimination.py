@@ -117,7 +117,7 @@ class Listing:
             return
         name, infer = msg["name"], msg["infer"]
         asked = self.drawn is not None and not msg["done"] and name not in self.drawn and is_marked(msg)
-        if not (asked or self.by_number or self.drawn is None):  # nothing is listed yet, so that it sees nothing
+        if not (asked or self.by_number or self.drawn is None):  # no site is enumerated yet, so it depends on none
             self.dims[name] = {}
             if infer.get("_markov_scope") is not None:
                 self._depths[name] = infer["_markov_depth"]
@@ -233,7 +233,7 @@ class Listing:
         return values[(slice(None),) + (0,) * (len(fn.batch_shape) - trailing)]
 
     def leave(self, msg: Any) -> None:
-        """Note which listed sites the value of a statement depends on."""
+        """Record the enumerated sites that a statement's value depends on."""
         name, value = msg["name"], msg["value"]
         if value is None or not self.dims.get(name):
             return

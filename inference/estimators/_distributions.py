@@ -257,7 +257,7 @@ def listed_support(fn: Distribution, values: Tensor, *, joint: int, limit: int) 
 
 
 def list_size(fn: Distribution, values: Tensor, joint: int) -> tuple[int, int]:
-    """How many values :func:`listed_support` lists, and how many numbers each of them is.
+    """The number of values of :func:`listed_support`, and the number of elements of each.
 
     >>> import pyro.distributions as dist
     >>> list_size(dist.Bernoulli(torch.full((3,), 0.5)), torch.tensor([0.0, 1.0]), joint=1)

@@ -77,7 +77,7 @@ class Batches:
         """Stop workers that read ahead."""
 
     def _open(self, drop_last: bool) -> int | None:
-        """Get ready to read; the number of batches of an epoch, None where only reading tells."""
+        """Prepare for reading; returns the number of batches of an epoch, None if it is unknown."""
         number = len(self.rows) / self.batch_size
         return math.floor(number) if drop_last else math.ceil(number)
 

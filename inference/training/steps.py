@@ -45,7 +45,7 @@ class _ObservedInSupport(Messenger):
             return
         support, value = support_of(msg), msg["value"]
         before = self.seen.get(msg["name"])
-        # A step that runs the programs again meets the same tensors.
+        # A step with reruns has the same tensors again.
         if before is not None and before[0] is support and before[1] is value and before[2] == value._version:
             return
         inside = observed_in_support(msg)
