@@ -111,6 +111,11 @@ class _Recorder(Messenger):
             if frame.size > 0:
                 own = own * full / frame.size
         if is_settled(msg) or (msg["is_observed"] and msg["mask"] is False):
+            if isinstance(msg["fn"], TorchDistributionMixin) and not msg["is_observed"]:
+                raise BadInput(
+                    f"amortize: latent site {msg['name']!r} is a Delta, which draws nothing; write"
+                    f" pyro.deterministic({msg['name']!r}, value), which needs no place in a guide"
+                )
             return
         fn = msg["fn"]
         for frame in frames:

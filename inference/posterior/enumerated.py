@@ -182,6 +182,11 @@ class _Backwards:
 
     def __init__(self, listed: Trace, sites: tuple[str, ...]):
         self.listed = listed
+        for name in {*sites} - {*listed.nodes}:
+            raise BadInput(
+                f"site {name!r} is enumerated in the model in some runs only, as in a loop over a part of a plate's"
+                " elements: loop over all of them, or make the plate a vectorized one"
+            )
         self.symbols = {name: listed.nodes[name]["infer"]["_enumerate_symbol"] for name in sites}
         self.plates = {name: self._plates(listed.nodes[name]) for name in sites}
         place = {name: number for number, name in enumerate(listed.nodes) if name in self.symbols}

@@ -411,7 +411,13 @@ class Sweep(Survey):
             (seen.sizes.get(dim, value.shape[dim - len(event)])) if dim in layout.dims else 1
             for dim in range(-self.depth, 0)
         ]
-        value = value.expand(*target, *event)
+        try:
+            value = value.expand(*target, *event)
+        except RuntimeError:
+            raise BadInput(
+                f"site {layout.name!r} has batch shape {tuple(batch[1:])} where its plates have {tuple(target[1:])}"
+                " rows; give data with a row for each element of a plate, and at least one"
+            ) from None
         drop = [1 + self.depth + dim for dim in range(-self.depth, 0) if dim not in layout.dims]
         return value.squeeze(drop) if drop else value
 

@@ -371,6 +371,12 @@ def a_multinomial(x):
     pyro.sample("x", dist.Normal(a.sum(), 1.0), obs=x)
 
 
+def a_delta(x):
+    a = pyro.sample("a", dist.Delta(torch.tensor(1.0)))
+    b = pyro.sample("b", dist.Normal(a, 1.0))
+    pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+
 def observes_nothing(x):
     pyro.sample("a", dist.Normal(0.0, 1.0))
 
@@ -390,6 +396,7 @@ def fails(x):
         (moving_support, "the support of latent site 'b' depends on other sites' values"),
         (moving_shape, "latent site 'b' has event shape"),
         (a_multinomial, "site 'a' .*Multinomial"),
+        (a_delta, r"latent site 'a' is a Delta.*pyro\.deterministic\('a', value\)"),
         (observes_nothing, "observes nothing"),
         (has_no_latents, "no latent sites"),
         (fails, "the model fails on these arguments .KeyError"),

@@ -274,6 +274,17 @@ def test_a_loop_of_more_sites_than_torch_has_dimensions_is_refused_in_one_line()
     assert "\n" not in str(caught.value)
 
 
+def test_sites_of_a_loop_over_other_elements_in_each_run_are_refused_in_one_line(param_store):
+    def model():
+        for i in pyro.plate("rows", 60, subsample_size=2):
+            z = pyro.sample(f"z{i}", dist.Bernoulli(0.3), infer=PARALLEL)
+            pyro.sample(f"y{i}", dist.Normal(z, 1.0), obs=torch.tensor(0.4))
+
+    with pytest.raises(BadInput, match="enumerated in the model in some runs only") as caught:
+        to_arviz(model, nothing, num_samples=5)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_evidence_of_long_chains():
     generator = torch.Generator().manual_seed(2)
     y, lengths = 2 * torch.randn(2, 40, generator=generator).double(), torch.tensor([40, 31])

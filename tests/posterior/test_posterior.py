@@ -939,3 +939,17 @@ def test_correlation_matrices_are_drawn_at_any_precision(family, size):
         assert found.shape == (1, 50, size, size)
         own = pyro.poutine.block(model, hide=["x"])
         assert group(to_arviz(model, own, x, num_samples=50), "posterior")["matrix"].shape == (1, 50, size, size)
+
+
+def test_data_without_a_row_are_refused_in_one_line():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", max(len(x), 1)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(BadInput, match=r"site 'x' has batch shape \(0,\) where its plates have \(1,\) rows") as caught:
+        to_arviz(model, guide, torch.zeros(0), num_samples=4)
+    assert "\n" not in str(caught.value)
