@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+
 import pytest
 from pages import DOCS, NOT_RUN, blocks, run
+
+from gumbo.experiments import cli
 
 PAGES = sorted(page for folder in ("howto", "coming-from") for page in (DOCS / folder).glob("*.md"))
 
@@ -32,6 +37,18 @@ def test_a_block_is_marked_only_where_it_needs_what_is_not_there():
             if block.startswith(NOT_RUN):
                 first = block.partition("\n")[0]
                 assert first.startswith(f"{NOT_RUN}: needs "), f"{page.name}: {first}"
+
+
+COMMANDED = [*PAGES, *sorted((DOCS / "tutorials").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", COMMANDED, ids=lambda page: f"{page.parent.name}/{page.stem}")
+def test_commands_name_verbs_and_options_that_exist(page):
+    for verb, options in re.findall(r"(?<![\w.])gumbo ([a-z]+)((?: [^`\n#]*)?)", page.read_text(encoding="utf-8")):
+        if verb in cli.VERBS and (named := set(re.findall(r"--(\w+)", options))):
+            module = importlib.import_module(f"gumbo.experiments.{cli.VERBS[verb].module}")
+            known = {"config", "json", "print_config"} | set(vars(module)[verb.capitalize()].__dataclass_fields__)
+            assert named <= known, f"gumbo {verb}{options}"
 
 
 def test_a_block_that_fails_fails_and_one_that_is_marked_does_not():
