@@ -28,7 +28,7 @@ class Reproduce:
     """Train the cells of a published table and compare them with the published numbers.
 
     Args:
-        table: a table's name: arm, coins, gumbel-softmax, iwae, question or toy; or all.
+        table: arm, coins, gumbel-softmax, iwae, posteriors, question, reinmax, semi-supervised, toy, or all of them.
         cells: names or patterns, as in `[nonlinear/*]`, and of all tables `[arm/nonlinear/*]`; by default all.
         seeds: the seeds to run each cell with.
         steps: steps a cell; by default the paper's own budget. Of all tables, a cell whose own budget is less keeps it.

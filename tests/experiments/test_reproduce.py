@@ -104,6 +104,18 @@ def test_the_question_is_answered_by_variance_and_time_and_tells_bias(run):
     assert "at sin-16;" in answer and answer.endswith("biased at jump.")
 
 
+def test_all_tables_run_by_one_command_each_with_its_own_budget(run, tmp_path):
+    cells = '["toy/0.45/score","question/normal/jump/score"]'
+    status, said = run("all", "--quick", "--steps", "5000", "--cells", cells)
+    assert status == 0 and "q(b = 1)" in said.out and "0.45/score" in said.out and "normal/jump/score" in said.out
+    found = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("*.json")}
+    # The toy's own budget is 1,000 steps, and its command names its own table.
+    assert found["toy"]["command"].startswith("gumbo reproduce toy ") and "--steps" not in found["toy"]["command"]
+    assert set(found) == {"toy", "question"}
+    status, said = run("all", "--quick", "--cells", "[0.45/score]")
+    assert status == 2 and said.err.count("\n") == 1 and "TABLE/CELL" in said.err
+
+
 @pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", list(tables))
