@@ -34,7 +34,7 @@ WORDS = {
     "measure-valued": 1,
 }
 OUT = RESULTS / "poisson-estimators.json"
-ROWS = 2000  # of the training and of the test data, on which bounds are taken
+ROWS = 2000  # of the training data, on which bounds are taken, as in the paper's table
 
 
 def run(word: str, seed: int, options: argparse.Namespace, data: Any) -> dict[str, Any]:
@@ -47,12 +47,9 @@ def run(word: str, seed: int, options: argparse.Namespace, data: Any) -> dict[st
         epochs=options.epochs, seed=seed, compile=options.compile, progress=False,
     )  # fmt: skip
     took = time.perf_counter() - began
-    bounds = {
-        split: evaluate(model, guide, getattr(data, split)[:ROWS], num_samples=10).values["elbo"].mean().item()
-        for split in ("train", "test")
-    }
+    bound = evaluate(model, guide, data.train[:ROWS], num_samples=10).values["elbo"].mean().item()
     made = {"word": word, "seed": seed, "epochs": options.epochs, "num_latents": options.num_latents}
-    return {**made, **bounds, "ms": found.ms_per_step, "seconds": took, "machine": machine()}
+    return {**made, "train": bound, "ms": found.ms_per_step, "seconds": took, "machine": machine()}
 
 
 def several(values: list[float]) -> str:
@@ -66,9 +63,11 @@ def table(kept: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
     for word, particles in WORDS.items():
         own = [r for r in mine if r["word"] == word]
         if own:
-            means = [several([r[key] for r in own]) for key in ("train", "test")]
+            mean = several([r["train"] for r in own])
+            others = {r["seed"]: r["train"] for r in mine if r["word"] == "rloo"}
+            gaps = [r["train"] - others[r["seed"]] for r in own if r["seed"] in others]
             ms = sorted(r["ms"] for r in own)[len(own) // 2]
-            rows.append([f"`{word}`", str(particles), *means, str(len(own)), f"{ms:.1f}"])
+            rows.append([f"`{word}`", str(particles), mean, several(gaps) if gaps else "", str(len(own)), f"{ms:.1f}"])
     rows.sort(key=lambda row: -float(row[2].split()[0]))
     steps = options.epochs * 500
     return [
@@ -76,10 +75,10 @@ def table(kept: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
         "",
         f"`python benchmarks/poisson_estimators.py --seeds {options.seeds} --epochs {options.epochs} --num-latents"
         f" {options.num_latents}`: {options.num_latents}",
-        f"Poisson latents, {steps} steps of 100 images each; ELBO in nats per image over {ROWS} images, 10 draws each,",
+        f"Poisson latents, {steps} steps of 100 images each; ELBO in nats per image over {ROWS} of them, 10 draws,",
         f"mean ± standard error over seeds ({machine()}; shared with other work, so that ms say little).",
         "",
-        *markdown(["estimator", "draws", "train ELBO", "test ELBO", "seeds", "ms a step"], rows),
+        *markdown(["estimator", "draws", "train ELBO", "less that of rloo, seed by seed", "seeds", "ms a step"], rows),
     ]
 
 
