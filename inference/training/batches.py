@@ -18,7 +18,8 @@ _PRIME = 1_000_003  # keeps the streams of neighbouring seeds, epochs and batche
 class Batches:
     """The batches of every epoch, without state.
 
-    ``(seed, epoch)`` determines the order of an epoch; with ``in_order`` it is that of the rows. ``(seed, epoch,
+    ``(seed, epoch)`` determines the order of an epoch; with ``in_order``, and in a single batch of all rows, it is that
+    of the rows. ``(seed, epoch,
     number)`` determines what ``transform`` draws for a batch.
 
     >>> batches = Batches(Rows(torch.arange(5.0)), batch_size=2, seed=0)
@@ -54,7 +55,8 @@ class Batches:
     def of_epoch(self, epoch: int, done: int = 0) -> Iterator[Rows]:
         """The batches of an epoch after the first ``done``."""
         order = torch.randperm(len(self.rows), generator=self._seeded(self.seed * _PRIME + epoch))
-        if self.in_order:
+        if self.in_order or self.batch_size >= len(self.rows):
+            # A program may hold other data of the same rows in a closure.
             order = torch.arange(len(self.rows))
         pieces = order.split(self.batch_size)[done : self.per_epoch]
         jobs = [(index, self._seed_of(epoch, number)) for number, index in enumerate(pieces, done)]

@@ -402,3 +402,15 @@ def test_threads_take_turns():
         thread.join()
     assert not problems
     assert all(torch.equal(state_of(a), state_of(b)) for a, b in zip(vaes, alone, strict=True))
+
+
+def test_one_batch_of_all_rows_keeps_their_order():
+    """What a program holds of the same rows elsewhere, in a closure, would otherwise be paired with other rows."""
+    seen = []
+
+    def watched(x):
+        seen.append(x.clone())
+        return model(x)
+
+    quiet(watched, AutoNormal(model), X, epochs=3, batch_size=len(X))
+    assert seen and all(torch.equal(x, X) for x in seen if len(x) == len(X))
