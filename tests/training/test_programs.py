@@ -82,8 +82,8 @@ def test_bound_methods_train_as_under_svi(loss):
     with torch.random.fork_rng():
         torch.manual_seed(3)
         svi = SVI(theirs.model, theirs.guide, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
-        for epoch in range(1, 5):
-            svi.step(X[torch.randperm(8, generator=torch.Generator().manual_seed(3 * 1_000_003 + epoch))])
+        for _ in range(4):
+            svi.step(X)
     assert torch.allclose(state_of(ours), state_of(theirs), atol=2e-4)  # a BatchNorm and Adam enlarge rounding
     assert not torch.allclose(state_of(ours), state_of(VAE()), atol=1e-3)
 
