@@ -35,7 +35,7 @@ def truth(kind):
     """The mean gradient and its standard error: a sum over every value, or many draws along the path."""
     model, guide = pair(kind)
     both = nn.ModuleList([model, guide])
-    if kind in ("gamma", "normal"):
+    if kind in ("gamma", "normals"):
         with torch.random.fork_rng():
             torch.manual_seed(5)
             found = draws(SiteELBO("pathwise", num_particles=500)(model, guide), both, 40)

@@ -38,7 +38,7 @@ KINDS: dict[str, Callable] = {
     "negative binomial": lambda a: dist.NegativeBinomial(torch.tensor(3.0, dtype=F64), logits=a - 2).to_event(1),
     "geometric": lambda a: dist.Geometric(logits=a + 2).to_event(1),
     "gamma": lambda a: dist.Gamma(torch.tensor(2.0, dtype=F64), a.exp()).to_event(1),
-    "normal": lambda a: dist.Normal(a, 1.0).to_event(1),
+    "normals": lambda a: dist.Normal(a, 1.0).to_event(1),
 }
 
 
