@@ -93,8 +93,13 @@ def main():
             f" {ours / length:.2f} and {stock / length:.2f} ms a time step;"
             f" losses {losses['SiteELBO', length]:.4f} and {losses['TraceEnum_ELBO', length]:.4f}"
         )
-    powers = {name: exponent(options.lengths, [found[name, n]["median"] for n in options.lengths]) for name in ELBOS}
-    print("time grows with T to the power of " + ", ".join(f"{power:.2f} ({name})" for name, power in powers.items()))
+    powers = {}
+    if len(options.lengths) > 1:
+        powers = {
+            name: exponent(options.lengths, [found[name, n]["median"] for n in options.lengths]) for name in ELBOS
+        }
+        said = ", ".join(f"{power:.2f} ({name})" for name, power in powers.items())
+        print(f"time grows with T to the power of {said}")
     command = {"states": options.states, "sequences": options.sequences, "float64": options.float64}
     write_json(options.out, {"surroundings": around, **command, "rows": rows, "exponents": powers})
 

@@ -305,7 +305,7 @@ def test_the_page_says_what_was_not_measured(tmp_path):
     text = script("performance").page(tmp_path)
     for file in ("step.json", "scaling.json", "time-to-bound.json", "step-cuda.json"):
         assert f"benchmarks/results/{file}`" in text
-    assert "no GPU was at hand" in text
+    assert "Not measured without a GPU" in text
 
 
 def test_the_page_shows_the_gpu_by_its_name(tmp_path):

@@ -126,7 +126,7 @@ def test_a_path_that_a_run_hides_in_an_option_is_found(run, place, capsys):
 def test_python_asks_for_trust_too(run, place):
     for loads in (
         lambda: settings_of(str(run)),
-        lambda: reopened(str(run), "test", False, "evaluate"),
+        lambda: reopened(Evaluate(str(run)), "evaluate"),
         lambda: inspect(Inspect(str(run))),
     ):
         with pytest.raises(BadInput, match="trust=True"):
@@ -134,7 +134,7 @@ def test_python_asks_for_trust_too(run, place):
     with pytest.raises(BadInput):
         load(resumed(str(run))["data"])
     assert not (place / "imported").exists()
-    assert len(reopened(str(run), "test", False, "evaluate", trust=True)[2].test) == 12
+    assert len(reopened(Evaluate(str(run), trust=True), "evaluate")[2].test) == 12
 
 
 def test_trust_and_the_commands_own_path_open_it(run, place, capsys):
