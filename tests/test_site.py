@@ -33,7 +33,8 @@ def site(tmp_path_factory) -> Path:
     if missing:
         pytest.skip(f"needs {', '.join(missing)}: pip install -e '.[docs]'")
     out = tmp_path_factory.mktemp("site")
-    surroundings = {name: value for name, value in os.environ.items() if name != "DOCS_ONLINE"}
+    # The suite's own backend of matplotlib would leave the notebooks without pictures.
+    surroundings = {name: value for name, value in os.environ.items() if name not in ("DOCS_ONLINE", "MPLBACKEND")}
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(ROOT / "docs"), str(out)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=1500, env=surroundings | {"OMP_NUM_THREADS": "1"}
