@@ -256,11 +256,14 @@ def headline(table: Table, found: Found) -> str:
     return " ".join([f"{against}, after {steps} of the paper's steps.", *ordered])
 
 
+ENOUGH = 6  # runs of published cells that make a picture of the README
+
+
 def front(every: Mapping[str, list[dict[str, Any]]], docs: Path) -> str:
     """The README's part: two pictures, and a line for each table that has been run."""
     trained = [numbers for found in every.values() for numbers in found if "objective" in numbers["cell"]]
     pictures = []
-    if any(numbers["cell"]["published"] is not None for numbers in trained):
+    if sum(numbers["cell"]["published"] is not None for numbers in trained) >= ENOUGH:
         save(against_published(trained), docs / "figures" / "readme-published.png")
         pictures.append(("ours against published, nats per datum", "readme-published.png"))
     if every["question"]:
