@@ -68,7 +68,7 @@ class NegativeBinomialVAE(GenerativeModel):
         super().__init__(data_shape, data_size)
         if library not in LIBRARIES:
             raise UnknownName("library", library, LIBRARIES)
-        self.library_size_is, self.num_batches, self.zero_inflation = library, num_batches, zero_inflation
+        self.total_is, self.num_batches, self.zero_inflation = library, num_batches, zero_inflation
         self.latents = {"z": Latent("normal", (latent_dim,))}
         if library == "latent":
             self.latents["library"] = Latent("log-normal", (1,))
@@ -83,7 +83,7 @@ class NegativeBinomialVAE(GenerativeModel):
         self.decoder_log_total_count = nn.Parameter(torch.zeros(size))
         for name, value in (("prior_loc", 0.0), ("prior_scale", 1.0)):
             self.register_buffer(name, torch.full((latent_dim,), value), persistent=False)
-        for name, value in (("library_loc", library_loc), ("library_sd", library_sd)):
+        for name, value in (("log_total_loc", library_loc), ("log_total_sd", library_sd)):
             self.register_buffer(name, torch.full((1,), float(value)), persistent=False)
 
     def forward(self, x: torch.Tensor | None = None, *, batch_size: int = 1, **given: torch.Tensor) -> torch.Tensor:
@@ -92,9 +92,9 @@ class NegativeBinomialVAE(GenerativeModel):
             covariates = dict(zip(self.conditions, values, strict=True))
             z = pyro.sample("z", dist.Normal(self.prior_loc, self.prior_scale).to_event(1))
             library = None
-            if self.library_size_is == "latent":
-                library = pyro.sample("library", dist.LogNormal(self.library_loc, self.library_sd).to_event(1))
-            elif self.library_size_is == "observed":
+            if self.total_is == "latent":
+                library = pyro.sample("library", dist.LogNormal(self.log_total_loc, self.log_total_sd).to_event(1))
+            elif self.total_is == "observed":
                 library = covariates["log_library"].exp()
             return pyro.sample("x", self.likelihood(z, library, covariates.get("batch")), obs=x)
 
