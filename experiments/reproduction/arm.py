@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gumbo.experiments.reproduction.cells import register
 from gumbo.experiments.reproduction.orderings import conclude
-from gumbo.experiments.reproduction.trained import TrainedCell
+from gumbo.experiments.reproduction.trained import TrainedCell, cell_of
 
 # Test NLL in nats, by network, as the paper and those that it cites report them.
 PUBLISHED = {
@@ -23,22 +23,10 @@ MODELS = {
 
 def cells() -> list[TrainedCell]:
     found = []
-    for network, (model, model_options, guide, guide_options) in MODELS.items():
+    for network, pair in MODELS.items():
         published = PUBLISHED[network]
         for word in (*published, *OURS):
-            found.append(
-                TrainedCell(
-                    f"{network}/{word}",
-                    published.get(word),
-                    model=model,
-                    guide=guide,
-                    estimator=word,
-                    model_options=model_options,
-                    guide_options=guide_options,
-                    particles=OURS.get(word),
-                    lr="cosine({steps}, 1e-3, 1e-5)",
-                )
-            )
+            found.append(cell_of(pair, f"{network}/{word}", published.get(word), word, OURS.get(word)))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gumbo.experiments.reproduction.cells import register
 from gumbo.experiments.reproduction.orderings import conclude
-from gumbo.experiments.reproduction.trained import TrainedCell
+from gumbo.experiments.reproduction.trained import TrainedCell, cell_of
 
 # By row of the paper's table: score function, MuProp, straight-through, Gumbel-softmax, straight-through Gumbel.
 WORDS = {
@@ -40,23 +40,19 @@ MODELS = {
 
 def cells() -> list[TrainedCell]:
     found = []
-    for family, (model, model_options, guide, guide_options) in MODELS.items():
+    for family, pair in MODELS.items():
         published = PUBLISHED[family]
         rows = [(column, WORDS[column], None) for column in published]
         rows += [(word, word, particles) for word, particles in OURS.items()]
         for column, word, particles in rows:
             found.append(
-                TrainedCell(
+                cell_of(
+                    pair,
                     f"{family}/{column}",
                     published.get(column),
-                    model=model,
-                    guide=guide,
-                    estimator=word,
-                    model_options=model_options,
-                    guide_options=guide_options,
-                    particles=particles,
+                    word,
+                    particles,
                     temperature="exponential(1.0, 0.5, 3e-5)" if column in ("GS", "ST-GS") else None,
-                    lr="cosine({steps}, 1e-3, 1e-5)",
                     metric="nll" if family.startswith("sbn") else "negative-elbo",
                 )
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gumbo.experiments.reproduction.cells import register
 from gumbo.experiments.reproduction.orderings import conclude
-from gumbo.experiments.reproduction.trained import TrainedCell
+from gumbo.experiments.reproduction.trained import TrainedCell, cell_of
 
 PUBLISHED = {("pathwise", 1): 88.71, ("pathwise", 5): 87.63, ("pathwise", 50): 87.10}
 OURS = (("stl", 1), ("dreg", 5))
@@ -29,20 +29,16 @@ MODELS = {
 
 def cells() -> list[TrainedCell]:
     found = []
-    for layers, (model, model_options, guide, guide_options) in MODELS.items():
+    for layers, pair in MODELS.items():
         for word, particles in (*PUBLISHED, *OURS):
             found.append(
-                TrainedCell(
+                cell_of(
+                    pair,
                     f"{layers}/{word}-k{particles}",
                     PUBLISHED.get((word, particles)) if layers == "one-layer" else None,
-                    model=model,
-                    guide=guide,
-                    estimator=word,
-                    model_options=model_options,
-                    guide_options=guide_options,
-                    particles=particles,
+                    word,
+                    particles,
                     objective="iwae" if particles > 1 else "elbo",
-                    lr="cosine({steps}, 1e-3, 1e-5)",
                     steps=8_200_000,
                     draws=5000,
                 )

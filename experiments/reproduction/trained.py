@@ -18,6 +18,8 @@ METRICS = {
     "negative-elbo": "−ELBO",
     "training-loss": "−ELBO on training data",
 }
+COSINE = "cosine({steps}, 1e-3, 1e-5)"
+Pair = tuple[str, Mapping[str, Any], str, Mapping[str, Any]]  # a model and a guide by name, each with its options
 VALID_ROWS = 1000  # of the validation images, to choose settings by
 TEST_SEED = 1
 TRAIN_ROWS = 5000  # of the training images, for what a paper reports of them
@@ -66,6 +68,24 @@ class TrainedCell(Cell):
         if quick:
             return train_and_judge(self, seed, QUICK_STEPS, folder, rows=QUICK_ROWS, compile=False, device=device)
         return train_and_judge(self, seed, steps, folder, rows=None, compile=True, device=device)
+
+
+def cell_of(
+    pair: Pair, name: str, published: float | None, estimator: str, particles: int | None, **settings: Any
+) -> TrainedCell:
+    """The cell of a table that trains one pair of programs under many estimators; ``settings`` are further fields."""
+    model, model_options, guide, guide_options = pair
+    return TrainedCell(
+        name,
+        published,
+        model=model,
+        model_options=model_options,
+        guide=guide,
+        guide_options=guide_options,
+        estimator=estimator,
+        particles=particles,
+        **{"lr": COSINE, **settings},
+    )
 
 
 def settings(cell: TrainedCell, seed: int, steps: int):
