@@ -31,14 +31,13 @@ def plot_audit(dataset: xarray.Dataset, path: Any = None) -> Any:
     Returns:
         The matplotlib figure: on the left the bias relative to the gradient's length, on the right the variance.
 
-    >>> import pyro, pyro.distributions as dist, torch
+    >>> import torch
+    >>> from gumbo.guides import BernoulliGuide
     >>> from gumbo.inference import audit
-    >>> def model():
-    ...     z = pyro.sample("z", dist.Bernoulli(0.5))
-    ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.3))
-    >>> def guide():
-    ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.4))))
-    >>> report = audit(model, guide, estimators=["rloo", "enumerate"], num_samples=50)
+    >>> from gumbo.models import BernoulliVAE
+    >>> model = BernoulliVAE((1, 2, 2), num_latents=2, hidden=(4,))
+    >>> x = torch.ones(1, 1, 2, 2)
+    >>> report = audit(model, BernoulliGuide(model), x, estimators=["rloo", "enumerate"], num_samples=50)
     >>> len(plot_audit(report, "audit.png").axes) >= 2
     True
     """
