@@ -328,6 +328,7 @@ class Program:
         try:
             unscaled = site.fn.log_prob(value, *msg["args"], **msg["kwargs"])
         except (KeyError, NotImplementedError) as error:
+            # A transform without an inverse raises these: KeyError where its cached draw is gone.
             if not has_transforms(fn):
                 raise
             if self.skips_unscored:
@@ -476,8 +477,10 @@ def is_settled(msg) -> bool:
     return is_deterministic(msg["fn"]) or bool(msg["infer"].get("_deterministic"))
 
 
-def support_of(msg) -> Any:
-    """The support of one number of a statement's value; None if its distribution has none."""
+def observed_support(msg) -> Any:
+    """The support that each element of an observed value must be in; None if there is no value or no known support."""
+    if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
+        return None
     try:
         support = msg["fn"].support
         while isinstance(support, torch.distributions.constraints.independent):
@@ -487,15 +490,10 @@ def support_of(msg) -> Any:
         return None
 
 
-def observed_in_support(msg) -> Tensor | None:
-    """Where observed values are in the support of their distribution; None if this cannot be determined."""
-    if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
-        return None
-    support = support_of(msg)
-    if support is None:
-        return None
+def in_support(support: Any, value: Any) -> Tensor | None:
+    """Where values are in a support; None if it has no check."""
     try:
-        return torch.as_tensor(support.check(msg["value"]))
+        return torch.as_tensor(support.check(value))
     except (NotImplementedError, AttributeError, ValueError):  # a support without a check
         return None
 

@@ -16,7 +16,7 @@ from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 
 from ...errors import BadInput
-from ..engine.programs import observed_in_support, support_of
+from ..engine.programs import in_support, observed_support
 from ..engine.rows import Rows
 from ..engine.scopes import kept_buffers, owned_parameters, private_seed
 from ..estimators._distributions import describe
@@ -41,14 +41,14 @@ class _ObservedInSupport(Messenger):
         self.seen: dict[str, tuple[Any, ...]] = {}  # by site: what was found inside of its support
 
     def _pyro_post_sample(self, msg) -> None:
-        if not msg["is_observed"] or msg["name"] in self.unchecked:
+        support, value = observed_support(msg), msg["value"]
+        if support is None or msg["name"] in self.unchecked:
             return
-        support, value = support_of(msg), msg["value"]
         before = self.seen.get(msg["name"])
         # A step with reruns has the same tensors again.
         if before is not None and before[0] is support and before[1] is value and before[2] == value._version:
             return
-        inside = observed_in_support(msg)
+        inside = in_support(support, value)
         if inside is not None and not inside.all():
             raise outside_support(msg["name"], describe(msg["fn"]))
         if isinstance(value, torch.Tensor):

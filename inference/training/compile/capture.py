@@ -35,7 +35,7 @@ from ...elbo import SiteELBOModule
 from ...engine import noise
 from ...engine.interventions import Unvalidated
 from ...engine.noise import Noise, Tape
-from ...engine.programs import observed_in_support
+from ...engine.programs import in_support, observed_support
 from ...engine.rows import Rows
 from ...estimators._base import SiteState
 from ...estimators._distributions import describe
@@ -86,7 +86,8 @@ class _Support(Messenger):
         self.inside: Tensors = {}
 
     def _pyro_post_sample(self, msg) -> None:
-        inside = observed_in_support(msg)
+        support = observed_support(msg)
+        inside = None if support is None else in_support(support, msg["value"])
         if inside is not None:
             self.inside[f"{msg['name']}\n{describe(msg['fn'])}"] = inside.all()
 
