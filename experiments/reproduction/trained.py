@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from gumbo.errors import BadInput
@@ -134,22 +136,18 @@ def train_and_judge(
     loss = make_loss(config)
     held_out = inputs_of(model, data, "valid", rows or VALID_ROWS)
     held_out = {name: value.to(device) for name, value in held_out.items()}
-    points = folder / "points.jsonl"  # of an interrupted run, too
     folder.mkdir(parents=True, exist_ok=True)
 
-    def look(numbers: dict[str, float]) -> None:
-        epoch = int(numbers["epoch"])
-        if epoch % every and epoch != epochs:
-            return
-        point = {"epoch": epoch, "valid": evaluate(model, guide, held_out, num_samples=1, seed=seed).elbo}
+    def judge() -> dict[str, Any]:
+        point = {"valid": evaluate(model, guide, held_out, num_samples=1, seed=seed).elbo}
         if cell.variance:
             batch = {name: value[: cell.batch_size].to(device) for name, value in train.items()}
             draws = VARIANCE_DRAWS if rows is None else QUICK_DRAWS
-            point["variance"] = gradient_moments(
-                model, guide, make_loss(config), batch, num_samples=draws
-            ).total_variance
-        append_line(points, json.dumps(point))
+            moments = gradient_moments(model, guide, make_loss(config), batch, num_samples=draws)
+            point["variance"] = moments.total_variance
+        return point
 
+    curve = Curve(folder / "points.jsonl", every, epochs, judge, timed_by=clock_of(device), warms_up=compile)
     began = time.perf_counter()
     result = fit(
         model,
@@ -167,20 +165,11 @@ def train_and_judge(
         checkpoint_every=every,
         compile=compile,
         progress=False,
-        on_epoch=look,
+        on_epoch=curve.look,
     )
     seconds = time.perf_counter() - began
-    lines = points.read_text().splitlines() if points.exists() else []
-    looked = {point.pop("epoch"): point for point in map(json.loads, lines)}
-    curve: list[dict[str, float]] = []
-    spent = 0.0  # in steps; looking at the validation data takes no training time
-    for numbers in result.history:
-        spent += numbers.get("ms_per_step", 0.0) * per_epoch / 1000
-        epoch = int(numbers["epoch"])
-        if epoch % every == 0 or epoch == epochs:
-            point = {"step": epoch * per_epoch, "seconds": round(spent, 3)}
-            point["train"] = round(numbers[result.objective_name], 3)
-            curve.append(point | {name: round(value, 4) for name, value in looked.get(epoch, {}).items()})
+    losses = {int(numbers["epoch"]): numbers[result.objective_name] for numbers in result.history}
+    lap, points = curve.points(losses, per_epoch)
     shuffled = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(TEST_SEED))[:rows]
     test = {name: value[shuffled].to(device) for name, value in inputs_of(model, data, "test").items()}
     found = evaluate(model, guide, test, num_samples=cell.draws if rows is None else 10, seed=seed)
@@ -203,6 +192,66 @@ def train_and_judge(
         "steps": epochs * per_epoch,
         "share": epochs * per_epoch / cell.steps,
         "seconds": seconds,
-        "ms_per_step": result.ms_per_step,
-        "curve": curve,
+        "ms_per_step": 1000 * lap / per_epoch,
+        "curve": points,
     }
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """The one thread's own time, since other programs share the machine; the wall's where a GPU works."""
+    return time.perf_counter if device.startswith("cuda") else time.process_time
+
+
+class Curve:
+    """The learning curve of a run, kept in a file so that an interrupted run goes on with it.
+
+    Args:
+        path: the file, one JSON line a point.
+        every: epochs between two points.
+        epochs: the number of epochs; the last is a point too.
+        judge: the numbers of a point.
+        timed_by: a clock in seconds.
+        warms_up: whether the first epoch of a process also compiles, and so tells nothing of an epoch's time.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        every: int,
+        epochs: int,
+        judge: Callable[[], dict[str, Any]],
+        *,
+        timed_by: Callable[[], float],
+        warms_up: bool,
+    ):
+        self.path, self.every, self.epochs, self.judge, self.clock = path, every, epochs, judge, timed_by
+        self.skips = warms_up
+        self.laps: list[float] = []  # seconds of the epochs since the last point
+        self.started = timed_by()
+
+    def look(self, numbers: dict[str, float]) -> None:
+        """Take the time of an epoch that has ended, and judge it if it is a point's."""
+        epoch = int(numbers["epoch"])
+        if not self.skips:
+            self.laps.append(self.clock() - self.started)
+        self.skips = False
+        if epoch % self.every == 0 or epoch == self.epochs:
+            lap = median(self.laps) if self.laps else None
+            append_line(self.path, json.dumps({"epoch": epoch, "epoch_seconds": lap, **self.judge()}))
+            self.laps.clear()
+        self.started = self.clock()
+
+    def points(self, losses: Mapping[int, float], per_epoch: int) -> tuple[float, list[dict[str, float]]]:
+        """Seconds of an epoch (NaN if no epoch was timed), and the points: step, seconds of training, numbers."""
+        looked = {point.pop("epoch"): point for point in map(json.loads, self.path.read_text().splitlines())}
+        laps = {epoch: point.pop("epoch_seconds") for epoch, point in looked.items()}
+        known = [lap for lap in laps.values() if lap is not None]
+        usual = median(known) if known else math.nan
+        found, spent, before = [], 0.0, 0
+        for epoch, point in sorted(looked.items()):
+            lap = laps[epoch]
+            spent += (usual if lap is None else lap) * (epoch - before)
+            before = epoch
+            numbers = {"step": epoch * per_epoch, "seconds": round(spent, 3), "train": round(losses[epoch], 3)}
+            found.append(numbers | {name: round(value, 4) for name, value in point.items()})
+        return usual, found
