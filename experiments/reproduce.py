@@ -29,17 +29,17 @@ class Reproduce:
 
     Args:
         table: arm, coins, gumbel-softmax, iwae, posteriors, question, reinmax, semi-supervised, toy, or all of them.
-        cells: names or patterns, as in `[nonlinear/*]`, and of all tables `[arm/nonlinear/*]`; by default all.
+        cells: names or patterns, as in `[nonlinear/*]`, or with `all` as in `[arm/nonlinear/*]`; by default every cell.
         seeds: the seeds to run each cell with.
-        steps: steps a cell; by default the paper's own budget. Of all tables, a cell whose own budget is less keeps it.
+        steps: steps a cell; by default the paper's own budget. With `all`, a cell with a smaller budget keeps its own.
         jobs: cells trained at the same time, one thread each.
-        backend: loky for processes of this machine, dask for every worker of a Dask cluster, one cell at a time each.
-        address: of the cluster's scheduler, tcp://host:port.
+        backend: loky for processes of this machine, dask for the workers of a Dask cluster, one cell at a time each.
+        address: the cluster's scheduler, tcp://host:port.
         folder: the folder for checkpoints, the same path on every worker; a run found there is resumed.
         results: the folder for finished cells, one JSON file each; cells found there are not run again.
         device: cpu, cuda, …
-        quick: a trial of a few steps on a few images.
-        show: train nothing, and show what has been found.
+        quick: run a few steps on a few images.
+        show: train nothing and show the finished cells.
     """
 
     table: str
@@ -111,7 +111,7 @@ def _run(config: Reproduce, table: str, cell, seed: int) -> dict[str, Any]:
 
 
 def steps_of(config: Reproduce, cell) -> int | None:
-    """The budget that was asked for, None where it is the cell's own."""
+    """The number of steps that was asked for; None if the cell keeps its own."""
     if config.table == ALL and config.steps is not None and config.steps >= cell.steps:
         return None
     return config.steps
@@ -119,7 +119,7 @@ def steps_of(config: Reproduce, cell) -> int | None:
 
 @lru_cache(maxsize=1)
 def surroundings() -> dict[str, Any]:
-    """Of the code that this process has loaded, taken before its first cell; each cell has a command of its own."""
+    """The environment of this process's code, taken before its first cell, without the command."""
     return {name: value for name, value in environment().items() if name != "command"}
 
 
@@ -140,7 +140,7 @@ def command_of(config: Reproduce, table: str, cell, seed: int) -> str:
 
 
 def show(table, found: Sequence[dict[str, Any]]) -> None:
-    """The table on standard output, and what it concludes."""
+    """Print the table and its conclusions."""
     print(f"{table.name}: {table.source}; {table.value}")
     print("\n".join(plain(*rows_of(table, found))))
     for sentence in table.conclude(found) if table.conclude else ():
@@ -148,7 +148,7 @@ def show(table, found: Sequence[dict[str, Any]]) -> None:
 
 
 def write_report(path: Path, table, found: Sequence[dict[str, Any]]) -> None:
-    """``report.html``: the table, what it concludes, and the curves of training."""
+    """Write ``report.html``: the table, its conclusions and the learning curves."""
     from gumbo.experiments._report import Report, again
 
     concluded = table.conclude(found) if table.conclude else []
@@ -193,7 +193,7 @@ def rows_of(table, found: Sequence[dict[str, Any]]) -> tuple[list[str], list[lis
 
 
 def beside_of(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """Further numbers of a cell, for a trained one the other bound on test data first."""
+    """Further numbers of a cell; for a trained cell, the other bound on test data comes first."""
     cell, test = numbers["cell"], numbers.get("test")
     if test is None:
         other = {}
@@ -205,7 +205,7 @@ def beside_of(numbers: Mapping[str, Any]) -> dict[str, float]:
 
 
 def number(value: float) -> str:
-    """Two decimals where these are significant, else three digits."""
+    """Two decimals if these are significant, otherwise three digits."""
     return f"{value:.2f}" if 0.1 <= abs(value) < 1e5 or value == 0 else f"{value:.3g}"
 
 

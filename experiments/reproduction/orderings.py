@@ -1,4 +1,4 @@
-"""Which arm of a trained table is ahead of which: at equal steps and at equal time, beside the published ordering."""
+"""Orderings of the arms of a trained table, at equal steps and at equal time, beside the published ordering."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import combinations
 from typing import Any
 
 LEAST_SEEDS = 3
-LEVEL = 0.05  # chance of a difference as large between arms that do not differ
+LEVEL = 0.05  # probability of a difference this large between equal arms
 
 Runs = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one arm ends above another, in nats, its standard error, and whether seeds alone would explain it."""
+    """How far one arm ends above another, in nats, with its standard error; ``sure`` if seeds do not explain it."""
 
     mean: float
     error: float
@@ -44,7 +44,7 @@ class Ordering:
     time: Difference | None
 
     def verdict(self, ours: Difference | None) -> str:
-        """Confirmed or contradicted, by a difference that seeds do not explain; else undecided."""
+        """Confirmed or contradicted if the difference exceeds the spread over seeds, otherwise undecided."""
         if ours is None:
             return "not comparable"
         if not ours.sure:
@@ -85,7 +85,7 @@ def between(one: str, ours: Runs, other: str, theirs: Runs) -> Ordering:
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Welch's: the two arms may spread differently.
+    """The difference of two means by Welch's test, which allows unequal variances.
 
     >>> difference([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]).sure, difference([1.0, 3.0, 2.0], [2.0, 2.1, 1.9]).sure
     (True, False)
@@ -107,7 +107,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
 
 
 def at_equal_time(ours: Runs, theirs: Runs) -> Difference | None:
-    """The difference of the curves where the first run of either arm has come to its end."""
+    """The difference of the curves at the time when the first run of either arm ends."""
     of = what_curves_show([*ours, *theirs])
     if of is None:
         return None
@@ -116,7 +116,7 @@ def at_equal_time(ours: Runs, theirs: Runs) -> Difference | None:
 
 
 def what_curves_show(runs: Runs) -> str | None:
-    """``valid`` where every curve has it, ``train`` where all show one bound; None where they show different ones."""
+    """``valid`` if every curve has it, ``train`` if all show the same bound, otherwise None."""
     if not all(run.get("curve") for run in runs):
         return None
     if all("valid" in point for run in runs for point in run["curve"]):
@@ -126,24 +126,24 @@ def what_curves_show(runs: Runs) -> str | None:
 
 
 def draws_of_bound(cell: Mapping[str, Any]) -> int:
-    """Of bounds that rise with their draws."""
+    """The number of draws of the bound that the cell trains."""
     return 1 if cell["objective"] == "elbo" else cell["particles"] or 1
 
 
 def is_relaxed(cell: Mapping[str, Any]) -> bool:
-    """Whether a cell's training reports the bound of a relaxed model."""
+    """Whether the training objective of a cell is the bound of a relaxed model."""
     from gumbo.inference.engine.resolution import as_estimator
 
     return as_estimator(cell["estimator"]).objective_name() != "elbo"
 
 
 def seconds_of(run: Mapping[str, Any]) -> list[float]:
-    """Of training, at each point of the curve; from the mean time of a step where the points do not say."""
+    """Seconds of training at each point of the curve; from the mean time of a step if the points lack them."""
     return [point.get("seconds", point["step"] * run["ms_per_step"] / 1000) for point in run["curve"]]
 
 
 def height_at(run: Mapping[str, Any], of: str, seconds: float) -> float:
-    """The curve at a time, linear between its points, in the sense of the tables: smaller is better."""
+    """The curve at a time, linear between its points, with the tables' sign: smaller is better."""
     import numpy as np
 
     return float(np.interp(seconds, seconds_of(run), [-point[of] for point in run["curve"]]))
@@ -165,7 +165,7 @@ def rows(found: Runs) -> list[list[str]]:
 
 
 def totals(found: Runs) -> list[str]:
-    """How the published orderings fare, and which arms have too few seeds to be ordered."""
+    """How many published orderings are confirmed, and which arms have too few seeds."""
     known = [one for one in orderings(found) if one.published]
     said = []
     for title, kind in (("equal steps", "steps"), ("equal time", "time")):

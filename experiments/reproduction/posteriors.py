@@ -34,10 +34,10 @@ CALIBRATED = {
     "eight-schools-noncentered": "eight_schools-eight_schools_noncentered",
     "horseshoe": "horseshoe",
 }
-SAYS = ("khat", "shift", "width")  # without these, a report without alarm says nothing in the guide's favour
-# Its density has no mode: it is endless at tau = 0.
+SAYS = ("khat", "shift", "width")  # without these verdicts, a report without alarm is no evidence for the guide
+# Its density has no mode: it is unbounded at tau = 0.
 WITHOUT = {("eight_schools-eight_schools_centered", guide) for guide in ("mode", "diagonal")}
-# k̂ of mean-field ADVI in the paper's section 4.3, as remembered; to be checked against it.
+# k̂ of mean-field ADVI in the paper's section 4.3, quoted from memory.
 PUBLISHED = {
     "eight_schools-eight_schools_centered/mean-field": 1.00,
     "eight_schools-eight_schools_noncentered/mean-field": 0.64,
@@ -125,7 +125,7 @@ class PosteriorCell(Cell):
 def fitted(model: Callable, y, kind: str, steps: int, seed: int):
     """An autoguide of the kind: trained from Stan's initial values, or a normal approximation at the mode.
 
-    The diagonal one has the widths that minimise KL(q ‖ p) where p is normal: those given all other latents.
+    The diagonal guide has the widths that minimise KL(q ‖ p) for a normal p: the conditional standard deviations.
     """
     import torch
     from pyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal
@@ -134,7 +134,7 @@ def fitted(model: Callable, y, kind: str, steps: int, seed: int):
     from gumbo.inference import fit, parse_schedule
 
     if kind in ("mode", "diagonal"):
-        # Nearer to 0 than Stan's: beyond 1 a moving average of 200 steps explodes.
+        # Nearer to 0 than Stan's initial values: with a coefficient beyond 1, a moving average of 200 steps diverges.
         guide = AutoLaplaceApproximation(model, init_loc_fn=partial(init_to_uniform, radius=0.5))
         guide(y)
         to_mode(model, guide, y)
@@ -176,7 +176,7 @@ def to_mode(model: Callable, guide, y, most: int = 200) -> None:
         rows = [torch.autograd.grad(one, guide.loc, retain_graph=True)[0] for one in slope]
         slope, curvature = slope.detach(), torch.stack(rows)
         scale = curvature.diagonal().abs().clamp(min=1e-12).sqrt()
-        # Of directions that bend down the size of the curvature counts, so that every step descends.
+        # Negative curvature enters by its absolute value, so that every step descends.
         bends, directions = torch.linalg.eigh(curvature / scale / scale[:, None])
         along = directions.mT @ (slope / scale)
         for _ in range(30):

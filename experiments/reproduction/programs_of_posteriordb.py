@@ -1,8 +1,8 @@
-"""Posteriors of posteriordb as Pyro programs: the same densities, written anew, over the data of posteriordb.json.
+"""Posteriors of posteriordb as Pyro programs: the same densities over the data in posteriordb.json.
 
-And the simulated examples of Yao et al. 2018, arXiv 1802.02538, in smaller sizes, which have no reference draws.
-A flat prior there is one here that is a thousand times as wide as the data allow. Observations are one event, without a
-plate, so that many draws run at once.
+The simulated examples of Yao et al. 2018, arXiv 1802.02538, are here too, in smaller sizes and without reference
+draws. A flat prior of posteriordb becomes a prior that is a thousand times as wide as the scale of the data.
+Observations are one event, without a plate, so that many draws run at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Pathwise or score function: one continuous program, and what decides between the two.
+"""Pathwise or score-function gradient: which is better for one continuous program, and why.
 
 The loss is E[f(z)] with f(z) = Σ g(z_d), z of D independent Normal or Gamma variables, and the gradient with respect to
-their D parameters from B rows. One thing at a time is varied: the dimension, the roughness of g, the number of rows.
+their D parameters from B rows. One property varies at a time: the dimension, the roughness of g, the number of rows.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def exact_gradient(cell: QuestionCell) -> float:
 
 
 def conclude(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Where the score function, with whichever baseline, costs less than the pathwise gradient."""
+    """The settings in which the score function, with or without a baseline, has the smaller variance × time."""
     by = {(n["cell"]["site"], n["cell"]["name"].split("/")[1], n["cell"]["estimator"]): n for n in found}
     said = []
     for site in SITES:

@@ -1,4 +1,4 @@
-"""ReinMax (Liu et al. 2023, arXiv 2304.08612): MNIST VAEs of so many classes × so many latents."""
+"""ReinMax (Liu et al. 2023, arXiv 2304.08612): categorical VAEs of MNIST, by number of classes × number of latents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gumbo.experiments.reproduction.cells import register
 from gumbo.experiments.reproduction.orderings import conclude
 from gumbo.experiments.reproduction.trained import TrainedCell
 
-# Training loss on grey levels, by classes × latents, as the paper's table has it (quoted from memory).
+# Training loss on grey levels, by classes × latents, from the paper's table (quoted from memory).
 PUBLISHED = {
     (8, 4): {"reinmax": 124.66, "straight-through": 126.85},
     (4, 24): {"reinmax": 99.77, "straight-through": 101.32},
@@ -15,7 +15,7 @@ PUBLISHED = {
     (64, 8): {"reinmax": 100.71, "straight-through": 104.0},
     (10, 30): {"reinmax": 98.37, "straight-through": 99.63},
 }
-# ReinMax's optimizer, learning rate and temperature, which every column has here.
+# The optimizer, learning rate and temperature of ReinMax; every column here uses them.
 SETTINGS = {
     (8, 4): ("adam", "5e-4", "1.3"),
     (4, 24): ("radam", "5e-4", "1.5"),
@@ -60,7 +60,7 @@ register(
     "Classes × latents; encoder 784-512-256 and its mirror, batch 100, 160 passes. The papers train on the 60,000 "
     "grey images with binary cross-entropy (BCE): for a grey level g in [0, 1] that is the mean of −log p(x) over "
     "pixels drawn from Bernoulli(g), so that their number is a mean over random binarizations and the bound of no "
-    "image at hand. Their numbers are quoted from memory. Ours is −ELBO "
+    "image at hand. Their numbers are quoted from memory. Ours is the −ELBO "
     "of 5,000 training images of the fixed binarization: orderings compare, values do not.",
     cells,
     conclude=conclude,

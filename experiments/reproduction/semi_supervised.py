@@ -1,6 +1,6 @@
 """Jang, Gu & Poole 2017, section 4.3: one sample of a label in place of a sum over all of them, 100 labels.
 
-The time of a training step grows with the number of classes where the label is summed out, and not where it is drawn.
+The time of a training step grows with the number of classes if the label is summed out, not if it is drawn.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def pair(classes: int):
 
 
 def loss_of(word: str):
-    """One word for the label and the pathwise gradient for the latent that is free of it."""
+    """The loss with ``word`` for the label and the pathwise gradient for the Normal latent."""
     from gumbo.inference import SiteELBO
 
     if word == "pathwise":
@@ -147,7 +147,7 @@ def digits():
 
 
 def balanced(labels, count: int):
-    """Indices of so many rows, as many of each class; of those at hand where there are fewer."""
+    """Indices of ``count`` rows, equally many of each class, or all of a class that has fewer."""
     import torch
 
     order = torch.randperm(len(labels))
@@ -155,7 +155,7 @@ def balanced(labels, count: int):
 
 
 def conclude(found: Sequence[dict[str, Any]]) -> list[str]:
-    """How many times faster a step is with one sample than with the sum, by number of classes."""
+    """By number of classes: how many times faster a step is with one sample than with the sum."""
     times: dict[tuple[int, str], list[float]] = {}
     for numbers in found:
         if "classes" in numbers["cell"]:

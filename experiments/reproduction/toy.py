@@ -61,7 +61,7 @@ class ToyCell(Cell):
 
 
 def _loss(cell: ToyCell, replicas: int):
-    """The loss of that many coins at φ = 0, with φ ``(replicas,)``."""
+    """The loss of ``replicas`` coins at φ = 0, and φ of shape ``(replicas,)``."""
     import pyro
     import pyro.distributions as dist
     import torch
@@ -89,7 +89,7 @@ def _loss(cell: ToyCell, replicas: int):
 
 
 def _gradients(cell: ToyCell, replicas: int, quick: bool):
-    """Gradients at φ = 0, one for each replica and call, once the estimator's own parameters have adapted."""
+    """Gradients at φ = 0, one for each replica and call, after the estimator's own parameters have adapted."""
     import torch
 
     loss, phi = _loss(cell, replicas)
@@ -110,7 +110,7 @@ def _gradients(cell: ToyCell, replicas: int, quick: bool):
 
 
 def _train(cell: ToyCell, replicas: int, steps: int):
-    """σ(φ) of each replica after the training, and on the way."""
+    """σ(φ) of each replica after training, and its curve during training."""
     import torch
 
     loss, phi = _loss(cell, replicas)

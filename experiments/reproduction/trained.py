@@ -24,7 +24,7 @@ COSINE = "cosine({steps}, 1e-3, 1e-5)"
 Pair = tuple[str, Mapping[str, Any], str, Mapping[str, Any]]  # a model and a guide by name, each with its options
 VALID_ROWS = 1000  # of the validation images, to choose settings by
 TEST_SEED = 1
-TRAIN_ROWS = 5000  # of the training images, for what a paper reports of them
+TRAIN_ROWS = 5000  # of the training images, for papers that report the training loss
 VARIANCE_DRAWS, QUICK_DRAWS = 20, 3
 QUICK_ROWS, QUICK_STEPS = 400, 8
 
@@ -38,7 +38,7 @@ class TrainedCell(Cell):
         estimator: a word; ``particles`` its number of draws, ``objective`` what it estimates.
         lr: the learning rate, a number or a schedule of the step in words, where ``{steps}`` stands for the budget.
         metric: what the paper reports, a key of ``METRICS``, in nats per datum; smaller is better.
-        bounds: draws of further importance-weighted bounds on the test data, which stand beside.
+        bounds: draws of further importance-weighted bounds on the test data, reported beside.
         variance: whether the total variance of the guide's gradient is measured at the points of the curve.
     """
 
@@ -91,7 +91,7 @@ def cell_of(
 
 
 def settings(cell: TrainedCell, seed: int, steps: int):
-    """The cell as settings of ``gumbo train``, which knows how to build all of it."""
+    """The settings of ``gumbo train`` that train the cell."""
     from gumbo.experiments.train import Train
 
     return Train(
@@ -115,9 +115,9 @@ def settings(cell: TrainedCell, seed: int, steps: int):
 def train_and_judge(
     cell: TrainedCell, seed: int, steps: int, folder: Path, *, rows: int | None, compile: bool, device: str
 ) -> dict[str, Any]:
-    """Train one cell for so many steps, rounded to whole epochs, and judge it once on the test images.
+    """Train one cell for ``steps`` steps, rounded to whole epochs, and evaluate it once on the test images.
 
-    ``rows`` images are used of each part of the data; None takes all.
+    ``rows`` is the number of images used of each split; None takes all.
     """
     import torch
 

@@ -8,7 +8,7 @@ from gumbo.experiments.reproduction.cells import register
 from gumbo.experiments.reproduction.orderings import conclude
 from gumbo.experiments.reproduction.trained import TrainedCell
 
-# Estimator, particles, and the draws of the model a step that its name gives.
+# Estimator, particles, and the number of model runs a step, which the cell's name gives.
 ARMS = (
     ("disarm", 1, 2),
     ("rloo", 2, 2),
@@ -17,7 +17,7 @@ ARMS = (
     ("rebar", 1, 1),
     ("relax", 1, 1),
 )
-# Two, three and four draws of the model a step.
+# Two, three and four model runs a step.
 MORE = (
     *((f"arms(draws={k})", "arms", 1, k) for k in (2, 3, 4)),
     *(("double-cv", "double-cv", k, k) for k in (2, 3, 4)),
@@ -51,9 +51,9 @@ def cell(estimator: str, word: str, particles: int, k: int, **options: Any) -> T
 register(
     "coins",
     "Dong et al. 2020, arXiv 2006.10680; Dimitriev & Zhou 2021; Titsias & Shi 2022; Shi et al. 2022",
-    "The papers binarize MNIST anew at each pass; here it is the fixed binarization. Batch 100, Adam 1e-3. K counts "
-    "runs of the model a step. The papers' test bound is named one of 100 draws, and their released code draws two or "
-    "three: both stand beside −ELBO on the test images.",
+    "The papers binarize MNIST anew in each pass; this table uses the fixed binarization. Batch 100, Adam 1e-3. K is "
+    "the number of model runs a step. The papers call their test bound one of 100 draws, but their released code draws "
+    "two or three: the table has both beside the −ELBO of the test images.",
     cells,
     conclude=conclude,
 )
