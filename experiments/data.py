@@ -12,6 +12,7 @@ name                image       train / valid / test       splits
 ``reuters``         1 x 4258    300 / 45 / 50              word counts of 395 news; a fixed permutation; no labels
 ``jsb-chorales``    1 x T x 88  229 / 76 / 77              piano rolls of Boulanger-Lewandowski; labels: lengths
 ``cells``           1 x 60      1,500 / 500 / 1,000        counts drawn from ``cells_law``; labels: types of cell
+``switching``       1 x 30 x 6  400 / 100 / 200            sequences drawn from ``switching_law``; labels: lengths
 =================== =========== ========================== =========================================================
 
 Files are read from the folder that the environment variable ``GUMBO_DATA`` names (by default ``gumbo`` in the user's
@@ -654,3 +655,59 @@ def _cells(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     mean = library[:, None] * shares[types]
     counts = random.poisson(random.gamma(totals, mean / totals)).astype(np.float32)
     return _only(_cut(counts, types.astype(np.int64), (1_500, 500, 1_000)), splits)
+
+
+SWITCHING_STEPS, SWITCHING_SIZES = 30, (400, 100, 200)
+
+
+def switching_law() -> dict[str, np.ndarray]:
+    """The parameters of the data set ``switching``, three regimes of two states and six numbers a step.
+
+    Returns:
+        By name: ``first`` ``(3,)`` and ``transition`` ``(3, 3)``, probabilities of regimes; ``dynamics`` ``(3, 2, 2)``,
+        ``drift`` ``(3, 2)`` and ``noise`` ``(3, 2)``, of a state given the one before (the first: given zeros);
+        ``loading`` ``(3, 6, 2)``, ``offset`` ``(3, 6)`` and ``spread`` ``(3, 6)``, of a step of x given its state.
+        The first regime turns the state quickly, the second slowly the other way, the third draws it to a point.
+    """
+    random = np.random.RandomState(0)
+    turns = [0.97 * np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) for a in (0.8, -0.25)]
+    loading = random.randn(6, 2)
+    return {
+        "first": np.full(3, 1 / 3),
+        "transition": np.full((3, 3), 0.04) + 0.88 * np.eye(3),
+        "dynamics": np.stack([*turns, 0.5 * np.eye(2)]),
+        "drift": np.array([[0.0, 0.0], [0.0, 0.0], [1.0, -1.0]]),
+        "noise": np.array([[0.3, 0.3], [0.2, 0.2], [0.1, 0.1]]),
+        "loading": np.stack([loading] * 3),
+        "offset": 0.2 * random.randn(3, 6),
+        "spread": np.array([[0.3] * 6, [0.3] * 6, [0.15] * 6]),
+    }
+
+
+def switching_regimes() -> dict[str, np.ndarray]:
+    """The regimes that the sequences of ``switching`` were drawn with, ``(N, 30)`` of 0, 1, 2 by split."""
+    _, regimes, lengths = _switching_draws()
+    return {split: rows for split, (rows, _) in _cut(regimes, lengths, SWITCHING_SIZES).items()}
+
+
+def _switching_draws() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sequences padded with zeros ``(N, 30, 6)``, their regimes ``(N, 30)`` and lengths ``(N,)``."""
+    law, random, count = switching_law(), np.random.RandomState(1), sum(SWITCHING_SIZES)
+    regime, z, steps = random.choice(3, count, p=law["first"]), np.zeros((count, 2)), []
+    lengths = random.randint(10, SWITCHING_STEPS + 1, count)
+    for t in range(SWITCHING_STEPS):
+        if t:
+            regime = (random.rand(count, 1) > law["transition"].cumsum(-1)[regime]).sum(-1).clip(max=2)
+        z = np.einsum("nij,nj->ni", law["dynamics"][regime], z) + law["drift"][regime]
+        z = z + law["noise"][regime] * random.randn(count, 2)
+        x = np.einsum("nij,nj->ni", law["loading"][regime], z) + law["offset"][regime]
+        steps.append((x + law["spread"][regime] * random.randn(count, 6), regime))
+    x, regimes = (np.stack(part, 1) for part in zip(*steps, strict=True))
+    inside = np.arange(SWITCHING_STEPS) < lengths[:, None]
+    return (x * inside[..., None]).astype(np.float32), regimes, lengths.astype(np.int64)
+
+
+@dataset("switching")
+def _switching(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    x, _, lengths = _switching_draws()
+    return _only(_cut(x, lengths, SWITCHING_SIZES), splits)

@@ -1,4 +1,4 @@
-"""The guide of deep Markov models."""
+"""The guide of state space models: deep Markov, and switching."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ..errors import BadInput
 from ..models._base import GenerativeModel
 from ..models._chains import Couplings, NormalChain
+from ..models._sequences import standard_where_masked
 from ..models.deep_markov_model import DeepMarkovModel
+from ..models.switching_state_space import SwitchingStateSpace
 from ._base import AnyGuide, guides
 
 
@@ -22,7 +25,10 @@ class CombinerGuide(AnyGuide):
     ``flows`` above 0 each step's Normal is transformed by that many affine couplings, the same at all steps. Padding
     has no effect.
 
-    Shapes: as the model's; called as ``guide(x, mask=mask)``. Raises BadInput for any other model.
+    For `SwitchingStateSpace`, whose steps are sites of their own, each step's Normal is a site, without couplings.
+
+    Shapes: as the model's; called as ``guide(x, mask=mask)``. Raises BadInput for any other
+    model, and for couplings over single steps.
 
     Krishnan, Shalit & Sontag 2017, arXiv:1609.09869; Dinh, Sohl-Dickstein & Bengio 2017, arXiv:1605.08803, for the
     couplings, in place of the inverse autoregressive flows of Pyro's example: they score a given value in one pass.
@@ -46,7 +52,12 @@ class CombinerGuide(AnyGuide):
     ):
         super().__init__(model)
         self.min_sd = min_sd
-        size, width = self.latents["z"].shape[-1], self.data_shape[-1]
+        self.whole = "z" in self.latents  # one site of all steps
+        if flows and not self.whole:
+            raise BadInput(
+                f"CombinerGuide: flows={flows} serve a chain that is one site; set flows=0 for {type(model).__name__}"
+            )
+        size, width = next(iter(self.latents.values())).shape[-1], self.data_shape[-1]
         self.encoder_rnn = nn.GRU(width, rnn_hidden, batch_first=True)
         self.encoder_previous = nn.Linear(size, rnn_hidden)
         self.encoder_output = nn.Linear(rnn_hidden, 2 * size)
@@ -55,8 +66,8 @@ class CombinerGuide(AnyGuide):
 
     @classmethod
     def why_not(cls, model: GenerativeModel) -> str:
-        if not isinstance(model, DeepMarkovModel):
-            return "it is no deep Markov model, whose steps the guide follows"
+        if not isinstance(model, (DeepMarkovModel, SwitchingStateSpace)):
+            return "it is no deep Markov model and no switching state space, whose steps the guide follows"
         return super().why_not(model)
 
     def forward(self, x: Tensor, **conditions: Tensor) -> dict[str, Tensor]:
@@ -69,7 +80,12 @@ class CombinerGuide(AnyGuide):
                 loc, raw = output(combined).chunk(2, -1)
                 return loc, softplus(raw) + self.min_sd
 
-            return {"z": pyro.sample("z", NormalChain(step, self.encoder_start, mask, self.encoder_flow))}
+            if self.whole:
+                return {"z": pyro.sample("z", NormalChain(step, self.encoder_start, mask, self.encoder_flow))}
+            last, drawn = self.encoder_start, {}
+            for t, site in enumerate(self.latents):
+                last = drawn[site] = pyro.sample(site, standard_where_masked(*step(last, t), mask[:, t]))
+            return drawn
 
     def read(self, x: Tensor, mask: Tensor) -> Tensor:
         """The state of the network at each step t, from x_t ... x_T, ``(B, T, rnn_hidden)``."""

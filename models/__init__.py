@@ -28,6 +28,7 @@ from .semi_supervised_vae import SemiSupervisedVAE
 from .sequence_vae import SequenceVAE
 from .sigmoid_belief_network import SigmoidBeliefNetwork
 from .structured_prediction import StructuredPrediction
+from .switching_state_space import SwitchingStateSpace
 from .vector_quantized_vae import VectorQuantizedVAE
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "SequenceVAE",
     "SigmoidBeliefNetwork",
     "StructuredPrediction",
+    "SwitchingStateSpace",
     "VectorQuantizedVAE",
     "models",
     "npmi",

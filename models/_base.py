@@ -180,11 +180,16 @@ class GenerativeModel(OverData):
     binary_data = False
     observation: Observation
 
-    def observe_by(self, likelihood: str, options: Mapping[str, Any] | None = None) -> int:
-        """Observe x by that likelihood; how many numbers a decoder gives it. ``observation`` makes p(x | output)."""
-        self.observation = Observation(likelihood, self.data_shape, options)
+    def observe_by(
+        self, likelihood: str, options: Mapping[str, Any] | None = None, shape: Sequence[int] | None = None
+    ) -> int:
+        """Observe x by that likelihood; how many numbers a decoder gives it. ``observation`` makes p(x | output).
+
+        ``shape`` is the event shape of an observed site, if it is not all of x.
+        """
+        self.observation = Observation(likelihood, self.data_shape if shape is None else shape, options)
         self.binary_data = likelihood == "bernoulli"
-        return self.observation.outputs * math.prod(self.data_shape)
+        return self.observation.outputs * math.prod(self.observation.shape)
 
     def forward(self, x: torch.Tensor | None = None, *, batch_size: int = 1) -> torch.Tensor:
         raise TypeError(f"{type(self).__name__} must define forward(x=None, *, batch_size=1)")

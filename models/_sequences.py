@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
@@ -17,6 +19,33 @@ SILENT = -100.0  # the logit of a one at a masked step: probability e^-100
 def silent_where_masked(logits: Tensor, mask: Tensor) -> Tensor:
     """The logits ``(..., D)`` of binary vectors, with zeros almost surely where ``mask`` ``(...)`` is zero."""
     return torch.where(mask.unsqueeze(-1) > 0, logits, torch.full_like(logits, SILENT))
+
+
+def standard_where_masked(loc: Tensor, scale: Tensor, mask: Tensor) -> dist.TorchDistribution:
+    """The Normal of vectors with these ``(..., Z)``, but N(0, I) where ``mask`` ``(...)`` is zero."""
+    counts = mask.unsqueeze(-1) > 0
+    loc, scale = torch.where(counts, loc, torch.zeros_like(loc)), torch.where(counts, scale, torch.ones_like(scale))
+    return dist.Normal(loc, scale).to_event(1)
+
+
+class Padded(MaskedDistribution):
+    """A distribution of vectors under a mask, whose draws are zeros where they are masked.
+
+    >>> noise = Padded(dist.Normal(torch.zeros(2, 3), 1.0).to_event(1), torch.tensor([True, False]))
+    >>> noise.sample()[1], noise.log_prob(torch.ones(2, 3))[1]
+    (tensor([0., 0., 0.]), tensor(0.))
+    """
+
+    def _kept(self, value: Tensor) -> Tensor:
+        counts = torch.as_tensor(self._mask)
+        counts = counts.reshape(counts.shape + (1,) * self.event_dim)
+        return torch.where(counts, value, torch.zeros_like(value))
+
+    def sample(self, sample_shape=()):
+        return self._kept(super().sample(sample_shape))
+
+    def rsample(self, sample_shape=()):
+        return self._kept(super().rsample(sample_shape))
 
 
 class SequenceModel(GenerativeModel):
@@ -59,7 +88,9 @@ class SequenceModel(GenerativeModel):
 
     def joined(self, draws: Mapping[str, Tensor]) -> Tensor:
         """Sequences ``(B, *data_shape)`` from the draws of `sample_prior`."""
-        return draws["x"]
+        if self.observed == ("x",):
+            return draws["x"]
+        return torch.stack([draws[name] for name in self.observed], -2).unflatten(-2, self.data_shape[:-1])
 
     @staticmethod
     def per_step(values: Tensor, mask: Tensor) -> float:

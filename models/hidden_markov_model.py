@@ -96,6 +96,3 @@ class HiddenMarkovModel(SequenceModel):
         if self.decoder_previous is not None and before is not None:
             logits = logits + before @ self.decoder_previous
         return dist.Bernoulli(logits=silent_where_masked(logits, mask)).to_event(1)
-
-    def joined(self, draws: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([draws[name] for name in self.observed], -2).unflatten(-2, self.data_shape[:-1])

@@ -74,7 +74,7 @@ def test_the_loss_falls_on_digits(name, variant):
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     losses = []
     # Where a row is a walk through many steps, half as many passes do.
-    for step in range(30 if name in ("sequence-vae", "deep-markov-model") else 60):
+    for step in range(30 if name in ("sequence-vae", "deep-markov-model", "switching-state-space") else 60):
         rows = slice(20 * step, 20 * step + 20)
         batch = model.inputs(data.train[rows], data.labels["train"][rows] if labelled else None)
         optimizer.zero_grad()
