@@ -63,7 +63,10 @@ def inspect(config: Inspect) -> dict[str, Any]:
         seed=config.seed,
         **inputs,
     )
-    _arviz.save(idata, run.path / "posterior.nc")
+    judged = report.to_arviz()
+    ranks = {name: _arviz.dataset_of(judged, name) for name in _arviz.groups_of(judged) if name == "prior_sbc"}
+    groups = {name: _arviz.dataset_of(idata, name) for name in _arviz.groups_of(idata)}
+    _arviz.save(_arviz.make(groups | ranks), run.path / "posterior.nc")
     (run.path / "diagnosis.txt").write_text(f"{report}\n")
     found = {
         "config": asdict(config),
@@ -79,7 +82,6 @@ def inspect(config: Inspect) -> dict[str, Any]:
     run.write_json("diagnosis.json", found)
     labels = data.labels.get(config.split)
     labels = None if labels is None else labels[: config.num_data].numpy()
-    groups = {name: _arviz.dataset_of(idata, name) for name in _arviz.groups_of(idata)}
     pictures = everything(run.plots, groups, report, labels, draws)
     write_report(run, report, pictures)
     print(report)

@@ -186,17 +186,24 @@ def pareto(path: Path, stats: Any, limit: float, verdict: str) -> Path:
     return save(made, path)
 
 
-def calibration(path: Path, ranks: Mapping[str, np.ndarray]) -> Path:
-    """ECDF of ranks minus that of uniform ones, and a band that holds 99 % of each point under uniformity."""
+def calibration(path: Path, ranks: Mapping[str, np.ndarray], rank_draws: int) -> Path:
+    """ECDF of ranks among ``rank_draws`` draws minus that of uniform ones, and a band that holds 99 % of such curves.
+
+    The band is ArviZ's, for whole curves; where the installed version has none, it holds 99 % at each point.
+    """
     from scipy.stats import binom
 
+    from gumbo.inference.posterior._arviz import ecdf_band
+
     count = min(len(found) for found in ranks.values())
-    top = max(int(found.max()) for found in ranks.values()) + 1
+    top = rank_draws + 1
     at = np.arange(top) / top
     made, axis = figure(figsize=(6.4, 4.0))
-    for level, shade in ((0.99, 0.15), (0.9, 0.3)):
-        low, high = (binom.ppf(tail, count, at) / count - at for tail in ((1 - level) / 2, (1 + level) / 2))
-        axis.fill_between(at, low, high, color="tab:gray", alpha=shade, linewidth=0)
+    band = ecdf_band(count, at[1:], 0.99)
+    words = "band: 99 % at each rank" if band is None else "band: 99 % of whole curves"
+    low, high = (binom.ppf(tail, count, at[1:]) / count for tail in (0.005, 0.995)) if band is None else band
+    low, high = (np.concatenate([[0.0], end - at[1:], [0.0]]) for end in (low, high))
+    axis.fill_between([*at, 1.0], low, high, color="tab:gray", alpha=0.3, linewidth=0, label=words)
     for index, (name, found) in enumerate(itertools.islice(ranks.items(), 12)):
         ecdf = (found[:, None] < np.arange(top)).mean(0)
         dark = name.startswith("log p")
@@ -250,7 +257,7 @@ def everything(
             predictive(folder / "posterior_predictive.png", groups["observed_data"], groups["posterior_predictive"])
         )
     if report.ranks:
-        made.append(calibration(folder / "calibration.png", report.ranks))
+        made.append(calibration(folder / "calibration.png", report.ranks, report.rank_draws))
     local = [name for name in posterior.attrs.get("local", "").split(",") if name]
     if local and math.prod(posterior[local[0]].shape[2:3]) > 1:
         rows = len(posterior[local[0]][0, 0])

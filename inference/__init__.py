@@ -11,6 +11,8 @@ from .elbo import SiteELBO
 from .posterior.activity import active_units
 from .posterior.conversion import summary, to_arviz
 from .posterior.evaluation import evaluate
+from .posterior.from_svi import from_pyro_svi
+from .posterior.leave_one_out import loo_approximate_posterior
 from .posterior.prediction import predict
 from .posterior.refinement import refine, refinement_gap
 from .stock import make_loss, stock_elbos
@@ -34,6 +36,8 @@ __all__ = [
     "diagnose",
     "evaluate",
     "fit",
+    "from_pyro_svi",
+    "loo_approximate_posterior",
     "make_loss",
     "parse_schedule",
     "plot_audit",

@@ -35,8 +35,11 @@ def calibration(
     refits: int = 0,
     steps: int = 1000,
     refit: Callable | None = None,
-) -> dict[str, Verdict]:
-    """Ranks of simulated latents among the guide's draws; with ``refits``, of guides fitted to each data set."""
+) -> tuple[dict[str, Verdict], int]:
+    """Ranks of simulated latents among the guide's draws; with ``refits``, of guides fitted to each data set.
+
+    They are added to ``ranks``. Returns the verdict, and the number of draws that the ranks are among, 0 without ranks.
+    """
     try:
         with quietly(sweep.model, sweep.guide, None if seed is None else seed + 1):
             if refits:
@@ -45,12 +48,12 @@ def calibration(
                 found, draws = simulated_ranks(sweep, simulations, say)
     except _Unread:
         skipped["calibration"] = _UNREAD
-        return {"calibration": not_done("calibration", _UNREAD, _OFFER)}
+        return {"calibration": not_done("calibration", _UNREAD, _OFFER)}, 0
     except (GumboError, *PROGRAM_ERRORS) as error:
         reason = str(error) if isinstance(error, GumboError) else f"it failed ({first_line(error, kind=True)})"
         skipped["calibration"] = reason
         advice = "programs whose observed sites take their data from an argument can be calibrated"
-        return {"calibration": not_done("calibration", reason, advice)}
+        return {"calibration": not_done("calibration", reason, advice)}, 0
     ranks.update(found)
     chances = {name: uniformity(values, draws) for name, values in found.items()}
     if refits:
@@ -65,17 +68,16 @@ def calibration(
         paper = "Yao et al. 2018, arXiv:1802.02538"
     word = ALARM if chance < UNIFORM else OK
     advice = "the guide is wrong on average: see shift and width for how, then train longer or widen the family"
-    return {
-        "calibration": Verdict(
-            "calibration",
-            word,
-            f"ranks of {worst} among {draws} draws of the guide, over {over}, leave the band of uniform ranks with "
-            f"probability {chance:.2g} if the guide is exact, limit {UNIFORM:g} ({paper})",
-            chance,
-            UNIFORM,
-            advice if word == ALARM else "more simulations see smaller faults",
-        )
-    }
+    verdict = Verdict(
+        "calibration",
+        word,
+        f"ranks of {worst} among {draws} draws of the guide, over {over}, leave the band of uniform ranks with "
+        f"probability {chance:.2g} if the guide is exact, limit {UNIFORM:g} ({paper})",
+        chance,
+        UNIFORM,
+        advice if word == ALARM else "more simulations see smaller faults",
+    )
+    return {"calibration": verdict}, draws
 
 
 class _Unread(BadInput):

@@ -101,7 +101,8 @@ def diagnose(
 
     Returns:
         A `Report` whose ``ok`` is False when any verdict is an alarm. ``alarms`` and ``cannot_say`` name verdicts,
-        ``vi_stats`` has the numbers (k̂, effective sample sizes, evidence in nats). For an exact guide only
+        ``vi_stats`` has the numbers (k̂, effective sample sizes, evidence in nats), ``to_arviz()`` the same and the
+        ranks for ArviZ's plots. For an exact guide only
         ``calibration`` can raise a false alarm, with probability 0.001.
 
     Raises:
@@ -206,13 +207,15 @@ def _examined(
     extra: dict[str, tuple[Sequence[str], np.ndarray]] = {}
     known["gap"] = with_parts(known["gap"], sweep, refine_steps, seed, skipped, extra, options, say)
     ranks: dict[str, np.ndarray] = {}
+    rank_draws = 0
     if not known["point"].fired:
         fits = (calibration_refits, refit_steps, refit)
-        known |= calibration(sweep, num_simulations, seed, skipped, ranks, say, *fits)
+        calibrated, rank_draws = calibration(sweep, num_simulations, seed, skipped, ranks, say, *fits)
+        known |= calibrated
         known |= missed_mass(sweep, num_samples, seed, skipped, options, say)
     known |= between_refits(collection)
     made = Naming(sweep, {}, {}).statistics(found | extra)
-    return Report(tuple(known.values()), xarray.Dataset(made), skipped, ranks)
+    return Report(tuple(known.values()), xarray.Dataset(made), skipped, ranks, rank_draws)
 
 
 def _by_weights(units: Units, collection: Collection) -> list[Verdict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...tables import html
+from ..posterior import _arviz
 
 OK: Literal["ok"] = "ok"
 ALARM: Literal["alarm"] = "alarm"
@@ -53,13 +55,14 @@ class Report:
     ``ok`` is False when any verdict is an alarm; ``alarms`` names these, ``cannot_say`` those with too little evidence,
     which do not support the guide. ``report["width"]`` is one verdict. ``vi_stats`` is an ``xarray.Dataset`` of the
     numbers; ``skipped`` names the diagnostics that were not run, with reasons; ``ranks`` are those of the calibration,
-    by latent.
+    by latent, among ``rank_draws`` draws; :meth:`to_arviz` has them in the form that ArviZ's plots take.
     """
 
     verdicts: tuple[Verdict, ...]
     vi_stats: Any
     skipped: Mapping[str, str] = field(default_factory=dict)
     ranks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    rank_draws: int = 0
 
     @property
     def alarms(self) -> list[str]:
@@ -84,6 +87,21 @@ class Report:
             head += f"; {len(self.cannot_say)} cannot say: {', '.join(self.cannot_say)}"
         return head
 
+    def to_arviz(self) -> Any:
+        """The numbers for ArviZ: ``InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x.
+
+        Group ``vi_stats`` has the numbers of each datum. Group ``prior_sbc``, if the calibration was done, has the
+        ranks in the form of simuk's: variables ``(chain, draw, …)``, one draw for each simulation, so that ArviZ 1.x's
+        ``plot_ecdf_pit(report.to_arviz())`` shows them. ``attrs["rank_draws"]`` is the largest possible rank.
+        """
+        import xarray
+
+        groups = {"vi_stats": self.vi_stats}
+        if self.ranks:
+            attrs = {"rank_draws": self.rank_draws}
+            groups["prior_sbc"] = xarray.Dataset(_by_site(self.ranks), attrs=attrs)
+        return _arviz.make(groups)
+
     def _not_judged(self) -> dict[str, str]:
         judged = {one.name for one in self.verdicts}
         return {name: f"not done, {reason}" for name, reason in self.skipped.items() if name not in judged}
@@ -101,6 +119,28 @@ class Report:
         rows = [[one.name, one.verdict, one.text, one.advice] for one in self.verdicts]
         rows += [[name, "--", text, ""] for name, text in self._not_judged().items()]
         return html(["diagnostic", "verdict", "what was found", "next"], rows, above=[self.summary])
+
+
+def _by_site(ranks: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Ranks ``(chain, draw, place)`` by latent, from ranks of coordinates, ``z[0]``, ``z[3]`` or ``z``."""
+    import xarray
+
+    found: dict[str, dict[int | None, np.ndarray]] = {}
+    for label, values in ranks.items():
+        inside = re.fullmatch(r"(.+)\[(\d+)\]", label)
+        name, place = (inside[1], int(inside[2])) if inside and inside[1] not in ranks else (label, None)
+        found.setdefault(name, {})[place] = values
+    made = {}
+    for name, parts in found.items():
+        dims, coords = ["chain", "draw"], {}
+        stacked = np.stack(list(parts.values()), -1)[None]
+        if None in parts:
+            stacked = stacked[..., 0]
+        else:
+            dims, coords = [*dims, f"{name}_dim_0"], {f"{name}_dim_0": list(parts)}
+        coords |= {dim: np.arange(size) for dim, size in zip(dims[:2], stacked.shape, strict=False)}
+        made[name] = xarray.DataArray(stacked, dims=dims, coords=coords)
+    return made
 
 
 def not_done(name: str, reason: str, advice: str) -> Verdict:

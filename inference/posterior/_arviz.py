@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import GumboWarning
+
 
 def arviz() -> Any:
     """The package, without the announcement that 0.23 prints at its first import."""
@@ -91,3 +93,72 @@ def table(idata: Any, group: str, var_names: Sequence[str] | None, options: Mapp
     # A value that never varies has no R̂: ArviZ divides zero by zero.
     with np.errstate(invalid="ignore", divide="ignore"):
         return arviz().summary(idata, var_names=var_names, group=group, **options)
+
+
+def loo_approximate_posterior(idata: Any, log_likelihood: Any, log_weight: Any, pointwise: bool | None) -> Any:
+    """Leave-one-out with weights ``log_weight`` ``(chain, draw)`` of the draws: arviz-stats', or the same with 0.x.
+
+    Magnusson et al. 2019, arXiv:1904.10679.
+    """
+    if is_datatree():
+        import arviz_stats
+
+        name, zero = str(log_likelihood.name), 0.0 * log_weight
+        return arviz_stats.loo_approximate_posterior(idata, log_weight, zero, pointwise=pointwise, var_name=name)
+    from scipy.special import logsumexp
+
+    az = arviz()
+    stacked = log_likelihood.stack(__sample__=("chain", "draw"))
+    ratios = log_weight.stack(__sample__=("chain", "draw")) - stacked
+    smoothed, khat = az.psislw((ratios - ratios.max("__sample__")).transpose(*stacked.dims))
+    density = (smoothed + stacked).reduce(logsumexp, "__sample__").rename("loo_i")
+    draws, total = stacked.sizes["__sample__"], float(density.sum())
+    in_sample = float((stacked.reduce(logsumexp, "__sample__") - np.log(draws)).sum())
+    good = min(1 - 1 / np.log10(draws), 0.7)
+    if high := int((khat > good).sum()):
+        warnings.warn(
+            GumboWarning(f"k̂ of {high} of {density.size} data is above {good:.2f}: their densities are unreliable"),
+            stacklevel=3,
+        )
+    found = {
+        "elpd_loo": total,
+        "se": float(np.sqrt(density.size * density.values.var())),
+        "p_loo": in_sample - total,
+        "n_samples": draws,
+        "n_data_points": density.size,
+        "warning": high > 0,
+        "scale": "log",
+        "good_k": good,
+    }
+    if az.rcParams["stats.ic_pointwise"] if pointwise is None else pointwise:
+        found |= {"loo_i": density, "pareto_k": khat}
+    from arviz.stats.stats_utils import ELPDData
+
+    return ELPDData(found)
+
+
+def ecdf_band(count: int, points: np.ndarray, prob: float = 0.99) -> tuple[np.ndarray, np.ndarray] | None:
+    """The lower and upper ends, at ``points`` in (0, 1), of a band that holds whole ECDFs of ``count`` uniform values.
+
+    It is ArviZ's, by simulation (Säilynoja et al. 2022, arXiv:2103.10522); None where the installed one has none.
+    """
+    try:
+        if is_datatree():
+            from arviz_stats.ecdf_utils import get_pointwise_confidence_band, simulate_confidence_bands
+
+            rng = np.random.default_rng(0)
+            pointwise = simulate_confidence_bands(count, 1, points, prob, 2000, rng)
+            return get_pointwise_confidence_band(pointwise, count, points)
+        from arviz.stats.ecdf_utils import ecdf_confidence_band
+    except ImportError:
+        return None
+    return ecdf_confidence_band(
+        count,
+        points,
+        points,
+        prob,
+        method="simulated",
+        rvs=lambda size, random_state: random_state.uniform(size=size),
+        num_trials=2000,
+        random_state=np.random.default_rng(0),
+    )

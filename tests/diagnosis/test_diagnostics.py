@@ -11,12 +11,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray
 from pyro.infer.autoguide import AutoNormal
 
 from gumbo.errors import BadInput
 from gumbo.inference import diagnose, evaluate, to_arviz
 from gumbo.inference.diagnosis.annealing import annealed
 from gumbo.inference.diagnosis.calibration import simulated_ranks, uniformity
+from gumbo.inference.diagnosis.report import Report
 from gumbo.inference.diagnosis.target import Target
 from gumbo.inference.engine.scopes import quietly
 from gumbo.inference.posterior import _arviz
@@ -495,3 +497,61 @@ def test_a_point_is_a_point_in_single_precision_too():
 def test_no_program_needs_its_particles_together_to_be_fitted_again():
     report = diagnose(columns, AutoNormal(columns), X, num_samples=200, num_refits=2, refine_steps=0)
     assert "refits" in report.alarms
+
+
+# --- ranks for the plots of others ------------------------------------------------------------------------------------
+
+
+def two_means(x):
+    z = pyro.sample("z", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+    s = pyro.sample("s", dist.Normal(ZERO, ONE))
+    pyro.sample("x", dist.Normal(z.sum() + s, ONE), obs=x)
+
+
+def prior_guide(x):
+    pyro.sample("z", dist.Normal(torch.zeros(3).double() + 0 * x, 1.0).to_event(1))
+    pyro.sample("s", dist.Normal(0.1 * x, ONE))
+
+
+@pytest.fixture(scope="module")
+def ranked():
+    options = {"num_samples": 100, "num_simulations": 40, "refine_steps": 0}
+    return diagnose(two_means, prior_guide, torch.tensor(0.3).double(), **options)
+
+
+def test_ranks_have_the_form_of_simuks(ranked):
+    ranks = _arviz.dataset_of(ranked.to_arviz(), "prior_sbc")
+    assert ranks["s"].dims == ("chain", "draw") and ranks["s"].shape == (1, 40)
+    np.testing.assert_array_equal(ranks["s"][0], ranked.ranks["s"])
+    assert {"s", "log p(x, z)"} <= set(ranks.data_vars) and ranks.attrs["rank_draws"] == ranked.rank_draws == 100
+    assert all(int(ranks[name].min()) >= 0 and int(ranks[name].max()) <= 100 for name in ranks.data_vars)
+    assert "vi_stats" in _arviz.groups_of(ranked.to_arviz())
+
+
+def test_coordinates_of_a_site_are_one_variable():
+    ranks = {"z[0]": np.arange(4), "z[7]": np.arange(4) + 1, "w[0]": np.arange(4), "w": np.arange(4)}
+    found = _arviz.dataset_of(Report((), xarray.Dataset(), ranks=ranks, rank_draws=9).to_arviz(), "prior_sbc")
+    assert found["z"].dims == ("chain", "draw", "z_dim_0") and found["z_dim_0"].values.tolist() == [0, 7]
+    np.testing.assert_array_equal(found["z"][0, :, 1], ranks["z[7]"])
+    assert set(found.data_vars) == {"z", "w", "w[0]"} and found["w[0]"].dims == ("chain", "draw")
+
+
+@pytest.mark.skipif(not _arviz.is_datatree(), reason="ArviZ 0.x has no plot_ecdf_pit")
+def test_arviz_plots_the_ranks(ranked):
+    import arviz_plots
+    import matplotlib.pyplot as plt
+
+    assert arviz_plots.plot_ecdf_pit(ranked.to_arviz(), backend="matplotlib") is not None
+    plt.close("all")
+
+
+@pytest.mark.parametrize("prob", [0.9, 0.99])
+def test_the_band_holds_whole_curves(prob):
+    count, points = 60, np.arange(1, 20) / 20
+    low, high = _arviz.ecdf_band(count, points, prob)
+    draws = np.random.default_rng(5).uniform(size=(4000, count))
+    ecdf = (draws[..., None] <= points).mean(1)
+    inside = ((low <= ecdf + 1e-9) & (ecdf <= high + 1e-9)).all(1).mean()
+    # Its level is the quantile of 2,000 simulated curves; counts are whole, so that it holds a little more.
+    error = (prob * (1 - prob) * (1 / 2000 + 1 / 4000)) ** 0.5
+    assert prob - 4 * error < inside < prob + 0.06

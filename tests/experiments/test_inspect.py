@@ -47,6 +47,7 @@ def test_inspect_writes_the_posterior_its_verdicts_and_pictures(name, tmp_path, 
     idata = _arviz.load(tmp_path / "run" / "posterior.nc")
     posterior = _arviz.dataset_of(idata, "posterior")
     assert posterior.sizes["draw"] == 120 and posterior.sizes["data"] == 6
+    assert set(_arviz.dataset_of(idata, "prior_sbc").dims) >= {"chain", "draw"}
     if "one-hot" in name:
         assert set(np.unique(posterior["y"])) == {0.0, 1.0}  # the discrete pair, not the relaxed one
     expected = {"forest", "trace", "pair", "khat", "posterior_predictive", "calibration", "latent_space"}

@@ -1,0 +1,243 @@
+"""``from_pyro_svi``: results of Pyro's SVI as ArviZ data, with the argument names of ArviZ's own converters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import BadInput
+from ...options import holds_to_annotations
+from . import _arviz
+from .conversion import to_arviz
+
+_ALWAYS = ("posterior", "sample_stats", "vi_stats", "observed_data", "constant_data")
+_ORDER = (
+    "posterior",
+    "posterior_predictive",
+    "predictions",
+    "log_likelihood",
+    "sample_stats",
+    "vi_stats",
+    "prior",
+    "prior_predictive",
+    "observed_data",
+    "constant_data",
+    "predictions_constant_data",
+)
+Draws = Mapping[str, Any]
+
+
+@holds_to_annotations("posterior", "prior", "posterior_predictive", "log_likelihood")
+def from_pyro_svi(
+    svi: Any = None,
+    *,
+    model_args: Sequence[Any] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    posterior: Draws | None = None,
+    prior: Draws | bool | None = None,
+    posterior_predictive: Draws | bool | None = None,
+    log_likelihood: Draws | bool | None = None,
+    predictions: Draws | None = None,
+    constant_data: Draws | None = None,
+    predictions_constant_data: Draws | None = None,
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    pred_dims: Mapping[str, Sequence[str]] | None = None,
+    num_chains: int = 1,
+    num_samples: int = 1000,
+    seed: int | None = 0,
+) -> Any:
+    """Convert the result of Pyro's SVI to ArviZ data, with the argument names of ArviZ's converters.
+
+    ArviZ 0.x has ``from_pyro``, which takes MCMC; ArviZ 1.x has ``from_numpyro_svi``, and no converter for Pyro. This
+    function has their arguments, and works with both versions of ArviZ. The draws come from :func:`to_arviz`: chain and
+    draw, then plates by their names, then the event; ``vi_stats`` has k̂ of the guide's weights.
+
+    Args:
+        svi: the ``pyro.infer.SVI`` after its last step, or any object with a ``model`` and a ``guide``; None converts
+            the given draws only.
+        model_args: the positional arguments of the programs, as passed to ``svi.step``.
+        model_kwargs: their keywords.
+        posterior: draws of the latents by site, as ``pyro.infer.Predictive`` returns them, where ``svi`` is None.
+        prior: draws by site, ``(num_chains × draws, *shape)``, split into the groups ``prior`` and ``prior_predictive``
+            (sites that the model observes); True draws them.
+        posterior_predictive: draws of the data by site; True draws them.
+        log_likelihood: log-likelihoods by site, ``(num_chains × draws, *data)``; True computes those of
+            :func:`to_arviz`, which are integrated over local latents. As in ArviZ the default computes none.
+        predictions: draws for new data by site, as from :func:`predict` or ``Predictive``.
+        constant_data: arrays by name; None takes the tensors among the arguments that no site observes.
+        predictions_constant_data: arrays by name.
+        coords: coordinates by dimension.
+        dims: names of the dimensions after chain and draw, by variable; by default plates and numbered dimensions.
+        pred_dims: the same for ``predictions`` and ``predictions_constant_data``.
+        num_chains: the number of chains in given draws, where ``svi`` is None.
+        num_samples: draws of the guide.
+        seed: of the draws; None draws from the current random state.
+
+    Returns:
+        ``InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x.
+
+    Raises:
+        BadInput: nothing to convert; an object without a model and a guide; draws, dimensions or coordinates whose
+            sizes do not fit.
+
+    >>> import pyro
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer import SVI, Trace_ELBO
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def model(x):
+    ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+    >>> x = torch.tensor([0.3, -1.2])
+    >>> svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.1}), loss=Trace_ELBO())
+    >>> loss = svi.step(x)
+    >>> idata = from_pyro_svi(svi, model_args=(x,), log_likelihood=True, num_samples=50)
+    >>> idata.posterior["mean"].shape, idata.log_likelihood["x"].dims
+    ((1, 50), ('chain', 'draw', 'data'))
+    """
+    coords, dims = coords or {}, dims or {}
+    groups: dict[str, Any] = {}
+    if num_chains < 1:
+        raise BadInput(f"num_chains is {num_chains}: expected at least 1")
+    if svi is not None:
+        if posterior is not None:
+            raise BadInput("svi and posterior are both given: posterior holds draws where there is no svi")
+        wanted = {"prior": prior, "posterior_predictive": posterior_predictive, "log_likelihood": log_likelihood}
+        options = {"num_samples": num_samples, "coords": coords, "dims": dims, "seed": seed}
+        groups = _drawn(svi, tuple(model_args or ()), model_kwargs or {}, wanted, options)
+        num_chains = 1
+    known = _known_dimensions(groups)
+    given = _Given(num_chains, known, coords, dims)
+    observed = set(groups.get("observed_data", ())) | set(_draws(posterior_predictive, "posterior_predictive"))
+    priors = _draws(prior, "prior")
+    arrays: dict[str, Draws] = {
+        "posterior": _draws(posterior, "posterior"),
+        "prior": {name: value for name, value in priors.items() if name not in observed},
+        "prior_predictive": {name: value for name, value in priors.items() if name in observed},
+        "posterior_predictive": _draws(posterior_predictive, "posterior_predictive"),
+        "log_likelihood": _draws(log_likelihood, "log_likelihood"),
+    }
+    groups |= {name: given.dataset(draws) for name, draws in arrays.items() if draws}
+    new = _Given(num_chains, known, coords, pred_dims or {}, same_sizes=False)
+    groups |= {"predictions": new.dataset(predictions)} if predictions else {}
+    groups |= {"constant_data": given.dataset(constant_data, by_draw=False)} if constant_data else {}
+    if predictions_constant_data:
+        groups["predictions_constant_data"] = new.dataset(predictions_constant_data, by_draw=False)
+    if not groups:
+        raise BadInput(
+            "nothing to convert: give svi, or draws as posterior, prior, posterior_predictive or predictions"
+        )
+    return _arviz.make({name: groups[name] for name in _ORDER if name in groups})
+
+
+def _drawn(svi: Any, args: tuple, kwargs: Mapping, wanted: Mapping[str, Any], options: Mapping) -> dict[str, Any]:
+    """The groups that gumbo draws, as datasets: those of every fit, and those of ``wanted`` that are True."""
+    drawn = {name for name, given in wanted.items() if given is True}
+    drawn |= {"prior_predictive"} if "prior" in drawn else set()
+    model, guide = _programs(svi)
+    # As one object, `args` are the positional arguments, whatever their number.
+    made = to_arviz(model, guide, args, groups=[*_ALWAYS, *sorted(drawn)], **options, **kwargs)
+    return {name: _arviz.dataset_of(made, name) for name in _arviz.groups_of(made)}
+
+
+def _programs(svi: Any) -> tuple[Any, Any]:
+    model, guide = getattr(svi, "model", None), getattr(svi, "guide", None)
+    if callable(model) and callable(guide):
+        return model, guide
+    advice = "ArviZ 0.x's from_pyro takes MCMC" if hasattr(svi, "get_samples") else "for two programs take to_arviz"
+    raise BadInput(f"svi is an object of class {type(svi).__name__}: expected pyro.infer.SVI; {advice}")
+
+
+def _draws(given: Draws | bool | None, name: str) -> Draws:
+    """The draws of a mapping; none where gumbo drew them, or nothing was asked for."""
+    if given is None or isinstance(given, bool):
+        return {}
+    if not isinstance(given, Mapping):
+        raise BadInput(f"{name} is an object of class {type(given).__name__}: expected draws by site, True or None")
+    return given
+
+
+def _known_dimensions(groups: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each site of the programs its dimensions after chain and draw, with their coordinates."""
+    found = {}
+    for group in ("observed_data", "posterior"):
+        for name, variable in groups[group].data_vars.items() if group in groups else ():
+            names = [dim for dim in variable.dims if dim not in ("chain", "draw")]
+            found[str(name)] = {str(dim): variable[dim].values for dim in names}
+    return found
+
+
+class _Given:
+    """Arrays that the user gives, with names for their dimensions: the user's, or those of the program's site."""
+
+    def __init__(
+        self,
+        num_chains: int,
+        known: Mapping[str, Mapping[str, Any]],
+        coords: Mapping[str, Any],
+        dims: Mapping[str, Sequence[str]],
+        same_sizes: bool = True,
+    ):
+        self.num_chains, self.known, self.coords, self.dims, self.same_sizes = (
+            num_chains,
+            known,
+            coords,
+            dims,
+            same_sizes,
+        )
+
+    def dataset(self, values: Draws, by_draw: bool = True) -> Any:
+        """An ``xarray.Dataset`` of arrays by name."""
+        import xarray
+
+        return xarray.Dataset({name: self._variable(name, value, by_draw) for name, value in values.items()})
+
+    def _variable(self, name: str, value: Any, by_draw: bool) -> Any:
+        import xarray
+
+        data = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+        head = {}
+        if by_draw:
+            if data.ndim < 1 or len(data) % self.num_chains or not len(data):
+                raise BadInput(
+                    f"the draws of {name!r} have shape {data.shape}: expected draws along the first dimension, a "
+                    f"multiple of num_chains, which is {self.num_chains}"
+                )
+            data = self._without_plates(name, data)
+            data = data.reshape(self.num_chains, -1, *data.shape[1:])
+            head = {"chain": np.arange(data.shape[0]), "draw": np.arange(data.shape[1])}
+        names, own = self._names(name, data.shape[len(head) :])
+        tail = {}
+        for dim, size in zip(names, data.shape[len(head) :], strict=True):
+            values = np.asarray(self.coords.get(dim, own.get(dim, np.arange(size))))
+            if len(values) != size and not self.same_sizes and dim in own:
+                values = np.arange(size)  # new rows of a plate
+            if len(values) != size:
+                raise BadInput(f"coords for {dim!r} has {len(values)} values, but the dimension has {size} in {name!r}")
+            tail[dim] = values
+        return xarray.DataArray(data, dims=[*head, *tail], coords={**head, **tail})
+
+    def _without_plates(self, name: str, data: np.ndarray) -> np.ndarray:
+        """The draws of a site without the dimensions of size 1 that Pyro's ``Predictive`` leaves for plates."""
+        while name in self.known and data.ndim - 1 > len(self.known[name]) and 1 in data.shape[1:]:
+            data = data.squeeze(1 + data.shape[1:].index(1))
+        return data
+
+    def _names(self, name: str, shape: Sequence[int]) -> tuple[list[str], Mapping[str, Any]]:
+        """The names, and the coordinates of those that come from the program's site."""
+        if name in self.dims:
+            named = list(self.dims[name])
+            if len(named) > len(shape):
+                raise BadInput(f"dims for {name!r} names {len(named)} dimensions, but it has {len(shape)}")
+            return named + [f"{name}_dim_{place}" for place in range(len(named), len(shape))], {}
+        site = self.known.get(name, {})
+        # A log-likelihood has the dimensions of its site without the event.
+        if len(site) >= len(shape) and (
+            not self.same_sizes or all(len(v) == size for v, size in zip(site.values(), shape, strict=False))
+        ):
+            return list(site)[: len(shape)], site
+        return [f"{name}_dim_{place}" for place in range(len(shape))], {}
