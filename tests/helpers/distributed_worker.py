@@ -212,7 +212,7 @@ CASES = {
     "shared enumerate": (SHARED, True, lambda: shared("enumerate", "rloo", num_particles=2)),
     "shared, rows enumerated": (SHARED, False, lambda: shared("rloo", "enumerate", num_particles=2)),
 }
-# Every newer word on every kind of site that it serves: two dependent sites, masked rows, a subsampled plate.
+# Every word on every kind of site that it serves: two dependent sites, masked rows, a subsampled plate.
 WORDS = {
     f"{kind} {word}, masked": (
         (lambda scaled, kind=kind: word_programs.Model(kind), lambda scaled, kind=kind: word_programs.Guide(kind)),
@@ -220,7 +220,6 @@ WORDS = {
         lambda word=word: SiteELBO(word_programs.said(word), num_particles=2),
     )
     for word, kind, _ in word_programs.cells()
-    if word not in word_programs.FIRST_WAVE
 }
 CASES |= WORDS
 SHORT = (
@@ -245,15 +244,22 @@ BATCHES = (9, 8, 1)  # five rows and four; four and four; one and none
 class ByRow(TorchDispatchMode):
     """Every random number from a table: of the rows at hand where a tensor has rows, and otherwise the same for all.
 
-    A tensor has rows if its second dimension from the right is as long as the batch at hand.
+    A tensor has rows if its second dimension from the right is as long as the batch at hand. A program that runs again
+    from an earlier state of torch's generator has the numbers of its first run.
     """
 
     def __init__(self, seed: int, rows: slice, count: int):
         super().__init__()
         self.seed, self.rows, self.count, self.calls = seed, rows, count, 0
+        self.states: dict[bytes, int] = {}  # of torch's generator, with the number of calls before each
+
+    def next_call(self):
+        state = torch.get_rng_state().numpy().tobytes()
+        self.calls = self.states.setdefault(state, self.calls) + 1
+        torch.rand(())
 
     def uniform(self, like):
-        self.calls += 1
+        self.next_call()
         here = len(range(*self.rows.indices(self.count)))
         by_row = like.dim() > 1 and like.shape[-2] == here
         shape = (*like.shape[:-2], self.count, like.shape[-1]) if by_row else tuple(like.shape)
@@ -265,8 +271,13 @@ class ByRow(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags or (kwargs or {}).get("generator") is not None:
             return func(*args, **(kwargs or {}))
         name, like = func.overloadpacket.__name__, args[0]
-        if not isinstance(like, torch.Tensor):  # a shape or a bound, which knows of no rows: the same for all
-            self.calls += 1
+        if name in ("rand", "randn"):
+            with torch.utils._python_dispatch._disable_current_modes():
+                u = self.uniform(torch.empty(like, dtype=F64)).to((kwargs or {}).get("dtype") or F64)
+            return u if name == "rand" else 2**0.5 * torch.erfinv(2 * u - 1)
+        if not isinstance(like, torch.Tensor):  # a bound, which knows of no rows: the same for all
+            with torch.utils._python_dispatch._disable_current_modes():
+                self.next_call()
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1000 * self.seed + self.calls)
                 return func(*args, **(kwargs or {}))

@@ -445,7 +445,7 @@ def test_train_on_two_processes_ended_by_a_signal_and_by_a_death_is_the_whole_ru
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert torchrun(*TRAIN, str(whole)).wait(300) == 0
     said = (tmp_path / "said.txt").read_text()
-    assert said.count("plots and numbers in") == said.count("log p(x)") == 1, said
+    assert said.count("plots, numbers and report.html in") == said.count("log p(x)") == 1, said
     for name in ("config.yaml", "results.json", "plots/learning_curve.png", "plots/reconstructions.png"):
         assert (whole / name).exists(), name
 
