@@ -15,6 +15,7 @@ from .layered import LayeredGuide
 from .mean_field import MeanFieldGuide
 from .none import NoGuide
 from .normal import NormalGuide
+from .prior import PriorGuide
 from .top_down import TopDownNormalGuide
 from .triangular_normal import TriangularNormalGuide
 from .unconditional import UnconditionalGuide
@@ -37,6 +38,7 @@ __all__ = [
     "MeanFieldGuide",
     "NoGuide",
     "NormalGuide",
+    "PriorGuide",
     "RelaxedCategoricalGuide",
     "TopDownNormalGuide",
     "TriangularNormalGuide",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import pyro
@@ -81,11 +81,8 @@ class StructuredPrediction(GenerativeModel):
     ) -> torch.Tensor:
         with self.data_plate(x, batch_size):
             (upper,) = self.check_conditions({"upper": upper}, batch_size if x is None else len(x))
-            below = upper.flatten(1)
-            for site, latent in self.latents.items():
-                made = distribution(latent, self.decoder[site](below))
-                below = pyro.sample(site, made).flatten(-len(latent.shape))
-            return pyro.sample("x", self.likelihood(below), obs=x)
+            *_, (site, top) = draw_layers(self.latents, self.decoder, upper).items()
+            return pyro.sample("x", self.likelihood(top.flatten(-len(self.latents[site].shape))), obs=x)
 
     def likelihood(self, z: torch.Tensor) -> dist.TorchDistribution:
         """p(x | z) for the last layer's ``z`` ``(..., layers[-1])`` (one-hot layers flat), batch shape ``(...)``."""
@@ -96,3 +93,15 @@ class StructuredPrediction(GenerativeModel):
         """The lower half of each image as ``x``, the upper half as ``upper``."""
         height = self.conditions["upper"][1]
         return {"x": images[..., height:, :], "upper": images[..., :height, :]}
+
+
+def draw_layers(
+    latents: Mapping[str, Latent], networks: Mapping[str, nn.Module] | nn.ModuleDict, upper: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Draw the layers of latents in turn, each from the one before, the first from the upper half."""
+    values: dict[str, torch.Tensor] = {}
+    below = upper.flatten(1)
+    for site, latent in latents.items():
+        values[site] = pyro.sample(site, distribution(latent, networks[site](below)))
+        below = values[site].flatten(-len(latent.shape))
+    return values

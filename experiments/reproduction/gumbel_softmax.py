@@ -40,8 +40,8 @@ JUDGED: dict[str, dict[str, Any]] = {
 MODELS = {
     "vae-bernoulli": ("bernoulli-vae", {"num_latents": 200, "nonlinear": False}, "bernoulli", {"hidden": []}),
     "vae-categorical": ("categorical-vae", {"num_latents": 20, "num_classes": 10, "hidden": []}, "categorical", {}),
-    "sbn-bernoulli": ("structured-prediction", {"layers": [200, 200]}, "layered", {}),
-    "sbn-categorical": ("structured-prediction", {"layers": [20, 20], "num_classes": 10}, "layered", {}),
+    "sbn-bernoulli": ("structured-prediction", {"layers": [200, 200]}, "prior", {}),
+    "sbn-categorical": ("structured-prediction", {"layers": [20, 20], "num_classes": 10}, "prior", {}),
 }
 
 
@@ -69,9 +69,9 @@ def cells() -> list[TrainedCell]:
 register(
     "gumbel-softmax",
     "Jang, Gu & Poole 2017, arXiv 1611.01144, table 1",
-    "Fixed binarization of MNIST. SBN: −log p(lower half given upper half) with 1,000 draws; VAE: −ELBO. The paper: "
-    "SGD with momentum 0.9. Here: Adam from 1e-3 with a cosine decay, batch 100. Categorical: 20 latents of 10 classes "
-    "a layer. ST is the straight-through gradient without Gumbel noise.",
+    "Fixed binarization of MNIST. SBN: −log p(lower half given upper half) with 1,000 draws of the prior; VAE: −ELBO. "
+    "The paper: SGD with momentum 0.9. Here: Adam from 1e-3 with a cosine decay, batch 100. Categorical: 20 latents of "
+    "10 classes a layer. ST is the straight-through gradient without Gumbel noise.",
     cells,
     conclude=conclude,
 )
