@@ -13,6 +13,8 @@ name                image       train / valid / test       splits
 ``jsb-chorales``    1 x T x 88  229 / 76 / 77              piano rolls of Boulanger-Lewandowski; labels: lengths
 ``cells``           1 x 60      1,500 / 500 / 1,000        counts drawn from ``cells_law``; labels: types of cell
 ``switching``       1 x 30 x 6  400 / 100 / 200            sequences drawn from ``switching_law``; labels: lengths
+``scenes``          1 x 20 x 20 10,000 / 1,000 / 2,000     0 to 2 of ``digits``, those of the split; labels: how many
+``mnist-scenes``    1 x 50 x 50 20,000 / 1,000 / 2,000     0 to 2 of ``mnist-test``, likewise
 =================== =========== ========================== =========================================================
 
 Files are read from the folder that the environment variable ``GUMBO_DATA`` names (by default ``gumbo`` in the user's
@@ -711,3 +713,46 @@ def _switching_draws() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _switching(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     x, _, lengths = _switching_draws()
     return _only(_cut(x, lengths, SWITCHING_SIZES), splits)
+
+
+SCENE_OBJECTS = 2  # the most objects of a scene
+
+
+def _scenes_of(
+    folder: Path, splits: Sequence[str], digits: Loader, side: int, sizes: Mapping[str, int]
+) -> dict[str, Split]:
+    """Scenes of 0 to `SCENE_OBJECTS` digits of the same split, side by side; their labels are the numbers of digits."""
+    read = {}
+    for split, (images, _) in digits(folder, splits).items():
+        random = np.random.RandomState(SPLITS.index(split))
+        counts = random.randint(SCENE_OBJECTS + 1, size=sizes[split])
+        scenes = np.zeros((len(counts), side, side), np.float32)
+        for number in range(SCENE_OBJECTS):
+            rows = np.flatnonzero(counts > number)
+            while len(rows):  # digits that cover each other are drawn again
+                added = _placed(images[random.randint(len(images), size=len(rows))], side, random)
+                apart = ~((scenes[rows] > 0) & (added > 0)).any((1, 2))
+                scenes[rows[apart]] += added[apart]
+                rows = rows[~apart]
+        read[split] = scenes, counts.astype(np.int64)
+    return read
+
+
+def _placed(images: np.ndarray, side: int, random: np.random.RandomState) -> np.ndarray:
+    """Each image at a uniform place of an empty square."""
+    height, width = images.shape[1:]
+    top, left = random.randint(side - height + 1, size=len(images)), random.randint(side - width + 1, size=len(images))
+    rows, columns = top[:, None] + np.arange(height), left[:, None] + np.arange(width)
+    made = np.zeros((len(images), side, side), np.float32)
+    made[np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]] = images
+    return made
+
+
+@dataset("scenes")
+def _scenes(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    return _scenes_of(folder, splits, _digits, 20, {"train": 10_000, "valid": 1_000, "test": 2_000})
+
+
+@dataset("mnist-scenes")
+def _mnist_scenes(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    return _scenes_of(folder, splits, _mnist_test, 50, {"train": 20_000, "valid": 1_000, "test": 2_000})

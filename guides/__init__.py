@@ -16,6 +16,7 @@ from .mean_field import MeanFieldGuide
 from .none import NoGuide
 from .normal import NormalGuide
 from .prior import PriorGuide
+from .recurrent_attention import RecurrentAttentionGuide
 from .top_down import TopDownNormalGuide
 from .triangular_normal import TriangularNormalGuide
 from .unconditional import UnconditionalGuide
@@ -39,6 +40,7 @@ __all__ = [
     "NoGuide",
     "NormalGuide",
     "PriorGuide",
+    "RecurrentAttentionGuide",
     "RelaxedCategoricalGuide",
     "TopDownNormalGuide",
     "TriangularNormalGuide",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ._base import GenerativeModel, Latent, models
 from ._topics import npmi, perplexity, top_words
+from .attend_infer_repeat import AttendInferRepeat
 from .bayesian_regression import BayesianRegression
 from .bernoulli_vae import BernoulliVAE
 from .categorical_vae import CategoricalVAE
@@ -32,6 +33,7 @@ from .switching_state_space import SwitchingStateSpace
 from .vector_quantized_vae import VectorQuantizedVAE
 
 __all__ = [
+    "AttendInferRepeat",
     "BayesianRegression",
     "BernoulliVAE",
     "CategoricalVAE",

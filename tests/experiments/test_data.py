@@ -426,6 +426,46 @@ def test_cells_have_the_means_of_their_law():
         assert np.abs(counts / counts.sum() - shares[kind]).max() < 0.02
 
 
+def pieces(scene, digits):
+    """How many digits a scene is made of: taken off one after the other, each where it is found exactly."""
+    left, number = scene.clone(), 0
+    while left.any():
+        found = [
+            (top, left_side, digit)
+            for top in range(13)
+            for left_side in range(13)
+            for digit in digits[(digits <= left[top : top + 8, left_side : left_side + 8] + 1e-6).all((1, 2))]
+            if ((digit == left[top : top + 8, left_side : left_side + 8]) | (digit == 0)).all()
+        ]
+        top, left_side, digit = max(found, key=lambda one: one[2].sum().item())
+        left[top : top + 8, left_side : left_side + 8] -= digit
+        number += 1
+    return number
+
+
+def test_scenes_are_digits_of_their_split_and_labels_count_them():
+    scenes, digits = load("scenes", binarize="auto"), load("digits")
+    assert [len(scenes.train), len(scenes.valid), len(scenes.test)] == [10_000, 1_000, 2_000]
+    assert scenes.data_shape == (1, 20, 20) and scenes.train.max() == 1
+    for split in ("train", "valid", "test"):
+        counts = scenes.labels[split]
+        shares = counts.bincount() / len(counts)
+        assert len(shares) == 3 and (shares - 1 / 3).abs().max() < 5 * (2 / 9 / len(counts)) ** 0.5
+        for row in range(4):
+            assert pieces(getattr(scenes, split)[row, 0], getattr(digits, split)[:, 0]) == counts[row]
+    assert torch.equal(load("scenes", splits=["valid"]).valid, scenes.valid)
+
+
+def test_scenes_of_mnist_have_every_second_digit_apart(shared_data):
+    scenes = load("mnist-scenes", root=shared_data("MNIST").parent, splits=["valid"])
+    ink, counts = scenes.valid.flatten(1), scenes.labels["valid"]
+    assert scenes.data_shape == (1, 50, 50) and len(counts) == 1_000
+    assert not ink[counts == 0].any() and ink[counts > 0].any(1).all() and ink.max() <= 1
+    one, two = ((ink[counts == number] > 0).sum(1).double() for number in (1, 2))
+    error = (two.var() / len(two) + 4 * one.var() / len(one)).sqrt()
+    assert (two.mean() - 2 * one.mean()).abs() < 5 * error  # no ink is lost, so that none overlaps
+
+
 OWN = """
 import numpy as np
 import torch
