@@ -10,6 +10,7 @@ Runs on one thread.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,17 +27,22 @@ from gumbo.experiments.data import (
     cells_law,
     load,
     reuters_vocabulary,
+    spelled,
+    switching_law,
+    switching_regimes,
 )
 from gumbo.guides import (
     CombinerGuide,
     GridPolicy,
+    LayeredGuide,
     MeanFieldGuide,
     NoGuide,
     NormalGuide,
+    TokenPolicy,
     VampGuide,
     VectorQuantizedGuide,
 )
-from gumbo.inference import Linear, SiteELBO, audit, evaluate, fit
+from gumbo.inference import Linear, SiteELBO, audit, evaluate, fit, to_arviz
 from gumbo.models import (
     DeepMarkovModel,
     GaussianVAE,
@@ -45,7 +51,10 @@ from gumbo.models import (
     LatentDirichletAllocation,
     NegativeBinomialVAE,
     ProdLDA,
+    SequenceVAE,
+    SwitchingStateSpace,
     VectorQuantizedVAE,
+    models,
     npmi,
     perplexity,
     top_words,
@@ -269,15 +278,17 @@ def chorales(seeds: int, scale: float) -> list[str]:
     ]
 
 
-def curve_picture(path: Path, curves: dict[str, list[float]]) -> None:
-    """One line a name, by epoch."""
+def curve_picture(
+    path: Path, curves: dict[str, list[float]], x: str = "epoch", y: str = "nats per chorale", every: int = 1
+) -> None:
+    """One line a name, by epoch or step."""
     from gumbo.pictures import figure, save
 
     made, axes = figure(figsize=(5, 3.2))
     for name, curve in curves.items():
-        axes.plot(range(1, len(curve) + 1), curve, label=name)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("nats per chorale")
+        axes.plot([every * place for place in range(1, len(curve) + 1)], curve, label=name)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.legend(fontsize=8, frameon=False)
     save(made, path)
 
@@ -359,14 +370,18 @@ def grid(seeds: int, scale: float) -> list[str]:
     """The policy gradient of a walker: variance beside the exact gradient, and the return that training reaches."""
     model = GridWorld(height=4, width=4, steps=10)
     rows = []
-    for word in ("score", "score-average", "rloo"):
+    walks = torch.ones(8, 1)
+    for word in ("score", "score-average", "rloo", "exact"):
         found = Columns()
         for _ in seeded(seeds):
             guide = GridPolicy(model)
-            loss = SiteELBO(word, kl_weight=0, num_particles=4)(model, guide)
-            walks = torch.ones(8, 1)
+            loss = None if word == "exact" else SiteELBO(word, kl_weight=0, num_particles=4)(model, guide)
+
+            def minus_return(guide=guide, loss=loss) -> torch.Tensor:
+                return -model.expected_return(guide.encoder_logits) if loss is None else loss(walks) / 8
+
             exact = torch.autograd.grad(-model.expected_return(guide.encoder_logits), guide.encoder_logits)[0]
-            draws = [torch.autograd.grad(loss(walks) / 8, guide.encoder_logits)[0] for _ in range(100)]
+            draws = [torch.autograd.grad(minus_return(), guide.encoder_logits)[0] for _ in range(100)]
             spread = torch.stack(draws) - exact
             found.add(variance=spread.square().mean(0).sum().item() / exact.square().sum().item())
             optimizer = torch.optim.Adam(guide.parameters(), lr=0.1)
@@ -374,19 +389,20 @@ def grid(seeds: int, scale: float) -> list[str]:
             total = scaled(400, scale)
             for step in range(1, total + 1):
                 optimizer.zero_grad()
-                (loss(walks) / 8).backward()
+                minus_return().backward()
                 optimizer.step()
                 if math.isnan(reached) and model.expected_return(guide.encoder_logits) > model.optimum() - 0.5:
                     reached = step
             found.add(total=model.expected_return(guide.encoder_logits).item())
             found.add(steps=reached)
-        rows.append([f"`{word}`", *found.cells("variance", "total")])
+        name = "exact, by forward marginals" if word == "exact" else f"`{word}`"
+        rows.append([name, *found.cells("variance", "total")])
         rows[-1] += found.cells("steps", digits=0)
     return [
         f"4 × 4 cells, 10 steps; 8 walks and 4 draws of each a step, {scaled(400, scale)} steps of Adam at",
         "0.1. The mean squared error of the gradient of a uniform policy over the squared length of the exact one, by",
-        f"forward marginals; the return reached, of which the best is {model.optimum():.2f}; steps to within 0.5",
-        f"of it; mean ± standard error over {seeds} seeds.",
+        f"forward marginals, from 100 draws; the return reached, of which the best is {model.optimum():.2f}; steps to",
+        f"within 0.5 of it; mean ± standard error over {seeds} seeds ({machine()}).",
         "",
         *markdown(["estimator", "relative error of the gradient", "return", "steps to optimum − 0.5"], rows),
     ]
@@ -427,8 +443,250 @@ def hidden(seeds: int, scale: float) -> list[str]:
     ]
 
 
+def text(seeds: int, scale: float) -> list[str]:
+    """Words by maximum likelihood, by a reward, and by a reward with a baseline or with relaxed tokens."""
+    data = load("words")
+    chain = bigram_chain(data.train.flatten(1))
+    sizes = {"vocabulary": 27, "latent_dim": 8, "rnn_hidden": 64, "hidden": (64,)}
+    test = torch.nn.functional.one_hot(data.test.flatten(1).long(), 27).float()
+    likelihood = [["chain of pairs of letters", "", f"{chain(test, None).mean():.2f}", ""]]
+    found, learned = Columns(), []
+    for seed in seeded(seeds):
+        model = SequenceVAE(data.data_shape, **sizes)
+        guide = NormalGuide(model)
+        with found.timed():
+            fit(
+                model, guide, data.train, valid=data.valid, loss=SiteELBO("pathwise", kl_weight=Linear(500)), lr=5e-3,
+                batch_size=100, epochs=scaled(40, scale), seed=seed, restore_best=True, progress=False,
+            )  # fmt: skip
+        judged = evaluate(model, guide, data.test, num_samples=100)
+        found.add(elbo=judged.elbo, evidence=judged.log_evidence)
+        learned.append(model)
+    likelihood.append(
+        ["SequenceVAE, maximum likelihood", *found.cells("elbo", "evidence"), *found.cells("seconds", digits=0)]
+    )
+    drawn = {"maximum likelihood": spelled(learned[-1].sample_prior(12)["x"])}
+    arms = {
+        word: (word, 0.0) for word in ("score", "score-average", "nvil", "rloo", "gumbel-softmax", "straight-through")
+    }
+    arms |= {"rloo, from maximum likelihood, KL weight 1": ("rloo", 1.0)}
+    rows, curves = [], {}
+    for name, (word, weight) in arms.items():
+        found, lines = Columns(), []
+        for seed in seeded(seeds):
+            model = SequenceVAE((1,), reward=chain, length=data.data_shape[-1], **sizes)
+            if weight:
+                model.load_state_dict(learned[seed].state_dict())
+            policy = TokenPolicy(model.requires_grad_(False))
+            with found.timed():
+                lines.append(climbed(model, policy, word, weight, scaled(300, scale)))
+            tokens = tokens_of(model, policy, 2_000)
+            texts = spelled(tokens.argmax(-1))
+            found.add(reward=chain(tokens, None).mean().item(), distinct=len(set(texts)) / len(texts))
+        curves[name] = [sum(values) / seeds for values in zip(*lines, strict=True)]
+        drawn[name] = texts[:12]
+        rows.append(
+            [name if weight else f"`{word}`", *found.cells("reward", "distinct"), *found.cells("seconds", digits=0)]
+        )
+    curve_picture(FOLDER / "text.png", curves, "step", "reward, nats", every=10)
+    best, highest = best_word(chain)
+    return [
+        f"{len(data.train):,} words of Reuters' vocabulary to train on and {len(data.test)} to test, of three to ten",
+        f"letters. Nats per word, log p(x) by 100 importance-weighted draws, {scaled(40, scale)} epochs; mean ±",
+        f"standard error over {seeds} seeds ({machine()}).",
+        "",
+        *markdown(["model", "ELBO", "log p(x)", "seconds"], likelihood),
+        "",
+        "The reward of a word is its log-probability under a chain of pairs of letters, counted in the training words;",
+        f"{spelled(best.argmax(-1).unsqueeze(0))[0]!r} has the highest, {highest:.2f}, and test words have the mean in",
+        f"the chain's row above. A fresh generator, {scaled(300, scale)} steps of Adam at 0.01, 20 words and two draws",
+        "of each a step, KL weight 0: nothing rewards variety, the share of distinct words among 2,000 draws. In the",
+        "last row a generator of the first table goes on, and the KL from it is paid for.",
+        "",
+        *markdown(["estimator", "reward", "distinct words", "seconds"], rows),
+        "",
+        "![reward by step](../../benchmarks/results/collection/text.png)",
+        "",
+        "Draws (last seed):",
+        "",
+        *(f"- {name}: {', '.join(one or '–' for one in texts)}" for name, texts in drawn.items()),
+    ]
+
+
+def bigram_chain(tokens: torch.Tensor):
+    """log p of one-hot tokens ``(..., L, 27)`` under a chain of pairs, counted in ``(N, L)`` with a tenth added."""
+    counts = torch.full((28, 27), 0.1)  # the last row: the start
+    before = torch.cat([torch.full((len(tokens), 1), 27), tokens[:, :-1].long()], 1)
+    counts.index_put_((before.flatten(), tokens.long().flatten()), torch.ones(tokens.numel()), accumulate=True)
+    log_p = (counts / counts.sum(-1, keepdim=True)).log()
+
+    def reward(drawn: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        pairs = torch.einsum("...lv,vw,...lw->...", drawn[..., :-1, :], log_p[:27].to(drawn), drawn[..., 1:, :])
+        return pairs + drawn[..., 0, :] @ log_p[27].to(drawn)
+
+    reward.log_p = log_p
+    return reward
+
+
+def best_word(chain, length: int = 10) -> tuple[torch.Tensor, float]:
+    """The one-hot tokens of highest reward, and that reward, by dynamic programming."""
+    value, moves = torch.zeros(27), []
+    for _ in range(length - 1):
+        value, move = (chain.log_p[:27] + value).max(-1)
+        moves.append(move)
+    start = chain.log_p[27] + value
+    path = [int(start.argmax())]
+    for move in reversed(moves):
+        path.append(int(move[path[-1]]))
+    return torch.nn.functional.one_hot(torch.tensor(path), 27).float(), start.max().item()
+
+
+def tokens_of(model: SequenceVAE, policy: TokenPolicy, count: int) -> torch.Tensor:
+    with torch.no_grad():
+        drawn = policy(torch.ones(count, 1))
+    return torch.stack([drawn[site] for site in model.tokens], -2)
+
+
+def climbed(model: SequenceVAE, policy: TokenPolicy, word: str, weight: float, steps: int) -> list[float]:
+    """Maximize the expected reward; the mean reward of 200 draws at every tenth step."""
+    loss = SiteELBO({"z": "pathwise", "*": word}, kl_weight=weight, num_particles=2)(model, policy)
+    loss.initialize(torch.ones(20, 1))
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
+    rewards = []
+    for step in range(steps):
+        if step % 10 == 0:
+            rewards.append(model.reward(tokens_of(model, policy, 200), None).mean().item())
+        optimizer.zero_grad()
+        (loss(torch.ones(20, 1)) / 20).backward()
+        optimizer.step()
+    return rewards
+
+
+def switching(seeds: int, scale: float) -> list[str]:
+    """Sequences of known law under switching state space models: the bound beside the truth, and the regimes found."""
+    data, regimes = load("switching"), torch.from_numpy(switching_regimes()["test"])
+    steps = data.labels["test"].sum().item()
+    exact = particle_filter(data.test.squeeze(1), data.labels["test"])
+    rows = [["the law, by a particle filter", "", f"{exact / steps:.3f}", "", ""]]
+    for name, count in (("the law, guide trained", 0), ("3 regimes", 3), ("1 regime", 1)):
+        found = Columns()
+        for seed in seeded(seeds):
+            model = SwitchingStateSpace(data.data_shape, num_regimes=count or 3, latent_dim=2)
+            if not count:
+                set_to_law(model.requires_grad_(False))
+            guide = CombinerGuide(model, rnn_hidden=64)
+            train, valid, test = (model.inputs(getattr(data, s), data.labels[s]) for s in ("train", "valid", "test"))
+            with found.timed():
+                fit(
+                    model, guide, train, valid=valid, loss=SiteELBO("pathwise", num_particles=1), lr=1e-2,
+                    clip_norm=100.0, batch_size=50, epochs=scaled(60, scale), seed=seed, restore_best=True,
+                    progress=False,
+                )  # fmt: skip
+            judged = evaluate(model, guide, test, num_samples=50)
+            found.add(elbo=judged.elbo * len(data.test) / steps, evidence=judged.log_evidence * len(data.test) / steps)
+            drawn = to_arviz(model, guide, num_samples=40, groups=["posterior"], seed=seed, **test).posterior
+            states = torch.stack([torch.from_numpy(drawn[site].values[0]) for site in model.summed], -1)
+            found.add(right=agreement(states.long(), regimes, test["mask"]))
+        rows.append(
+            [name, *found.cells("elbo", "evidence", digits=3), *found.cells("right"), *found.cells("seconds", digits=0)]
+        )
+    return [
+        f"400 sequences to train on, 200 to test, of 10 to 30 steps of 6 numbers; {scaled(60, scale)} epochs. Nats per",
+        "step of the test sequences (higher is better), log p(x) by 50 importance-weighted draws, beside a particle",
+        "filter with 3,000 particles at the parameters of the law; the share of test steps whose most frequent regime",
+        f"in 40 draws is the true one, regimes renamed as fits best; mean ± standard error over {seeds} seeds",
+        f"({machine()}).",
+        "",
+        *markdown(["model", "ELBO", "log p(x)", "regimes right", "seconds"], rows),
+    ]
+
+
+def set_to_law(model: SwitchingStateSpace) -> None:
+    """Give the model the parameters of the data set."""
+    law = {name: torch.from_numpy(value).float() for name, value in switching_law().items()}
+    law |= {name: torch.log(torch.expm1(law[name] - model.min_sd)) for name in ("noise", "spread")}
+    law |= {name: law[name].log() for name in ("first", "transition")}
+    with torch.no_grad():
+        for name, value in law.items():
+            getattr(model, f"decoder_{name}").copy_(value)
+
+
+def particle_filter(x: torch.Tensor, lengths: torch.Tensor, particles: int = 3_000) -> float:
+    """log p of all sequences ``(N, T, D)`` together under the law, by a bootstrap filter."""
+    law = {name: torch.from_numpy(value).float() for name, value in switching_law().items()}
+    torch.manual_seed(0)
+    count, total = len(x), torch.zeros(len(x))
+    z = torch.zeros(count, particles, 2)
+    regime = torch.multinomial(law["first"].expand(count, -1), particles, replacement=True)
+    for t in range(x.shape[1]):
+        if t:
+            regime = (torch.rand(count, particles, 1) > law["transition"].cumsum(-1)[regime]).sum(-1).clamp(max=2)
+        z = (law["dynamics"][regime] @ z.unsqueeze(-1)).squeeze(-1) + law["drift"][regime]
+        z = z + law["noise"][regime] * torch.randn_like(z)
+        output = (law["loading"][regime] @ z.unsqueeze(-1)).squeeze(-1) + law["offset"][regime]
+        log_p = torch.distributions.Normal(output, law["spread"][regime]).log_prob(x[:, t].unsqueeze(1)).sum(-1)
+        total = total + torch.where(t < lengths, log_p.logsumexp(-1) - math.log(particles), torch.zeros(()))
+        chosen = torch.multinomial(log_p.softmax(-1), particles, replacement=True)
+        z, regime = z.gather(1, chosen.unsqueeze(-1).expand_as(z)), regime.gather(1, chosen)
+    return total.sum().item()
+
+
+def agreement(states: torch.Tensor, regimes: torch.Tensor, mask: torch.Tensor) -> float:
+    """The share of steps whose most frequent state ``(draws, N, T)`` is the true one, under the best renaming."""
+    surest, inside = states.mode(0).values, mask > 0
+    renamed = (torch.tensor(order)[surest] for order in itertools.permutations(range(3)))
+    return max((one == regimes)[inside].float().mean().item() for one in renamed)
+
+
+def mixed(seeds: int, scale: float) -> list[str]:
+    """Latents of both kinds: variance and time of the gradient under each choice of estimators, after some training."""
+    data = load("digits", binarize="static")
+    lines = [
+        f"Digits, after {scaled(10, scale)} epochs with the first row's words; the guide's gradient for 50 images, two",
+        "draws each, from 200 gradients. Variance and variance × time are multiples of the first row's; the bias is in",
+        f"lengths of the gradient (exact estimators: chance); mean ± standard error over {seeds} seeds ({machine()}).",
+    ]
+    for name, (label, smooth) in {
+        "gaussian-mixture-vae": ("y", "z"),
+        "semi-supervised-vae": ("y", "z"),
+        "neural-bayes-net": ("label", "style"),
+    }.items():
+        arms = {
+            f"{label}: {one}, {smooth}: {other}": {label: one, smooth: other}
+            for one, other in (
+                ("enumerate", "pathwise"),
+                ("rloo", "pathwise"),
+                ("gumbel-softmax", "pathwise"),
+                ("enumerate", "rloo"),
+                ("rloo", "rloo"),
+            )
+        }
+        found: dict[str, Columns] = {arm: Columns() for arm in arms}
+        first = next(iter(arms))
+        for seed in seeded(seeds):
+            model = models[name](data.data_shape)
+            guide = LayeredGuide(model)
+            fit(
+                model, guide, model.inputs(data.train), loss=SiteELBO(arms[first]), lr=3e-3, batch_size=100,
+                epochs=scaled(10, scale), seed=seed, progress=False,
+            )  # fmt: skip
+            report = audit(
+                model, guide, model.inputs(data.test[:50]), estimators=arms, num_samples=200, num_particles=2,
+                burn_in=10, seed=seed,
+            )  # fmt: skip
+            base = report.sel(estimator=first)
+            for arm, columns in found.items():
+                row = report.sel(estimator=arm)
+                columns.add(variance=(row.total_variance / base.total_variance).item())
+                columns.add(work=(row.work_normalized_variance / base.work_normalized_variance).item())
+                columns.add(bias=row.relative_bias.item(), ms=1e3 * row.seconds.item())
+        rows = [[arm, *columns.cells("variance", "bias", "ms", "work")] for arm, columns in found.items()]
+        lines += ["", f"`{name}`:", "", *markdown(["estimators", "variance", "bias", "ms", "variance × time"], rows)]
+    return lines
+
+
 STUDIES: dict[str, Callable[[int, float], list[str]]] = {
-    study.__name__: study for study in (topics, cells, chorales, priors, codes, grid, hidden)
+    study.__name__: study for study in (topics, cells, chorales, priors, codes, grid, hidden, text, switching, mixed)
 }
 
 

@@ -30,6 +30,7 @@ from gumbo.experiments import cli
 from gumbo.experiments.listing import DATA_SHAPE, combinations
 from gumbo.inference.estimators import estimators
 from gumbo.models import GenerativeModel, models
+from gumbo.pictures import figure, save
 from gumbo.tables import markdown as markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +131,19 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "hidden-markov-model": (
         "--data jsb-chorales --model_options.num_states=16 --guide none --lr 3e-2 --batch_size 50 --epochs 10 "
         "--importance_samples 1",
-        "Nats are per chorale, of 61 steps on average, and exact: the states are summed out.",
+        "Nats are per chorale, of 61 steps on average, and exact: the states are summed out. Fifty steps are far from "
+        "enough: the curve is still rising.",
+    ),
+    "switching-state-space": (
+        "--data switching --model_options.num_regimes=3 --model_options.latent_dim=2 --guide combiner "
+        "--guide_options.rnn_hidden=64 --estimator pathwise --lr 1e-2 --clip_norm 100 --batch_size 50 --epochs 15 "
+        "--importance_samples 20",
+        "Nats are per sequence, of 20 steps on average; pictures show the numbers of each step, time downwards.",
+    ),
+    "sequence-vae": (
+        "--data words --model_options.latent_dim=8 --model_options.rnn_hidden=64 --model_options.hidden='[64]' "
+        "--guide normal --estimator pathwise --kl_weight 'linear(500)' --lr 5e-3 --epochs 20",
+        "A datum is a word of up to ten letters. Draws, and training by rewards, are below.",
     ),
     "grid-world": (
         "--guide grid-policy --estimator rloo --particles 4 --kl_weight 0 --lr 5e-2 --epochs 25",
@@ -153,6 +166,11 @@ EXAMPLES: dict[str, tuple[str, str]] = {
 # The study of `benchmarks/collection.py` whose table a page shows.
 STUDIES = {
     "hidden-markov-model": "hidden",
+    "switching-state-space": "switching",
+    "sequence-vae": "text",
+    "gaussian-mixture-vae": "mixed",
+    "semi-supervised-vae": "mixed",
+    "neural-bayes-net": "mixed",
     "vector-quantized-vae": "codes",
     "gaussian-vae": "priors",
     "grid-world": "grid",
@@ -323,7 +341,7 @@ def refused(rows: Iterable[dict[str, Any]]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for row in rows:
         if row["reason"] and row["estimator"] in estimators:
-            words = by_reason.setdefault(row["reason"], [])
+            words = by_reason.setdefault(re.sub(r"^site '[^']*': ", "", row["reason"]), [])
             if row["estimator"] not in words:
                 words.append(row["estimator"])
     return [f"- {spoken(words)}: {reason}" for reason, words in by_reason.items()]
@@ -338,15 +356,20 @@ def run_example(name: str) -> str:
         cli.main([*shlex.split(command)[1:], "--folder", str(run)])
         found = json.loads((run / "results.json").read_text())
         drawn = [picture for picture in PICTURES if (run / "plots" / f"{picture}.png").exists()]
-        if "--data reuters" in options:
-            drawn = []  # thousands of words side by side are no picture
-        for picture in drawn or ["learning_curve"]:
+        if {"reuters", "words"} & set(options.split()):
+            drawn = []  # thousands of words side by side are no picture, and letters none
+        for picture in drawn:
             shutil.copy(run / "plots" / f"{picture}.png", DOCS / "figures" / f"{name}-{picture}.png")
+        if not drawn:
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            learning_picture(DOCS / "figures" / f"{name}-learning_curve.png", lines, "--kl_weight 0 " in f"{options} ")
     test = found["test"]
     told = re.search(r"--data (\S+)", options)
     rows = f"rows of `{told[1]}`" if told else "digits"
     meaning = f"The value of log p is a lower bound, from {test['num_samples']} draws a datum."
-    if test["log_evidence"] != test["log_predictive"]:
+    if models[name](DATA_SHAPE).summed and not models[name](DATA_SHAPE).latents:
+        meaning = "Nothing is drawn, so that the ELBO is log p."
+    elif test["log_evidence"] != test["log_predictive"]:
         meaning = f"Here log p is the log predictive density, over {test['num_samples']} draws of the weights."
     lines = [
         "```",
@@ -363,8 +386,25 @@ def run_example(name: str) -> str:
     for picture in drawn:
         lines += ["", f"![{PICTURES[picture]}](figures/{name}-{picture}.png)"]
     if not drawn:
-        lines += ["", f"![the ELBO of validation data by epoch](figures/{name}-learning_curve.png)"]
+        lines += ["", f"![the objective by epoch](figures/{name}-learning_curve.png)"]
     return "\n".join(lines)
+
+
+def learning_picture(path: Path, lines: list[dict[str, Any]], rewarded: bool) -> None:
+    """The objective of each epoch, and the ELBO of validation data unless the KL has no part in the objective."""
+    made, axes = figure(figsize=(5.5, 3.4))
+    names = {"valid_elbo": "validation: ELBO"} if not rewarded else {}
+    names |= {name: f"training: {name}" for name in ("elbo", "weighted-elbo") if name in lines[0]}
+    if rewarded:
+        names["weighted-elbo"] = "training: expected reward"
+    for name, label in names.items():
+        axes.plot([line["epoch"] for line in lines], [line[name] for line in lines], label=label)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("nats per datum" if not rewarded else "reward")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save(made, path)
 
 
 def kept_example(name: str) -> str | None:

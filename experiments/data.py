@@ -10,8 +10,10 @@ name                image       train / valid / test       splits
 ``omniglot``        1 x 28 x 28 17,280 / 2,000 / 13,180    a fixed permutation of the background set; the evaluation set
 ``binarized-mnist`` 1 x 28 x 28 50,000 / 10,000 / 10,000   as Larochelle & Murray 2011 fixed them; no labels
 ``reuters``         1 x 4258    300 / 45 / 50              word counts of 395 news; a fixed permutation; no labels
+``20newsgroups``    1 x 2000    10,314 / 1,000 / 7,532     word counts of posts, through scikit-learn; labels: groups
 ``jsb-chorales``    1 x T x 88  229 / 76 / 77              piano rolls of Boulanger-Lewandowski; labels: lengths
 ``cells``           1 x 60      1,500 / 500 / 1,000        counts drawn from ``cells_law``; labels: types of cell
+``words``           1 x 10      letters of Reuters' words  tokens: 1 to 26 are letters, 0 pads; no labels
 ``switching``       1 x 30 x 6  400 / 100 / 200            sequences drawn from ``switching_law``; labels: lengths
 ``scenes``          1 x 20 x 20 10,000 / 1,000 / 2,000     0 to 2 of ``digits``, those of the split; labels: how many
 ``mnist-scenes``    1 x 50 x 50 20,000 / 1,000 / 2,000     0 to 2 of ``mnist-test``, likewise
@@ -25,8 +27,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import inspect
 import math
 import os
+import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -599,11 +604,99 @@ def reuters_vocabulary(root: str | Path | None = None) -> list[str]:
     path = (Path(root) if root is not None else data_folder()) / "reuters_counts.npz"
     if not path.exists():
         return list(_ldas("load_reuters_vocab", path))
+    return _vocabulary(path)
+
+
+def _vocabulary(path: Path) -> list[str]:
     try:
         with np.load(path, allow_pickle=False) as held:
             return [str(word) for word in held["vocabulary"]]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path} holds no vocabulary ({type(error).__name__}: {error})") from error
+
+
+NEWSGROUP_WORDS = 2_000
+
+
+@dataset("20newsgroups")
+def _newsgroups(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    """The counts of the most frequent words in the training posts; every post, without headers, footers and quotes."""
+    held = _read_npz(_newsgroups_file(folder), ("train", "train_labels", "test", "test_labels"))
+    counts = held["train"].astype(np.float32)
+    order = _permutation(len(counts))
+    valid = min(1_000, len(counts) // 5)
+    read = _cut(counts[order], held["train_labels"][order], (len(counts) - valid, valid))
+    return _only(read | {"test": (held["test"].astype(np.float32), held["test_labels"].astype(np.int64))}, splits)
+
+
+def newsgroups_vocabulary(root: str | Path | None = None) -> list[str]:
+    """The words of the columns of ``20newsgroups``.
+
+    Args:
+        root: the data folder, by default that of ``load``.
+
+    Raises:
+        BadInput: if the data are not on disk and cannot be downloaded.
+    """
+    return _vocabulary(_newsgroups_file(Path(root) if root is not None else data_folder()))
+
+
+def _newsgroups_file(folder: Path) -> Path:
+    """The counts, made of scikit-learn's download at first use."""
+    path = folder / "20newsgroups_counts.npz"
+    posts: dict[str, Any] = {}
+    if path.exists():
+        return path
+    from sklearn.datasets import fetch_20newsgroups
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    options: dict[str, Any] = {"data_home": str(folder), "remove": ("headers", "footers", "quotes")}
+    if "n_retries" in inspect.signature(fetch_20newsgroups).parameters:  # since scikit-learn 1.5
+        options["n_retries"] = 1
+
+    def download() -> None:
+        with warnings.catch_warnings():  # of the second try
+            warnings.simplefilter("ignore")
+            for split in ("train", "test"):
+                posts[split] = fetch_20newsgroups(subset=split, **options)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _download("20newsgroups", download, f"{path.name} or scikit-learn's 20news-bydate_py3.pkz into {folder}")
+    made = CountVectorizer(stop_words="english", token_pattern=r"\b[a-z]{3,}\b", max_features=NEWSGROUP_WORDS)
+    counts = {"train": made.fit_transform(posts["train"].data), "test": made.transform(posts["test"].data)}
+    largest = np.iinfo(np.uint16).max
+    arrays = {split: np.minimum(rows.toarray(), largest).astype(np.uint16) for split, rows in counts.items()}
+    arrays |= {f"{split}_labels": np.asarray(found.target, np.int64) for split, found in posts.items()}
+    _save(path, **arrays, vocabulary=made.get_feature_names_out().astype(str))
+    return path
+
+
+WORD_LENGTH = 10
+
+
+@dataset("words")
+def _words(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
+    """The words of ``reuters`` of three to ten letters a to z, in a fixed permutation; nine tenths are to train on."""
+    held = [word for word in reuters_vocabulary(folder) if re.fullmatch(f"[a-z]{{3,{WORD_LENGTH}}}", word)]
+    rows = np.zeros((len(held), WORD_LENGTH), np.float32)
+    for row, word in zip(rows, held, strict=True):
+        row[: len(word)] = [ord(letter) - ord("a") + 1 for letter in word]
+    rows = rows[_permutation(len(rows))]
+    tenth = len(rows) // 20
+    return _only(_cut(rows, None, (len(rows) - 2 * tenth, tenth, tenth)), splits)
+
+
+def spelled(tokens: Any) -> list[str]:
+    """The words of tokens of ``words``: letters for 1 to 26, nothing for 0.
+
+    Args:
+        tokens: integers ``(N, ...)``, a row for each word.
+
+    >>> spelled(torch.tensor([[3.0, 1.0, 20.0, 0.0]]))
+    ['cat']
+    """
+    rows = torch.as_tensor(tokens).flatten(1).long().tolist()
+    return ["".join(chr(ord("a") + token - 1) for token in row if token) for row in rows]
 
 
 def _ldas(function: str, path: Path) -> Any:

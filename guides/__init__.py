@@ -17,6 +17,7 @@ from .none import NoGuide
 from .normal import NormalGuide
 from .prior import PriorGuide
 from .recurrent_attention import RecurrentAttentionGuide
+from .token_policy import TokenPolicy
 from .top_down import TopDownNormalGuide
 from .triangular_normal import TriangularNormalGuide
 from .unconditional import UnconditionalGuide
@@ -42,6 +43,7 @@ __all__ = [
     "PriorGuide",
     "RecurrentAttentionGuide",
     "RelaxedCategoricalGuide",
+    "TokenPolicy",
     "TopDownNormalGuide",
     "TriangularNormalGuide",
     "UnconditionalGuide",

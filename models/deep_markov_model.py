@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ._base import Latent, models
 from ._chains import GatedTransition, NormalChain
 from ._networks import mlp
-from ._sequences import SequenceModel, silent_where_masked
+from ._sequences import Padded, SequenceModel, silent_where_masked
 
 
 @models.register("deep-markov-model")
@@ -24,7 +25,8 @@ class DeepMarkovModel(SequenceModel):
 
     μ and σ are a gated transition; the value before z_1 is a parameter. Sequences of different lengths are padded with
     zeros: ``mask`` has ones for the valid steps. A masked step has zeros as data and a N(0, I) latent, in the
-    model and in the guide ``combiner``, so that it adds nothing to any bound.
+    model and in the guide ``combiner``, so that it adds nothing to any bound. With another ``likelihood``, a word of
+    `gumbo.models.likelihoods`, f gives its parameters for vectors of other numbers.
 
     Called as ``model(x, mask=mask)``, and so are its guides. Shapes: ``x`` is ``(B, T, D)`` or ``(B, 1, T, D)`` (a
     ``data_shape`` of two or three sizes), ``mask`` ``(B, T)``, site ``z``, of all steps, ``(B, T, latent_dim)``.
@@ -43,7 +45,6 @@ class DeepMarkovModel(SequenceModel):
     """
 
     variants = ({"latent_dim": 2, "hidden": (6,), "transition_hidden": 5},)
-    binary_data = True
 
     def __init__(
         self,
@@ -53,12 +54,15 @@ class DeepMarkovModel(SequenceModel):
         transition_hidden: int = 200,
         min_sd: float = 1e-3,
         activation: str = "relu",
+        likelihood: str = "bernoulli",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
         self.latents = {"z": Latent("normal", (self.steps, latent_dim))}
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
-        self.decoder = mlp([latent_dim, *reversed(hidden), self.width], activation)
+        outputs = self.observe_by(likelihood, likelihood_options, (self.width,))
+        self.decoder = mlp([latent_dim, *reversed(hidden), outputs], activation)
         self.decoder_transition = GatedTransition(latent_dim, transition_hidden, min_sd)
         self.decoder_start = nn.Parameter(torch.zeros(latent_dim))
 
@@ -72,5 +76,9 @@ class DeepMarkovModel(SequenceModel):
 
     def likelihood(self, z: Tensor, mask: Tensor) -> dist.TorchDistribution:
         """p(x | z) for ``z`` of shape ``(..., B, T, Z)`` and ``mask`` ``(B, T)``, batch shape ``(..., B)``."""
-        logits = silent_where_masked(self.decoder(z), mask)
-        return dist.Bernoulli(logits=logits.unflatten(-2, self.data_shape[:-1])).to_event(len(self.data_shape))
+        output, rank = self.decoder(z), len(self.data_shape)
+        if self.binary_data:
+            logits = silent_where_masked(output, mask)
+            return dist.Bernoulli(logits=logits.unflatten(-2, self.data_shape[:-1])).to_event(rank)
+        steps = self.observation(output.unflatten(-2, self.data_shape[:-1]))
+        return Padded(steps, mask.unflatten(-1, self.data_shape[:-1]) > 0).to_event(rank - 1)

@@ -37,6 +37,24 @@ def counting(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (z[..., 1:, :] * z[..., :-1, :].roll(1, -1)).sum((-1, -2))
 
 
+def reward_named(f: str | Reward, who: str) -> Reward:
+    """The reward of that word or import path, or a function itself."""
+    found = rewards[f] if isinstance(f, str) else f
+    if not callable(found):
+        raise BadInput(f"{who}: f is {type(f).__name__}, expected a function f(z, x) or the name of one")
+    return found
+
+
+def reward_of_rows(f: Reward, z: torch.Tensor, x: torch.Tensor, rank: int, who: str) -> torch.Tensor:
+    """f of values ``(..., B, *event)`` of that many event dimensions; raises BadInput unless a number for each row."""
+    expected = torch.Size(z.shape[: z.dim() - rank])
+    reward = f(z, x)
+    if not isinstance(reward, torch.Tensor) or reward.shape != torch.broadcast_shapes(expected, x.shape[:1]):
+        found = tuple(reward.shape) if isinstance(reward, torch.Tensor) else type(reward).__name__
+        raise BadInput(f"{who}: f(z, x) is {found}, expected a number for each row, {tuple(expected)}")
+    return reward
+
+
 @models.register("expectation")
 class Expectation(GenerativeModel):
     r""":math:`E_{p_\theta(z \mid x)}[f(z, x)]` as a Pyro pair: the guide is p_θ, and the model weights its draws by f.
@@ -100,9 +118,7 @@ class Expectation(GenerativeModel):
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
-        self.reward = rewards[f] if isinstance(f, str) else f
-        if not callable(self.reward):
-            raise BadInput(f"Expectation: f is {type(f).__name__}, expected a function f(z, x) or the name of one")
+        self.reward = reward_named(f, "Expectation")
         if length is not None and length < 1:
             raise BadInput(f"Expectation: length={length} must be at least 1, or None for a single z")
         names = ["z"] if length is None else [f"z{t}" for t in range(1, length + 1)]
@@ -122,12 +138,7 @@ class Expectation(GenerativeModel):
         """f of the draws of each site ``(..., B, *shape)``, a number for each row."""
         rank = len(next(iter(self.latents.values())).shape)
         z = draws[0] if self.length is None else torch.stack(torch.broadcast_tensors(*draws), -1 - rank)
-        expected = torch.Size(z.shape[: z.dim() - rank - (self.length is not None)])
-        reward = self.reward(z, x)
-        if not isinstance(reward, torch.Tensor) or reward.shape != torch.broadcast_shapes(expected, x.shape[:1]):
-            found = tuple(reward.shape) if isinstance(reward, torch.Tensor) else type(reward).__name__
-            raise BadInput(f"Expectation: f(z, x) is {found}, expected a number for each row, {tuple(expected)}")
-        return reward
+        return reward_of_rows(self.reward, z, x, rank + (self.length is not None), "Expectation")
 
     def base(self, latent: Latent) -> dist.TorchDistribution:
         """p_0 of one site."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UnknownName
 from ._base import models
-from ._sequences import SequenceModel, silent_where_masked
+from ._sequences import Padded, SequenceModel, silent_where_masked
 
 KINDS = ("plain", "autoregressive", "factorial")
 
@@ -27,7 +28,8 @@ class HiddenMarkovModel(SequenceModel):
     Guides do not draw the states: the model marks them for enumeration, and with the guide ``none`` every ELBO,
     `SiteELBO` among them, sums them out in time linear in T and is log p(x), for maximum likelihood without
     Baum–Welch. ``kind="autoregressive"`` adds weights of x_{t−1} to the emission's logits; ``kind="factorial"`` has two
-    independent chains of ``num_states`` states each, and a table of emissions for each pair of states.
+    independent chains of ``num_states`` states each, and a table of emissions for each pair of states. With another
+    ``likelihood``, a word of `gumbo.models.likelihoods`, the tables hold its parameters, such as log rates of counts.
 
     Sequences of different lengths are padded with zeros: ``mask`` has ones for the valid steps, and a masked step has
     zeros as data. Called as ``model(x, mask=mask)``. Shapes: ``x`` is ``(B, T, D)`` or ``(B, 1, T, D)``,
@@ -50,13 +52,14 @@ class HiddenMarkovModel(SequenceModel):
         {"num_states": 3, "kind": "autoregressive"},
         {"num_states": 3, "kind": "factorial"},
     )
-    binary_data = True
 
     def __init__(
         self,
         data_shape: Sequence[int],
         num_states: int = 16,
         kind: str = "plain",
+        likelihood: str = "bernoulli",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
@@ -71,8 +74,9 @@ class HiddenMarkovModel(SequenceModel):
         # Initially states tend to persist, and emissions differ, which breaks the symmetry between states.
         self.decoder_transition = nn.ParameterDict({chain: nn.Parameter(torch.eye(num_states)) for chain in chains})
         pairs = (num_states,) * len(chains)
-        self.decoder_emission = nn.Parameter(torch.randn(*pairs, self.width) - 1)
-        self.decoder_previous = nn.Parameter(torch.zeros(self.width, self.width)) if kind == "autoregressive" else None
+        outputs = self.observe_by(likelihood, likelihood_options, (self.width,))
+        self.decoder_emission = nn.Parameter(torch.randn(*pairs, outputs) - float(self.binary_data))
+        self.decoder_previous = nn.Parameter(torch.zeros(self.width, outputs)) if kind == "autoregressive" else None
 
     def forward(self, x: Tensor | None = None, *, mask: Tensor | None = None, batch_size: int = 1) -> Tensor:
         with self.data_plate(x, batch_size):
@@ -95,4 +99,6 @@ class HiddenMarkovModel(SequenceModel):
         logits = Vindex(self.decoder_emission)[tuple(states.values())]
         if self.decoder_previous is not None and before is not None:
             logits = logits + before @ self.decoder_previous
-        return dist.Bernoulli(logits=silent_where_masked(logits, mask)).to_event(1)
+        if self.binary_data:
+            return dist.Bernoulli(logits=silent_where_masked(logits, mask)).to_event(1)
+        return Padded(self.observation(logits), mask > 0)

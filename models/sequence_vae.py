@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import MappingProxyType
 
@@ -14,6 +15,7 @@ from torch.nn.functional import one_hot
 
 from ..errors import BadInput
 from ._base import GenerativeModel, Latent, models
+from .expectation import Reward, reward_named, reward_of_rows
 from .likelihoods import likelihoods
 
 
@@ -34,7 +36,7 @@ class TokenSequence(dist.TorchDistribution):
     support = constraints.independent(constraints.nonnegative_integer, 1)
     has_rsample = False
 
-    def __init__(self, network: nn.Module, output: nn.Module, state: Tensor, length: int, vocabulary: int):
+    def __init__(self, network: nn.Module, output: nn.Linear, state: Tensor, length: int, vocabulary: int):
         self.network, self.output, self.state, self.vocabulary = network, output, state, vocabulary
         super().__init__(state.shape[:-1], torch.Size((length,)), validate_args=False)
 
@@ -48,9 +50,8 @@ class TokenSequence(dist.TorchDistribution):
         rows, before, chosen, logs = len(state), None, [], []
         given = None if tokens is None else tokens.expand(*shape, -1).reshape(rows, -1).long()
         for place in range(self.event_shape[0]):
-            before = state.new_zeros(rows, self.vocabulary) if before is None else before
-            state = self.network(before, state)
-            logs.append(self.output(state).log_softmax(-1))
+            state, logits = advanced(self.network, self.output, before, state)
+            logs.append(logits.log_softmax(-1))
             token = torch.multinomial(logs[-1].exp(), 1).squeeze(-1) if given is None else given[:, place]
             chosen.append(token)
             before = one_hot(token, self.vocabulary).to(state.dtype)
@@ -66,6 +67,29 @@ class TokenSequence(dist.TorchDistribution):
         return logs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).sum(-1)
 
 
+def advanced(network: nn.Module, output: nn.Linear, before: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The next state ``(..., H)`` and the logits ``(..., V)`` of its token, after a one-hot or relaxed token.
+
+    ``before`` is ``(..., V)``, or None at the start.
+    """
+    before = state.new_zeros(output.out_features) if before is None else before
+    leading = torch.broadcast_shapes(before.shape[:-1], state.shape[:-1])
+    rows = [part.expand(*leading, -1).reshape(-1, part.shape[-1]) for part in (before, state)]
+    state = network(*rows).reshape(*leading, -1)  # recurrent cells support one leading dimension only
+    return state, output(state)
+
+
+def written(
+    sites: Sequence[str], start: nn.Module, network: nn.Module, output: nn.Linear, z: Tensor
+) -> dict[str, Tensor]:
+    """Sample one-hot tokens ``(..., V)`` at these sites, each given the earlier ones, from latents ``(..., Z)``."""
+    state, before, drawn = start(z).tanh(), None, {}
+    for site in sites:
+        state, logits = advanced(network, output, before, state)
+        before = drawn[site] = pyro.sample(site, dist.OneHotCategorical(logits=logits))
+    return drawn
+
+
 @models.register("sequence-vae")
 class SequenceVAE(GenerativeModel):
     r"""Normal latents and a recurrent network that generates a sequence token by token.
@@ -74,21 +98,38 @@ class SequenceVAE(GenerativeModel):
               x_l \mid x_{<l}, z \sim \mathrm{Categorical}(\mathrm{softmax}\,f(h_l)), \qquad
               h_l = \mathrm{GRU}(x_{l-1}, h_{l-1}), \quad h_0 = g(z)
 
-    Trained by maximum likelihood (its bound); for rewards of whole sequences, with a policy and score-type estimators,
-    see `Expectation` with ``length``. Tokens are integers 0 to ``vocabulary`` − 1 in a float tensor; a shorter sequence
-    is padded with a token of its own (0, for example), which is scored like any other.
+    Without ``reward`` it is trained by maximum likelihood (its bound). Tokens are integers 0 to ``vocabulary`` − 1 in a
+    float tensor; a shorter sequence is padded with a token of its own (0, for example), which is scored like any other.
+
+    With a ``reward`` the same networks are trained by what they generate: x is a given context, and the model weights
+    each generated sequence by :math:`e^{f(t, x)}`. f takes one-hot tokens ``(..., B, length, vocabulary)`` and the
+    context and returns numbers ``(..., B)``: a function, its import path, or a word of `gumbo.models.rewards`. The
+    guide ``token-policy`` has such networks of its own, initially with the model's weights. ``SiteELBO(word,
+    kl_weight=0)`` maximizes :math:`E[f]` over it: ``score`` is REINFORCE, ``score-average``, ``nvil`` and ``rloo``
+    subtract a baseline, ``gumbel-softmax`` relaxes the tokens. A weight α subtracts α times the KL from the
+    model, so that a model trained by maximum likelihood, whose state the one with a reward loads, is not left far
+    behind; its parameters should then be frozen. ``length`` is the number of tokens, by default that of numbers in x.
 
     Shapes: ``x`` is ``(B, L)``, or ``(B, 1, L)`` for a ``data_shape`` of two sizes; site ``z`` is ``(B, latent_dim)``.
-    Raises BadInput for data of another shape and, under validation, for NaN or for values that are no tokens.
+    With a reward x has any shape, and sites ``t1`` ... ``tL`` are one-hot, ``(B, vocabulary)``. Raises BadInput for
+    data of another shape, for a ``length`` without a reward, for an f that does not return a number per row and, under
+    validation, for NaN or for values that are no tokens.
 
-    Bowman et al. 2016, "Generating sentences from a continuous space", arXiv:1511.06349.
+    Bowman et al. 2016, "Generating sentences from a continuous space", arXiv:1511.06349; Ranzato et al. 2016, "Sequence
+    level training with recurrent neural networks", arXiv:1511.06732.
 
     >>> model = SequenceVAE(data_shape=(6,), vocabulary=5, latent_dim=2, rnn_hidden=8)
     >>> {site: tuple(draws.shape) for site, draws in model.sample_prior(3).items()}
     {'z': (3, 2), 'x': (3, 6)}
     """
 
-    variants = ({"vocabulary": 3, "latent_dim": 2, "rnn_hidden": 6, "hidden": (8,)},)
+    variants = (
+        {"vocabulary": 3, "latent_dim": 2, "rnn_hidden": 6, "hidden": (8,)},
+        {"vocabulary": 3, "latent_dim": 2, "rnn_hidden": 6, "hidden": (8,), "reward": "counting", "length": 3},
+    )
+
+    _unchecked = ("reward",)
+    _ranges = {"length": -math.inf}
 
     def __init__(
         self,
@@ -98,11 +139,21 @@ class SequenceVAE(GenerativeModel):
         rnn_hidden: int = 128,
         hidden: Sequence[int] = (128,),
         activation: str = "relu",
+        reward: str | Reward | None = None,
+        length: int | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
+        if length is not None and (length < 1 or reward is None):
+            raise BadInput(f"SequenceVAE: length={length} must be at least 1 and goes with a reward")
         self.vocabulary = vocabulary
         self.latents = {"z": Latent("normal", (latent_dim,))}
+        self.reward = None if reward is None else reward_named(reward, "SequenceVAE")
+        self.tokens: tuple[str, ...] = ()
+        if reward is not None:
+            self.x_is_given, self.observed = True, ("reward",)
+            self.tokens = tuple(f"t{place}" for place in range(1, (length or self.data_shape.numel()) + 1))
+            self.latents |= {site: Latent("categorical", (vocabulary,)) for site in self.tokens}
         self.mirror = {"channels": (), "hidden": tuple(hidden), "activation": activation}
         self.decoder_state = nn.Linear(latent_dim, rnn_hidden)
         self.decoder_rnn = nn.GRUCell(vocabulary, rnn_hidden)
@@ -113,7 +164,13 @@ class SequenceVAE(GenerativeModel):
     def forward(self, x: Tensor | None = None, *, batch_size: int = 1) -> Tensor:
         with self.data_plate(x, batch_size):
             z = pyro.sample("z", dist.Normal(self.prior_loc, self.prior_scale).to_event(1))
-            return pyro.sample("x", self.likelihood(z), obs=x)
+            if self.reward is None:
+                return pyro.sample("x", self.likelihood(z), obs=x)
+            drawn = written(self.tokens, self.decoder_state, self.decoder_rnn, self.decoder_output, z)
+            tokens = torch.stack(torch.broadcast_tensors(*drawn.values()), -2)
+            reward = reward_of_rows(self.reward, tokens, x, 2, "SequenceVAE")
+            pyro.factor("reward", reward)
+            return reward
 
     def likelihood(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z) for ``z`` of shape ``(..., latent_dim)``, batch shape ``(...)``."""
@@ -126,5 +183,7 @@ class SequenceVAE(GenerativeModel):
 
     def check_values(self, x: Tensor) -> None:
         super().check_values(x)
+        if self.reward is not None:
+            return
         if found := likelihoods["categorical"].wants(x, num_categories=self.vocabulary):
             raise BadInput(f"SequenceVAE needs {found.partition(':')[0]}: set vocabulary")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -27,8 +27,9 @@ class SigmoidBeliefNetwork(GenerativeModel):
     Shapes: ``x`` is ``(B, *data_shape)``; ``layers`` are the widths of z1, z2, ... from the data upwards, and site
     ``zl`` is ``(B, layers[l - 1])``. Each f is linear, or, with ``nonlinear=True``, has a hidden layer as wide as its
     output's layer (f_0: as z1). The prior logits a of the top layer are learned, from zero. Posteriors are usually
-    layered upwards, q(z1 | x) q(z2 | z1) ..., the default of the layered guide. Raises BadInput for data
-    of another shape and, under validation, for NaN or for values other than 0 and 1.
+    layered upwards, q(z1 | x) q(z2 | z1) ..., the default of the layered guide. Another
+    ``likelihood`` is a word of `gumbo.models.likelihoods`. Raises BadInput for data of another shape and, under
+    validation, for NaN or for data outside the likelihood's support.
 
     Neal 1992, "Connectionist learning of belief networks"; Mnih & Gregor 2014, arXiv:1402.0030.
 
@@ -38,7 +39,6 @@ class SigmoidBeliefNetwork(GenerativeModel):
     """
 
     variants = ({"layers": (6,)}, {"layers": (6, 5), "nonlinear": True}, {"layers": (6, 5, 4)})
-    binary_data = True
 
     def __init__(
         self,
@@ -46,13 +46,15 @@ class SigmoidBeliefNetwork(GenerativeModel):
         layers: Sequence[int] = (200, 200),
         nonlinear: bool = False,
         activation: str = "tanh",
+        likelihood: str = "bernoulli",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         super().__init__(data_shape, data_size)
         if not layers or min(layers) < 1:
             raise BadInput(f"SigmoidBeliefNetwork: layers={tuple(layers)} must hold at least one positive width")
         names = ["x", *(f"z{level}" for level in range(1, len(layers) + 1))]  # from the data upwards
-        sizes = dict(zip(names, [math.prod(self.data_shape), *layers], strict=True))
+        sizes = dict(zip(names, [self.observe_by(likelihood, likelihood_options), *layers], strict=True))
         self.latents = {name: Latent("bernoulli", (sizes[name],)) for name in reversed(names[1:])}
         self.guide_parents = {"z1": ()} | {above: (below,) for below, above in pairwise(names[1:])}
         self.mirror = {"channels": (), "hidden": (layers[0],) if nonlinear else (), "activation": activation}
@@ -68,11 +70,8 @@ class SigmoidBeliefNetwork(GenerativeModel):
             for site, below in pairwise([*self.latents, "x"]):
                 z = pyro.sample(site, dist.Bernoulli(logits=logits).to_event(1))
                 logits = self.decoder[below](z)
-            return pyro.sample("x", self._bernoulli(logits), obs=x)
+            return pyro.sample("x", self.observation(logits), obs=x)
 
     def likelihood(self, z1: torch.Tensor) -> dist.TorchDistribution:
         """p(x | z1) for ``z1`` of shape ``(..., layers[0])``, batch shape ``(...)``."""
-        return self._bernoulli(self.decoder["x"](z1))
-
-    def _bernoulli(self, logits: torch.Tensor) -> dist.TorchDistribution:
-        return dist.Bernoulli(logits=logits.unflatten(-1, self.data_shape)).to_event(len(self.data_shape))
+        return self.observation(self.decoder["x"](z1))

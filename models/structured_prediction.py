@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -30,8 +31,8 @@ class StructuredPrediction(GenerativeModel):
     width)`` both halves are ``(B, channels, height / 2, width)`` (an odd middle row is in the lower half), site ``zl``
     is ``(B, layers[l - 1])``. Each f is linear or, with ``nonlinear=True``, has a hidden layer as wide as its output's
     layer (the last: as the layer before). With ``num_classes`` a layer's latents are one-hot, and site ``zl`` is
-    ``(B, layers[l - 1], num_classes)``. Raises BadInput for halves of another shape and, under validation, for NaN
-    or for values of x other than 0 and 1.
+    ``(B, layers[l - 1], num_classes)``. Another ``likelihood`` is a word of `gumbo.models.likelihoods`.
+    Raises BadInput for halves of another shape and, under validation, for NaN or for x outside its support.
 
     Raiko et al. 2014, arXiv:1406.2989; Gu et al. 2016, arXiv:1511.05176.
 
@@ -43,7 +44,6 @@ class StructuredPrediction(GenerativeModel):
     """
 
     variants = ({"layers": (6,)}, {"layers": (6, 5), "nonlinear": True}, {"layers": (4, 3), "num_classes": 3})
-    binary_data = True
 
     def __init__(
         self,
@@ -52,6 +52,8 @@ class StructuredPrediction(GenerativeModel):
         nonlinear: bool = False,
         activation: str = "tanh",
         num_classes: int | None = None,
+        likelihood: str = "bernoulli",
+        likelihood_options: Mapping[str, Any] | None = None,
         data_size: int | None = None,
     ):
         if len(data_shape) != 3 or data_shape[1] < 2:
@@ -70,7 +72,7 @@ class StructuredPrediction(GenerativeModel):
         }
         self.mirror = {"channels": (), "hidden": (layers[0],) if nonlinear else (), "activation": activation}
         widths = [latent.size for latent in self.latents.values()]
-        sizes = [math.prod(self.conditions["upper"]), *widths, math.prod(self.data_shape)]
+        sizes = [math.prod(self.conditions["upper"]), *widths, self.observe_by(likelihood, likelihood_options)]
         self.decoder = nn.ModuleDict()  # keyed by the site whose logits the network computes
         for site, (inputs, outputs) in zip([*names, "x"], pairwise(sizes), strict=True):
             between = [inputs if site == "x" else outputs] if nonlinear else []
@@ -86,8 +88,7 @@ class StructuredPrediction(GenerativeModel):
 
     def likelihood(self, z: torch.Tensor) -> dist.TorchDistribution:
         """p(x | z) for the last layer's ``z`` ``(..., layers[-1])`` (one-hot layers flat), batch shape ``(...)``."""
-        logits = self.decoder["x"](z).unflatten(-1, self.data_shape)
-        return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
+        return self.observation(self.decoder["x"](z))
 
     def inputs(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The lower half of each image as ``x``, the upper half as ``upper``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -149,6 +150,11 @@ def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "po
     the k̂ of the row's datum (of the global latents for a global variable); above 0.7 the guide is unreliable (Vehtari
     et al. 2024, arXiv:1507.02646).
 
+    A class is a name and no number: of one-hot sites (one row for each vector, without the dimension of classes),
+    Categorical and Bernoulli sites there are the ``mode`` and its ``probability``, in place of means, intervals and
+    R̂ of indices or indicators. Fits may name the same class differently (label switching), so that several chains are
+    not to be pooled for latents that are classes.
+
     Args:
         idata: the result of :func:`to_arviz`.
         var_names: the variables to show; None shows all.
@@ -173,33 +179,61 @@ def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "po
     """
     if group not in _arviz.groups_of(idata):
         raise UnknownName("group", group, _arviz.groups_of(idata))
-    chains = _arviz.dataset_of(idata, group).sizes["chain"]
+    import pandas
+
+    draws = _arviz.dataset_of(idata, group)
+    names = list(draws.data_vars) if var_names is None else [var_names] if isinstance(var_names, str) else [*var_names]
+    named = [name for name in names if name in draws and draws[name].attrs.get("values") in _NAMES]
+    numbers = [name for name in names if name not in named]
+    chains = draws.sizes["chain"]
     options = {"kind": "all" if chains > 1 else "stats", **options}
-    made = _arviz.table(idata, group, var_names, options)
+    made = _arviz.table(idata, group, numbers, options) if numbers else pandas.DataFrame()
     hidden = [name for name in made.columns if str(name).startswith(("ess", "mcse"))]
     hidden += [name for name in made.columns if name in ("r_hat", "R̂", "rhat")] if chains == 1 else []
     made = made.drop(columns=hidden)
+    shown, start = {}, 0
+    for name in numbers:
+        size = draws[name].isel(chain=0, draw=0).size
+        shown[name], start = made.iloc[start : start + size], start + size
+    shown |= {name: _modes(name, draws[name]) for name in named}
     if group == "posterior" and "vi_stats" in _arviz.groups_of(idata):
-        made["khat"] = _khat_of_rows(idata, var_names)
-    return made
+        for name, rows in shown.items():
+            shown[name] = rows.assign(khat=_khat_of_rows(idata, name))
+    found = pandas.concat([shown[name] for name in names])
+    return found[[*(column for column in found.columns if column != "khat"), *(["khat"] if "khat" in found else [])]]
 
 
-def _khat_of_rows(idata: Any, var_names: Sequence[str] | None) -> np.ndarray:
-    """k̂ for each scalar of the posterior, in the order of the summary: variables, then positions."""
+_NAMES = ("one-hot", "classes", "binary")  # values that are names of classes
+
+
+def _modes(name: str, draws: Any) -> Any:
+    """The most frequent class of each element and its share of the draws, one row an element."""
+    import pandas
+
+    classes = draws.argmax(draws.dims[-1]) if draws.attrs["values"] == "one-hot" else draws.astype(int)
+    flat = classes.values.reshape(-1, *classes.shape[2:])
+    shares = np.stack([(flat == one).mean(0) for one in range(int(flat.max()) + 1)])
+    kept = [classes.coords[dim].values for dim in classes.dims[2:]]
+    places = [", ".join(map(str, place)) for place in itertools.product(*kept)]
+    index = [f"{name}[{place}]" if place else name for place in places]
+    columns = {"mode": shares.argmax(0).reshape(-1), "probability": shares.max(0).reshape(-1).round(3)}
+    if draws.attrs["values"] == "binary":
+        columns = {"mean": flat.mean(0).reshape(-1).round(3), **columns}
+    return pandas.DataFrame(columns, index=index)
+
+
+def _khat_of_rows(idata: Any, name: str) -> np.ndarray:
+    """k̂ for each row of a variable of the posterior in the summary."""
     posterior, stats = _arviz.dataset_of(idata, "posterior"), _arviz.dataset_of(idata, "vi_stats")
-    names = list(posterior.data_vars) if var_names is None else [var_names] if isinstance(var_names, str) else var_names
-    found = []
-    for name in names:
-        one = posterior[name].isel(chain=0, draw=0, drop=True)
-        local = name in str(stats.attrs.get("local", "")).split(",")
-        source = "khat" if local or "khat_global" not in stats else "khat_global"
-        worst = stats[source].max("chain") if source in stats else None
-        if worst is None or not set(worst.dims) <= set(one.dims):
-            found.append(np.full(one.size, np.nan if worst is None else float(worst.max())))
-        else:
-            spread = worst.broadcast_like(one.astype(float)).transpose(*one.dims)
-            found.append(spread.values.reshape(-1))
-    return np.concatenate(found)
+    one = posterior[name].isel(chain=0, draw=0, drop=True)
+    if one.attrs.get("values") == "one-hot":
+        one = one.isel({one.dims[-1]: 0}, drop=True)
+    local = name in str(stats.attrs.get("local", "")).split(",")
+    source = "khat" if local or "khat_global" not in stats else "khat_global"
+    worst = stats[source].max("chain") if source in stats else None
+    if worst is None or not set(worst.dims) <= set(one.dims):
+        return np.full(one.size, np.nan if worst is None else float(worst.max()))
+    return worst.broadcast_like(one.astype(float)).transpose(*one.dims).values.reshape(-1)
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------

@@ -47,7 +47,10 @@ class Naming:
             data = np.broadcast_to(data, collection.full_shape(array))
             # Copied unless large; otherwise a read-only view.
             data = data.copy() if data.nbytes < COPIED else data
-        return self._made(data, names, head)
+        made = self._made(data, names, head)
+        if array.layout is not None and array.layout.values:
+            made.attrs["values"] = array.layout.values
+        return made
 
     def _made(self, data: np.ndarray, names: Sequence[str], head: Mapping[str, np.ndarray]) -> Any:
         import xarray

@@ -9,7 +9,9 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.poutine.trace_struct import Trace
+from torch.distributions import constraints
 
+from ..estimators._distributions import elementary
 from .vmapped import random_sites
 
 
@@ -30,7 +32,11 @@ class SiteLayout:
     depth: int
     dtype: torch.dtype
     point: bool = False
-    discrete: bool = False
+    values: str = ""  # of a discrete site: one of `one-hot`, `classes`, `binary`, `counts`
+
+    @property
+    def discrete(self) -> bool:
+        return bool(self.values)
 
     @property
     def plates(self) -> frozenset[str]:
@@ -62,6 +68,27 @@ class Block:
 
     def fresh(self, names: Sequence[str | None]) -> tuple[slice, ...]:
         return tuple(self.take.get(name, slice(None)) for name in names)
+
+
+def discrete_values(fn: Any) -> str:
+    """What the values of a discrete distribution are; an empty string for a continuous one.
+
+    >>> import pyro.distributions as dist
+    >>> ones = torch.ones(3)
+    >>> laws = dist.OneHotCategorical(ones), dist.Categorical(ones), dist.Bernoulli(ones / 2), dist.Poisson(ones)
+    >>> [discrete_values(law) for law in (*laws, dist.Normal(ones, ones))]
+    ['one-hot', 'classes', 'binary', 'counts', '']
+    """
+    support = fn.support
+    if not support.is_discrete:
+        return ""
+    while isinstance(support, type(constraints.independent(constraints.real, 1))):
+        support = support.base_constraint
+    if isinstance(support, type(constraints.one_hot)):
+        return "one-hot"
+    if isinstance(elementary(fn), torch.distributions.Categorical):
+        return "classes"
+    return "binary" if isinstance(support, type(constraints.boolean)) else "counts"
 
 
 def innermost(fn: Any) -> Any:

@@ -17,7 +17,7 @@ from ..engine.interventions import ChosenRows, GivenValues
 from ..engine.messenger_guides import as_program
 from ..engine.scopes import device_of, quietly
 from .enumerated import completed
-from .sites import SiteLayout, has_rows, innermost, kind_of, lengths_of
+from .sites import SiteLayout, discrete_values, has_rows, innermost, kind_of, lengths_of
 from .vmapped import random_sites, unmasked
 
 
@@ -187,7 +187,7 @@ class Survey:
             depth,
             value.dtype,
             isinstance(innermost(fn), dist.Delta) and kind == "latent",
-            kind in ("latent", "observed") and bool(fn.support.is_discrete),
+            discrete_values(fn) if kind in ("latent", "observed") else "",
         )
 
     @staticmethod

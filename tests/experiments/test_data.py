@@ -14,7 +14,7 @@ import torch
 
 from gumbo.errors import BadInput, UnknownName
 from gumbo.experiments import cli, data
-from gumbo.experiments.data import cells_law, load, reuters_vocabulary
+from gumbo.experiments.data import cells_law, load, newsgroups_vocabulary, reuters_vocabulary, spelled
 from gumbo.experiments.train import Train
 
 
@@ -417,6 +417,42 @@ def test_reuters_are_counts_with_a_word_for_each(tmp_path):
     assert found.data_shape == (1, 3) and [len(part) for part in (found.train, found.valid, found.test)] == [25, 45, 50]
     assert sum(part.sum().item() for part in (found.train, found.valid, found.test)) == counts.sum()
     assert reuters_vocabulary(tmp_path) == ["a", "b", "c"]
+
+
+def test_newsgroups_come_through_scikit_learn_once(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    calls = []
+
+    def fetch(*, subset, data_home, remove, n_retries=3):
+        calls.append((subset, n_retries))
+        texts = ["Oil oil prices", "space SHUTTLE launch", "the oil of space"] * (4 if subset == "train" else 1)
+        return SimpleNamespace(data=texts, target=np.arange(len(texts)) % 3)
+
+    monkeypatch.setattr("sklearn.datasets.fetch_20newsgroups", fetch)
+    found = load("20newsgroups", root=tmp_path)
+    assert newsgroups_vocabulary(tmp_path) == ["launch", "oil", "prices", "shuttle", "space"]
+    assert [len(part) for part in (found.train, found.valid, found.test)] == [10, 2, 3]
+    assert found.test.squeeze(1).tolist() == [[0, 2, 1, 0, 0], [1, 0, 0, 1, 1], [0, 1, 0, 0, 1]]
+    assert found.labels["test"].tolist() == [0, 1, 2]
+    assert load("20newsgroups", root=tmp_path).train.equal(found.train) and calls == [("train", 1), ("test", 1)]
+
+
+def test_newsgroups_without_a_network_are_one_line(tmp_path, offline):
+    for ask in (lambda: load("20newsgroups", root=tmp_path), lambda: newsgroups_vocabulary(tmp_path)):
+        with pytest.raises(BadInput, match=r"^20newsgroups is not on disk and cannot be downloaded .*put ") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
+def test_words_are_letters_padded_with_zeros(tmp_path):
+    words = ["oil", "tea", "u.s", "a", "unanimously", *(f"{one}{two}x" for one in "abcdef" for two in "ghijkl")]
+    np.savez(tmp_path / "reuters_counts.npz", counts=np.zeros((1, len(words))), vocabulary=np.array(words))
+    found = load("words", root=tmp_path)
+    assert found.data_shape == (1, 10) and len(found.test) == len(found.valid) == 1 and len(found.train) == 36
+    told = [word for part in (found.train, found.valid, found.test) for word in spelled(part)]
+    assert sorted(told) == sorted(set(words) - {"u.s", "a", "unanimously"})
+    assert ((found.train > 0).int().diff(dim=-1) <= 0).all()  # letters, and then zeros only
 
 
 def test_cells_have_the_means_of_their_law():

@@ -85,6 +85,36 @@ def test_counts_are_a_choice_of_each_model(name, param_store):
     assert type(model)(**model.config).observation.word == "zero-inflated-negative-binomial"
 
 
+@pytest.mark.parametrize("word", ["zero-inflated-negative-binomial", "categorical", "heteroscedastic-normal"])
+@pytest.mark.parametrize(
+    "name", ["sigmoid-belief-network", "structured-prediction", "deep-markov-model", "hidden-markov-model"]
+)
+def test_layers_and_sequences_take_every_likelihood(name, word):
+    torch.manual_seed(0)
+    options = (
+        {"latent_dim": 6, "transition_hidden": 8} if name == "deep-markov-model" else {}
+    )  # rectifiers not all dead
+    model = models[name]((1, 4, 4), likelihood=word, **{**models[name].variants[-1], **options})
+    given = model.example(3)
+    check_model(model, given.pop("x"), **given)
+
+
+def test_a_masked_step_of_counts_counts_for_nothing():
+    """By the likelihood of the valid steps alone, whatever stands in the padding."""
+    torch.manual_seed(0)
+    for name in ("deep-markov-model", "hidden-markov-model"):
+        model = models[name]((3, 2), likelihood="poisson", **models[name].variants[0])
+        mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        x = torch.poisson(torch.full((2, 3, 2), 2.0))
+        with torch.no_grad(), pyro.get_param_store().scope():
+            trace = pyro.poutine.trace(model).get_trace(x, mask=mask)
+            other = x + 7 * (1 - mask).unsqueeze(-1)
+            again = pyro.poutine.trace(pyro.poutine.replay(model, trace)).get_trace(other, mask=mask)
+        assert torch.isclose(trace.log_prob_sum(), again.log_prob_sum())
+        drawn = model.example(4)
+        assert (drawn["x"] * (1 - drawn["mask"]).unsqueeze(-1) == 0).all()
+
+
 def test_convolutions_give_each_output_of_the_likelihood_its_maps():
     torch.manual_seed(0)
     model = ConvVAE((2, 4, 4), channels=(3,), likelihood="discretized-logistic", likelihood_options={"levels": 4})

@@ -656,6 +656,51 @@ def test_a_value_that_never_varies_has_a_summary_without_a_warning():
     assert found.loc["b", "mean"] == 1
 
 
+def test_classes_have_a_mode_and_its_probability_and_no_mean():
+    """Of one-hot, index and binary sites; counts keep mean and interval."""
+    probs = torch.tensor([[0.1, 0.7, 0.2], [0.6, 0.2, 0.2]])
+
+    def program(x=None):
+        with pyro.plate("data", 2):
+            pyro.sample("one", dist.OneHotCategorical(probs).mask(torch.tensor(True)))
+            pyro.sample("index", dist.Categorical(probs))
+            pyro.sample("coin", dist.Bernoulli(probs[:, 0]))
+            count = pyro.sample("count", dist.Poisson(probs[:, 1]))
+            if x is not None:
+                pyro.sample("x", dist.Normal(count, 1.0), obs=x)
+
+    idata = to_arviz(lambda x: program(x), lambda x: program(), torch.zeros(2), num_samples=4_000)
+    found = summary(idata)
+    assert list(found.index) == [f"{name}[{row}]" for name in ("one", "index", "coin", "count") for row in (0, 1)]
+    for name in ("one", "index"):
+        assert found.loc[[f"{name}[0]", f"{name}[1]"], "mode"].tolist() == [1, 0]
+        assert found.loc[f"{name}[0]", ["mean", "sd"]].isna().all()
+        assert abs(found.loc[f"{name}[0]", "probability"] - 0.7) < 4 * (0.7 * 0.3 / 4_000) ** 0.5 + 5e-4
+    assert found.loc["coin[1]", "mode"] == 1 and found.loc["coin[1]", "mean"] == found.loc["coin[1]", "probability"]
+    counts = found.loc[["count[0]", "count[1]"]]
+    assert counts["mode"].isna().all() and counts.notna()[["mean", "sd"]].all().all()
+    assert found.columns[-1] == "khat"
+    assert list(summary(idata, var_names="one").columns) == ["mode", "probability", "khat"]
+    both = summary(to_arviz(lambda x: program(x), [lambda x: program()] * 2, torch.zeros(2), num_samples=50))
+    r_hat = next(name for name in both.columns if name in ("r_hat", "R̂", "rhat"))
+    assert both.loc[["one[0]", "index[0]"], r_hat].isna().all() and both.loc["count[0]", r_hat] > 0
+
+
+@pytest.mark.parametrize("name", ["categorical-vae", "poisson-vae", "hidden-markov-model"])
+def test_the_summary_of_a_model_with_discrete_latents_has_a_meaning_in_each_row(name):
+    torch.manual_seed(0)
+    cls = models[name]
+    model = cls((1, 4, 4), **cls.variants[0])
+    guide = guides[fitting(model)[0]](model)
+    found = summary(to_arviz(model, guide, num_samples=30, **model.example(3)))
+    if name == "poisson-vae":
+        assert "mode" not in found and found["mean"].notna().all()
+    else:
+        sites = 3 * (4 if name == "hidden-markov-model" else model.latents["y"].shape[0])
+        assert len(found) == sites and found["probability"].between(1 / model.config.get("num_classes", 4), 1).all()
+        assert "mean" not in found and "hdi_3%" not in found
+
+
 def test_bad_input_is_one_line():
     def undrawn(x):
         with pyro.plate("data", len(x)):
