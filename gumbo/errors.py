@@ -133,6 +133,14 @@ class GumboWarning(UserWarning):
     """gumbo's warnings; ``str(warning)`` is one line."""
 
 
+class MeaningChanged(GumboWarning, FutureWarning):
+    """The meaning of a name has changed; warned for one version, once in a process, where a program meets the change.
+
+    >>> import warnings
+    >>> warnings.filterwarnings("ignore", category=MeaningChanged)  # for programs that know
+    """
+
+
 class Interrupted(KeyboardInterrupt):
     """A run that a signal has stopped, after it was saved; ``str(error)`` is one line with the command to resume.
 

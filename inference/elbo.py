@@ -12,6 +12,7 @@ import torch
 from pyro.infer.elbo import ELBO, ELBOModule
 from torch import Tensor, nn
 
+from ..changes import Default
 from ..errors import BadInput, UnknownName
 from ..options import check_option, fits
 from .engine.binding import Binding
@@ -47,7 +48,8 @@ class SiteELBO(ELBO):
             one row and tests whether the terms of another row change, in the first call and again in another mode or
             for another batch size; a plate with dependent rows (BatchNorm, a mean over the plate) is summed under
             ``"elbo"`` and refused under the other objectives. The check can find dependence; it cannot prove
-            independence. ``"trust"`` skips the check; ``"ignore"`` sums every plate.
+            independence. ``"trust"`` skips the check; ``"ignore"`` sums every plate. The default was
+            ``"trust"`` before: where this changes a gradient, :class:`~gumbo.errors.MeaningChanged` says so once.
         memory_limit: GiB that exact sums over enumerated sites of the model or the guide may take at once; more is
             refused before it is made.
         objective_options: options of an objective given as a word, as in ``objective="renyi", alpha=0.5``.
@@ -92,7 +94,7 @@ class SiteELBO(ELBO):
         vectorize_particles: bool | None = None,
         max_plate_nesting: int | None = None,
         kl_weight: float | Callable[[int], float] = 1.0,
-        plates: str = "check",
+        plates: str = Default("check"),
         memory_limit: float = MEMORY_LIMIT / 2**30,
         **objective_options: Any,
     ):
@@ -116,6 +118,7 @@ class SiteELBO(ELBO):
         if not fits(memory_limit, float, 0):
             raise BadInput(f"memory_limit must be a number of GiB ≥ 0, got {memory_limit!r}")
         self.objective, self.plates, self.kl_weight = self.target.name, plates, kl_weight
+        self.plates_by_default = isinstance(plates, Default)
         self.memory_limit = memory_limit
         self.given: dict[str, Estimator] = {}
         self.otherwise: Estimator | None = None

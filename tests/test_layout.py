@@ -40,7 +40,7 @@ MAY_IMPORT = {
     **dict.fromkeys(INFERENCE, {"models", "guides", "inference"}),
     "experiments": {"models", "guides", "inference", "experiments"},
 }
-COMMON = {"console", "errors", "files", "launcher", "options", "pictures", "registry", "tables", "_version"}
+COMMON = {"changes", "console", "errors", "files", "launcher", "options", "pictures", "registry", "tables", "_version"}
 
 
 def sources(*folders: str) -> list[Path]:

@@ -12,6 +12,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ...changes import announce
 from ...errors import ANY, PROGRAM, BadInput, CallsAutograd, GumboError, UnsupportedSite
 from ..estimators import Estimator
 from ..estimators._base import at_step
@@ -172,6 +173,8 @@ class Binding(nn.Module):
                 f"{what} in this mode or for this batch size, and a network was built for independent rows:"
                 " call loss.initialize(x) in training mode, or pass plates='ignore'"
             )
+        if self.elbo.plates_by_default:
+            announce("plates", plate=plates[0])
         self.mixed_plates = (*self.mixed_plates, *plates)
         self.arrangement.joint.update(name for name, estimator in self.chosen.items() if estimator.enumerates)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...changes import announce
 from ...errors import BadInput
 from ...options import holds_to_annotations
 from ...tables import html
@@ -29,7 +30,7 @@ LABELS = {
     "rate": "rate",
     "distortion": "distortion",
 }
-_NOT_NUMBERS = ("values", "_marks", "_ask")
+_NOT_NUMBERS = ("values", "_marks", "_ask", "_together")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,12 @@ class Evaluation:
     values: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
     _marks: tuple = field(default=(), compare=False, repr=False)
     _ask: Callable[[], Information] | None = field(default=None, compare=False, repr=False)
+    _together: bool = field(default=False, compare=False, repr=False)  # one evidence of all data, by global latents
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "log_evidence" and object.__getattribute__(self, "_together"):
+            announce(name, stacklevel=2)
+        return object.__getattribute__(self, name)
 
     def as_dict(self) -> dict[str, Any]:
         """Means, errors, counts, k̂ and reason as plain values; ``values`` and `information` hold the rest."""
@@ -305,6 +312,7 @@ def evaluate(
         values=values,
         _marks=_marks_of(rows),
         _ask=ask,
+        _together=drawn.one_weight == "globals",
     )
 
 
