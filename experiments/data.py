@@ -69,17 +69,46 @@ datasets: Registry[Loader] = Registry("dataset", _expected)
 _images: set[str] = set()
 
 
-def dataset(name: str, images: bool = False) -> Callable[[Loader], Loader]:
+@dataclass(frozen=True)
+class Described:
+    """What `gumbo list data` says of a data set: its rows, where they come from, and two rows of the kind to try.
+
+    ``example`` is a split ``(rows, labels or None)`` with the dimensions of the data, and fewer of each.
+    """
+
+    holds: str = ""
+    source: str = ""
+    example: Split | None = None
+
+
+described: dict[str, Described] = {}
+DOWNLOADED = "downloaded on first use"
+
+FEW_IMAGES: Split = (np.tile(np.eye(8, dtype=np.float32), (2, 1, 1)), np.array([0, 1]))
+IMAGES = (FEW_IMAGES, (FEW_IMAGES[0], None))
+FEW_COUNTS: Split = (np.arange(24, dtype=np.float32).reshape(2, 12) % 5, None)
+FEW_ROLLS: Split = (np.tile(np.eye(4, 88, dtype=np.float32), (2, 1, 1)), np.array([4, 2]))
+FEW_SERIES: Split = (np.linspace(-1.5, 1.5, 48, dtype=np.float32).reshape(2, 4, 6), np.array([4, 2]))
+
+
+def dataset(
+    name: str, images: bool = False, holds: str = "", source: str = "", example: Split | None = None
+) -> Callable[[Loader], Loader]:
     """Register a loader, a function from a folder and the names of splits to ``{split: (rows, labels or None)}``.
 
     Args:
         name: the name for ``load`` and ``--data``.
         images: whether rows are images with grey levels in [0, 1], which ``binarize="auto"`` thresholds at one half;
             other rows (counts, measurements) are not changed.
+        holds: what a row is, in a few words, for ``gumbo list data``.
+        source: where the data come from, in a few words.
+        example: two rows of the kind, ``(rows, labels or None)``, by which ``gumbo list`` tries the models; None takes
+            images for ``images``, and tries none otherwise.
     """
 
     def enrol(loader: Loader) -> Loader:
         datasets.register(name, loader)
+        described[name] = Described(holds, source, FEW_IMAGES if images and example is None else example)
         if images:
             _images.add(name)
         return loader
@@ -330,7 +359,7 @@ def _only(read: dict[str, Split], splits: Sequence[str]) -> dict[str, Split]:
     return {split: read[split] for split in splits}
 
 
-@dataset("digits", images=True)
+@dataset("digits", images=True, holds="grey images 8 × 8, and the digit", source="ships with scikit-learn")
 def _digits(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     from sklearn.datasets import load_digits
 
@@ -339,17 +368,17 @@ def _digits(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _only(_cut(bunch.images[order] / 16, bunch.target[order], (1297, 200, 300)), splits)
 
 
-@dataset("mnist", images=True)
+@dataset("mnist", images=True, holds="grey images 28 × 28, and the digit", source=DOWNLOADED)
 def _mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _mnist_like("mnist", "MNIST", folder, splits)
 
 
-@dataset("fashion-mnist", images=True)
+@dataset("fashion-mnist", images=True, holds="grey images 28 × 28, and the garment", source=DOWNLOADED)
 def _fashion_mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _mnist_like("fashion-mnist", "FashionMNIST", folder, splits)
 
 
-@dataset("mnist-test", images=True)
+@dataset("mnist-test", images=True, holds="MNIST's 10,000 test images, cut into splits", source=DOWNLOADED)
 def _mnist_test(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     images, labels = _mnist_like("mnist-test", "MNIST", folder, ["test"])["test"]
     return _only(_cut(images, labels, (7_000, 1_000, 2_000)), splits)
@@ -498,7 +527,7 @@ def _download(name: str, action: Callable[[], object], what: str) -> None:
         raise BadInput(f"{name} is not on disk and cannot be downloaded ({reason}): put {what}") from error
 
 
-@dataset("omniglot", images=True)
+@dataset("omniglot", images=True, holds="grey images of characters, 28 × 28", source=DOWNLOADED)
 def _omniglot(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     read = {}
     if {"train", "valid"} & set(splits):
@@ -542,7 +571,13 @@ _BINARIZED_MNIST = {
 _BINARIZED_MNIST_ROWS = {"train": 50_000, "valid": 10_000, "test": 10_000}
 
 
-@dataset("binarized-mnist", images=True)
+@dataset(
+    "binarized-mnist",
+    images=True,
+    holds="binary images 28 × 28",
+    source=DOWNLOADED,
+    example=IMAGES[1],
+)
 def _binarized_mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     path = folder / "binarized_mnist.npz"
     if not path.exists():
@@ -580,7 +615,7 @@ def _save(path: Path, **arrays: np.ndarray) -> None:
     write_whole(path, lambda file: np.savez_compressed(file, **arrays), shared=True)
 
 
-@dataset("reuters")
+@dataset("reuters", holds="counts of words, a document a row", source="ships with the package lda", example=FEW_COUNTS)
 def _reuters(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     path = folder / "reuters_counts.npz"
     if path.exists():
@@ -711,7 +746,12 @@ def _ldas(function: str, path: Path) -> Any:
     return getattr(lda.datasets, function)()
 
 
-@dataset("jsb-chorales")
+@dataset(
+    "jsb-chorales",
+    holds="88 notes a step, and the number of steps",
+    source="jsb_chorales.npz in GUMBO_DATA",
+    example=FEW_ROLLS,
+)
 def _jsb_chorales(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     """Rolls (N, T, 88), padded with silence to the longest chorale of all splits; the lengths are the labels."""
     path = folder / "jsb_chorales.npz"
@@ -741,7 +781,12 @@ def cells_law() -> tuple[np.ndarray, np.ndarray]:
     return shares, random.uniform(1.0, 5.0, CELL_GENES)
 
 
-@dataset("cells")
+@dataset(
+    "cells",
+    holds="counts of 60 genes, and the cell's type",
+    source="drawn from a known law",
+    example=(FEW_COUNTS[0], FEW_IMAGES[1]),
+)
 def _cells(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     shares, totals = cells_law()
     random = np.random.RandomState(1)
@@ -802,7 +847,12 @@ def _switching_draws() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (x * inside[..., None]).astype(np.float32), regimes, lengths.astype(np.int64)
 
 
-@dataset("switching")
+@dataset(
+    "switching",
+    holds="6 numbers a step, and the number of steps",
+    source="drawn from a known law",
+    example=FEW_SERIES,
+)
 def _switching(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     x, _, lengths = _switching_draws()
     return _only(_cut(x, lengths, SWITCHING_SIZES), splits)

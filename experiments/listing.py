@@ -1,12 +1,15 @@
-"""``gumbo list``: models, guides, families of latents, estimators, objectives, and which combinations are valid."""
+"""``gumbo list``: models, guides, estimators, objectives, data sets, what fits what, and the valid combinations."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import io
 import json
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +19,16 @@ from gumbo.experiments._command import run_command
 DATA_SHAPE = (1, 8, 8)
 
 
-KINDS = ("models", "guides", "families", "estimators", "objectives", "stock", "combinations")
+KINDS = ("models", "guides", "families", "estimators", "objectives", "stock", "data", "combinations")
 
 
 @dataclass
 class List:
-    """Show models, guides, estimators, objectives, and which combinations are valid.
+    """Show models, guides, estimators, objectives and data sets, what fits what, and which combinations are valid.
 
     Args:
-        kind: only these: models, guides, families, estimators, objectives, stock or combinations; the flag may be left
-            out, as in `gumbo list objectives`.
+        kind: only these: models, guides, families, estimators, objectives, stock, data or combinations; the flag may be
+            left out, as in `gumbo list objectives`.
         json: everything as JSON.
         reasons: also print why each other combination is not valid.
     """
@@ -43,27 +46,45 @@ def catalogue(names: Iterable[str] | None = None, kinds: Iterable[str] = KINDS) 
         kinds: the kinds to include, from `KINDS`.
 
     Returns:
-        For each kind a dict by name; for ``combinations`` a list, see :func:`combinations`.
+        For each kind a dict by name; for ``combinations`` a list, see :func:`combinations`. Models have the ``guides``
+        and ``data`` that fit them, guides and data sets their ``models``, estimators the ``families`` they serve.
     """
+    from gumbo.experiments.data import datasets, described
     from gumbo.guides import guides
     from gumbo.inference import stock_elbos
-    from gumbo.inference.estimators import estimators
     from gumbo.inference.objectives import objectives
     from gumbo.models import models
     from gumbo.models.families import families
 
+    guides_of, data_of = functools.cache(_guides_of), functools.cache(_data_of)  # trials, made once
+
     made: dict[str, Callable[[], Any]] = {
-        "models": lambda: {name: _model(cls) for name, cls in models.items()},
+        "models": lambda: {
+            name: _model(cls) | {"guides": guides_of(cls), "data": data_of(cls)} for name, cls in models.items()
+        },
         "guides": lambda: {
-            name: {"class": cls.__name__, "families": list(cls.families), "summary": _summary(cls)}
+            name: {
+                "class": cls.__name__,
+                "families": list(cls.families),
+                "models": [model for model, made in models.items() if name in guides_of(made)],
+                "summary": _summary(cls),
+            }
             for name, cls in guides.items()
         },
         "families": lambda: {
             name: {"support": str(family.support), "outputs": family.outputs} for name, family in families.items()
         },
-        "estimators": lambda: {name: _estimator(make) for name, make in estimators.items()},
+        "estimators": lambda: _estimators(),
         "objectives": lambda: {name: _objective(make()) for name, make in objectives.items()},
         "stock": lambda: {name: {"class": cls.__name__, "summary": _summary(cls)} for name, cls in stock_elbos.items()},
+        "data": lambda: {
+            name: {
+                "holds": described[name].holds if name in described else "",
+                "source": described[name].source if name in described else "",
+                "models": [model for model, made in models.items() if name in data_of(made)],
+            }
+            for name in datasets
+        },
         "combinations": lambda: combinations(names),
     }
     return {kind: made[kind]() for kind in kinds}
@@ -80,6 +101,91 @@ def _model(cls: type) -> dict[str, Any]:
         model = cls(DATA_SHAPE, **cls.variants[0])
     latents = {site: {"family": latent.family, "shape": list(latent.shape)} for site, latent in model.latents.items()}
     return {"class": cls.__name__, "summary": _summary(cls), "latents": latents}
+
+
+def _guides_of(cls: type) -> list[str]:
+    """The guides that serve a variant of the model, and "none" where it needs none."""
+    import torch
+
+    from gumbo.guides import guides
+
+    with torch.random.fork_rng():
+        forms = [cls(DATA_SHAPE, **variant) for variant in cls.variants]  # type: ignore[attr-defined]
+    fits = [name for name, guide in guides.items() if any(not guide.why_not(form) for form in forms)]
+    return fits or ["none"]
+
+
+def _data_of(cls: type) -> list[str]:
+    """The data sets of whose kind a variant of the model takes two rows, by a trial."""
+    from gumbo.experiments.data import datasets, described
+
+    kinds: dict[int, bool] = {}  # many data sets are of one kind
+    found = []
+    for name in datasets:
+        example = described[name].example if name in described else None
+        if example is None:
+            continue
+        if id(example) not in kinds:
+            kinds[id(example)] = any(_takes(cls, variant, example) for variant in cls.variants)  # type: ignore
+        if kinds[id(example)]:
+            found.append(name)
+    return found
+
+
+def _takes(cls: type, variant: Any, example: Any) -> bool:
+    """Whether the model of that variant and of the rows' shape gives them a finite log-probability."""
+    import pyro
+    import torch
+
+    from gumbo.errors import PROGRAM_ERRORS, GumboError
+
+    rows, labels = example
+    x = torch.from_numpy(rows).unsqueeze(1)
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(),
+        torch.no_grad(),
+        pyro.get_param_store().scope(),
+        pyro.validation_enabled(),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            model = cls(x.shape[1:], **variant)
+            given = model.inputs(x, None if labels is None else torch.from_numpy(labels))
+            trace = pyro.poutine.trace(model).get_trace(**given)
+            return bool(torch.as_tensor(trace.log_prob_sum()).isfinite())
+        except (GumboError, *PROGRAM_ERRORS):
+            return False
+
+
+def _estimators() -> dict[str, dict[str, Any]]:
+    """The estimators, each with the families of latents whose sites it serves."""
+    from gumbo.inference.estimators import estimators
+
+    sites = dict(_sites_of_families())
+    return {
+        name: _estimator(make) | {"families": [family for family, site in sites.items() if make().supports(site)]}
+        for name, make in estimators.items()
+    }
+
+
+def _sites_of_families() -> Iterator[tuple[str, Any]]:
+    """A sample site of each family of latents, as a Pyro message."""
+    import pyro
+    import torch
+
+    from gumbo.models.families import Latent, distribution, families, num_outputs
+
+    with torch.random.fork_rng():
+        for family in families:
+            latent = Latent(family, (2,))  # few values, which every estimator can list
+            fn = distribution(latent, torch.zeros(2, num_outputs(latent)))
+
+            def program(fn: Any = fn) -> None:
+                with pyro.plate("data", 2):
+                    pyro.sample("z", fn)
+
+            yield family, pyro.poutine.trace(program).get_trace().nodes["z"]
 
 
 def _estimator(make: Any) -> dict[str, Any]:
@@ -193,36 +299,117 @@ def show(config: List) -> None:
         print(json.dumps(found, indent=1))
         return
     for place, (kind, entries) in enumerate(found.items()):
-        print(("\n" if place else "") + TITLES.get(kind, kind))
         if kind == "combinations":
+            print(("\n" if place else "") + TITLES[kind])
             _show_combinations(entries, config.reasons)
             continue
-        for name, entry in entries.items():
-            print(f"  {name:24} {_line(kind, entry)}")
+        if kind == "data":
+            entries = _with_repeats(entries)
+        rows = [[name, *_cells(kind, entry)] for name, entry in entries.items()]
+        print(table(TITLES.get(kind, kind), HEADS[kind], rows), end="")
+        if kind in NOTES:
+            print(NOTES[kind])
 
 
 TITLES = {"families": "families of latents", "stock": "Pyro's own", "combinations": "valid combinations"}
+HEADS = {
+    "models": ["model", "latents", "guides, and [data]"],
+    "guides": ["guide", "families of latents", "models"],
+    "families": ["family", "support", "outputs for each number of a value"],
+    "estimators": ["estimator", "gradient", "objectives", "families of latents"],
+    "objectives": ["objective", "estimators", "what it is"],
+    "stock": ["word", "class", "what it is"],
+    "data": ["data", "rows, and [source]", "models"],
+}
+NOTES = {
+    "models": "`gumbo list estimators` has the latents that each estimator serves.",
+    "data": "Data of your own: --data mypackage:my_loader.",
+}
 
 
-def _line(kind: str, entry: dict[str, Any]) -> str:
-    """The columns of one entry."""
+def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """A table as text; by default of the terminal's width, and of 80 columns where there is none.
+
+    >>> print(table("made of", ["word", "means"], [["rloo", "leave-one-out " * 7]], width=40))
+    made of
+    <BLANKLINE>
+      word   means
+      ─────────────────────────────────────
+      rloo   leave-one-out leave-one-out
+             leave-one-out leave-one-out
+             leave-one-out leave-one-out
+             leave-one-out
+    <BLANKLINE>
+    <BLANKLINE>
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, head in enumerate(heads):
+        # No name is broken, as long as the names of all columns fit beside each other.
+        longest = max(len(word) for row in (heads, *rows) for word in row[place].split() or [""])
+        made.add_column(head, no_wrap=place == 0, overflow="fold", min_width=min(longest, 30))
+    for row in rows:
+        made.add_row(*row)
+    width = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else 80)
+    written = io.StringIO()
+    Console(width=width - 1, markup=False, highlight=False, emoji=False, file=written).print(made)
+    return "".join(f"{line.rstrip()}\n" for line in [title, *(f" {line}" for line in written.getvalue().splitlines())])
+
+
+def _cells(kind: str, entry: dict[str, Any]) -> list[str]:
+    """The columns of one entry, after its name."""
     if kind == "models":
-        latents = ", ".join(f"{site}: {latent['family']}" for site, latent in entry["latents"].items())
-        return f"{latents:28} {entry['summary']}"
+        latents = ", ".join(dict.fromkeys(latent["family"] for latent in entry["latents"].values())) or "none"
+        return [latents, f"{', '.join(entry['guides'])}\n[{_shortened(entry['data'])}]"]
     if kind == "guides":
-        return f"{', '.join(entry['families']):28} {entry['summary']}"
+        return [", ".join(entry["families"]), ", ".join(entry["models"]) or "any of global latents"]
     if kind == "families":
-        return f"{entry['support']:28} outputs for each number of a value: {entry['outputs']}"
+        return [entry["support"], str(entry["outputs"])]
     if kind == "estimators":
         said = "unbiased" if entry["unbiased"] else "biased"
-        said += f", {entry['min_particles']}+ particles" if entry["min_particles"] > 1 else ""
+        said += f", {entry['min_particles']}+ draws" if entry["min_particles"] > 1 else ""
         said += ", relaxes the model" if entry["needs_relaxed_model"] else ""
-        return f"{said:36} {', '.join(entry['objectives']):12} {entry['class']}"
+        return [said, ", ".join(entry["objectives"]), _families(entry["families"])]
     if kind == "objectives":
         words = entry["estimators"]
         said = words[0] if len(words) == 1 else f"{len(words) or 'no'} estimators"
-        return f"{said:16} {entry['summary']}"
-    return entry["class"]
+        return [said, entry["summary"]]
+    if kind == "data":
+        return [f"{entry['holds']}\n[{entry['source']}]", entry.get("as", "") or ", ".join(entry["models"])]
+    return [entry["class"], entry["summary"]]
+
+
+def _families(served: Sequence[str]) -> str:
+    from gumbo.models.families import families
+
+    left = [family for family in families if family not in served]
+    if not left:
+        return "all"
+    if len(left) < len(served) / 2:
+        return f"all but {', '.join(left)}"
+    return ", ".join(served) or "none of the collection's"
+
+
+def _shortened(data: Sequence[str]) -> str:
+    """The data sets, those of images in a word."""
+    from gumbo.experiments.data import IMAGES, described
+
+    images = [name for name in data if any(described[name].example is one for one in IMAGES)]
+    return ", ".join([*(["images"] if images else []), *(name for name in data if name not in images)]) or "–"
+
+
+def _with_repeats(entries: dict[str, Any]) -> dict[str, Any]:
+    """The data sets; of one with the models of another the name of that other in place of the models."""
+    made: dict[str, Any] = {}
+    first: dict[tuple[str, ...], str] = {}
+    for name, entry in entries.items():
+        models = tuple(entry["models"])
+        made[name] = entry | ({"as": f"as {first[models]}"} if models in first and models else {})
+        first.setdefault(models, name)
+    return made
 
 
 def _show_combinations(found: list[dict[str, Any]], reasons: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -422,6 +423,32 @@ def test_the_list_says_what_goes_with_what(monkeypatch):
     assert "reparameterized" in rows["categorical-vae", "categorical", "trace-meanfield"]
     assert "latent 'z' is normal" in rows["gaussian-vae", "categorical", "*"]
     assert all("\n" not in reason for reason in rows.values())
+
+
+def test_the_list_says_which_guides_data_and_estimators_fit():
+    found = listing.catalogue(kinds=["models", "guides", "estimators", "data"])
+    models, guides, estimators, data = (found[kind] for kind in ("models", "guides", "estimators", "data"))
+    assert "categorical" in models["categorical-vae"]["guides"] and "normal" not in models["categorical-vae"]["guides"]
+    assert models["neural-classifier"]["guides"] == ["none"]
+    assert all(
+        (model in guides[name]["models"]) == (name in models[model]["guides"]) for model in models for name in guides
+    )
+    assert all((model in data[name]["models"]) == (name in models[model]["data"]) for model in models for name in data)
+    assert "reuters" in models["prod-lda"]["data"] and "switching" not in models["bernoulli-vae"]["data"]
+    assert "digits" in models["conditional-vae"]["data"]
+    assert "binarized-mnist" not in models["conditional-vae"]["data"]  # it has no labels
+    assert set(models) == {model for name in data for model in data[name]["models"]}  # each can be tried
+    assert "normal" in estimators["pathwise"]["families"] and "categorical" not in estimators["pathwise"]["families"]
+    assert estimators["arm"]["families"] == ["bernoulli"]
+
+
+def test_lists_are_tables_of_80_columns_that_break_no_name(capsys, monkeypatch):
+    for kind in ("models", "guides", "estimators", "data", "objectives", "families", "stock"):
+        listing.show(listing.List(kind=kind))
+        said = capsys.readouterr().out
+        assert max(map(len, said.splitlines())) <= 80
+        names = listing.catalogue(kinds=[kind])[kind]
+        assert set(names) <= set(re.findall(r"[\w+-]+", said))
 
 
 # --- pictures
