@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyro
 import torch
 from _timing import RESULTS, machine
+from pyro.infer import TraceEnum_ELBO
 
 from gumbo.experiments.data import (
     CELL_LIBRARY,
@@ -281,12 +283,12 @@ def chorales(seeds: int, scale: float) -> list[str]:
 def curve_picture(
     path: Path, curves: dict[str, list[float]], x: str = "epoch", y: str = "nats per chorale", every: int = 1
 ) -> None:
-    """One line a name, by epoch or step."""
+    """One line a name: at the end of each epoch, or before the first and each ``every``-th step."""
     from gumbo.pictures import figure, save
 
     made, axes = figure(figsize=(5, 3.2))
     for name, curve in curves.items():
-        axes.plot([every * place for place in range(1, len(curve) + 1)], curve, label=name)
+        axes.plot([every * place + (every == 1) for place in range(len(curve))], curve, label=name)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.legend(fontsize=8, frameon=False)
@@ -421,25 +423,32 @@ def hidden(seeds: int, scale: float) -> list[str]:
             with found.timed():
                 given = model.inputs(data.train[:, :, :longest], data.labels["train"])
                 fitted = fit(
-                    model, NoGuide(model), given, loss=SiteELBO(), lr=5e-2, batch_size=len(data.train),
-                    epochs=scaled(200, scale), seed=seed, progress=False,
+                    model, NoGuide(model), given, loss=SiteELBO(), lr=5e-2, batch_size=20,
+                    epochs=scaled(100, scale), seed=seed, progress=False,
                 )  # fmt: skip
-            found.add(steps=float(len(fitted.history)))
+            found.add(steps=float(len(fitted.history) * math.ceil(len(data.train) / 20)))
             whole.load_state_dict(model.state_dict())
             for split in ("train", "test"):
                 batch = whole.inputs(getattr(data, split), data.labels[split])
                 with torch.no_grad():
                     total = SiteELBO()(whole, NoGuide(whole))(**batch)
                 found.add(**{split: (total / batch["mask"].sum()).item()})
+            few = {name: value[:5] for name, value in given.items()}
+            with torch.no_grad(), pyro.get_param_store().scope():
+                ours = SiteELBO()(model, NoGuide(model))(**few)
+                stock = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, NoGuide(model), **few)
+            found.add(stock=((stock - ours) / few["mask"].sum()).abs().item())
         size = sum(parameter.numel() for parameter in model.parameters())
-        rows.append([f"{kind}, {states} states", f"{size:,}", *found.cells("train", "test")])
+        largest = max(found.numbers["stock"])
+        rows.append([f"{kind}, {states} states", f"{size:,}", *found.cells("train", "test"), f"{largest:.0e}"])
         rows[-1] += found.cells("steps", "seconds", digits=0)
     return [
         "The standard split of the chorales; exact nats per time step (lower is better), states summed out by",
-        f"`SiteELBO`, Adam on all of the training data at once, mean ± standard error over {seeds} seeds",
-        f"({machine()}).",
+        f"`SiteELBO`, Adam at 0.05 on 20 chorales a step, {scaled(100, scale)} epochs;",
+        "beside it the largest difference to stock `TraceEnum_ELBO` on the same program, 5 chorales, in nats a step;",
+        f"mean ± standard error over {seeds} seeds ({machine()}).",
         "",
-        *markdown(["model", "parameters", "train", "test", "steps", "seconds"], rows),
+        *markdown(["model", "parameters", "train", "test", "to stock", "steps", "seconds"], rows),
     ]
 
 

@@ -136,13 +136,13 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "switching-state-space": (
         "--data switching --model_options.num_regimes=3 --model_options.latent_dim=2 --guide combiner "
-        "--guide_options.rnn_hidden=64 --estimator pathwise --lr 1e-2 --clip_norm 100 --batch_size 50 --epochs 15 "
+        "--guide_options.rnn_hidden=64 --estimator pathwise --lr 1e-2 --clip_norm 100 --batch_size 50 --epochs 6 "
         "--importance_samples 20",
         "Nats are per sequence, of 20 steps on average; pictures show the numbers of each step, time downwards.",
     ),
     "sequence-vae": (
         "--data words --model_options.latent_dim=8 --model_options.rnn_hidden=64 --model_options.hidden='[64]' "
-        "--guide normal --estimator pathwise --kl_weight 'linear(500)' --lr 5e-3 --epochs 20",
+        "--guide normal --estimator pathwise --kl_weight 'linear(500)' --lr 5e-3 --epochs 12",
         "A datum is a word of up to ten letters. Draws, and training by rewards, are below.",
     ),
     "grid-world": (

@@ -136,6 +136,16 @@ def _as_images(images: torch.Tensor) -> np.ndarray:
     return images.flatten(1, -3).mean(1).numpy() if images.dim() > 3 else images.numpy()
 
 
+def has_mean(model, inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether p(x | z) has a mean to show: tokens and other classes have none."""
+    with _aside(0):
+        try:
+            mean = poutine.trace(model).get_trace(**inputs).nodes["x"]["fn"].mean
+        except NotImplementedError:
+            return False
+    return not bool(mean.isnan().any())
+
+
 def reconstructions(model, guide, inputs: Mapping[str, torch.Tensor], seed: int = 0) -> torch.Tensor:
     """Means of p(x | z) for one draw z of the guide at each row of the programs' inputs, ``(B, *data_shape)``."""
     with _aside(seed):

@@ -352,7 +352,7 @@ def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> Non
     """Learning curve, reconstructions, draws from the model."""
     import numpy as np
 
-    from gumbo.experiments.plots import image_rows, learning_curves, prior_draws, reconstructions
+    from gumbo.experiments.plots import has_mean, image_rows, learning_curves, prior_draws, reconstructions
     from gumbo.inference.posterior.parts import exact_pair
 
     curve = np.array([[numbers["valid_elbo"] for numbers in result.history]])
@@ -362,6 +362,8 @@ def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> Non
         return  # the data are no images
     model, guide = exact_pair(model, guide)
     first = {name: value[:10] for name, value in inputs.items()}
+    if not has_mean(model, first):
+        return
     rows = {"data": first["x"], "reconstruction": reconstructions(model, guide, first)}
     image_rows(run.plots / "reconstructions.png", "test data, and means of p(x | z) at a draw of the guide", rows)
     title = "means of p(x | z) at draws of the prior"

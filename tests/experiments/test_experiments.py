@@ -304,6 +304,21 @@ def test_other_models_train_through_the_same_door(tmp_path, changes):
     assert found == results["test"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "sequence-vae", "model_options": {"vocabulary": 2, "rnn_hidden": 4, "hidden": [8]}},
+        {"model": "gaussian-vae", "model_options": {"likelihood": "categorical", "hidden": [8]}},
+    ],
+    ids=["tokens", "classes"],
+)
+def test_data_without_a_mean_train_without_pictures_of_means(tmp_path, changes):
+    """Pyro's Categorical has no mean: the run failed after its last epoch, or its pictures were empty."""
+    results = train.train(config_of(tmp_path, "run", **changes, estimator="pathwise", epochs=1))
+    assert np.isfinite(results["test"]["elbo"])
+    assert {path.name for path in (tmp_path / "run" / "plots").glob("*.png")} == {"learning_curve.png"}
+
+
 def test_an_option_that_the_objective_has_not_is_one_line(tmp_path):
     with pytest.raises(BadInput, match="objective 'renyi' has no option 'alhpa'"):
         train.train(config_of(tmp_path, "run", objective="renyi", objective_options={"alhpa": 0.5}))
