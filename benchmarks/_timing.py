@@ -1,4 +1,4 @@
-"""Interleaved timing of rival steps in one process."""
+"""Interleaved timing of rival steps in one process, and the history of what was found."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
+HISTORY = "history.jsonl"
 
 
 def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 5) -> dict[str, list[float]]:
@@ -91,3 +94,35 @@ def surroundings(device: str = "cpu") -> dict[str, object]:
 def write_json(path: Path, found: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def commit() -> str:
+    """The commit of the checkout, with ``+`` where tracked files differ from it; empty outside of one."""
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True)
+        except OSError:
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    found = git("rev-parse", "--short", "HEAD")
+    return found + ("+" if found and git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def remember(
+    benchmark: str, ratios: Mapping[str, float | None], facts: Mapping[str, object], folder: Path | None = None
+) -> None:
+    """Append a benchmark's ratios to the history in ``folder``, with date, commit, and the machine of ``facts``.
+
+    A ratio is a time over a rival's in the same run, or an exponent of growth: of times, those of other machines say
+    nothing. None is left out.
+    """
+    path = (folder or RESULTS) / HISTORY
+    known = {name: round(value, 4) for name, value in ratios.items() if value is not None}
+    where = {name: facts[name] for name in ("device", "machine", "load")}
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    entry = {"date": date, "commit": commit(), "benchmark": benchmark, **where, "ratios": known}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(entry, ensure_ascii=False) + "\n")

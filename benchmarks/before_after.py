@@ -80,6 +80,7 @@ def main(arguments: list[str]) -> None:
     ours = Checkout(sys.executable, HERE.parent, options.threads)
     other = Checkout(python, Path(tree).resolve() / "benchmarks", options.threads)
     print(f"{'workload':12} {'batch':>5}  {'step':16} {'wall':>6} {'CPU':>6}   ms before, now")
+    found: dict[str, float] = {}
     for workload in options.workloads:
         for batch in options.batch:
             steps = max(3, 640 // batch)
@@ -92,9 +93,13 @@ def main(arguments: list[str]) -> None:
                 times = [
                     1e3 / steps * statistics.median(turn[name][0] for turn in side) for side in zip(*pairs, strict=True)
                 ]
+                found[f"{workload}, batch {batch}: {name}, now ÷ before"] = ratios[0]
                 cells = f"{ratios[0]:6.3f} {ratios[1]:6.3f}   {times[0]:.2f}, {times[1]:.2f}"
                 print(f"{workload:12} {batch:5}  {name:16} {cells}", flush=True)
     ours.close(), other.close()
+    from _timing import remember, surroundings  # a process that serves takes the other checkout's
+
+    remember("before_after", found, surroundings())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from _timing import RESULTS, interleaved, spread, surroundings, write_json
+from _timing import RESULTS, interleaved, remember, spread, surroundings, write_json
 from pyro.infer import TraceEnum_ELBO
 
 from gumbo.inference import SiteELBO
@@ -102,6 +102,9 @@ def main():
         print(f"time grows with T to the power of {said}")
     command = {"states": options.states, "sequences": options.sequences, "float64": options.float64}
     write_json(options.out, {"surroundings": around, **command, "rows": rows, "exponents": powers})
+    ratios = {f"T = {row['T']}: SiteELBO ÷ TraceEnum_ELBO": row["ratio"] for row in rows}
+    ratios |= {f"exponent of time in T, {name}": power for name, power in powers.items()}
+    remember("elimination", ratios, around, options.out.parent)
 
 
 if __name__ == "__main__":

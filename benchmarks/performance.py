@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _timing import RESULTS
+from _timing import HISTORY, RESULTS
 
 PAGE = RESULTS.parent.parent / "docs" / "performance.md"
 Facts = dict[str, Any]
@@ -206,6 +207,41 @@ What was tried, and what it gave:
   bit), and reads and checks the loss. `lax.scan` pays its call once for many steps, and reads no loss in between."""
 
 
+# Evaluation.
+
+
+def evaluation_section(facts: Facts | None) -> list[str]:
+    lines = ["## Evaluation", ""]
+    if facts is None:
+        return [*lines, NOT_MEASURED.format(file="evaluation.json"), ""]
+    lines += [
+        f"`python benchmarks/evaluation.py --threads {facts['threads']}` on {where(facts)}.",
+        "",
+        EVALUATION_PROSE,
+    ]
+    rows, asked = [], []
+    for row in facts["rows"]:
+        cells = [f"{row['rivals'][rival]['median']:.1f}" for rival in ("by hand", "evaluate", "validation", "products")]
+        ratios = [f"{row['ratios'][rival]:.2f}" for rival in ("evaluate", "validation")]
+        rows.append([f"{row['pair']}, {row['draws']} draws, {row['rows']:,} images", *cells, *ratios])
+        if row["draws"] == 1:
+            found = row["ratios"]["validation"]
+            asked.append((f"{row['pair']}, 1 draw: validation ÷ by hand", found, "≤ 1.3", found <= 1.3))
+    heads = ["ms", "by hand", "`evaluate`", "validation", "products", "`evaluate` ÷ by hand", "validation ÷ by hand"]
+    lines += table(heads, rows)
+    if one := facts.get("importance"):
+        said = f"{one['draws']:,} draws of {one['rows']:,} images: `evaluate` ÷ products"
+        asked.append((said, one["ratio"], "≤ 1.5", one["ratio"] <= 1.5))
+    return [*lines, "### Targets of evaluation", *verdicts(asked)]
+
+
+EVALUATION_PROSE = """\
+*By hand* is the same computation in PyTorch on the same noise, whose numbers are compared before anything is timed;
+*validation* is the pass of `fit(valid=…)`, which finds the structure of the programs once and not at each epoch;
+*products* are the matrix products alone. Gaussian: a GaussianVAE 784–200–200–50. Coins: a BernoulliVAE of 200 coins,
+linear."""
+
+
 # How it grows.
 
 
@@ -346,6 +382,49 @@ dropped after a third of them); estimators, particles and learning rates for our
 A seed of its own; the race above takes the winners."""
 
 
+# The history.
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def curve(values: Sequence[float]) -> str:
+    """Numbers as a row of bars, on a logarithmic scale from the smallest to the largest.
+
+    >>> curve([1.0, 2.0, 4.0])
+    '▁▅█'
+    """
+    low, high = math.log(min(values)), math.log(max(values))
+    span = high - low or 1.0
+    return "".join(BARS[round((math.log(value) - low) / span * (len(BARS) - 1))] for value in values)
+
+
+def history_section(entries: list[Facts]) -> list[str]:
+    lines = ["## History", ""]
+    if not entries:
+        return [*lines, NOT_MEASURED.format(file="history.jsonl"), ""]
+    lines += [HISTORY_PROSE]
+    for benchmark in unique(entry["benchmark"] for entry in entries):
+        mine = [entry for entry in entries if entry["benchmark"] == benchmark]
+        rows, once = [], 0
+        for name in unique(name for entry in mine for name in entry["ratios"]):
+            values = [entry["ratios"][name] for entry in mine if entry["ratios"].get(name, 0) > 0]
+            once += len(values) == 1
+            if len(values) > 1:
+                ends = (values[0], values[-1], min(values), max(values))
+                rows.append([name, curve(values), *(f"{value:.2f}" for value in ends)])
+        dates = " to ".join(unique(f"{mine[at]['date'][:10]} ({mine[at]['commit']})" for at in (0, -1)))
+        more = f" Of {once} further ratios there is one run." if once else ""
+        lines += [f"### Runs of {benchmark}.py", "", f"Runs: {len(mine)}, {dates}.{more}"]
+        lines += table(["", "runs", "first", "last", "least", "most"], rows) if rows else [""]
+    return lines
+
+
+HISTORY_PROSE = """\
+Every run of a benchmark appends its date, commit, machine and ratios to `benchmarks/results/history.jsonl`. Ratios are
+of times in one run, or exponents of growth; a bar is a run, from the first to the last, on a logarithmic scale of its
+own in each row. Runs on busy machines and on other processors are among them: the file says which."""
+
+
 # A GPU.
 
 
@@ -374,6 +453,11 @@ Made by `python benchmarks/performance.py` from the files in `benchmarks/results
 Times are from one machine on one day; compare ratios, which are of implementations timed in turns in one process."""
 
 
+def lines_of(path: Path) -> list[Facts]:
+    """The entries of the history."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def page(folder: Path = RESULTS) -> str:
     def read(name: str) -> Facts | None:
         path = folder / name
@@ -383,9 +467,11 @@ def page(folder: Path = RESULTS) -> str:
         [HEAD, ""],
         step_section(read("step.json")),
         profile_section(read("profile.json")),
+        evaluation_section(read("evaluation.json")),
         scaling_section(read("scaling.json")),
         bound_section(read("time-to-bound.json"), read("time-to-bound-tuning.json")),
         cuda_section(read("step-cuda.json")),
+        history_section(lines_of(folder / HISTORY)),
     ]
     text = "\n".join(line for section in sections for line in section)
     while "\n\n\n" in text:

@@ -12,7 +12,7 @@ it. Memory is the growth of the process's peak over what it held before the step
 - sites: a chain of 10 … 400 coins, each drawn given the one before, under score, rloo (K = 4) and stock TraceGraph_ELBO
 - processes: seconds of ``gumbo compare --quick`` with 1, 2, … worker processes
 
-Written: results/scaling.json.
+Written: results/scaling.json, and a line of results/history.jsonl.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from _timing import RESULTS, Rival, interleaved_turns, spread, surroundings, use_cores, write_json
+from _timing import RESULTS, Rival, interleaved_turns, remember, spread, surroundings, use_cores, write_json
 from pyro.infer import SVI, TraceGraph_ELBO
 from torch import nn
 
@@ -303,6 +303,17 @@ def main(arguments: list[str] | None = None) -> None:
             for jobs, seconds in zip(found["processes"]["jobs"], found["processes"]["seconds"], strict=True):
                 print(f"  gumbo compare --quick --jobs {jobs}: {seconds:.1f} s", flush=True)
         write_json((options.out or RESULTS) / "scaling.json", found)
+    remember("scaling", exponents_of(found), found, options.out)
+
+
+def exponents_of(found: Mapping[str, Any]) -> dict[str, float | None]:
+    """The exponents of a run, by name."""
+    exponents = {}
+    for series, one in found["series"].items():
+        for rival, row in one["rivals"].items():
+            exponents[f"{series}, {rival}: exponent of time"] = row["exponent"]
+            exponents[f"{series}, {rival}: exponent of memory"] = row["memory_exponent"]
+    return exponents
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import _by_hand
 import numpy as np
 import pyro
 import torch
-from _timing import RESULTS, Rival, interleaved_turns, median, spread, surroundings, use_cores, write_json
+from _timing import RESULTS, Rival, interleaved_turns, median, remember, spread, surroundings, use_cores, write_json
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 
@@ -300,6 +300,16 @@ RATIOS = ((EAGER, HAND), (EAGER, STOCK), (EAGER, STOCK_UNCHECKED), (COMPILED, HA
 )
 
 
+def ratios_of(rows: list[dict], device: str) -> dict[str, float | None]:
+    """The ratios of a run, by name."""
+    found = {}
+    for workload, batch in dict.fromkeys((row["workload"], row["batch"]) for row in rows):
+        mine = [row for row in rows if (row["workload"], row["batch"]) == (workload, batch)]
+        where = f"{workload}, batch {batch}" + (", on the GPU" if "cuda" in device else "")
+        found |= {f"{where}: {a} ÷ {b}": ratio(mine, a, b) for a, b in RATIOS}
+    return found
+
+
 def show(rows: list[dict]) -> None:
     print(f"\n{WORKLOADS[rows[0]['workload']].said}, batch {rows[0]['batch']}, {rows[0]['turn']} steps a turn")
     for row in rows:
@@ -423,6 +433,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows += (found := measure(name, batch_size, options.device, options.rounds, tuple(options.without)))
             show(found)
             write_json(folder / ("step-cuda.json" if "cuda" in options.device else "step.json"), facts | {"rows": rows})
+    remember("step", ratios_of(rows, options.device), facts, folder)
     if options.profile and options.device == "cpu":
         found = [profile(size, without=tuple(options.without)) for size in options.batch]
         write_json(folder / "profile.json", facts | {"profiles": found})

@@ -144,6 +144,16 @@ def test_the_profile_tells_products_from_the_rest(capsys):
     assert "matrix products alone: torch" in capsys.readouterr().out
 
 
+# evaluation.py
+
+
+@pytest.mark.parametrize("name", ["gaussian", "coins"])
+@pytest.mark.parametrize("draws", [1, 6])
+def test_the_evaluation_by_hand_has_the_same_numbers(name, draws, monkeypatch):
+    monkeypatch.delenv("GUMBO_DATA", raising=False)
+    script("evaluation").check_same_numbers(name, draws)
+
+
 # scaling.py
 
 
@@ -337,6 +347,18 @@ def test_the_page_judges_the_time_to_the_bound(tmp_path, ours, said):
     assert f"≥ 5 | {said}" in text
     assert ("not reached" in text) == (ours is None)
     assert ("With it counted, the least of all the factors above is 3.6." in text) == (ours == 5.0)
+
+
+def test_the_page_plots_the_history(tmp_path):
+    timing, performance = script("_timing"), script("performance")
+    facts = timing.surroundings()
+    for value in (1.0, 2.0, 4.0):
+        timing.remember("step", {"a ÷ b": value, "c ÷ d": None, "e ÷ f": value if value > 3 else None}, facts, tmp_path)
+    entries = performance.lines_of(tmp_path / timing.HISTORY)
+    assert [entry["ratios"] for entry in entries] == [{"a ÷ b": 1.0}, {"a ÷ b": 2.0}, {"a ÷ b": 4.0, "e ÷ f": 4.0}]
+    assert entries[0].keys() == {"date", "commit", "benchmark", "device", "machine", "load", "ratios"}
+    text = performance.page(tmp_path)
+    assert "| a ÷ b | ▁▅█ | 1.00 | 4.00 | 1.00 | 4.00 |" in text and "Of 1 further ratios there is one run" in text
 
 
 def test_the_committed_page_is_what_the_committed_numbers_give():

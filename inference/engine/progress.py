@@ -89,6 +89,23 @@ class _Lines(Progress):
             print(f"{self.title} epoch {number}/{self.epochs}  {in_words(numbers)}", file=standard_error(), flush=True)
 
 
+class _Tenths(Progress):
+    def __init__(self, title: str, steps: int):
+        self.title, self.steps, self.said = title, steps, 0
+
+    def step(self, done: int) -> None:
+        if 10 * done // self.steps > self.said:
+            self.said = 10 * done // self.steps
+            print(f"{self.title} {done}/{self.steps}", file=standard_error(), flush=True)
+
+
+def bar(enabled: bool, title: str, steps: int) -> Progress:
+    """A progress bar on a terminal; elsewhere a line for each tenth of the steps."""
+    if not enabled:
+        return Progress()
+    return _Bar(title, steps) if standard_error().isatty() else _Tenths(title, steps)
+
+
 class _Bar(Progress):
     def __init__(self, title: str, steps: int):
         from rich.console import Console

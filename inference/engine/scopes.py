@@ -87,6 +87,18 @@ def private_seed(seed: int | None, *things: object) -> Iterator[None]:
         yield
 
 
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seed the generators of a device and the CPU's.
+
+    ``torch.manual_seed`` does the same and, for other devices, formats the stack several times, which takes as long as
+    a small network.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(int(seed))
+    else:
+        torch.manual_seed(seed)
+
+
 @contextmanager
 def modes_kept(*programs: object) -> Iterator[None]:
     """Restore every submodule's training flag on exit."""

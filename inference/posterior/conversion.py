@@ -12,7 +12,7 @@ import pyro
 
 from ...errors import BadInput, UnknownName
 from ...options import holds_to_annotations
-from ..engine.progress import Progress
+from ..engine.progress import bar
 from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
 from . import _arviz
@@ -260,27 +260,6 @@ def afford(need: Mapping[str, int], limit: float, remedy: str = "") -> None:
 def _in_words(need: Mapping[str, int]) -> str:
     parts = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in sorted(need.items(), key=lambda item: -item[1]))
     return f"the draws need {sum(need.values()) / _GIB:.2f} GiB ({parts})"
-
-
-class _Lines(Progress):
-    def __init__(self, title: str, steps: int):
-        self.title, self.steps, self.said = title, steps, 0
-
-    def step(self, done: int) -> None:
-        if 10 * done // self.steps > self.said:
-            self.said = 10 * done // self.steps
-            print(f"{self.title} {done}/{self.steps}", file=sys.stderr, flush=True)
-
-
-def bar(enabled: bool, title: str, steps: int) -> Progress:
-    """A progress bar on a terminal; elsewhere a line for each tenth of the work."""
-    if not enabled:
-        return Progress()
-    if not sys.stderr.isatty():
-        return _Lines(title, steps)
-    from ..engine.progress import _Bar
-
-    return _Bar(title, steps)
 
 
 # --- what ArviZ gets --------------------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from ...changes import announce
 from ...errors import BadInput
 from ...options import holds_to_annotations
 from ...tables import html
+from ..engine.progress import bar
 from ..engine.rows import ProcessGroup, Rows, pieces_of
 from ..engine.scopes import private_seed
-from ..engine.stored_rows import rows_in
 from .importance import joint_evidence, khat_limit
-from .parts import Parts, all_parts, exact_pair
+from .parts import Weighing, exact_pair
 
 if TYPE_CHECKING:
     from .information import Information
@@ -31,6 +31,8 @@ LABELS = {
     "distortion": "distortion",
 }
 _NOT_NUMBERS = ("values", "_marks", "_ask", "_together")
+# Log-weights beyond which the progress is shown unless that is refused.
+_QUIET = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ def evaluate(
     seed: int | None = 0,
     plate: str | None = None,
     processes: ProcessGroup | None = None,
+    progress: bool | None = None,
 ) -> Evaluation:
     """The ELBO and the importance-weighted evidence of a model and guide on ``data``, in nats per datum.
 
@@ -239,6 +242,7 @@ def evaluate(
         plate: the name of the data plate.
         processes: several processes, which must all make this call, share the batches; all return the numbers of a
             single process.
+        progress: True shows progress on standard error, False does not; None shows it above two million log-weights.
 
     Returns:
         An `Evaluation`: numbers in nats per datum, both kinds of standard errors, and each datum's own values.
@@ -260,75 +264,160 @@ def evaluate(
     >>> bool(torch.isclose(torch.tensor(found.log_evidence), truth)), abs(found.elbo - found.log_evidence) < 1e-5
     (True, True)
     """
-    if processes is not None and seed is None:
-        raise BadInput("several processes need a seed to draw what one process would: pass seed=")
-    if num_local_samples is not None and num_local_samples < 1:
-        raise BadInput(f"num_local_samples is {num_local_samples}: expected at least 1")
-    drawn = all_parts(model, guide, data, num_samples, batch_size, seed, plate, processes, num_local_samples)
-    parts, count = drawn.parts, drawn.parts["log_q"].shape[1]
+    evaluator = Evaluator(
+        model,
+        guide,
+        data,
+        num_samples=num_samples,
+        num_local_samples=num_local_samples,
+        batch_size=batch_size,
+        plate=plate,
+    )
+    return evaluator(seed, processes, progress)
+
+
+class Evaluator:
+    """`evaluate` for a pair of programs and data any number of times, with the parameters that the pair then has.
+
+    The arguments are those of `evaluate`. The structure of the programs is found once.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        data: object,
+        *,
+        num_samples: int = 100,
+        num_local_samples: int | None = None,
+        batch_size: int = 256,
+        plate: str | None = None,
+    ):
+        if num_local_samples is not None and num_local_samples < 1:
+            raise BadInput(f"num_local_samples is {num_local_samples}: expected at least 1")
+        self.model, self.guide, self.data, self.plate = model, guide, data, plate
+        self._weigh = lambda: Weighing(model, guide, data, num_samples, batch_size, plate, num_local_samples)
+        self._weighing = self._weigh()
+        self._used = False
+
+    def __call__(
+        self, seed: int | None = 0, processes: ProcessGroup | None = None, progress: bool | None = None
+    ) -> Evaluation:
+        """The evaluation at the current parameters."""
+        if processes is not None and seed is None:
+            raise BadInput("several processes need a seed to draw what one process would: pass seed=")
+        if self._used and self._weighing.relaxed:
+            self._weighing = self._weigh()  # the discrete form may hold copies of parameters
+        self._used, weighing = True, self._weighing
+        draws = weighing.num_samples
+        if progress is None:
+            progress = draws * len(weighing.rows) > _QUIET
+        loud = progress and (processes is None or processes.rank == 0)
+        independent = weighing.one_weight == ""
+        with bar(loud, "evaluate", weighing.num_runs) as shown:
+            pieces = weighing.pieces(seed, processes, _summary if independent else dict, shown)
+        if independent:
+            numbers, values = _of_independent(weighing, pieces)
+        else:
+            numbers, values = _of_dependent(weighing, weighing.together(pieces))
+        rows, (model, guide, plate) = weighing.rows, (self.model, self.guide, self.plate)
+
+        def ask() -> Information:
+            from .information import information
+
+            with private_seed(None, model, guide):
+                pair = exact_pair(model, guide)
+            return information(*pair, self.data, seed=seed, plate=plate)
+
+        return Evaluation(
+            **numbers,
+            num_samples=draws,
+            num_local_samples=weighing.num_local_samples,
+            values=values,
+            _marks=_marks_of(rows),
+            _ask=ask,
+            _together=weighing.one_weight == "globals",
+        )
+
+
+Numbers = tuple[dict[str, Any], dict[str, torch.Tensor]]
+
+
+def _terms(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The log-weights and the quantities whose means are reported, each ``(S, N)``."""
     log_weight = parts["log_prior"] + parts["log_likelihood"] - parts["log_q"]
-    terms = {
+    return log_weight, {
         "elbo": log_weight + parts["log_global"],
         "rate": parts["log_q"] - parts["log_prior"] - parts["log_global"],
         "distortion": -parts["log_likelihood"],
     }
-    told_apart, independent = drawn.one_weight != "all", drawn.one_weight == ""
-    numbers: dict[str, Any] = {}
+
+
+def _summary(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is needed of a batch of independent data: each datum's means over draws and their variances, ``(B,)``."""
+    log_weight, terms = _terms(parts)
+    draws = len(log_weight)
+    found = {name: value.mean(0) for name, value in terms.items()}
+    found["log_predictive"] = torch.logsumexp(log_weight, 0) - math.log(draws)
+    if draws > 1:
+        terms["log_predictive"] = log_weight.sub_(found["log_predictive"]).exp_()
+        found |= {f"{name} variance": value.var(0) for name, value in terms.items()}
+    return found
+
+
+def _of_independent(weighing: Weighing, pieces: list[dict[str, torch.Tensor]]) -> Numbers:
+    """The numbers where each datum has a weight of its own, and each datum's values."""
+    found = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    values = {name: value for name, value in found.items() if not name.endswith(" variance")}
+    count = len(values["elbo"])
+    numbers: dict[str, Any] = {"num_data": count, "reason": weighing.no_evidence(count, False)}
+    for name, value in values.items():
+        numbers[name], numbers[f"{name}_se"] = _mean_and_error(value)
+        variance = found.get(f"{name} variance")
+        mc_se = math.nan if variance is None else math.sqrt(variance.sum().item() / weighing.num_samples) / count
+        numbers[f"{name}_mc_se"] = mc_se
+    if numbers["reason"]:
+        return numbers | {"log_evidence": math.nan, "log_evidence_se": math.nan}, values
+    values["log_evidence"] = values["log_predictive"]
+    return numbers | {f"log_evidence{end}": numbers[f"log_predictive{end}"] for end in ("", "_se", "_mc_se")}, values
+
+
+def _of_dependent(weighing: Weighing, parts: Mapping[str, torch.Tensor]) -> Numbers:
+    """The numbers where data share draws, and each datum's values."""
+    log_weight, terms = _terms(parts)
+    count = log_weight.shape[1]
+    told_apart = weighing.one_weight != "all"
+    numbers: dict[str, Any] = {"num_data": count}
     values: dict[str, torch.Tensor] = {}
     for name, value in terms.items():
         # By datum over draws; where data have no weights of their own, by draw.
         numbers[name], numbers[f"{name}_se"] = _mean_and_error(value.mean(0 if told_apart else 1))
-        numbers[f"{name}_mc_se"] = _error_of_draws(value, independent)
+        numbers[f"{name}_mc_se"] = _error_of_draws(value)
         if told_apart:
             values[name] = value.mean(0)
-    if drawn.one_weight in ("", "globals"):
-        values["log_predictive"] = torch.logsumexp(log_weight, 0) - math.log(num_samples)
+    if weighing.one_weight == "globals":
+        values["log_predictive"] = torch.logsumexp(log_weight, 0) - math.log(weighing.num_samples)
         numbers["log_predictive"], numbers["log_predictive_se"] = _mean_and_error(values["log_predictive"])
-        numbers["log_predictive_mc_se"] = _error_of_draws((log_weight - values["log_predictive"]).exp(), independent)
-    if independent:
-        if drawn.reason:
-            numbers |= {"log_evidence": math.nan, "log_evidence_se": math.nan}
-        else:
-            values["log_evidence"] = values["log_predictive"]
-            for end in ("", "_se", "_mc_se"):
-                numbers[f"log_evidence{end}"] = numbers[f"log_predictive{end}"]
-        numbers["reason"] = drawn.reason
-    else:
-        numbers |= _evidence_together(drawn, terms["elbo"], count)
-    rows = rows_in(data)
-
-    def ask() -> Information:
-        from .information import information
-
-        with private_seed(None, model, guide):
-            pair = exact_pair(model, guide)
-        return information(*pair, data, seed=seed, plate=plate)
-
-    return Evaluation(
-        **numbers,
-        num_data=count,
-        num_samples=num_samples,
-        num_local_samples=drawn.num_local_samples,
-        values=values,
-        _marks=_marks_of(rows),
-        _ask=ask,
-        _together=drawn.one_weight == "globals",
-    )
+        numbers["log_predictive_mc_se"] = _error_of_draws((log_weight - values["log_predictive"]).exp())
+    return numbers | _evidence_together(weighing, parts, terms["elbo"]), values
 
 
-def _evidence_together(drawn: Parts, log_weight: torch.Tensor, count: int) -> dict[str, Any]:
+def _evidence_together(
+    weighing: Weighing, parts: Mapping[str, torch.Tensor], log_weight: torch.Tensor
+) -> dict[str, Any]:
     """The evidence of all data together divided by their number, from one weight per draw."""
+    count = log_weight.shape[1]
     total = log_weight.sum(1)
-    if "integrated" in drawn.parts:
-        total = (drawn.parts["integrated"] + drawn.parts["log_global"]).sum(1)
-    if drawn.reason:
-        return {"log_evidence": math.nan, "log_evidence_se": math.nan, "reason": drawn.reason}
-    found = joint_evidence(total.numpy(), drawn.rounding(float(total.abs().max())))
+    if "integrated" in parts:
+        total = (parts["integrated"] + parts["log_global"]).sum(1)
+    if reason := weighing.no_evidence(count, bool(parts["log_global"].any())):
+        return {"log_evidence": math.nan, "log_evidence_se": math.nan, "reason": reason}
+    found = joint_evidence(total.numpy(), weighing.rounding(float(total.abs().max())))
     more = ""
     if found.reason:
         more = "; the ELBO is a lower bound"
-        if drawn.one_weight == "globals" and drawn.num_local_samples > 1:
-            more = f", with {drawn.num_local_samples} draws of the local latents for each" + more
+        if weighing.one_weight == "globals" and weighing.num_local_samples > 1:
+            more = f", with {weighing.num_local_samples} draws of the local latents for each" + more
     error = found.mc_se / count
     return {
         "log_evidence": found.value / count,
@@ -344,10 +433,8 @@ def _marks_of(rows: Rows) -> tuple:
     found = []
     for tensor in rows.tensors():
         if tensor.dim():
-            pieces = (
-                piece.double().reshape(len(piece), -1).nan_to_num().sum(1) for piece in pieces_of(tensor.detach())
-            )
-            by_row = torch.cat(list(pieces)).cpu()
+            pieces = (piece.reshape(len(piece), -1).sum(1) for piece in pieces_of(tensor.detach()))
+            by_row = torch.cat(list(pieces)).cpu().double().nan_to_num()
             found.append((tuple(tensor.shape), by_row.sum().item(), (by_row * torch.arange(len(by_row))).sum().item()))
     return tuple(found)
 
@@ -357,11 +444,7 @@ def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     return values.mean().item(), error
 
 
-def _error_of_draws(values: torch.Tensor, independent: bool) -> float:
-    """The standard error of the mean of ``(S, N)`` over draws alone; ``independent``: data share no draw."""
-    draws, count = values.shape
-    if draws < 2:
-        return math.nan
-    if independent:
-        return math.sqrt(values.var(0).sum().item() / draws) / count
-    return values.mean(1).std().item() / math.sqrt(draws)
+def _error_of_draws(values: torch.Tensor) -> float:
+    """The standard error of the mean of ``(S, N)`` over draws that the data share."""
+    draws = len(values)
+    return math.nan if draws < 2 else values.mean(1).std().item() / math.sqrt(draws)

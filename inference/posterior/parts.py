@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import pyro
 import torch
 
 from ...errors import PROGRAM_ERRORS, BadInput
+from ...options import check_seed
+from ..engine.progress import Progress
 from ..engine.rows import ProcessGroup, Rows
-from ..engine.scopes import device_of, private_seed, quietly
+from ..engine.scopes import device_of, private_seed, quietly, seed_all
 from ..engine.stored_rows import rows_in
+from .checks import Checks
 from .importance import integrated, rounding_of
-from .runner import Sweep
-
-if TYPE_CHECKING:
-    pass
-
+from .runner import Pass, Sweep
+from .sites import Block
+from .vmapped import outside
 
 # Rows (data times draws) per run of the programs, which bounds memory.
 _ROWS_A_RUN = 8192
@@ -44,77 +46,142 @@ def log_weights(
 
     ``log_global`` of the same shape is log p − log q of the latents outside the data plate, divided among the data.
     """
-    return all_parts(model, guide, data, num_samples, batch_size, seed, plate).parts
+    weighing = Weighing(model, guide, data, num_samples, batch_size, plate, 1)
+    return weighing.together(weighing.pieces(seed))
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The terms of all log-weights ``(S, N)``, and which data share a weight.
+class Weighing:
+    """The terms of all log-weights of a model and a guide on data, a batch at a time.
 
-    ``one_weight`` is empty where each datum has its own weight; "globals" where these are conditional on global
-    latents; "latents" where the guide draws all latents jointly; "all" where no plate separates the data.
-    ``integrated`` among the parts is each datum's likelihood given the global latents. ``reason`` says why there is no
-    evidence whatever the weights.
+    The programs are surveyed once; every call of `pieces` runs them with their current parameters.
+
+    Attributes:
+        one_weight: which data share a weight: empty where each datum has its own; "globals" where these are conditional
+            on global latents; "latents" where the guide draws all latents jointly; "all" where no plate separates the
+            data.
+        num_local_samples: the draws of the local latents per draw of the global ones.
+        relaxed: whether the programs are the discrete form of the given ones.
+
+    Raises:
+        BadInput: data or settings that cannot be used.
     """
 
-    parts: dict[str, torch.Tensor]
-    one_weight: str
-    num_local_samples: int
-    reason: str
-    rounding: Callable[[float], float]
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        data: object,
+        num_samples: int,
+        batch_size: int,
+        plate: str | None,
+        num_local_samples: int | None = 1,
+    ):
+        self.rows = rows_in(data).check("data")
+        if num_samples < 1:
+            raise BadInput(f"num_samples is {num_samples}: expected at least 1")
+        if batch_size < 1:
+            raise BadInput(f"batch_size is {batch_size}: expected at least 1")
+        with private_seed(None, model, guide):
+            self.model, self.guide = exact_pair(model, guide)
+        self.relaxed = self.model is not model
+        self.num_samples, self.plate = num_samples, plate
+        self.device = device_of(self.model, self.guide)
+        self._checks = Checks(self.rows.tensors() if type(self.rows) is Rows else ())
+        self.size, *found = _first_sweep(self.model, self.guide, self.rows, batch_size, plate)
+        self.sweep, self.name = found[0]
+        # The last batch may have fewer rows.
+        self._by_length = {len(self.rows) % self.size or self.size: found[1], min(self.size, len(self.rows)): found[0]}
+        sweep = self.sweep
+        self.one_weight = "all" if self.name is None else "latents" if sweep.tied else "globals" if sweep.shared else ""
+        self.num_local_samples = 1
+        if self.one_weight == "globals" and not sweep.summed_out.issuperset(sweep.local):
+            self.num_local_samples = num_local_samples or (_LOCAL_SAMPLES if sweep.vectorized else 1)
 
+    def pieces(
+        self,
+        seed: int | None,
+        processes: ProcessGroup | None = None,
+        reduce: Callable[[dict[str, torch.Tensor]], Any] = lambda parts: parts,
+        progress: Progress | None = None,
+    ) -> list[Any]:
+        """``reduce`` of every batch's parts, in order; ``progress`` is told the number of runs."""
+        if seed is not None:
+            check_seed(seed)
+        count = math.ceil(len(self.rows) / self.size)
+        shown = _Counted(progress or Progress())
 
-def all_parts(
-    model: Callable,
-    guide: Callable,
-    data: object,
-    num_samples: int,
-    batch_size: int,
-    seed: int | None,
-    plate: str | None,
-    processes: ProcessGroup | None = None,
-    num_local_samples: int | None = 1,
-) -> Parts:
-    rows = rows_in(data).check("data")
-    if num_samples < 1:
-        raise BadInput(f"num_samples is {num_samples}: expected at least 1")
-    if batch_size < 1:
-        raise BadInput(f"batch_size is {batch_size}: expected at least 1")
-    with private_seed(None, model, guide):
-        model, guide = exact_pair(model, guide)
-    device = device_of(model, guide)
-    sweep, name, size = _first_sweep(model, guide, rows, batch_size, plate)
-    one_weight = "all" if name is None else "latents" if sweep.tied else "globals" if sweep.shared else ""
-    inner = 1
-    if one_weight == "globals" and not sweep.summed_out.issuperset(sweep.local):
-        inner = num_local_samples or (_LOCAL_SAMPLES if sweep.vectorized else 1)
+        def pieces_of(numbers: range) -> list[Any]:
+            with quietly(self.model, self.guide, seed):
+                return [reduce(self._piece(number, seed, number == numbers[0], shown)) for number in numbers]
 
-    def piece(number: int) -> dict[str, torch.Tensor]:
-        batch, here = rows[number * size : (number + 1) * size].to(device), (sweep, name)
-        if len(batch) < min(size, len(rows)):
-            here = _sweep(model, guide, batch, plate, sweep.mode)
-        # A separate seed for each batch: every process draws the same for it.
-        with nullcontext() if seed is None else private_seed(seed + _PRIME * number, model, guide):
-            return _batch(*here, batch, num_samples, None if rows.whole else len(rows), inner)
-
-    def pieces_of(numbers: range) -> list[dict[str, torch.Tensor]]:
-        with quietly(model, guide, seed):
-            return [piece(number) for number in numbers]
-
-    count = math.ceil(len(rows) / size)
-    if processes is None:
-        pieces = pieces_of(range(count))
-    else:
+        if processes is None:
+            return pieces_of(range(count))
         mine = range(processes.rank, count, processes.world_size)
         shares = processes.gather(processes.together(lambda: pieces_of(mine)))
-        pieces = [shares[number % processes.world_size][number // processes.world_size] for number in range(count)]
-    parts = {part: torch.cat([piece[part] for piece in pieces], 1) for part in pieces[0]}
-    if "integrated" in parts and parts["integrated"].isnan().any():
-        # The guide draws global latents given local ones: only the joint draw has a weight.
-        del parts["integrated"]
-        inner = 1
-    reason = _no_evidence(sweep, name, parts["log_q"].shape[1], bool(parts["log_global"].any()))
-    return Parts(parts, one_weight, inner, reason, lambda largest: rounding_of(sweep, largest))
+        return [shares[number % processes.world_size][number // processes.world_size] for number in range(count)]
+
+    @property
+    def num_runs(self) -> int:
+        """How many times the programs run, about."""
+        return math.ceil(len(self.rows) / self.size) * len(_turns(self.sweep, self.num_samples, self.size))
+
+    def together(self, pieces: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The parts of all batches, ``(S, N)`` each."""
+        parts = {part: torch.cat([piece[part] for piece in pieces], 1) for part in pieces[0]}
+        if "integrated" in parts and parts["integrated"].isnan().any():
+            # The guide draws global latents given local ones: only the joint draw has a weight.
+            del parts["integrated"]
+            self.num_local_samples = 1
+        return parts
+
+    def rounding(self, largest: float) -> float:
+        """The rounding error of log-weights whose terms are at most ``largest``."""
+        return rounding_of(self.sweep, largest)
+
+    def no_evidence(self, num_data: int, globals_count: bool) -> str:
+        """The reason why importance weights of these programs do not estimate the evidence; empty if they do."""
+        return _no_evidence(self.sweep, self.name, num_data, globals_count)
+
+    def _piece(self, number: int, seed: int | None, first: bool, shown: _Counted) -> dict[str, torch.Tensor]:
+        batch = self.rows[number * self.size : (number + 1) * self.size].to(self.device)
+        length = len(batch)
+        if length not in self._by_length:
+            self._by_length[length] = _sweep(self.model, self.guide, batch, self.plate, self.sweep.mode)
+        sweep, name = self._by_length[length]
+
+        def found(checks: Checks | None, validates_first: bool) -> dict[str, torch.Tensor]:
+            if seed is not None:  # a separate one for each batch: every process draws the same for it
+                seed_all(_seed_of(seed, number), self.device)
+            whole = None if self.rows.whole else len(self.rows)
+            run = _Batch(sweep, name, batch, self.num_samples, whole, self.num_local_samples, checks, shown)
+            return run.parts(validates_first)
+
+        if sweep.mode != "plates" or self.num_local_samples > 1 or not pyro.infer.util.is_validation_enabled():
+            return found(None, True)
+        before = torch.get_rng_state()
+        try:
+            return found(self._checks, first)
+        except (BadInput, *PROGRAM_ERRORS):
+            torch.set_rng_state(before)  # Pyro's own validation names the argument of a distribution
+            found(None, True)
+            raise
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """The seed of a batch."""
+    found = seed + _PRIME * number
+    return found if found < 2**64 else found - 2**64
+
+
+class _Counted:
+    """Counts runs for a progress display."""
+
+    def __init__(self, progress: Progress):
+        self.progress, self.done = progress, 0
+
+    def add(self) -> None:
+        self.done += 1
+        self.progress.step(self.done)
 
 
 def _no_evidence(sweep: Sweep, name: str | None, num_data: int, globals_count: bool) -> str:
@@ -156,22 +223,22 @@ def exact_pair(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
 
 def _first_sweep(
     model: Callable, guide: Callable, rows: Rows, batch_size: int, plate: str | None
-) -> tuple[Sweep, str | None, int]:
-    """The programs on a batch of rows, the data plate, and the number of rows per batch.
+) -> tuple[int, tuple[Sweep, str | None], tuple[Sweep, str | None]]:
+    """The number of rows per batch, and the programs with the data plate on the first batch and on the last.
 
     They get all rows at once if something depends on all of them: latents outside the data plate, a joint draw, a plate
     of fixed size.
     """
     if batch_size < len(rows):
         try:
-            sweep, name = _sweep(model, guide, rows[:batch_size], plate)
-            last, also = _sweep(model, guide, rows[-(len(rows) % batch_size or batch_size) :], plate, sweep.mode)
-            if name is not None and name == also and not sweep.outside_data():
-                return sweep, name, batch_size
+            sweep, name = first = _sweep(model, guide, rows[:batch_size], plate)
+            last = _sweep(model, guide, rows[-(len(rows) % batch_size or batch_size) :], plate, sweep.mode)
+            if name is not None and name == last[1] and not sweep.outside_data():
+                return batch_size, first, last if len(rows) % batch_size else first
         except (BadInput, *PROGRAM_ERRORS):
             pass  # raised again below, unless all rows remove the cause
-    sweep, name = _sweep(model, guide, rows, plate)
-    return sweep, name, len(rows)
+    whole = _sweep(model, guide, rows, plate)
+    return len(rows), whole, whole
 
 
 def _sweep(
@@ -197,45 +264,87 @@ def _sweep(
     return sweep, name
 
 
-def _batch(
-    sweep: Sweep, name: str | None, batch: Rows, num_samples: int, num_data: int | None, inner: int
-) -> dict[str, torch.Tensor]:
+def _turns(sweep: Sweep, num_samples: int, size: int) -> list[int]:
+    """The draws of a batch of ``size`` rows, a run at a time."""
+    per_run = max(1, min(num_samples, sweep.draws_a_run(), _ROWS_A_RUN // size)) if sweep.vectorized else 1
+    return [min(per_run, num_samples - start) for start in range(0, num_samples, per_run)]
+
+
+class _Batch:
     """All draws of one batch, each term ``(num_samples, B)``; ``inner`` draws of local latents per global draw.
 
-    Where no argument has rows, the plate gives their number.
+    Where no argument has rows, the plate gives their number. With ``checks`` runs are not validated, but for the first
+    where that is asked.
     """
-    size = sweep.sizes[name] if batch.whole and name is not None else len(batch)
-    num_data = num_data or size
-    parts = {part: torch.zeros(num_samples, size, dtype=torch.float64) for part in PARTS}
-    if inner > 1:
-        parts["integrated"] = torch.zeros(num_samples, size, dtype=torch.float64)
-    data_size = _data_size(sweep, name, size, num_data)
-    arguments = batch.args, batch.kwargs
-    per_run = max(1, min(num_samples, sweep.draws_a_run(), _ROWS_A_RUN // size))
-    for start in range(0, num_samples, per_run if sweep.vectorized else 1):
-        count = min(per_run if sweep.vectorized else 1, num_samples - start)
-        where = slice(start, start + count)
-        for block, guide, model in sweep.over_rows(count, arguments):
-            for run in (guide, model):
-                for site, layout in run.layouts.items():
-                    if layout.kind == "deterministic" or not block.first(layout):
-                        continue
-                    keep = (name,) if name in layout.plates else ()
-                    value = run.log_prob(site, keep, scaled=True).cpu()
-                    if torch.isnan(value).any():
-                        raise BadInput(
-                            f"site {site!r} has a log-probability of NaN: look at the parameters of its distribution"
-                        )
-                    part = "log_q" if run is guide else "log_prior" if layout.kind == "latent" else "log_likelihood"
-                    if keep:
-                        parts[part][where, block.index(keep)[0]] += value
-                    elif name is None:
-                        parts[part][where] += value[:, None] / size
-                    else:
-                        parts["log_global"][where] += (-value if run is guide else value)[:, None] / data_size
-            if inner > 1:
-                found, known = integrated(
-                    sweep, block, sweep.given(guide), inner, guide, np.arange(count), arguments=arguments, scaled=True
-                )
-                parts["integrated"][where, block.index((name,))[0]] = found.cpu() if known else math.nan
-    return parts
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        name: str | None,
+        batch: Rows,
+        num_samples: int,
+        num_data: int | None,
+        inner: int,
+        checks: Checks | None,
+        shown: _Counted,
+    ):
+        self.sweep, self.name, self.inner, self.checks, self.shown = sweep, name, inner, checks, shown
+        self.size = sweep.sizes[name] if batch.whole and name is not None else len(batch)
+        self.num_samples, self.arguments = num_samples, (batch.args, batch.kwargs)
+        self.data_size = _data_size(sweep, name, self.size, num_data or self.size)
+        shape = num_samples, self.size
+        self.found = {part: torch.zeros(*shape, dtype=torch.float64) for part in PARTS}
+        if inner > 1:
+            self.found["integrated"] = torch.zeros(*shape, dtype=torch.float64)
+
+    def parts(self, validates_first: bool) -> dict[str, torch.Tensor]:
+        counts = _turns(self.sweep, self.num_samples, self.size)
+        starts = [0, *itertools.accumulate(counts)]
+        turns = self.sweep.turns(counts, self.arguments)
+        checks = None if validates_first else self.checks
+        while True:
+            with nullcontext() if checks is None else pyro.validation_enabled(False):
+                found = next(turns, None)
+                if found is None:
+                    return self.found
+                turn, block, guide, model = found
+                self._add(slice(starts[turn], starts[turn + 1]), block, guide, model, checks)
+            self.shown.add()
+            checks = self.checks
+
+    def _add(self, where: slice, block: Block, guide: Pass, model: Pass, checks: Checks | None) -> None:
+        name, parts, count = self.name, self.found, guide.count
+        for program, run in (("guide", guide), ("model", model)):
+            if checks is None and self.checks is not None:
+                self.checks.learn(program, (one.site for one in run.seen.values()))
+            for site, layout in run.layouts.items():
+                if layout.kind == "deterministic" or not block.first(layout):
+                    continue
+                keep = (name,) if name in layout.plates else ()
+                value = run.log_prob(site, keep, scaled=True).cpu()
+                if torch.isnan(value).any():
+                    raise BadInput(
+                        f"site {site!r} has a log-probability of NaN: look at the parameters of its distribution"
+                    )
+                of_guide = None if site not in guide.seen else guide.seen[site].site
+                if checks is not None and not checks.passes(program, run.seen[site].site, of_guide):
+                    raise outside(site)
+                part = "log_q" if run is guide else "log_prior" if layout.kind == "latent" else "log_likelihood"
+                if keep:
+                    parts[part][where, block.index(keep)[0]] += value
+                elif name is None:
+                    parts[part][where] += value[:, None] / self.size
+                else:
+                    parts["log_global"][where] += (-value if run is guide else value)[:, None] / self.data_size
+        if self.inner > 1:
+            found, known = integrated(
+                self.sweep,
+                block,
+                self.sweep.given(guide),
+                self.inner,
+                guide,
+                np.arange(count),
+                arguments=self.arguments,
+                scaled=True,
+            )
+            parts["integrated"][where, block.index((name,))[0]] = found.cpu() if known else math.nan

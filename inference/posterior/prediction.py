@@ -16,12 +16,13 @@ from pyro.poutine.messenger import Messenger
 from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
 from ...options import holds_to_annotations
 from ..engine.messenger_guides import MessengerProgram, as_program
+from ..engine.progress import bar
 from ..engine.row_parameters import autoguides_in, positional_parameter, sites_of
 from ..engine.rows import Rows, given_arguments
 from ..engine.scopes import kept_buffers, modules_of, private_seed, quietly
 from . import _arviz
 from .collection import Array
-from .conversion import afford, bar
+from .conversion import afford
 from .naming import Naming
 from .parts import exact_pair
 from .runner import Sweep

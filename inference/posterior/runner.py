@@ -13,11 +13,13 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 
 from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
 from ..engine.interventions import ChosenRows, DrawnAnew, GivenValues
-from ..engine.scopes import private_seed, quietly
+from ..engine.scopes import modules_of, networks_at_hand, private_seed, quietly
 from .sites import Block, SiteLayout, has_rows, key_of
 from .survey import Survey
 from .vmapped import Coordinates, Lane, Seen, outside, random_sites, run_lanes
@@ -100,6 +102,22 @@ class Pass:
     def coordinates(self, name: str) -> Coordinates | None:
         """Log-probabilities of a site's coordinates; None if they are dependent."""
         return self.seen[name].coordinates(self.layouts[name].event)
+
+
+class _SameForAllDraws(Messenger):
+    """Marks sites whose distribution has no dimension for the draws, and so the same parameters for all of them."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.depth = depth
+
+    def _pyro_sample(self, msg) -> None:
+        if not site_is_subsample(msg):
+            batch = msg["fn"].batch_shape
+            msg["infer"] = {**msg["infer"], _SAME: len(batch) <= self.depth or batch[-1 - self.depth] == 1}
+
+
+_SAME = "_same_for_all_draws"
 
 
 def log_weight(guide: Pass, model: Pass, plates: Sequence[str], *, scaled: bool = False) -> torch.Tensor:
@@ -224,9 +242,61 @@ class Sweep(Survey):
         """Guide and model at ``count`` draws; ``fixed`` gives latents ``(count, *batch, *event)`` of the block."""
         block = block or Block()
         guide = self._pass(self.guide, self.guide_sites, count, block, fixed or {}, set(), mode, arguments)
+        return guide, self._of_model(guide, mode, arguments)
+
+    def _of_model(self, guide: Pass, mode: str | None = None, arguments: tuple[tuple, dict] | None = None) -> Pass:
+        """The model at the draws of a run of the guide."""
         drawn = {name: guide.raw(name) for name in self.latents}
-        seen = self._seen(self.model, self.model_sites, count, block, drawn, set(), mode, arguments)
-        return guide, Pass(seen, self, self.model_sites, count, block)
+        seen = self._seen(self.model, self.model_sites, guide.count, guide.block, drawn, set(), mode, arguments)
+        return Pass(seen, self, self.model_sites, guide.count, guide.block)
+
+    def turns(
+        self, counts: Sequence[int], arguments: tuple[tuple, dict] | None = None
+    ) -> Iterator[tuple[int, Block, Pass, Pass]]:
+        """`over_rows` for so many draws in each turn, one after the other, with the number of the turn.
+
+        A guide whose distributions are the same for all draws runs for the first turn of a length only; the draws are
+        those that its runs would make.
+        """
+        first: Pass | None = None
+        for turn, count in enumerate(counts):
+            if first is not None and count == first.count:
+                guide = self._drawn_again(first)
+                yield turn, first.block, guide, self._of_model(guide, None, arguments)
+            elif (
+                1 < count in counts[turn + 1 :]
+                and self.mode == "plates"
+                and self.device.type == "cpu"
+                and not self.swept
+            ):
+                before = torch.get_rng_state()
+                guide = self._pass(self.guide, self.guide_sites, count, Block(), {}, set(), None, arguments)
+                first = guide if self._is_sampling(guide, before) else None
+                yield turn, guide.block, guide, self._of_model(guide, None, arguments)
+            else:
+                for run in self.over_rows(count, arguments):
+                    yield turn, *run
+
+    def _drawn_again(self, run: Pass) -> Pass:
+        """New draws from the distributions of a run."""
+        seen = {}
+        for name, one in run.seen.items():
+            site = one.site
+            seen[name] = Seen({**site, "value": site["fn"](*site["args"], **site["kwargs"])})
+        return Pass(seen, self, run.layouts, run.count, run.block)
+
+    def _is_sampling(self, guide: Pass, before: torch.Tensor) -> bool:
+        """Whether a run of the guide from that random state consists of draws from distributions that do not change."""
+        sites = [one.site for one in guide.seen.values()]
+        plain = all(layout.kind == "latent" and not layout.point for layout in guide.layouts.values())
+        if self.summed_out or not plain or not all(site["infer"].get(_SAME) for site in sites):
+            return False
+        after = torch.get_rng_state()
+        torch.set_rng_state(before)
+        again = self._drawn_again(guide)
+        same = torch.equal(after, torch.get_rng_state())  # else the guide also draws noise of its own
+        torch.set_rng_state(after)
+        return same and all(torch.equal(again.raw(name), guide.raw(name)) for name in guide.seen)
 
     def over_rows(self, count: int, arguments: tuple[tuple, dict] | None = None) -> Iterator[tuple[Block, Pass, Pass]]:
         """Guide and model on every block of rows, with the same draws of sites outside the rows in all blocks."""
@@ -323,6 +393,8 @@ class Sweep(Survey):
                 stack.enter_context(handler)
             if mode == "plates":
                 stack.enter_context(pyro.plate(DRAWS, count, dim=-1 - self.depth, device=str(self.device)))
+                stack.enter_context(_SameForAllDraws(self.depth))
+            stack.enter_context(networks_at_hand(*modules_of(self.model, self.guide)))
             trace = poutine.trace(program).get_trace(*args, **kwargs)
         found = {name for name, _ in random_sites(trace)}
         if found != set(layouts):

@@ -227,7 +227,7 @@ def run_lanes(
                 splits[name] = None if split is None else (split.depth, split.exact)
                 if split is not None:
                     numbers["coordinates"] = split.log_prob
-                if checked and _checks(site["fn"]):
+                if checked and validates(site["fn"]):
                     numbers["inside"] = site["fn"].support.check(site["value"])
                 sites[name] = site
         return found
@@ -244,11 +244,12 @@ def run_lanes(
     return {name: Lane(sites[name], of_site, splits[name]) for name, of_site in found.items()}
 
 
-def _checks(fn: Any) -> bool:
+def validates(fn: Any) -> bool:
     """Whether a distribution rejects values outside its support: not with ``validate_args=False``."""
     while True:
         if fn.__dict__.get("_validate_args") is False or isinstance(fn, (dist.Delta, dist.Unit)):
             return False
-        if not hasattr(fn, "base_dist"):
+        # A transformed distribution checks for itself: HalfNormal and others switch their base's check off.
+        if not hasattr(fn, "base_dist") or isinstance(fn, torch.distributions.TransformedDistribution):
             return True
         fn = fn.base_dist

@@ -20,7 +20,7 @@ from ...tables import html
 from ..engine.progress import Progress, make_progress
 from ..engine.rows import Rows
 from ..engine.scopes import devices_of
-from ..posterior.evaluation import evaluate
+from ..posterior.evaluation import Evaluator
 from .batches import TRANSFORMED, Batches
 from .checkpoints import Checkpoints
 from .choices import Choices
@@ -129,6 +129,7 @@ class Run:
             self.identity["scheduler"] = step.optimizer.started_as
         self.guard = Guard(model, guide, step.parameters)
         self.choices: Choices | None = None
+        self.evaluator: Evaluator | None = None
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": None, "elbo": None, "module": {}}
         self.now = _Epoch()
@@ -323,13 +324,10 @@ class Run:
         return numbers | {"ms_per_step": median(now.took), "seconds": time.perf_counter() - self._began}
 
     def _validate(self) -> dict[str, float]:
-        options: dict[str, Any] = {
-            "num_samples": self.options.valid_samples,
-            "num_local_samples": 1,
-            "seed": self.batches.seed,
-        }
-        found = evaluate(self.model, self.guide, self.valid, **options, processes=self.processes)
-        return {"valid_elbo": found.elbo}
+        if self.evaluator is None:
+            draws = {"num_samples": self.options.valid_samples, "num_local_samples": 1}
+            self.evaluator = Evaluator(self.model, self.guide, self.valid, **draws)
+        return {"valid_elbo": self.evaluator(self.batches.seed, self.processes, False).elbo}
 
     def _validate_trained(self, valid: Rows) -> dict[str, float]:
         """`_validate` after steps: the data passed before, so an error comes from the parameters."""

@@ -18,7 +18,10 @@ from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
 from gumbo.inference import evaluate, make_loss, to_arviz
 from gumbo.inference.auditing.moments import gradient_draws, gradient_moments
 from gumbo.inference.posterior import _arviz
+from gumbo.inference.posterior.checks import Checks
+from gumbo.inference.posterior.evaluation import Evaluator
 from gumbo.inference.posterior.parts import log_weights
+from gumbo.inference.posterior.runner import Sweep
 from gumbo.models import CategoricalVAE, GaussianVAE
 
 X = torch.tensor([[0.3, -1.2], [1.0, 0.4], [-0.7, 0.1]], dtype=torch.float64)
@@ -702,3 +705,155 @@ def test_parameters_met_first_among_many_draws(param_store):
     model, guide, x = Model(), Guide(), torch.ones(10, 9)
     assert evaluate(model, guide, x, num_samples=10).elbo < 0
     assert not len(param_store)
+
+
+# --- batches that Pyro's validation does not see
+
+
+def bounded():
+    """z is positive in the model; the guide's draws for data above 5 are not."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.HalfNormal(1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(-3.0 * (x > 5), 1 - 3.0 * (x > 5)))
+
+    return model, guide
+
+
+def counted(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+
+
+def linear_model_of_one(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def normal(scale=lambda x: 1.0):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0 * x, scale(x)))
+
+    return guide
+
+
+BITS = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    "model, guide, data, match",
+    [
+        (*bounded(), torch.tensor([0.0, 1.0, 9.0, 3.0, 4.0, 5.0]), "'z' has a value outside the support"),
+        (counted, normal(), torch.tensor([0.0, 1.0, 0.5, 0.0, 1.0, 1.0]), "'x' has a value outside the support"),
+        (linear_model_of_one, normal(lambda x: 1 - x), torch.tensor([0.0, 0.5, 3.0, 0.0, 0.5, 0.0]), "parameter scale"),
+    ],
+    ids=["prior", "data", "parameter"],
+)
+def test_what_validation_refuses_is_refused_in_every_batch_and_run(model, guide, data, match):
+    with pytest.raises((BadInput, ValueError), match=match):
+        evaluate(model, guide, data, num_samples=3, batch_size=2)
+
+
+def test_a_site_without_validation_is_not_checked():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z, validate_args=False), obs=x)
+
+    assert math.isfinite(evaluate(model, normal(), BITS / 2, num_samples=3, batch_size=2).elbo)
+
+
+def test_checks_look_at_held_data_once_and_again_after_a_write():
+    data = BITS.clone()
+    checks = Checks([data])
+    site = {"name": "x", "type": "sample", "fn": dist.Bernoulli(torch.full((2,), 0.5)), "value": data[2:4]}
+    assert checks.passes("model", site)
+    data[3] = 0.5
+    assert not checks.passes("model", site | {"value": data[2:4]})
+
+
+def separately(programs, count):
+    """The draws of z that separate runs of the guide make, ``count`` at a time."""
+    model, guide = programs
+    sweep = Sweep(model, guide, (X[:, 0],), {})
+    found = []
+    for _ in range(3):
+        found.append(next(sweep.over_rows(count))[1].value("z"))
+    return torch.cat(found)
+
+
+def hierarchy(own_noise=False, independent=False):
+    """A guide with two sites, of which the second depends on the draw of the first unless ``independent``."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+            z = pyro.sample("z", dist.Normal(w, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        guide.runs += 1
+        with pyro.plate("data", len(x)):
+            shift = torch.randn(len(x)).double() if own_noise else 0.0
+            w = pyro.sample("w", dist.Normal(x + shift, 1.0))
+            pyro.sample("z", dist.Normal(x if independent else w, 0.5))
+
+    guide.runs = 0
+    return model, guide
+
+
+@pytest.mark.parametrize(
+    "options, runs", [({"independent": True}, 1), ({}, 3), ({"own_noise": True, "independent": True}, 3)]
+)
+def test_draws_of_several_turns_are_those_of_separate_runs_of_the_guide(options, runs):
+    """A guide is run once for all turns only where its distributions are the same for all draws."""
+    model, guide = programs = hierarchy(**options)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(7)
+        expected = separately(programs, 4)
+        sweep = Sweep(model, guide, (X[:, 0],), {})
+        torch.manual_seed(7)
+        guide.runs = 0
+        found = list(sweep.turns([4, 4, 4]))
+    assert guide.runs == runs
+    assert torch.equal(torch.cat([run.value("z") for _, _, run, _ in found]), expected)
+    joint = torch.stack([run.joint_log_prob(("data",)) for _, _, run, _ in found])
+    again = [dist.Normal(run.value("w"), 0.5).log_prob(run.value("z")) for _, _, run, _ in found]
+    if options == {}:
+        w = torch.stack([dist.Normal(X[:, 0], 1.0).log_prob(run.value("w")) for _, _, run, _ in found])
+        assert torch.allclose(joint, torch.stack(again) + w)
+
+
+def test_an_evaluator_follows_the_parameters():
+    model = GaussianVAE((1, 2, 2), latent_dim=2, hidden=(4,))
+    guide = NormalGuide(model, hidden=(4,))
+    x = torch.bernoulli(torch.full((10, 1, 2, 2), 0.5))
+    evaluator = Evaluator(model, guide, x, num_samples=3, batch_size=4)
+    assert evaluator(1) == evaluate(model, guide, x, num_samples=3, batch_size=4, seed=1)
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *guide.parameters()):
+            parameter.add_(0.1)
+    assert evaluator(1) == evaluate(model, guide, x, num_samples=3, batch_size=4, seed=1)
+    relaxed = CategoricalVAE((1, 2, 2), num_latents=2, num_classes=3, hidden=(5,), relaxed=True)
+    relaxed_guide = RelaxedCategoricalGuide(relaxed, hidden=(5,))
+    evaluator = Evaluator(relaxed, relaxed_guide, x, num_samples=3)
+    evaluator(1)
+    with torch.no_grad():
+        for parameter in (*relaxed.parameters(), *relaxed_guide.parameters()):
+            parameter.add_(0.1)
+    assert evaluator(1) == evaluate(relaxed, relaxed_guide, x, num_samples=3, seed=1)
+
+
+def test_progress_is_shown_where_it_is_asked_for(capsys):
+    evaluate(linear_model, posterior(), X, num_samples=2)
+    assert capsys.readouterr().err == ""
+    evaluate(linear_model, posterior(), X, num_samples=2, progress=True)
+    assert "evaluate 1/1" in capsys.readouterr().err
