@@ -104,11 +104,12 @@ class SequenceVAE(GenerativeModel):
     With a ``reward`` the same networks are trained by what they generate: x is a given context, and the model weights
     each generated sequence by :math:`e^{f(t, x)}`. f takes one-hot tokens ``(..., B, length, vocabulary)`` and the
     context and returns numbers ``(..., B)``: a function, its import path, or a word of `gumbo.models.rewards`. The
-    guide ``token-policy`` has such networks of its own, initially with the model's weights. ``SiteELBO(word,
-    kl_weight=0)`` maximizes :math:`E[f]` over it: ``score`` is REINFORCE, ``score-average``, ``nvil`` and ``rloo``
-    subtract a baseline, ``gumbel-softmax`` relaxes the tokens. A weight α subtracts α times the KL from the
-    model, so that a model trained by maximum likelihood, whose state the one with a reward loads, is not left far
-    behind; its parameters should then be frozen. ``length`` is the number of tokens, by default that of numbers in x.
+    guide ``token-policy`` has such networks of its own, initially with the model's weights. ``SiteELBO({"z":
+    "pathwise", "*": word}, kl_weight=0)`` maximizes :math:`E[f]` over it: ``score`` is REINFORCE, ``score-average``,
+    ``nvil`` and ``rloo`` subtract a baseline, ``gumbel-softmax`` relaxes the tokens. A weight α subtracts α times the
+    KL from the model, so that a model trained by maximum likelihood, whose state the one with a reward loads, is not
+    left far behind; its parameters should then be frozen. ``length`` is the number of tokens, by default that of
+    numbers in x.
 
     Shapes: ``x`` is ``(B, L)``, or ``(B, 1, L)`` for a ``data_shape`` of two sizes; site ``z`` is ``(B, latent_dim)``.
     With a reward x has any shape, and sites ``t1`` ... ``tL`` are one-hot, ``(B, vocabulary)``. Raises BadInput for

@@ -69,6 +69,8 @@ def test_the_page_names_the_estimators_that_serve(name, pages):
 def test_mixed_latents_are_advised_an_estimator_each(pages):
     [line, *_] = pages.advice(models["semi-supervised-vae"])
     assert '{"y": "enumerate", "z": "pathwise"}' in line
+    [line, *_] = pages.advice(models["sequence-vae"])  # one form of it; three tokens of three values, listed together
+    assert "With `vocabulary=3" in line and '{"z": "pathwise", "t1": "enumerate", "t2": "enumerate"' in line
     assert pages.advice(models["gaussian-vae"]) == [] == pages.advice(models["categorical-vae"])
 
 
