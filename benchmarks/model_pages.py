@@ -149,6 +149,12 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "--guide grid-policy --estimator rloo --particles 4 --kl_weight 0 --lr 5e-2 --epochs 25",
         "A datum is one walk, and the expected return is minus the distortion; the optimum is below.",
     ),
+    "attend-infer-repeat": (
+        "--data scenes --guide recurrent-attention "
+        "--estimator '{z_pres_1: enumerate, z_pres_2: enumerate, z_pres_3: enumerate}' "
+        "--batch_size 64 --epochs 8 --importance_samples 5",
+        "How the digits come to be counted is below.",
+    ),
     "deep-markov-model": (
         "--data jsb-chorales --model_options.latent_dim=20 --model_options.transition_hidden=50 --guide combiner "
         "--guide_options.rnn_hidden=100 --estimator pathwise --lr 3e-3 --clip_norm 10 --batch_size 20 --epochs 8 "
@@ -172,6 +178,7 @@ STUDIES = {
     "semi-supervised-vae": "mixed",
     "neural-bayes-net": "mixed",
     "vector-quantized-vae": "codes",
+    "attend-infer-repeat": "scenes",
     "gaussian-vae": "priors",
     "grid-world": "grid",
     "latent-dirichlet-allocation": "topics",

@@ -46,7 +46,7 @@ class RecurrentAttentionGuide(Guide):
 
     def __init__(
         self,
-        model: GenerativeModel,
+        model: AttendInferRepeat,
         rnn_hidden: int = 100,
         hidden: Sequence[int] | None = None,
         channels: Sequence[int] | None = None,

@@ -75,8 +75,11 @@ class AttendInferRepeat(GenerativeModel):
     The number of objects is geometric, cut off at T = ``num_steps``, with ``success`` ρ: ρ < 1/2 favours few objects.
     g decodes a square of ``window`` pixels with values in (0, 1). W places it: z_where is (s, a, b), the ratio of the
     scene's side to the object's, with mean ``scale``, and the object's centre, which is (−a/s, −b/s) of the half sides
-    away from the middle. The buffer ``success`` may be changed between steps (``model.success.fill_(…)`` in
-    ``on_epoch``), to anneal it.
+    away from the middle. A scale below 1 counts as 1.
+
+    Training finds objects first, often by several windows on one object. The buffer ``success`` may be changed between
+    steps, ``model.success.fill_(1e-6)`` in ``on_epoch``: windows that share an object are then given up, and objects
+    are counted.
 
     Presence is by masks: all T steps run for every scene. z_where and z_what of an absent object have their prior, in
     the model and in the guide ``recurrent-attention``, so that they add nothing to any bound, and an object after an

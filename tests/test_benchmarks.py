@@ -450,3 +450,27 @@ def test_the_page_of_results_orders_arms_and_draws_them(tmp_path):
 def test_the_readme_has_the_markers_of_its_first_screen():
     page = script("results_page")
     assert page.replaced(page.README.read_text(), "new", page.START, page.END).count("\n\nnew\n\n") == 1
+
+
+# collection.py
+
+
+def test_the_time_to_count_is_that_of_the_first_epoch_that_does():
+    collection = script("collection")
+    watch = collection.Counting(None, None, None, None, first=2)
+    watch.curve = [(10, 1.0, 0.5), (20, 2.0, 0.96), (30, 3.0, 0.94)]
+    assert watch.reached(0.95) == (20, 2.0) and all(map(math.isnan, watch.reached(0.99)))
+
+
+def test_success_is_lowered_after_the_first_stage():
+    collection = script("collection")
+    model = collection.AttendInferRepeat((1, 8, 8), num_steps=1, success=0.1)
+    guide = collection.RecurrentAttentionGuide(model)
+    x = torch.rand(6, 1, 8, 8)
+    watch = collection.Counting(model, guide, x, guide.objects(x)["z_pres_1"].squeeze(-1), first=2)
+    found = []
+    for epoch in (1, 2, 3):
+        watch({"epoch": epoch, "step": 10 * epoch})
+        found.append(model.success.item())
+    assert found == pytest.approx([0.1, 1e-6, 1e-6])
+    assert [(step, accuracy) for step, _, accuracy in watch.curve] == [(10, 1.0), (20, 1.0), (30, 1.0)]
