@@ -16,6 +16,7 @@ from gumbo.tables import digits
 from gumbo.tables import html as html_table
 
 MOST_BYTES = 5_000_000
+NARROW = "-narrow"  # at the end of the name of a picture for phones
 MOST_POINTS = 200  # the most points of a curve, each with a tooltip
 COLORS = ("#3b82c4", "#d97706", "#2e9e5b", "#c8453b", "#8b5fbf", "#8c6d46", "#c95fa4", "#6b7280", "#9a9a1d", "#1fa3b0")
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
@@ -35,6 +36,7 @@ svg { width: 100%; height: auto; max-width: 46rem; } svg text { fill: currentCol
 figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
 img { max-width: 100%; height: auto; background: white; }
 pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--edge); }
+pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
 ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; }
 """
 
@@ -82,9 +84,10 @@ class Report:
             self.blocks.append(_svg(caption, lines, xlabel, ylabel, f"clip{len(self.blocks)}"))
 
     def picture(self, path: Path, caption: str) -> None:
-        """A PNG file, embedded in the page."""
-        data = base64.b64encode(path.read_bytes()).decode()
-        image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+        """A PNG file, embedded in the page; ``NAME-narrow.png`` beside it takes its place on a phone."""
+        image = f'<img alt="{escape(caption)}" src="{_embedded(path)}">'
+        if (narrow := _narrow(path)).exists():
+            image = f'<picture><source media="(max-width: 40rem)" srcset="{_embedded(narrow)}"/>{image}</picture>'
         self.blocks.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
 
     def facts(self, caption: str, found: Mapping[str, Any]) -> None:
@@ -107,21 +110,28 @@ class Report:
         )
 
 
-def finish(run: RunFolder, page: Report, name: str = "report.html", pictures: Sequence[Path] | None = None) -> Path:
+def finish(
+    run: RunFolder,
+    page: Report,
+    name: str = "report.html",
+    pictures: Sequence[Path] | None = None,
+    captions: Mapping[str, str] | None = None,
+) -> Path:
     """Add pictures, settings, environment and command, and write the page to the run's folder.
 
-    ``pictures`` are by default all of the run. Those that would make the file larger than 5 MB are left out, and the
-    page names them.
+    ``pictures`` are by default all of the run; ``captions`` say what they show, by file name without its ending.
+    Pictures that would make the file larger than 5 MB are left out, and the page names them.
     """
     paths = sorted(run.plots.glob("*.png")) if pictures is None else [path for path in pictures if path.exists()]
+    paths = [path for path in paths if not path.stem.endswith(NARROW)]
     if paths:
         page.heading("Pictures")
     size, left = len(page.html().encode()), []
     for path in paths:
-        own = path.stat().st_size * 4 // 3 + 500
+        own = sum(one.stat().st_size * 4 // 3 + 500 for one in (path, _narrow(path)) if one.exists())
         if size + own < MOST_BYTES - 100_000:
             size += own
-            page.picture(path, re.sub(r"[_-]+", " ", path.stem))
+            page.picture(path, (captions or {}).get(path.stem, re.sub(r"[_-]+", " ", path.stem)))
         else:
             left.append(path.name)
     if left:
@@ -133,10 +143,18 @@ def finish(run: RunFolder, page: Report, name: str = "report.html", pictures: Se
     return run.path / name
 
 
+def _narrow(path: Path) -> Path:
+    return path.with_name(f"{path.stem}{NARROW}{path.suffix}")
+
+
+def _embedded(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
 def again(page: Report, found: Mapping[str, Any]) -> None:
     """Add the command that repeats the run, and its environment."""
     page.heading("Again")
-    page.pre(command_line(found["command"]))
+    page.blocks.append(f'<pre class="command" tabindex="0">{escape(command_line(found["command"]))}</pre>')
     page.facts("environment", {name: value for name, value in found.items() if name != "command"})
 
 

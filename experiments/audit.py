@@ -70,6 +70,7 @@ class Audit:
 
 def audit(config: Audit):
     """Audit, print the table and write the run folder; returns the dataset."""
+    from gumbo.experiments._report import NARROW
     from gumbo.inference import audit as judge
     from gumbo.inference import plot_audit
 
@@ -107,6 +108,7 @@ def audit(config: Audit):
     report.to_netcdf(run.path / "audit.nc", engine="h5netcdf")
     (run.path / "table.md").write_text(as_markdown(report, f"{config.model} and {config.guide}"))
     plot_audit(report, run.plots / "audit.png")
+    plot_audit(report, run.plots / f"audit{NARROW}.png", narrow=True)
     write_report(run, report, f"{config.model} and {config.guide}")
     show(report)
     print(f"gumbo audit: audit.nc, table.md, report.html and plots/audit.png in {run.path}", file=sys.stderr)
@@ -229,7 +231,10 @@ def write_report(run: RunFolder, report, title: str) -> None:
     page.text(NOTE)
     for remark in remarks(report):
         page.text(remark)
-    finish(run, page)
+    shown = (
+        "Bias of each estimator with its standard error, and the variance of its gradient against the time of a step"
+    )
+    finish(run, page, captions={"audit": shown})
 
 
 def show(report) -> None:

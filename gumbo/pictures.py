@@ -11,7 +11,11 @@ def figure(*args: Any, **kwargs: Any):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    subplots = {key: kwargs.pop(key) for key in ("sharey", "sharex", "squeeze", "width_ratios") if key in kwargs}
+    subplots = {
+        key: kwargs.pop(key)
+        for key in ("sharey", "sharex", "squeeze", "width_ratios", "height_ratios")
+        if key in kwargs
+    }
     made = Figure(layout="constrained", **kwargs)
     FigureCanvasAgg(made)
     return made, made.subplots(*args, **subplots)

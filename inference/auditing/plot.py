@@ -21,15 +21,17 @@ _STYLES = {  # colour and marker by the first word of a verdict
 }
 
 
-def plot_audit(dataset: xarray.Dataset, path: Any = None) -> Any:
+def plot_audit(dataset: xarray.Dataset, path: Any = None, narrow: bool = False) -> Any:
     """Plot each estimator's bias with its error, and its variance against time with the Pareto front.
 
     Args:
         dataset: the result of :func:`~gumbo.inference.audit`.
         path: where to save the figure, in the format of the suffix (PNG without one); None does not save.
+        narrow: one panel above the other, for the width of a phone.
 
     Returns:
-        The matplotlib figure: on the left the bias relative to the gradient's length, on the right the variance.
+        The matplotlib figure: on the left (above) the bias relative to the gradient's length, on the right (below) the
+        variance.
 
     >>> import torch
     >>> from gumbo.guides import BernoulliGuide
@@ -43,18 +45,25 @@ def plot_audit(dataset: xarray.Dataset, path: Any = None) -> Any:
     """
     shown = dataset.sel(estimator=np.isfinite(dataset["total_variance"].values))
     count = shown.sizes["estimator"]
-    made, (left, right) = figure(1, 2, figsize=(13, max(4.2, 0.32 * count + 1.6)), width_ratios=[1, 1.25])
-    _bias(left, shown)
-    _variance(right, shown)
+    if narrow:
+        heights = [0.26 * count + 0.9, 0.16 * count + 3.4]
+        made, (left, right) = figure(2, 1, figsize=(4.4, sum(heights) + 1.2), height_ratios=heights)
+    else:
+        made, (left, right) = figure(1, 2, figsize=(13, max(4.2, 0.32 * count + 1.6)), width_ratios=[1, 1.25])
+    _bias(left, shown, 20 if narrow else 34)
+    _variance(right, shown, 18 if narrow else 30)
+    if narrow:
+        left.set_xlabel(left.get_xlabel().replace(", ", ",\n"), fontsize=9)
     kinds = [_kind(verdict) for verdict in shown["verdict"].values]
     for kind, (colour, marker, words) in _STYLES.items():
         if kind in kinds:
             left.plot([], [], marker, color=colour, label=words)
-    made.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    made.legend(loc="outside lower center", ncols=1 if narrow else 4, fontsize=8, frameon=False)
     made.suptitle(
-        f"{shown.attrs.get('num_samples')} gradients each, objective {shown.attrs.get('objective')}; reference: "
-        f"{_shortened(str(shown.attrs.get('reference')), 70)}",
-        fontsize=10,
+        f"{shown.attrs.get('num_samples')} gradients each, objective {shown.attrs.get('objective')};"
+        + ("\n" if narrow else " ")
+        + f"reference: {_shortened(str(shown.attrs.get('reference')), 45 if narrow else 70)}",
+        fontsize=9 if narrow else 10,
     )
     if path is not None:
         made.savefig(path, dpi=150)
@@ -69,7 +78,7 @@ def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _bias(axis: Any, shown: xarray.Dataset) -> None:
+def _bias(axis: Any, shown: xarray.Dataset, length: int) -> None:
     norm = shown.attrs["reference_total_norm"] or 1.0
     bias, error = shown["total_bias"].values / norm, shown["total_bias_error"].values / norm
     order = np.lexsort((error, bias))[::-1]
@@ -77,7 +86,9 @@ def _bias(axis: Any, shown: xarray.Dataset) -> None:
     for row, i in enumerate(order):
         colour, marker, _ = _STYLES[_kind(shown["verdict"].values[i])]
         axis.errorbar(bias[i], row, xerr=error[i], fmt=marker, color=colour, capsize=3, markersize=6)
-    axis.set_yticks(range(len(order)), [_shortened(str(shown["estimator"].values[i]), 34) for i in order], fontsize=9)
+    axis.set_yticks(
+        range(len(order)), [_shortened(str(shown["estimator"].values[i]), length) for i in order], fontsize=9
+    )
     largest = max(float((bias + error).max(initial=0.0)), 1e-3)
     if largest > 1.0:
         # Linear for small biases, logarithmic beyond, so that one noisy estimator does not hide the others.
@@ -87,7 +98,7 @@ def _bias(axis: Any, shown: xarray.Dataset) -> None:
     axis.grid(axis="x", alpha=0.3)
 
 
-def _variance(axis: Any, shown: xarray.Dataset) -> None:
+def _variance(axis: Any, shown: xarray.Dataset, length: int) -> None:
     milliseconds, variance = 1e3 * shown["seconds"].values, shown["total_variance"].values
     noisy = variance > 0
     floor = variance[noisy].min() / 10 if noisy.any() else 1.0
@@ -120,7 +131,7 @@ def _variance(axis: Any, shown: xarray.Dataset) -> None:
     low, high = axis.get_ylim()
     axis.set_ylim(low, high * (high / low) ** 0.1)  # space for the legend above
     names = [
-        _shortened(str(label), 30) if noisy[i] else f"{_shortened(str(label), 18)} (no variance)"
+        _shortened(str(label), length) if noisy[i] else f"{_shortened(str(label), 18)} (no variance)"
         for i, label in enumerate(shown["estimator"].values)
     ]
     _write_names(axis, milliseconds, height, names)

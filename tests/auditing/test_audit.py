@@ -648,6 +648,8 @@ def test_the_dataset_is_stored_and_drawn(tmp_path):
         assert again.attrs["reference"] == "exact (every value)" and again.attrs["seed"] == 0
     plot_audit(report, tmp_path / "audit.png")
     assert (tmp_path / "audit.png").stat().st_size > 10_000
+    width, height = plot_audit(report, narrow=True).get_size_inches()
+    assert width < 5 < height
     label, reason = recommend(report)
     assert label == "enumerate" and "no variance" in reason
     assert report.evaluations.sel(estimator=["rloo", "enumerate", "trace"]).values.tolist() == [2.0, 2.0, 1.0]
