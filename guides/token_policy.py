@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import pyro
 import pyro.distributions as dist
@@ -42,10 +43,11 @@ class TokenPolicy(AnyGuide):
 
     def __init__(self, model: GenerativeModel):
         super().__init__(model)
-        self.tokens = model.tokens
-        self.encoder_state, self.encoder_rnn, self.encoder_output = (
-            copy.deepcopy(network) for network in (model.decoder_state, model.decoder_rnn, model.decoder_output)
-        )
+        generator = cast(SequenceVAE, model)
+        self.tokens = generator.tokens
+        self.encoder_state = copy.deepcopy(generator.decoder_state)
+        self.encoder_rnn = copy.deepcopy(generator.decoder_rnn)
+        self.encoder_output = copy.deepcopy(generator.decoder_output)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
         for name in ("prior_loc", "prior_scale"):
