@@ -207,6 +207,30 @@ What was tried, and what it gave:
   bit), and reads and checks the loss. `lax.scan` pays its call once for many steps, and reads no loss in between."""
 
 
+# The start of a compiled run.
+
+
+def start_section(facts: Facts | None) -> list[str]:
+    lines = ["## The start of a compiled run", ""]
+    if facts is None:
+        return [*lines, NOT_MEASURED.format(file="start.json"), ""]
+    lines += [f"`python benchmarks/start.py --threads {facts['threads']}` on {where(facts)}.", "", START_PROSE]
+    rows, asked = [], []
+    for row in facts["rows"]:
+        first, second = row["starts"]
+        whole = second["to the first step"]
+        cells = [f"{first['to the first step']:.1f}", f"{whole:.1f}", f"{second['capture']:.2f}"]
+        rows.append([f"{row['workload']}, batch {facts['batch']}", *cells, f"{100 * second['capture'] / whole:.0f} %"])
+        asked.append((f"{row['workload']}: seconds of the second start", whole, "≤ 5", whole <= 5))
+    heads = ["seconds to the end of the first step", "first start", "second start", "of it capture", "share of capture"]
+    return [*lines, *table(heads, rows), "### Targets of the start", *verdicts(asked)]
+
+
+START_PROSE = """\
+From calling `fit(compile=True)` to the end of its first step, imports not counted. The second start takes the compiled
+kernels from torch's own cache; capture, lowering and the comparison with an eager step run afresh."""
+
+
 # Evaluation.
 
 
@@ -467,6 +491,7 @@ def page(folder: Path = RESULTS) -> str:
         [HEAD, ""],
         step_section(read("step.json")),
         profile_section(read("profile.json")),
+        start_section(read("start.json")),
         evaluation_section(read("evaluation.json")),
         scaling_section(read("scaling.json")),
         bound_section(read("time-to-bound.json"), read("time-to-bound-tuning.json")),

@@ -105,7 +105,7 @@ class Pass:
 
 
 class _SameForAllDraws(Messenger):
-    """Marks sites whose distribution has no dimension for the draws, and so the same parameters for all of them."""
+    """Keeps the distributions that have no dimension for the draws, and so the same parameters for all of them."""
 
     def __init__(self, depth: int):
         super().__init__()
@@ -114,7 +114,8 @@ class _SameForAllDraws(Messenger):
     def _pyro_sample(self, msg) -> None:
         if not site_is_subsample(msg):
             batch = msg["fn"].batch_shape
-            msg["infer"] = {**msg["infer"], _SAME: len(batch) <= self.depth or batch[-1 - self.depth] == 1}
+            same = len(batch) <= self.depth or batch[-1 - self.depth] == 1
+            msg["infer"] = {**msg["infer"], _SAME: msg["fn"] if same else None}
 
 
 _SAME = "_same_for_all_draws"
@@ -255,20 +256,16 @@ class Sweep(Survey):
     ) -> Iterator[tuple[int, Block, Pass, Pass]]:
         """`over_rows` for so many draws in each turn, one after the other, with the number of the turn.
 
-        A guide whose distributions are the same for all draws runs for the first turn of a length only; the draws are
-        those that its runs would make.
+        A guide whose distributions are the same for all draws runs for the first turn only; the draws are those that
+        its runs would make.
         """
         first: Pass | None = None
+        plain = self.mode == "plates" and self.device.type == "cpu" and not self.swept
         for turn, count in enumerate(counts):
-            if first is not None and count == first.count:
-                guide = self._drawn_again(first)
+            if first is not None:
+                guide = self._drawn_again(first, count)
                 yield turn, first.block, guide, self._of_model(guide, None, arguments)
-            elif (
-                1 < count in counts[turn + 1 :]
-                and self.mode == "plates"
-                and self.device.type == "cpu"
-                and not self.swept
-            ):
+            elif turn == 0 and len(counts) > 1 < count and plain:
                 before = torch.get_rng_state()
                 guide = self._pass(self.guide, self.guide_sites, count, Block(), {}, set(), None, arguments)
                 first = guide if self._is_sampling(guide, before) else None
@@ -277,23 +274,25 @@ class Sweep(Survey):
                 for run in self.over_rows(count, arguments):
                     yield turn, *run
 
-    def _drawn_again(self, run: Pass) -> Pass:
-        """New draws from the distributions of a run."""
+    def _drawn_again(self, run: Pass, count: int) -> Pass:
+        """``count`` new draws from the distributions of a run, which are the same for all draws."""
         seen = {}
         for name, one in run.seen.items():
-            site = one.site
-            seen[name] = Seen({**site, "value": site["fn"](*site["args"], **site["kwargs"])})
-        return Pass(seen, self, run.layouts, run.count, run.block)
+            site, fn = one.site, one.site["fn"]
+            if count != run.count:
+                fn = site["infer"][_SAME].expand(torch.Size((count, *fn.batch_shape[1:])))
+            seen[name] = Seen({**site, "fn": fn, "value": fn(*site["args"], **site["kwargs"])})
+        return Pass(seen, self, run.layouts, count, run.block)
 
     def _is_sampling(self, guide: Pass, before: torch.Tensor) -> bool:
         """Whether a run of the guide from that random state consists of draws from distributions that do not change."""
         sites = [one.site for one in guide.seen.values()]
         plain = all(layout.kind == "latent" and not layout.point for layout in guide.layouts.values())
-        if self.summed_out or not plain or not all(site["infer"].get(_SAME) for site in sites):
+        if self.summed_out or not plain or any(site["infer"].get(_SAME) is None for site in sites):
             return False
         after = torch.get_rng_state()
         torch.set_rng_state(before)
-        again = self._drawn_again(guide)
+        again = self._drawn_again(guide, guide.count)
         same = torch.equal(after, torch.get_rng_state())  # else the guide also draws noise of its own
         torch.set_rng_state(after)
         return same and all(torch.equal(again.raw(name), guide.raw(name)) for name in guide.seen)

@@ -71,7 +71,9 @@ class Seen:
     def log_prob(self) -> torch.Tensor:
         """With the mask, without scales; ``(*batch)`` in the program's own shape."""
         site = self.site
-        found = torch.as_tensor(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
+        found = None if site["args"] or site["kwargs"] else coins_log_prob(site["fn"], site["value"])
+        if found is None:
+            found = torch.as_tensor(site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
         return (scale_and_mask(found, 1.0, site["mask"]) if site["mask"] is not None else found).detach()
 
     @cached_property
@@ -95,6 +97,29 @@ class Seen:
             return None
         single, depth, exact = split
         return Coordinates(single.log_prob(self.site["value"]).detach(), depth, exact)
+
+
+def coins_log_prob(fn: Any, value: Any) -> torch.Tensor | None:
+    """The log-probability of independent coins with logits in three passes over them; None for anything else.
+
+    Each is value · logit − log(1 + exp(logit)); a value for all draws is not copied for each.
+    """
+    coins, rank = fn, 0
+    while type(coins) is dist.Independent:
+        coins, rank = coins.base_dist, rank + coins.reinterpreted_batch_ndims
+    if type(coins) is not dist.Bernoulli or "logits" not in vars(coins) or not isinstance(value, torch.Tensor):
+        return None
+    logits = coins.logits
+    if not rank or value.dtype != logits.dtype or torch.broadcast_shapes(value.shape, logits.shape) != logits.shape:
+        return None
+    if coins._validate_args:
+        coins._validate_sample(value)
+    less = torch.nn.functional.softplus(logits, threshold=50.0)  # beyond it the difference is below any rounding
+    if less.requires_grad or value.requires_grad or torch._C._are_functorch_transforms_active():
+        less = less.addcmul(value, logits, value=-1)
+    else:
+        less.addcmul_(value, logits, value=-1)
+    return -less.sum(list(range(-rank, 0)))
 
 
 class Lane(Seen):

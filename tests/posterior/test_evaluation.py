@@ -22,6 +22,7 @@ from gumbo.inference.posterior.checks import Checks
 from gumbo.inference.posterior.evaluation import Evaluator
 from gumbo.inference.posterior.parts import log_weights
 from gumbo.inference.posterior.runner import Sweep
+from gumbo.inference.posterior.vmapped import coins_log_prob
 from gumbo.models import CategoricalVAE, GaussianVAE
 
 X = torch.tensor([[0.3, -1.2], [1.0, 0.4], [-0.7, 0.1]], dtype=torch.float64)
@@ -785,8 +786,8 @@ def separately(programs, count):
     model, guide = programs
     sweep = Sweep(model, guide, (X[:, 0],), {})
     found = []
-    for _ in range(3):
-        found.append(next(sweep.over_rows(count))[1].value("z"))
+    for size in (count, count, count // 2):
+        found.append(next(sweep.over_rows(size))[1].value("z"))
     return torch.cat(found)
 
 
@@ -822,14 +823,14 @@ def test_draws_of_several_turns_are_those_of_separate_runs_of_the_guide(options,
         sweep = Sweep(model, guide, (X[:, 0],), {})
         torch.manual_seed(7)
         guide.runs = 0
-        found = list(sweep.turns([4, 4, 4]))
+        found = list(sweep.turns([4, 4, 2]))
     assert guide.runs == runs
     assert torch.equal(torch.cat([run.value("z") for _, _, run, _ in found]), expected)
-    joint = torch.stack([run.joint_log_prob(("data",)) for _, _, run, _ in found])
+    joint = torch.cat([run.joint_log_prob(("data",)) for _, _, run, _ in found])
     again = [dist.Normal(run.value("w"), 0.5).log_prob(run.value("z")) for _, _, run, _ in found]
     if options == {}:
-        w = torch.stack([dist.Normal(X[:, 0], 1.0).log_prob(run.value("w")) for _, _, run, _ in found])
-        assert torch.allclose(joint, torch.stack(again) + w)
+        w = torch.cat([dist.Normal(X[:, 0], 1.0).log_prob(run.value("w")) for _, _, run, _ in found])
+        assert torch.allclose(joint, torch.cat(again) + w)
 
 
 def test_an_evaluator_follows_the_parameters():
@@ -857,3 +858,38 @@ def test_progress_is_shown_where_it_is_asked_for(capsys):
     assert capsys.readouterr().err == ""
     evaluate(linear_model, posterior(), X, num_samples=2, progress=True)
     assert "evaluate 1/1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "shape, rank", [((3, 4, 5), 1), ((4, 5), 1), ((2, 3, 4, 5), 2), ((1, 4, 5), 2), ((4, 1, 5), 2)]
+)
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_coins_in_three_passes_have_their_log_probability(shape, rank, lacks):
+    generator = torch.Generator().manual_seed(0)
+    logits = (30 * torch.randn(shape, generator=generator)).double()
+    value = torch.rand(shape[lacks:], generator=generator).round().double()
+    fn = dist.Bernoulli(logits=logits).to_event(rank)
+    torch.testing.assert_close(coins_log_prob(fn, value), fn.log_prob(value), rtol=1e-13, atol=1e-12)
+    with pytest.raises(ValueError, match="within the support"):
+        coins_log_prob(fn, value + 0.5)
+    relaxed = dist.Bernoulli(logits=logits, validate_args=False).to_event(rank)
+    torch.testing.assert_close(coins_log_prob(relaxed, value / 2), relaxed.log_prob(value / 2), rtol=1e-13, atol=1e-12)
+
+
+def test_other_sites_keep_their_own_log_probability():
+    logits = torch.zeros(3, 4)
+    for fn in (dist.Bernoulli(logits=logits), dist.Bernoulli(probs=logits + 0.5).to_event(1), dist.Delta(logits)):
+        assert coins_log_prob(fn, torch.ones(3, 4)) is None
+    assert coins_log_prob(dist.Bernoulli(logits=logits).to_event(1).mask(False), torch.ones(3, 4)) is None
+    assert coins_log_prob(dist.Bernoulli(logits=logits).to_event(1), torch.ones(2, 3, 4)) is None
+    assert coins_log_prob(dist.Bernoulli(logits=logits).to_event(1), torch.ones(3, 4).double()) is None
+
+
+def test_coins_in_three_passes_run_under_vmap():
+    logits = torch.linspace(-2, 2, 5)
+    values = torch.eye(5)[:3]
+
+    def one(value):
+        return coins_log_prob(dist.Bernoulli(logits=logits, validate_args=False).to_event(1), value)
+
+    torch.testing.assert_close(torch.vmap(one)(values), dist.Bernoulli(logits=logits).to_event(1).log_prob(values))

@@ -47,7 +47,16 @@ def on_two(job: str, folder: Path) -> dict:
     """What a job of ``distributed_worker.py`` finds on two processes that talk through gloo."""
     common = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-W", "error", str(HELPERS / "distributed_worker.py"), job, str(folder / "found.json")]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-W",
+        "ignore:the meaning of",
+        str(HELPERS / "distributed_worker.py"),
+        job,
+        str(folder / "found.json"),
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     both = [
         subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
