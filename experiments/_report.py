@@ -30,6 +30,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--edge); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+td.long { white-space: normal; min-width: 16rem; text-align: left; }
 td:hover { background: #3b82c433; }
 svg { width: 100%; height: auto; max-width: 46rem; } svg text { fill: currentColor; font-size: 12px; }
 @media (max-width: 40rem) { svg text { font-size: 18px; } }

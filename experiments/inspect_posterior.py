@@ -96,7 +96,7 @@ def write_report(run: RunFolder, report, pictures: Sequence[Path]) -> None:
     """``posterior.html``, in addition to the run's report: every verdict with its advice, and the pictures."""
     from gumbo.experiments._report import Report, finish
 
-    page = Report(f"gumbo inspect: the posterior of {run.path.name}", str(report).splitlines()[0])
+    page = Report(f"gumbo inspect: the posterior of {run.path.name}", report.summary)
     body = [[one.name, one.verdict, one.text, one.advice or ""] for one in report.verdicts]
     page.table(["question", "verdict", "found", "what to do next"], body, "Verdicts")
     finish(run, page, "posterior.html", pictures)

@@ -51,7 +51,8 @@ def html(
 ) -> str:
     """A table as HTML, with paragraphs above and below; the first cell of a row is its head.
 
-    A cell has its row and its column for a title, which a browser shows on hovering.
+    A cell has its row and its column for a title, which a browser shows on hovering. A cell of more than 40 characters
+    is of class ``long``, so that a page can break its lines.
 
     >>> html(["name", "value"], [["a", "<1"]], above=["Numbers"]).splitlines()[0]
     '<p>Numbers</p>'
@@ -62,12 +63,15 @@ def html(
     rows = []
     for first, *rest in body:
         cells = "".join(
-            f'<td title="{escape(f"{first}, {head}: {cell}")}">{escape(cell)}</td>'
+            f'<td{LONG if len(cell) > 40 else ""} title="{escape(f"{first}, {head}: {cell}")}">{escape(cell)}</td>'
             for head, cell in zip(heads[1:], rest, strict=True)
         )
         rows.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return "\n".join([*_paragraphs(above), table, *_paragraphs(below)])
+
+
+LONG = ' class="long"'
 
 
 def _paragraphs(texts: Sequence[str]) -> list[str]:

@@ -111,3 +111,10 @@ def test_cells_are_escaped(text):
     page = tables.html(["name", text], [["row", text]], above=[text], below=["", text])
     found = Cells(page)
     assert found.rows == [["name", text], ["row", text]] and found.paragraphs == [text, text]
+
+
+def test_a_cell_of_a_sentence_may_break_its_lines():
+    page = tables.html(
+        ["question", "verdict", "found"], [["khat", "ok", "a sentence of more than forty characters, as here"]]
+    )
+    assert page.count('<td class="long" title=') == 1 and '<td title="khat, verdict: ok">ok</td>' in page
