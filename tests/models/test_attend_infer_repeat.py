@@ -195,15 +195,3 @@ def test_bad_input_is_one_line():
         AttendInferRepeat(SHAPE, success=1.5)
     with pytest.raises(BadInput, match="no attend-infer-repeat"):
         RecurrentAttentionGuide(GaussianVAE(SHAPE))
-
-
-@pytest.mark.slow
-def test_a_compiled_step_is_the_uncompiled_one():
-    found = []
-    for compiled in (False, True):
-        model, guide = pair()
-        x = torch.rand(16, *SHAPE, generator=torch.Generator().manual_seed(1)).double()
-        loss = SiteELBO(model.estimators("rloo"))
-        fit(model, guide, x, loss=loss, epochs=2, batch_size=8, compile=compiled, progress=False)
-        found.append(guide.encoder_next.weight.detach())
-    torch.testing.assert_close(*found)
