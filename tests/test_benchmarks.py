@@ -367,7 +367,7 @@ def test_the_committed_page_is_what_the_committed_numbers_give():
 
 def test_the_committed_numbers_are_small():
     for path in filter(Path.is_file, (FOLDER / "results").rglob("*")):
-        assert path.suffix in (".json", ".md", ".png") and path.stat().st_size < 200_000
+        assert path.suffix in (".json", ".jsonl", ".md", ".png") and path.stat().st_size < 200_000
         if path.suffix == ".json":
             assert all(math.isfinite(value) for value in numbers_in(json.loads(path.read_text())))
 
@@ -378,6 +378,30 @@ def numbers_in(found):
             yield from numbers_in(one)
     elif isinstance(found, float):
         yield found
+
+
+# collection.py
+
+
+def test_the_best_word_is_the_best_of_all_words():
+    collection = script("collection")
+    torch.manual_seed(0)
+    chain = collection.bigram_chain(torch.randint(27, (40, 4)).float())
+    best, value = collection.best_word(chain, length=3)
+    every = torch.cartesian_prod(*[torch.arange(27)] * 3)
+    rewards = chain(torch.nn.functional.one_hot(every, 27).float(), None)
+    assert best.argmax(-1).tolist() == every[rewards.argmax()].tolist()
+    assert math.isclose(value, rewards.max().item(), rel_tol=1e-5)
+
+
+def test_regimes_are_compared_up_to_their_names():
+    collection = script("collection")
+    truth = torch.tensor([[0, 0, 1, 2], [2, 1, 1, 0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
+    renamed = torch.tensor([2, 0, 1])[truth]
+    assert collection.agreement(renamed.expand(3, -1, -1), truth, mask) == 1
+    renamed[0, 0] = 0
+    assert math.isclose(collection.agreement(renamed.expand(3, -1, -1), truth, mask), 6 / 7, rel_tol=1e-5)
 
 
 # readme_table.py
