@@ -32,12 +32,22 @@ class AnyGuide(OverData):
     ``guide(x)`` is the Pyro program: it samples each declared latent under the model's name, in the model's plate, and
     returns them as a dict. ``families`` are the supported latent families. ``auxiliary`` names further sites that it
     samples and the model does not have; ``local`` says whether its latents are per datum or shared by all data.
+
+    ``factorized = True`` declares that the sites and their distributions depend on the arguments and the parameters
+    alone, and not on other draws. An estimator that evaluates other draws then repeats the sample statements without
+    the networks. A subclass with a ``forward`` of its own declares it again.
     """
 
     families: ClassVar[Collection[str]] = ()
     local: ClassVar[bool] = True
+    factorized: ClassVar[bool] = False
     auxiliary: tuple[str, ...] = ()
     _not_in_config = _unchecked = ("model",)
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls) and "factorized" not in vars(cls):
+            cls.factorized = False
 
     def __init__(self, model: GenerativeModel):
         if not isinstance(model, GenerativeModel):
@@ -117,6 +127,8 @@ class FactorizedGuide(Guide):
     A subclass may set the number of outputs of a site (``num_outputs``) and their distribution (``distribution``); the
     defaults are the family's own.
     """
+
+    factorized = True
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class UnconditionalGuide(AnyGuide):
     """
 
     families = families
+    factorized = True
 
     def __init__(self, model: GenerativeModel):
         super().__init__(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -18,7 +18,7 @@ from ..options import check_option, fits
 from .engine.binding import Binding
 from .engine.contraction import MEMORY_LIMIT
 from .engine.resolution import as_estimator, check_particles
-from .engine.scopes import networks_at_hand, one_at_a_time
+from .engine.scopes import Store, networks_at_hand, one_at_a_time
 from .estimators import Estimator, estimators
 from .estimators._base import Chooser
 from .objectives import Objective, as_objective
@@ -304,7 +304,10 @@ class SiteELBOModule(ELBOModule):
         return self.binding.objective_name()
 
     def forward(self, *args, **kwargs) -> Tensor:
-        with self._own_store(), networks_at_hand(self.model, self.guide) if self._kept else nullcontext():
+        if self._kept is None:
+            with self._own_store():
+                return self.binding.loss(args, kwargs)
+        with self._own_store(), networks_at_hand(self.model, self.guide):
             return self.binding.loss(args, kwargs)
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
@@ -327,12 +330,14 @@ class SiteELBOModule(ELBOModule):
     @contextmanager
     def _own_store(self) -> Iterator[None]:
         """A separate param store for the duration of a call, so that parameter names cannot clash."""
-        store = pyro.get_param_store()
-        with one_at_a_time, store.scope(self._kept or {"params": {}, "constraints": {}}) as state:
-            yield
-            if not all(id(parameter) in self._own for parameter in store._params.values()):
-                self._look_up(store._params)
-        self.__dict__["_kept"] = state if self._keeps else None
+        with one_at_a_time:
+            store = self._kept or Store()
+            self.__dict__["_kept"] = None  # what a failed call leaves is not kept
+            with store:
+                yield
+            if not all(map(self._own.__contains__, map(id, store.params.values()))):
+                self._look_up(store.params)
+            self.__dict__["_kept"] = store if self._keeps else None
 
     def _look_up(self, stored: Mapping[str, Tensor]) -> None:
         """Check that every parameter in the store belongs to a module; runs only after an unknown parameter appears."""

@@ -107,11 +107,8 @@ class OverData(Configured):
 
     def _like(self) -> torch.Tensor:
         """The first parameter or buffer, which has the device and dtype of all; ``parameters()`` takes longer."""
-        for module in self.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    return parameter
-        return next(self.buffers(), torch.empty(()))
+        found = _first_parameter(self)
+        return next(self.buffers(), torch.empty(())) if found is None else found
 
     def check_batch(self, x: torch.Tensor, like: torch.Tensor) -> None:
         """Raise BadInput unless ``x`` is a batch ``(B, *data_shape)`` of the module's dtype."""
@@ -151,6 +148,16 @@ class OverData(Configured):
         if x.isnan().any():
             rows = x.isnan().flatten(1).any(1).sum().item()
             raise BadInput(f"{type(self).__name__}: x has NaN in {rows} of {len(x)} rows; remove or fill them")
+
+
+def _first_parameter(module: torch.nn.Module) -> torch.Tensor | None:
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for part in module._modules.values():
+        if part is not None and (found := _first_parameter(part)) is not None:
+            return found
+    return None
 
 
 class GenerativeModel(OverData):

@@ -98,7 +98,8 @@ class Trunk(nn.Module):
 
     def forward(self, x: Tensor, *beside: Tensor) -> Tensor:
         x = INPUTS[self.inputs](x)
-        return self.dense(torch.cat([self.convolutions(x).flatten(1), *(part.flatten(1) for part in beside)], -1))
+        x = (self.convolutions(x) if len(self.convolutions) else x).flatten(1)
+        return self.dense(torch.cat([x, *(part.flatten(1) for part in beside)], -1) if beside else x)
 
 
 class Deconvolutions(nn.Module):

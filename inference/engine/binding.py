@@ -134,9 +134,11 @@ class Binding(nn.Module):
 
     def look(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Check for dependent rows within a plate, once in each mode and for each of the first batch sizes."""
+        if not self._needs_plates() or current_tape():
+            return
         mode = tuple([module.training for module in self.modules_met])
         size = tuple([item.shape[:1] for item in (*args, *kwargs.values()) if isinstance(item, Tensor)])
-        if (mode, size) in self.looks or not self._needs_plates() or current_tape():
+        if (mode, size) in self.looks:
             return
         if sum(mode == other for other, _ in self.looks) < SIZES:
             nesting = self.arrangement.max_plate_nesting or self.elbo.requested_nesting
@@ -150,12 +152,11 @@ class Binding(nn.Module):
 
     def _needs_plates(self) -> bool:
         """Whether anything is estimated per row: without surrogates and weights all terms are summed anyway."""
-        weighs = (type(e).surrogate is not Estimator.surrogate or e.enumerates for e in self.chosen.values())
-        return (
-            self.elbo.plates == "check"
-            and self.checks_plates
-            and (self.elbo.target.weighs_rows or self.scored or any(weighs))
-        )
+        if self.elbo.plates != "check" or not self.checks_plates:
+            return False
+        if self.elbo.target.weighs_rows or self.scored:
+            return True
+        return any(type(e).surrogate is not Estimator.surrogate or e.enumerates for e in self.chosen.values())
 
     def mix(self, plates: list[str]) -> None:
         """Record that rows of these plates are dependent: they are summed, or the objective refuses them."""

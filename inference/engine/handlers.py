@@ -20,7 +20,7 @@ from ..estimators._base import Draw, Estimator
 from ..estimators._distributions import is_deterministic
 from ..estimators.enumeration import LIMIT
 from .contraction import Memory
-from .elimination import Listing, NeedsListing, is_marked, too_large
+from .elimination import Listing, NeedsListing, Terms, is_marked, too_large
 from .records import PARTICLES
 
 MAX_CHOICES = 64  # the most enumerated sites of one run, if values run one by one
@@ -41,6 +41,24 @@ class Bound(Protocol):
     num_particles: int
     memory_limit: float
     largest: int
+
+
+class OfSamples(Messenger):
+    """A messenger of sample statements alone; Pyro looks for a method by the statement's type at each messenger."""
+
+    def _process_message(self, msg) -> None:
+        if msg["type"] == "sample":
+            self._pyro_sample(msg)
+
+    def _postprocess_message(self, msg) -> None:
+        if msg["type"] == "sample":
+            self._pyro_post_sample(msg)
+
+    def _pyro_sample(self, msg) -> None:
+        """Before the statement draws."""
+
+    def _pyro_post_sample(self, msg) -> None:
+        """After it has a value."""
 
 
 class StaysFrozen(Messenger):
@@ -73,6 +91,16 @@ class Recorder(StaysFrozen):
         self.messages: dict[str, Any] = {}
         self.params: dict[str, Tensor] = {}
         self.room, self.memory, self.listed = room, memory, listed
+
+    def _process_message(self, msg) -> None:
+        if msg["type"] == "param":
+            self._pyro_param(msg)
+
+    def _postprocess_message(self, msg) -> None:
+        if msg["type"] == "sample":
+            self._pyro_post_sample(msg)
+        elif msg["type"] == "param":
+            self._pyro_post_param(msg)
 
     def _pyro_post_sample(self, msg) -> None:
         if msg["infer"].get("_do_not_trace"):
@@ -108,7 +136,7 @@ class CheckedRows(Messenger):
             row_numbers(msg["name"], msg["value"])
 
 
-class SharedSubsamples(Messenger):
+class SharedSubsamples(OfSamples):
     """Uses the same rows of a subsampled plate for all particles."""
 
     def __init__(self, subsamples: dict[str, Tensor], sizes: dict[str, int], aside: Aside):
@@ -150,7 +178,7 @@ class SharedSubsamples(Messenger):
             self.sizes.setdefault(msg["name"], msg["fn"].size)
 
 
-class Draws(Messenger):
+class Draws(OfSamples):
     """Draws each latent site of the guide by its estimator, or sets it to a given draw."""
 
     def __init__(
@@ -276,27 +304,45 @@ def in_chain(msg: Mapping[str, Any], estimator: Estimator | None) -> bool:
     return estimator is not None and estimator.enumerates and "_markov_scope" in msg["infer"]
 
 
-class Replay(Messenger):
+class Replay(OfSamples):
     """Replays the guide's draws in the model, with the log-probability of each draw that its estimator needs.
 
-    Sites that the model sums out are drawn from it, or take the given ``values``, unless ``listing`` enumerates them.
+    Sites that the model sums out are drawn from it, or take the given ``values``, unless they are enumerated: at the
+    first of them ``make_terms`` makes the ``terms`` of their sums. Most models have none.
     """
 
-    def __init__(self, draws: Draws, values: Mapping[str, Tensor] | None = None, listing: Listing | None = None):
+    def __init__(
+        self,
+        draws: Draws,
+        values: Mapping[str, Tensor] | None = None,
+        make_terms: Callable[[], Terms | None] = lambda: None,
+    ):
         super().__init__()
-        self.draws, self.values, self.listing = draws, values or {}, listing
+        self.draws, self.values, self.make_terms = draws, values or {}, make_terms
+        self.terms: Terms | None = None
         self.eliminated: list[str] = []
+        self._earlier: list[Any] = []  # the statements before the first enumerated one
 
     def _pyro_post_sample(self, msg) -> None:
-        if self.listing is not None and self.listing.by_number:
-            self.listing.leave(msg)
+        if self.terms is not None and self.terms.listing.by_number:
+            self.terms.listing.leave(msg)
 
     def _pyro_sample(self, msg) -> None:
-        if self.listing is not None:
-            self.listing.enter(msg)
-        if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
+        if site_is_subsample(msg):
             return
         name = msg["name"]
+        if self.terms is None:
+            if not (msg["done"] or name in self.draws.draws) and is_marked(msg):
+                self.terms = self.make_terms()
+                if self.terms is not None:
+                    for earlier in self._earlier:
+                        self.terms.listing.enter(earlier)
+            else:
+                self._earlier.append(msg)
+        if self.terms is not None:
+            self.terms.listing.enter(msg)
+        if msg["is_observed"] or msg["done"]:
+            return
         if name not in self.draws.draws:
             if not is_marked(msg):
                 self._refuse(msg)

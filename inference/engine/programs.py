@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pyro
@@ -167,12 +168,14 @@ class Program:
         around_guide: AbstractContextManager | None = None,
         noise: OwnNoise | None = None,
         values: Mapping[str, Tensor] | None = None,
+        statements: Mapping[str, Any] | None = None,
     ) -> Run:
         """Run the guide, then the model with its draws.
 
         ``stand_in`` may replace an estimator; ``around_guide`` is entered while the guide runs and its draws are
         scored; ``noise`` is that of an earlier run, to repeat; ``values`` are for sites that the model would otherwise
-        draw instead of summing out.
+        draw instead of summing out. ``statements`` are those of an earlier run of the guide, to repeat without its
+        body.
         """
         choices = {} if choices is None else choices
         subsamples = {} if subsamples is None else subsamples
@@ -184,20 +187,25 @@ class Program:
         sizes: dict[str, int] = {}
         with noise.entered() if noise else nullcontext():
             with around_guide or nullcontext():
-                guide = self._record(
-                    self.guide,
-                    args,
-                    kwargs,
-                    draws,
-                    SharedSubsamples(subsamples, sizes, aside),
-                    lambda: [*draws.listed, *(chains.listing.listed if chains else ())],
+                guide = (
+                    self._repeat(statements, draws)
+                    if statements
+                    else self._record(
+                        self.guide,
+                        args,
+                        kwargs,
+                        draws,
+                        SharedSubsamples(subsamples, sizes, aside),
+                        lambda: [*draws.listed, *(chains.listing.listed if chains else ())],
+                    )
                 )
                 self._check_nesting(guide)
                 if chains is not None and not chains.listing.listed:
                     chains = None
                 guide_sites = self._sites(guide, draws, chains) if self.max_plate_nesting is not None else []
-            terms = self._terms(draws, chains)
-            model, replay = Recorder(), Replay(draws, values, terms and terms.listing)
+            model, replay = Recorder(), Replay(draws, values, partial(self._terms, draws, chains))
+            if chains is not None:
+                replay.terms = self._terms(draws, chains)
             if with_model:
                 model = self._record(
                     self.model,
@@ -207,7 +215,7 @@ class Program:
                     SharedSubsamples(subsamples, sizes, aside),
                     lambda: [
                         *draws.listed,
-                        *(name for each in (chains, terms) if each for name in each.listing.listed),
+                        *(name for each in (chains, replay.terms) if each for name in each.listing.listed),
                     ],
                 )
             self._check_nesting(model)
@@ -218,23 +226,25 @@ class Program:
                 for name, msg in guide.messages.items():
                     if not msg["is_observed"] and not site_is_subsample(msg):
                         _check_met(name, msg, model.messages.get(name), self.max_plate_nesting)
+            terms = replay.terms
             model_sites = self._model_sites(model, terms, set(replay.eliminated), chains)
         run = Run(guide_sites, model_sites, choices, subsamples, guide.params, model.params, noise=noise)
         run.terms = [each for each in (chains, terms) if each is not None]
+        run.statements, run.model_statements = guide.messages, model.messages
         run.listed, run.limit = {name: count for name, (count, _) in draws.listed.items()}, draws.limit
         run.eliminated = (*replay.eliminated, *(terms.listing.listed if terms is not None else ()))
-        frames = [
-            f
-            for recorder in (guide, model)
-            for msg in recorder.messages.values()
-            for f in msg["cond_indep_stack"]
-            if f.name != PARTICLES
-        ]
-        subsampled = [f for f in frames if f.full_size not in (None, f.size)]
-        run.loops = frozenset(f.name for f in frames if not f.vectorized)
-        run.partial_plates = frozenset((f.name, f.dim, f.size) for f in subsampled if f.vectorized)
-        run.partial_loops = frozenset(f.name for f in subsampled if not f.vectorized)
         return run
+
+    def _repeat(self, statements: Mapping[str, Any], draws: Draws) -> Recorder:
+        """The guide's statements again: latent sites are set or drawn, subsampled rows stay."""
+        recorder = Recorder()
+        for name, recorded in statements.items():
+            msg = recorded.copy()
+            if not site_is_subsample(msg):
+                msg["value"], msg["done"] = None, False
+                draws._pyro_sample(msg)
+            recorder.messages[name] = msg
+        return recorder
 
     def _noise(self) -> OwnNoise | None:
         return None if self.generators is None else OwnNoise(self.generators)

@@ -55,18 +55,38 @@ class Run:
     subsamples: dict[str, Tensor] = field(default_factory=dict)
     guide_params: dict[str, Tensor] = field(default_factory=dict)
     model_params: dict[str, Tensor] = field(default_factory=dict)
-    partial_plates: Frames = frozenset()
     listed: dict[str, int] = field(default_factory=dict)  # the number of values of each enumerated site
     limit: int = 0
-    loops: frozenset[str] = frozenset()  # sequential plates
-    partial_loops: frozenset[str] = frozenset()  # sequential plates of which only some elements were visited
     eliminated: tuple[str, ...] = ()  # the enumerated sites of the model that the guide does not sample
     terms: list[Any] = field(default_factory=list)  # the factors of the sums (elimination.Terms)
     noise: OwnNoise | None = None  # the programs' noise outside sample statements; None if it is not separate
+    statements: dict[str, Any] = field(default_factory=dict)  # the guide's sample statements as they ran, by name
+    model_statements: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[Site]:
         return self.guide + self.model
+
+    def _plates(self) -> list[Any]:
+        """The plates of all statements, as Pyro records them."""
+        statements = (*self.statements.values(), *self.model_statements.values())
+        return [f for msg in statements for f in msg["cond_indep_stack"] if f.name != PARTICLES]
+
+    @property
+    def loops(self) -> frozenset[str]:
+        """Sequential plates."""
+        return frozenset(f.name for f in self._plates() if not f.vectorized)
+
+    @property
+    def partial_plates(self) -> Frames:
+        """Vectorized plates of which only some rows were visited."""
+        partial = [f for f in self._plates() if f.vectorized and f.full_size not in (None, f.size)]
+        return frozenset((f.name, f.dim, f.size) for f in partial)
+
+    @property
+    def partial_loops(self) -> frozenset[str]:
+        """Sequential plates of which only some elements were visited."""
+        return frozenset(f.name for f in self._plates() if not f.vectorized and f.full_size not in (None, f.size))
 
     def guide_site(self, name: str) -> Site:
         return next(site for site in self.guide if site.name == name)

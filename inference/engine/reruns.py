@@ -120,6 +120,8 @@ class Reruns:
             "noise": run.noise,
         }
         options["fixed"][name] = alternative
+        if downstream == "draw" and not differentiable and self._repeats(run):
+            options["statements"] = run.statements
 
         def evaluated() -> tuple[Tensor, Tensor]:
             again = self.program.paths(self.args, self.kwargs, **options)
@@ -127,6 +129,22 @@ class Reruns:
             return cost_at(name, paths, self.layout)
 
         return evaluated() if differentiable else self._without_gradients(evaluated)
+
+    def _repeats(self, run: Run) -> bool:
+        """Whether the guide's statements can be repeated without its body, for other draws of its sites.
+
+        The guide declares it by ``factorized = True``. Its body runs again where it draws noise of its own, where hooks
+        are to see it, and where a handler around it changes its sites.
+        """
+        guide: Any = self.program.guide
+        return (
+            getattr(type(guide), "factorized", False)
+            and self.program.vectorized
+            and not self.program.lists_chains
+            and not run.noise.drew
+            and not (guide._forward_hooks or guide._forward_pre_hooks or "forward" in vars(guide))
+            and all(site.latent and site.estimator is not None for site in run.guide)
+        )
 
     def _particle_by_particle(self, rows: list[Row], draw: Draw, cost: Cost) -> Tensor:
         def alone(alternative: int, particle: int, row: Row) -> Draw:

@@ -42,6 +42,33 @@ def owned_parameters(model: Callable, guide: Callable) -> dict[str, torch.nn.Par
     return named
 
 
+class Store:
+    """A param store of its own that can be entered repeatedly; the global one holds its entries inside.
+
+    Pyro's ``store.scope`` copies and hashes all entries at each entry and exit; here the dictionaries change places.
+    """
+
+    def __init__(self) -> None:
+        self.params: dict[str, Tensor] = {}
+        self._names: dict[Tensor, str] = {}
+        self._constraints: dict[str, Any] = {}
+        self._outside: list[tuple[Any, ...]] = []
+
+    def __enter__(self) -> Store:
+        store = pyro.get_param_store()
+        self._outside.append((store._params, store._param_to_name, store._constraints))
+        store._params, store._param_to_name, store._constraints = self.params, self._names, self._constraints
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        store = pyro.get_param_store()
+        # ``clear`` makes new dictionaries.
+        self.params, self._names, self._constraints = store._params, store._param_to_name, store._constraints
+        store._params, store._param_to_name, store._constraints = self._outside.pop()
+        for parameter in self.params.values():
+            parameter.__dict__.pop("unconstrained", None)  # a weak reference, which cannot be pickled
+
+
 def _plain(name: str) -> str:
     """A store's name for a module's parameter, in the module's own notation."""
     return name.replace("$$$", ".").removesuffix("_unconstrained")
@@ -194,7 +221,7 @@ def networks_at_hand(*programs: Any) -> Iterator[None]:
     parameters of a network at every use, since their handlers may depend on it.
     """
     plain = [program for program in programs if getattr(type(program), "plain_networks", False)]
-    found = [(vars(program), program._modules) for program in plain]
+    found = [(program.__dict__, program._modules) for program in plain]
     for attributes, networks in found:
         attributes.update(networks)
     try:

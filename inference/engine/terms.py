@@ -8,9 +8,11 @@ every estimator adds a term of value zero that carries its gradient.
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...errors import BadInput
-from ..estimators._base import SiteView
+from ..estimators._base import Estimator, SiteView
 from .records import Frames, Run, Site
 
 NO_FRAMES: Frames = frozenset()
@@ -105,6 +107,9 @@ class CostToGo:
     def add(self, frames: Frames, term: Tensor) -> None:
         self.terms[frames] = self.terms[frames] + term if frames in self.terms else term
 
+    def subtract(self, frames: Frames, term: Tensor) -> None:
+        self.terms[frames] = self.terms[frames] - term if frames in self.terms else -term
+
     def sum_out(self, plates: Callable[[Frames], Frames]) -> None:
         terms, self.terms = self.terms, {}
         for frames, term in terms.items():
@@ -113,7 +118,8 @@ class CostToGo:
 
     def keep_only(self, frames: Frames) -> None:
         """Sum out every plate that is not in ``frames``."""
-        self.sum_out(lambda own: own - frames)
+        if any(own - frames for own in self.terms):
+            self.sum_out(lambda own: own - frames)
 
     def expect(self, site: Site, probabilities: Tensor, frames: Frames) -> None:
         """Sum over an enumerated site; a term that does not depend on it is its own expectation."""
@@ -127,7 +133,7 @@ class CostToGo:
 
     def total(self) -> Tensor:
         """The sum of the terms, broadcast."""
-        return sum(self.terms.values())  # type: ignore[return-value]
+        return reduce(operator.add, self.terms.values()) if self.terms else 0  # type: ignore[return-value]
 
     def scalar(self) -> Tensor:
         """All terms summed, each counted once."""
@@ -158,7 +164,8 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] 
             # A deterministic value outside a plate may combine the plate's elements.
             costs.sum_out(lambda own, mixed=before - site.frames: own & mixed)
     for site in reversed(run.guide):
-        costs.add(site.frames, -beta * (site.log_prob.detach() if is_dropped(site) else site.log_prob))
+        log_q = site.log_prob.detach() if is_dropped(site) else site.log_prob
+        costs.subtract(site.frames, log_q if plain else beta * log_q)
         costs.keep_only(layout.apart(site.frames))
         if visit is not None and (site.drawn or site.factor):
             visit(site, costs)
@@ -170,6 +177,16 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] 
 def is_dropped(site: Site) -> bool:
     """Whether −log q of a guide's site enters by its value only, without a derivative."""
     return site.factor or (site.estimator is not None and site.estimator.log_q == "value")
+
+
+def has_term(site: Site) -> bool:
+    """Whether the site's estimator adds a term, or has state; the path of a reparameterized draw needs neither."""
+    kind = type(site.estimator)
+    return (
+        kind.surrogate is not Estimator.surrogate
+        or kind.make_state is not Estimator.make_state
+        or (site.estimator.has_path and site.score is not None)
+    )
 
 
 def sloping_cost(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tensor | None:
@@ -325,17 +342,20 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
 
     ``groups`` holds, for each group of vectorized particles, its paths through enumerated values.
     """
-    value: Any = 0.0
+    value: Any = None
     # Draws of a site after the same enumerated choices in several particles: leave-one-out compares these.
     rows: dict[tuple, list[Row]] = defaultdict(list)
+    alone = len(groups) == 1 and len(groups[0]) == 1  # otherwise the costs of all particles are compared in shape
     for paths in groups:
         for run in paths:
-            found: list[tuple[Site, Tensor, Tensor | None]] = []
+            found: list[tuple[Site, Tensor | None, Tensor | None]] = []
             factors: list[Tensor] = []
 
             def visit(site: Site, costs: CostToGo, run=run, found=found, factors=factors) -> None:
                 if site.factor:
                     factors.append(factor_share(run, site, costs, layout))
+                elif alone and not has_term(site):
+                    found.append((site, None, None))
                 else:
                     found.append((site, layout.cost(site, costs).detach(), sloping_cost(run, site, costs, layout)))
 
@@ -345,14 +365,14 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
             if not listed and not factors:
                 total, slopes = with_slopes(total, run, layout, found)
             chosen = [(site.name, site.score.sum().exp()) for site in run.guide if site.name in run.choices]
-            value = value + weighed(total, chosen)
+            value = weighed(total, chosen) if value is None else value + weighed(total, chosen)
             for share in factors:
                 value = value + magic(weighed(share, [(name, q.detach()) for name, q in chosen]))
             _share(paths, run, found, chosen, rows, slopes)
     if torch.is_grad_enabled():  # otherwise the reruns of estimators have no use
         for members in rows.values():
             value = value + magic(site_surrogate(members, layout, view))
-    return value / layout.num_particles
+    return value / layout.num_particles if layout.num_particles > 1 else value
 
 
 def _share(
@@ -361,6 +381,8 @@ def _share(
     """Paths that agree up to a site share its draw; the cost there is their expectation over later choices."""
     order = {site.name: i for i, site in enumerate(run.guide)}
     for site, cost, once in found:
+        if cost is None:
+            continue
         made = tuple((name, run.choices[name]) for name, _ in chosen if order[name] < order[site.name])
         if not chosen:
             rows[site.name, made].append(Row(run, site, cost, once=once, slope=slopes.get(site.name)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pyro.distributions as dist
@@ -43,13 +44,24 @@ def elementary(fn: Distribution) -> Distribution:
     >>> type(elementary(dist.Bernoulli(torch.ones(3) / 2).mask(True).to_event(1))).__name__
     'Bernoulli'
     """
-    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution)):
+    while _wraps(type(fn)):
         fn = fn.base_dist
     return fn
 
 
+# Whether a class is a wrapper; asked several times a statement, and ``isinstance`` is slow for Pyro's classes.
+@lru_cache(maxsize=4096)
+def _wraps(kind: type) -> bool:
+    return issubclass(kind, (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution))
+
+
 def is_deterministic(fn: Distribution) -> bool:
-    return isinstance(elementary(fn), dist.Delta)
+    return _is_delta(type(elementary(fn)))
+
+
+@lru_cache(maxsize=4096)
+def _is_delta(kind: type) -> bool:
+    return issubclass(kind, dist.Delta)
 
 
 def is_bernoulli(fn: Distribution) -> bool:
@@ -174,6 +186,15 @@ def _tensors_of(constraint: object, depth: int = 0):
                 yield found
             elif isinstance(found, constraints.Constraint) and depth < 8:
                 yield from _tensors_of(found, depth + 1)
+
+
+def has_tensors(constraint: object) -> bool:
+    """Whether a constraint holds tensors, whose values may change.
+
+    >>> has_tensors(constraints.boolean), has_tensors(constraints.interval(0.0, torch.ones(())))
+    (False, True)
+    """
+    return any(True for _ in _tensors_of(constraint))
 
 
 def support_moves(fn: Distribution) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -13,13 +14,13 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
 from pyro.ops.provenance import detach_provenance
-from pyro.poutine.messenger import Messenger
 
 from ...errors import BadInput
+from ..engine.handlers import OfSamples
 from ..engine.programs import in_support, observed_support
 from ..engine.rows import Rows
 from ..engine.scopes import kept_buffers, owned_parameters, private_seed
-from ..estimators._distributions import describe
+from ..estimators._distributions import describe, has_tensors
 from .compile.products import layers_through_onednn, linear_layers
 from .optimizers import Updates
 from .schedules import end_of
@@ -32,12 +33,16 @@ def outside_support(site: str, distribution: str) -> BadInput:
     )
 
 
-class _ObservedInSupport(Messenger):
-    """Refuses data outside a distribution's support: without validation their density is finite and meaningless."""
+class _ObservedInSupport(OfSamples):
+    """Refuses data outside a distribution's support: without validation their density is finite and meaningless.
 
-    def __init__(self, unchecked: frozenset[str]):
+    A tensor is checked once, until it or the support changes: a step with reruns has the same tensors again, and so
+    has every step on all data at once.
+    """
+
+    def __init__(self):
         super().__init__()
-        self.unchecked = unchecked
+        self.unchecked: frozenset[str] = frozenset()
         self.seen: dict[str, tuple[Any, ...]] = {}  # by site: what was found inside of its support
 
     def _pyro_post_sample(self, msg) -> None:
@@ -45,14 +50,13 @@ class _ObservedInSupport(Messenger):
         if support is None or msg["name"] in self.unchecked:
             return
         before = self.seen.get(msg["name"])
-        # A step with reruns has the same tensors again.
-        if before is not None and before[0] is support and before[1] is value and before[2] == value._version:
+        if before is not None and before[0] is support and before[1]() is value and before[2] == value._version:
             return
         inside = in_support(support, value)
         if inside is not None and not inside.all():
             raise outside_support(msg["name"], describe(msg["fn"]))
-        if isinstance(value, torch.Tensor):
-            self.seen[msg["name"]] = support, value, value._version
+        if isinstance(value, torch.Tensor) and not has_tensors(support):
+            self.seen[msg["name"]] = support, weakref.ref(value), value._version
 
 
 class Step(ABC):
@@ -70,6 +74,7 @@ class Step(ABC):
     check_data = True
     unchecked: frozenset[str] = frozenset()  # sites whose distribution has validate_args=False
     note = ""  # a remark for the progress lines
+    _look: _ObservedInSupport | None = None
     parameters: dict[str, torch.nn.Parameter]
     optimizer: Updates
     loss: ELBO
@@ -111,9 +116,14 @@ class Step(ABC):
         if self.validate:
             yield
             return
-        wanted = self.check_data and pyro.infer.util.is_validation_enabled()
-        look = _ObservedInSupport(self.unchecked) if wanted else nullcontext()
-        with pyro.validation_enabled(False), look:
+        if not (self.check_data and pyro.infer.util.is_validation_enabled()):
+            with pyro.validation_enabled(False):
+                yield
+            return
+        if self._look is None:
+            self._look = _ObservedInSupport()
+        self._look.unchecked = self.unchecked
+        with pyro.validation_enabled(False), self._look:
             yield
 
 
