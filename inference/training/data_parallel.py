@@ -105,7 +105,11 @@ class ProcessStep(TorchStep):
             *(float(counts and parameter.grad is not None) for parameter in parameters),
         ]
         device = parameters[0].device if parameters else processes.device
-        number, problems, *rest = processes.all_reduce(torch.tensor(said, dtype=torch.float64, device=device)).tolist()
+        header = torch.tensor(said, dtype=torch.float64, device=device)
+        # One message of a kind: the gradients go along with the counts, which say what they mean.
+        kinds = self._flat_gradients(parameters, counts)
+        processes.all_reduce_together([header, *(flat for flat, _ in kinds)])
+        number, problems, *rest = header.tolist()
         if problems:
             processes.agree(problem)
         alike, moved = rest[: processes.world_size], rest[processes.world_size :]
@@ -116,23 +120,27 @@ class ProcessStep(TorchStep):
                 "its distribution depends on the process's rows; use one process",
             )
         if math.isfinite(number):
-            with torch.no_grad():
-                self._add_gradients([p for p, count in zip(parameters, moved, strict=True) if count], counts)
+            has_gradient = {id(parameter) for parameter, count in zip(parameters, moved, strict=True) if count}
+            for flat, members in kinds:
+                pieces = flat.split([member.numel() for member in members])
+                for member, piece in zip(members, pieces, strict=True):
+                    member.grad = piece.view(member.shape) if id(member) in has_gradient else None
         return number
 
-    def _add_gradients(self, parameters: list[Tensor], counts: bool) -> None:
+    @staticmethod
+    def _flat_gradients(parameters: list[Tensor], counts: bool) -> list[tuple[Tensor, list[Tensor]]]:
+        """For each dtype and device the gradients of its parameters in one tensor, zeros where there are none."""
         kinds: dict[Any, list[Tensor]] = {}
         for parameter in parameters:
             kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-        for (dtype, device), members in kinds.items():
-            flat = torch.zeros(sum(member.numel() for member in members), dtype=dtype, device=device)
-            pieces = flat.split([member.numel() for member in members])
-            for member, piece in zip(members, pieces, strict=True):
-                if counts and member.grad is not None:
-                    piece.copy_(member.grad.reshape(-1))
-            self.processes.all_reduce(flat)
-            for member, piece in zip(members, pieces, strict=True):
-                member.grad = piece.reshape(member.shape).clone()
+        found = []
+        for members in kinds.values():
+            parts = [
+                member.grad.reshape(-1) if counts and member.grad is not None else torch.zeros_like(member).reshape(-1)
+                for member in members
+            ]
+            found.append((torch.cat([part.detach() for part in parts]), members))
+        return found
 
     def state(self) -> dict[str, Any]:
         """The state of one process, and every process's own random stream; all processes must call this together."""

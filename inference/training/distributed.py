@@ -11,7 +11,7 @@ import atexit
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -95,6 +95,12 @@ class Processes:
         with self._speaking():
             dist.all_reduce(tensor)
         return tensor
+
+    def all_reduce_together(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Sum several tensors over all processes, in place, on their way at the same time."""
+        with self._speaking():
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
 
     def largest(self, number: float) -> float:
         """The largest of the processes' numbers."""
