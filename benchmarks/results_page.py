@@ -138,16 +138,19 @@ def beside_published(place, arms: Mapping[str, list[Mapping[str, Any]]]) -> None
     known = {name: runs for name, runs in arms.items() if runs[0]["cell"]["published"] is not None}
     place.set(xlabel="published", ylabel="ours", title="ours (share of the paper's steps)")
     place.set_visible(bool(known))
+    ends: list[float] = []
     for name, runs in known.items():
         mean, error = mean_and_error([run["value"] for run in runs]) or (math.nan, math.nan)
         published = runs[0]["cell"]["published"]
+        ends += [published, mean]
         place.errorbar(published, mean, yerr=0 if math.isnan(error) else error, fmt="o")
         label = f" {name.split('/', 1)[-1]} ({runs[0]['share']:.0%})"
         place.annotate(label, (published, mean), fontsize="x-small")
-    if known:
-        ends = [runs[0]["cell"]["published"] for runs in known.values()]
+    if ends:
+        room = 0.15 * (max(ends) - min(ends)) + 0.5
+        both = (min(ends) - room, max(ends) + room)  # one range, so that the line of equal numbers is the diagonal
+        place.set(xlim=both, ylim=both)
         place.axline((ends[0], ends[0]), slope=1, color="gray", linewidth=0.8)
-        place.margins(x=0.25)
 
 
 def confusion(table: Table, found: Found):
