@@ -227,7 +227,7 @@ def test_patience_and_the_best_parameters_go_on_too(word, tmp_path):
 def test_a_signal_during_validation_stops_at_once_and_nothing_is_lost(tmp_path, monkeypatch):
     options = {"loss": "trace", "epochs": 3, "valid": images(10, 1), "valid_samples": 2}
     quiet(*pair(), images(), run_dir=tmp_path / "whole", **options)
-    judge, calls = runs.evaluate, iter(range(99))
+    judge, calls = runs.Evaluator.__call__, iter(range(99))
 
     def slow(*args, **keywords):
         if next(calls) == 1:
@@ -237,7 +237,7 @@ def test_a_signal_during_validation_stops_at_once_and_nothing_is_lost(tmp_path, 
         return judge(*args, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "evaluate", slow)
+        patch.setattr(runs.Evaluator, "__call__", slow)
         with pytest.raises(Interrupted, match="SIGINT at epoch 1, step 3; saved in .*resume=True") as caught:
             quiet(*pair(), images(), run_dir=tmp_path / "parts", **options)
     assert caught.value.status == 130 and "\n" not in str(caught.value)
