@@ -22,6 +22,7 @@ import functools
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,19 +48,19 @@ BATCH, PRIME = 256, 1_000_003
 # By hand.
 
 
-class ByHand(nn.Module):
+class ByHand(nn.Module, ABC):
     """Means and errors of the bound and of the importance-weighted evidence, batch by batch, in nats per datum.
 
     The noise is that of ``evaluate``: a seed for each batch of 256 rows, ``turn`` draws at a time.
     """
 
+    @abstractmethod
     def posterior(self, x: Tensor) -> Any:
         """What the draws of a batch have in common: the encoder runs once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight(self, x: Tensor, found: Any, count: int) -> Tensor:
         """log p(x, z) − log q(z | x) of ``count`` draws, ``(count, B)``."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, x: Tensor, draws: int, turn: int, seed: int = 0) -> dict[str, float]:

@@ -141,7 +141,7 @@ def has_mean(model, inputs: Mapping[str, torch.Tensor]) -> bool:
     with _aside(0):
         try:
             mean = poutine.trace(model).get_trace(**inputs).nodes["x"]["fn"].mean
-        except NotImplementedError:
+        except NotImplementedError:  # a distribution that defines no mean; others have NaN
             return False
     return not bool(mean.isnan().any())
 
