@@ -487,17 +487,22 @@ def is_settled(msg) -> bool:
     return is_deterministic(msg["fn"]) or bool(msg["infer"].get("_deterministic"))
 
 
+def element_support(fn: Any) -> Any:
+    """The support that each element of a distribution's value must be in; None if it is not known."""
+    try:
+        support = fn.support
+        while isinstance(support, torch.distributions.constraints.independent):
+            support = support.base_constraint
+        return support
+    except (NotImplementedError, AttributeError, ValueError):  # how Pyro and torch report a missing support
+        return None
+
+
 def observed_support(msg) -> Any:
     """The support that each element of an observed value must be in; None if there is no value or no known support."""
     if not msg["is_observed"] or site_is_subsample(msg) or msg["value"] is None:
         return None
-    try:
-        support = msg["fn"].support
-        while isinstance(support, torch.distributions.constraints.independent):
-            support = support.base_constraint  # all elements must be in it, so the event need not be reduced
-        return support
-    except (NotImplementedError, AttributeError, ValueError):  # how Pyro and torch report a missing support
-        return None
+    return element_support(msg["fn"])
 
 
 def in_support(support: Any, value: Any) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
 
-from ..engine.programs import in_support, observed_support
+from ..engine.programs import element_support, in_support
 from .vmapped import validates
 
 
@@ -39,12 +39,12 @@ class Checks:
         name = site["name"]
         if name in self._skipped.get(program, ()):
             return True
-        inside = None if drawn is None else _each(drawn["fn"])
+        inside = None if drawn is None else element_support(drawn["fn"])
         for place, one in enumerate(_within(site["fn"])):
             for key, constraint, value in _parameters(one):
                 if not self._holds((program, name, f"{place}.{key}"), constraint, value):
                     return False
-        support = _each(site["fn"])
+        support = element_support(site["fn"])
         return (support is not None and support is inside) or self._holds((name, "value"), support, site["value"])
 
     def _holds(self, key: tuple[str, ...], constraint: Any, value: Any) -> bool:
@@ -64,11 +64,6 @@ class Checks:
         if version is not None:
             self._good[where] = constraint, mark, version
         return True
-
-
-def _each(fn: Any) -> Any:
-    """The support that each number of a value must be in; None if it is unknown."""
-    return observed_support({"is_observed": True, "type": "sample", "fn": fn, "value": 0, "infer": {}, "name": ""})
 
 
 def _storage(tensor: torch.Tensor) -> int | None:
