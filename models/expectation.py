@@ -28,7 +28,10 @@ def quadratic(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 @rewards.register("bandit")
 def bandit(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A contextual bandit: the reward of arm i, a one-hot z, is the context x at place i (a pixel's intensity)."""
-    return (z * x.flatten(1)[..., : z.shape[-1]]).sum(-1)
+    paid, arms = x.flatten(1), z.shape[-1]
+    if paid.shape[-1] < arms:
+        raise BadInput(f"bandit: {arms} arms need a context of at least as many values, not {paid.shape[-1]}")
+    return (z * paid[..., :arms]).sum(-1)
 
 
 @rewards.register("counting")

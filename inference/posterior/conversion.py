@@ -152,8 +152,9 @@ def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "po
 
     A class is a name and no number: of one-hot sites (one row for each vector, without the dimension of classes),
     Categorical and Bernoulli sites there are the ``mode`` and its ``probability``, in place of means, intervals and
-    R̂ of indices or indicators. Fits may name the same class differently (label switching), so that several chains are
-    not to be pooled for latents that are classes.
+    R̂ of indices or indicators. Fits may name the same class differently (label switching): with several chains,
+    ``chains_agree`` is the share of them whose own mode is the one shown, and where it is below 1 the chains are not
+    to be pooled.
 
     Args:
         idata: the result of :func:`to_arviz`.
@@ -211,14 +212,22 @@ def _modes(name: str, draws: Any) -> Any:
     import pandas
 
     classes = draws.argmax(draws.dims[-1]) if draws.attrs["values"] == "one-hot" else draws.astype(int)
-    flat = classes.values.reshape(-1, *classes.shape[2:])
-    shares = np.stack([(flat == one).mean(0) for one in range(int(flat.max()) + 1)])
+    values = classes.values
+    by_chain = np.stack([(values == one).mean(1) for one in range(int(values.max()) + 1)])  # (classes, chains, …)
+    shares = by_chain.mean(1)
     kept = [classes.coords[dim].values for dim in classes.dims[2:]]
     places = [", ".join(map(str, place)) for place in itertools.product(*kept)]
     index = [f"{name}[{place}]" if place else name for place in places]
-    columns = {"mode": shares.argmax(0).reshape(-1), "probability": shares.max(0).reshape(-1).round(3)}
+    modes = shares.argmax(0)
+    # Nullable integers: beside rows without a mode, others would become 2.0.
+    columns = {
+        "mode": pandas.array(modes.reshape(-1), dtype="Int64"),
+        "probability": shares.max(0).reshape(-1).round(3),
+    }
+    if len(values) > 1:
+        columns["chains_agree"] = (by_chain.argmax(0) == modes).mean(0).reshape(-1).round(3)
     if draws.attrs["values"] == "binary":
-        columns = {"mean": flat.mean(0).reshape(-1).round(3), **columns}
+        columns = {"mean": values.mean((0, 1)).reshape(-1).round(3), **columns}
     return pandas.DataFrame(columns, index=index)
 
 

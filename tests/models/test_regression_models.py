@@ -336,6 +336,8 @@ def test_a_policy_finds_the_ink_of_each_digit(param_store):
 def test_rewards_that_are_none_are_refused():
     with pytest.raises(BadInput, match=r"f\(z, x\) is \(\), expected a number for each row, \(3,\)"):
         Expectation((1,), lambda z, x: z.sum())(torch.ones(3, 1))
+    with pytest.raises(BadInput, match="64 arms need a context of at least as many values, not 16"):
+        Expectation((1, 4, 4), "bandit", shape=(64,))(torch.ones(2, 1, 4, 4))
     with pytest.raises(UnknownName, match="did you mean 'bandit'"):
         Expectation((1,), "bandits")
     with pytest.raises(BadInput, match="f is int"):

@@ -686,19 +686,67 @@ def test_classes_have_a_mode_and_its_probability_and_no_mean():
     assert both.loc[["one[0]", "index[0]"], r_hat].isna().all() and both.loc["count[0]", r_hat] > 0
 
 
-@pytest.mark.parametrize("name", ["categorical-vae", "poisson-vae", "hidden-markov-model"])
-def test_the_summary_of_a_model_with_discrete_latents_has_a_meaning_in_each_row(name):
+DISCRETE = {"categorical", "bernoulli", "poisson", "binomial", "negative-binomial", "geometric"}
+
+
+def discrete_forms():
+    """Every variant of every registered model that draws or sums out classes, binary values or counts."""
+    for name, cls in models.items():
+        for number, variant in enumerate(cls.variants or ({},)):
+            model = cls((1, 8, 8), **variant)
+            if model.summed or DISCRETE & {latent.family for latent in model.latents.values()}:
+                yield pytest.param(cls, variant, id=f"{name}-{number}")
+
+
+@pytest.mark.parametrize("cls, variant", list(discrete_forms()))
+def test_each_row_of_the_summary_of_a_discrete_latent_has_a_meaning(cls, variant):
+    """Of every registered model: mode and probability of classes, no row for one indicator of a one-hot vector."""
     torch.manual_seed(0)
-    cls = models[name]
-    model = cls((1, 4, 4), **cls.variants[0])
+    model = cls((1, 8, 8) if cls is models["expectation"] else (1, 4, 4), **variant)
     guide = guides[fitting(model)[0]](model)
-    found = summary(to_arviz(model, guide, num_samples=30, **model.example(3)))
-    if name == "poisson-vae":
-        assert "mode" not in found and found["mean"].notna().all()
-    else:
-        sites = 3 * (4 if name == "hidden-markov-model" else model.latents["y"].shape[0])
-        assert len(found) == sites and found["probability"].between(1 / model.config.get("num_classes", 4), 1).all()
-        assert "mean" not in found and "hdi_3%" not in found
+    idata = to_arviz(model, guide, num_samples=10, groups=["posterior"], **model.example(2))
+    draws, found = group(idata, "posterior"), summary(idata)
+    kinds = {name: draws[name].attrs.get("values", "") for name in draws.data_vars}
+    assert set(kinds.values()) - {""}
+    sizes = {
+        name: draws[name][0, 0].size // (draws[name].shape[-1] if kinds[name] == "one-hot" else 1) for name in kinds
+    }
+    assert len(found) == sum(sizes.values())
+    start = 0
+    for name, kind in kinds.items():
+        rows, start = found.iloc[start : start + sizes[name]], start + sizes[name]
+        assert all(label.split("[")[0] == name for label in rows.index)
+        meant = {"one-hot": {"mode", "probability"}, "classes": {"mode", "probability"}}.get(kind, set())
+        meant = {"mean", "mode", "probability"} if kind == "binary" else meant or {"mean", "sd"}
+        shown = {column for column in rows if rows[column].notna().any()}
+        assert meant <= shown and rows[sorted(meant)].notna().all(axis=None)
+        if "mode" in meant:
+            values = draws[name].argmax(draws[name].dims[-1]) if kind == "one-hot" else draws[name]
+            first = values.values.reshape(10, -1)[:, 0]
+            assert shown == meant and rows["mode"].dtype == "Int64"
+            assert (
+                rows["probability"].iloc[0] == (first == rows["mode"].iloc[0]).mean() == np.bincount(first).max() / 10
+            )
+
+
+def test_chains_that_name_a_class_differently_say_so():
+    """Two fits of a mixture with their labels exchanged, and a coin on which both agree."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.OneHotCategorical(torch.ones(2) / 2))
+            pyro.sample("coin", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.sample("x", dist.Normal(y[..., 0], 1.0), obs=x)
+
+    def guide(order, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.OneHotCategorical(torch.tensor([0.9, 0.1])[order]))
+            pyro.sample("coin", dist.Bernoulli(torch.tensor(0.9)))
+
+    fits = [partial(guide, [0, 1]), partial(guide, [1, 0])]
+    found = summary(to_arviz(model, fits, torch.zeros(2), num_samples=100))
+    assert found["chains_agree"].tolist() == [0.5, 0.5, 1.0, 1.0]
+    assert "chains_agree" not in summary(to_arviz(model, fits[0], torch.zeros(2), num_samples=100))
 
 
 def test_bad_input_is_one_line():
