@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import zip_longest
@@ -86,7 +86,7 @@ class Recorder(StaysFrozen):
     ``memory``; more than its limit is refused, with the names of the sites ``listed``.
     """
 
-    def __init__(self, room: int = 0, memory: Memory | None = None, listed: Callable[[], list[str]] = list):
+    def __init__(self, room: int = 0, memory: Memory | None = None, listed: Callable[[], Iterable[str]] = tuple):
         super().__init__()
         self.messages: dict[str, Any] = {}
         self.params: dict[str, Tensor] = {}
@@ -117,11 +117,11 @@ class Recorder(StaysFrozen):
         """Count the bytes of a statement's log-probability and of its gradient."""
         of_value = value.shape[: value.dim() - fn.event_dim]
         batch = [max(pair) for pair in zip_longest(reversed(fn.batch_shape), reversed(of_value), fillvalue=1)]
-        if math.prod(batch[self.room :]) == 1 or not (names := self.listed()):
+        if math.prod(batch[self.room :]) == 1 or next(iter(self.listed()), None) is None:
             return
         size = (value if value.is_floating_point() else torch.empty(0)).element_size()
         if not self.memory.fits(2 * math.prod(batch) * math.prod(fn.event_shape) * size):
-            raise too_large(self.memory, names)
+            raise too_large(self.memory, list(self.listed()))
 
     def _pyro_post_param(self, msg) -> None:
         super()._pyro_post_param(msg)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import pyro
@@ -196,7 +197,7 @@ class Program:
                         kwargs,
                         draws,
                         SharedSubsamples(subsamples, sizes, aside),
-                        lambda: [*draws.listed, *(chains.listing.listed if chains else ())],
+                        lambda: chain(draws.listed, chains.listing.listed if chains else ()),
                     )
                 )
                 self._check_nesting(guide)
@@ -213,10 +214,7 @@ class Program:
                     kwargs,
                     replay,
                     SharedSubsamples(subsamples, sizes, aside),
-                    lambda: [
-                        *draws.listed,
-                        *(name for each in (chains, replay.terms) if each for name in each.listing.listed),
-                    ],
+                    lambda: chain(draws.listed, *(each.listing.listed for each in (chains, replay.terms) if each)),
                 )
             self._check_nesting(model)
             if self.max_plate_nesting is None:
@@ -296,7 +294,7 @@ class Program:
         kwargs,
         handler: Messenger,
         subsamples: SharedSubsamples,
-        listed: Callable[[], list[str]],
+        listed: Callable[[], Iterable[str]],
     ) -> Recorder:
         if self.max_plate_nesting is None:
             recorder = Recorder()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
+import sys
 from contextlib import nullcontext
 
 import pyro
@@ -775,6 +777,42 @@ def test_a_plan_is_linear_in_the_length_of_a_chain():
         return contraction.plan(factors, tuple((4,) * len(f) for f in factors), frozenset("".join(factors))).numbers
 
     assert numbers(200) - numbers(100) == numbers(300) - numbers(200) == 100 * 16
+
+
+def calls_of(run):
+    """The number of Python's calls and resumptions and of C calls while ``run()`` runs."""
+    count = 0
+
+    def see(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(see)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_the_work_of_a_step_is_linear_in_the_length_of_a_chain():
+    def calls(length):
+        chain, y = Chain(4), randn(length)
+        loss = SiteELBO()(chain, nothing)
+
+        def step():
+            loss(y).backward()
+
+        step()  # the first one makes plans
+        gc.collect()
+        gc.disable()
+        try:
+            return calls_of(step)
+        finally:
+            gc.enable()
+
+    short, longer, longest = calls(20), calls(40), calls(80)
+    assert longest - longer == pytest.approx(2 * (longer - short), abs=50)  # the ends cost their own
 
 
 # Chains of the guide: the terms of the bound, expected over them by elimination.
