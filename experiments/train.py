@@ -48,6 +48,8 @@ class Train:
         optimizer: adam, adamw, adamax, nadam, radam, rmsprop or sgd.
         lr: learning rate, a number or a schedule of the step, as in `cosine(10000, 1e-3, 1e-5)`.
         clip_norm: bound on the norm of the gradient of all parameters together.
+        anneal: a schedule of the step for each buffer of the model or guide that changes in training, as in
+            `--anneal '{success: "exponential(0.1, 1e-6, 0.01)"}'` of attend-infer-repeat.
         epochs: number of epochs; with `--resume`, the total.
         batch_size: images per step.
         seed: initial weights, batches and noise.
@@ -80,6 +82,7 @@ class Train:
     optimizer: str = "adam"
     lr: float | str = 1e-3
     clip_norm: float | None = None
+    anneal: dict[str, str | float] = field(default_factory=dict)
     epochs: int = 50
     batch_size: int = 128
     seed: int = 0
@@ -159,6 +162,7 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss, processe
         optimizer=config.optimizer,
         lr=learning_rate(config),
         clip_norm=config.clip_norm,
+        anneal=config.anneal or None,
         epochs=config.epochs,
         batch_size=config.batch_size,
         seed=config.seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -30,6 +30,7 @@ from ..engine.scopes import (
 )
 from ..engine.stored_rows import StoredRows, rows_in
 from ..stock import is_differentiable
+from .annealing import Annealing
 from .batches import TRANSFORMED, Batches
 from .choices import Choices
 from .distributed import Processes
@@ -76,6 +77,7 @@ def fit(
     progress: bool = True,
     title: str = "fit",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    anneal: Mapping[str, Schedule | str | float] | None = None,
 ) -> FitResult:
     r"""Train a model and a guide in place; the same arguments give the same numbers, interrupted or not.
 
@@ -144,6 +146,9 @@ def fit(
         progress: show progress on standard error.
         title: the prefix of the progress lines.
         on_epoch: called with each epoch's numbers.
+        anneal: a schedule of the step, or its text, for each buffer of model or guide that changes in training, such
+            as ``{"success": "exponential(0.1, 1e-6, 0.01)"}`` of `AttendInferRepeat`. ``valid_elbo`` is that of the
+            model at the last step's values, and ``patience`` counts from the end of these schedules too.
 
     Returns:
         A :class:`FitResult`: the numbers of each epoch, in nats per datum (per datum of the whole data under a plate
@@ -180,6 +185,7 @@ def fit(
     if not _is_stream(rows):
         rows.check("train")
     valid_rows = None if valid is None else rows_in(valid, "valid").check("valid")
+    annealing = Annealing(options.anneal or {}, model, guide)
     loss, loss_name = _make_loss(loss)
     device = _device_of(model, guide, rows)
     batches_in = partial(batches_of, rows, transform=transform, device=device)
@@ -202,6 +208,7 @@ def fit(
         "train": fingerprint(rows),
         "valid": None if valid_rows is None else fingerprint(valid_rows),
         "processes": 1 if processes is None else processes.world_size,
+        "anneal": without_addresses(annealing.schedules) if annealing.schedules else None,
     }
     with (
         one_at_a_time,
@@ -221,7 +228,9 @@ def fit(
         step = _make_step(model, guide, loss, make, first, compile, processes, seed)
         step.validate, step.unchecked = validate, found.unchecked
         objective = getattr(getattr(step, "module", loss), "objective_name", "elbo")
-        run = Run(model, guide, step, batches, valid_rows, options, identity, objective, processes, found.num_data)
+        run = Run(
+            model, guide, step, batches, valid_rows, options, identity, objective, processes, found.num_data, annealing
+        )
         run.choices = choices
         try:
             run.begin()

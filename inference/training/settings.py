@@ -57,6 +57,7 @@ class FitSettings:
     progress: bool = True
     title: str = "fit"
     on_epoch: Callable[[dict[str, float]], None] | None = None
+    anneal: Mapping[str, Schedule | str | float] | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> FitSettings:
@@ -104,6 +105,11 @@ class FitSettings:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise BadInput(f"{name} is {type(value).__name__}: expected a function")
+        if self.anneal is not None and not isinstance(self.anneal, Mapping):
+            raise BadInput(
+                f"anneal is {type(self.anneal).__name__}: expected a schedule for each buffer, as in "
+                "{'success': 'linear(1000, 0.5, 0.1)'}"
+            )
         if self.run_dir is None and self.resume:
             raise BadInput("resume=True needs the run_dir of the run to resume")
         if self.run_dir is None and self.tensorboard:

@@ -21,6 +21,7 @@ from ..engine.progress import Progress, make_progress
 from ..engine.rows import Rows
 from ..engine.scopes import devices_of
 from ..posterior.evaluation import Evaluator
+from .annealing import Annealing
 from .batches import TRANSFORMED, Batches
 from .checkpoints import Checkpoints
 from .choices import Choices
@@ -117,8 +118,10 @@ class Run:
         objective_name: str,
         processes: Processes | None = None,
         num_data: int | None = None,
+        annealing: Annealing | None = None,
     ):
         self.num_data = num_data
+        self.annealing = annealing or Annealing({}, model, guide)
         self.model, self.guide, self.step, self.batches = model, guide, step, batches
         self.valid, self.options, self.folder = valid, options, options.folder
         folder = self.folder
@@ -136,7 +139,8 @@ class Run:
         self.convergence = Convergence(step.parameters) if options.until is not None else None
         self.settles, self.waits_for = 0, ""
         if options.patience is not None or self.convergence is not None:
-            self.settles, self.waits_for = step.settles(options.epochs * (batches.per_epoch or 1_000))
+            horizon = options.epochs * (batches.per_epoch or 1_000)
+            self.settles, self.waits_for = max(step.settles(horizon), self.annealing.settles(horizon))
         self.made_on = {"threads": torch.get_num_threads(), "device": batches.device.type}
         if folder is not None:
             self.checkpoints: Any = Checkpoints(folder / "checkpoints")
@@ -229,6 +233,8 @@ class Run:
 
     def _epochs(self, interrupts: Interrupts, shown: Progress, scalars: Scalars | None) -> None:
         options = self.options
+        if not self.history:
+            self.annealing.before(0)
         if self.valid is not None and not self.history:
             with interrupts.at_once():
                 numbers = {"epoch": 0, "step": 0, **self._validate()}
@@ -263,6 +269,7 @@ class Run:
         for batch in self.batches.of_epoch(now.number, now.done):
             if self.choices is not None:
                 self.choices.before(before + now.done, batch, self.step)
+            self.annealing.before(before + now.done)
             start = time.perf_counter()
             try:
                 loss = self.step(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,12 @@ from torch.nn.functional import affine_grid, grid_sample
 from gumbo.errors import BadInput
 from gumbo.guides import RecurrentAttentionGuide
 from gumbo.inference import SiteELBO, diagnose, evaluate, fit, to_arviz
+from gumbo.inference.engine.noise import Tape
+from gumbo.inference.engine.rows import Rows
+from gumbo.inference.training.compile import step
+from gumbo.inference.training.compile.step import CompiledStep, uncompiled
+from gumbo.inference.training.optimizers import make_optimizer
+from gumbo.inference.training.steps import TorchStep
 from gumbo.models import AttendInferRepeat, GaussianVAE
 from gumbo.models.attend_infer_repeat import glimpse, inverse
 
@@ -176,6 +183,45 @@ def test_success_may_be_annealed_and_is_saved():
 
     fit(model, guide, x, loss=SiteELBO(model.estimators()), epochs=2, batch_size=8, progress=False, on_epoch=anneal)
     assert seen == pytest.approx([0.005, 0.0025]) and model.success.item() == pytest.approx(0.0025)
+
+
+@pytest.mark.parametrize("word", ["nvil", *(pytest.param(w, marks=pytest.mark.slow) for w in ("enumerate", "disarm"))])
+def test_the_compiled_step_is_the_eager_one_on_the_same_noise(word):
+    """Its captured graph, with a prior of presences that changes between the steps."""
+    steps = []
+    for kind in (partial(CompiledStep, backend=uncompiled), TorchStep):
+        model, guide = pair(success=0.4)
+        loss = SiteELBO(model.estimators(word), num_particles=2 if word == "disarm" else 1)
+        x = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        steps.append((kind(model, guide, loss, make_optimizer("adam", 1e-2)[0], Rows(x, "x")), model))
+    (compiled, model), (eager, twin) = steps
+    eager.module.load_state_dict(compiled.module.state_dict())  # baselines
+    for success in (0.4, 0.4, 0.1, 1e-3):
+        for one in (model, twin):
+            one.success.fill_(success)
+        mine = compiled(Rows(x, "x"))
+        with Tape(compiled.noise):
+            assert mine == pytest.approx(eager(Rows(x, "x")), rel=1e-9)
+        for name, value in eager.module.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(compiled.module.state_dict()[name], value, rtol=1e-8, atol=1e-9, msg=name)
+    assert compiled.captures == 1  # the new prior is an input of the same graph
+
+
+def test_a_compiled_fit_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    """The captured graph; inductor, which takes a minute for it, is left out."""
+    monkeypatch.setattr(step, "inductor", uncompiled)
+    ends = []
+    for parts in ((2,), (1, 2)):
+        model, guide = pair(num_steps=1)
+        for epochs in parts:
+            fit(
+                model, guide, torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1)).double(),
+                loss=SiteELBO(model.estimators("nvil")), batch_size=4, epochs=epochs, compile=True, progress=False,
+                anneal={"success": "linear(3, 0.5, 0.01)"}, run_dir=tmp_path / str(parts), resume=epochs != parts[0],
+            )  # fmt: skip
+        ends.append(model.state_dict() | guide.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_the_rest_of_the_library_takes_it():

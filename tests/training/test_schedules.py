@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pyro
@@ -126,6 +127,84 @@ def test_fit_takes_schedules():
 
 
 # --- active units -----------------------------------------------------------------------------------------------------
+
+
+class Scaled(torch.nn.Module):
+    """A model whose prior's scale is a buffer; it keeps the value of each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("prior_scale", torch.ones(()))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.decoder_loc = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def model(self, x):
+        pyro.module("scaled", self)
+        self.seen.append(round(self.prior_scale.item(), 6))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.decoder_loc, self.prior_scale))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+
+ANNEALED = {"anneal": {"prior_scale": "linear(4, 1.0, 0.2)"}, "batch_size": 2, "progress": False}
+
+
+def test_an_annealed_buffer_has_its_schedules_value_in_each_step():
+    pair = Scaled()
+    fit(pair.model, pair.guide, torch.ones(4), epochs=3, **ANNEALED)
+    assert [value for value, _ in itertools.groupby(pair.seen)][-5:] == [1.0, 0.8, 0.6, 0.4, 0.2]
+    assert pair.prior_scale.item() == pytest.approx(0.2)
+
+
+def test_patience_waits_for_the_end_of_annealing():
+    pair = Scaled()
+    found = fit(pair.model, pair.guide, torch.ones(4), valid=torch.ones(4), epochs=9, patience=1, lr=1e-9, **ANNEALED)
+    assert found.history[-1]["step"] >= 6 and found.stopped_early  # an epoch beyond the schedule's end
+
+
+def test_an_annealed_run_resumes_to_the_same_bits_and_refuses_another_schedule(tmp_path):
+    ends = []
+    for name, parts in (("whole", (3,)), ("parts", (1, 3))):
+        pair = Scaled()
+        for epochs in parts:
+            options = {"run_dir": tmp_path / name, "resume": epochs != parts[0]}
+            fit(pair.model, pair.guide, torch.ones(4), valid=torch.ones(2), epochs=epochs, **ANNEALED, **options)
+        ends.append((pair.decoder_loc.item(), pair.prior_scale.item()))
+    assert ends[0] == ends[1]
+    other = ANNEALED | {"anneal": {"prior_scale": "linear(4, 1.0, 0.3)"}}
+    with pytest.raises(BadInput, match="another configuration: anneal differ"):
+        fit(
+            pair.model,
+            pair.guide,
+            torch.ones(4),
+            valid=torch.ones(2),
+            epochs=4,
+            **other,
+            run_dir=tmp_path / "parts",
+            resume=True,
+        )
+
+
+@pytest.mark.parametrize(
+    "anneal, message",
+    [
+        ({"scale": 1.0}, "no buffer 'scale' of floating-point numbers; theirs: prior_scale"),
+        ({"count": 1.0}, "no buffer 'count'"),
+        ({"prior_scale": "line(3)"}, "did you mean 'linear'"),
+        ({"prior_scale": lambda step: float("nan")}, "is nan at step 0: expected a finite number"),
+        (["prior_scale"], "anneal is list: expected a schedule for each buffer"),
+    ],
+)
+def test_what_cannot_be_annealed_is_one_line(anneal, message):
+    pair = Scaled()
+    with pytest.raises((BadInput, UnknownName), match=message) as caught:
+        fit(pair.model, pair.guide, torch.ones(4), epochs=1, **ANNEALED | {"anneal": anneal})
+    assert "\n" not in str(caught.value)
 
 
 def test_active_units_are_those_whose_mean_moves():
