@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -38,6 +39,7 @@ class Configured(PyroModule):
     _not_in_config: ClassVar[tuple[str, ...]] = ()
     # No handler within listens to the parameters of its networks, so that a loss need not mention each at every step.
     plain_networks: ClassVar[bool] = True
+    __signature__: ClassVar[inspect.Signature]
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -50,6 +52,9 @@ class Configured(PyroModule):
         super().__init_subclass__(**options)
         if "__init__" in vars(cls):
             cls.__init__ = _within_memory(cls.__init__)
+        # Python 3.10 takes the signature of a class from __new__ where any base has one.
+        signature = inspect.signature(cls.__init__)
+        cls.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
 
 
 def _within_memory(init: Callable[..., None]) -> Callable[..., None]:

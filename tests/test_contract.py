@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -57,6 +59,13 @@ def test_guide_contract(name, variant, guide):
 # How each family's draws are differentiated below.
 SMOOTH = ("normal", "relaxed-categorical", "log-normal", "gamma", "beta", "dirichlet")
 ESTIMATORS = {family: "pathwise" if family in SMOOTH else "rloo" for family in families}
+
+
+@pytest.mark.parametrize("cls", [*models.values(), *guides.values()], ids=lambda cls: cls.__name__)
+def test_a_class_has_the_signature_of_its_constructor(cls):
+    """Said by the class itself: Python 3.10 would read that of ``__new__``, and every option would be unknown."""
+    said = inspect.signature(cls, follow_wrapped=False).parameters
+    assert "__signature__" in vars(cls) and list(said) == list(inspect.signature(cls.__init__).parameters)[1:]
 
 
 @pytest.mark.parametrize("name, variant", variants())
