@@ -15,7 +15,7 @@ from ..errors import UnknownName
 from ._base import models
 from ._sequences import Padded, SequenceModel, silent_where_masked
 
-KINDS = ("plain", "autoregressive", "factorial")
+KINDS = ("plain", "autoregressive", "factorial", "partially-factorial")
 
 
 @models.register("hidden-markov-model")
@@ -28,8 +28,10 @@ class HiddenMarkovModel(SequenceModel):
     Guides do not draw the states: the model marks them for enumeration, and with the guide ``none`` every ELBO,
     `SiteELBO` among them, sums them out in time linear in T and is log p(x), for maximum likelihood without
     Baum–Welch. ``kind="autoregressive"`` adds weights of x_{t−1} to the emission's logits; ``kind="factorial"`` has two
-    independent chains of ``num_states`` states each, and a table of emissions for each pair of states. With another
-    ``likelihood``, a word of `gumbo.models.likelihoods`, the tables hold its parameters, such as log rates of counts.
+    independent chains of ``num_states`` states each, and a table of emissions for each pair of states; with
+    ``kind="partially-factorial"`` w_t decides by which table z_t follows z_{t−1}. These are models 1 to 4 of Pyro's
+    example. With another ``likelihood``, a word of `gumbo.models.likelihoods`, the tables hold its parameters, such as
+    log rates of counts.
 
     Sequences of different lengths are padded with zeros: ``mask`` has ones for the valid steps, and a masked step has
     zeros as data. Called as ``model(x, mask=mask)``. Shapes: ``x`` is ``(B, T, D)`` or ``(B, 1, T, D)``,
@@ -37,7 +39,7 @@ class HiddenMarkovModel(SequenceModel):
     ``(B, D)``. ``inputs(x, lengths)`` makes the mask; ``per_step(values, mask)`` turns nats per sequence into nats per
     step.
 
-    Rabiner 1989, "A tutorial on hidden Markov models"; Ghahramani & Jordan 1997 for the factorial kind.
+    Rabiner 1989, "A tutorial on hidden Markov models"; Ghahramani & Jordan 1997 for the factorial kinds.
 
     >>> from gumbo.guides import NoGuide
     >>> from gumbo.inference import SiteELBO
@@ -51,6 +53,7 @@ class HiddenMarkovModel(SequenceModel):
         {"num_states": 3},
         {"num_states": 3, "kind": "autoregressive"},
         {"num_states": 3, "kind": "factorial"},
+        {"num_states": 3, "kind": "partially-factorial"},
     )
 
     def __init__(
@@ -67,12 +70,18 @@ class HiddenMarkovModel(SequenceModel):
             raise UnknownName("kind of hidden Markov model", kind, KINDS)
         self.kind = kind
         self.latents = {}
-        chains = ("w", "z") if kind == "factorial" else ("z",)
+        chains = ("w", "z") if "factorial" in kind else ("z",)
+        self.upstream = {"z": ("w",)} if kind == "partially-factorial" else {}
         self.summed = tuple(f"{chain}{t}" for t in range(1, self.steps + 1) for chain in chains)
         self.observed = tuple(f"x{t}" for t in range(1, self.steps + 1))
-        self.decoder_initial = nn.ParameterDict({chain: nn.Parameter(torch.zeros(num_states)) for chain in chains})
+        tables = {chain: (num_states,) * len(self.upstream.get(chain, ())) for chain in chains}
+        self.decoder_initial = nn.ParameterDict(
+            {chain: nn.Parameter(torch.zeros(*table, num_states)) for chain, table in tables.items()}
+        )
         # Initially states tend to persist, and emissions differ, which breaks the symmetry between states.
-        self.decoder_transition = nn.ParameterDict({chain: nn.Parameter(torch.eye(num_states)) for chain in chains})
+        self.decoder_transition = nn.ParameterDict(
+            {chain: nn.Parameter(torch.eye(num_states).repeat(*table, 1, 1)) for chain, table in tables.items()}
+        )
         pairs = (num_states,) * len(chains)
         outputs = self.observe_by(likelihood, likelihood_options, (self.width,))
         self.decoder_emission = nn.Parameter(torch.randn(*pairs, outputs) - float(self.binary_data))
@@ -85,9 +94,9 @@ class HiddenMarkovModel(SequenceModel):
             states: dict[str, Tensor] = {}
             drawn: list[Tensor] = []
             for t in pyro.markov(range(1, self.steps + 1)):
-                for chain, initial in self.decoder_initial.items():
-                    logits = Vindex(self.decoder_transition[chain])[states[chain]] if chain in states else initial
-                    fn = dist.Categorical(logits=logits)
+                for chain, logits in (self.decoder_transition if states else self.decoder_initial).items():
+                    given = [states[one] for one in (*self.upstream.get(chain, ()), *([chain] if t > 1 else []))]
+                    fn = dist.Categorical(logits=Vindex(logits)[tuple(given)] if given else logits)
                     states[chain] = pyro.sample(f"{chain}{t}", fn, infer={"enumerate": "parallel"})
                 seen = None if rows is None else rows[:, t - 1]
                 fn = self.emission(states, mask[:, t - 1], drawn[-1] if drawn else None)

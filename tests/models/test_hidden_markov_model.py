@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -17,7 +19,7 @@ from gumbo.inference import SiteELBO, evaluate, fit
 from gumbo.models import HiddenMarkovModel
 
 pytestmark = pytest.mark.usefixtures("param_store")
-KINDS = ("plain", "autoregressive", "factorial")
+KINDS = ("plain", "autoregressive", "factorial", "partially-factorial")
 
 
 def built(kind, steps=4, states=2):
@@ -39,7 +41,9 @@ def listed(model, x, mask):
         for t, at in enumerate(path):
             for chain, state in zip(chains, at, strict=True):
                 before = path[t - 1][chains.index(chain)]
-                row = model.decoder_initial[chain] if t == 0 else model.decoder_transition[chain][before]
+                upstream = at[:1] if chain == "z" and model.kind == "partially-factorial" else ()
+                table = (model.decoder_transition if t else model.decoder_initial)[chain]
+                row = table[(*upstream, *([before] if t else []))]
                 log_p = log_p + row.log_softmax(-1)[state]
             logits = model.decoder_emission[at].expand(len(x), -1)
             if model.kind == "autoregressive" and t > 0:
@@ -66,6 +70,25 @@ def test_it_is_what_stock_enumeration_finds(kind):
     ours = SiteELBO()(model, NoGuide(model))(**given)
     stock = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, NoGuide(model), **given)
     assert torch.isclose(ours, stock.double() if stock.dtype != ours.dtype else stock)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pyros_own_example_at_the_same_parameters_has_the_same_likelihood_and_gradient(kind, monkeypatch):
+    """Its models 1 to 4, with plates of sequences and tones; and its model 0, one sequence after the other."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    chains = importlib.import_module("_pyro_chains").chains
+    model, given = built(kind)
+    given["mask"][1, 2:] = 0.0
+    given["x"][1, 2:] = 0.0
+    parameters = list(model.parameters())
+    ours = SiteELBO()(model, NoGuide(model))(**given)
+    found = torch.autograd.grad(ours, parameters)
+    for plate, nesting in ((True, 2), (False, 1))[: 2 if kind == "plain" else 1]:
+        stock = TraceEnum_ELBO(max_plate_nesting=nesting).differentiable_loss(
+            chains(model, plate), lambda **_: None, **given
+        )
+        assert torch.isclose(ours, stock)
+        assert all(map(torch.allclose, found, torch.autograd.grad(stock, parameters)))
 
 
 def test_padding_changes_no_likelihood_and_long_chains_do_not_underflow():
