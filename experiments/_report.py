@@ -114,20 +114,22 @@ class Report:
 def finish(
     run: RunFolder,
     page: Report,
-    name: str = "report.html",
     pictures: Sequence[Path] | None = None,
     captions: Mapping[str, str] | None = None,
+    earlier: str | None = None,
 ) -> Path:
-    """Add pictures, settings, environment and command, and write the page to the run's folder.
+    """Add pictures, settings, environment and command, and write ``report.html`` to the run's folder.
 
     ``pictures`` are by default all of the run; ``captions`` say what they show, by file name without its ending.
-    Pictures that would make the file larger than 5 MB are left out, and the page names them.
+    Pictures that would make the file larger than 5 MB are left out, and the page names them. ``earlier`` is the heading
+    below which the report that the folder already has stays on the page.
     """
+    before = _section(run.path / "report.html", earlier) if earlier else ""
     paths = sorted(run.plots.glob("*.png")) if pictures is None else [path for path in pictures if path.exists()]
     paths = [path for path in paths if not path.stem.endswith(NARROW)]
     if paths:
         page.heading("Pictures")
-    size, left = len(page.html().encode()), []
+    size, left = len((page.html() + before).encode()), []
     for path in paths:
         own = sum(one.stat().st_size * 4 // 3 + 500 for one in (path, _narrow(path)) if one.exists())
         if size + own < MOST_BYTES - 100_000:
@@ -140,8 +142,19 @@ def finish(
     again(page, environment())
     settings = escape((run.path / "config.yaml").read_text())
     page.blocks.append(f"<details><summary>settings of the run</summary><pre>{settings}</pre></details>")
-    run.write_text(name, page.html())
-    return run.path / name
+    page.blocks.append(before)
+    run.write_text("report.html", page.html())
+    return run.path / "report.html"
+
+
+def _section(path: Path, heading: str) -> str:
+    """The report of a run's first verb as a section of a later page; the same one if that page is written again."""
+    text = path.read_text() if path.exists() else ""
+    if kept := re.search(r'<section id="earlier">.*</section>', text, re.DOTALL):
+        return kept[0]
+    if whole := re.search(r"<main>\s*<h1>(.*?)</h1>(.*)</main>", text, re.DOTALL):
+        return f'<section id="earlier">\n<h2>{escape(heading)}</h2>\n<p>{whole[1]}</p>{whole[2]}</section>'
+    return ""
 
 
 def _narrow(path: Path) -> Path:

@@ -33,7 +33,7 @@ class Inspect(OfRun):
 
 
 def inspect(config: Inspect) -> dict[str, Any]:
-    """Writes ``posterior.nc``, ``diagnosis.txt``, ``diagnosis.json`` and pictures into the run's folder."""
+    """Writes ``posterior.nc``, ``diagnosis.txt``, ``diagnosis.json``, ``report.html`` and pictures into the run's folder."""
     from gumbo.experiments.posterior_plots import everything
     from gumbo.inference import diagnose, to_arviz
     from gumbo.inference.posterior import _arviz
@@ -86,20 +86,31 @@ def inspect(config: Inspect) -> dict[str, Any]:
     write_report(run, report, pictures)
     print(report)
     print(
-        f"gumbo inspect: posterior.nc, diagnosis.txt, posterior.html and {len(pictures)} pictures in {run.path}",
+        f"gumbo inspect: posterior.nc, diagnosis.txt, report.html and {len(pictures)} pictures in {run.path}",
         file=sys.stderr,
     )
     return found | {"pictures": [str(path) for path in pictures]}
 
 
+CAPTIONS = {
+    "forest": "means and intervals of latents: those of all data, and those of the first datum",
+    "trace": "draws of the guide and their distribution, for the latents that vary most",
+    "pair": "pairs of latents: draws of the guide",
+    "khat": "k̂ of each datum against the limit for this number of draws",
+    "posterior_predictive": "the data, and data drawn at the guide's latents",
+    "calibration": "ranks of latents that were drawn from the prior among the guide's draws, against uniform ranks",
+    "latent_space": "posterior mean of each datum along the two directions of largest variance",
+}
+
+
 def write_report(run: RunFolder, report, pictures: Sequence[Path]) -> None:
-    """``posterior.html``, in addition to the run's report: every verdict with its advice, and the pictures."""
+    """``report.html``: every verdict with its advice, the pictures, and below them the report of the training."""
     from gumbo.experiments._report import Report, finish
 
     page = Report(f"gumbo inspect: the posterior of {run.path.name}", report.summary)
     body = [[one.name, one.verdict, one.text, one.advice or ""] for one in report.verdicts]
     page.table(["question", "verdict", "found", "what to do next"], body, "Verdicts")
-    finish(run, page, "posterior.html", pictures)
+    finish(run, page, pictures, CAPTIONS, earlier="The training")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "gumbo inspect") -> None:

@@ -194,8 +194,8 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss, processe
     }
     run.write_config("train", config, resume=None, folder=None)
     run.write_json("results.json", results)
-    draw(run, result, model.cpu(), guide.cpu(), test)
-    report(run, config, result, found)
+    pictures = draw(run, result, model.cpu(), guide.cpu(), test)
+    report(run, config, result, found, pictures)
     show("test", found)
     print(f"gumbo train: plots, numbers and report.html in {run.path}", file=sys.stderr)
     return results
@@ -352,8 +352,8 @@ def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple,
         raise BadInput(f"{kind} {name!r} cannot be made: {type(error).__name__}: {error}") from error
 
 
-def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> None:
-    """Learning curve, reconstructions, draws from the model."""
+def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> list[Path]:
+    """Learning curve, and where the data are images reconstructions and draws from the model."""
     import numpy as np
 
     from gumbo.experiments.plots import has_mean, image_rows, learning_curves, prior_draws, reconstructions
@@ -361,21 +361,25 @@ def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> Non
 
     curve = np.array([[numbers["valid_elbo"] for numbers in result.history]])
     title = "true ELBO on validation data"
-    learning_curves(run.plots / "learning_curve.png", {title: {"valid": curve}}, "nats per datum")
+    made = [learning_curves(run.plots / "learning_curve.png", {title: {"valid": curve}}, "nats per datum")]
     if model.x_is_given or model.observed != ("x",):
-        return  # the data are no images
+        return made  # the data are no images
     model, guide = exact_pair(model, guide)
     first = {name: value[:10] for name, value in inputs.items()}
     if not has_mean(model, first):
-        return
+        return made
     rows = {"data": first["x"], "reconstruction": reconstructions(model, guide, first)}
-    image_rows(run.plots / "reconstructions.png", "test data, and means of p(x | z) at a draw of the guide", rows)
+    drawn = "test data, and means of p(x | z) at a draw of the guide"
     title = "means of p(x | z) at draws of the prior"
-    image_rows(run.plots / "prior_draws.png", title, {"": prior_draws(model, first)})
+    return [
+        *made,
+        image_rows(run.plots / "reconstructions.png", drawn, rows),
+        image_rows(run.plots / "prior_draws.png", title, {"": prior_draws(model, first)}),
+    ]
 
 
-def report(run: RunFolder, config: Train, result, found: Evaluation) -> None:
-    """``report.html``: the verdict, the numbers, the curves."""
+def report(run: RunFolder, config: Train, result, found: Evaluation, pictures: Sequence[Path]) -> None:
+    """``report.html``: the verdict, the numbers, the curves, the pictures."""
     from gumbo.experiments._report import Report, finish
 
     numbers = found.as_dict()
@@ -391,7 +395,7 @@ def report(run: RunFolder, config: Train, result, found: Evaluation) -> None:
         for name, label in names.items()
     }
     page.curves("Learning curves", curves, "epoch", "nats per datum")
-    finish(run, page)
+    finish(run, page, pictures)
 
 
 def show(split: str, found: Evaluation) -> None:

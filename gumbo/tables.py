@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -39,11 +40,29 @@ def plain(heads: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, ga
     ]
 
 
+def holds_numbers(cells: Sequence[str]) -> bool:
+    """Whether a column is of numbers, errors, intervals or shares, and so right-aligned.
+
+    >>> holds_numbers(["-19.17 ± 0.07", "", "**1,024**"]), holds_numbers(["1 of 2 cells", "–"]), holds_numbers(["", "–"])
+    (True, False, False)
+    """
+    said = [cell for cell in cells if re.search(r"\w", cell)]
+    return bool(said) and all(_NUMBER.match(cell) and not re.search(r"[^\W\d_]{4}", cell) for cell in said)
+
+
+_NUMBER = re.compile(r"[^\w]*(\d|nan|inf)")
+
+
 def markdown(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; all columns but the first are right-aligned."""
+    """Lines of a Markdown table; columns of numbers but the first are right-aligned.
+
+    >>> markdown(["name", "ELBO", "note"], [["a", "-1.0", "collapsed"]])[1]
+    '| --- | ---: | --- |'
+    """
     escaped = [[text.replace("|", "\\|") for text in line] for line in (heads, *body)]
     first, *rest = ["| " + " | ".join(line) + " |" for line in escaped]
-    return [first, "| --- |" + " ---: |" * (len(heads) - 1), *rest]
+    marks = ["---:" if k and holds_numbers([line[k] for line in body]) else "---" for k in range(len(heads))]
+    return [first, f"| {' | '.join(marks)} |", *rest]
 
 
 def html(
@@ -52,19 +71,20 @@ def html(
     """A table as HTML, with paragraphs above and below; the first cell of a row is its head.
 
     A cell has its row and its column for a title, which a browser shows on hovering. A cell of more than 40 characters
-    is of class ``long``, so that a page can break its lines.
+    is of class ``long``, so that a page can break its lines. Columns of text are left-aligned, in any page.
 
     >>> html(["name", "value"], [["a", "<1"]], above=["Numbers"]).splitlines()[0]
     '<p>Numbers</p>'
     >>> '<td title="a, value: &lt;1">&lt;1</td>' in html(["name", "value"], [["a", "<1"]])
     True
     """
-    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    left = ["" if holds_numbers([line[k] for line in body]) else LEFT for k in range(len(heads))]
+    top = "".join(f'<th scope="col"{side}>{escape(head)}</th>' for head, side in zip(heads, left, strict=True))
     rows = []
     for first, *rest in body:
         cells = "".join(
-            f'<td{LONG if len(cell) > 40 else ""} title="{escape(f"{first}, {head}: {cell}")}">{escape(cell)}</td>'
-            for head, cell in zip(heads[1:], rest, strict=True)
+            f'<td{LONG if len(cell) > 40 else ""} title="{escape(f"{first}, {head}: {cell}")}"{side}>{escape(cell)}</td>'
+            for head, cell, side in zip(heads[1:], rest, left[1:], strict=True)
         )
         rows.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -72,6 +92,7 @@ def html(
 
 
 LONG = ' class="long"'
+LEFT = ' style="text-align:left"'
 
 
 def _paragraphs(texts: Sequence[str]) -> list[str]:

@@ -117,4 +117,15 @@ def test_a_cell_of_a_sentence_may_break_its_lines():
     page = tables.html(
         ["question", "verdict", "found"], [["khat", "ok", "a sentence of more than forty characters, as here"]]
     )
-    assert page.count('<td class="long" title=') == 1 and '<td title="khat, verdict: ok">ok</td>' in page
+    assert page.count('<td class="long" title=') == 1 and f'<td title="khat, verdict: ok"{tables.LEFT}>ok' in page
+
+
+def test_columns_of_text_are_left_aligned_and_columns_of_numbers_right():
+    heads = ["word", "ELBO", "found", "note"]
+    body = [["rloo", "-19.27 ± 0.04", "1 of 2 published cells within 2 nats", ""], ["trace", "nan", "all", "collapsed"]]
+    assert tables.markdown(heads, body)[1] == "| --- | ---: | --- | --- |"
+    shown = tables.html(heads, body)
+    for column, head in enumerate(heads):
+        left = f'<th scope="col"{tables.LEFT}>{head}</th>' in shown
+        assert left is (column != 1), head
+    assert shown.count("<td title=") == 3 * len(body) and shown.count(f'"{tables.LEFT}>') == 3 + 2 * len(body)

@@ -16,7 +16,7 @@ COMMANDS = {
     "train": ([TRAIN], "train/report.html"),
     "inspect": (
         [TRAIN, "inspect train --num_data 4 --num_samples 100 --num_simulations 20 --refine_steps 0"],
-        "train/posterior.html",
+        "train/report.html",
     ),
     "audit": (
         [

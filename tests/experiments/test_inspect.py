@@ -54,8 +54,11 @@ def test_inspect_writes_the_posterior_its_verdicts_and_pictures(name, tmp_path, 
     expected = {"forest", "trace", "pair", "khat", "posterior_predictive", "calibration", "latent_space"}
     pictures = {path.stem for path in (tmp_path / "run" / "plots").glob("*.png")}
     assert expected <= pictures
-    verdict = re.search(r'class="verdict">(.*?)</p>', (tmp_path / "run" / "posterior.html").read_text())[1]
+    verdict = re.search(r'class="verdict">(.*?)</p>', text := (tmp_path / "run" / "report.html").read_text())[1]
     assert all(name in verdict for name in (*found["alarms"], *found["cannot_say"]))  # the whole sentence
+    assert (
+        text.index("Verdicts") < text.index("<h2>The training</h2>") < text.index("the true ELBO on the test data is")
+    )
     saved = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
     assert saved["alarms"] == found["alarms"] and set(saved["alarms"]) <= set(saved["verdicts"])
     said = capsys.readouterr().out

@@ -102,6 +102,27 @@ def test_pictures_that_are_too_large_are_named(tmp_path):
     assert "large.png" in (run.path / "report.html").read_text()
 
 
+def test_a_later_verb_keeps_the_report_of_the_first_below_its_own(tmp_path):
+    run = RunFolder.create("train", Evaluate(run="x"), str(tmp_path / "run"))
+    first = Report("gumbo train: a < b", "the bound is −20")
+    first.curves("Curves", {"a": [(0.0, 1.0), (1.0, 2.0)]}, "x", "y")
+    finish(run, first)
+    for verdict in ("all ok", "an alarm"):  # the second time its own earlier page is replaced, not nested
+        path = finish(run, Report("gumbo inspect", verdict), earlier="The training")
+        text = path.read_text()
+        page = checked(path)
+        assert len(page.all("section")) == len(page.all("h1")) == len(page.all("svg")) == 1
+        assert text.index(verdict) < text.index("<h2>The training</h2>") < text.index("the bound is −20")
+        assert "<p>gumbo train: a &lt; b</p>" in text
+    assert "all ok" not in text
+    assert "The training" not in finish(run, first).read_text()  # trained again: of the posterior nothing is left
+
+
+def test_a_run_without_a_report_gets_one_without_a_section(tmp_path):
+    run = RunFolder.create("train", Evaluate(run="x"), str(tmp_path / "run"))
+    assert not checked(finish(run, Report("gumbo inspect", "all ok"), earlier="The training")).all("section")
+
+
 @pytest.mark.parametrize(
     ("argv", "typed"),
     [
