@@ -35,6 +35,7 @@ version = release = gumbo.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # furo's own underlines the names of imports
 html_title = "gumbo"
 html_static_path = ["_static"]
 html_css_files = ["gumbo.css"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from dataclasses import MISSING, fields
 from typing import Any, NoReturn, TypeVar
 
 from gumbo.console import forgiving
-from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName, UnsupportedSite
+from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName, UnsupportedSite, did_you_mean
 from gumbo.experiments._names import marked, unmarked
 from gumbo.experiments._runs import read_settings, without_nan
 from gumbo.launcher import launched, rank
@@ -166,7 +167,7 @@ def checked(config_class: type[Config], settings: Mapping[str, Any], source: obj
     try:
         found = parser.parse_object({name: value for name, value in settings.items() if value is not None})
     except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
-        raise BadInput(f"{source}: {getattr(error, 'message', None) or error}") from error
+        raise BadInput(f"{source}: {_in_our_words(parser, str(getattr(error, 'message', None) or error))}") from error
     settings = {field.name: found[field.name] for field in fields(config_class)} | {
         name: None for name, value in settings.items() if value is None
     }
@@ -224,7 +225,38 @@ def _parse(parser, argv: Sequence[str], prog: str):
     try:
         return parser.parse_args(list(argv))
     except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
-        fail(prog, getattr(error, "message", None) or error)
+        fail(prog, _in_our_words(parser, str(getattr(error, "message", None) or error)))
+
+
+# What jsonargparse says of an unknown flag, of an unknown line of a file, and of a value of the wrong type.
+_UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (.*)", re.IGNORECASE)
+_UNKNOWN_LINE = re.compile(r"Option '(\w+)' is not accepted")
+_WRONG_TYPE = re.compile(r'Parser key "([\w.]+)": Expected an? <class .(\w+).>\. Got value: (.*)')
+_TYPES = {"int": "a whole number", "float": "a number", "str": "text", "list": "a list, such as [1, 2]"}
+
+
+def _in_our_words(parser, said: str) -> str:
+    """The parser's message, with the nearest name for an unknown one, and types in words.
+
+    >>> from argparse import ArgumentParser
+    >>> (parser := ArgumentParser(prog="gumbo train")).add_argument("--model").dest
+    'model'
+    >>> _in_our_words(parser, "unrecognized arguments: --modle x")
+    "unknown option '--modle': did you mean '--model'? (gumbo train --help shows all)"
+    """
+    said = " ".join(said.split())
+    more = f"({parser.prog} --help shows all)"
+    known = [text for action in parser._actions for text in action.option_strings if text.startswith("--")]
+    if found := _UNKNOWN_FLAG.fullmatch(said):
+        flag = next((one.partition("=")[0] for one in found[1].split() if one.startswith("--")), None)
+        if flag is None:
+            return f"unexpected argument {found[1].split()[0]!r} {more}"
+        return f"unknown option {flag!r}: {did_you_mean(flag.partition('.')[0], known)} {more}"
+    if found := _UNKNOWN_LINE.search(said):
+        return f"unknown setting {found[1]!r}: {did_you_mean(found[1], [one[2:] for one in known])} {more}"
+    if found := _WRONG_TYPE.fullmatch(said):
+        return f"{found[1]} is {found[3]!r}: expected {_TYPES.get(found[2], found[2])}"
+    return said
 
 
 def _descriptions(config_class: type) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from gumbo.errors import BadInput
+from gumbo.errors import BadInput, did_you_mean
 from gumbo.experiments._names import program
 from gumbo.registry import Registry, is_import_path
 
@@ -67,7 +67,8 @@ def amortized(model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any])
     known = ("hidden", "dependencies", "order")
     for option in options:
         if option not in known:
-            raise BadInput(f"guide {AMORTIZE!r} has no option {option!r}; its options: {', '.join(known)}")
+            near = did_you_mean(option, known, "; ")
+            raise BadInput(f"guide {AMORTIZE!r} has no option {option!r}; its options: {', '.join(known)}{near}")
     guide = amortize(model, **inputs, **{"quiet": True, **options})
     if isinstance(model, OwnProgram):
         model.latents = {decision.site: decision for decision in guide.decisions if decision.scope != "summed out"}

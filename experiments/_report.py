@@ -33,7 +33,9 @@ th:first-child, td:first-child { text-align: left; }
 td.long { white-space: normal; min-width: 16rem; text-align: left; }
 td:hover { background: #3b82c433; }
 svg { width: 100%; height: auto; max-width: 46rem; } svg text { fill: currentColor; font-size: 12px; }
-@media (max-width: 40rem) { svg text { font-size: 18px; } }
+@media (max-width: 40rem) {
+  svg text { font-size: 18px; } th, td { padding: .25rem .4rem; } td.long { min-width: 11rem; }
+}
 figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
 img { max-width: 100%; height: auto; background: white; }
 pre { overflow-x: auto; padding: .6rem; border: 1px solid var(--edge); }
@@ -72,9 +74,17 @@ class Report:
 
     def table(self, heads: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> None:
         """A table; each cell has a tooltip with its row and column."""
+        self._wide(caption, html_table(heads, body))
+
+    def result(self, caption: str, found: Any) -> None:
+        """What a result shows of itself in a notebook."""
+        self._wide(caption, found._repr_html_())
+
+    def _wide(self, caption: str, shown: str) -> None:
+        """A part of the page that scrolls by itself, where it is wider than the window."""
         self.heading(caption)
         attributes = f'class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"'
-        self.blocks.append(f"<div {attributes}>{html_table(heads, body)}</div>")
+        self.blocks.append(f"<div {attributes}>{shown}</div>")
 
     def curves(self, caption: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str) -> None:
         """Lines of (x, y) points, each point with its numbers as a tooltip."""
@@ -214,7 +224,8 @@ def _svg(caption: str, lines: Mapping[str, Curve], xlabel: str, ylabel: str, cli
         place = at(x0, y)[1]
         parts.append(f'<path d="M{left} {place:.1f}H{width - right}" stroke="currentColor" opacity=".15"/>')
         parts.append(f'<text x="{left - 6}" y="{place + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in _ticks(x0, x1):
+    whole = all(float(x).is_integer() for x in xs)  # epochs, steps
+    for x in (x for x in _ticks(x0, x1) if not whole or float(x).is_integer()):
         parts.append(f'<text x="{at(x, low)[0]:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
     middle = (top + height - bottom) / 2
     parts.append(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from gumbo.errors import did_you_mean
 
 
 class Verb(NamedTuple):
@@ -30,6 +31,8 @@ VERBS = {
     "completion": Verb("completion", "a script that completes verbs, options and names in your shell"),
     "list": Verb("listing", "show models, guides, estimators, objectives, and which combinations are valid"),
 }
+
+OPTIONS = ("--help", "--version")
 
 
 def usage() -> str:
@@ -57,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     name, *rest = argv
     if name not in VERBS:
-        close = difflib.get_close_matches(name, VERBS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        print(f"gumbo: error: unknown verb {name!r}: {hint}(known: {', '.join(VERBS)})", file=sys.stderr)
+        kind, known = ("option", OPTIONS) if name.startswith("-") else ("verb", tuple(VERBS))
+        hint = did_you_mean(name, known, " ")
+        print(f"gumbo: error: unknown {kind} {name!r}:{hint} (known: {', '.join(known)})", file=sys.stderr)
         raise SystemExit(2)
     importlib.import_module(f"gumbo.experiments.{VERBS[name].module}").main(rest, prog=f"gumbo {name}")
 

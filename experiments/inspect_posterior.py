@@ -33,7 +33,7 @@ class Inspect(OfRun):
 
 
 def inspect(config: Inspect) -> dict[str, Any]:
-    """Writes ``posterior.nc``, ``diagnosis.txt``, ``diagnosis.json``, ``report.html`` and pictures into the run's folder."""
+    """Writes ``posterior.nc``, ``diagnosis.txt``, ``diagnosis.json``, ``report.html`` and pictures into the folder."""
     from gumbo.experiments.posterior_plots import everything
     from gumbo.inference import diagnose, to_arviz
     from gumbo.inference.posterior import _arviz

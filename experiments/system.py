@@ -46,10 +46,10 @@ def usage(prog: str) -> str:
 
 def main(argv: Sequence[str] | None = None, prog: str = "gumbo system") -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv:
+        fail(prog, f"the name of a system is missing: expected one of {', '.join(systems)}")
+    if argv[0] in ("-h", "--help"):
         print(usage(prog))
-        if not argv:
-            raise SystemExit(2)
         return
     name, *rest = argv
     if name not in systems:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName
+from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName, did_you_mean
 from gumbo.experiments._command import run_command, speaks
 from gumbo.experiments._names import current_folder_importable, marked, named, named_objective, refuse_untrusted
 from gumbo.experiments._programs import AMORTIZE, ROWS, OwnProgram, amortized, own_model
@@ -343,7 +343,8 @@ def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple,
     known = known[len(positional) :]
     for option in options:
         if option not in known:
-            raise BadInput(f"{kind} {name!r} has no option {option!r}; its options: {', '.join(known) or 'none'}")
+            near = did_you_mean(option, known, "; ")
+            raise BadInput(f"{kind} {name!r} has no option {option!r}; its options: {', '.join(known) or 'none'}{near}")
     try:
         return make(*positional, **options)
     except GumboError:
@@ -382,13 +383,11 @@ def report(run: RunFolder, config: Train, result, found: Evaluation, pictures: S
     """``report.html``: the verdict, the numbers, the curves, the pictures."""
     from gumbo.experiments._report import Report, finish
 
-    numbers = found.as_dict()
     page = Report(
         f"gumbo train: {config.model} with guide {config.guide}",
-        f"After {result.epochs} epochs the true ELBO on the test data is {numbers['elbo']:.2f} nats per datum.",
+        f"After {result.epochs} epochs the true ELBO on the test data is {found.elbo:.2f} nats per datum.",
     )
-    rows = [[name, f"{value:.4g}"] for name, value in numbers.items() if isinstance(value, (int, float))]
-    page.table(["quantity (nats per datum)", "test"], rows, "Numbers")
+    page.result("Numbers on the test data", found)
     names = {result.objective_name: f"training: {result.objective_name}", "valid_elbo": "validation: true ELBO"}
     curves = {
         label: [(line["epoch"], line[name]) for line in result.history if line.get(name) is not None]

@@ -19,6 +19,16 @@ class BadInput(GumboError, ValueError):
     """Data, an argument or a file that cannot be used: a wrong shape, NaN, empty data."""
 
 
+def did_you_mean(name: object, known: Iterable[str], before: str = "") -> str:
+    """The question for the nearest known name, after the text ``before``; nothing if none is near.
+
+    >>> did_you_mean("hiden", ["hidden", "latent_dim"], "; "), did_you_mean("depth", ["hidden"], "; ")
+    ("; did you mean 'hidden'?", '')
+    """
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"{before}did you mean {close[0]!r}?" if close else ""
+
+
 class UnknownName(GumboError, ValueError):
     """A word that is not in the registry.
 
@@ -32,9 +42,7 @@ class UnknownName(GumboError, ValueError):
             super().__init__(kind)
             return
         known = sorted(known)
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        super().__init__(f"unknown {kind} {name!r}: {hint}(known: {', '.join(known)})")
+        super().__init__(f"unknown {kind} {name!r}: {did_you_mean(name, known)} (known: {', '.join(known)})")
 
 
 # Errors that programs raise for arguments, dimensions or rows that they do not support.

@@ -43,7 +43,7 @@ def plain(heads: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, ga
 def holds_numbers(cells: Sequence[str]) -> bool:
     """Whether a column is of numbers, errors, intervals or shares, and so right-aligned.
 
-    >>> holds_numbers(["-19.17 ± 0.07", "", "**1,024**"]), holds_numbers(["1 of 2 cells", "–"]), holds_numbers(["", "–"])
+    >>> holds_numbers(["-19.17 ± 0.07", "", "**1,024**"]), holds_numbers(["1 of 2 cells", "–"]), holds_numbers(["–"])
     (True, False, False)
     """
     said = [cell for cell in cells if re.search(r"\w", cell)]
@@ -81,12 +81,12 @@ def html(
     left = ["" if holds_numbers([line[k] for line in body]) else LEFT for k in range(len(heads))]
     top = "".join(f'<th scope="col"{side}>{escape(head)}</th>' for head, side in zip(heads, left, strict=True))
     rows = []
-    for first, *rest in body:
+    for row, *rest in body:
         cells = "".join(
-            f'<td{LONG if len(cell) > 40 else ""} title="{escape(f"{first}, {head}: {cell}")}"{side}>{escape(cell)}</td>'
+            f'<td{LONG if len(cell) > 40 else ""} title="{escape(f"{row}, {head}: {cell}")}"{side}>{escape(cell)}</td>'
             for head, cell, side in zip(heads[1:], rest, left[1:], strict=True)
         )
-        rows.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
+        rows.append(f'<tr><th scope="row">{escape(row)}</th>{cells}</tr>')
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return "\n".join([*_paragraphs(above), table, *_paragraphs(below)])
 

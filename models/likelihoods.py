@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid, softplus
 
-from ..errors import BadInput
+from ..errors import BadInput, did_you_mean
 from ..options import check_option
 from ..registry import Registry
 from .families import rate
@@ -66,8 +66,8 @@ class Observation(nn.Module):
         given = dict(options or {})
         for name, value in given.items():
             if name not in self.family.options:
-                known = ", ".join(self.family.options) or "none"
-                raise BadInput(f"likelihood {word!r} has no option {name!r}; its options: {known}")
+                known, near = ", ".join(self.family.options) or "none", did_you_mean(name, self.family.options, "; ")
+                raise BadInput(f"likelihood {word!r} has no option {name!r}; its options: {known}{near}")
             kind = type(self.family.options[name])
             check_option(f"likelihood {word!r}: {name}", value, float if kind is float else int)
         self.options = {**self.family.options, **given}

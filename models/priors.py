@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
-from ..errors import BadInput
+from ..errors import BadInput, did_you_mean
 from ..options import check_option
 from ..registry import Registry
 from ._flows import FlowDistribution, zuko_flow
@@ -41,8 +41,8 @@ def made(registry: Registry, word: str, options: Mapping[str, Any] | None, *argu
     taken = {n: p for n, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for name, value in given.items():
         if name not in taken:
-            known = ", ".join(taken) or "none"
-            raise BadInput(f"{registry.kind} {word!r} has no option {name!r}; its options: {known}")
+            known, near = ", ".join(taken) or "none", did_you_mean(name, taken, "; ")
+            raise BadInput(f"{registry.kind} {word!r} has no option {name!r}; its options: {known}{near}")
         check_option(f"{registry.kind} {word!r}: {name}", value, type(taken[name].default))
     return make(*arguments, **given)
 

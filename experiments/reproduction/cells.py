@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from gumbo.errors import BadInput
+from gumbo.errors import BadInput, did_you_mean
 from gumbo.registry import Registry
 
 tables: Registry[Table] = Registry("table")
@@ -64,8 +64,9 @@ class Table:
         """The cells whose names match one of the patterns (``nonlinear/*``); all of them if there is no pattern."""
         for pattern in patterns:
             if not any(fnmatch(cell.name, pattern) for cell in self.cells):
-                known = ", ".join(cell.name for cell in self.cells)
-                raise BadInput(f"table {self.name!r} has no cell {pattern!r}: its cells are {known}")
+                names = [cell.name for cell in self.cells]
+                near = did_you_mean(pattern, names, "; ")
+                raise BadInput(f"table {self.name!r} has no cell {pattern!r}: its cells are {', '.join(names)}{near}")
         return [cell for cell in self.cells if not patterns or any(fnmatch(cell.name, p) for p in patterns)]
 
 

@@ -59,7 +59,7 @@ def one_line_and_status(capsys, argv: list[str]) -> tuple[str, int]:
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     said = capsys.readouterr()
-    assert said.err.count("\n") == 1, said.err
+    assert said.err.count("\n") == 1 and said.out == "", said
     return said.err, stop.value.code
 
 
@@ -81,11 +81,24 @@ def one_line_and_status(capsys, argv: list[str]) -> tuple[str, int]:
         (["evaluate", "nowhere"], "nowhere is not a run folder"),
         (["compare", "--seeds", "0"], "seeds is 0"),
         (["compare", "--families", "[discrte]"], "did you mean 'discrete'?"),
-        (["list", "--jsn"], "jsn"),
+        (["list", "--jsn"], "unknown option '--jsn': did you mean '--json'?"),
+        (["--verson"], "unknown option '--verson': did you mean '--version'?"),
+        (["train", "--modle", "x"], "unknown option '--modle': did you mean '--model'?"),
+        (["train", "--model_option.hidden=[4]"], "did you mean '--model_options'?"),
+        (["train", "extra"], "unexpected argument 'extra'"),
+        (["train", "--epochs", "1.5"], "epochs is '1.5': expected a whole number"),
+        (["train", "--config", "odd.yaml"], "unknown setting 'modle': did you mean 'model'?"),
+        (["train", "--model_options.hiden=[3]"], "did you mean 'hidden'?"),
+        (["reproduce", "toy", "--cells", "[0.45/rlo]"], "did you mean '0.45/rloo'?"),
+        (["reproduce", "toy", "--seeds", "a"], "seeds is 'a': expected a list"),
+        (["system"], "the name of a system is missing"),
+        (["system", "warmup"], "did you mean 'warm-up'?"),
+        (["completion", "bsh"], "did you mean 'bash'?"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("odd.yaml").write_text("modle: gaussian-vae\n")
     said, status = one_line_and_status(capsys, argv)
     assert words in said
     assert said.startswith(f"gumbo {argv[0]}: error: " if argv[0] in cli.VERBS else "gumbo: error: ")
