@@ -18,6 +18,7 @@ from gumbo.experiments._names import current_folder_importable, marked, named, n
 from gumbo.experiments._programs import AMORTIZE, ROWS, OwnProgram, amortized, own_model
 from gumbo.experiments._runs import RunFolder, run_settings
 from gumbo.launcher import launched
+from gumbo.registry import describe
 
 if TYPE_CHECKING:
     from gumbo.inference.posterior.evaluation import Evaluation
@@ -29,7 +30,8 @@ class Train:
 
     Args:
         model: a model's name, or the import path of a class or of any Pyro program, `mypkg:model`.
-        guide: a guide's name or import path, or `amortize`, which fits any program; by default the first that fits.
+        guide: a guide's name, the import path of a class or of a function that makes one from the model, or `amortize`,
+            which fits any program; by default the first that fits.
         estimator: the gradient estimator: one word (`auto` measures and selects; options are in a call, as in
             `'arms(draws=3)'`), or one for each site, as in `--estimator '{gate: enumerate, z: pathwise}'`; Pyro's own
             ELBOs are `trace`, `trace-graph`, ….
@@ -335,6 +337,8 @@ def default_guide(model, fit: Sequence[str]) -> str:
 
 def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple, options: Mapping[str, Any]):
     """An object from its options; BadInput names an unknown option."""
+    import torch
+
     known = [
         p.name
         for p in inspect.signature(make).parameters.values()
@@ -346,11 +350,14 @@ def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple,
             near = did_you_mean(option, known, "; ")
             raise BadInput(f"{kind} {name!r} has no option {option!r}; its options: {', '.join(known) or 'none'}{near}")
     try:
-        return make(*positional, **options)
+        made = make(*positional, **options)
     except GumboError:
         raise
     except Exception as error:  # the class's own code
         raise BadInput(f"{kind} {name!r} cannot be made: {type(error).__name__}: {error}") from error
+    if not isinstance(made, torch.nn.Module):
+        raise BadInput(f"{kind} {name!r} makes {describe(made)}: expected a module whose call is the Pyro program")
+    return made
 
 
 def draw(run: RunFolder, result, model, guide, inputs: Mapping[str, Any]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
@@ -19,8 +20,9 @@ from ..registry import Registry
 
 
 def _expected(found: Any) -> str:
-    own = isinstance(found, type) and issubclass(found, nn.Module) and not found.__module__.startswith("torch.")
-    return "" if own else "a subclass of Guide, or another class of modules that is made from a model"
+    kind = inspect.isfunction(found) or (isinstance(found, type) and issubclass(found, nn.Module))
+    own = kind and found.__module__.split(".")[0] != "torch"
+    return "" if own else "a subclass of Guide, or another class of modules or a function that makes one from a model"
 
 
 guides: Registry[type[AnyGuide]] = Registry("guide", _expected)

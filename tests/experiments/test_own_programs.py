@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import pytest
+import yaml
 
 from gumbo.errors import BadInput
 from gumbo.experiments import cli
@@ -43,6 +45,55 @@ class Module(PyroModule):
 def nothing():
     pass
 """
+GUIDE = """
+import pyro
+import torch
+from torch import nn
+
+from gumbo.guides import Guide
+from gumbo.models.families import distribution, families, num_outputs
+
+
+class Mine(Guide):
+    families = tuple(families)
+
+    def __init__(self, model, width: int = 4):
+        super().__init__(model, hidden=[width])
+        sizes = {site: num_outputs(latent) for site, latent in self.latents.items()}
+        self.encoder_heads = nn.ModuleDict({site: nn.Linear(self.encoder.size, size) for site, size in sizes.items()})
+
+    def forward(self, x, **conditions):
+        with self.data_plate(x):
+            seen = self.features(x, conditions)
+            laws = {site: distribution(one, self.encoder_heads[site](seen)) for site, one in self.latents.items()}
+            return {site: pyro.sample(site, law) for site, law in laws.items()}
+
+
+class Nothing(nn.Module):
+    def forward(self, x, **conditions):
+        return {}
+
+
+def make(model, width: int = 4):
+    return Mine(model, width) if model.latents else Nothing()
+
+
+def forgotten(model):
+    Mine(model)
+
+
+def data():
+    torch.manual_seed(0)
+    lengths = torch.tensor([1, 2, 3, 4] * 2)
+    x = torch.bernoulli(torch.full((8, 1, 4, 4), 0.5)) * (torch.arange(4) < lengths[:, None])[:, None, :, None]
+    return {split: (x, lengths) for split in ("train", "valid", "test")}
+"""
+SECOND_WAVE = [
+    "attend-infer-repeat", "deep-markov-model", "hidden-markov-model", "switching-state-space", "prod-lda",
+    "latent-dirichlet-allocation", "poisson-def", "poisson-vae", "negative-binomial-vae", "vector-quantized-vae",
+    "sequence-vae", "grid-world",
+]  # fmt: skip
+QUICK_MODELS = ("attend-infer-repeat", "hidden-markov-model", "grid-world")
 QUICK = ["--epochs=1", "--importance_samples=2", "--guide_options.hidden=[8]"]
 
 
@@ -66,6 +117,49 @@ def test_a_program_by_import_path_is_trained_and_evaluated_again(name, written, 
     cli.main(["evaluate", "run", "--importance_samples=2", "--trust"])
     again = json.loads((written / "run" / "evaluation-test.json").read_text())
     assert again["elbo"] == pytest.approx(found["test"]["elbo"], abs=1e-4)
+
+
+@pytest.fixture
+def own_guide(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(GUIDE)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        pytest.param(name, path, marks=[] if name in QUICK_MODELS else pytest.mark.slow)
+        for number, name in enumerate(SECOND_WAVE)
+        for path in ("mine:make", "mine.Mine")[: 1 + (number == 0)]
+    ],
+)
+def test_a_guide_of_the_users_own_is_trained_on_each_model_of_the_second_wave(name, path, own_guide, capsys):
+    """From a file of the working folder, a class or a function of the model, with its own option."""
+    options = models[name].variants[0]
+    latents = models[name]((1, 4, 4), **options).latents.values()
+    discrete = any(one.family in ("bernoulli", "categorical", "poisson") for one in latents)
+    words = ["--estimator=rloo", "--particles=2"] if discrete else ["--estimator=default"]
+    settings = {"model": name, "guide": path, "data": "mine:data", "model_options": dict(options)}
+    settings |= {"guide_options": {"width": 3}, "epochs": 1, "batch_size": 4, "importance_samples": 2}
+    if name == "attend-infer-repeat":
+        settings["anneal"] = {"success": "linear(4, 0.5, 0.1)"}
+    (own_guide / "settings.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
+    cli.main(["train", "--config", "settings.yaml", "--folder", "run", *words])
+    found = json.loads((own_guide / "run" / "results.json").read_text())
+    assert math.isfinite(found["test"]["elbo"]) and found["config"]["guide"] == path
+    cli.main(["evaluate", "run", "--importance_samples=2", "--trust"])
+    again = json.loads((own_guide / "run" / "evaluation-test.json").read_text())
+    assert again["elbo"] == pytest.approx(found["test"]["elbo"], abs=1e-4)
+
+
+def test_a_function_that_makes_no_guide_is_one_line(own_guide):
+    small = {"latent_dim": 2, "hidden": [4]}
+    with pytest.raises(BadInput, match="guide 'mine:forgotten' makes an object of class NoneType: expected a module"):
+        build(Train(guide="mine:forgotten", model_options=small), (1, 4, 4))
+    with pytest.raises(BadInput, match="guide 'mine:make' has no option 'depth'; its options: width"):
+        build(Train(guide="mine:make", model_options=small, guide_options={"depth": 2}), (1, 4, 4))
 
 
 def test_a_model_of_the_collection_may_take_it_too():
