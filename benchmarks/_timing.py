@@ -40,15 +40,21 @@ class Rival:
     seconds: float = 0.0
 
 
-def interleaved_turns(rivals: Mapping[str, Rival], rounds: int, turn: int, warm_up: int = 2) -> dict[str, list[float]]:
+def interleaved_turns(
+    rivals: Mapping[str, Rival],
+    rounds: int,
+    turn: int,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Milliseconds a step of each rival, ``turn`` steps at a time, one rival after the other in every round."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(warm_up + rounds):
         for name, rival in rivals.items():
             with rival.around():
-                start = time.perf_counter()
+                start = clock()
                 rival.steps(turn)
-                took = time.perf_counter() - start
+                took = clock() - start
             if number >= warm_up:
                 times[name].append(1e3 * took / turn)
     return times

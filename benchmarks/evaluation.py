@@ -8,9 +8,10 @@ Two pairs on images of 784 binary numbers, at 1, 10 and 100 draws a datum, with 
 - coins: BernoulliVAE of 200 coins, linear, with BernoulliGuide
 
 The version by hand makes the same draws and returns the same four means and errors; the numbers are compared before
-anything is timed. ``validation`` is the pass that ``fit(valid=…)`` makes after an epoch. ``--importance N`` also times
-5,000 draws for N images, once, against the matrix products of the same rows. Real images are taken where GUMBO_DATA
-names them, else random ones.
+anything is timed. ``validation`` is the pass that ``fit(valid=…)`` makes after an epoch, ``compiled`` that of
+``fit(valid=…, compile=True)``, after its first. ``--importance N`` also times 5,000 draws for N images, once, against
+the matrix products of the same rows. All in the batches of ``evaluate``; times are those of the processor, of one
+thread. Real images are taken where GUMBO_DATA names them, else random ones.
 
 Written: results/evaluation.json, and a line of results/history.jsonl.
 """
@@ -38,6 +39,8 @@ from gumbo.guides import BernoulliGuide, NormalGuide
 from gumbo.inference import evaluate
 from gumbo.inference.posterior.evaluation import Evaluator
 from gumbo.inference.posterior.parts import Weighing
+from gumbo.inference.training.compile.capture import capture
+from gumbo.inference.training.compile.step import inductor
 from gumbo.models import BernoulliVAE, GaussianVAE
 
 SHAPE = (1, 28, 28)
@@ -51,7 +54,7 @@ BATCH, PRIME = 256, 1_000_003
 class ByHand(nn.Module, ABC):
     """Means and errors of the bound and of the importance-weighted evidence, batch by batch, in nats per datum.
 
-    The noise is that of ``evaluate``: a seed for each batch of 256 rows, ``turn`` draws at a time.
+    The noise is that of ``evaluate``: a seed for each batch of so many rows, and its draws turn by turn.
     """
 
     @abstractmethod
@@ -63,16 +66,12 @@ class ByHand(nn.Module, ABC):
         """log p(x, z) − log q(z | x) of ``count`` draws, ``(count, B)``."""
 
     @torch.no_grad()
-    def forward(self, x: Tensor, draws: int, turn: int, seed: int = 0) -> dict[str, float]:
-        elbos, evidences, of_draws, of_evidence = [], [], 0.0, 0.0
-        for number, batch in enumerate(x.flatten(1).split(BATCH)):
+    def forward(self, x: Tensor, rows: int, turns: list[int], seed: int = 0) -> dict[str, float]:
+        elbos, evidences, of_draws, of_evidence, draws = [], [], 0.0, 0.0, sum(turns)
+        for number, batch in enumerate(x.flatten(1).split(rows)):
             torch.manual_seed(seed + PRIME * number)
-            found, left, weights = self.posterior(batch), draws, []
-            while left:
-                count = min(turn, left)
-                weights.append(self.weight(batch, found, count))
-                left -= count
-            weight = torch.cat(weights).double()
+            found = self.posterior(batch)
+            weight = torch.cat([self.weight(batch, found, count) for count in turns]).double()
             elbos.append(weight.mean(0))
             evidences.append(torch.logsumexp(weight, 0) - math.log(draws))
             if draws > 1:
@@ -160,7 +159,7 @@ def check_same_numbers(name: str, draws: int) -> None:
     model, guide = made(name)
     x = images(BATCH + 44)
     ours = evaluate(model, guide, x, num_samples=draws).as_dict()
-    theirs = PAIRS[name].by_hand(model, guide)(x, draws, turn_of(name))
+    theirs = PAIRS[name].by_hand(model, guide)(x, *division(model, guide, x, draws))
     for key, value in theirs.items():
         if draws > 1 or not key.endswith("mc_se"):
             assert math.isclose(ours[key], value, rel_tol=1e-4), f"{name}: {key} is {ours[key]}, by hand {value}"
@@ -172,35 +171,42 @@ def made(name: str) -> tuple[nn.Module, nn.Module]:
         return PAIRS[name].make()
 
 
-def turn_of(name: str) -> int:
-    """The draws that ``evaluate`` makes at once for a full batch: the noise follows them."""
-    sweep = Weighing(*made(name), torch.zeros(BATCH, *SHAPE), 1, BATCH, None).sweep
-    return sweep.draws_a_run()
+def division(model: nn.Module, guide: nn.Module, x: Tensor, draws: int) -> tuple[int, list[int]]:
+    """The rows of a batch of ``evaluate``, and its draws turn by turn."""
+    weighing = Weighing(model, guide, x, draws, None, None)
+    return weighing.size, weighing.turns
+
+
+def compiler(function: Callable[..., list[Tensor]], examples: list[Tensor]) -> Callable[..., list[Tensor]]:
+    return inductor(capture(function, examples), examples)
 
 
 def rivals_of(name: str, draws: int, x: Tensor) -> dict[str, Rival]:
     model, guide = made(name)
-    by_hand, turn = PAIRS[name].by_hand(model, guide), turn_of(name)
+    by_hand = PAIRS[name].by_hand(model, guide)
+    rows, turns = division(model, guide, x, draws)
     validation = Evaluator(model, guide, x, num_samples=draws, num_local_samples=1)
+    compiled = Evaluator(model, guide, x, num_samples=draws, num_local_samples=1, compiler=compiler)
+    compiled()
+    assert not compiled.uncompiled, compiled.uncompiled
 
     def times(action: Callable[[], object]) -> Rival:
         return Rival(lambda n: [action() for _ in range(n)])
 
     return {
-        "by hand": times(lambda: by_hand(x, draws, turn)),
+        "by hand": times(lambda: by_hand(x, rows, turns)),
         "evaluate": times(lambda: evaluate(model, guide, x, num_samples=draws)),
         "validation": times(lambda: validation(0, None, False)),
-        "products": times(lambda: products(by_hand, len(x), draws, turn)),
+        "compiled": times(lambda: compiled(0, None, False)),
+        "products": times(lambda: products(by_hand, len(x), rows, turns)),
     }
 
 
 @torch.no_grad()
-def products(by_hand: ByHand, rows: int, draws: int, turn: int) -> None:
+def products(by_hand: ByHand, count: int, rows: int, turns: list[int]) -> None:
     """The matrix products of an evaluation alone: the encoder for each row, the decoder for each draw of it."""
-    for size in [len(one) for one in torch.empty(rows).split(BATCH)]:
-        runs = [(by_hand.encoder, size)] + [
-            (by_hand.decoder, size * min(turn, draws - n)) for n in range(0, draws, turn)
-        ]
+    for size in [len(one) for one in torch.empty(count).split(rows)]:
+        runs = [(by_hand.encoder, size), *((by_hand.decoder, size * turn) for turn in turns)]
         for network, count in runs:
             for layer in network:
                 if isinstance(layer, nn.Linear):
@@ -214,7 +220,8 @@ def _zeros(*shape: int) -> Tensor:
 
 def measure(name: str, draws: int, rows: int, rounds: int) -> dict[str, Any]:
     check_same_numbers(name, draws)
-    times = interleaved_turns(rivals_of(name, draws, images(rows)), rounds, 1, warm_up=1)
+    rivals = rivals_of(name, draws, images(rows))
+    times = interleaved_turns(rivals, rounds, 1, warm_up=1, clock=time.thread_time)
     found = {rival: spread(values) for rival, values in times.items()}
     hand = found["by hand"]["median"]
     ratios = {rival: one["median"] / hand for rival, one in found.items() if rival != "by hand"}
@@ -225,16 +232,17 @@ def measure_importance(name: str, rows: int, draws: int) -> dict[str, Any]:
     """Seconds of an importance-weighted evaluation, against its matrix products, a few batches at a time."""
     rivals = rivals_of(name, draws, images(rows))
     seconds: dict[str, float] = {}
-    for rival in ("products", "evaluate"):
-        start = time.perf_counter()
+    for rival in ("products", "evaluate", "compiled"):
+        start = time.thread_time()
         rivals[rival].steps(1)
-        seconds[rival] = time.perf_counter() - start
+        seconds[rival] = time.thread_time() - start
     return {
         "pair": name,
         "draws": draws,
         "rows": rows,
         "seconds": seconds,
         "ratio": seconds["evaluate"] / seconds["products"],
+        "compiled ratio": seconds["compiled"] / seconds["products"],
     }
 
 
@@ -262,7 +270,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.importance:
         one = found["importance"] = measure_importance("gaussian", options.importance, 5_000)
         said = ", ".join(f"{rival} {value:.1f} s" for rival, value in one["seconds"].items())
-        print(f"{one['draws']} draws of {one['rows']} images: {said}; ratio {one['ratio']:.2f}", flush=True)
+        ratios = f"{one['ratio']:.2f}, {one['compiled ratio']:.2f}"
+        print(f"{one['draws']} draws of {one['rows']} images: {said}; ratios {ratios}", flush=True)
     write_json((options.out or RESULTS) / "evaluation.json", found)
     remember("evaluation", ratios_of(found), found, options.out)
 
@@ -276,7 +285,9 @@ def ratios_of(found: dict[str, Any]) -> dict[str, float]:
         if rival != "products"
     }
     if "importance" in found:
-        ratios[f"{found['importance']['draws']} draws: evaluate ÷ products"] = found["importance"]["ratio"]
+        one = found["importance"]
+        ratios[f"{one['draws']} draws: evaluate ÷ products"] = one["ratio"]
+        ratios[f"{one['draws']} draws: compiled ÷ products"] = one["compiled ratio"]
     return ratios
 
 

@@ -36,22 +36,40 @@ class Checks:
 
         A value that was drawn at the site ``drawn`` is in the support of that site's distribution.
         """
+        return all(self._holds(*one) for one in self._conditions(program, site, drawn))
+
+    def tensors(
+        self, program: str, site: Mapping[str, Any], drawn: Mapping[str, Any] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """The same as tensors, without a look at a number: each is true where a constraint is satisfied."""
+        for _, constraint, value in self._conditions(program, site, drawn):
+            inside = in_support(constraint, value)
+            if inside is not None:
+                yield inside
+
+    def _conditions(
+        self, program: str, site: Mapping[str, Any], drawn: Mapping[str, Any] | None
+    ) -> Iterator[tuple[tuple[str, ...], Any, torch.Tensor]]:
+        """Place, constraint and value of what can be wrong at a site."""
         name = site["name"]
         if name in self._skipped.get(program, ()):
-            return True
+            return
         inside = None if drawn is None else element_support(drawn["fn"])
-        for place, one in enumerate(_within(site["fn"])):
-            for key, constraint, value in _parameters(one):
-                if not self._holds((program, name, f"{place}.{key}"), constraint, value):
-                    return False
+        found = [
+            ((program, name, f"{place}.{key}"), constraint, value)
+            for place, one in enumerate(_within(site["fn"]))
+            for key, constraint, value in _parameters(one)
+        ]
         support = element_support(site["fn"])
-        return (support is not None and support is inside) or self._holds((name, "value"), support, site["value"])
+        if support is None or support is not inside:
+            found.append(((name, "value"), support, site["value"]))
+        for place, constraint, value in found:
+            while isinstance(constraint, constraints.independent):
+                constraint = constraint.base_constraint
+            if constraint is not None and not isinstance(constraint, _ANY_NUMBER) and isinstance(value, torch.Tensor):
+                yield place, constraint, value
 
-    def _holds(self, key: tuple[str, ...], constraint: Any, value: Any) -> bool:
-        while isinstance(constraint, constraints.independent):
-            constraint = constraint.base_constraint
-        if constraint is None or isinstance(constraint, _ANY_NUMBER) or not isinstance(value, torch.Tensor):
-            return True
+    def _holds(self, key: tuple[str, ...], constraint: Any, value: torch.Tensor) -> bool:
         held = _storage(value) in self._held
         mark = (value.data_ptr(), value.shape, value.stride()) if held else value
         where, version = (*key, mark) if held else key, None if value.is_inference() else value._version

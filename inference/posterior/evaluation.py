@@ -17,6 +17,7 @@ from ...tables import html
 from ..engine.progress import bar
 from ..engine.rows import ProcessGroup, Rows, pieces_of
 from ..engine.scopes import private_seed
+from .graphs import Compiler
 from .importance import joint_evidence, khat_limit
 from .parts import Weighing, exact_pair
 
@@ -201,7 +202,7 @@ def evaluate(
     *,
     num_samples: int = 100,
     num_local_samples: int | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int | None = 0,
     plate: str | None = None,
     processes: ProcessGroup | None = None,
@@ -237,7 +238,8 @@ def evaluate(
         num_samples: draws of the latents of each datum; with global latents, of these.
         num_local_samples: draws of the local latents per draw of the global ones, if there are both. None: 64, or 1
             where draws cannot be vectorized.
-        batch_size: rows per run, where the programs accept batches.
+        batch_size: rows per batch, where the programs accept batches; the draws depend on it. None: 64 to 1,024, the
+            more the fewer the draws.
         seed: of the draws; None draws from the current random state.
         plate: the name of the data plate.
         processes: several processes, which must all make this call, share the batches; all return the numbers of a
@@ -279,7 +281,8 @@ def evaluate(
 class Evaluator:
     """`evaluate` for a pair of programs and data any number of times, with the parameters that the pair then has.
 
-    The arguments are those of `evaluate`. The structure of the programs is found once.
+    The arguments are those of `evaluate`. The structure of the programs is found once. ``compiler`` makes fast
+    functions of the runs over full batches; `uncompiled` says why there are none.
     """
 
     def __init__(
@@ -290,15 +293,21 @@ class Evaluator:
         *,
         num_samples: int = 100,
         num_local_samples: int | None = None,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         plate: str | None = None,
+        compiler: Compiler | None = None,
     ):
         if num_local_samples is not None and num_local_samples < 1:
             raise BadInput(f"num_local_samples is {num_local_samples}: expected at least 1")
         self.model, self.guide, self.data, self.plate = model, guide, data, plate
-        self._weigh = lambda: Weighing(model, guide, data, num_samples, batch_size, plate, num_local_samples)
+        self._weigh = lambda: Weighing(model, guide, data, num_samples, batch_size, plate, num_local_samples, compiler)
         self._weighing = self._weigh()
         self._used = False
+
+    @property
+    def uncompiled(self) -> str:
+        """Why the runs are not compiled although that was asked for; empty otherwise."""
+        return self._weighing.uncompiled
 
     def __call__(
         self, seed: int | None = 0, processes: ProcessGroup | None = None, progress: bool | None = None

@@ -19,13 +19,13 @@ from ..engine.rows import ProcessGroup, Rows
 from ..engine.scopes import device_of, private_seed, quietly, seed_all
 from ..engine.stored_rows import rows_in
 from .checks import Checks
+from .division import first_sweep, sweep_of, turns_of
+from .graphs import PER_DATUM, Compiler, Graphs
 from .importance import integrated, rounding_of
 from .runner import Pass, Sweep
 from .sites import Block
 from .vmapped import outside
 
-# Rows (data times draws) per run of the programs, which bounds memory.
-_ROWS_A_RUN = 8192
 _PRIME = 1_000_003  # keeps the random streams of a seed's batches apart from those of its neighbours
 PARTS = ("log_prior", "log_likelihood", "log_q", "log_global")
 # Draws of the local latents per draw of the global ones.
@@ -38,7 +38,7 @@ def log_weights(
     data: object,
     *,
     num_samples: int = 100,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int | None = 0,
     plate: str | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -61,6 +61,7 @@ class Weighing:
             data.
         num_local_samples: the draws of the local latents per draw of the global ones.
         relaxed: whether the programs are the discrete form of the given ones.
+        uncompiled: why runs are not compiled although a ``compiler`` is given; empty if they are.
 
     Raises:
         BadInput: data or settings that cannot be used.
@@ -72,14 +73,15 @@ class Weighing:
         guide: Callable,
         data: object,
         num_samples: int,
-        batch_size: int,
+        batch_size: int | None,
         plate: str | None,
         num_local_samples: int | None = 1,
+        compiler: Compiler | None = None,
     ):
         self.rows = rows_in(data).check("data")
         if num_samples < 1:
             raise BadInput(f"num_samples is {num_samples}: expected at least 1")
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise BadInput(f"batch_size is {batch_size}: expected at least 1")
         with private_seed(None, model, guide):
             self.model, self.guide = exact_pair(model, guide)
@@ -87,7 +89,7 @@ class Weighing:
         self.num_samples, self.plate = num_samples, plate
         self.device = device_of(self.model, self.guide)
         self._checks = Checks(self.rows.tensors() if type(self.rows) is Rows else ())
-        self.size, *found = _first_sweep(self.model, self.guide, self.rows, batch_size, plate)
+        self.size, *found = first_sweep(self.model, self.guide, self.rows, batch_size, plate, num_samples)
         self.sweep, self.name = found[0]
         # The last batch may have fewer rows.
         self._by_length = {len(self.rows) % self.size or self.size: found[1], min(self.size, len(self.rows)): found[0]}
@@ -96,6 +98,14 @@ class Weighing:
         self.num_local_samples = 1
         if self.one_weight == "globals" and not sweep.summed_out.issuperset(sweep.local):
             self.num_local_samples = num_local_samples or (_LOCAL_SAMPLES if sweep.vectorized else 1)
+        self.graphs: Graphs | None = None
+        self.uncompiled = ""
+        if compiler is not None:
+            try:
+                with quietly(self.model, self.guide, None):
+                    self.graphs = Graphs(sweep, self.name, compiler)
+            except BadInput as error:
+                self.uncompiled = str(error)
 
     def pieces(
         self,
@@ -123,7 +133,12 @@ class Weighing:
     @property
     def num_runs(self) -> int:
         """How many times the programs run, about."""
-        return math.ceil(len(self.rows) / self.size) * len(_turns(self.sweep, self.num_samples, self.size))
+        return math.ceil(len(self.rows) / self.size) * len(self.turns)
+
+    @property
+    def turns(self) -> list[int]:
+        """The draws of a batch, a run at a time."""
+        return turns_of(self.sweep, self.num_samples, self.size)
 
     def together(self, pieces: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The parts of all batches, ``(S, N)`` each."""
@@ -146,7 +161,7 @@ class Weighing:
         batch = self.rows[number * self.size : (number + 1) * self.size].to(self.device)
         length = len(batch)
         if length not in self._by_length:
-            self._by_length[length] = _sweep(self.model, self.guide, batch, self.plate, self.sweep.mode)
+            self._by_length[length] = sweep_of(self.model, self.guide, batch, self.plate, self.sweep.mode)
         sweep, name = self._by_length[length]
 
         def found(checks: Checks | None, validates_first: bool) -> dict[str, torch.Tensor]:
@@ -156,6 +171,14 @@ class Weighing:
             run = _Batch(sweep, name, batch, self.num_samples, whole, self.num_local_samples, checks, shown)
             return run.parts(validates_first)
 
+        if self.graphs is not None and length == self.size:
+            before = torch.get_rng_state()
+            if seed is not None:
+                seed_all(_seed_of(seed, number), self.device)
+            parts = self._by_graph(self.graphs, sweep, batch, shown)
+            if parts is not None:
+                return parts
+            torch.set_rng_state(before)  # an eager run serves, or says what is wrong
         if sweep.mode != "plates" or self.num_local_samples > 1 or not pyro.infer.util.is_validation_enabled():
             return found(None, True)
         before = torch.get_rng_state()
@@ -165,6 +188,24 @@ class Weighing:
             torch.set_rng_state(before)  # Pyro's own validation names the argument of a distribution
             found(None, True)
             raise
+
+    def _by_graph(self, graphs: Graphs, sweep: Sweep, batch: Rows, shown: _Counted) -> dict[str, torch.Tensor] | None:
+        """The parts of a batch by its graph; None where something is wrong with them."""
+        counts, found = self.turns, []
+        try:
+            graphs.prepare(sweep, batch, counts[0])
+        except BadInput as error:
+            self.graphs, self.uncompiled = None, str(error)
+            return None
+        for count in counts:  # all turns with the graph of the first, the longest
+            terms = graphs.run(batch, counts[0])
+            if not terms.valid:
+                return None
+            found.append(terms.parts[:, :count].cpu())
+            shown.add()
+        together = torch.cat(found, 1) if len(found) > 1 else found[0]
+        parts = dict(zip(PER_DATUM, together, strict=True))
+        return parts | {"log_global": torch.zeros((), dtype=torch.float64).expand(self.num_samples, self.size)}
 
 
 def _seed_of(seed: int, number: int) -> int:
@@ -221,55 +262,6 @@ def exact_pair(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
     return discrete, guide.exact(discrete)
 
 
-def _first_sweep(
-    model: Callable, guide: Callable, rows: Rows, batch_size: int, plate: str | None
-) -> tuple[int, tuple[Sweep, str | None], tuple[Sweep, str | None]]:
-    """The number of rows per batch, and the programs with the data plate on the first batch and on the last.
-
-    They get all rows at once if something depends on all of them: latents outside the data plate, a joint draw, a plate
-    of fixed size.
-    """
-    if batch_size < len(rows):
-        try:
-            sweep, name = first = _sweep(model, guide, rows[:batch_size], plate)
-            last = _sweep(model, guide, rows[-(len(rows) % batch_size or batch_size) :], plate, sweep.mode)
-            if name is not None and name == last[1] and not sweep.outside_data():
-                return batch_size, first, last if len(rows) % batch_size else first
-        except (BadInput, *PROGRAM_ERRORS):
-            pass  # raised again below, unless all rows remove the cause
-    whole = _sweep(model, guide, rows, plate)
-    return len(rows), whole, whole
-
-
-def _sweep(
-    model: Callable, guide: Callable, rows: Rows, plate: str | None, mode: str | None = None
-) -> tuple[Sweep, str | None]:
-    """The programs on these rows, and the data plate: None if no plate encloses all observed sites."""
-    rows = rows.to(device_of(model, guide))
-    sweep = Sweep(model, guide, rows.args, rows.kwargs, mode=mode, latents_needed=False)
-    fitting = [name for name in sweep.sizes if name in sweep.around_data]
-    of = "" if rows.whole else f" of {len(rows)} rows"
-    if not rows.whole:
-        fitting = [name for name in fitting if sweep.sizes[name] == len(rows)]
-    elif plate is None:
-        fitting = list(sweep.data_plates)
-    if plate is not None and plate not in fitting:
-        raise BadInput(
-            f"no plate {plate!r}{of} encloses every observed site; those that do: {', '.join(fitting) or 'none'}"
-        )
-    if plate is None and len(fitting) > 1:
-        raise BadInput(f"plates {', '.join(fitting)} all fit the data: name one with plate=")
-    name = plate or (fitting[0] if fitting else None)
-    sweep.divide(name or ())
-    return sweep, name
-
-
-def _turns(sweep: Sweep, num_samples: int, size: int) -> list[int]:
-    """The draws of a batch of ``size`` rows, a run at a time."""
-    per_run = max(1, min(num_samples, sweep.draws_a_run(), _ROWS_A_RUN // size)) if sweep.vectorized else 1
-    return [min(per_run, num_samples - start) for start in range(0, num_samples, per_run)]
-
-
 class _Batch:
     """All draws of one batch, each term ``(num_samples, B)``; ``inner`` draws of local latents per global draw.
 
@@ -298,7 +290,7 @@ class _Batch:
             self.found["integrated"] = torch.zeros(*shape, dtype=torch.float64)
 
     def parts(self, validates_first: bool) -> dict[str, torch.Tensor]:
-        counts = _turns(self.sweep, self.num_samples, self.size)
+        counts = turns_of(self.sweep, self.num_samples, self.size)
         starts = [0, *itertools.accumulate(counts)]
         turns = self.sweep.turns(counts, self.arguments)
         checks = None if validates_first else self.checks

@@ -26,7 +26,7 @@ from .vmapped import Coordinates, Lane, Seen, outside, random_sites, run_lanes
 
 DRAWS = "_gumbo_draws"
 # Numbers per run over all sites: bounds memory, and is large enough to amortize Python's overhead.
-_NUMBERS_A_RUN = 2**20
+NUMBERS_A_RUN = 2**20
 
 
 class Pass:
@@ -444,8 +444,8 @@ class Sweep(Survey):
         """All draws of a guide run outside the data plates, auxiliary ones included."""
         return {name: guide.whole_value(name) for name in self.outside_data()}
 
-    def draws_a_run(self, block: Block | None = None) -> int:
-        """The number of draws of a block per run."""
+    def draws_a_run(self, block: Block | None = None, at_most: int = NUMBERS_A_RUN) -> int:
+        """The number of draws of a block per run, with about so many numbers ``at_most``."""
         block = block or next(iter(self.blocks()))
         numbers = 0
         for layout in (*self.guide_sites.values(), *self.model_sites.values()):
@@ -454,7 +454,7 @@ class Sweep(Survey):
                 size = size * len(block.rows[plate]) // self.sizes[plate]
             numbers += max(1, size)
         numbers *= getattr(self.guide, "width", 1)
-        return max(1, _NUMBERS_A_RUN // numbers) if self.vectorized else 1
+        return max(1, at_most // numbers) if self.vectorized else 1
 
     # --- shapes -------------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import pyro.distributions as dist
 import torch
@@ -19,6 +21,8 @@ from ..engine.scopes import device_of, quietly
 from .enumerated import completed
 from .sites import SiteLayout, discrete_values, has_rows, innermost, kind_of, lengths_of
 from .vmapped import random_sites, unmasked
+
+Whole = TypeVar("Whole", bound="Survey")
 
 
 class Survey:
@@ -250,6 +254,34 @@ class Survey:
         factors = [layout for layout in self.model_sites.values() if layout.kind == "factor"]
         joined = any(not wanted <= layout.plates for layout in factors)
         return joined or len(inside) < len(auxiliary) and len(inside) < len(points)
+
+    def with_rows(self: Whole, plate: str, count: int) -> Whole | None:
+        """The same programs with ``count`` rows in a plate, for runs whose arguments are given; None if not known.
+
+        Every site must have its rows in the plate or none, and the plate must hold the rows at hand.
+        """
+        before, full = self.sizes[plate], self.full_sizes[plate]
+        at_hand = self.at_hand.keys() <= {plate}
+        layouts = (*self.guide_sites.values(), *self.model_sites.values())
+        loose = any(before in layout.shape[len(layout.names) :] or None in layout.names for layout in layouts)
+        if self.swept or not at_hand or loose or (full != before and not self.at_hand) or self.summed_out:
+            return None
+        found = copy.copy(self)
+        found.args, found.kwargs, found.observed_values = (), {}, {}
+        found.sizes = {**self.sizes, plate: count}
+        found.full_sizes = self.full_sizes if self.at_hand else {**self.full_sizes, plate: count}
+        if plate in self.row_ids:
+            found.row_ids = {**self.row_ids, plate: torch.arange(count)}
+        if plate in self.at_hand:
+            found.at_hand = {plate: torch.arange(count)}
+
+        def resized(layout: SiteLayout) -> SiteLayout:
+            sizes = zip(layout.names, layout.sizes, strict=True)
+            return replace(layout, sizes=tuple(count if name == plate else size for name, size in sizes))
+
+        found.guide_sites = {name: resized(layout) for name, layout in self.guide_sites.items()}
+        found.model_sites = {name: resized(layout) for name, layout in self.model_sites.items()}
+        return found
 
     def outside_data(self) -> list[str]:
         """Sites that the guide draws outside the data plates."""

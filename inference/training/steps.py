@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,7 @@ class Step(ABC):
     check_data = True
     unchecked: frozenset[str] = frozenset()  # sites whose distribution has validate_args=False
     note = ""  # a remark for the progress lines
+    compiler: Callable[..., Any] | None = None  # for functions of tensors, where the step is compiled
     _look: _ObservedInSupport | None = None
     parameters: dict[str, torch.nn.Parameter]
     optimizer: Updates

@@ -133,6 +133,8 @@ class Run:
         self.guard = Guard(model, guide, step.parameters)
         self.choices: Choices | None = None
         self.evaluator: Evaluator | None = None
+        self._validates_eagerly = ""  # why it does, where the step is compiled
+        self.shown: Progress | None = None
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": None, "elbo": None, "module": {}}
         self.now = _Epoch()
@@ -187,6 +189,7 @@ class Run:
             shown = stack.enter_context(
                 make_progress(options.progress and self.speaks, options.title, options.epochs, steps)
             )
+            self.shown = shown
             for note in filter(None, (self.step.note, self.batches.note, self._waiting())):
                 shown.begin(note)
             if self.folder is not None:
@@ -333,8 +336,13 @@ class Run:
     def _validate(self) -> dict[str, float]:
         if self.evaluator is None:
             draws = {"num_samples": self.options.valid_samples, "num_local_samples": 1}
-            self.evaluator = Evaluator(self.model, self.guide, self.valid, **draws)
-        return {"valid_elbo": self.evaluator(self.batches.seed, self.processes, False).elbo}
+            self.evaluator = Evaluator(self.model, self.guide, self.valid, **draws, compiler=self.step.compiler)
+        before = self._validates_eagerly
+        found = {"valid_elbo": self.evaluator(self.batches.seed, self.processes, False).elbo}
+        self._validates_eagerly = self.evaluator.uncompiled
+        if self._validates_eagerly and not before and self.shown is not None:
+            self.shown.begin(f"validation runs uncompiled: {self._validates_eagerly}")
+        return found
 
     def _validate_trained(self, valid: Rows) -> dict[str, float]:
         """`_validate` after steps: the data passed before, so an error comes from the parameters."""

@@ -10,7 +10,7 @@ import random
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ....errors import BadInput, GumboError
 from ...elbo import SiteELBOModule
 from ...engine import noise
+from ...engine.constants import ADVICE, differs, plain_attributes, unmoved
 from ...engine.interventions import Unvalidated
 from ...engine.noise import Noise, Tape
 from ...engine.programs import in_support, observed_support
@@ -41,7 +42,9 @@ from ...estimators._base import SiteState
 from ...estimators._distributions import describe
 from ..schedules import Schedule
 
-ADVICE = "pass compile=False"
+__all__ = ["ADVICE", "Outcome", "Program", "TrainingStep", "asks_for_a_value", "capture", "differs", "flat"]
+__all__ += ["plain_attributes", "triangles_by_index", "undisturbed"]
+
 Tensors = dict[str, Tensor]
 
 
@@ -350,59 +353,13 @@ def _innermost(frames: Sequence[traceback.FrameSummary], *packages: Any) -> str:
 @contextmanager
 def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
     """A call without effects on the modules; a change of one of their plain attributes is refused."""
-    modules = list(module.modules())
-    before = [dict(vars(one)) for one in modules]
-    written = {id(t): t._version for kept in before for t in kept.values() if isinstance(t, Tensor)}
-    module.__dict__.update(_kept=None, _own={}, _keeps=False)
-    module.binding.steps = step
-    for state in module.binding.states.values():
-        if isinstance(state, SiteState):
-            state.stop_looking()
-    try:
+    with unmoved(module):
+        module.__dict__.update(_kept=None, _own={}, _keeps=False)
+        module.binding.steps = step
+        for state in module.binding.states.values():
+            if isinstance(state, SiteState):
+                state.stop_looking()
         yield
-        for one, kept in zip(modules, before, strict=True):
-            names = plain_attributes(one) | plain_attributes(one, kept)
-            changed = sorted(name for name in names if _changed(one, kept, name, written))
-            if changed:
-                raise BadInput(
-                    f"{type(one).__name__}.{changed[0]} changes as the program runs, and a captured graph would not see"
-                    f" it: keep it in a buffer, name it in the class attribute 'uncaptured' if no result depends on it,"
-                    f" or {ADVICE}"
-                )
-    finally:
-        for one, kept in zip(modules, before, strict=True):
-            vars(one).clear()
-            vars(one).update(kept)
-
-
-_INTERNAL = set(vars(nn.Module())) - {"training"}
-
-
-def plain_attributes(module: nn.Module, values: Mapping[str, Any] | None = None) -> set[str]:
-    """Names of attributes that a graph treats as constants: numbers, strings, and tensors that are not buffers."""
-    values = vars(module) if values is None else values
-    plain = (int, float, complex, str, tuple, type(None), Tensor)
-    # Read from the class: setting it on the instance has no effect; SiteState documents its meaning.
-    skipped = _INTERNAL | frozenset(getattr(type(module), "uncaptured", ()))
-    return {
-        name
-        for name, value in values.items()
-        if isinstance(value, plain) and name not in skipped and not name.startswith("_pyro_")
-    }
-
-
-def _changed(module: nn.Module, before: Mapping[str, Any], name: str, written: Mapping[int, int]) -> bool:
-    now = vars(module).get(name)
-    if differs(now, before.get(name)) or (name in vars(module)) != (name in before):
-        return True
-    return isinstance(now, Tensor) and now._version != written[id(now)]
-
-
-def differs(a: Any, b: Any) -> bool:
-    """Whether two values of a plain attribute differ."""
-    if a is b:
-        return False
-    return isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b)
 
 
 def _python_randomness() -> tuple[Any, ...]:

@@ -52,7 +52,7 @@ class CompiledStep(TorchStep):
                 f"compile=True takes gumbo's own ELBOs, not {type(loss).__name__}: name an estimator, or {ADVICE}"
             )
         super().__init__(model, guide, loss, make_optimizer, batch)
-        self.backend = backend or inductor
+        self.backend, self.compiler = backend or inductor, self._compiled
         self.seconds, self.captures = 0.0, 0
         self._compile(batch)
 
@@ -85,6 +85,10 @@ class CompiledStep(TorchStep):
         self._watched = self._watch()
         self.seconds += time.perf_counter() - start
         self.note = f"compiled in {self.seconds:.1f} s"
+
+    def _compiled(self, function: Callable[..., list[Tensor]], examples: list[Tensor]) -> Callable[..., list[Tensor]]:
+        """A function of tensors, compiled as the step is."""
+        return self.backend(capture(function, examples), examples)
 
     # One step.
 
