@@ -98,21 +98,23 @@ class ProcessStep(TorchStep):
         processes, parameters = self.processes, [p for p in self.parameters.values() if p.requires_grad]
         counts = share.weight > 0 and problem is None
         drawn = sum(draw.double().sum().item() for draw in self.split.drawn.values())
+        mine = range(processes.world_size)
         said = [
             value.item() if counts else 0.0,
             float(problem is not None),
-            *(drawn if index == processes.rank else 0.0 for index in range(processes.world_size)),
+            *(drawn if index == processes.rank else 0.0 for index in mine),
+            *(float(processes.signal()) if index == processes.rank else 0.0 for index in mine),
             *(float(counts and parameter.grad is not None) for parameter in parameters),
         ]
-        device = parameters[0].device if parameters else processes.device
-        header = torch.tensor(said, dtype=torch.float64, device=device)
-        # One message of a kind: the gradients go along with the counts, which say what they mean.
-        kinds = self._flat_gradients(parameters, counts)
-        processes.all_reduce_together([header, *(flat for flat, _ in kinds)])
+        kinds: dict[Any, list[Tensor]] = {}
+        for parameter in parameters:
+            kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+        header, gradients = self._together(said, list(kinds.values()), counts)
         number, problems, *rest = header.tolist()
         if problems:
             processes.agree(problem)
-        alike, moved = rest[: processes.world_size], rest[processes.world_size :]
+        alike, signals = (rest[start : start + processes.world_size] for start in (0, processes.world_size))
+        moved = rest[2 * processes.world_size :]
         if any(not math.isclose(each, alike[0], rel_tol=1e-6, abs_tol=1e-6) for each in alike if each == each):
             raise UnsupportedSite(
                 next(iter(self.split.drawn)),
@@ -121,26 +123,39 @@ class ProcessStep(TorchStep):
             )
         if math.isfinite(number):
             has_gradient = {id(parameter) for parameter, count in zip(parameters, moved, strict=True) if count}
-            for flat, members in kinds:
+            for flat, members in zip(gradients, kinds.values(), strict=True):
                 pieces = flat.split([member.numel() for member in members])
                 for member, piece in zip(members, pieces, strict=True):
                     member.grad = piece.view(member.shape) if id(member) in has_gradient else None
+        processes.told = int(max(signals))
         return number
 
-    @staticmethod
-    def _flat_gradients(parameters: list[Tensor], counts: bool) -> list[tuple[Tensor, list[Tensor]]]:
-        """For each dtype and device the gradients of its parameters in one tensor, zeros where there are none."""
-        kinds: dict[Any, list[Tensor]] = {}
-        for parameter in parameters:
-            kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
-        found = []
-        for members in kinds.values():
-            parts = [
-                member.grad.reshape(-1) if counts and member.grad is not None else torch.zeros_like(member).reshape(-1)
-                for member in members
-            ]
-            found.append((torch.cat([part.detach() for part in parts]), members))
-        return found
+    def _together(self, said: list[float], kinds: list[list[Tensor]], counts: bool) -> tuple[Tensor, list[Tensor]]:
+        """Sum numbers, and the gradients of each kind, over all processes: in one message where one dtype holds both.
+
+        Returns:
+            The sums of the numbers, and for each kind the summed gradients in one tensor.
+        """
+        processes, one = self.processes, len(kinds) == 1 and kinds[0][0].dtype in (torch.float32, torch.float64)
+        like = kinds[0][0] if kinds else torch.empty((), device=processes.device)
+        header = torch.tensor(said, dtype=like.dtype if one else torch.float64, device=like.device)
+        flat = [
+            torch.cat(
+                [header] * one
+                + [
+                    (member.grad if counts and member.grad is not None else torch.zeros_like(member))
+                    .detach()
+                    .reshape(-1)
+                    for member in members
+                ]
+            )
+            for members in kinds
+        ]
+        if one:
+            header, gradients = processes.all_reduce(flat[0]).split([len(said), len(flat[0]) - len(said)])
+            return header, [gradients]
+        processes.all_reduce_together([header, *flat])
+        return header, flat
 
     def state(self) -> dict[str, Any]:
         """The state of one process, and every process's own random stream; all processes must call this together."""

@@ -51,6 +51,9 @@ class Processes:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.main = rank == 0
         self.num_collectives = 0  # collective operations of this process
+        # A step sends the signal that this process has received, and notes the one that any has; None: not sent.
+        self.signal: Callable[[], int] = int
+        self.told: int | None = None
 
     @classmethod
     def join(cls, device: torch.device | str | None = None, timeout: timedelta = PATIENCE) -> Processes | None:
@@ -196,10 +199,17 @@ class SharedInterrupts(Interrupts):
     def __init__(self, processes: Processes, enabled: bool = True):
         super().__init__(enabled)
         self.processes, self.agreed = processes, enabled
+        processes.signal = lambda: self.pending or 0
 
     def check(self) -> None:
-        """Raise Interrupted in all processes if one has received a signal; all processes must call this."""
-        if self.agreed and (number := int(self.processes.largest(self.pending or 0))):
+        """Raise Interrupted in all processes if one has received a signal; all processes must call this.
+
+        Right after a step the processes know already, by the step's own message.
+        """
+        told, self.processes.told = self.processes.told, None
+        if not self.agreed:
+            return
+        if number := int(self.processes.largest(self.pending or 0)) if told is None else told:
             raise Interrupted(number)
 
     @contextmanager

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gumbo import inference
-from gumbo.errors import BadInput, GumboError
+from gumbo.errors import BadInput, GumboError, Interrupted
 from gumbo.inference import evaluate, fit
 from gumbo.inference.auditing.automatic import Choice
 from gumbo.inference.engine.rows import Rows
@@ -35,7 +35,7 @@ from gumbo.inference.estimators import GumbelSoftmax, ScoreFunction
 from gumbo.inference.estimators.score import Baseline
 from gumbo.inference.stock import TraceEnumELBO
 from gumbo.inference.training.data_parallel import ProcessStep
-from gumbo.inference.training.distributed import Processes
+from gumbo.inference.training.distributed import Processes, SharedInterrupts
 from gumbo.inference.training.optimizers import make_optimizer
 from gumbo.inference.training.schedules import Linear
 from gumbo.inference.training.steps import TorchStep
@@ -370,6 +370,7 @@ def everything_short(folder: Path) -> dict:
         "resumed": resumed(processes, folder),
         "chosen": chosen(processes, folder),
         "mixed": mixed(processes),
+        "messages": messages(processes),
         "one fails": one_fails(processes),
         "statistics of its own": said_by(processes, lambda: own_statistics(processes)),
         "depends on rows later": said_by(processes, lambda: depends_on_rows_later(processes)),
@@ -473,6 +474,27 @@ def chosen(processes: Processes, folder: Path) -> dict:
         found.append(processes.gather([loss.choice.words, digits]))
     kept = json.loads((folder / "chosen" / "estimators.json").read_text())
     return {"runs": found, "measured": processes.gather(measured), "kept": [one["words"] for one in kept]}
+
+
+def messages(processes: Processes) -> list:
+    """The collective operations of a step with its look for signals, and what a signal to the second one does."""
+    with pyro.get_param_store().scope():
+        step = step_of(processes, pair_of(COINS, False), SiteELBO("rloo", num_particles=2))
+        interrupts, found = SharedInterrupts(processes), []
+        for _ in range(3):  # states are compared after the first and the second
+            before = processes.num_collectives
+            step(Rows(data(8)))
+            interrupts.check()
+            found.append(processes.num_collectives - before)
+        interrupts.pending = None if processes.main else 15
+        step(Rows(data(8)))
+        interrupts.pending = None  # it came in time for the step's message
+        try:
+            interrupts.check()
+        except Interrupted as error:
+            found.append(error.signal)
+        interrupts.check()
+    return processes.gather(found)
 
 
 class Sentinel(NormalModel):

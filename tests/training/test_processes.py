@@ -131,6 +131,13 @@ def test_a_run_that_went_on_is_the_whole_run(found):
 
 
 @several_processes
+def test_a_step_is_one_message_that_carries_signals_too(found):
+    """The third step has no comparison of states; the fourth carries a signal that only the second process had."""
+    for counts in found["messages"]:
+        assert counts[2:] == [1, 15]
+
+
+@several_processes
 def test_auto_makes_one_choice_for_all_processes_and_keeps_it(found):
     """The second process would choose another word, and is not asked; a run that goes on asks nobody."""
     chosen = found["chosen"]
