@@ -169,8 +169,8 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
 }
 
-# The study of `benchmarks/collection.py` whose table a page shows.
-STUDIES = {
+# The studies whose tables a page shows, of `benchmarks/collection.py` or `benchmarks/beside_scvi.py`.
+STUDIES: dict[str, str | tuple[str, ...]] = {
     "hidden-markov-model": "hidden",
     "switching-state-space": "switching",
     "sequence-vae": "text",
@@ -183,17 +183,18 @@ STUDIES = {
     "grid-world": "grid",
     "latent-dirichlet-allocation": "topics",
     "prod-lda": "topics",
-    "negative-binomial-vae": "cells",
+    "negative-binomial-vae": ("cells", "scvi"),
     "deep-markov-model": "chorales",
 }
 
 
 def measured(name: str) -> list[str]:
-    """What a study found, if it has been run."""
-    path = ROOT / "benchmarks" / "results" / "collection" / f"{STUDIES.get(name, name)}.md"
-    if not path.exists():
-        return []
-    return ["## Measured", "", path.read_text().strip(), ""]
+    """What its studies found, as far as they have been run."""
+    studies = STUDIES.get(name, name)
+    folder = ROOT / "benchmarks" / "results" / "collection"
+    paths = [folder / f"{study}.md" for study in ([studies] if isinstance(studies, str) else studies)]
+    found = [line for path in paths if path.exists() for line in (path.read_text().strip(), "")]
+    return ["## Measured", "", *found] if found else []
 
 
 def page(name: str, rows: list[dict[str, Any]], example: str) -> str:
