@@ -34,7 +34,11 @@ td.long { white-space: normal; min-width: 16rem; text-align: left; }
 td:hover { background: #3b82c433; }
 svg { width: 100%; height: auto; max-width: 46rem; } svg text { fill: currentColor; font-size: 12px; }
 @media (max-width: 40rem) {
-  svg text { font-size: 18px; } th, td { padding: .25rem .4rem; } td.long { min-width: 11rem; }
+  svg text { font-size: 18px; }
+  th, td { padding: .25rem .4rem; }
+  table:has(.long) { font-size: .8rem; }
+  table:has(.long) td { white-space: normal; }
+  td.long { min-width: 10rem; }
 }
 figure { margin: 1rem 0; } figcaption { font-size: .9rem; }
 img { max-width: 100%; height: auto; background: white; }
