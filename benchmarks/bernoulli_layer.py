@@ -11,6 +11,11 @@ one after the other in every round. The last column is the factor by which varia
 TraceGraph_ELBO with its decaying-average baseline. ``--times FILE`` takes the milliseconds from what an earlier run on
 an idle machine (``--steps 0 --draws 4 --rounds 25 --out FILE``) has written. ``--settle 100`` lets baselines and
 control variates see 100 batches at the initial parameters, before the first stop.
+
+    python benchmarks/bernoulli_layer.py --page FILE …
+
+measures nothing and writes what earlier runs have left in FILE … as the tables of
+experiments/results/second-wave-layers.md, below its findings.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import contextlib
 import copy
 import json
 import pathlib
+import re
 
 import pyro
 import torch
@@ -30,6 +36,10 @@ from gumbo.guides import BernoulliGuide, CategoricalGuide, MeanFieldGuide
 from gumbo.inference import SiteELBO, make_loss
 from gumbo.inference.estimators import ARMS, CARMS, Fini
 from gumbo.models import BernoulliVAE, CategoricalVAE, PoissonVAE
+from gumbo.tables import digits, markdown
+
+PAGE = pathlib.Path(__file__).resolve().parent.parent / "experiments" / "results" / "second-wave-layers.md"
+TABLES = "<!-- Tables: python benchmarks/bernoulli_layer.py --page -->\n"
 
 REFERENCE = "trace-graph+baseline"
 COMMON = {
@@ -196,6 +206,45 @@ def measure(arms, x, draws, rounds, known):
     return rows
 
 
+def model_runs(estimator):
+    """Runs of the model in a step, for a word whose name gives them: K, two for each of K pairs, draws."""
+    number = re.search(r"(?:K=|, )(\d+)", estimator)
+    if estimator.split()[0] == "disarm":
+        return 2 * int(number[1] if number else 1)
+    return int(number[1]) if number else None
+
+
+def write_page(files, page):
+    """Write the tables of these files below the findings of the page."""
+    tables = []
+    for file in files:
+        said = json.loads(file.read_text())
+        for steps, rows in said["stops"].items():
+            plain = {
+                model_runs(row["estimator"]): row["variance"] for row in rows if row["estimator"].startswith("rloo")
+            }
+            tables.append(f"## {said['layer']}, after {steps} steps\n")
+            cells = [
+                [
+                    f"`{row['estimator']}`",
+                    *(f"{row[name]:.3g}" for name in ("variance", "snr", "ms", "variance x ms")),
+                    digits(row["variance"] / plain[runs]) if (runs := model_runs(row["estimator"])) in plain else "",
+                ]
+                for row in rows
+            ]
+            heads = [
+                "estimator",
+                "variance",
+                "SNR",
+                "ms a step",
+                "variance × ms",
+                "variance ÷ `rloo`, equal model runs",
+            ]
+            tables.append("\n".join(markdown(heads, cells)) + "\n")
+    findings = page.read_text().partition(TABLES)[0] if page.exists() else ""
+    page.write_text(findings + TABLES + "\n" + "\n".join(tables))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layer", choices=LAYERS, default="coins")
@@ -210,7 +259,10 @@ def main():
     parser.add_argument("--only", nargs="*", help="words of estimators; all by default")
     parser.add_argument("--times", type=pathlib.Path, help="what an earlier run wrote, for its milliseconds")
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--page", type=pathlib.Path, nargs="+", metavar="FILE", help="write the tables of these files")
     options = parser.parse_args()
+    if options.page:
+        return write_page(options.page, options.out or PAGE)
     torch.manual_seed(0)
     train = load(options.data, binarize="static").train
     rivals, make_model, make_guide = LAYERS[options.layer]

@@ -51,6 +51,30 @@ def test_the_rivals_of_elimination_have_one_loss(tmp_path):
     assert ours == stock and "ratio" in said
 
 
+# bernoulli_layer.py
+
+
+def test_the_tables_of_layers_compare_words_of_equal_model_runs(tmp_path):
+    layers, found, page = script("bernoulli_layer"), tmp_path / "found.json", tmp_path / "page.md"
+    assert [*map(layers.model_runs, ("rloo K=4", "disarm", "disarm K=4", "arms, 3 draws", "relax"))] == [
+        4,
+        2,
+        8,
+        3,
+        None,
+    ]
+    variances = {"rloo K=2": 8.0, "disarm": 6.0, "arms, 3 draws": 3.0}
+    rows = [
+        {"estimator": e, "variance": v, "snr": 1.0, "ms": 2.0, "variance x ms": 2 * v} for e, v in variances.items()
+    ]
+    found.write_text(json.dumps({"layer": "coins", "stops": {"500": rows}}))
+    page.write_text("Findings.\n" + layers.TABLES + "old tables")
+    layers.write_page([found], page)
+    said = page.read_text()
+    assert said.startswith("Findings.\n") and "old tables" not in said and "## coins, after 500 steps" in said
+    assert "| `disarm` | 6 | 1 | 2 | 12 | 0.750 |" in said and "| `arms, 3 draws` | 3 | 1 | 2 | 6 |  |" in said
+
+
 # relaxation_bias.py
 
 
