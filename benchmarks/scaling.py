@@ -10,6 +10,7 @@ it. Memory is the growth of the process's peak over what it held before the step
 - batch: the same at K = 4, 16 … 1,024 rows
 - latents: coins of a BernoulliVAE, 50 … 1,600, under rloo, disarm and local-expectation
 - sites: a chain of 10 … 400 coins, each drawn given the one before, under score, rloo (K = 4) and stock TraceGraph_ELBO
+- values: a one-hot latent of 4 … 256 values, summed over by enumerate and by local-expectation, batch 32
 - processes: seconds of ``gumbo compare --quick`` with 1, 2, … worker processes
 
 Written: results/scaling.json, and a line of results/history.jsonl.
@@ -40,13 +41,13 @@ from _timing import RESULTS, Rival, interleaved_turns, remember, spread, surroun
 from pyro.infer import SVI, TraceGraph_ELBO
 from torch import nn
 
-from gumbo.guides import BernoulliGuide
+from gumbo.guides import BernoulliGuide, CategoricalGuide
 from gumbo.inference import SiteELBO
 from gumbo.inference.engine.rows import Rows
 from gumbo.inference.engine.scopes import denormals_flushed
 from gumbo.inference.training.optimizers import make_optimizer
 from gumbo.inference.training.steps import TorchStep
-from gumbo.models import BernoulliVAE
+from gumbo.models import BernoulliVAE, CategoricalVAE
 
 PATIENCE = 2.0  # seconds: a step that takes longer is taken once
 
@@ -71,6 +72,11 @@ def stock_step(programs: Callable[[], tuple[Any, Any]]) -> Rival:
 def coins_vae(latents: int) -> tuple[Any, Any]:
     model = BernoulliVAE((1, 28, 28), num_latents=latents)
     return model, BernoulliGuide(model)
+
+
+def one_hot_vae(values: int) -> tuple[Any, Any]:
+    model = CategoricalVAE((1, 28, 28), num_latents=1, num_classes=values)
+    return model, CategoricalGuide(model)
 
 
 def images(rows: int) -> torch.Tensor:
@@ -149,6 +155,14 @@ SERIES = {
             "score": lambda size: torch_step(lambda: chain(size), ours("score")),
             "rloo, K = 4": lambda size: torch_step(lambda: chain(size), ours("rloo", 4)),
             "stock TraceGraph_ELBO": lambda size: stock_step(lambda: chain(size)),
+        },
+    ),
+    "values": Series(
+        "values of one one-hot latent that is summed over, batch 32",
+        (4, 8, 16, 32, 64, 128, 256),
+        {
+            word: lambda size, word=word: torch_step(lambda: one_hot_vae(size), ours(word), images(32))
+            for word in ("enumerate", "local-expectation")
         },
     ),
 }

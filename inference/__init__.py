@@ -12,14 +12,18 @@ from .posterior.activity import active_units
 from .posterior.conversion import summary, to_arviz
 from .posterior.evaluation import evaluate
 from .posterior.from_svi import from_pyro_svi
+from .posterior.graphs import provide_compiler
 from .posterior.leave_one_out import loo_approximate_posterior
 from .posterior.prediction import predict
 from .posterior.refinement import refine, refinement_gap
 from .stock import make_loss, stock_elbos
+from .training.compile.functions import compiler
 from .training.fits import fit
 from .training.free_bits import FreeBits
 from .training.natural_gradient import NaturalGradient
 from .training.schedules import Constant, Cosine, Cyclical, Exponential, Linear, parse_schedule, schedules
+
+provide_compiler(compiler)
 
 __all__ = [
     "Auto",

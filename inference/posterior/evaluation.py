@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -11,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...changes import announce
-from ...errors import BadInput
+from ...errors import BadInput, GumboWarning
 from ...options import holds_to_annotations
 from ...tables import html
 from ..engine.progress import bar
 from ..engine.rows import ProcessGroup, Rows, pieces_of
 from ..engine.scopes import private_seed
-from .graphs import Compiler
+from .graphs import Compiler, provided_compiler
 from .importance import joint_evidence, khat_limit
 from .parts import Weighing, exact_pair
 
@@ -207,6 +208,7 @@ def evaluate(
     plate: str | None = None,
     processes: ProcessGroup | None = None,
     progress: bool | None = None,
+    compile: bool = False,
 ) -> Evaluation:
     """The ELBO and the importance-weighted evidence of a model and guide on ``data``, in nats per datum.
 
@@ -245,6 +247,9 @@ def evaluate(
         processes: several processes, which must all make this call, share the batches; all return the numbers of a
             single process.
         progress: True shows progress on standard error, False does not; None shows it above two million log-weights.
+        compile: compile the runs over full batches to one graph, as ``fit(compile=True)`` compiles its step. It takes
+            some seconds and pays for many draws. Programs that no graph stands for run uncompiled, with a warning that
+            says why.
 
     Returns:
         An `Evaluation`: numbers in nats per datum, both kinds of standard errors, and each datum's own values.
@@ -274,8 +279,12 @@ def evaluate(
         num_local_samples=num_local_samples,
         batch_size=batch_size,
         plate=plate,
+        compiler=provided_compiler() if compile else None,
     )
-    return evaluator(seed, processes, progress)
+    found = evaluator(seed, processes, progress)
+    if evaluator.uncompiled:
+        warnings.warn(f"evaluate runs uncompiled: {evaluator.uncompiled}", GumboWarning, stacklevel=3)
+    return found
 
 
 class Evaluator:

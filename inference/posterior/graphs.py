@@ -26,6 +26,22 @@ PER_DATUM = ("log_prior", "log_likelihood", "log_q")
 _CONSTANTS = (int, float, complex, str, type(None))
 
 
+# Returns the compiler of `evaluate`; training has it, and sets it.
+_providers: list[Callable[[], Compiler]] = []
+
+
+def provide_compiler(provider: Callable[[], Compiler]) -> None:
+    """Set what loads the compiler of ``evaluate(compile=True)``."""
+    _providers[:] = [provider]
+
+
+def provided_compiler() -> Compiler:
+    """The compiler of ``evaluate(compile=True)``."""
+    if not _providers:
+        raise BadInput("evaluate(compile=True) needs gumbo.inference, which provides the compiler: import it")
+    return _providers[0]()
+
+
 class Terms(NamedTuple):
     """The terms of a run, ``(3, count, rows)`` in float64 in the order of ``PER_DATUM``, and whether it is valid."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro.nn import PyroModule
 
-from gumbo.errors import BadInput
+from gumbo.errors import BadInput, GumboWarning
 from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide
 from gumbo.inference import evaluate, fit
 from gumbo.inference.engine.noise import Noise, Tape
@@ -233,6 +233,22 @@ def test_a_compiled_fit_says_once_why_its_validation_is_not_compiled(monkeypatch
         pair = made("gaussian")
         fit(*pair, images(64), valid=images(40), valid_samples=2, epochs=2, batch_size=16, compile=True)
     assert capsys.readouterr().err.count("validation runs uncompiled: the reason that is given") == 1
+
+
+def test_evaluate_compiles_where_it_is_asked_to_and_warns_where_it_cannot(monkeypatch):
+    made_of = []
+    monkeypatch.setattr(
+        "gumbo.inference.training.compile.step.inductor", lambda *args: made_of.append(args) or uncompiled(*args)
+    )
+    with torch.random.fork_rng():
+        pair = made("gaussian")
+    x = images()
+    found = evaluate(*pair, x, num_samples=5, compile=True)
+    assert len(made_of) == 1
+    assert found.elbo == pytest.approx(evaluate(*pair, x, num_samples=5).elbo, abs=1e-4)
+    rows = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(GumboWarning, match="evaluate runs uncompiled: .*not every site is in the plate"):
+        evaluate(Global(), global_guide, rows, num_samples=5, compile=True)
 
 
 # Batches.
