@@ -326,7 +326,7 @@ def show(rows: list[dict]) -> None:
 
 def kind_of(operation: str) -> str:
     """What an operation of the profiler is part of."""
-    if operation in ("aten::mm", "aten::addmm", "aten::bmm", "gumbo::linear") or "_linear_pointwise" in operation:
+    if operation in ("aten::mm", "aten::addmm", "aten::bmm", "gumbo::product") or "_linear_pointwise" in operation:
         return "matrix products"
     if "_fused_adam" in operation:
         return "Adam"

@@ -63,6 +63,8 @@ class Train:
         checkpoint_minutes: also save after that many minutes.
         tensorboard: also write scalars under tensorboard/ in the run folder.
         compile: compile the training step, which takes some seconds and then saves time at every step.
+        products: the library of a compiled step's matrix products on the CPU: torch, onednn, or fastest, which measures
+            both and records the faster one.
         resume: the folder of a run to resume; its settings are the defaults.
         folder: the run folder; by default ./runs/train-<time>.
         device: cpu, cuda, cuda:1, …; with several processes, cuda gives each its own GPU.
@@ -95,6 +97,7 @@ class Train:
     checkpoint_minutes: float | None = None
     tensorboard: bool = False
     compile: bool = False
+    products: str = "fastest"
     resume: str | None = None
     folder: str | None = None
     device: str = "cpu"
@@ -118,6 +121,11 @@ def train(config: Train) -> dict[str, Any]:
     data = load_data(config)
     model, guide = (program.to(device) for program in build(config, data.data_shape))
     config = replace(config, guide=guide_of(config, model))  # the run records its guide
+    if config.compile:
+        from gumbo.inference.training.compile.products import library_of
+
+        library = library_of(config.products, [model, guide], config.batch_size, device)
+        config = replace(config, products=library)  # and the library of its products
     loss = make_loss(config)
 
     def folder() -> RunFolder:
@@ -177,6 +185,7 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss, processe
         checkpoint_minutes=config.checkpoint_minutes,
         tensorboard=config.tensorboard,
         compile=config.compile,
+        products=config.products,
         transform=lambda rows, generator: model.inputs(*data.batch(rows, generator)),
         title="gumbo train",
     )

@@ -162,6 +162,19 @@ class Rows:
 
         return self._map(rows)
 
+    def split(self, size: int) -> list[Rows]:
+        """Batches of ``size`` rows, views of these; the last may have fewer. All arguments with rows are tensors."""
+        parts = {name: value.split(size) for name, value in self.cut()}
+        found = []
+        for number in range(-(-len(self) // size)):
+            batch = Rows.__new__(Rows)
+            batch.what, batch._cut = self.what, self._cut
+            batch.args = tuple(parts[i][number] if i in parts else value for i, value in enumerate(self.args))
+            batch.kwargs = {k: parts[k][number] if k in parts else value for k, value in self.kwargs.items()}
+            batch._length = min(size, len(self) - number * size)
+            found.append(batch)
+        return found
+
     def to(self, device: torch.device | str) -> Rows:
         """Move every tensor to the device, inside lists, tuples and mappings too."""
         return self._map(lambda value: _moved(value, device), of_all=True)

@@ -12,6 +12,7 @@ from ...errors import BadInput
 from ..engine.rows import Rows
 
 TRANSFORMED = "transform's result"
+AHEAD = 2**22  # numbers that are selected at once
 _PRIME = 1_000_003  # keeps the streams of neighbouring seeds, epochs and batches apart
 
 
@@ -46,11 +47,17 @@ class Batches:
 
     note = ""  # a remark on the order for the progress lines
     resumable = True
+    _moves_ahead = True  # whether batches without a transform are on their device when they are read
 
     @property
     def show_other_rows(self) -> bool:
         """Whether a later epoch may have rows that the first did not."""
         return self.transform is not None or (self.per_epoch or 0) * self.batch_size < len(self.rows)
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether making a batch runs code of the user's."""
+        return self.transform is not None
 
     def of_epoch(self, epoch: int, done: int = 0) -> Iterator[Rows]:
         """The batches of an epoch after the first ``done``."""
@@ -84,7 +91,18 @@ class Batches:
         return math.floor(number) if drop_last else math.ceil(number)
 
     def _read(self, jobs: Sequence[tuple[torch.Tensor, int]]) -> Iterator[Rows]:
-        return (self.rows[index] for index, _ in jobs)
+        """The rows of the batches, selected for several of them at once."""
+        held = [value for _, value in self.rows.cut()]
+        row = sum(math.prod(value.shape[1:]) for value in held)
+        # A part of a selection has the layout of a batch that is selected alone only where rows lie one by one.
+        plain = all(isinstance(value, torch.Tensor) and value.is_contiguous() for value in held)
+        several = max(1, AHEAD // max(1, row * self.batch_size)) if plain else 1
+        for start in range(0, len(jobs), several):
+            indices = [index for index, _ in jobs[start : start + several]]
+            selected = self.rows[torch.cat(indices)]
+            if self.transform is None:  # it sees batches that are not moved
+                selected = selected.to(self.device)
+            yield from selected.split(self.batch_size) if len(indices) > 1 else [selected]
 
     def _made(self, rows: Rows, count: int, seed: int) -> Rows:
         batch = rows
@@ -92,7 +110,7 @@ class Batches:
             batch = Rows(self.transform(batch.data, self._seeded(seed)), TRANSFORMED)
             if len(batch) < count:
                 raise BadInput(f"{TRANSFORMED} has {len(batch)} rows for a batch of {count}: expected a row for each")
-        return batch.to(self.device)
+        return batch if self._moves_ahead and self.transform is None else batch.to(self.device)
 
     def _seed_of(self, epoch: int, number: int) -> int:
         return (self.seed * _PRIME + epoch) * _PRIME + number + 1

@@ -16,6 +16,7 @@ import torch
 from pyro.infer import ELBO
 
 from ...errors import BadInput, UnknownName
+from .compile.products import FASTEST, LIBRARIES
 from .metrics import require_tensorboard
 from .schedules import Schedule
 
@@ -54,6 +55,7 @@ class FitSettings:
     tensorboard: bool = False
     validate: bool = False
     compile: bool = False
+    products: str = FASTEST
     progress: bool = True
     title: str = "fit"
     on_epoch: Callable[[dict[str, float]], None] | None = None
@@ -118,6 +120,10 @@ class FitSettings:
             require_tensorboard()
         if self.compile and self.validate:
             raise BadInput("validate=True looks at values, which compile=True cannot: leave one of them out")
+        if self.products not in LIBRARIES:
+            raise UnknownName("products", self.products, LIBRARIES)
+        if self.products != FASTEST and not self.compile:
+            raise BadInput(f"products={self.products!r} chooses the library of a compiled step: pass compile=True")
         # JSON and checkpoints do not take NumPy integers.
         whole = {name: getattr(self, name) for name in (*WHOLE, *WHOLE_OR_NONE, "seed")}
         return replace(self, **{name: None if value is None else int(value) for name, value in whole.items()})

@@ -21,7 +21,6 @@ from ..engine.programs import in_support, observed_support
 from ..engine.rows import Rows
 from ..engine.scopes import kept_buffers, owned_parameters, private_seed
 from ..estimators._distributions import describe, has_tensors
-from .compile.products import layers_through_onednn, linear_layers
 from .optimizers import Updates
 from .schedules import end_of
 
@@ -75,6 +74,8 @@ class Step(ABC):
     unchecked: frozenset[str] = frozenset()  # sites whose distribution has validate_args=False
     note = ""  # a remark for the progress lines
     compiler: Callable[..., Any] | None = None  # for functions of tensors, where the step is compiled
+    code_between = True  # whether code of others runs between the steps of a stretch
+    failed_on: Rows | None = None  # the batch whose step raised an error, where it is not the last one
     _look: _ObservedInSupport | None = None
     parameters: dict[str, torch.nn.Parameter]
     optimizer: Updates
@@ -82,6 +83,14 @@ class Step(ABC):
 
     @abstractmethod
     def __call__(self, batch: Rows) -> float: ...
+
+    def stretch(self, batches: Iterator[Rows], made: list[tuple[Rows, float]], most: int) -> None:
+        """Steps up to the next point where somebody looks: here one; at most ``most``, and none without a batch.
+
+        Each batch is added to ``made`` with its loss. The last loss may be one that is not finite, no other.
+        """
+        if (batch := next(batches, None)) is not None:
+            made.append((batch, self(batch)))
 
     @abstractmethod
     def state(self) -> dict[str, Any]: ...
@@ -142,11 +151,10 @@ class TorchStep(Step):
         self.parameters = dict(self.module.named_parameters())
         _refuse_store_parameters(self.parameters.values())
         self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
-        self.layers = linear_layers([self.module])
 
     def __call__(self, batch: Rows) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        with self.checks(), layers_through_onednn(self.layers):
+        with self.checks():
             value = self.module(*batch.args, **batch.kwargs)
         if math.isfinite(number := value.item()):
             value.backward()

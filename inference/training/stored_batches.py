@@ -41,9 +41,15 @@ class StoredBatches(Batches):
                 f"drawn here, from seed {self.seed}, so that a resumed run has the same bits"
             )
 
+    _moves_ahead = False
+
     @property
     def show_other_rows(self) -> bool:
         return True  # a data set may return different items each time
+
+    @property
+    def runs_code(self) -> bool:
+        return True
 
     def close(self) -> None:
         self.rows.source.close()
@@ -90,6 +96,12 @@ class LoaderBatches(Batches):
             return len(self.loader)
         except TypeError:  # a stream
             return None
+
+    _moves_ahead = False
+
+    @property
+    def runs_code(self) -> bool:
+        return True
 
     @property
     def show_other_rows(self) -> bool:

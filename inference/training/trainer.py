@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 import time
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from statistics import median
@@ -96,6 +98,46 @@ class _Epoch:
     took: list[float] = field(default_factory=list)
     seconds: float = 0.0
     reported: dict[str, float] = field(default_factory=dict)  # further values of the objective, summed
+
+
+class _Source:
+    """The batches of an epoch for stretches of steps; a pending signal ends a stretch after its current step.
+
+    ``prepare(number, batch)`` is called before the step of that number, of which ``done`` were made.
+
+    Attributes: ``last`` batch; ``seconds`` that reading took in this stretch; ``error``, raised by the reading itself.
+    """
+
+    def __init__(
+        self, batches: Iterator[Rows], interrupts: Interrupts, prepare: Callable[[int, Rows], None], done: int
+    ):
+        self.batches, self.interrupts, self.prepare, self.done = batches, interrupts, prepare, done
+        self.error: Exception | None = None
+        self.last = Rows(())
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin another stretch."""
+        self.seconds, self._given = 0.0, 0
+
+    def __iter__(self) -> Iterator[Rows]:
+        return self
+
+    def __next__(self) -> Rows:
+        if self._given and self.interrupts.pending is not None:
+            raise StopIteration
+        start = time.perf_counter()
+        try:
+            self.last = next(self.batches)
+            self.prepare(self.done, self.last)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self.error = error
+            raise
+        self.seconds += time.perf_counter() - start
+        self.done, self._given = self.done + 1, self._given + 1
+        return self.last
 
 
 class Run:
@@ -268,39 +310,72 @@ class Run:
         now, before = self.now, self.now.before
         self._began = time.perf_counter() - now.seconds
         self.step.check_data = now.number == 1 or self.batches.show_other_rows
+        self.step.code_between = self.batches.runs_code
         interrupts.check()
-        for batch in self.batches.of_epoch(now.number, now.done):
+
+        def prepare(number: int, batch: Rows) -> None:
             if self.choices is not None:
-                self.choices.before(before + now.done, batch, self.step)
-            self.annealing.before(before + now.done)
+                self.choices.before(number, batch, self.step)
+            self.annealing.before(number)
+
+        source = _Source(self.batches.of_epoch(now.number, now.done), interrupts, prepare, before + now.done)
+        while True:
+            made: list[tuple[Rows, float]] = []
+            source.begin()
             start = time.perf_counter()
+            error: Exception | None = None
             try:
-                loss = self.step(batch)
-            except (ValueError, RuntimeError) as error:
-                # Pyro's validation names a distribution's argument; the cause is the parameter that computes it.
-                where = f"epoch {now.number}, step {before + now.done + 1}"
-                self.guard.after_step(where, error)
-                batch.check(TRANSFORMED)  # the data were checked before
-                if not isinstance(error, GumboError):
-                    self.guard.explain_error(error, where, batch)
-                raise
+                self.step.stretch(source, made, self._most(before + now.done))
+            except Exception as raised:
+                error = raised
             end = time.perf_counter()
-            if not math.isfinite(loss):
-                batch.check(TRANSFORMED)
-                self.guard.explain(loss, f"epoch {now.number}, step {before + now.done + 1}", batch)
-            if self.convergence is not None and before + now.done >= self.settles:
-                self.convergence.after_step()
-            now.took.append(1e3 * (end - start))
-            now.total -= self._of_rows(loss, batch)
-            for name, value in self.step.reported().items():
-                now.reported[name] = now.reported.get(name, 0.0) + self._of_rows(value, batch)
-            now.seen += len(batch)
-            now.done += 1
+            self._count(made, (end - start - source.seconds) / max(len(made), 1))
+            if error is not None:
+                if error is not source.error and isinstance(error, (ValueError, RuntimeError)):
+                    self._explain(error, self.step.failed_on or source.last)
+                raise error
+            if not made:
+                break
             shown.step(before + now.done)
             interrupts.check()
             if self._is_due(before + now.done, end):
                 self._save()
         self.guard.after_step(self._where())
+
+    def _most(self, done: int) -> int:
+        """The number of steps that may be made after ``done`` before somebody looks at the programs or the run."""
+        every = self.options.checkpoint_steps
+        most = sys.maxsize if every is None else every - done % every
+        if self.convergence is not None:  # it sees every iterate
+            most = min(most, max(self.settles - done, 1))
+        return most
+
+    def _count(self, made: list[tuple[Rows, float]], seconds: float) -> None:
+        """Count steps that were made, each in so many seconds; raises GumboError for a loss that is not finite."""
+        now = self.now
+        for batch, loss in made:
+            if not math.isfinite(loss):
+                batch.check(TRANSFORMED)
+                self.guard.explain(loss, f"epoch {now.number}, step {now.before + now.done + 1}", batch)
+            if self.convergence is not None and now.before + now.done >= self.settles:
+                self.convergence.after_step()
+            now.took.append(1e3 * seconds)
+            now.total -= self._of_rows(loss, batch)
+            for name, value in self.step.reported().items():
+                now.reported[name] = now.reported.get(name, 0.0) + self._of_rows(value, batch)
+            now.seen += len(batch)
+            now.done += 1
+
+    def _explain(self, error: Exception, batch: Rows) -> None:
+        """Raise GumboError where a parameter or site that is not finite explains an error of a step; else return.
+
+        Pyro's validation names a distribution's argument; the cause is the parameter that computes it.
+        """
+        where = f"epoch {self.now.number}, step {self.now.before + self.now.done + 1}"
+        self.guard.after_step(where, error)
+        batch.check(TRANSFORMED)  # the data were checked before
+        if not isinstance(error, GumboError):
+            self.guard.explain_error(error, where, batch)
 
     def _of_rows(self, value: float, batch: Rows) -> float:
         """A batch's value scaled to a sum over its own rows."""

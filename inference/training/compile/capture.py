@@ -176,9 +176,10 @@ class Program:
     def step(self) -> int:
         return self.module.binding.steps
 
-    def scheduled(self) -> list[float]:
-        """The values of the schedules at the current step."""
-        return [float(schedule(self.step)) for schedule in self.schedules]
+    def scheduled(self, step: int | None = None) -> list[float]:
+        """The values of the schedules at a step, by default the current one."""
+        step = self.step if step is None else step
+        return [float(schedule(step)) for schedule in self.schedules]
 
     def call(
         self,
@@ -229,9 +230,17 @@ class Program:
             return scalars[number]
         return self.tensor(float(schedule(now)))
 
-    def tensor(self, values: float | list[float]) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    def tensor(self, values: float | list[float] | list[list[float]]) -> Tensor:
         """Numbers with the dtype and device of the parameters."""
-        return torch.tensor(values, dtype=self._like.dtype, device=self._like.device)
+        return torch.tensor(values, dtype=self.dtype, device=self.device)
 
 
 def flat(batch: Rows) -> list[Tensor]:
