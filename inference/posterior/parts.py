@@ -100,7 +100,9 @@ class Weighing:
             self.num_local_samples = num_local_samples or (_LOCAL_SAMPLES if sweep.vectorized else 1)
         self.graphs: Graphs | None = None
         self.uncompiled = ""
-        if compiler is not None:
+        if compiler is not None and self.relaxed:
+            self.uncompiled = "the discrete form of a relaxed pair is made anew for every evaluation"
+        elif compiler is not None:
             try:
                 with quietly(self.model, self.guide, None):
                     self.graphs = Graphs(sweep, self.name, compiler)

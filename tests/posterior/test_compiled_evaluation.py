@@ -11,7 +11,7 @@ import torch
 from pyro.nn import PyroModule
 
 from gumbo.errors import BadInput, GumboWarning
-from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide
+from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
 from gumbo.inference import evaluate, fit
 from gumbo.inference.engine.noise import Noise, Tape
 from gumbo.inference.engine.rows import Rows
@@ -233,6 +233,13 @@ def test_a_compiled_fit_says_once_why_its_validation_is_not_compiled(monkeypatch
         pair = made("gaussian")
         fit(*pair, images(64), valid=images(40), valid_samples=2, epochs=2, batch_size=16, compile=True)
     assert capsys.readouterr().err.count("validation runs uncompiled: the reason that is given") == 1
+
+
+def test_a_relaxed_pair_is_not_compiled_again_for_every_evaluation():
+    with torch.random.fork_rng():
+        model = CategoricalVAE(SHAPE, num_latents=2, num_classes=3, relaxed=True)
+        evaluator = Evaluator(model, RelaxedCategoricalGuide(model), images(), num_samples=2, compiler=by_operations)
+    assert evaluator() == evaluator() and "made anew for every evaluation" in evaluator.uncompiled
 
 
 def test_evaluate_compiles_where_it_is_asked_to_and_warns_where_it_cannot(monkeypatch):
