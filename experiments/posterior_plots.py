@@ -42,6 +42,18 @@ def one_datum(posterior: Any) -> Any:
     return posterior.isel(first)
 
 
+def with_indicators(posterior: Any) -> Any:
+    """The draws with an indicator of each class in place of its index, whose mean and intervals mean nothing."""
+    shown = {}
+    for name, values in posterior.data_vars.items():
+        if values.attrs.get("values") == "classes":
+            dim = f"{name}_class"
+            classes = type(values)(np.arange(int(values.max()) + 1), dims=[dim])
+            values = (values == classes.assign_coords({dim: classes.values})).astype(int)
+        shown[name] = values
+    return type(posterior)(shown, attrs=posterior.attrs)
+
+
 def is_binary(values: np.ndarray) -> bool:
     """Whether all draws are 0 or 1, as for a Bernoulli or one-hot site."""
     return bool(np.isin(values, (0.0, 1.0)).all())
@@ -70,7 +82,7 @@ def forest(path: Path, posterior: Any) -> Path:
     if all(binary):
         axis.set_xlim(0.0, 1.0)
     words = "means, 50 % and 94 % intervals"
-    words = "probabilities of a 1" if all(binary) else f"{words}; bars: probabilities of a 1" if any(binary) else words
+    words = "probabilities of a 1" if all(binary) else f"{words};\nbars: probabilities of a 1" if any(binary) else words
     axis.set_title(f"posterior by the guide: {words}", fontsize=10)
     axis.grid(axis="x", alpha=0.3)
     return save(made, path)
@@ -233,7 +245,8 @@ def latent_space(path: Path, posterior: Any, names: Sequence[str], labels: np.nd
             axis.scatter(*flat[labels == label].T, s=14, color=f"C{index % 10}", label=str(label))
         axis.legend(title="label", fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     title = " and ".join(f"{part:.0%}" for part in share[:2])
-    axis.set(title=f"posterior means of {', '.join(names)}: {title} of their variance", xlabel="1", ylabel="2")
+    told = ", ".join(names) if len(names) < 4 else f"{names[0]} … {names[-1]}, {len(names)} sites"
+    axis.set(title=f"posterior means of {told}: {title} of their variance", xlabel="1", ylabel="2")
     return save(made, path)
 
 
@@ -243,7 +256,7 @@ def everything(
     """All pictures of the groups; ``num_samples`` is the number of draws of the report."""
     from gumbo.inference.posterior.importance import khat_limit
 
-    posterior = groups["posterior"]
+    posterior = with_indicators(groups["posterior"])
     made = [
         forest(folder / "forest.png", posterior),
         traces(folder / "trace.png", posterior),

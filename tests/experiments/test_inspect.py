@@ -12,6 +12,7 @@ import torch
 from gumbo.errors import BadInput, UnknownName
 from gumbo.experiments import cli, inspect_posterior, posterior_plots, train
 from gumbo.experiments.posterior_plots import coordinates, one_datum
+from gumbo.guides import CombinerGuide
 from gumbo.inference import to_arviz
 from gumbo.inference.posterior import _arviz
 from gumbo.models import models
@@ -124,6 +125,26 @@ def test_pictures_of_zeros_and_ones(monkeypatch):
     )
     (axis,) = axes_of(monkeypatch, posterior_plots.latent_space, means, ["z"], labels)
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["0", "1"]
+
+
+def test_pictures_of_classes_show_the_probability_of_each(monkeypatch):
+    """An index of a class has no mean; titles of many sites stay within the picture."""
+    torch.manual_seed(0)
+    model = models["switching-state-space"]((1, 4, 4), **models["switching-state-space"].variants[0])
+    guide = CombinerGuide(model)
+    idata = to_arviz(model, guide, num_samples=40, groups=["posterior"], **model.example(4))
+    draws = _arviz.dataset_of(idata, "posterior")
+    shown = posterior_plots.with_indicators(draws)
+    classes = int(draws["s1"].max()) + 1
+    assert shown["s1"].dims == ("chain", "draw", "data", "s1_class") and shown["z1"].equals(draws["z1"])
+    for one in range(classes):
+        assert (shown["s1"].values[..., one] == (draws["s1"].values == one)).all()
+    assert set(coordinates(one_datum(shown), 99)) >= {f"s1[0, {one}]" for one in range(classes)}
+    names = shown.attrs["local"].split(",")
+    (axis,) = axes_of(monkeypatch, posterior_plots.latent_space, shown, names, None)
+    assert " … " in axis.get_title() and ", 8 sites" in axis.get_title()
+    (axis,) = axes_of(monkeypatch, posterior_plots.forest, shown)
+    assert max(map(len, axis.get_title().splitlines())) < 60
 
 
 def test_the_picture_of_khat_is_of_the_draws_of_the_verdict(tmp_path, monkeypatch):
