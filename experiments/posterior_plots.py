@@ -12,8 +12,8 @@ import numpy as np
 
 from gumbo.experiments.plots import figure, save
 
-# The most coordinates in one picture.
-_FOREST, _TRACES, _PAIRS = 20, 4, 4
+# The most coordinates, or observed sites, in one picture.
+_FOREST, _TRACES, _PAIRS, _PREDICTIVE = 20, 4, 4, 4
 
 
 def coordinates(posterior: Any, most: int) -> dict[str, np.ndarray]:
@@ -78,7 +78,7 @@ def forest(path: Path, posterior: Any) -> Path:
                 axis.plot((low, high), (height, height), color=f"C{chain}", linewidth=width)
             axis.plot(draws.mean(), height, "o", color=f"C{chain}", markersize=4)
     axis.set_yticks(range(len(shown)), list(shown), fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(shown) - 0.5, -0.5)
     if all(binary):
         axis.set_xlim(0.0, 1.0)
     words = "means, 50 % and 94 % intervals"
@@ -138,8 +138,12 @@ def pairs(path: Path, posterior: Any) -> Path:
 
 
 def predictive(path: Path, observed: Any, drawn: Any) -> Path:
-    """The data against data drawn from the posterior: for each datum, the mean over its elements."""
+    """The data against data drawn from the posterior: for each datum, the mean over its elements.
+
+    Of many observed sites, as of a sequence, a few are shown.
+    """
     names = list(observed.data_vars)
+    names = names[:: -(-len(names) // _PREDICTIVE)]
     made, axes = figure(1, len(names), figsize=(5.6 * len(names), 4.0), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         data = np.asarray(observed[name]).astype(float)
@@ -246,7 +250,8 @@ def latent_space(path: Path, posterior: Any, names: Sequence[str], labels: np.nd
         axis.legend(title="label", fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     title = " and ".join(f"{part:.0%}" for part in share[:2])
     told = ", ".join(names) if len(names) < 4 else f"{names[0]} … {names[-1]}, {len(names)} sites"
-    axis.set(title=f"posterior means of {told}: {title} of their variance", xlabel="1", ylabel="2")
+    axis.set(xlabel="1", ylabel="2")
+    axis.set_title(f"posterior means of {told}:\n{title} of their variance", fontsize=10)
     return save(made, path)
 
 

@@ -147,6 +147,16 @@ def test_pictures_of_classes_show_the_probability_of_each(monkeypatch):
     assert max(map(len, axis.get_title().splitlines())) < 60
 
 
+def test_of_many_observed_sites_a_few_are_drawn(monkeypatch):
+    import xarray
+
+    data = np.random.default_rng(0).normal(size=(1, 5, 6, 2))
+    drawn = xarray.Dataset({f"x{t}": (("chain", "draw", "data", "dim"), data) for t in range(1, 31)})
+    observed = drawn.isel(chain=0, draw=0)
+    shown = [axis.get_title() for axis in axes_of(monkeypatch, posterior_plots.predictive, observed, drawn)]
+    assert shown == [f"posterior predictive of x{t}" for t in (1, 9, 17, 25)]
+
+
 def test_the_picture_of_khat_is_of_the_draws_of_the_verdict(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(posterior_plots, "pareto", lambda path, stats, *said: drawn.append(stats) or path)
