@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from gumbo.errors import BadInput
-from gumbo.registry import Registry, describe, home_of, import_object, is_import_path
+from gumbo.registry import Registry, describe, import_object, is_import_path, is_librarys
 
 T = TypeVar("T")
 
@@ -96,15 +96,6 @@ def _makes_modules(found: type) -> bool:
     import torch
 
     return issubclass(found, torch.nn.Module)
-
-
-# Libraries whose objects are no programs, loaders or estimators.
-_LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "sklearn", "xarray", "arviz", "matplotlib", "joblib", "yaml")
-
-
-def is_librarys(found: Any) -> bool:
-    """Whether a function or class belongs to one of these libraries."""
-    return home_of(found).split(".")[0] in _LIBRARIES
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:

@@ -14,6 +14,9 @@ from .errors import BadInput, UnknownName
 T = TypeVar("T")
 
 
+_LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "sklearn", "xarray", "arviz", "matplotlib", "joblib", "yaml")
+
+
 class Registry(Mapping[str, T], Generic[T]):
     """An ordered map from names to objects, filled by a decorator.
 
@@ -129,6 +132,11 @@ def home_of(thing: Any) -> str:
         thing = thing.func
     thing = getattr(thing, "__func__", thing)
     return str(getattr(thing, "__module__", None) or "") if callable(thing) else ""
+
+
+def is_librarys(found: Any) -> bool:
+    """Whether a function or class belongs to a library whose objects are no programs, loaders or estimators."""
+    return home_of(found).split(".")[0] in _LIBRARIES
 
 
 def _is_pythons(module: str) -> bool:
