@@ -298,12 +298,15 @@ class OwnModel(Params):
             pyro.sample("x", dist.Normal(self.w * (u + 2 * y + g - e), 1.0), obs=X)
 
 
-@pytest.mark.parametrize("place", ["before", "after", "last"])
+MIXED = {"e": "enumerate", "y": "score", "g": "score"}
+
+
 @pytest.mark.parametrize(
-    ("words", "vectorize"),
+    ("words", "vectorize", "place"),
     [
-        ("score", True),
-        ({"e": "enumerate", "y": "score", "g": "score"}, False),
+        *(("score", True, place) for place in ("before", "after", "last")),
+        *(pytest.param(MIXED, False, place, marks=pytest.mark.slow) for place in ("before", "after")),
+        (MIXED, False, "last"),
     ],
     ids=str,
 )

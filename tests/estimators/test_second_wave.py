@@ -67,7 +67,7 @@ class ClassModel(Params):
             pyro.sample("x", dist.Normal((y * self.w).sum(-1), 0.5), obs=torch.tensor([0.3, 1.1], dtype=F64))
 
 
-@pytest.mark.parametrize("kind", RIVALS)
+@pytest.mark.parametrize("kind", ["coins", pytest.param("classes", marks=pytest.mark.slow)])
 def test_the_audit_clears_them_and_convicts_them_made_wrong(kind):
     right, wrong = RIVALS[kind]
     model, guide = DISCRETE["plate"].make() if kind == "coins" else (ClassModel(), ClassGuide())
@@ -143,7 +143,10 @@ def test_the_audit_clears_measure_valued_derivatives_of_every_family_and_convict
 
 
 @pytest.mark.parametrize("law", ["Poisson"])
-@pytest.mark.parametrize("cost, verdict", [(torch.square, "no bias seen"), (lambda z: torch.cos(3 * z), "biased")])
+@pytest.mark.parametrize(
+    "cost, verdict",
+    [pytest.param(torch.square, "no bias seen", marks=pytest.mark.slow), (lambda z: torch.cos(3 * z), "biased")],
+)
 def test_the_audit_sees_the_bias_of_fini_where_the_cost_is_no_polynomial(law, cost, verdict):
     """At the prior itself, so that log p − log q, which is none either, has no part in the cost."""
     make = LAWS[law]

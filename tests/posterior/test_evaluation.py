@@ -613,7 +613,7 @@ def exact_score_moments():
     return mean.item(), variance.item()
 
 
-@pytest.mark.parametrize("word", ["trace", "trace-graph"])
+@pytest.mark.parametrize("word", ["trace", pytest.param("trace-graph", marks=pytest.mark.slow)])
 def test_moments_of_the_score_estimator_are_the_enumerated_ones(word):
     mean, variance = exact_score_moments()
     moments = gradient_moments(CoinModel(), Coin(), make_loss(word), Y, num_samples=4000)

@@ -768,7 +768,7 @@ def test_no_compiler_is_one_line(monkeypatch):
 COMPILED = {"pathwise": (normal_pair, F64, 1e-10), "rloo": (class_pair, torch.float32, 1e-5)}
 
 
-@pytest.mark.parametrize("word", COMPILED)
+@pytest.mark.parametrize("word", ["pathwise", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_machine_code_does_what_eager_does(word):
     pair, dtype, tolerance = COMPILED[word]
     loss = SiteELBO(word, num_particles=2)
