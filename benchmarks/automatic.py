@@ -154,7 +154,7 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[str]:
         "",
         f"`python benchmarks/automatic.py --draws {options.draws} --cost {options.cost}` ({machine()}):"
         f" within 1.5 times the best in {within} of {len(rows)} programs,",
-        f"{len(drawn)} of which no word can do without variance. Variance of the guide's gradient × {options.cost} of a"
+        f"{len(drawn)} of these have variance under every word. Variance of the guide's gradient × {options.cost} of a"
         " step,",
         "measured after the pilot with another seed; a fixed word stands at every site that it serves.",
         "",
