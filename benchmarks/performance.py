@@ -158,7 +158,7 @@ process may use. Every rival takes the same batch again and again.
   antithetic pairs, so the discrete rows run what it has: TraceGraph_ELBO, with 4 particles in parallel for the
   categorical model (as many runs of the decoder), with 1 for the belief network (DisARM runs the decoder twice).
 - *gumbo*: the step that `fit` makes, which reads the loss as a number at each step and checks the data's support;
-  *compiled*: `fit(compile=True)`.
+  *compiled*: stretches of `fit(compile=True)`, which reads the losses of a turn together.
 - *NumPyro*: its own SVI, step by step under `jit`, or whole turns under `lax.scan`; Trace_ELBO, and TraceGraph_ELBO
   (without a baseline) for the discrete models. *JAX by hand*: `rloo` and `disarm`, which NumPyro lacks, with
   gradients equal to the PyTorch version's for equal noise."""
