@@ -112,10 +112,25 @@ def settings(cell: TrainedCell, seed: int, steps: int):
     )
 
 
-def train_and_judge(
+@dataclass(frozen=True)
+class Trained:
+    """A cell after training: its programs, its data, the numbers of the training, and the bound on validation images.
+
+    ``train`` and ``held_out`` are the arguments of the programs; ``numbers`` is part of what ``run`` returns.
+    """
+
+    model: Any
+    guide: Any
+    data: Any
+    train: Mapping[str, Any]
+    held_out: Mapping[str, Any]
+    numbers: dict[str, Any]
+
+
+def train(
     cell: TrainedCell, seed: int, steps: int, folder: Path, *, rows: int | None, compile: bool, device: str
-) -> dict[str, Any]:
-    """Train one cell for ``steps`` steps, rounded to whole epochs, and evaluate it once on the test images.
+) -> Trained:
+    """Train one cell for ``steps`` steps, rounded to whole epochs; the test images are not looked at.
 
     ``rows`` is the number of images used of each split; None takes all.
     """
@@ -133,7 +148,6 @@ def train_and_judge(
     per_epoch = len(train["x"]) // cell.batch_size
     epochs = max(1, round(steps / per_epoch))
     every = max(1, epochs // 50)  # points of the curve
-    loss = make_loss(config)
     held_out = inputs_of(model, data, "valid", rows or VALID_ROWS)
     held_out = {name: value.to(device) for name, value in held_out.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +167,7 @@ def train_and_judge(
         model,
         guide,
         train,
-        loss=loss,
+        loss=make_loss(config),
         optimizer=config.optimizer,
         lr=learning_rate(config),
         epochs=epochs,
@@ -170,30 +184,46 @@ def train_and_judge(
     seconds = time.perf_counter() - began
     losses = {int(numbers["epoch"]): numbers[result.objective_name] for numbers in result.history}
     lap, points = curve.points(losses, per_epoch)
-    shuffled = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(TEST_SEED))[:rows]
-    test = {name: value[shuffled].to(device) for name, value in inputs_of(model, data, "test").items()}
-    found = evaluate(model, guide, test, num_samples=cell.draws if rows is None else 10, seed=seed)
-    valid = evaluate(model, guide, held_out, num_samples=100, seed=seed)
-    judged = found
+    numbers = {
+        "valid": evaluate(model, guide, held_out, num_samples=100, seed=seed).as_dict(),
+        "steps": epochs * per_epoch,
+        "share": epochs * per_epoch / cell.steps,
+        "seconds": seconds,
+        "ms_per_step": 1000 * lap / per_epoch,
+        "curve": points,
+    }
+    return Trained(model, guide, data, train, held_out, numbers)
+
+
+def train_and_judge(
+    cell: TrainedCell, seed: int, steps: int, folder: Path, *, rows: int | None, compile: bool, device: str
+) -> dict[str, Any]:
+    """Train one cell and evaluate it once on the test images; arguments as for :func:`train`."""
+    import torch
+
+    from gumbo.experiments.train import inputs_of
+    from gumbo.inference import evaluate
+
+    found = train(cell, seed, steps, folder, rows=rows, compile=compile, device=device)
+    pair = found.model, found.guide
+    shuffled = torch.randperm(len(found.data.test), generator=torch.Generator().manual_seed(TEST_SEED))[:rows]
+    inputs = inputs_of(found.model, found.data, "test").items()
+    images = {name: value[shuffled].to(device) for name, value in inputs}
+    test = judged = evaluate(*pair, images, num_samples=cell.draws if rows is None else 10, seed=seed)
     if cell.metric == "training-loss":
-        some = {name: value[:TRAIN_ROWS].to(device) for name, value in train.items()}
-        judged = evaluate(model, guide, some, num_samples=10, seed=seed)
+        some = {name: value[:TRAIN_ROWS].to(device) for name, value in found.train.items()}
+        judged = evaluate(*pair, some, num_samples=10, seed=seed)
     by_weights = cell.metric == "nll"
     beside = {
-        f"{draws}-draw bound": -evaluate(model, guide, test, num_samples=draws, seed=seed).log_evidence
+        f"{draws}-draw bound": -evaluate(*pair, images, num_samples=draws, seed=seed).log_evidence
         for draws in cell.bounds
     }
     return {
         "value": -judged.log_evidence if by_weights else -judged.elbo,
         "value_se": judged.log_evidence_se if by_weights else judged.elbo_se,
         "beside": beside,
-        "test": found.as_dict(),
-        "valid": valid.as_dict(),
-        "steps": epochs * per_epoch,
-        "share": epochs * per_epoch / cell.steps,
-        "seconds": seconds,
-        "ms_per_step": 1000 * lap / per_epoch,
-        "curve": points,
+        "test": test.as_dict(),
+        **found.numbers,
     }
 
 
