@@ -251,9 +251,9 @@ def _in_our_words(parser, said: str) -> str:
         flag = next((one.partition("=")[0] for one in found[1].split() if one.startswith("--")), None)
         if flag is None:
             return f"unexpected argument {found[1].split()[0]!r} {more}"
-        return f"unknown option {flag!r}: {did_you_mean(flag.partition('.')[0], known)} {more}"
+        return f"unknown option {flag!r}: {did_you_mean(flag.partition('.')[0], known, after=' ')}{more}"
     if found := _UNKNOWN_LINE.search(said):
-        return f"unknown setting {found[1]!r}: {did_you_mean(found[1], [one[2:] for one in known])} {more}"
+        return f"unknown setting {found[1]!r}: {did_you_mean(found[1], [one[2:] for one in known], after=' ')}{more}"
     if found := _WRONG_TYPE.fullmatch(said):
         return f"{found[1]} is {found[3]!r}: expected {_TYPES.get(found[2], found[2])}"
     return said

@@ -8,7 +8,6 @@ author, and are accepted with ``--trust``.
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -96,23 +95,6 @@ def _makes_modules(found: type) -> bool:
     import torch
 
     return issubclass(found, torch.nn.Module)
-
-
-def takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function has that many named positional parameters and needs no others.
-
-    >>> takes(lambda folder, splits: {}, 2), takes(print, 2), takes(lambda *args: {}, 2), takes(lambda *args: {}, 0)
-    (True, False, False, False)
-    """
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    if not count and any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        return False
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return len(places) >= count and set(map(id, needed)) <= set(map(id, places[:count]))
 
 
 def import_paths(settings: Mapping[str, Any]) -> dict[str, str]:

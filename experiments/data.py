@@ -45,9 +45,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from gumbo.errors import BadInput, UnknownName
-from gumbo.experiments._names import named, takes
+from gumbo.experiments._names import named
 from gumbo.files import write_whole
-from gumbo.registry import Registry, describe, is_librarys
+from gumbo.registry import Registry, describe, is_librarys, takes
 
 SPLITS = ("train", "valid", "test")
 BINARIZATIONS = ("static", "dynamic", "auto")

@@ -122,9 +122,9 @@ def train(config: Train) -> dict[str, Any]:
     model, guide = (program.to(device) for program in build(config, data.data_shape))
     config = replace(config, guide=guide_of(config, model))  # the run records its guide
     if config.compile:
-        from gumbo.inference.training.compile.products import library_of
+        from gumbo.inference.training.compile.products import choose_library
 
-        library = library_of(config.products, [model, guide], config.batch_size, device)
+        library = choose_library(config.products, [model, guide], config.batch_size, device)
         config = replace(config, products=library)  # and the library of its products
     loss = make_loss(config)
 

@@ -16,22 +16,16 @@ from ..errors import BadInput
 from ..models._base import GenerativeModel, Latent, OverData
 from ..models._networks import Trunk
 from ..models.families import distribution, num_outputs
-from ..registry import Registry, is_librarys
+from ..registry import Registry, is_librarys, takes
 
 
 def _expected(found: Any) -> str:
-    kind = (inspect.isfunction(found) and _takes_one(found)) or (
+    kind = (inspect.isfunction(found) and takes(found, 1, only=False)) or (
         isinstance(found, type) and issubclass(found, nn.Module)
     )
     if kind and not is_librarys(found):
         return ""
     return "a subclass of Guide, or another class of modules or a function of the model that makes one"
-
-
-def _takes_one(function: Any) -> bool:
-    """Whether the first parameter is a named positional one."""
-    first = next(iter(inspect.signature(function).parameters.values()), None)
-    return first is not None and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
 
 
 guides: Registry[type[AnyGuide]] = Registry("guide", _expected)

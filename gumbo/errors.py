@@ -19,14 +19,14 @@ class BadInput(GumboError, ValueError):
     """Data, an argument or a file that cannot be used: a wrong shape, NaN, empty data."""
 
 
-def did_you_mean(name: object, known: Iterable[str], before: str = "") -> str:
-    """The question for the nearest known name, after the text ``before``; nothing if none is near.
+def did_you_mean(name: object, known: Iterable[str], before: str = "", after: str = "") -> str:
+    """The question for the nearest known name, between the texts ``before`` and ``after``; nothing if none is near.
 
     >>> did_you_mean("hiden", ["hidden", "latent_dim"], "; "), did_you_mean("depth", ["hidden"], "; ")
     ("; did you mean 'hidden'?", '')
     """
     close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"{before}did you mean {close[0]!r}?" if close else ""
+    return f"{before}did you mean {close[0]!r}?{after}" if close else ""
 
 
 class UnknownName(GumboError, ValueError):
@@ -42,7 +42,7 @@ class UnknownName(GumboError, ValueError):
             super().__init__(kind)
             return
         known = sorted(known)
-        super().__init__(f"unknown {kind} {name!r}: {did_you_mean(name, known)} (known: {', '.join(known)})")
+        super().__init__(f"unknown {kind} {name!r}: {did_you_mean(name, known, after=' ')}(known: {', '.join(known)})")
 
 
 # Errors that programs raise for arguments, dimensions or rows that they do not support.

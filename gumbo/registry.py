@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
@@ -137,6 +138,24 @@ def home_of(thing: Any) -> str:
 def is_librarys(found: Any) -> bool:
     """Whether a function or class belongs to a library whose objects are no programs, loaders or estimators."""
     return home_of(found).split(".")[0] in _LIBRARIES
+
+
+def takes(function: Callable[..., Any], count: int, only: bool = True) -> bool:
+    """Whether a function has that many named positional parameters and, if ``only`` these, needs no others.
+
+    >>> takes(lambda folder, splits: {}, 2), takes(print, 2), takes(lambda *args: {}, 2), takes(lambda *args: {}, 0)
+    (True, False, False, False)
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    if not count and any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return False
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    alone = not only or set(map(id, needed)) <= set(map(id, places[:count]))
+    return len(places) >= count and alone
 
 
 def _is_pythons(module: str) -> bool:

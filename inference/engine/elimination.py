@@ -210,8 +210,8 @@ class Listing:
         if not joint and getattr(fn, "has_enumerate_support", False):
             try:
                 values = fn.enumerate_support(expand=False)
-            except (NotImplementedError, ValueError):  # a product over the coordinates of an event
-                pass
+            except (NotImplementedError, ValueError):
+                pass  # Pyro lists no product over the coordinates of an event; the lines below do
             else:
                 support = getattr(values, "_pyro_categorical_support", None)
                 values = values.reshape(values.shape[:1] + fn.event_shape)
@@ -430,7 +430,7 @@ class Terms:
             joined = [n for n in names if symbols.of_listed(self.listing.listed[n].number) in error.names]
             raise too_large(self.listing.memory, joined or names) from None
         except NotImplementedError:
-            # Crossing plates: a site summed out in one of them depends on the other.
+            # So Pyro says that plates cross: a site summed out in one of them depends on the other.
             apart = [site for site in self._listed(terms) if site.frames]
             if not apart:
                 raise

@@ -97,12 +97,20 @@ QUICK_MODELS = ("attend-infer-repeat", "hidden-markov-model", "grid-world")
 QUICK = ["--epochs=1", "--importance_samples=2", "--guide_options.hidden=[8]"]
 
 
-@pytest.fixture
-def written(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(PROGRAM)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("mine", None)
+def folder_of(source):
+    """A fixture: the working folder, with that source as the file mine.py."""
+
+    @pytest.fixture
+    def folder(tmp_path, monkeypatch):
+        (tmp_path / "mine.py").write_text(source)
+        monkeypatch.chdir(tmp_path)
+        yield tmp_path
+        sys.modules.pop("mine", None)
+
+    return folder
+
+
+written, own_guide = folder_of(PROGRAM), folder_of(GUIDE)
 
 
 @pytest.mark.parametrize("name", ["mine:model", "mine:Module"])
@@ -117,14 +125,6 @@ def test_a_program_by_import_path_is_trained_and_evaluated_again(name, written, 
     cli.main(["evaluate", "run", "--importance_samples=2", "--trust"])
     again = json.loads((written / "run" / "evaluation-test.json").read_text())
     assert again["elbo"] == pytest.approx(found["test"]["elbo"], abs=1e-4)
-
-
-@pytest.fixture
-def own_guide(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(GUIDE)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("mine", None)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_the_library_is_the_one_that_takes_less_time(monkeypatch):
     for torchs, onednns, expected in ((1.0, 0.5, "onednn"), (1.0, 0.95, "torch"), (0.5, 1.0, "torch")):
         products._faster.cache_clear()
         monkeypatch.setattr(products, "fastest_of", lambda rivals, t=torchs, o=onednns: {"torch": t, "onednn": o})
-        assert products.library_of("fastest", [net], 64, "cpu") == expected
+        assert products.choose_library("fastest", [net], 64, "cpu") == expected
     products._faster.cache_clear()
 
 
@@ -127,13 +127,13 @@ def test_the_rivals_that_are_measured_compute_the_same(monkeypatch):
 
 def test_small_programs_and_words_need_no_measurement(monkeypatch):
     monkeypatch.setattr(products, "fastest_of", lambda rivals: pytest.fail("measured"))
-    assert products.library_of("fastest", [torch.nn.Linear(3, 3)], 64, "cpu") == "torch"
-    assert products.library_of("onednn", [torch.nn.Linear(1024, 1024)], 64, "cpu") == "onednn"
-    assert products.library_of("fastest", [torch.nn.Linear(1024, 1024)], 64, "cuda") == "torch"
+    assert products.choose_library("fastest", [torch.nn.Linear(3, 3)], 64, "cpu") == "torch"
+    assert products.choose_library("onednn", [torch.nn.Linear(1024, 1024)], 64, "cpu") == "onednn"
+    assert products.choose_library("fastest", [torch.nn.Linear(1024, 1024)], 64, "cuda") == "torch"
     with pytest.raises(BadInput, match="needs a torch with oneDNN and programs on the CPU"):
-        products.library_of("onednn", [torch.nn.Linear(3, 3)], 64, "cuda")
+        products.choose_library("onednn", [torch.nn.Linear(3, 3)], 64, "cuda")
     with pytest.raises(UnknownName, match="products"):
-        products.library_of("mkl", [], 64, "cpu")
+        products.choose_library("mkl", [], 64, "cpu")
     model = GaussianVAE((1, 4, 4), latent_dim=2, hidden=(8,))
     with pytest.raises(BadInput, match="pass compile=True"):
         fit(model, NormalGuide(model), torch.zeros(8, 1, 4, 4), products="torch", progress=False)
@@ -157,13 +157,13 @@ def test_eager_steps_leave_the_layers_alone():
 def test_a_resumed_run_keeps_its_library(tmp_path, monkeypatch):
     """The first run measures; the second takes what stands in the checkpoint, whatever it would measure now."""
     monkeypatch.setattr(compiled, "inductor", compiled.uncompiled)
-    choose, asked = products.library_of, []
+    choose, asked = products.choose_library, []
 
     def measured(word, *rest):
         asked.append(word)
         return "onednn" if word == "fastest" else choose(word, *rest)
 
-    monkeypatch.setattr(compiled, "library_of", measured)
+    monkeypatch.setattr(compiled, "choose_library", measured)
 
     def run(epochs, resume=False, **options):
         torch.manual_seed(0)

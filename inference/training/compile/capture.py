@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ....errors import BadInput, GumboError
 from ...elbo import SiteELBOModule
 from ...engine import noise
-from ...engine.constants import ADVICE, differs, plain_attributes, unmoved
+from ...engine.constants import ADVICE, unmoved
 from ...engine.interventions import Unvalidated
 from ...engine.noise import Noise, Tape
 from ...engine.programs import in_support, observed_support
@@ -41,9 +41,6 @@ from ...engine.rows import Rows
 from ...estimators._base import SiteState
 from ...estimators._distributions import describe
 from ..schedules import Schedule
-
-__all__ = ["ADVICE", "Outcome", "Program", "TrainingStep", "asks_for_a_value", "capture", "differs", "flat"]
-__all__ += ["plain_attributes", "triangles_by_index", "undisturbed"]
 
 Tensors = dict[str, Tensor]
 

@@ -23,7 +23,7 @@ GAIN = 0.1
 SHORT = 64
 
 
-def library_of(asked: str, programs: Iterable[nn.Module], rows: int, device: torch.device | str) -> str:
+def choose_library(asked: str, programs: Iterable[nn.Module], rows: int, device: torch.device | str) -> str:
     """The library for the products of a compiled step: ``"torch"`` or ``"onednn"``.
 
     Args:
@@ -36,7 +36,7 @@ def library_of(asked: str, programs: Iterable[nn.Module], rows: int, device: tor
         UnknownName: another word.
         BadInput: oneDNN is asked for and cannot be used.
 
-    >>> library_of("fastest", [nn.Linear(3, 2)], 8, "cpu")
+    >>> choose_library("fastest", [nn.Linear(3, 2)], 8, "cpu")
     'torch'
     """
     if asked not in LIBRARIES:

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ....errors import BadInput
 from ...elbo import SiteELBO
+from ...engine.constants import ADVICE, differs, plain_attributes
 from ...engine.noise import Noise, Tape
 from ...engine.rows import Rows
 from ...engine.scopes import private_seed
 from ...estimators._base import SiteState
 from ..steps import TorchStep, outside_support
-from .capture import ADVICE, Program, asks_for_a_value, capture, differs, flat, plain_attributes
-from .products import FASTEST, ONEDNN, library_of, through_onednn
+from .capture import Program, asks_for_a_value, capture, flat
+from .products import FASTEST, ONEDNN, choose_library, through_onednn
 
 # No autotuning; draws that are not inputs come from torch's generators, whose state a checkpoint holds.
 OPTIONS = {"fallback_random": True, "size_asserts": False, "max_autotune": False, "triton.cudagraphs": False}
@@ -42,7 +43,7 @@ class CompiledStep(TorchStep):
     Args:
         model, guide, loss, make_optimizer, batch: as for ``TorchStep``; ``loss`` is a :class:`SiteELBO`.
         backend: maps a graph and example inputs to a function; None is inductor.
-        products: the library of its matrix products; see :func:`~gumbo.inference.training.compile.products.library_of`.
+        products: the library of its matrix products; see :func:`.products.choose_library`.
 
     Attributes:
         seconds: the time for capture, compilation and comparison.
@@ -70,7 +71,7 @@ class CompiledStep(TorchStep):
         self.backend, self.compiler = backend or inductor, self._compiled
         device = next(iter(self.parameters.values())).device if self.parameters else torch.device("cpu")
         rows = max((len(tensor) for tensor in batch.tensors() if tensor.dim()), default=1)
-        self.products = library_of(products, [self.module], rows, device)
+        self.products = choose_library(products, [self.module], rows, device)
         self.seconds, self.captures = 0.0, 0
         self._compile(batch)
 
