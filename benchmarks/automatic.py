@@ -29,6 +29,7 @@ from gumbo.experiments.train import default_guide
 from gumbo.guides import fitting, guides
 from gumbo.inference import Auto, SiteELBO
 from gumbo.inference.auditing.sampler import Draws, Stage, set_aside
+from gumbo.inference.estimators import estimators
 from gumbo.models import models
 from gumbo.tables import digits, markdown
 
@@ -108,7 +109,7 @@ def measured(name: str, make: Callable, limit: int, options: argparse.Namespace)
     elbo(model, guide).initialize(*args, **kwargs)
     pilot = time.perf_counter() - began
     words = elbo.choice.words
-    served = [row for row in elbo.choice.rows if row.draws and row.word != "as chosen"]
+    served = [row for row in elbo.choice.rows if row.draws and row.word in estimators]
     entries = {"auto": words}
     for word in dict.fromkeys(row.word for row in served):
         sites = {row.site for row in served if row.word == word}

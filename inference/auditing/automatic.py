@@ -24,6 +24,7 @@ from .sampler import Draws, Stage, set_aside
 
 COSTS = ("evaluations", "time")
 ALL, AS_CHOSEN = "(all)", "as chosen"  # last comparison: one word for all sites against one per site
+RIVALS = 3  # words of a site that the last comparison tries again
 ROUND = 5  # the first round takes a fifth of the draws
 KEPT = 3.0  # candidates within this factor of the best of the first round continue
 FEWEST = 8  # draws of the most expensive candidate
@@ -97,7 +98,8 @@ class Auto(Chooser):
 
     Sites are processed in the guide's order. Each candidate (every registered word that supports the site under the
     objective) gives gradients of the whole program, with the other sites' current words; the candidate with the
-    smallest variance of the guide's gradient × cost of a step is selected. A first round with a fifth of the draws
+    smallest variance of the guide's gradient × cost of a step is selected. A last comparison tries one word for all
+    sites, and the nearest rivals at the sites that were selected before others. A first round with a fifth of the draws
     keeps the candidates within a factor of 3 of the best. Parameters, baselines and random state are restored; control
     variates adapt for 20 steps. The same seed gives the same selection if costs are counted and the time limit is not
     reached.
@@ -247,14 +249,13 @@ class _Pilot:
         return self.began + self.auto.seconds
 
     def choose(self) -> Choice:
-        words: dict[str, str] = {}
         sites = self._sites()
-        for name in sites:
-            words[name] = self._first(name)
+        first = {name: self._first(name) for name in sites}
+        words = dict(first)
         for name in sites:
             words[name] = self._best(name, words)
         if len(sites) > 1:
-            words = self._together(words)
+            words = self._together(words, first)
         note = f"left out, as {self.auto.seconds:g} s were over: {', '.join(self.left_out)}" if self.left_out else ""
         settings = {"cost": self.auto.cost, "draws": self.auto.draws, "seconds": self.auto.seconds}
         settings |= {"seed": self.auto.seed, "allow_biased": self.auto.allow_biased}
@@ -315,24 +316,40 @@ class _Pilot:
         known = sorted(self._candidates(name).items(), key=lambda item: not item[1].enumerates)
         return self._contest([(Measured(name, word), {**words, name: word}) for word, _ in known]).word
 
-    def _together(self, words: dict[str, str]) -> dict[str, str]:
-        """These words, or one word for all sites if that is better: site-by-site selection may miss it."""
-        known = [set(self._candidates(name)) for name in words]
-        ranked = [
-            sorted((r for r in self.rows if r.site == name and r.score == r.score), key=lambda r: r.score)[:2]
-            for name in words
-        ]
-        tried = dict.fromkeys(["enumerate", *words.values(), *(row.word for rows in ranked for row in rows)])
-        uniform = {word: dict.fromkeys(words, word) for word in tried if all(word in served for served in known)}
-        entries = [(Measured(ALL, word), taken) for word, taken in uniform.items() if taken != words]
+    def _together(self, words: dict[str, str], before: Mapping[str, str]) -> dict[str, str]:
+        """These words, or what is better with all sites in view: site-by-site selection may miss it.
+
+        Compared are one word for all sites, and at a site that was selected beside other words than these the words
+        that came next, and enumeration.
+        """
+        known = {name: self._candidates(name) for name in words}
+        ranked = {
+            name: [r.word for r in sorted(self._measured(name), key=lambda r: r.score)[:RIVALS]] for name in words
+        }
+        firsts = [word for rivals in ranked.values() for word in rivals[:2]]
+        tried = dict.fromkeys(["enumerate", *words.values(), *firsts])
+        changed = {
+            word: dict.fromkeys(words, word) for word in tried if all(word in served for served in known.values())
+        }
+        sites = list(words)
+        for place, name in enumerate(sites):
+            if all(words[later] == before[later] for later in sites[place + 1 :]):
+                break
+            for word in dict.fromkeys([*(word for word, one in known[name].items() if one.enumerates), *ranked[name]]):
+                if (taken := {**words, name: word}) not in changed.values():
+                    changed[f"{name}: {word}"] = taken
+        entries = [(Measured(ALL, said), taken) for said, taken in changed.items() if taken != words]
         if not entries:
             return words
         best = self._contest([(Measured(ALL, AS_CHOSEN), words), *entries])
         if best.word == AS_CHOSEN:
             return words
         for row in self.rows:
-            row.chosen = row is best
-        return uniform[best.word]
+            row.chosen = row is best or changed[best.word].get(row.site) == row.word
+        return changed[best.word]
+
+    def _measured(self, name: str) -> list[Measured]:
+        return [row for row in self.rows if row.site == name and row.score == row.score]
 
     def _contest(self, entries: list[tuple[Measured, dict[str, str]]]) -> Measured:
         """Measure the whole program under each assignment of words to sites; returns the best row."""

@@ -13,12 +13,14 @@ from resuming import After, images, pair, quiet
 from torch import nn
 
 from gumbo.errors import BadInput, Interrupted, UnknownName, UnsupportedSite
-from gumbo.guides import BernoulliGuide
+from gumbo.guides import BernoulliGuide, fitting, guides
 from gumbo.inference import Auto, SiteELBO, audit
 from gumbo.inference.auditing import automatic
+from gumbo.inference.auditing.automatic import _Pilot
 from gumbo.inference.engine.resolution import as_estimator
+from gumbo.inference.estimators import estimators
 from gumbo.inference.training.choices import FILE, Choices
-from gumbo.models import BernoulliVAE
+from gumbo.models import BernoulliVAE, GaussianMixtureVAE
 
 FEW = {"draws": 10, "candidates": ["score", "rloo", "disarm", "enumerate"], "quiet": True}
 
@@ -70,6 +72,31 @@ def test_the_same_seed_makes_the_same_choice_from_the_same_numbers():
         elbo(model, guide).initialize(x)
         found.append([(row.word, row.variance, row.evaluations) for row in elbo.choice.rows if row.draws])
     assert found[0] == found[1] != found[2]
+
+
+def test_a_site_chosen_beside_other_words_is_chosen_again(monkeypatch):
+    """Enumerating y pays only once z has no score term; z is chosen after y."""
+    scores = {("score", "pathwise"): 9, ("rloo", "pathwise"): 4, ("enumerate", "pathwise"): 5}
+    scores |= {("score", "stl"): 8, ("rloo", "stl"): 3, ("enumerate", "stl"): 1}
+
+    def contest(pilot, entries):
+        for row, words in entries:
+            row.score = scores[words["y"], words["z"]]
+        pilot.rows += [row for row, _ in entries]
+        best = min(entries, key=lambda entry: entry[0].score)[0]
+        best.chosen = True
+        return best
+
+    monkeypatch.setattr(_Pilot, "_contest", contest)
+    model = GaussianMixtureVAE((1, 2, 3), latent_dim=2, num_components=3, hidden=(5,))
+    guide = guides[fitting(model)[0]](model)
+    served = {"y": ["score", "rloo", "enumerate"], "z": ["pathwise", "stl"]}
+    monkeypatch.setattr(_Pilot, "_candidates", lambda pilot, name: {word: estimators[word]() for word in served[name]})
+    elbo = SiteELBO(Auto(quiet=True))
+    elbo(model, guide).initialize(torch.ones(4, 1, 2, 3))
+    assert elbo.choice.words == {"y": "enumerate", "z": "stl"}
+    chosen = [(row.site, row.word) for row in elbo.choice.rows if row.chosen]
+    assert chosen == [("y", "enumerate"), ("z", "stl"), ("(all)", "y: enumerate")]
 
 
 def test_only_the_sites_that_ask_are_chosen_for():
