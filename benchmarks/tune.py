@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gumbo.experiments.reproduction import tables
-from gumbo.experiments.reproduction.trained import train
+from gumbo.experiments.reproduction.trained import cosine, train
 from gumbo.files import append_line
 
 RESULTS = Path(__file__).parent / "results" / "tune.jsonl"
@@ -32,8 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     for chosen in tables[args.table].chosen(args.cells):
         for rate in args.rates:
-            lr = f"cosine({{steps}}, {rate}, {float(rate) / 100:g})"
-            cell = replace(chosen, lr=lr, variance=False)
+            cell = replace(chosen, lr=cosine(rate), variance=False)
             began = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
                 trained = train(cell, args.seed, args.steps, Path(folder), rows=None, compile=True, device="cpu")

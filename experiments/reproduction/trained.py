@@ -20,11 +20,11 @@ METRICS = {
     "negative-elbo": "−ELBO",
     "training-loss": "−ELBO on training data",
 }
-COSINE = "cosine({steps}, 1e-3, 1e-5)"
 Pair = tuple[str, Mapping[str, Any], str, Mapping[str, Any]]  # a model and a guide by name, each with its options
 VALID_ROWS = 1000  # of the validation images, to choose settings by
 TEST_SEED = 1
 TRAIN_ROWS = 5000  # of the training images, for papers that report the training loss
+PAYS = 1000  # draws from which a compiled evaluation takes less time than it takes to compile
 VARIANCE_DRAWS, QUICK_DRAWS = 20, 3
 QUICK_ROWS, QUICK_STEPS = 400, 8
 
@@ -72,6 +72,15 @@ class TrainedCell(Cell):
         return train_and_judge(self, seed, steps, folder, rows=None, compile=True, device=device)
 
 
+def cosine(rate: str) -> str:
+    """A learning rate that decays from ``rate`` to a hundredth of it over the budget.
+
+    >>> cosine("1e-3")
+    'cosine({steps}, 1e-3, 1e-05)'
+    """
+    return f"cosine({{steps}}, {rate}, {float(rate) / 100:g})"
+
+
 def cell_of(
     pair: Pair, name: str, published: float | None, estimator: str, particles: int | None, **settings: Any
 ) -> TrainedCell:
@@ -86,7 +95,7 @@ def cell_of(
         guide_options=guide_options,
         estimator=estimator,
         particles=particles,
-        **{"lr": COSINE, **settings},
+        **{"lr": cosine("1e-3"), **settings},
     )
 
 
@@ -209,7 +218,8 @@ def train_and_judge(
     shuffled = torch.randperm(len(found.data.test), generator=torch.Generator().manual_seed(TEST_SEED))[:rows]
     inputs = inputs_of(found.model, found.data, "test").items()
     images = {name: value[shuffled].to(device) for name, value in inputs}
-    test = judged = evaluate(*pair, images, num_samples=cell.draws if rows is None else 10, seed=seed)
+    draws = cell.draws if rows is None else 10
+    test = judged = evaluate(*pair, images, num_samples=draws, seed=seed, compile=compile and draws >= PAYS)
     if cell.metric == "training-loss":
         some = {name: value[:TRAIN_ROWS].to(device) for name, value in found.train.items()}
         judged = evaluate(*pair, some, num_samples=10, seed=seed)
