@@ -30,6 +30,7 @@ from ...errors import GumboError, UnsupportedSite, first_line
 from ..elbo import SiteELBOModule
 from ..engine.rows import Rows
 from .distributed import Processes, alone
+from .shared_memory import SharedMemory
 from .split_rows import Share, SplitRows
 from .splittable import Study, refuse, study
 from .steps import TorchStep
@@ -51,6 +52,9 @@ class ProcessStep(TorchStep):
             self.module.binding.make_layout = self.split.make_layout
             self.module.binding.checks_plates = False  # study() has compared full and partial batches
         processes.same_as_main(self._tensors())
+        learned = list(self.parameters.values())
+        numbers = 2 + 2 * processes.world_size + len(learned)
+        self.memory = SharedMemory.among(processes, numbers, learned) if learned else None
 
     def _agree_on_plates(self) -> None:
         """A plate that one process finds dependent is dependent for all: each process tests other random rows."""
@@ -131,25 +135,22 @@ class ProcessStep(TorchStep):
         return number
 
     def _together(self, said: list[float], kinds: list[list[Tensor]], counts: bool) -> tuple[Tensor, list[Tensor]]:
-        """Sum numbers, and the gradients of each kind, over all processes: in one message where one dtype holds both.
+        """Sum numbers, and the gradients of each kind, over all processes, in one message where that can be.
 
         Returns:
             The sums of the numbers, and for each kind the summed gradients in one tensor.
         """
         processes, one = self.processes, len(kinds) == 1 and kinds[0][0].dtype in (torch.float32, torch.float64)
+        own = [
+            [member.grad if counts and member.grad is not None else torch.zeros_like(member) for member in members]
+            for members in kinds
+        ]
+        if self.memory is not None:
+            return self.memory.add_up(said, own)
         like = kinds[0][0] if kinds else torch.empty((), device=processes.device)
         header = torch.tensor(said, dtype=like.dtype if one else torch.float64, device=like.device)
         flat = [
-            torch.cat(
-                [header] * one
-                + [
-                    (member.grad if counts and member.grad is not None else torch.zeros_like(member))
-                    .detach()
-                    .reshape(-1)
-                    for member in members
-                ]
-            )
-            for members in kinds
+            torch.cat([header] * one + [gradient.detach().reshape(-1) for gradient in gradients]) for gradients in own
         ]
         if one:
             header, gradients = processes.all_reduce(flat[0]).split([len(said), len(flat[0]) - len(said)])

@@ -95,33 +95,33 @@ class Processes:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes, in place; every process then holds the same bits."""
-        with self._speaking():
+        with self.speaking():
             dist.all_reduce(tensor)
         return tensor
 
     def all_reduce_together(self, tensors: Sequence[torch.Tensor]) -> None:
         """Sum several tensors over all processes, in place, on their way at the same time."""
-        with self._speaking():
+        with self.speaking():
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
 
     def largest(self, number: float) -> float:
         """The largest of the processes' numbers."""
         found = torch.tensor(number, dtype=torch.float64, device=self.device)
-        with self._speaking():
+        with self.speaking():
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.item()
 
     def gather(self, thing: Found) -> list[Found]:
         """The values of all processes, ordered by rank."""
         found: list[Any] = [None] * self.world_size
-        with self._speaking():
+        with self.speaking():
             dist.all_gather_object(found, thing)
         return found
 
     def same_as_main(self, tensors: list[torch.Tensor]) -> None:
         """Overwrite tensors by those of the main process."""
-        with self._speaking(), torch.no_grad():
+        with self.speaking(), torch.no_grad():
             for tensor in tensors:
                 whole = tensor.detach().contiguous()
                 dist.broadcast(whole, src=0)
@@ -136,7 +136,7 @@ class Processes:
                 box[0] = action()
             except Exception as error:
                 problem, box[1] = error, _told(error)
-        with self._speaking():
+        with self.speaking():
             dist.broadcast_object_list(box, src=0)
         if problem is not None:
             raise problem
@@ -165,7 +165,8 @@ class Processes:
                 raise _retold(words, f"process {rank}: ")
 
     @contextmanager
-    def _speaking(self) -> Iterator[None]:
+    def speaking(self) -> Iterator[None]:
+        """Around a message: counted, and a lost connection is said in one line."""
         self.num_collectives += 1
         try:
             yield

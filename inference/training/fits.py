@@ -393,16 +393,19 @@ def _make_step(
 
         kind = partial(CompiledStep, products=library)
     if processes is not None:
-        from .data_parallel import ProcessStep
-
-        if library is not None:
-            raise BadInput("a compiled step runs in one process: leave compile out, or start one process")
         if kind is StoreStep:
             raise BadInput(
                 f"{type(loss).__name__} takes gradients itself, in one process: take one of SiteELBO's words, or start "
                 "one process"
             )
-        kind = partial(ProcessStep, processes=processes, seed=seed)
+        if library is not None:
+            from .compile.processes import CompiledProcessStep
+
+            kind = partial(CompiledProcessStep, processes=processes, seed=seed, products=library)
+        else:
+            from .data_parallel import ProcessStep
+
+            kind = partial(ProcessStep, processes=processes, seed=seed)
     with _explained(batch, model, guide):
         return kind(model, guide, loss, make, batch)
 

@@ -34,6 +34,8 @@ from gumbo.inference.engine.rows import Rows
 from gumbo.inference.estimators import GumbelSoftmax, ScoreFunction
 from gumbo.inference.estimators.score import Baseline
 from gumbo.inference.stock import TraceEnumELBO
+from gumbo.inference.training.compile import step as compiled_step
+from gumbo.inference.training.compile.processes import CompiledProcessStep
 from gumbo.inference.training.data_parallel import ProcessStep
 from gumbo.inference.training.distributed import Processes, SharedInterrupts
 from gumbo.inference.training.optimizers import make_optimizer
@@ -370,6 +372,7 @@ def everything_short(folder: Path) -> dict:
         "resumed": resumed(processes, folder),
         "chosen": chosen(processes, folder),
         "mixed": mixed(processes),
+        "compiled": compiled(processes, folder),
         "messages": messages(processes),
         "one fails": one_fails(processes),
         "statistics of its own": said_by(processes, lambda: own_statistics(processes)),
@@ -440,13 +443,13 @@ def mixed(processes: Processes) -> dict:
     return found
 
 
-def resumed(processes: Processes, folder: Path) -> dict:
+def resumed(processes: Processes, folder: Path, **changed) -> dict:
     """A whole run, and one that stops after an epoch and goes on: parameters, history, random streams."""
     found = {}
     for name, epochs in (("whole", (3,)), ("in parts", (1, 3))):
         model, guide = pair_of(COINS, True)
         for index, count in enumerate(epochs):
-            options = {"loss": "nvil", "batch_size": 7, "epochs": count, "progress": False, "valid": data(30)}
+            options = {"loss": "nvil", "batch_size": 7, "epochs": count, "progress": False, "valid": data(30)} | changed
             result = fit(model, guide, data(33), run_dir=folder / name, resume=index > 0, **options)
         timeless = [{key: v for key, v in one.items() if key[:2] not in ("ms", "se")} for one in result.history]
         digits = [value.flatten().tolist() for module in (model, guide) for value in module.state_dict().values()]
@@ -495,6 +498,59 @@ def messages(processes: Processes) -> list:
             found.append(error.signal)
         interrupts.check()
     return processes.gather(found)
+
+
+@unittest.mock.patch.object(compiled_step, "inductor", compiled_step.uncompiled)
+def compiled(processes: Processes, folder: Path) -> dict:
+    """Compiled steps of both processes beside eager ones of one; a run that goes on; what is refused."""
+    make, store = make_optimizer("adam", 1e-3)[0], pyro.get_param_store()
+    found: dict = {}
+    for name, scaled in (("scaled", True), ("unscaled", False)):
+        with store.scope() as one:
+            alone = TorchStep(*pair_of(COINS, scaled), SiteELBO("enumerate"), make, Rows(data(9)))
+        with store.scope() as many:
+            pair = pair_of(COINS, scaled)
+            several = CompiledProcessStep(*pair, SiteELBO("enumerate"), make, Rows(data(9)), processes, seed=0)
+        found[name], graph = [], several.part.run
+        for count in (9, 9, 6, 9):
+            ran: list[bool] = []
+            several.part.run = lambda *inputs, ran=ran, graph=graph: ran.append(True) or graph(*inputs)
+            with store.scope(one) as one:
+                loss = alone(Rows(data(count)))
+            with store.scope(many) as many:
+                gap = abs(loss - several(Rows(data(count))))
+            wanted = gradients_of(alone)
+            size = max(float(value.abs().max()) for value in wanted.values())
+            apart = difference(gradients_of(several), wanted)
+            found[name].append({"graph": bool(ran), "loss": gap, "gradient": apart, "size": size})
+    found["resumed"] = resumed(processes, folder / "compiled", loss="rloo", compile=True, batch_size=8)
+
+    def fitted(classes, loss, x):
+        fit(*pair_of(classes, False), x, loss=loss, compile=True, batch_size=8, epochs=1, progress=False)
+
+    found["refused"] = [
+        said_by(processes, lambda: fitted(SHARED, shared("rloo", "rloo", num_particles=2), data(16))),
+        said_by(processes, lambda: fitted(COINS, SiteELBO("score-average"), data(16))),
+        said_by(processes, lambda: fitted((PositiveModel, NormalGuide), SiteELBO("pathwise"), spoilt())),
+    ]
+    return found
+
+
+class PositiveModel(NormalModel):
+    """Its data must be positive."""
+
+    def forward(self, x):
+        with self.rows(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENT, dtype=F64), 1.0).to_event(1))
+            law = dist.LogNormal(z @ self.decoder + self.shift, 1.0)
+            pyro.sample("x", law.to_event(1), obs=x)
+
+
+def spoilt() -> torch.Tensor:
+    """Positive data, with one value that is not, in a row of the first batch's second half or later."""
+    x = data(16).abs() + 0.1
+    x[-1] = -1.0
+    return x
 
 
 class Sentinel(NormalModel):

@@ -131,6 +131,31 @@ def test_a_run_that_went_on_is_the_whole_run(found):
 
 
 @several_processes
+@pytest.mark.parametrize("scaled", ["scaled", "unscaled"])
+def test_compiled_steps_have_the_losses_and_gradients_of_one_process(found, scaled):
+    """Enumeration leaves nothing to chance; a batch of another size runs uncompiled between the others."""
+    steps = found["compiled"][scaled]
+    assert [step["graph"] for step in steps] == [True, True, False, True]
+    for step in steps:
+        assert step["size"] > 0.1 and step["loss"] < 1e-10 and step["gradient"] < 1e-10
+
+
+@several_processes
+def test_a_compiled_run_that_went_on_is_the_whole_run(found):
+    whole, parts = found["compiled"]["resumed"]["whole"], found["compiled"]["resumed"]["in parts"]
+    assert whole[0] == whole[1], "the processes hold the same"
+    assert parts == whole
+
+
+@several_processes
+def test_what_no_graph_of_one_process_holds_is_refused(found):
+    shared, averages, values = found["compiled"]["refused"]
+    assert all("site 'g': it is outside plate 'rows'" in said for said in shared)
+    assert all("score-average: the averages over the rows of all processes" in said for said in averages)
+    assert "outside the support" in values[0] and "outside the support" in values[1]
+
+
+@several_processes
 def test_a_step_is_one_message_that_carries_signals_too(found):
     """The third step has no comparison of states; the fourth carries a signal that only the second process had."""
     for counts in found["messages"]:
@@ -376,7 +401,7 @@ def test_what_is_a_sum_over_rows_is_not_refused(loss, param_store):
 
 @pytest.mark.parametrize(
     ("loss", "compile", "words"),
-    [("trace-graph", False, "TraceGraph_ELBO takes gradients itself"), ("rloo", True, "a compiled step runs in one")],
+    [("trace-graph", False, "TraceGraph_ELBO takes gradients itself"), ("trace", True, "takes gumbo's own ELBOs")],
 )
 def test_kinds_of_step_for_one_process_are_refused(loss, compile, words):
     model, guide = pair_of(worker.COINS, False)

@@ -63,19 +63,17 @@ class CompiledStep(TorchStep):
         backend: Callable | None = None,
         products: str = FASTEST,
     ):
-        if not isinstance(loss, SiteELBO):
-            raise BadInput(
-                f"compile=True takes gumbo's own ELBOs, not {type(loss).__name__}: name an estimator, or {ADVICE}"
-            )
+        refuse_other_losses(loss)
         super().__init__(model, guide, loss, make_optimizer, batch)
-        self.backend, self.compiler = backend or inductor, self._compiled
-        device = next(iter(self.parameters.values())).device if self.parameters else torch.device("cpu")
-        rows = max((len(tensor) for tensor in batch.tensors() if tensor.dim()), default=1)
-        self.products = choose_library(products, [self.module], rows, device)
-        self.seconds, self.captures = 0.0, 0
-        self._compile(batch)
+        self._begin(batch, backend, library_for(self.module, products, batch))
 
-    def _compile(self, batch: Rows) -> None:
+    def _begin(self, batch: Rows, backend: Callable | None, library: str) -> None:
+        self.backend, self.compiler = backend or inductor, self._compiled
+        self.products, self.seconds, self.captures = library, 0.0, 0
+        self.capture(batch)
+
+    def capture(self, batch: Rows) -> None:
+        """Capture and compile the graph for batches of this shape, and compare it with an eager step."""
         start = time.perf_counter()
         self.captures += 1
         if self.captures > 8:
@@ -90,8 +88,8 @@ class CompiledStep(TorchStep):
             owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             self.program.used = [name for name in self.program.used if id(self.parameters[name]) in owned]
             self.noise = self.program.noise
-            self.inside = Adam.serving(self.optimizer, [self.parameters[name] for name in self.program.used])
-            self.shape = _shape(batch)
+            self.inside = self._optimizer_inside()
+            self.shape = shape_of(batch)
             self._scalars: tuple[list[float], Tensor | None] = ([], None)
             self._blocks: bool | None = None  # whether noise may be drawn in blocks
             self._learns = torch.ones((), dtype=self.program.dtype, device=self.program.device)
@@ -106,6 +104,9 @@ class CompiledStep(TorchStep):
         self.seconds += time.perf_counter() - start
         self.note = f"compiled in {self.seconds:.1f} s"
 
+    def _optimizer_inside(self) -> Adam | None:
+        return Adam.serving(self.optimizer, [self.parameters[name] for name in self.program.used])
+
     def _compiled(self, function: Callable[..., list[Tensor]], examples: list[Tensor]) -> Callable[..., list[Tensor]]:
         """A function of tensors, compiled as the step is."""
         graph = capture(function, examples)
@@ -114,12 +115,12 @@ class CompiledStep(TorchStep):
     # One step.
 
     def __call__(self, batch: Rows) -> float:
-        if self._probes() or _shape(batch) != self.shape:
+        if self.must_run_uncompiled() or shape_of(batch) != self.shape:
             if self.inside is not None:
                 self.inside.forget()
             return super().__call__(batch)
-        if self._has_changed():
-            self._compile(batch)
+        if self.is_outdated():
+            self.capture(batch)
         self.noise.draw()
         with torch.no_grad():
             told, *gradients = self.run(*self._inputs(batch))
@@ -140,6 +141,11 @@ class CompiledStep(TorchStep):
             if not good and site not in self.unchecked:
                 raise outside_support(site, distribution)
 
+    def _put(self, gradients: Sequence[Tensor]) -> None:
+        """Put the graph's gradients where torch's optimizers read them."""
+        for name, gradient in zip(self.program.used, gradients, strict=True):
+            self.parameters[name].grad = gradient
+
     # A stretch of steps.
 
     def stretch(self, batches: Iterator[Rows], made: list[tuple[Rows, float]], most: int) -> None:
@@ -153,7 +159,7 @@ class CompiledStep(TorchStep):
         batch = next(batches, None)
         if batch is None:
             return
-        if self._probes() or _shape(batch) != self.shape or self._has_changed():
+        if self.must_run_uncompiled() or shape_of(batch) != self.shape or self.is_outdated():
             made.append((batch, self(batch)))
             return
         most = min(most, LONGEST, max(1, AHEAD // max(1, sum(tensor.nbytes for tensor in batch.tensors()))))
@@ -190,9 +196,9 @@ class CompiledStep(TorchStep):
                     if batch is None:
                         break
                     if (
-                        (looks and self._probes())
-                        or _shape(batch) != self.shape
-                        or (self.code_between and self._has_changed())
+                        (looks and self.must_run_uncompiled())
+                        or shape_of(batch) != self.shape
+                        or (self.code_between and self.is_outdated())
                     ):
                         rest = batch
                         break
@@ -275,11 +281,10 @@ class CompiledStep(TorchStep):
                 self.optimizer.scheduler.step()
             return
         self.optimizer.zero_grad(set_to_none=True)
-        for name, gradient in zip(self.program.used, gradients, strict=True):
-            self.parameters[name].grad = gradient
+        self._put(gradients)
         self.optimizer.step()
 
-    def _probes(self) -> bool:
+    def must_run_uncompiled(self) -> bool:
         """Whether an estimator reads values in this step."""
         steps, states = self.module.binding.steps, self._looking()
         for state in states:
@@ -429,12 +434,27 @@ class CompiledStep(TorchStep):
         self._learning = [parameter.requires_grad for parameter in self.parameters.values()]
         return [(values, name, values[name], _version(values[name])) for values, name in watched]
 
-    def _has_changed(self) -> bool:
+    def is_outdated(self) -> bool:
+        """Whether a value that the graph treats as a constant has changed."""
         for values, name, value, version in self._watched:
             now = values.get(name)
             if (now is not value and differs(now, value)) or (version and now._version + 1 != version):
                 return True
         return [parameter.requires_grad for parameter in self.parameters.values()] != self._learning
+
+
+def refuse_other_losses(loss: ELBO) -> None:
+    if not isinstance(loss, SiteELBO):
+        raise BadInput(
+            f"compile=True takes gumbo's own ELBOs, not {type(loss).__name__}: name an estimator, or {ADVICE}"
+        )
+
+
+def library_for(module: torch.nn.Module, asked: str, batch: Rows) -> str:
+    """The library for the products of a step on a batch; see :func:`.products.choose_library`."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    rows = max((len(tensor) for tensor in batch.tensors() if tensor.dim()), default=1)
+    return choose_library(asked, [module], rows, device)
 
 
 def _drawn(kind: str, buffer: Tensor) -> Tensor:
@@ -689,7 +709,7 @@ def uncompiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callabl
     return graph
 
 
-def _shape(batch: Rows) -> list[Any]:
+def shape_of(batch: Rows) -> list[Any]:
     return [*batch.kwargs, *((tensor.shape, tensor.dtype) for tensor in batch.tensors())]
 
 
