@@ -44,11 +44,12 @@ class Processes:
     """The processes of one fit, seen from one of them.
 
     Attributes: ``rank`` counts from 0, ``world_size`` is the number of processes, ``main`` whether this is the one that
-    writes files and prints, ``device`` where tensors for collective operations must be.
+    writes files and prints, ``device`` where tensors for collective operations must be, ``timeout`` how long one waits
+    for another.
     """
 
-    def __init__(self, rank: int, world_size: int, device: torch.device):
-        self.rank, self.world_size, self.device = rank, world_size, device
+    def __init__(self, rank: int, world_size: int, device: torch.device, timeout: timedelta = PATIENCE):
+        self.rank, self.world_size, self.device, self.timeout = rank, world_size, device, timeout
         self.main = rank == 0
         self.num_collectives = 0  # collective operations of this process
         # A step sends the signal that this process has received, and notes the one that any has; None: not sent.
@@ -91,7 +92,7 @@ class Processes:
                 f"the model is on {kind} and the processes talk through {dist.get_backend()}, which serves {own.type}: "
                 f"move the model to {own}"
             )
-        return cls(dist.get_rank(), dist.get_world_size(), own)
+        return cls(dist.get_rank(), dist.get_world_size(), own, timeout)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes, in place; every process then holds the same bits."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .distributed import PATIENCE, Processes
+from .distributed import Processes
 
 FOLDER = Path("/dev/shm")
 MOST = 8  # processes: each reads the slots of all
@@ -65,8 +65,9 @@ class SharedMemory:
     def _connect(self, folder: Path, length: int) -> bool:
         """Map the memory, and connect to every other process; whether all have."""
         processes = self.processes
+        patience = processes.timeout.total_seconds()
         own = socket.socket(socket.AF_UNIX)
-        own.settimeout(PATIENCE.total_seconds())
+        own.settimeout(patience)
         self.others: list[socket.socket] = []
         problem = False
         try:
@@ -80,12 +81,12 @@ class SharedMemory:
             return False
         for rank in range(processes.rank):
             other = socket.socket(socket.AF_UNIX)
-            other.settimeout(PATIENCE.total_seconds())
+            other.settimeout(patience)
             other.connect(str(folder / str(rank)))
             self.others.append(other)
         for _ in range(processes.rank + 1, processes.world_size):
             other, _address = own.accept()
-            other.settimeout(PATIENCE.total_seconds())
+            other.settimeout(patience)
             self.others.append(other)
         own.close()
         slots = [

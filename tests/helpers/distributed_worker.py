@@ -34,12 +34,14 @@ from gumbo.inference.engine.rows import Rows
 from gumbo.inference.estimators import GumbelSoftmax, ScoreFunction
 from gumbo.inference.estimators.score import Baseline
 from gumbo.inference.stock import TraceEnumELBO
+from gumbo.inference.training import shared_memory
 from gumbo.inference.training.compile import step as compiled_step
 from gumbo.inference.training.compile.processes import CompiledProcessStep
 from gumbo.inference.training.data_parallel import ProcessStep
 from gumbo.inference.training.distributed import Processes, SharedInterrupts
 from gumbo.inference.training.optimizers import make_optimizer
 from gumbo.inference.training.schedules import Linear
+from gumbo.inference.training.shared_memory import SharedMemory
 from gumbo.inference.training.steps import TorchStep
 
 F64 = torch.float64
@@ -373,6 +375,8 @@ def everything_short(folder: Path) -> dict:
         "chosen": chosen(processes, folder),
         "mixed": mixed(processes),
         "compiled": compiled(processes, folder),
+        "through gloo": through_gloo(processes),
+        "memory": in_memory(processes),
         "messages": messages(processes),
         "one fails": one_fails(processes),
         "statistics of its own": said_by(processes, lambda: own_statistics(processes)),
@@ -441,6 +445,40 @@ def mixed(processes: Processes) -> dict:
             else:
                 found[objective] = said_by(processes, step)
     return found
+
+
+def through_gloo(processes: Processes) -> dict:
+    """Gradients where the processes share no memory."""
+    with unittest.mock.patch.object(shared_memory, "MOST", 1):
+        return {name: compare(name, processes) for name in SHORT[:2]}
+
+
+def in_memory(processes: Processes) -> list:
+    """Whether sums in memory are those of gloo, over several steps; what each process gets where there is none."""
+    kinds = [[torch.zeros(5), torch.zeros(2, 3)], [torch.zeros(4, dtype=F64)], [torch.zeros(3, dtype=torch.bfloat16)]]
+    memory = SharedMemory.among(processes, 2, [tensor for tensors in kinds for tensor in tensors])
+    found: list = [memory is not None]
+    if memory is not None:
+        generator = torch.Generator().manual_seed(processes.rank)
+        for step in range(5):
+            own = [[torch.randn(t.shape, generator=generator).to(t.dtype) for t in tensors] for tensors in kinds]
+            header, sums = memory.add_up([float(step), float(processes.rank)], own)
+            for tensors, mine in zip(own, sums, strict=True):
+                whole = torch.cat([tensor.reshape(-1) for tensor in tensors])
+                everyones = processes.gather(whole.double())
+                tolerance = 1e-2 if whole.dtype == torch.bfloat16 else 1e-6
+                found.append(torch.allclose(mine.double(), sum(everyones), atol=tolerance, rtol=tolerance))
+                found.append(len({tuple(each.tolist()) for each in processes.gather(mine.double())}) == 1)
+            count = processes.world_size
+            found.append(header.tolist() == [step * count, sum(range(count))])
+    for place, value in (("FOLDER", Path("/dev/null/nowhere")), ("MOST", 1), ("_reserved", lambda length: None)):
+        with unittest.mock.patch.object(shared_memory, place, value):
+            found.append(SharedMemory.among(processes, 2, kinds[0]) is None)
+    return processes.gather(found)
+
+
+def three() -> list:
+    return in_memory(Processes.join("cpu"))
 
 
 def resumed(processes: Processes, folder: Path, **changed) -> dict:
@@ -630,15 +668,21 @@ def depends_on_rows_later(processes: Processes) -> None:
 def hangs() -> dict:
     """The second process does not come to the sum; the first gives up after the timeout."""
     processes = Processes.join("cpu", timeout=timedelta(seconds=3))
+    memory = SharedMemory.among(processes, 1, [torch.ones(3)])
     if not processes.main:
-        time.sleep(8)
+        time.sleep(12)
         return {}
-    began = time.monotonic()
-    try:
-        processes.all_reduce(torch.ones(3))
-    except GumboError as error:
-        return {"said": str(error), "seconds": time.monotonic() - began}
-    return {"said": "nothing", "seconds": 0.0}
+    found = {}
+    sums = {"gloo": lambda: processes.all_reduce(torch.ones(3))}
+    if memory is not None:
+        sums["memory"] = lambda: memory.add_up([1.0], [[torch.ones(3)]])
+    for name, summed in sums.items():
+        began = time.monotonic()
+        try:
+            summed()
+        except GumboError as error:
+            found[name] = {"said": str(error), "seconds": time.monotonic() - began}
+    return found
 
 
 def refused():

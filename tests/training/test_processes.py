@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import distributed_worker as worker
 import pyro
@@ -43,9 +44,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def on_two(job: str, folder: Path) -> dict:
-    """What a job of ``distributed_worker.py`` finds on two processes that talk through gloo."""
-    common = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+def on_several(job: str, folder: Path, count: int = 2) -> Any:
+    """What a job of ``distributed_worker.py`` finds on two processes, or on ``count``."""
+    common = os.environ | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [
         sys.executable,
@@ -60,20 +61,20 @@ def on_two(job: str, folder: Path) -> dict:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     both = [
         subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         said = [process.communicate(timeout=400)[0] for process in both]
     finally:
         for process in both:
             process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(said)
+    assert not any(process.returncode for process in both), "\n".join(said)
     return json.loads((folder / "found.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    return on_two("everything_short", tmp_path_factory.mktemp("short"))
+    return on_several("everything_short", tmp_path_factory.mktemp("short"))
 
 
 def check_gradients(differences: dict[str, dict[str, float]]) -> None:
@@ -95,9 +96,28 @@ def test_gradients_losses_and_baselines_are_those_of_one_process(found):
 @several_processes
 @pytest.mark.slow
 def test_every_estimator_has_the_gradient_of_one_process(tmp_path):
-    differences = on_two("gradients", tmp_path)
+    differences = on_several("gradients", tmp_path)
     assert set(differences) == set(worker.CASES)
     check_gradients(differences)
+
+
+@several_processes
+def test_gradients_that_gloo_sends_are_those_of_one_process(found):
+    check_gradients(found["through gloo"])
+
+
+@several_processes
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is shared on Linux")
+def test_sums_in_memory_are_the_sums_and_alike_in_all_processes(found):
+    for said in found["memory"]:
+        assert len(said) == 1 + 5 * 7 + 3 and all(said)
+
+
+@several_processes
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is shared on Linux")
+def test_three_processes_share_memory_too(tmp_path):
+    assert all(map(all, on_several("three", tmp_path, 3)))
 
 
 @several_processes
@@ -189,9 +209,11 @@ def test_what_comes_apart_is_noticed(found):
 @several_processes
 @pytest.mark.slow
 def test_a_process_that_hangs_is_not_waited_for_without_end(tmp_path):
-    found = on_two("hangs", tmp_path)
-    assert found["said"].startswith("process 0 lost touch with the others") and "\n" not in found["said"]
-    assert found["seconds"] < 7
+    found = on_several("hangs", tmp_path)
+    assert set(found) == {"gloo", "memory"} if sys.platform == "linux" else {"gloo"}
+    for waited in found.values():
+        assert waited["said"].startswith("process 0 lost touch with the others") and "\n" not in waited["said"]
+        assert waited["seconds"] < 7
 
 
 # Splitting ------------------------------------------------------------------------------------------------------------
