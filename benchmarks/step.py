@@ -40,6 +40,7 @@ import torch
 from _timing import RESULTS, Rival, interleaved_turns, median, remember, spread, surroundings, use_cores, write_json
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide
 from gumbo.inference import SiteELBO
@@ -332,25 +333,32 @@ def show(rows: list[dict]) -> None:
 # Where the time goes.
 
 
+NOISE = {f"aten::{name}" for name in ("uniform_", "normal_", "bernoulli_", "exponential_", "multinomial")}
+
+
 def kind_of(operation: str) -> str:
     """What an operation of the profiler is part of."""
     if operation in ("aten::mm", "aten::addmm", "aten::bmm", "gumbo::product") or "_linear_pointwise" in operation:
         return "matrix products"
     if "_fused_adam" in operation:
         return "Adam"
+    if operation in NOISE:
+        return "noise"
     if "cpp_fused" in operation:
         return "compiled loops with Adam's update" if "sqrt" in operation else "other compiled loops"
     return "other operations"
 
 
-def profile(batch_size: int, steps: int = 30, rounds: int = 20, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The Gaussian workload: milliseconds a step by kind of operation, and those of its matrix products alone."""
+def profile(
+    name: str, batch_size: int, steps: int = 30, rounds: int = 20, without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A workload's milliseconds a step by kind of operation, and those of its matrix products alone."""
     from torch._inductor import config
     from torch.profiler import ProfilerActivity, profile
 
-    found: dict[str, Any] = {"batch": batch_size, "rivals": {}}
+    found: dict[str, Any] = {"workload": name, "batch": batch_size, "rivals": {}}
     with config.patch({"cpp.enable_kernel_profile": True}):
-        rivals = rivals_of("gaussian", batch_size, "cpu", (*without, "jax"))
+        rivals = rivals_of(name, batch_size, "cpu", (*without, "jax"))
     for said in (HAND, EAGER, COMPILED):
         if said not in rivals:
             continue
@@ -369,28 +377,38 @@ def profile(batch_size: int, steps: int = 30, rounds: int = 20, without: Sequenc
         kinds["Python and dispatch"] = max(took - sum(kinds.values()), 0.0)
         operations = sum(event.count for event in events if event.key.startswith("aten::")) / steps
         found["rivals"][said] = {"ms": took, "operations": operations, "kinds": kinds}
-    times = interleaved_turns(products(batch_size, without), rounds, 3)
+    times = interleaved_turns(products(name, batch_size, without), rounds, 3)
     found["products"] = {said: median(values) for said, values in times.items()}
     return found
 
 
-def products(batch_size: int, without: Sequence[str] = ()) -> dict[str, Rival]:
-    """The matrix products of a step of the Gaussian workload, forwards and backwards, by the libraries there are."""
-    sizes = [(784, 400), (400, 100), (50, 400), (400, 784)]
-    weights = [torch.randn(outputs, inputs) for inputs, outputs in sizes]
-    ins = [torch.randn(batch_size, inputs) for inputs, _ in sizes]
-    outs = [torch.randn(batch_size, outputs) for _, outputs in sizes]
+class Products(TorchDispatchMode):
+    """Records the factors of every matrix product, as shapes and strides."""
 
-    def every(product, x, w, g):
-        layers = list(zip(x, w, g, strict=True))
-        found = [product(x, w.T) for x, w, _ in layers] + [product(g.T, x) for x, _, g in layers]
-        return found + [product(g, w) for _, w, g in layers[1:]]
+    def __init__(self):
+        super().__init__()
+        self.found: list[list[tuple[torch.Size, tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.addmm.default):
+            self.found.append([(factor.shape, factor.stride()) for factor in args[-2:]])
+        return func(*args, **(kwargs or {}))
+
+
+def products(name: str, batch_size: int, without: Sequence[str] = ()) -> dict[str, Rival]:
+    """The matrix products of a step by hand, forwards and backwards, by the libraries there are."""
+    hand = WORKLOADS[name].by_hand(*make_pair(WORKLOADS[name]))
+    step = hand_step(hand, make_batch(batch_size), compiled=False)
+    with Products() as seen:
+        step()
+    factors = [[torch.empty_strided(*laid).normal_() for laid in pair] for pair in seen.found]
 
     def by_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
 
     def turns(product):
-        return Rival(waiting(lambda: every(product, ins, weights, outs), "cpu"))
+        return Rival(waiting(lambda: [product(a, b) for a, b in factors], "cpu"))
 
     found = {"torch": turns(torch.mm)}
     if torch.backends.mkldnn.is_available():
@@ -399,14 +417,24 @@ def products(batch_size: int, without: Sequence[str] = ()) -> dict[str, Rival]:
         import jax
         import jax.numpy as jnp
 
-        arrays = [[jnp.array(tensor.numpy()) for tensor in tensors] for tensors in (ins, weights, outs)]
-        compiled = jax.jit(lambda x, w, g: every(jnp.matmul, x, w, g))
-        found["XLA"] = Rival(waiting(lambda: jax.block_until_ready(compiled(*arrays)), "cpu"))
+        # JAX's arrays lie row by row; a transposed factor is one that is transposed where it is multiplied.
+        turned = [[factor.stride(0) == 1 < factor.stride(1) for factor in pair] for pair in factors]
+        arrays = [
+            [jnp.array((factor.T if over else factor).numpy()) for factor, over in zip(*each, strict=True)]
+            for each in zip(factors, turned, strict=True)
+        ]
+        compiled = jax.jit(
+            lambda pairs: [
+                jnp.matmul(a.T if over[0] else a, b.T if over[1] else b)
+                for (a, b), over in zip(pairs, turned, strict=True)
+            ]
+        )
+        found["XLA"] = Rival(waiting(lambda: jax.block_until_ready(compiled(arrays)), "cpu"))
     return found
 
 
 def show_profile(found: dict[str, Any]) -> None:
-    print(f"\nWhere the time goes: gaussian, batch {found['batch']}, ms a step")
+    print(f"\nWhere the time goes: {found['workload']}, batch {found['batch']}, ms a step")
     for said, rival in found["rivals"].items():
         kinds = "; ".join(f"{kind} {ms:.2f}" for kind, ms in sorted(rival["kinds"].items(), key=lambda k: -k[1]))
         print(f"  {said}: {rival['ms']:.2f}, of it {kinds} ({rival['operations']:.0f} of torch's operations)")
@@ -443,7 +471,9 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(folder / ("step-cuda.json" if "cuda" in options.device else "step.json"), facts | {"rows": rows})
     remember("step", ratios_of(rows, options.device), facts, folder)
     if options.profile and options.device == "cpu":
-        found = [profile(size, without=tuple(options.without)) for size in options.batch]
+        found = [
+            profile(name, size, without=tuple(options.without)) for name in options.workloads for size in options.batch
+        ]
         write_json(folder / "profile.json", facts | {"profiles": found})
         for one in found:
             show_profile(one)

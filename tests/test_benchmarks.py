@@ -157,12 +157,13 @@ def test_rivals_start_alike_and_train():
     assert not any(torch.equal(old, new) for old, new in zip(before, hand.parameters(), strict=True))
 
 
-def test_the_profile_tells_products_from_the_rest(capsys):
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_the_profile_tells_products_from_the_rest(name, capsys):
     step = script("step")
-    found = step.profile(256, steps=2, rounds=2, without=("compile", "jax"))
+    found = step.profile(name, 128, steps=2, rounds=2, without=("compile", "jax"))
     for rival in (step.HAND, step.EAGER):
         kinds = found["rivals"][rival]["kinds"]
-        assert kinds["matrix products"] > 0 and kinds["Adam"] > 0
+        assert kinds["matrix products"] > 0 and kinds["Adam"] > 0 and kinds["noise"] > 0
     assert step.kind_of("graph_0_cpp_fused_sqrt_sub_1") != step.kind_of("graph_0_cpp_fused_relu_2")
     step.show_profile(found)
     assert "matrix products alone: torch" in capsys.readouterr().out
@@ -327,13 +328,13 @@ def rows_of(workload: str, **medians: float) -> list[dict]:
 def test_the_page_takes_its_verdicts_from_the_numbers(tmp_path):
     performance = script("performance")
     facts = {"device": "a machine", "machine": "2 threads", "threads": 2}
-    for compiled, said in ((0.79, "yes"), (0.81, "**no**")):
+    for compiled, said in ((0.59, "yes"), (0.61, "**no**")):
         rows = rows_of("gaussian", hand=1.0, stock=2.0, eager=1.5, compiled=compiled)
         (tmp_path / "step.json").write_text(json.dumps(facts | {"rows": rows}))
         text = performance.page(tmp_path)
-        assert f"gumbo, compiled ÷ PyTorch by hand ≤ 0.8 | {compiled:.2f} | {said} |" in text
-        assert "gumbo ÷ Pyro SVI ≤ 0.7 | 0.75 | **no** |" in text
-        assert "batch 128: gumbo ÷ Pyro SVI ≤ 0.7 | – | not measured |" in text
+        assert f"gumbo, compiled ÷ PyTorch by hand ≤ 0.6 | {compiled:.2f} | {said} |" in text
+        assert "gumbo ÷ Pyro SVI ≤ 0.6 | 0.75 | **no** |" in text
+        assert "batch 128: gumbo ÷ Pyro SVI ≤ 0.6 | – | not measured |" in text
 
 
 def test_the_page_says_what_was_not_measured(tmp_path):
