@@ -22,6 +22,7 @@ from .distributed import Processes
 
 FOLDER = Path("/dev/shm")
 MOST = 8  # processes: each reads the slots of all
+LARGEST = 2**30  # bytes, of all slots
 TURNS = 2
 _ALIGNED = 64  # bytes
 
@@ -47,7 +48,8 @@ class SharedMemory:
     def among(cls, processes: Processes, numbers: int, tensors: Sequence[Tensor]) -> SharedMemory | None:
         """Memory for so many numbers, and for tensors like these with all their gradients.
 
-        None where the processes have GPUs, run on several machines, are many, or find no memory to share.
+        None where the processes have GPUs, run on several machines, are many, or find no memory to share, and where
+        the slots would take more than 1 GiB.
         """
         here = socket.gethostname() if FOLDER.is_dir() and processes.device.type == "cpu" else None
         hosts = set(processes.gather(here))
@@ -55,7 +57,7 @@ class SharedMemory:
             return None
         made = cls(processes, numbers, tensors)
         length = TURNS * processes.world_size * made.places[-1]
-        folder = processes.from_main(lambda: _reserved(length))
+        folder = processes.from_main(lambda: _reserved(length)) if length <= LARGEST else None
         if folder is None:
             return None
         found = made._connect(Path(folder), length)

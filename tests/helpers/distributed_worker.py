@@ -471,7 +471,8 @@ def in_memory(processes: Processes) -> list:
                 found.append(len({tuple(each.tolist()) for each in processes.gather(mine.double())}) == 1)
             count = processes.world_size
             found.append(header.tolist() == [step * count, sum(range(count))])
-    for place, value in (("FOLDER", Path("/dev/null/nowhere")), ("MOST", 1), ("_reserved", lambda length: None)):
+    missing = {"FOLDER": Path("/dev/null/nowhere"), "MOST": 1, "LARGEST": 100, "_reserved": lambda length: None}
+    for place, value in missing.items():
         with unittest.mock.patch.object(shared_memory, place, value):
             found.append(SharedMemory.among(processes, 2, kinds[0]) is None)
     return processes.gather(found)
