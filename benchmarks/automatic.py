@@ -23,6 +23,7 @@ import pyro
 import torch
 from _timing import RESULTS, machine
 from choosing_an_estimator import CASES
+from pyro.poutine.util import site_is_subsample
 
 from gumbo.errors import GumboError
 from gumbo.experiments.train import default_guide
@@ -71,7 +72,8 @@ def programs() -> Iterator[tuple[str, Callable[[], tuple[Any, Any, tuple, dict[s
 def is_discrete(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     with torch.no_grad(), pyro.get_param_store().scope():
         trace = pyro.poutine.trace(guide).get_trace(*args, **kwargs)
-    return any(not getattr(trace.nodes[name]["fn"], "has_rsample", False) for name in trace.stochastic_nodes)
+    sites = [trace.nodes[name] for name in trace.stochastic_nodes]
+    return any(not getattr(site["fn"], "has_rsample", False) for site in sites if not site_is_subsample(site))
 
 
 def work(stage: Stage, words: dict[str, str], count: int, cost: str, vectorize: bool | None) -> float:
