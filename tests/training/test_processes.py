@@ -153,9 +153,10 @@ def test_a_run_that_went_on_is_the_whole_run(found):
 @several_processes
 @pytest.mark.parametrize("scaled", ["scaled", "unscaled"])
 def test_compiled_steps_have_the_losses_and_gradients_of_one_process(found, scaled):
-    """Enumeration leaves nothing to chance; a batch of another size runs uncompiled between the others."""
+    """Enumeration leaves nothing to chance; a batch of another size runs uncompiled, a changed attribute is captured."""
     steps = found["compiled"][scaled]
-    assert [step["graph"] for step in steps] == [True, True, False, True]
+    assert [step["captures"] for step in steps] == [1, 1, 1, 1, 2]
+    assert [step["graph"] for step in steps[:4]] == [True, True, False, True]
     for step in steps:
         assert step["size"] > 0.1 and step["loss"] < 1e-10 and step["gradient"] < 1e-10
 

@@ -92,7 +92,7 @@ class CompiledProcessStep(ProcessStep):
         try:
             if self.part.is_outdated():
                 with self.split.running(share):
-                    self.part.capture_again(rows)
+                    self.part.make_graph(rows)
             with self.split.streams.taken(OWN):
                 value = self.part.gradients(rows)
         except Exception as error:

@@ -70,9 +70,9 @@ class CompiledStep(TorchStep):
     def _begin(self, batch: Rows, backend: Callable | None, library: str) -> None:
         self.backend, self.compiler = backend or inductor, self._compiled
         self.products, self.seconds, self.captures = library, 0.0, 0
-        self.capture(batch)
+        self.make_graph(batch)
 
-    def capture(self, batch: Rows) -> None:
+    def make_graph(self, batch: Rows) -> None:
         """Capture and compile the graph for batches of this shape, and compare it with an eager step."""
         start = time.perf_counter()
         self.captures += 1
@@ -120,7 +120,7 @@ class CompiledStep(TorchStep):
                 self.inside.forget()
             return super().__call__(batch)
         if self.is_outdated():
-            self.capture(batch)
+            self.make_graph(batch)
         self.noise.draw()
         with torch.no_grad():
             told, *gradients = self.run(*self._inputs(batch))
