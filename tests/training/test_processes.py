@@ -153,7 +153,7 @@ def test_a_run_that_went_on_is_the_whole_run(found):
 @several_processes
 @pytest.mark.parametrize("scaled", ["scaled", "unscaled"])
 def test_compiled_steps_have_the_losses_and_gradients_of_one_process(found, scaled):
-    """Enumeration leaves nothing to chance; a batch of another size runs uncompiled, a changed attribute is captured."""
+    """Enumeration leaves nothing to chance; batches of another size run uncompiled, a new attribute is captured."""
     steps = found["compiled"][scaled]
     assert [step["captures"] for step in steps] == [1, 1, 1, 1, 2]
     assert [step["graph"] for step in steps[:4]] == [True, True, False, True]
