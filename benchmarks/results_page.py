@@ -8,7 +8,6 @@ README's first screen is written, too: two pictures, and a line for each table.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,8 @@ from typing import Any
 from readme_table import replaced
 
 from gumbo.experiments.compare import mean_and_error
-from gumbo.experiments.reproduce import path_of, rows_of
+from gumbo.experiments.reproduce import finished as of_cell
+from gumbo.experiments.reproduce import rows_of
 from gumbo.experiments.reproduction import Table, orderings, tables
 from gumbo.experiments.reproduction.orderings import by_cell, group, is_relaxed, seconds_of
 from gumbo.inference.diagnosis.thresholds import SHIFT, WIDTH
@@ -44,8 +44,8 @@ Found = Sequence[Mapping[str, Any]]
 
 def finished(table: Table, results: Path) -> list[dict[str, Any]]:
     """The cells of a table that have been run, with every seed."""
-    paths = [path_of(results, table.name, cell, seed) for cell in table.cells for seed in range(MOST_SEEDS)]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    everything = (of_cell(results, table.name, cell, seed) for cell in table.cells for seed in range(MOST_SEEDS))
+    return [numbers for numbers in everything if numbers is not None]
 
 
 def section(table: Table, found: list[dict[str, Any]], docs: Path) -> list[str]:

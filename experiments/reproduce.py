@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from gumbo.files import write_whole
 from gumbo.tables import plain
 
 ALL = "all"
+OF_THE_PAPER = ("published", "steps")  # fields of a cell that decide nothing of its result
+_NUMBER = re.compile(r"\b\d+(\.\d*)?(e[-+]?\d+)?\b")
 
 
 @dataclass
@@ -37,7 +40,8 @@ class Reproduce:
         backend: loky for processes of this machine, dask for the workers of a Dask cluster, one cell at a time each.
         address: the cluster's scheduler, tcp://host:port.
         folder: the folder for checkpoints, the same path on every worker; a run found there is resumed.
-        results: the folder for finished cells, one JSON file each; cells found there are not run again.
+        results: the folder for finished cells, one JSON file each; a cell found there is not run again, unless its
+            settings have changed.
         device: cpu, cuda, …
         quick: run a few steps on a few images.
         show: train nothing and show the finished cells.
@@ -67,7 +71,14 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
     chosen = chosen_cells(config)
     results = Path(config.folder) / "quick-results" if config.quick else Path(config.results)
     wanted = [(table, cell, seed) for seed in config.seeds for table, cells in chosen.items() for cell in cells]
-    missing = [task for task in wanted if not path_of(results, *task).exists()]
+    missing = [task for task in wanted if finished(results, *task) is None]
+    for name, cell, seed in missing:
+        if path_of(results, name, cell, seed).exists():
+            done = "left out" if config.show else "run again"
+            print(
+                f"gumbo reproduce: {name}: {cell.name} seed {seed}: the result has other settings and is {done}",
+                file=sys.stderr,
+            )
     if not config.show:
         # A worker may have another current folder.
         tasks = [(replace(config, folder=str(Path(config.folder).absolute())), *task) for task in missing]
@@ -80,8 +91,8 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
             print(f"gumbo reproduce: {name}: {cell.name} seed {seed}: {found['value']:.2f}", file=sys.stderr)
     everything = []
     for name in chosen:
-        paths = [path_of(results, *task) for task in wanted if task[0] == name]
-        found = [json.loads(path.read_text()) for path in paths if path.exists()]
+        all_of_it = (finished(results, *task) for task in wanted if task[0] == name)
+        found = [numbers for numbers in all_of_it if numbers is not None]
         show(tables[name], found)
         if found and not config.show:
             write_report(Path(config.folder) / name / "report.html", tables[name], found)
@@ -130,6 +141,26 @@ def slug(cell) -> str:
 
 def path_of(results: Path, table: str, cell, seed: int) -> Path:
     return results / table / f"{slug(cell)}-seed{seed}.json"
+
+
+def finished(results: Path, table: str, cell, seed: int) -> dict[str, Any] | None:
+    """The stored result of a cell; None if there is none, or if it was found with other settings than the cell's."""
+    path = path_of(results, table, cell, seed)
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    settings = json.loads(json.dumps(asdict(cell)))
+    apart = [
+        name
+        for name, value in settings.items()
+        if name in found["cell"] and name not in OF_THE_PAPER and _plain(value) != _plain(found["cell"][name])
+    ]
+    return None if apart else found
+
+
+def _plain(setting: Any) -> Any:
+    """A setting in which the numbers of a text are written in one way: 1e-05 is 1e-5."""
+    return _NUMBER.sub(lambda found: repr(float(found[0])), setting) if isinstance(setting, str) else setting
 
 
 def command_of(config: Reproduce, table: str, cell, seed: int) -> str:

@@ -48,6 +48,23 @@ def test_a_cell_is_trained_judged_and_kept(run, tmp_path):
     assert path.stat().st_mtime_ns == before  # a finished cell is not run again
 
 
+def test_a_result_of_other_settings_is_left_out_and_run_again(run, tmp_path):
+    asked = ("toy", "--quick", "--cells", "[0.45/rloo]")
+    assert run(*asked)[0] == 0
+    (path,) = tmp_path.rglob("*0.45*rloo*.json")
+    found = json.loads(path.read_text())
+    (setting,) = [name for name, value in found["cell"].items() if value == 0.45]
+    found["value"] = 17.0
+    path.write_text(json.dumps(found))
+    assert " 17.00" in run(*asked)[1].out
+    path.write_text(json.dumps(found | {"cell": found["cell"] | {setting: 0.25}}))
+    status, said = run(*asked, "--show")
+    assert status == 0 and " 17.00" not in said.out and "other settings and is left out" in said.err
+    status, said = run(*asked)
+    assert status == 0 and " 17.00" not in said.out and "other settings and is run again" in said.err
+    assert json.loads(path.read_text())["cell"][setting] == 0.45
+
+
 def test_a_cell_that_does_not_exist_is_refused_in_one_line(run):
     status, said = run("iwae", "--cells", "[three-layers]")
     assert status == 2 and said.err.count("\n") == 1 and "three-layers" in said.err and "one-layer/stl-k1" in said.err
