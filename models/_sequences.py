@@ -66,6 +66,21 @@ class SequenceModel(GenerativeModel):
             )
         return [mask]
 
+    def checked_mask(self, mask: Tensor | None, x: Tensor | None, batch_size: int) -> Tensor:
+        """The mask of a batch; raises BadInput for another shape and, under validation, for ones at masked steps."""
+        (mask,) = self.check_conditions({"mask": mask}, batch_size if x is None else len(x))
+        if x is not None and is_validation_enabled():
+            self._check_padding(x, mask)
+        return mask
+
+    def _check_padding(self, x: Tensor, mask: Tensor) -> None:
+        """Binary data at masked steps must be zeros, which have log-probability 0 there; other data are not read."""
+        if self.binary_data and x.reshape(len(x), self.steps, self.width)[mask == 0].any():
+            raise BadInput(
+                f"{type(self).__name__}: x holds ones at masked steps: pad the sequences with zeros, or give their true"
+                " lengths"
+            )
+
     def mask_of(self, lengths: Tensor) -> Tensor:
         """The mask ``(B, T)`` of sequences of those lengths ``(B,)``."""
         if lengths.min() < 1 or lengths.max() > self.steps:
@@ -80,7 +95,9 @@ class SequenceModel(GenerativeModel):
         """Sequences as ``x``, and the mask of their lengths, which are the labels; without labels no step is masked."""
         if labels is None:
             labels = torch.full((len(images),), self.steps, device=images.device)
-        return {"x": images, "mask": self.mask_of(labels).to(images.dtype)}
+        mask = self.mask_of(labels).to(images.dtype)
+        self._check_padding(images, mask)
+        return {"x": images, "mask": mask}
 
     def example(self, rows: int = 2) -> dict[str, Tensor]:
         mask = self.mask_of(1 + torch.arange(rows, device=next(self.parameters()).device) % self.steps)

@@ -68,7 +68,7 @@ class DeepMarkovModel(SequenceModel):
 
     def forward(self, x: Tensor | None = None, *, mask: Tensor | None = None, batch_size: int = 1) -> Tensor:
         with self.data_plate(x, batch_size):
-            (mask,) = self.check_conditions({"mask": mask}, batch_size if x is None else len(x))
+            mask = self.checked_mask(mask, x, batch_size)
             # Accessed here and not when z is scored, so that Pyro registers the parameters inside the program.
             transition = self.decoder_transition
             z = pyro.sample("z", NormalChain(lambda previous, t: transition(previous), self.decoder_start, mask))

@@ -89,7 +89,7 @@ class HiddenMarkovModel(SequenceModel):
 
     def forward(self, x: Tensor | None = None, *, mask: Tensor | None = None, batch_size: int = 1) -> Tensor:
         with self.data_plate(x, batch_size):
-            (mask,) = self.check_conditions({"mask": mask}, batch_size if x is None else len(x))
+            mask = self.checked_mask(mask, x, batch_size)
             rows = None if x is None else x.flatten(1, -2)
             states: dict[str, Tensor] = {}
             drawn: list[Tensor] = []

@@ -11,7 +11,7 @@ from pyro import poutine
 from gumbo.errors import BadInput
 from gumbo.guides import CombinerGuide, NormalGuide, guides
 from gumbo.inference import SiteELBO, evaluate
-from gumbo.models import DeepMarkovModel, GaussianVAE
+from gumbo.models import DeepMarkovModel, GaussianVAE, HiddenMarkovModel
 from gumbo.models._chains import Couplings
 from gumbo.testing import check_guide
 
@@ -165,3 +165,18 @@ def test_lengths_masks_and_other_models_are_refused():
         CombinerGuide(GaussianVAE((5, 3), hidden=(4,)))
     assert torch.equal(model.inputs(x)["mask"], torch.ones(2, 5))
     assert "combiner" in guides and NormalGuide(model)(x, mask=torch.ones(2, 5))["z"].shape == (2, 5, 2)
+
+
+@pytest.mark.parametrize("kind", [DeepMarkovModel, HiddenMarkovModel])
+def test_ones_at_masked_steps_are_refused(kind):
+    """A one would count for 100 nats there."""
+    model = kind((4, 2))
+    x, lengths = torch.zeros(3, 4, 2), torch.tensor([4, 2, 3])
+    x[0, 3] = x[1, 1] = 1.0
+    given = model.inputs(x, lengths)
+    model(**given)
+    x[1, 2] = 1.0
+    with pytest.raises(BadInput, match="holds ones at masked steps"):
+        model.inputs(x, lengths)
+    with pytest.raises(BadInput, match="holds ones at masked steps"):
+        model(x, mask=given["mask"])
