@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -76,13 +77,15 @@ def is_discrete(model: Any, guide: Any, args: tuple, kwargs: dict[str, Any]) -> 
     return any(not getattr(site["fn"], "has_rsample", False) for site in sites if not site_is_subsample(site))
 
 
-def work(stage: Stage, words: dict[str, str], count: int, cost: str, vectorize: bool | None) -> float:
-    """Variance of the guide's gradient times what a step costs, from fresh draws."""
+def work(stage: Stage, words: dict[str, str], count: int, cost: str, vectorize: bool | None, limit: int) -> float:
+    """Variance of the guide's gradient times what a step costs, from fresh draws; ∞ for a step of too many runs."""
     torch.manual_seed(12345)
     draws = Draws(stage, SiteELBO(words, vectorize_particles=vectorize))
     for _ in range(BURN_IN if draws.has_state else 1):
         draws.draw()
     runs = draws.evaluations()
+    if runs > limit:
+        return math.inf
     draws.freeze()
     own = [name for name in stage.parameters if name.startswith("guide.")] or list(stage.parameters)
     mean, square, took = torch.zeros(()), torch.zeros(()), []
@@ -124,9 +127,10 @@ def measured(name: str, make: Callable, limit: int, options: argparse.Namespace)
         stage = Stage(model, guide, args, kwargs, None)
         for label, taken in entries.items():
             try:
-                found[label] = work(stage, taken, options.draws, options.cost, vectorize)
+                found[label] = work(stage, taken, options.draws, options.cost, vectorize, limit)
             except GumboError as error:
                 print(f"{name}: {label}: {error}", flush=True)
+    found = {label: value for label, value in found.items() if value < math.inf}
     best = min(found, key=lambda label: (found[label], label != "auto"))
     chosen = ", ".join(sorted(set(words.values()))) if len(words) > 3 else ", ".join(map(": ".join, words.items()))
     mine, least = found["auto"], found[best]
