@@ -1,7 +1,8 @@
 """Learning rates and temperatures of trained cells, by their bound on the validation images after a short run.
 
 Prints, for each cell, rate and temperature, the ELBO and log p(x) by 100 draws, in nats per datum on 1,000 validation
-images; the test images are not looked at. Adam starts at the rate and decays to a hundredth of it by a cosine. For example::
+images; the test images are not looked at. Adam starts at the rate and decays to a hundredth of it by a cosine. For
+example::
 
     python benchmarks/tune.py arm "linear/arm" --rates 1e-3 3e-3 --steps 10000
 """
