@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput
@@ -34,6 +35,36 @@ def unmoved(module: nn.Module) -> Iterator[None]:
         for one, kept in zip(modules, before, strict=True):
             vars(one).clear()
             vars(one).update(kept)
+
+
+def called_with(module: nn.Module, replaced: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """The result of a call with other parameters and buffers, by the names that they have in the module.
+
+    It is `torch.func.functional_call` for modules that hold one network under two names, as a guide that draws from the
+    model's own layers does: torch swaps its tensors once for each name, and restores what it swapped in first. As
+    there, ``replaced`` holds the buffers that the call has put in place of the given ones.
+
+    >>> both = nn.ModuleList([layer := nn.Linear(1, 1)] * 2)
+    >>> weight = layer.weight
+    >>> both.forward = lambda x: both[1](x)
+    >>> called_with(both, {"0.weight": torch.zeros(1, 1), "0.bias": torch.ones(1)}, torch.ones(1))
+    tensor([1.])
+    >>> layer.weight is weight
+    True
+    """
+    places = {
+        f"{path}{'.' * bool(path)}{key}": tensor
+        for path, part in module.named_modules()  # a module that has two names occurs once
+        for held in (part._parameters, part._buffers)
+        for key, tensor in held.items()
+        if tensor is not None
+    }
+    given = {id(places[name]): value for name, value in replaced.items()}
+    everywhere = {name: given[id(tensor)] for name, tensor in places.items() if id(tensor) in given}
+    try:
+        return torch.func.functional_call(module, everywhere, args, kwargs, tie_weights=False)
+    finally:
+        replaced.update({name: everywhere[name] for name in replaced})
 
 
 _INTERNAL = set(vars(nn.Module())) - {"training"}

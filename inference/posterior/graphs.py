@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PROGRAM_ERRORS, BadInput, first_line
-from ..engine.constants import differs, plain_attributes, unmoved
+from ..engine.constants import called_with, differs, plain_attributes, unmoved
 from ..engine.interventions import Unvalidated
 from ..engine.noise import Noise, Tape
 from ..engine.rows import Rows
@@ -157,7 +157,7 @@ class Graphs:
                 return found()
             # A store of its own: the graph's tensors must not stay behind.
             stack.enter_context(pyro.get_param_store().scope())
-            return torch.func.functional_call(self.networks, replaced, (found,))
+            return called_with(self.networks, replaced, found)
 
 
 class _Networks(nn.Module):

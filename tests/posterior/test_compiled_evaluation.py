@@ -11,7 +11,7 @@ import torch
 from pyro.nn import PyroModule
 
 from gumbo.errors import BadInput, GumboWarning
-from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
+from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide, PriorGuide, RelaxedCategoricalGuide
 from gumbo.inference import evaluate, fit
 from gumbo.inference.engine.noise import Noise, Tape
 from gumbo.inference.engine.rows import Rows
@@ -23,7 +23,7 @@ from gumbo.inference.posterior.parts import Weighing
 from gumbo.inference.posterior.runner import Sweep
 from gumbo.inference.training.compile.capture import capture
 from gumbo.inference.training.compile.step import inductor, uncompiled
-from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE
+from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE, StructuredPrediction
 
 SHAPE = (1, 4, 4)
 
@@ -305,3 +305,15 @@ def test_a_copy_of_a_fitted_pair_is_evaluated_with_its_own_parameters():
     x = images()
     values = [Evaluator(*each, x, num_samples=3, compiler=by_operations)().elbo for each in (pair, other, pair)]
     assert values[0] == values[2] != values[1]
+
+
+def test_a_guide_that_draws_from_the_models_own_layers_is_evaluated():
+    """One network under two names: what the capture puts in its place must not stay there."""
+    torch.manual_seed(0)
+    model = StructuredPrediction((1, 4, 4), layers=[3, 3])
+    guide, given = PriorGuide(model), model.example(20)
+    before = list(model.parameters())
+    evaluator = Evaluator(model, guide, given, num_samples=20, batch_size=20, compiler=by_operations)
+    found, eager = evaluator(0), evaluate(model, guide, given, num_samples=20, batch_size=20, seed=0)
+    assert not evaluator.uncompiled and abs(found.elbo - eager.elbo) < 4 * (found.elbo_mc_se + eager.elbo_mc_se)
+    assert all(one is other for one, other in zip(model.parameters(), before, strict=True))

@@ -30,6 +30,7 @@ from gumbo.inference.estimators import (
     SiteState,
     estimators,
 )
+from gumbo.inference.training.compile import step as compiled
 from gumbo.inference.training.compile.step import CompiledStep, uncompiled
 from gumbo.inference.training.optimizers import make_optimizer
 from gumbo.inference.training.schedules import Exponential, Linear
@@ -849,3 +850,16 @@ def test_fit_refuses_what_a_compiled_step_cannot_do():
     with pytest.raises(BadInput, match="asks for the value of a tensor"):
         model = Changed(branches)
         fit(model, NormalGuide(model), data(8), epochs=1, compile=True)
+
+
+@pytest.mark.parametrize("word", ["rloo", "rebar"])
+def test_a_network_under_two_names_keeps_its_parameters(word, monkeypatch):
+    """A guide that draws from the model's own layers: what the capture puts in their place must not stay there."""
+    monkeypatch.setattr(compiled, "inductor", uncompiled)
+    torch.manual_seed(0)
+    model = models["structured-prediction"]((1, 4, 4), layers=[3, 3])
+    guide, given = guides["prior"](model), model.example(20)
+    before = list(model.parameters())
+    fit(model, guide, given, loss=word, epochs=3, batch_size=10, compile=True, progress=False, seed=0)
+    assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
+    assert all(type(parameter) is torch.nn.Parameter for parameter in before)

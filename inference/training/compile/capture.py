@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ....errors import BadInput, GumboError
 from ...elbo import SiteELBOModule
 from ...engine import noise
-from ...engine.constants import ADVICE, unmoved
+from ...engine.constants import ADVICE, called_with, unmoved
 from ...engine.interventions import Unvalidated
 from ...engine.noise import Noise, Tape
 from ...engine.programs import in_support, observed_support
@@ -196,7 +196,7 @@ class Program:
         step = TrainingStep(lambda schedule: self._value_of(schedule, scalars, now))
         unvalidated = pyro.validation_enabled(False), Unvalidated()
         with undisturbed(self.module, step), unvalidated[0], unvalidated[1], triangles_by_index(), tape, support:
-            loss = torch.func.functional_call(self.module, swapped, args, kwargs)
+            loss = called_with(self.module, swapped, *args, **kwargs)
         moved = {
             name: swapped[name].detach()
             for name, copy in copies.items()
