@@ -282,9 +282,8 @@ def processes_section(facts: Facts | None) -> list[str]:
 FASTER = {128: 1.0, 1024: 1.8}
 PROCESSES_PROSE = """\
 Two processes of one thread each with half of a batch, against one process of one thread with the whole batch; in turns.
-On one machine the gradients are summed in memory that the processes share: through gloo their message took 5 to 6 ms
-of a step (2.8 MB of gradients), and takes 1 ms now. What keeps the ratio from 2 is that message, and Adam, which every
-process runs for all parameters."""
+On one machine the gradients are summed in memory that the processes share; the history below begins with gloo. What
+keeps the ratio from 2 is that message, and Adam, which every process runs for all parameters."""
 
 
 # Evaluation.

@@ -38,8 +38,6 @@ class SharedMemory:
         self.sizes = {torch.float64: numbers}
         for tensor in tensors:
             self.sizes[tensor.dtype] = self.sizes.get(tensor.dtype, 0) + tensor.numel()
-        if torch.float64 in {tensor.dtype for tensor in tensors}:
-            self.sizes[torch.float64] += numbers
         self.places = [0]
         for dtype, size in self.sizes.items():
             self.places.append(self.places[-1] + -(-size * dtype.itemsize // _ALIGNED) * _ALIGNED)
@@ -136,8 +134,11 @@ class SharedMemory:
 
 
 def _reserved(length: int) -> str | None:
-    """A new folder with a file of so many bytes of memory; None if there is no room."""
-    folder = tempfile.mkdtemp(prefix="gumbo-", dir=FOLDER)
+    """A new folder with a file of so many bytes of memory; None if there is no room, or no right to write."""
+    try:
+        folder = tempfile.mkdtemp(prefix="gumbo-", dir=FOLDER)
+    except OSError:
+        return None
     try:
         with open(Path(folder) / "memory", "wb") as file:
             os.posix_fallocate(file.fileno(), 0, length)

@@ -473,6 +473,7 @@ def in_memory(processes: Processes) -> list:
             count = processes.world_size
             found.append(header.tolist() == [step * count, sum(range(count))])
     missing = {"FOLDER": Path("/dev/null/nowhere"), "MOST": 1, "LARGEST": 100, "_reserved": lambda length: None}
+    missing["tempfile"] = unittest.mock.Mock(mkdtemp=unittest.mock.Mock(side_effect=PermissionError))
     for place, value in missing.items():
         with unittest.mock.patch.object(shared_memory, place, value):
             found.append(SharedMemory.among(processes, 2, kinds[0]) is None)
