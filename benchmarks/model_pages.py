@@ -178,7 +178,7 @@ STUDIES: dict[str, str | tuple[str, ...]] = {
     "semi-supervised-vae": "mixed",
     "neural-bayes-net": "mixed",
     "vector-quantized-vae": "codes",
-    "attend-infer-repeat": "scenes",
+    "attend-infer-repeat": ("scenes", "large_scenes"),
     "gaussian-vae": "priors",
     "grid-world": "grid",
     "latent-dirichlet-allocation": "topics",
