@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ._base import GenerativeModel, Latent, models
+from .likelihoods import MultinomialCounts
 
 
 @models.register("latent-dirichlet-allocation")
@@ -21,8 +22,8 @@ class LatentDirichletAllocation(GenerativeModel):
               \beta_k = \mathrm{softmax}(w_k)
 
     Shapes: ``x`` is ``(B, *data_shape)``, counts of each word; site ``theta`` is ``(B, num_topics)``, on the simplex.
-    Topics are parameters. The length N of each document is given; draws have ``length`` words. The guide
-    ``mean-field`` has Dirichlet posteriors, differentiated by implicit reparameterization (``pathwise``); encoders take
+    Topics are parameters. The length N of each document is given: draws of x at data (the posterior predictive) have
+    the lengths of these data, others ``length`` words. The guide ``mean-field`` has Dirichlet posteriors, differentiated by implicit reparameterization (``pathwise``); encoders take
     log(1 + x). ``topics()`` is β; `gumbo.models.perplexity`, `npmi` and `top_words` evaluate it. Raises BadInput for
     data of another shape and, under validation, for NaN or for values that are not counts.
 
@@ -58,9 +59,9 @@ class LatentDirichletAllocation(GenerativeModel):
     def forward(self, x: torch.Tensor | None = None, *, batch_size: int = 1) -> torch.Tensor:
         with self.data_plate(x, batch_size):
             theta = pyro.sample("theta", dist.Dirichlet(self.concentration))
-            return pyro.sample("x", self.likelihood(theta), obs=x)
+            return pyro.sample("x", self.likelihood(theta).with_totals(x), obs=x)
 
-    def likelihood(self, theta: torch.Tensor) -> dist.TorchDistribution:
+    def likelihood(self, theta: torch.Tensor) -> MultinomialCounts:
         """p(x | θ) for ``theta`` of shape ``(..., num_topics)``, batch shape ``(...)``."""
         return self.observation((theta @ self.topics()).clamp(min=torch.finfo(theta.dtype).tiny).log())
 

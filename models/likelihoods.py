@@ -6,6 +6,7 @@ A likelihood is one entry of the registry ``likelihoods``; models with the optio
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -152,17 +153,22 @@ def _negative_binomial(log_mean: Tensor, raw: Tensor, *gate: Tensor, rank: int) 
 class MultinomialCounts(dist.TorchDistribution):
     """Counts over all numbers of an event of any shape, from logits ``(..., *shape)``; their sum may differ by row.
 
-    What is scored has its own total; what is drawn has ``total_count``.
+    What is scored has its own total; what is drawn has ``total_count``, a number or one number for each row.
 
     >>> counts = MultinomialCounts(torch.zeros(5, 2, 3), rank=2, total_count=7)
     >>> counts.sample().sum((-1, -2)).unique(), counts.event_shape
     (tensor([7.]), torch.Size([2, 3]))
+    >>> given = torch.tensor([[4.0, 0.0], [0.0, 2.0]])
+    >>> MultinomialCounts(torch.zeros(2, 2)).with_totals(given).sample().sum(-1)
+    tensor([4., 2.])
     """
 
     arg_constraints = MappingProxyType({"logits": constraints.independent(constraints.real, 1)})
     has_rsample = False
 
-    def __init__(self, logits: Tensor, rank: int = 1, total_count: int = 100, validate_args: bool | None = None):
+    def __init__(
+        self, logits: Tensor, rank: int = 1, total_count: int | Tensor = 100, validate_args: bool | None = None
+    ):
         self.logits, self.total_count, self.rank = logits, total_count, rank
         cut = logits.dim() - rank
         super().__init__(logits.shape[:cut], logits.shape[cut:], validate_args=validate_args)
@@ -177,7 +183,15 @@ class MultinomialCounts(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        return self.total_count * self.probs
+        total = self.total_count
+        return (total.reshape(total.shape + (1,) * self.rank) if isinstance(total, Tensor) else total) * self.probs
+
+    def with_totals(self, counts: Tensor | None) -> MultinomialCounts:
+        """The same law, whose draws have the totals of these counts, ``(..., *shape)``; unchanged for None."""
+        found = copy.copy(self)
+        if counts is not None:
+            found.total_count = counts.flatten(-self.rank).sum(-1)
+        return found
 
     def expand(self, batch_shape, _instance=None) -> MultinomialCounts:
         logits = self.logits.expand(torch.Size(batch_shape) + self.event_shape)
@@ -185,8 +199,16 @@ class MultinomialCounts(dist.TorchDistribution):
 
     def sample(self, sample_shape=()) -> Tensor:
         with torch.no_grad():
-            rows = dist.Multinomial(self.total_count, logits=self.logits.flatten(-self.rank), validate_args=False)
-            return rows.sample(torch.Size(sample_shape)).unflatten(-1, self.event_shape)
+            logits, total = self.logits.flatten(-self.rank), self.total_count
+            if not isinstance(total, Tensor):
+                rows = dist.Multinomial(total, logits=logits, validate_args=False)
+                return rows.sample(torch.Size(sample_shape)).unflatten(-1, self.event_shape)
+            words = dist.Categorical(logits=logits, validate_args=False)
+            drawn = words.sample((max(1, int(total.max())), *sample_shape)).movedim(0, -1)
+            counts = total.new_zeros((*drawn.shape[:-1], logits.shape[-1]))
+            read = torch.arange(drawn.shape[-1], device=total.device) < total.unsqueeze(-1)
+            counts.scatter_add_(-1, drawn, read.to(counts.dtype).expand_as(drawn))
+            return counts.unflatten(-1, self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

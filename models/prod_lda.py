@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ._base import GenerativeModel, Latent, models
+from .likelihoods import MultinomialCounts
 
 
 @models.register("prod-lda")
@@ -23,9 +24,9 @@ class ProdLDA(GenerativeModel):
     The Normal is Laplace's approximation of Dirichlet(α, ..., α) in the softmax basis, of variance (1 − 1/K) / α.
 
     Shapes: ``x`` is ``(B, *data_shape)``, counts of each word; site ``z`` is ``(B, num_topics)``. The length N of each
-    document is given; draws have ``length`` words. Encoders take log(1 + x). The paper normalizes the decoder's
-    outputs over the batch, which makes rows dependent; here each document's own logits are normalized instead, with
-    ``normalize=True``. ``topics()`` are the experts as distributions over words; `gumbo.models.perplexity`, `npmi` and
+    document is given: draws of x at data (the posterior predictive) have the lengths of these data, others ``length``
+    words. Encoders take log(1 + x). The paper normalizes the decoder's outputs over the batch, which makes rows
+    dependent; here each document's own logits are normalized instead, with ``normalize=True``. ``topics()`` are the experts as distributions over words; `gumbo.models.perplexity`, `npmi` and
     `top_words` evaluate them. Raises BadInput for data of another shape and, under validation, for NaN or for values
     that are not counts.
 
@@ -62,9 +63,9 @@ class ProdLDA(GenerativeModel):
     def forward(self, x: torch.Tensor | None = None, *, batch_size: int = 1) -> torch.Tensor:
         with self.data_plate(x, batch_size):
             z = pyro.sample("z", dist.Normal(self.prior_loc, self.prior_scale).to_event(1))
-            return pyro.sample("x", self.likelihood(z), obs=x)
+            return pyro.sample("x", self.likelihood(z).with_totals(x), obs=x)
 
-    def likelihood(self, z: torch.Tensor) -> dist.TorchDistribution:
+    def likelihood(self, z: torch.Tensor) -> MultinomialCounts:
         """p(x | z) for ``z`` of shape ``(..., num_topics)``, batch shape ``(...)``."""
         return self.observation(self.decoder_norm(self.decoder(z.softmax(-1))))
 

@@ -153,8 +153,8 @@ def train(
     config = settings(cell, seed, steps)
     data = load_data(config)
     model, guide = (program.to(device) for program in build(config, data.data_shape))
-    train = inputs_of(model, data, "train", rows)
-    per_epoch = len(train["x"]) // cell.batch_size
+    images = inputs_of(model, data, "train", rows)
+    per_epoch = len(images["x"]) // cell.batch_size
     epochs = max(1, round(steps / per_epoch))
     every = max(1, epochs // 50)  # points of the curve
     held_out = inputs_of(model, data, "valid", rows or VALID_ROWS)
@@ -164,7 +164,7 @@ def train(
     def judge() -> dict[str, Any]:
         point = {"valid": evaluate(model, guide, held_out, num_samples=1, seed=seed).elbo}
         if cell.variance:
-            batch = {name: value[: cell.batch_size].to(device) for name, value in train.items()}
+            batch = {name: value[: cell.batch_size].to(device) for name, value in images.items()}
             draws = VARIANCE_DRAWS if rows is None else QUICK_DRAWS
             moments = gradient_moments(model, guide, make_loss(config), batch, num_samples=draws)
             point["variance"] = moments.total_variance
@@ -175,7 +175,7 @@ def train(
     result = fit(
         model,
         guide,
-        train,
+        images,
         loss=make_loss(config),
         optimizer=config.optimizer,
         lr=learning_rate(config),
@@ -201,7 +201,7 @@ def train(
         "ms_per_step": 1000 * lap / per_epoch,
         "curve": points,
     }
-    return Trained(model, guide, data, train, held_out, numbers)
+    return Trained(model, guide, data, images, held_out, numbers)
 
 
 def train_and_judge(

@@ -210,7 +210,7 @@ class Listing:
         if not joint and getattr(fn, "has_enumerate_support", False):
             try:
                 values = fn.enumerate_support(expand=False)
-            except (NotImplementedError, ValueError):
+            except NotImplementedError:
                 pass  # Pyro lists no product over the coordinates of an event; the lines below do
             else:
                 support = getattr(values, "_pyro_categorical_support", None)

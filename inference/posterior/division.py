@@ -17,7 +17,7 @@ _FEW = 7
 # Rows of a batch where no number is asked for: few runs for few draws, and few runs of the guide for many.
 _FEWEST_ROWS, _MOST_ROWS = 64, 1024
 # Numbers per run over all sites, where each row has draws of its own.
-_NUMBERS_A_RUN = 2**21
+_LARGEST_RUN = 2**21
 
 
 def first_sweep(
@@ -55,7 +55,7 @@ def _resized(few: Sweep, batch: Rows, plate: str | None, name: str) -> tuple[Swe
 
 def _fitting(few: Sweep, count: int, num_samples: int) -> int:
     """Rows of a batch such that all draws of it fit one run, within limits; batches have equally many, but the last."""
-    a_run = few.draws_a_run(at_most=_NUMBERS_A_RUN) * min(_FEW, count) if few.vectorized else _MOST_ROWS
+    a_run = few.draws_a_run(at_most=_LARGEST_RUN) * min(_FEW, count) if few.vectorized else _MOST_ROWS
     size = min(_MOST_ROWS, max(_FEWEST_ROWS, a_run // num_samples))
     return math.ceil(count / math.ceil(count / size))
 
@@ -86,7 +86,7 @@ def sweep_of(
 def turns_of(sweep: Sweep, num_samples: int, size: int) -> list[int]:
     """The draws of a batch of ``size`` rows, a run at a time."""
     together = sweep.tied or bool(sweep.shared)
-    a_run = sweep.draws_a_run() if together else sweep.draws_a_run(at_most=_NUMBERS_A_RUN)
+    a_run = sweep.draws_a_run() if together else sweep.draws_a_run(at_most=_LARGEST_RUN)
     per_run = max(1, min(num_samples, a_run, _ROWS_A_RUN // size)) if sweep.vectorized else 1
     if together:
         return [min(per_run, num_samples - start) for start in range(0, num_samples, per_run)]

@@ -10,7 +10,7 @@ from pyro import poutine
 
 from gumbo.errors import BadInput, UnknownName
 from gumbo.guides import MeanFieldGuide, NormalGuide
-from gumbo.inference import SiteELBO
+from gumbo.inference import SiteELBO, to_arviz
 from gumbo.models import (
     LatentDirichletAllocation,
     NegativeBinomialVAE,
@@ -53,6 +53,16 @@ def test_prod_lda_multiplies_its_experts():
     logits = z.softmax(-1) @ model.decoder.weight.mT + model.decoder.bias
     expected = [dist.Multinomial(int(n.sum()), logits=one).log_prob(n) for n, one in zip(COUNTS, logits, strict=True)]
     assert torch.allclose(model.likelihood(z).log_prob(COUNTS), torch.stack(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [LatentDirichletAllocation, ProdLDA])
+def test_predicted_documents_are_as_long_as_the_given_ones(kind):
+    torch.manual_seed(0)
+    model = kind((4,), num_topics=2, hidden=(4,))
+    guide = (NormalGuide if kind is ProdLDA else MeanFieldGuide)(model)
+    drawn = to_arviz(model, guide, COUNTS, num_samples=5, seed=0)
+    assert (drawn.posterior_predictive["x"].sum("x_dim_0") == COUNTS.sum(-1).numpy()).all()
+    assert (model.sample_prior(3)["x"].sum(-1) == 100).all()
 
 
 def test_lda_finds_the_topics_that_documents_were_drawn_from():

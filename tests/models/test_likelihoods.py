@@ -57,6 +57,22 @@ def test_multinomial_counts_score_each_row_by_its_own_total():
     assert torch.allclose(found, torch.stack(expected))
 
 
+def test_multinomial_draws_of_given_totals_have_the_law_of_each_total():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 2).double()
+    counts = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    law = MultinomialCounts(logits).with_totals(counts)
+    drawn = law.expand((2,)).sample((20_000,))
+    assert (drawn.sum(-1) == counts.sum(-1)).all()
+    for row, total in enumerate((3, 1)):
+        for first in range(total + 1):
+            chance = law.log_prob(torch.tensor([first, total - first]).double().expand(2, 2))[row].exp().item()
+            share = (drawn[:, row, 0] == first).double().mean().item()
+            assert abs(share - chance) < 4.5 * (chance * (1 - chance) / 20_000) ** 0.5
+    assert torch.allclose(law.mean, counts.sum(-1, keepdim=True) * logits.softmax(-1))
+    assert MultinomialCounts(logits).with_totals(torch.zeros(2, 2)).sample().sum() == 0
+
+
 def test_zero_inflation_moves_mass_to_zero_alone():
     law, gate = torch.tensor([[0.7, 0.4]]), torch.tensor([[-0.3]])
     plain = Observation("negative-binomial", (1,))(law)
