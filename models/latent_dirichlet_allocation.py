@@ -23,9 +23,10 @@ class LatentDirichletAllocation(GenerativeModel):
 
     Shapes: ``x`` is ``(B, *data_shape)``, counts of each word; site ``theta`` is ``(B, num_topics)``, on the simplex.
     Topics are parameters. The length N of each document is given: draws of x at data (the posterior predictive) have
-    the lengths of these data, others ``length`` words. The guide ``mean-field`` has Dirichlet posteriors, differentiated by implicit reparameterization (``pathwise``); encoders take
-    log(1 + x). ``topics()`` is β; `gumbo.models.perplexity`, `npmi` and `top_words` evaluate it. Raises BadInput for
-    data of another shape and, under validation, for NaN or for values that are not counts.
+    the lengths of these data, others ``length`` words. The guide ``mean-field`` has Dirichlet posteriors,
+    differentiated by implicit reparameterization (``pathwise``); encoders take log(1 + x). ``topics()`` is β;
+    `gumbo.models.perplexity`, `npmi` and `top_words` evaluate it. Raises BadInput for data of another shape and, under
+    validation, for NaN or for values that are not counts.
 
     Blei, Ng & Jordan 2003, "Latent Dirichlet allocation"; Figurnov, Mohamed & Mnih 2018, arXiv:1805.08498, for the
     gradients; Srivastava & Sutton 2017, arXiv:1703.01488, for amortized topic models.

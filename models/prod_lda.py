@@ -26,9 +26,9 @@ class ProdLDA(GenerativeModel):
     Shapes: ``x`` is ``(B, *data_shape)``, counts of each word; site ``z`` is ``(B, num_topics)``. The length N of each
     document is given: draws of x at data (the posterior predictive) have the lengths of these data, others ``length``
     words. Encoders take log(1 + x). The paper normalizes the decoder's outputs over the batch, which makes rows
-    dependent; here each document's own logits are normalized instead, with ``normalize=True``. ``topics()`` are the experts as distributions over words; `gumbo.models.perplexity`, `npmi` and
-    `top_words` evaluate them. Raises BadInput for data of another shape and, under validation, for NaN or for values
-    that are not counts.
+    dependent; here each document's own logits are normalized instead, with ``normalize=True``. ``topics()`` are the
+    experts as distributions over words; `gumbo.models.perplexity`, `npmi` and `top_words` evaluate them. Raises
+    BadInput for data of another shape and, under validation, for NaN or for values that are not counts.
 
     Srivastava & Sutton 2017, "Autoencoding variational inference for topic models", arXiv:1703.01488.
 
