@@ -29,9 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 START, END = "<!-- published tables, run again -->", "<!-- end of the published tables -->"
+SCREEN_START, SCREEN_END = "<!-- two pictures -->", "<!-- end of the two pictures -->"
 MOST_SEEDS = 20
 NEAR = 2.0  # nats
 MEDIUM, WIDE = "48%", "100%"
+ORDERINGS_ONLY = ("reinmax", "semi-supervised")  # on other data than the paper's
 # The sentences of a table's conclusions that the README has.
 HEADLINES = {
     "posteriors": ("Misses", "False alarms"),
@@ -252,32 +254,59 @@ def headline(table: Table, found: Found) -> str:
         chosen = [one for one in said if one.startswith(HEADLINES.get(table.name, "\0")) or "as much as" in one]
         return " ".join(chosen) or f"every estimator's {table.value}, variance and gradient"
     close, known = near(found)
-    shares = sorted({numbers["share"] for numbers in found})
-    steps = f"{shares[0]:.1%}" if shares[0] == shares[-1] else f"{shares[0]:.1%} to {shares[-1]:.1%}"
     ordered = [one for one in orderings.totals(found) if one.startswith("Published orderings at equal steps")]
     against = f"{close} of {known} published cells within {NEAR:g} nats or better" if known else "no published cell"
-    return " ".join([f"{against}, after {steps} of the paper's steps.", *ordered])
+    return " ".join([f"{against}, after {steps_of(found)} of the paper's steps.", *ordered])
+
+
+def steps_of(found: Found) -> str:
+    """The share of the paper's steps, or the least and the largest."""
+    shares = sorted({numbers["share"] for numbers in found})
+    return f"{shares[0]:.1%}" if shares[0] == shares[-1] else f"{shares[0]:.1%} to {shares[-1]:.1%}"
 
 
 ENOUGH = 6  # runs of published cells that make a picture of the README
 
 
-def front(every: Mapping[str, list[dict[str, Any]]], docs: Path) -> str:
-    """The README's part: two pictures, and a line for each table that has been run."""
-    trained = [numbers for found in every.values() for numbers in found if "objective" in numbers["cell"]]
-    pictures = []
-    if sum(numbers["cell"]["published"] is not None for numbers in trained) >= ENOUGH:
-        save(against_published(trained), docs / "figures" / "readme-published.png")
+def first_screen(every: Mapping[str, list[dict[str, Any]]], docs: Path) -> str:
+    """The README's two pictures, each with its numbers and its command."""
+    trained = {
+        name: [numbers for numbers in found if "objective" in numbers["cell"]]
+        for name, found in every.items()
+        if name not in ORDERINGS_ONLY
+    }
+    trained = {name: found for name, found in trained.items() if found}
+    together = [numbers for found in trained.values() for numbers in found]
+    pictures, said = [], []
+    if sum(numbers["cell"]["published"] is not None for numbers in together) >= ENOUGH:
+        save(against_published(together), docs / "figures" / "readme-published.png")
         pictures.append(("ours against published, nats per datum", "readme-published.png"))
+        close, known = (sum(counts) for counts in zip(*map(near, trained.values()), strict=True))
+        commands = ", ".join(f"`gumbo reproduce {name}`" for name in trained)
+        said.append(
+            f"published bounds against ours after {steps_of(together)} of the papers' steps; {close} of {known} cells "
+            f"within {NEAR:g} nats or better ({commands})"
+        )
     if every["question"]:
         save(crossing(every["question"]), docs / "figures" / "readme-crossing.png")
         pictures.append(("variance × time of pathwise and score-function gradients", "readme-crossing.png"))
+        (crosses,) = [one for one in tables["question"].conclude(every["question"]) if one.startswith("normal: sin")]
+        said.append(f"where the score function wins: {crosses.rstrip('.')} (`gumbo reproduce question`)")
     if len(pictures) < 2 and every["posteriors"]:
         pictures.append(("diagnose's verdict and the error of guides", "results-posteriors.png"))
+        said.append(f"{headline(tables['posteriors'], every['posteriors'])} (`gumbo reproduce posteriors`)")
     shown = " ".join(
         f'<img src="docs/figures/{name}" alt="{alt}" width="{MEDIUM if len(pictures) > 1 else WIDE}">'
         for alt, name in pictures[:2]
     )
+    places = ("Left", "Right") if len(pictures) > 1 else ("Above",)
+    return "\n".join([shown, "", *(f"*{place}*: {one}.\\" for place, one in zip(places, said, strict=False))]).rstrip(
+        "\\"
+    )
+
+
+def front(every: Mapping[str, list[dict[str, Any]]]) -> str:
+    """The README's line for each table that has been run."""
     rows = []
     for name, found in every.items():
         if found:
@@ -293,8 +322,6 @@ def front(every: Mapping[str, list[dict[str, Any]]], docs: Path) -> str:
     lines = [
         "Published tables, run again cell by cell. [docs/results.md](docs/results.md) has every number and command; "
         "`gumbo reproduce all` runs what is missing.",
-        "",
-        shown,
         "",
         *markdown(["table", "cells run", "what comes out", "command"], rows),
     ]
@@ -356,7 +383,8 @@ def main(argv: Sequence[str]) -> None:
     page.write_text("\n".join(lines).rstrip() + "\n")
     print(f"{page}: new")
     if docs == DOCS:
-        README.write_text(replaced(README.read_text(), front(every, docs), START, END))
+        page = replaced(README.read_text(), first_screen(every, docs), SCREEN_START, SCREEN_END)
+        README.write_text(replaced(page, front(every), START, END))
         print(f"{README}: its first screen is new")
 
 

@@ -491,14 +491,16 @@ def test_the_page_of_results_orders_arms_and_draws_them(tmp_path):
     assert "| linear/arm − rebar | -0.50 | -2.00 ± 0.08 | confirmed | -2.00 ± 0.08 | confirmed |" in written
     assert (tmp_path / "docs" / "figures" / "results-arm.png").stat().st_size > 10_000
     every = {name: page.finished(tables[name], tmp_path / "results") for name in tables}
-    front = page.front(every, tmp_path / "docs")
+    front, screen = page.front(every), page.first_screen(every, tmp_path / "docs")
     assert "1 of 2 published cells within 2 nats" not in front and "2 of 2 published cells within 2 nats" in front
-    assert "readme-published.png" in front and "`gumbo reproduce arm`" in front
+    assert "`gumbo reproduce arm`" in front and "`gumbo reproduce arm`" in screen
+    assert "readme-published.png" in screen and "2 of 2 cells within 2 nats" in screen and "after 5.0% of" in screen
 
 
-def test_the_readme_has_the_markers_of_its_first_screen():
+def test_the_readme_has_the_markers_of_what_is_made():
     page = script("results_page")
-    assert page.replaced(page.README.read_text(), "new", page.START, page.END).count("\n\nnew\n\n") == 1
+    for ends in ((page.START, page.END), (page.SCREEN_START, page.SCREEN_END)):
+        assert page.replaced(page.README.read_text(), "new", *ends).count("\n\nnew\n\n") == 1
 
 
 # collection.py
