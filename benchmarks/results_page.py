@@ -291,7 +291,10 @@ def first_screen(every: Mapping[str, list[dict[str, Any]]], docs: Path) -> str:
         save(crossing(every["question"]), docs / "figures" / "readme-crossing.png")
         pictures.append(("variance × time of pathwise and score-function gradients", "readme-crossing.png"))
         (crosses,) = [one for one in tables["question"].conclude(every["question"]) if one.startswith("normal: sin")]
-        said.append(f"where the score function wins: {crosses.rstrip('.')} (`gumbo reproduce question`)")
+        said.append(
+            f"at a Normal site, {crosses.removeprefix('normal: ').rstrip('.')}; above it the score function wins "
+            "(`gumbo reproduce question`)"
+        )
     if len(pictures) < 2 and every["posteriors"]:
         pictures.append(("diagnose's verdict and the error of guides", "results-posteriors.png"))
         said.append(f"{headline(tables['posteriors'], every['posteriors'])} (`gumbo reproduce posteriors`)")
