@@ -55,6 +55,7 @@ SAID = {
 }
 RATIOS = (
     ("gumbo", "PyTorch by hand"),
+    ("PyTorch by hand", "Pyro SVI"),
     ("gumbo", "Pyro SVI"),
     ("gumbo", "Pyro SVI, no validation"),
     ("gumbo, compiled", "PyTorch by hand"),
