@@ -813,6 +813,7 @@ def mixed(seeds: int, scale: float) -> list[str]:
 COUNTED = 0.95  # the count accuracy whose time is reported
 SCENE_WORDS = {"enumerate": None, "nvil": None, "rloo": 2, "local-expectation": None}
 SCENE_EPOCHS, SCENE_SUCCESS = (12, 5), (0.1, 1e-6)  # of the two stages
+SCENES = {"scenes": "scenes", "large_scenes": "mnist-scenes"}  # the data of each study
 LARGE_EPOCHS = (20, 8)
 LARGE = {"window": 28, "scale": 50 / 28, "what_dim": 50, "hidden": (200,)}
 
@@ -848,7 +849,7 @@ def scenes(seeds: int, scale: float) -> list[str]:
 def large_scenes(seeds: int, scale: float) -> list[str]:
     """Count accuracy of scenes of 0 to 2 MNIST digits on 50 × 50, by time."""
     first, second = (scaled(epochs, scale) for epochs in LARGE_EPOCHS)
-    cells, curve = counted_scenes("enumerate", None, seeds, first, second, "mnist-scenes", **LARGE)
+    cells, curve = counted_scenes("enumerate", None, seeds, first, second, "large_scenes", **LARGE)
     count_picture(FOLDER / "large_scenes-curves.png", {"enumerate": curve})
     return [
         "0 to 2 MNIST digits of 28 × 28 on 50 × 50, 20,000 scenes to train on, batches of 64, Adam at 1e-3; z_where",
@@ -868,10 +869,10 @@ def large_scenes(seeds: int, scale: float) -> list[str]:
 
 
 def counted_scenes(
-    word: str, particles: int | None, seeds: int, first: int, second: int, scenes: str = "scenes", **sizes: Any
+    word: str, particles: int | None, seeds: int, first: int, second: int, study: str = "scenes", **sizes: Any
 ) -> tuple[list[str], Curve]:
     """The cells of one word's row, and the curve of its first seed."""
-    data, found, curves = load(scenes), Columns(), []
+    data, found, curves = load(SCENES[study]), Columns(), []
     for seed in seeded(seeds):
         model = AttendInferRepeat(data.data_shape, success=SCENE_SUCCESS[0], **sizes)
         guide = RecurrentAttentionGuide(model)
@@ -885,8 +886,7 @@ def counted_scenes(
         found.add(steps=step, seconds=seconds, ms=1e3 * watch.curve[-1][1] / watch.curve[-1][0])
         found.add(test=guide.count_accuracy(data.test, data.labels["test"]), elbo=fitted.history[-1]["elbo"])
         if word == "enumerate" and seed == 0:
-            picture = FOLDER / f"{'scenes' if scenes == 'scenes' else 'large_scenes'}.png"
-            scene_picture(picture, model, guide, data.test[:20])
+            scene_picture(FOLDER / f"{study}.png", model, guide, data.test[:20])
     cells = [*found.cells("steps", "seconds", digits=0), *found.cells("test", digits=3)]
     return [*cells, *found.cells("elbo", digits=1), *found.cells("ms", digits=0)], curves[0]
 
