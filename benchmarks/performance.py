@@ -287,7 +287,7 @@ Two processes of one thread each with half of a batch, against one process of on
 On one machine the gradients are summed in memory that the processes share; the history below begins with gloo. Two
 bounds of the ratio stand beside: two processes that exchange nothing, and half a batch while the other process waits.
 What the second lacks to 2 is Adam for all parameters and the cost of a call; what the first lacks to the second is what
-two processes take from each other, memory and caches; the rest is the message."""
+two processes take from each other, memory and caches; the rest is the message, and waiting for the other process."""
 
 
 # Evaluation.

@@ -5,10 +5,9 @@
 Two processes of one thread each are started, several times, since times differ more between starts than within one. In
 every round both make steps of the whole batch, each with half of its rows, and then the first one makes steps of the
 whole batch alone while the other one waits. The ratio is the median over all rounds of the single process's time over
-that of the two: 2 is the best there can be. What the machine allows is
-measured beside: both processes make steps of half a batch and exchange nothing ("apart"), and one makes them while the
-other waits ("half"). Their ratios bound that of the two from above. Written: results/processes.json, and a line of
-results/history.jsonl.
+that of the two: 2 is what halves of the work give. What the machine allows is measured beside: both processes make
+steps of half a batch and exchange nothing ("apart"), and one makes them while the other waits ("half"). Their ratios
+bound that of the two from above. Written: results/processes.json, and a line of results/history.jsonl.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ...errors import ANY, UnsupportedSite
+from ...errors import ANY, UnsupportedSite, first_line
 from ..estimators._distributions import coordinate_values, list_size, listed_support
 from .contraction import Memory, SumProduct, TooLarge, impossible, laid_out
 from .records import PARTICLES, Frame, Frames, Site
@@ -211,7 +211,7 @@ class Listing:
             try:
                 values = fn.enumerate_support(expand=False)
             except NotImplementedError:
-                pass  # Pyro lists no product over the coordinates of an event; the lines below do
+                pass  # torch lists no product over an event's coordinates: the lines below list it, or refuse the site
             else:
                 support = getattr(values, "_pyro_categorical_support", None)
                 values = values.reshape(values.shape[:1] + fn.event_shape)
@@ -429,11 +429,11 @@ class Terms:
         except TooLarge as error:
             joined = [n for n in names if symbols.of_listed(self.listing.listed[n].number) in error.names]
             raise too_large(self.listing.memory, joined or names) from None
-        except NotImplementedError:
+        except NotImplementedError as error:
             # So Pyro says that plates cross: a site summed out in one of them depends on the other.
             apart = [site for site in self._listed(terms) if site.frames]
             if not apart:
-                raise
+                raise UnsupportedSite(names[-1], ANY, first_line(error)) from None
             raise NeedsJoint(apart[-1].name) from None
         first, place = terms[0].site, terms[-1].place
         name = f"sum over {_named(names)}"

@@ -24,7 +24,7 @@ from ztest import misses
 from gumbo.errors import GumboError, UnsupportedSite
 from gumbo.inference import SiteELBO, audit
 from gumbo.inference.auditing.exact import exact_elbo, exact_iwae
-from gumbo.inference.engine import contraction
+from gumbo.inference.engine import contraction, elimination
 from gumbo.inference.engine.elimination import TooMuchMemory
 from gumbo.inference.engine.rows import Rows
 from gumbo.inference.estimators import Enumerate
@@ -508,6 +508,18 @@ def test_crossing_plates_are_listed_jointly():
             pyro.sample("y", dist.Normal(a + 2 * b, 1.0), obs=y)
 
     assert SiteELBO()(model, nothing)().item() == pytest.approx(-exact_elbo(model, nothing).item(), rel=1e-12)
+
+
+def test_a_sum_that_pyro_refuses_without_a_plate_to_blame_is_refused_in_one_line(monkeypatch):
+    """No program is known that comes there."""
+
+    def refuses(*args, **kwargs):
+        raise NotImplementedError("Expected something else\nand more")
+
+    monkeypatch.setattr(elimination, "contract_tensor_tree", refuses)
+    with pytest.raises(UnsupportedSite) as said:
+        SiteELBO()(chain_of(lambda z: ROWS[z[-1]]), nothing)()
+    assert str(said.value) == "site 'z3': Expected something else"
 
 
 def chain_of(step, observe=True):
