@@ -813,6 +813,7 @@ def mixed(seeds: int, scale: float) -> list[str]:
 COUNTED = 0.95  # the count accuracy whose time is reported
 SCENE_WORDS = {"enumerate": None, "nvil": None, "rloo": 2, "local-expectation": None}
 SCENE_EPOCHS, SCENE_SUCCESS = (12, 5), (0.1, 1e-6)  # of the two stages
+SCENE_HEADS = ["z_pres", "steps to 95 %", "seconds to 95 %", "count accuracy", "ELBO", "ms a step"]
 SCENES = {"scenes": "scenes", "large_scenes": "mnist-scenes"}  # the data of each study
 LARGE_EPOCHS = (20, 8)
 LARGE = {"window": 28, "scale": 50 / 28, "what_dim": 50, "hidden": (200,)}
@@ -838,7 +839,7 @@ def scenes(seeds: int, scale: float) -> list[str]:
         "2,000 test scenes at the end, the ELBO of the last epoch in nats a scene, and milliseconds (of one core)",
         f"a step; mean ± standard error over {seeds} seeds ({machine()}).",
         "",
-        *markdown(["z_pres", "steps to 95 %", "seconds to 95 %", "count accuracy", "ELBO", "ms a step"], rows),
+        *markdown(SCENE_HEADS, rows),
         "",
         "![test scenes with the objects found, and their means](../../benchmarks/results/collection/scenes.png)",
         "",
@@ -857,10 +858,7 @@ def large_scenes(seeds: int, scale: float) -> list[str]:
         f"{second} at {SCENE_SUCCESS[1]:g}, as for the small scenes. Columns as there; mean ± standard error over",
         f"{seeds} seeds ({machine()}). Pyro's tutorial, with other networks and hours on a GPU: 0.987.",
         "",
-        *markdown(
-            ["z_pres", "steps to 95 %", "seconds to 95 %", "count accuracy", "ELBO", "ms a step"],
-            [["`enumerate`", *cells]],
-        ),
+        *markdown(SCENE_HEADS, [["`enumerate`", *cells]]),
         "",
         "![test scenes with the objects found, and their means](../../benchmarks/results/collection/large_scenes.png)",
         "",

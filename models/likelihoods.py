@@ -183,8 +183,8 @@ class MultinomialCounts(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        total = self.total_count
-        return (total.reshape(total.shape + (1,) * self.rank) if isinstance(total, Tensor) else total) * self.probs
+        total = torch.as_tensor(self.total_count, device=self.logits.device)
+        return total.reshape(total.shape + (1,) * self.rank) * self.probs
 
     def with_totals(self, counts: Tensor | None) -> MultinomialCounts:
         """The same law, whose draws have the totals of these counts, ``(..., *shape)``; unchanged for None."""
@@ -199,10 +199,8 @@ class MultinomialCounts(dist.TorchDistribution):
 
     def sample(self, sample_shape=()) -> Tensor:
         with torch.no_grad():
-            logits, total = self.logits.flatten(-self.rank), self.total_count
-            if not isinstance(total, Tensor):
-                rows = dist.Multinomial(total, logits=logits, validate_args=False)
-                return rows.sample(torch.Size(sample_shape)).unflatten(-1, self.event_shape)
+            logits = self.logits.flatten(-self.rank)
+            total = torch.as_tensor(self.total_count, dtype=logits.dtype, device=logits.device)
             words = dist.Categorical(logits=logits, validate_args=False)
             drawn = words.sample((max(1, int(total.max())), *sample_shape)).movedim(0, -1)
             counts = total.new_zeros((*drawn.shape[:-1], logits.shape[-1]))
