@@ -155,7 +155,7 @@ def is_settled(msg: Mapping[str, Any]) -> bool:
 def _support(fn: Any) -> Any:
     try:
         return fn.support
-    except (NotImplementedError, AttributeError, ValueError):  # how Pyro and torch report a missing support
+    except (NotImplementedError, AttributeError):  # how Pyro and torch report a missing support
         return None
 
 
@@ -195,10 +195,12 @@ def reference(msg: Mapping[str, Any]) -> Tensor:
         lower = getattr(support, "lower_bound", 0)
         value = (zero + lower).expand(shape)
         return value.long() if type(_innermost(fn)).__name__ == "Categorical" else value
+    if support is None:  # any value serves
+        return zero.expand(shape)
     try:
-        transform = biject_to(whole(_support(fn), len(fn.event_shape)))
+        transform = biject_to(whole(support, len(fn.event_shape)))
         return transform(zero.expand(transform.inverse_shape(shape)))
-    except (NotImplementedError, AttributeError):  # no transform to the support, or no support: any value serves
+    except NotImplementedError:  # no transform to the support
         return zero.expand(shape)
 
 

@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...errors import ANY, UnsupportedSite, first_line
-from ..estimators._distributions import coordinate_values, list_size, listed_support
+from ..estimators._distributions import coordinate_values, elementary, list_size, listed_support
 from .contraction import Memory, SumProduct, TooLarge, impossible, laid_out
 from .records import PARTICLES, Frame, Frames, Site
 from .terms import NeedsJoint
@@ -207,11 +207,12 @@ class Listing:
 
     def _values_of(self, msg: Any, joint: bool) -> Tensor:
         fn = msg["fn"]
-        if not joint and getattr(fn, "has_enumerate_support", False):
+        base = elementary(fn)  # Pyro cannot list an expanded distribution with an event
+        if not joint and base.event_shape == fn.event_shape and getattr(base, "has_enumerate_support", False):
             try:
-                values = fn.enumerate_support(expand=False)
+                values = base.enumerate_support(expand=False)
             except NotImplementedError:
-                pass  # torch lists no product over an event's coordinates: the lines below list it, or refuse the site
+                pass  # some state their reason, such as several totals of a Binomial: the lines below name it
             else:
                 support = getattr(values, "_pyro_categorical_support", None)
                 values = values.reshape(values.shape[:1] + fn.event_shape)

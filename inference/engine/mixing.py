@@ -79,6 +79,8 @@ def another_value(site: Site) -> Tensor:
     base = elementary(fn)
     log_q = base.log_prob(listed.reshape(listed.shape[:1] + (1,) * len(base.batch_shape) + listed.shape[1:])).detach()
     coordinates = value.shape[: value.dim() - element_dim]
+    # The elementary distribution of an expanded one has fewer batch dimensions.
+    log_q = log_q.reshape(log_q.shape[:1] + (1,) * (1 + len(coordinates) - log_q.dim()) + log_q.shape[1:])
     log_q = log_q.expand(listed.shape[:1] + coordinates)
     here = value == listed.reshape(listed.shape[:1] + (1,) * len(coordinates) + listed.shape[1:])
     here = here.flatten(-element_dim).all(-1) if element_dim else here

@@ -1043,3 +1043,55 @@ def test_sums_of_many_parts_are_counted_together():
     assert SiteELBO(memory_limit=400 * 2**10 * GIB)(model, nothing)().isfinite()
     with pytest.raises(TooMuchMemory, match="more than the limit of 100 KiB"):
         SiteELBO(memory_limit=100 * 2**10 * GIB)(model, nothing)()
+
+
+class Matched(Params):
+    """Two noisy looks at the place of the first of three things, each under an assignment of its own."""
+
+    def __init__(self, infer):
+        super().__init__()
+        self.edges = nn.Parameter(randn(3, 3))
+        self.infer, self.y = infer, t(0.2, 1.7)
+
+    def forward(self):
+        with pyro.plate("looks", 2):
+            match = pyro.sample("match", dist.OneOneMatching(self.edges), infer=self.infer)
+            pyro.sample("y", dist.Normal(match[..., 0].to(F64), 1.0), obs=self.y)
+
+    def terms(self):
+        """The six assignments, their log-probabilities ``(6,)``, and those of the looks under them, ``(2, 6)``."""
+        values = torch.tensor(list(itertools.permutations(range(3))))
+        prior = self.edges[torch.arange(3), values].sum(-1).log_softmax(0)
+        return values, prior, dist.Normal(values[:, 0].to(F64), 1.0).log_prob(self.y.unsqueeze(-1))
+
+
+class MatchedGuide(Params):
+    def __init__(self):
+        super().__init__()
+        self.links = nn.Parameter(randn(3, 3, seed=1))
+
+    def forward(self):
+        with pyro.plate("looks", 2):
+            pyro.sample("match", dist.OneOneMatching(self.links))
+
+
+def test_assignments_in_a_plate_are_summed_out():
+    # Pyro expands the distribution to the plate, and its list of an expanded event has the wrong shape.
+    model = Matched(PARALLEL)
+    loss = SiteELBO("pathwise")(model, nothing)()
+    _, prior, terms = model.terms()
+    exact = -(prior + terms).logsumexp(-1).sum()
+    torch.testing.assert_close(loss, exact)
+    torch.testing.assert_close(torch.autograd.grad(loss, model.edges), torch.autograd.grad(exact, model.edges))
+
+
+@pytest.mark.parametrize("word", ["enumerate", "local-expectation", "rloo"])
+def test_assignments_in_a_plate_are_drawn_or_enumerated(word):
+    model, guide = Matched({}), MatchedGuide()
+    options = {"num_particles": 2, "vectorize_particles": True} if word == "rloo" else {}
+    found = mean_gradient(word, model, guide, **options)
+    values, prior, terms = model.terms()
+    q = guide.links[torch.arange(3), values].sum(-1).log_softmax(0)
+    exact = (q.exp() * (q - prior - terms)).sum()
+    wanted = torch.cat([one.flatten() for one in torch.autograd.grad(exact, [model.edges, guide.links])])
+    torch.testing.assert_close(found, wanted)
