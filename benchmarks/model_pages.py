@@ -184,7 +184,7 @@ STUDIES: dict[str, str | tuple[str, ...]] = {
     "latent-dirichlet-allocation": "topics",
     "prod-lda": "topics",
     "negative-binomial-vae": ("cells", "scvi"),
-    "deep-markov-model": "chorales",
+    "deep-markov-model": ("chorales", "chorales_couplings"),
 }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gumbo.experiments.listing import combinations
 from gumbo.guides import fitting, guides
 from gumbo.inference.engine.looks import refusals
 from gumbo.models import models
@@ -75,10 +76,20 @@ def test_mixed_latents_are_advised_an_estimator_each(pages):
 
 
 def test_rows_of_one_model_are_its_part_of_the_grid():
-    from gumbo.experiments.listing import combinations
-
     rows = combinations(["neural-classifier"])
     assert {one["model"] for one in rows} == {"neural-classifier"} and {one["guide"] for one in rows} == set(guides)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_written_page_is_of_this_code_and_of_the_studies_as_they_stand(name, pages):
+    torch.manual_seed(0)
+    expected = pages.page(name, combinations([name]), pages.kept_example(name))
+    same = (DOCS / f"{name}.md").read_text() == expected
+    assert same, f"docs/models/{name}.md is old: python benchmarks/model_pages.py --keep-examples"
+
+
+def test_the_index_is_of_this_code(pages):
+    assert (DOCS / "README.md").read_text() == pages.index()
 
 
 @pytest.mark.parametrize("name", PAGES)
