@@ -183,6 +183,8 @@ STUDIES: dict[str, str | tuple[str, ...]] = {
     "grid-world": "grid",
     "latent-dirichlet-allocation": "topics",
     "prod-lda": "topics",
+    "poisson-def": "deep_topics",
+    "poisson-vae": "spikes",
     "negative-binomial-vae": ("cells", "scvi"),
     "deep-markov-model": ("chorales", "chorales_couplings"),
 }

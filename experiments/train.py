@@ -51,7 +51,7 @@ class Train:
         lr: learning rate, a number or a schedule of the step, as in `cosine(10000, 1e-3, 1e-5)`.
         clip_norm: bound on the norm of the gradient of all parameters together.
         anneal: a schedule of the step for each buffer of the model or guide that changes in training, as in
-            `--anneal '{success: "exponential(0.1, 1e-6, 0.01)"}'` of attend-infer-repeat.
+            `--anneal '{success: "step(900, 0.1, 1e-6)", judged: step(900)}'` of attend-infer-repeat.
         epochs: number of epochs; with `--resume`, the total.
         batch_size: images per step.
         seed: initial weights, batches and noise.

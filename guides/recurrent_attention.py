@@ -28,6 +28,10 @@ class RecurrentAttentionGuide(Guide):
     the next one; a perceptron reads the window of x at that place, and gives the look. An absent object has the
     model's prior. Networks mirror the model's unless ``hidden``, ``channels`` or ``activation`` say otherwise.
 
+    The logit of a presence goes from a constant, probability 0.88, at ``judged`` 0 to the network's at 1, the value of
+    this buffer unless a schedule changes it. Windows that learn at 0 do not rely on each other, and the network that
+    then learns presences does not start from ones that are near certain.
+
     Estimators: pathwise for z_where and z_what, and for z_pres any word for coins. ``nvil`` gives each z_pres a
     baseline that sees x and the objects before. ``objects(x)`` and ``count_accuracy(x, counts)`` show what it finds.
 
@@ -63,6 +67,7 @@ class RecurrentAttentionGuide(Guide):
             self.encoder_next.bias[0] = START
         pixels = self.data_shape[0] * self.window**2
         self.encoder_what = mlp([pixels, *self.layout["hidden"], 2 * size], self.layout["activation"])
+        self.register_buffer("judged", torch.ones(()))
         for name in ("where_loc", "where_sd", "what_loc"):
             self.register_buffer(name, getattr(model, name).clone(), persistent=False)
 
@@ -86,6 +91,7 @@ class RecurrentAttentionGuide(Guide):
         for t in range(1, self.num_steps + 1):
             state = self._advanced(state, features, present, where, what)
             logit, loc, raw = self.encoder_next(state).split((1, 3, 3), -1)
+            logit = torch.lerp(torch.full_like(logit, START), logit, self.judged)
             present = values[f"z_pres_{t}"] = choose(
                 f"z_pres_{t}", dist.Bernoulli(logits=presence(logit, present)).to_event(1)
             )

@@ -21,7 +21,7 @@ from .training.compile.functions import compiler
 from .training.fits import fit
 from .training.free_bits import FreeBits
 from .training.natural_gradient import NaturalGradient
-from .training.schedules import Constant, Cosine, Cyclical, Exponential, Linear, parse_schedule, schedules
+from .training.schedules import Constant, Cosine, Cyclical, Exponential, Linear, Step, parse_schedule, schedules
 
 provide_compiler(compiler)
 
@@ -35,6 +35,7 @@ __all__ = [
     "Linear",
     "NaturalGradient",
     "SiteELBO",
+    "Step",
     "active_units",
     "audit",
     "diagnose",

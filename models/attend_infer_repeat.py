@@ -77,9 +77,10 @@ class AttendInferRepeat(GenerativeModel):
     scene's side to the object's, with mean ``scale``, and the object's centre, which is (−a/s, −b/s) of the half sides
     away from the middle. A scale below 1 counts as 1.
 
-    Training finds objects first, often by several windows on one object. The buffer ``success`` may follow a schedule,
-    ``fit(..., anneal={"success": "exponential(0.1, 1e-6, 0.01)"})``, `--anneal` on the command line: windows that share
-    an object are then given up, and objects are counted.
+    Objects are found before they are counted. Two buffers may follow a schedule, ``success``, and ``judged`` of the
+    guide ``recurrent-attention``: ``fit(..., anneal={"success": "step(900, 0.1, 1e-6)", "judged": "step(900)"})``,
+    ``--anneal`` on the command line. In the first 900 steps presences are coins that do not see the scene; then the
+    network learns them, and windows that share an object are given up.
 
     Presence is by masks: all T steps run for every scene. z_where and z_what of an absent object have their prior, in
     the model and in the guide ``recurrent-attention``, so that they add nothing to any bound, and an object after an

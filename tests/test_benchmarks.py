@@ -508,20 +508,22 @@ def test_the_readme_has_the_markers_of_what_is_made():
 
 def test_the_time_to_count_is_that_of_the_first_epoch_that_does():
     collection = script("collection")
-    watch = collection.Counting(None, None, None, None, first=2)
+    watch = collection.Counting(None, None, None)
     watch.curve = [(10, 1.0, 0.5), (20, 2.0, 0.96), (30, 3.0, 0.94)]
     assert watch.reached(0.95) == (20, 2.0) and all(map(math.isnan, watch.reached(0.99)))
 
 
-def test_success_is_lowered_after_the_first_stage():
+def test_counting_goes_by_the_epoch():
     collection = script("collection")
-    model = collection.AttendInferRepeat((1, 8, 8), num_steps=1, success=0.1)
-    guide = collection.RecurrentAttentionGuide(model)
+    guide = collection.RecurrentAttentionGuide(collection.AttendInferRepeat((1, 8, 8), num_steps=1))
     x = torch.rand(6, 1, 8, 8)
-    watch = collection.Counting(model, guide, x, guide.objects(x)["z_pres_1"].squeeze(-1), first=2)
-    found = []
-    for epoch in (1, 2, 3):
+    watch = collection.Counting(guide, x, guide.objects(x)["z_pres_1"].squeeze(-1))
+    for epoch in (1, 2):
         watch({"epoch": epoch, "step": 10 * epoch})
-        found.append(model.success.item())
-    assert found == pytest.approx([0.1, 1e-6, 1e-6])
-    assert [(step, accuracy) for step, _, accuracy in watch.curve] == [(10, 1.0), (20, 1.0), (30, 1.0)]
+    assert [(step, accuracy) for step, _, accuracy in watch.curve] == [(10, 1.0), (20, 1.0)]
+
+
+def test_seeds_that_never_come_so_far_are_counted():
+    reached = script("collection").reached
+    assert reached([math.nan, math.nan]) == "never" and reached([2.0, 4.0]) == "3 ± 1"
+    assert reached([2.0, math.nan]) == "2 (1 of 2 seeds)"

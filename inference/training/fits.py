@@ -154,7 +154,7 @@ def fit(
         title: the prefix of the progress lines.
         on_epoch: called with each epoch's numbers.
         anneal: a schedule of the step, or its text, for each buffer of model or guide that changes in training, such
-            as ``{"success": "exponential(0.1, 1e-6, 0.01)"}`` of `AttendInferRepeat`. ``valid_elbo`` is that of the
+            as ``{"success": "step(900, 0.1, 1e-6)"}`` of `AttendInferRepeat`. ``valid_elbo`` is that of the
             model at the last step's values, and ``patience`` counts from the end of these schedules too.
 
     Returns:

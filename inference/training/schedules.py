@@ -181,6 +181,34 @@ class Cosine(_Checked):
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
 
 
+@schedules.register("step")
+@dataclass(frozen=True)
+class Step(_Checked):
+    """Two stages: ``start`` before step ``steps``, ``end`` from then on.
+
+    Args:
+        steps: the number of steps of the first stage, at least 1.
+        start, end: the values of the stages, at least 0.
+
+    Raises:
+        BadInput: numbers out of these ranges.
+
+    >>> [Step(1000, 0.1, 1e-6)(step) for step in (0, 999, 1000, 5000)]
+    [0.1, 0.1, 1e-06, 1e-06]
+    """
+
+    steps: int
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        _require(self, self.steps >= 1, "at least one step")
+        _require(self, self.start >= 0 and self.end >= 0, "start and end of at least 0")
+
+    def __call__(self, step: int) -> float:
+        return float(self.start if step < self.steps else self.end)
+
+
 def end_of(schedule: object, horizon: int) -> int:
     """The step from which a schedule is constant (0 for a number); a user's function is tried up to the ``horizon``.
 
@@ -191,7 +219,7 @@ def end_of(schedule: object, horizon: int) -> int:
     """
     if not callable(schedule) or isinstance(schedule, Constant):
         return 0
-    if isinstance(schedule, Linear | Cyclical | Cosine):
+    if isinstance(schedule, Linear | Cyclical | Cosine | Step):
         return int(schedule.steps)
     if isinstance(schedule, Exponential):
         moves = schedule.rate > 0 and schedule.start > schedule.floor
@@ -258,6 +286,7 @@ __all__ = [
     "Exponential",
     "Linear",
     "Schedule",
+    "Step",
     "end_of",
     "parse_schedule",
     "schedules",

@@ -185,6 +185,23 @@ def test_success_may_be_annealed_and_is_saved():
     assert seen == pytest.approx([0.005, 0.0025]) and model.success.item() == pytest.approx(0.0025)
 
 
+def test_presences_that_are_not_judged_do_not_see_the_scene():
+    model, guide = pair(success=0.9)
+    x = torch.rand(8, *SHAPE).double()
+    seeing = recorded(guide, x).nodes["z_pres_1"]["fn"].base_dist.logits
+    assert seeing.unique().numel() > 1
+    guide.judged.fill_(0.0)
+    blind = recorded(guide, x).nodes["z_pres_1"]["fn"].base_dist.logits
+    torch.testing.assert_close(blind, torch.full_like(blind, 2.0))
+    SiteELBO(model.estimators("enumerate"))(model, guide)(x).backward()
+    assert not guide.encoder_next.weight.grad[0].any() and guide.encoder_next.weight.grad[1:].any()
+    fit(
+        model, guide, x, loss=SiteELBO(model.estimators()), epochs=4, batch_size=8, progress=False,
+        anneal={"judged": "step(2, 0, 1)"},
+    )  # fmt: skip
+    assert guide.judged.item() == 1.0
+
+
 @pytest.mark.parametrize("word", ["nvil", *(pytest.param(w, marks=pytest.mark.slow) for w in ("enumerate", "disarm"))])
 def test_the_compiled_step_is_the_eager_one_on_the_same_noise(word):
     """Its captured graph, with a prior of presences that changes between the steps."""
@@ -218,7 +235,8 @@ def test_a_compiled_fit_resumes_to_the_same_bits(tmp_path, monkeypatch):
             fit(
                 model, guide, torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1)).double(),
                 loss=SiteELBO(model.estimators("nvil")), batch_size=4, epochs=epochs, compile=True, progress=False,
-                anneal={"success": "linear(3, 0.5, 0.01)"}, run_dir=tmp_path / str(parts), resume=epochs != parts[0],
+                anneal={"success": "linear(3, 0.5, 0.01)", "judged": "step(2)"},
+                run_dir=tmp_path / str(parts), resume=epochs != parts[0],
             )  # fmt: skip
         ends.append(model.state_dict() | guide.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
