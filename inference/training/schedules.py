@@ -28,6 +28,19 @@ def _require(schedule: object, condition: bool, expected: str) -> None:
         raise BadInput(f"{schedule!r}: expected {expected}")
 
 
+@dataclass(frozen=True)
+class _Between(_Checked):
+    """From ``start`` at step 0 to ``end`` from step ``steps`` on."""
+
+    steps: int
+    start: float
+    end: float
+
+    def __post_init__(self):
+        _require(self, self.steps >= 1, "at least one step")
+        _require(self, self.start >= 0 and self.end >= 0, "start and end of at least 0")
+
+
 @schedules.register("constant")
 @dataclass(frozen=True)
 class Constant(_Checked):
@@ -83,7 +96,7 @@ class Exponential(_Checked):
 
 @schedules.register("linear")
 @dataclass(frozen=True)
-class Linear(_Checked):
+class Linear(_Between):
     """From ``start`` to ``end`` in ``steps`` steps, then ``end``: KL warm-up, from 0 to 1 by default.
 
     Bowman et al. 2016, arXiv:1511.06349; Sønderby et al. 2016, arXiv:1602.02282.
@@ -99,13 +112,8 @@ class Linear(_Checked):
     [0.0, 0.25, 1.0, 1.0]
     """
 
-    steps: int
     start: float = 0.0
     end: float = 1.0
-
-    def __post_init__(self):
-        _require(self, self.steps >= 1, "at least one step")
-        _require(self, self.start >= 0 and self.end >= 0, "start and end of at least 0")
 
     def __call__(self, step: int) -> float:
         done = min(1.0, step / self.steps)
@@ -151,7 +159,7 @@ class Cyclical(_Checked):
 
 @schedules.register("cosine")
 @dataclass(frozen=True)
-class Cosine(_Checked):
+class Cosine(_Between):
     """From ``start`` to ``end`` along half a cosine in ``steps`` steps, then ``end``.
 
     A common learning-rate schedule: ``fit(…, lr=Cosine(10_000, 1e-3, 1e-5))``. Loshchilov & Hutter 2017,
@@ -168,13 +176,8 @@ class Cosine(_Checked):
     [1.0, 0.883, 0.6, 0.2, 0.2]
     """
 
-    steps: int
     start: float = 1.0
     end: float = 0.0
-
-    def __post_init__(self):
-        _require(self, self.steps >= 1, "at least one step")
-        _require(self, self.start >= 0 and self.end >= 0, "start and end of at least 0")
 
     def __call__(self, step: int) -> float:
         done = min(1.0, step / self.steps)
@@ -183,7 +186,7 @@ class Cosine(_Checked):
 
 @schedules.register("step")
 @dataclass(frozen=True)
-class Step(_Checked):
+class Step(_Between):
     """Two stages: ``start`` before step ``steps``, ``end`` from then on.
 
     Args:
@@ -197,13 +200,8 @@ class Step(_Checked):
     [0.1, 0.1, 1e-06, 1e-06]
     """
 
-    steps: int
     start: float = 0.0
     end: float = 1.0
-
-    def __post_init__(self):
-        _require(self, self.steps >= 1, "at least one step")
-        _require(self, self.start >= 0 and self.end >= 0, "start and end of at least 0")
 
     def __call__(self, step: int) -> float:
         return float(self.start if step < self.steps else self.end)
@@ -219,7 +217,7 @@ def end_of(schedule: object, horizon: int) -> int:
     """
     if not callable(schedule) or isinstance(schedule, Constant):
         return 0
-    if isinstance(schedule, Linear | Cyclical | Cosine | Step):
+    if isinstance(schedule, _Between | Cyclical):
         return int(schedule.steps)
     if isinstance(schedule, Exponential):
         moves = schedule.rate > 0 and schedule.start > schedule.floor

@@ -26,6 +26,8 @@ from gumbo.inference.training.schedules import (
     Cyclical,
     Exponential,
     Linear,
+    Step,
+    end_of,
     parse_schedule,
     schedules,
 )
@@ -39,6 +41,7 @@ EXAMPLES = [
     Linear(10, 2.0, 0.5),
     Cyclical(100, 3, 0.7, 0.9),
     Cosine(100, 2.0, 0.5),
+    Step(100, 0.1, 1e-6),
 ]
 
 
@@ -56,6 +59,11 @@ def test_annealing_follows_the_formula_and_keeps_its_floor():
 def test_linear_reaches_its_end_and_stays():
     assert [Linear(4)(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert [Linear(2, 2.0, 0.5)(step) for step in range(4)] == [2.0, 1.25, 0.5, 0.5]
+
+
+def test_two_stages_change_at_the_step():
+    assert [Step(2)(step) for step in range(4)] == [0.0, 0.0, 1.0, 1.0]
+    assert Step(3, 0.1, 1e-6)(2) == 0.1 and end_of(Step(3, 0.1, 1e-6), 10) == 3
 
 
 def test_a_cosine_goes_down_along_half_a_period():
