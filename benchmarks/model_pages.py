@@ -152,8 +152,9 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "attend-infer-repeat": (
         "--data scenes --guide recurrent-attention "
         "--estimator '{z_pres_1: enumerate, z_pres_2: enumerate, z_pres_3: enumerate}' "
-        "--batch_size 64 --epochs 8 --importance_samples 5",
-        "How the digits come to be counted is below.",
+        "--anneal '{success: \"step(1570, 0.1, 1e-6)\", judged: step(1570)}' "
+        "--batch_size 64 --epochs 16 --importance_samples 5",
+        "Draws of the prior are empty, since `success` ends at 1e-6. How the digits come to be counted is below.",
     ),
     "deep-markov-model": (
         "--data jsb-chorales --model_options.latent_dim=20 --model_options.transition_hidden=50 --guide combiner "
