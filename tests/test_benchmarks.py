@@ -523,6 +523,15 @@ def test_counting_goes_by_the_epoch():
     assert [(step, accuracy) for step, _, accuracy in watch.curve] == [(10, 1.0), (20, 1.0)]
 
 
+def test_lengths_of_documents_have_a_law():
+    collection = script("collection")
+    model = collection.PoissonDEF((5,), layers=(3, 2), kind="poisson")
+    counts = torch.zeros(200, 5)
+    counts[:, 0] = torch.arange(200.0)
+    found = collection.log_lengths(model, counts, draws=50)
+    assert found.logsumexp(0).item() == pytest.approx(0.0, abs=1e-5)
+
+
 def test_seeds_that_never_come_so_far_are_counted():
     reached = script("collection").reached
     assert reached([math.nan, math.nan]) == "never" and reached([2.0, 4.0]) == "3 ± 1"
