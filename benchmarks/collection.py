@@ -13,6 +13,7 @@ import argparse
 import copy
 import itertools
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ from gumbo.models import (
 from gumbo.tables import markdown
 
 FOLDER = RESULTS / "collection"
+UNFINISHED = Path(tempfile.gettempdir()) / "gumbo-collection"  # runs that take hours go on from here
 
 
 def several(values: Sequence[float], digits: int = 2) -> str:
@@ -358,7 +360,7 @@ def deep_markov(seeds: int, scale: float, flows: int) -> list[str]:
     """The study of chorales with that many couplings; each look is printed, since a run takes hours."""
     data = load("jsb-chorales")
     longest = int(data.labels["train"].max())
-    epochs, every = scaled(2000, scale), max(1, scaled(50, scale))
+    epochs, every = scaled(4000, scale), max(1, min(50, scaled(4000, scale) // 10))
     steps = epochs * math.ceil(len(data.train) / 20)
     name = f"combiner, {flows} couplings" if flows else "combiner"
     found, curves = Columns(), {}
@@ -367,14 +369,16 @@ def deep_markov(seeds: int, scale: float, flows: int) -> list[str]:
         model = DeepMarkovModel((1, longest, 88), **sizes)
         guide = CombinerGuide(model, rnn_hidden=300, flows=flows)
         whole = DeepMarkovModel(data.data_shape, **sizes)  # the same networks, over as many steps as any split has
-        watch = Watching((model, guide), (whole, CombinerGuide(whole, rnn_hidden=300, flows=flows)), data, every)
+        run = UNFINISHED / f"chorales-{flows}-{seed}-{epochs}"  # three core-hours, which may be cut
+        watch = Watching((model, guide), (whole, CombinerGuide(whole, rnn_hidden=300, flows=flows)), data, every, run)
         adam = {"lr": 1e-3, "betas": (0.96, 0.999), "clip_norm": 10.0, "lrd": 0.1 ** (1 / steps), "weight_decay": 2.0}
-        with found.timed():
-            fit(
-                model, guide, model.inputs(data.train[:, :, :longest], data.labels["train"]),
-                loss=SiteELBO("pathwise", kl_weight=Linear(max(1, steps // 5), start=0.2)),
-                optimizer=ClippedAdam(adam), batch_size=20, epochs=epochs, seed=seed, progress=False, on_epoch=watch,
-            )  # fmt: skip
+        fit(
+            model, guide, model.inputs(data.train[:, :, :longest], data.labels["train"]),
+            loss=SiteELBO("pathwise", kl_weight=Linear(max(1, steps // 5), start=0.2)), optimizer=ClippedAdam(adam),
+            batch_size=20, epochs=epochs, seed=seed, progress=False, on_epoch=watch, run_dir=run,
+            resume=(run / "checkpoints").exists(), checkpoint_every=every,
+        )  # fmt: skip
+        found.add(seconds=watch.seconds)
         elbo, evidence = watch.judged("test", draws=20)
         found.add(elbo=elbo, evidence=evidence)
         watch.load_best()
@@ -413,26 +417,39 @@ def deep_markov(seeds: int, scale: float, flows: int) -> list[str]:
 class Watching:
     """Nats per time step of chorales during training, for ``on_epoch``, and the parameters of the best epoch.
 
+    What it has seen is kept in the run's folder, for a run that is resumed.
+
     Args:
         trained: model and guide.
         whole: the same networks, over as many steps as any split has.
         every: epochs between two looks.
+        run: the folder.
     """
 
-    def __init__(self, trained: tuple, whole: tuple, data: Any, every: int):
-        self.trained, self.whole, self.data, self.every = trained, whole, data, every
+    def __init__(self, trained: tuple, whole: tuple, data: Any, every: int, run: Path):
+        self.trained, self.whole, self.data, self.every, self.file = trained, whole, data, every, run / "looks.pt"
         self.curves: dict[str, list[float]] = {"training": [], "validation": []}
-        self.best, self.best_epoch, self._kept = math.inf, 0, []
+        self.best, self.best_epoch, self.seconds, self._kept = math.inf, 0, 0.0, []
+        if self.file.exists():
+            seen = torch.load(self.file)
+            self.curves, self._kept = seen["curves"], seen["kept"]
+            self.best, self.best_epoch, self.seconds = seen["best"], seen["best_epoch"], seen["seconds"]
+        self.start = time.process_time() - self.seconds
 
     def __call__(self, numbers: dict[str, float]) -> None:
-        if int(numbers["epoch"]) % self.every:
+        epoch = int(numbers["epoch"])
+        if epoch % self.every:
             return
         for split, name in (("train", "training"), ("valid", "validation")):
-            self.curves[name].append(self.judged(split)[0])
-        print(numbers["epoch"], *(f"{name} {curve[-1]:.3f}" for name, curve in self.curves.items()), flush=True)
+            # A run that was cut between a look and its checkpoint looks again.
+            self.curves[name] = [*self.curves[name][: epoch // self.every - 1], self.judged(split)[0]]
+        print(epoch, *(f"{name} {curve[-1]:.3f}" for name, curve in self.curves.items()), flush=True)
         if self.curves["validation"][-1] < self.best:
-            self.best, self.best_epoch = self.curves["validation"][-1], int(numbers["epoch"])
+            self.best, self.best_epoch = self.curves["validation"][-1], epoch
             self._kept = [copy.deepcopy(part.state_dict()) for part in self.trained]
+        self.seconds = time.process_time() - self.start
+        seen = {"curves": self.curves, "kept": self._kept, "best": self.best, "best_epoch": self.best_epoch}
+        torch.save(seen | {"seconds": self.seconds}, self.file)
 
     def load_best(self) -> None:
         for part, state in zip(self.trained, self._kept, strict=True):
