@@ -155,7 +155,7 @@ def is_settled(msg: Mapping[str, Any]) -> bool:
 def _support(fn: Any) -> Any:
     try:
         return fn.support
-    except (NotImplementedError, AttributeError):  # how Pyro and torch report a missing support
+    except (NotImplementedError, AttributeError):  # torch's own property, or none, where no support is defined
         return None
 
 
@@ -200,7 +200,7 @@ def reference(msg: Mapping[str, Any]) -> Tensor:
     try:
         transform = biject_to(whole(support, len(fn.event_shape)))
         return transform(zero.expand(transform.inverse_shape(shape)))
-    except NotImplementedError:  # no transform to the support
+    except NotImplementedError:  # torch knows no transform to the support: a shape to look at is all that is left
         return zero.expand(shape)
 
 

@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...errors import ANY, UnsupportedSite, first_line
-from ..estimators._distributions import coordinate_values, elementary, list_size, listed_support
+from ..estimators._distributions import CATEGORICAL, coordinate_values, elementary, list_size, listed_support
 from .contraction import Memory, SumProduct, TooLarge, impossible, laid_out
 from .records import PARTICLES, Frame, Frames, Site
 from .terms import NeedsJoint
@@ -191,9 +191,9 @@ class Listing:
         # values is (L, *plates or nothing, *event); the rest of the dimensions to its right are 1.
         between = -dim - (values.dim() - fn.event_dim)
         laid = values.reshape(values.shape[:1] + (1,) * between + values.shape[1:])
-        support = getattr(values, "_pyro_categorical_support", None)
+        support = getattr(values, CATEGORICAL, None)
         if support is not None:
-            laid._pyro_categorical_support = support  # spares Categorical.log_prob a gather
+            setattr(laid, CATEGORICAL, support)
         self.listed[name] = listed
         self.by_number.append(listed)
         dims[dim] = listed.number
@@ -207,19 +207,6 @@ class Listing:
 
     def _values_of(self, msg: Any, joint: bool) -> Tensor:
         fn = msg["fn"]
-        base = elementary(fn)  # Pyro cannot list an expanded distribution with an event
-        if not joint and base.event_shape == fn.event_shape and getattr(base, "has_enumerate_support", False):
-            try:
-                values = base.enumerate_support(expand=False)
-            except NotImplementedError:
-                pass  # some state their reason, such as several totals of a Binomial: the lines below name it
-            else:
-                support = getattr(values, "_pyro_categorical_support", None)
-                values = values.reshape(values.shape[:1] + fn.event_shape)
-                if support is not None:
-                    values._pyro_categorical_support = support
-                return values
-        trailing = min(self.nesting, len(fn.batch_shape)) if joint else 0
         values = coordinate_values(fn)
         if isinstance(values, str):
             raise UnsupportedSite(
@@ -227,6 +214,9 @@ class Listing:
                 ANY,
                 f"the model marks it infer={{'enumerate': 'parallel'}}, and {values}; draw it in the guide",
             )
+        if not joint and elementary(fn).event_shape == fn.event_shape:
+            return values
+        trailing = min(self.nesting, len(fn.batch_shape)) if joint else 0
         count, numbers = list_size(fn, values, trailing)
         if not self.memory.fits(2 * count * numbers * values.element_size()):
             raise too_large(self.memory, [msg["name"]])

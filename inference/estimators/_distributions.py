@@ -228,6 +228,9 @@ def _learnable(transform: object) -> bool:
     )
 
 
+CATEGORICAL = "_pyro_categorical_support"  # by it Categorical.log_prob knows its own list, and spares a gather
+
+
 def coordinate_values(fn: Distribution) -> Tensor | str:
     """The values of one coordinate, ``(V, *element)``, or the reason why they cannot be enumerated.
 
@@ -242,7 +245,10 @@ def coordinate_values(fn: Distribution) -> Tensor | str:
         values = base.enumerate_support(expand=False)
     except (NotImplementedError, ValueError) as error:
         return f"its support cannot be enumerated ({error})"
-    return values.reshape(values.shape[:1] + tuple(base.event_shape))
+    listed = values.reshape(values.shape[:1] + tuple(base.event_shape))
+    if hasattr(values, CATEGORICAL):
+        setattr(listed, CATEGORICAL, getattr(values, CATEGORICAL))
+    return listed
 
 
 def finite_support(fn: Distribution, *, joint: int, limit: int) -> Tensor | str:
