@@ -122,13 +122,22 @@ def binarized_images() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return data.train[:10_000], data.valid[:1_000], data.test[chosen]
 
 
+def news() -> tuple[torch.Tensor, ...]:
+    """Word counts of Reuters: the splits ``(N, V)``."""
+    data = load("reuters")
+    return tuple(split.squeeze(1) for split in (data.train, data.valid, data.test))
+
+
+def one_topic(train: torch.Tensor, test: torch.Tensor) -> float:
+    """The perplexity per word of the shares of words in the training news."""
+    shares = (train.sum(0) + 0.1) / (train.sum(0) + 0.1).sum()
+    return math.exp(-(test * shares.log()).sum() / test.sum())
+
+
 def topics(seeds: int, scale: float) -> list[str]:
     """Test perplexity with its bound's gap, coherence and topics of news."""
-    data, words = load("reuters"), reuters_vocabulary()
-    train, test = data.train.squeeze(1), data.test.squeeze(1)
-    shares = (train.sum(0) + 0.1) / (train.sum(0) + 0.1).sum()
-    unigram = math.exp(-(test * shares.log()).sum() / test.sum())
-    rows, lists = [["one topic (unigram)", f"{unigram:.0f}", "", "", "", ""]], []
+    words, (train, valid, test) = reuters_vocabulary(), news()
+    rows, lists = [["one topic (unigram)", f"{one_topic(train, test):.0f}", "", "", "", ""]], []
     kinds = {
         "LatentDirichletAllocation": (LatentDirichletAllocation, MeanFieldGuide, {}),
         "ProdLDA": (ProdLDA, NormalGuide, {}),
@@ -141,7 +150,7 @@ def topics(seeds: int, scale: float) -> list[str]:
             guide = guide_of(model)
             start = time.process_time()
             fitted = fit(
-                model, guide, train, valid=data.valid.squeeze(1), loss=SiteELBO("pathwise"), lr=1e-2, batch_size=50,
+                model, guide, train, valid=valid, loss=SiteELBO("pathwise"), lr=1e-2, batch_size=50,
                 epochs=scaled(200, scale), seed=seed, restore_best=True, progress=False,
             )  # fmt: skip
             found.add(seconds=time.process_time() - start)
@@ -167,11 +176,8 @@ def topics(seeds: int, scale: float) -> list[str]:
 
 def deep_topics(seeds: int, scale: float) -> list[str]:
     """Test perplexity, coherence and topics of news under layers of Gammas and of Poisson counts."""
-    data, words = load("reuters"), reuters_vocabulary()
-    train, test = data.train.squeeze(1), data.test.squeeze(1)
-    shares = (train.sum(0) + 0.1) / (train.sum(0) + 0.1).sum()
-    unigram = math.exp(-(test * shares.log()).sum() / test.sum())
-    rows, lists = [["", "one topic (unigram)", "", f"{unigram:.0f}", "", "", "", ""]], []
+    words, (train, valid, test) = reuters_vocabulary(), news()
+    rows, lists = [["", "one topic (unigram)", "", f"{one_topic(train, test):.0f}", "", "", "", ""]], []
     for kind, word, particles, lr in DEEP_TOPICS:
         found = Columns()
         for seed in seeded(seeds):
@@ -179,7 +185,7 @@ def deep_topics(seeds: int, scale: float) -> list[str]:
             guide = LayeredGuide(model)
             with found.timed():
                 fitted = fit(
-                    model, guide, train, valid=data.valid.squeeze(1), lr=lr, clip_norm=100.0, batch_size=50,
+                    model, guide, train, valid=valid, lr=lr, clip_norm=100.0, batch_size=50,
                     loss=SiteELBO(word, num_particles=particles, kl_weight=Linear(scaled(300, scale))),
                     epochs=scaled(200, scale), seed=seed, restore_best=True, progress=False,
                 )  # fmt: skip
