@@ -74,9 +74,11 @@ class CombinerGuide(AnyGuide):
         with self.data_plate(x):
             (mask,) = self.check_conditions(conditions, len(x))
             future, before, output = self.read(x, mask), self.encoder_previous, self.encoder_output
+            states = future.unbind(1)  # once: the gradient of future[:, t] would fill all steps with zeros at each
 
             def step(previous: Tensor, t: int | slice) -> tuple[Tensor, Tensor]:
-                combined = (before(previous).tanh() + future[:, t]) / 2
+                state = future[:, t] if isinstance(t, slice) else states[t]
+                combined = (before(previous).tanh() + state) / 2
                 loc, raw = output(combined).chunk(2, -1)
                 return loc, softplus(raw) + self.min_sd
 
