@@ -382,7 +382,7 @@ def deep_markov(seeds: int, scale: float, flows: int) -> list[str]:
             model, guide, model.inputs(data.train[:, :, :longest], data.labels["train"]),
             loss=SiteELBO("pathwise", kl_weight=Linear(max(1, steps // 5), start=0.2)), optimizer=ClippedAdam(adam),
             batch_size=20, epochs=epochs, seed=seed, progress=False, on_epoch=watch, run_dir=run,
-            resume=(run / "checkpoints").exists(), checkpoint_every=every,
+            resume=(run / "checkpoints").exists(), checkpoint_every=every, compile=True,
         )  # fmt: skip
         found.add(seconds=watch.seconds)
         elbo, evidence = watch.judged("test", draws=20)

@@ -215,8 +215,8 @@ without the profiler. A compiled step has its gradients and Adam's update in the
 TRIED = """\
 What was tried, and what it gave:
 
-- MKL, which `torch.mm` calls, takes about twice oneDNN's time for the same float32 products on this machine; on
-  others they are even. A compiled step therefore measures both on its own shapes and keeps the choice. Eager steps
+- MKL, which `torch.mm` calls, takes longer than oneDNN for the same float32 products on this machine (tables above);
+  on others they are even. A compiled step therefore measures both on its own shapes and keeps the choice. Eager steps
   run the layers as they are: oneDNN is reached by an operation that torch does not publish, and without it an eager
   Gaussian step at batch 128 takes 23 % more here.
 - How oneDNN is called matters as much (CPU time, batch 32, versions in turns in one process on a busy machine): a
@@ -233,7 +233,7 @@ What was tried, and what it gave:
 - What remains at small batches is the graph: its products, and the loops of Adam's update, which read and write every
   parameter and two moments, as NumPyro's do. The rest is Python between two calls of the graph. It runs with cold
   caches and counts many times its own time, so that noise, numbers and batches are made for several steps at once.
-  The tables above are of single steps, before these changes."""
+  The tables of this section are of turns of three steps, those of [a step](#a-step) of up to twenty."""
 
 
 # The start of a compiled run.
@@ -357,7 +357,7 @@ def scaling_section(facts: Facts | None) -> list[str]:
                     (f"{row['sizes'][-1]} sequential sites, {rival}: exponent of time", row["exponent"], "≤ 1.1")
                 )
         lines += ["### Targets", *verdicts([(a, found, bound, found <= 1.1) for a, found, bound in asked])]
-    if processes := facts.get("processes"):
+    if (processes := facts.get("processes")) and len(processes["jobs"]) > 1:
         first = processes["seconds"][0]
         rows = [
             [str(jobs), f"{seconds:.1f}", f"{first / seconds:.2f}"]

@@ -36,7 +36,8 @@ class SiteELBO(ELBO):
             distribution has ``rsample``. ``"auto"``, or :class:`~gumbo.inference.Auto`, selects the words by pilot runs
             in the first call.
         objective: ``"elbo"``; ``"iwae"``, the importance-weighted bound; ``"renyi"``, the bound of order
-            ``alpha``; ``"rws"``, reweighted wake-sleep; or an :class:`~gumbo.inference.objectives.Objective`.
+            ``alpha``; ``"rws"``, reweighted wake-sleep; ``"free-bits"``; ``"log-variance"`` and
+            ``"log-variance+elbo"``; or an :class:`~gumbo.inference.objectives.Objective`.
         num_particles: K, the number of draws; None takes the smallest K that the estimators allow.
         vectorize_particles: True runs all K particles at once, in a plate to the left of all others; the first call
             replays one particle alone, compares the log-probabilities, and refuses programs for which they differ.

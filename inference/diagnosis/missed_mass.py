@@ -2,7 +2,7 @@
 
 Proposals are clusters with heavy tails (t distributions) of particles annealed from the prior, of the guide's draws,
 and of reflections and exchanges of these with a similar log-density. The evidence by importance sampling from their
-mixture is compared with that of the guide's own draws.
+mixture is compared with that of the guide's own draws. Where a latent is discrete, see ``left_out``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..posterior.runner import Sweep
 from .annealing import annealed
 from .gaps import unit_weights
 from .images import images_of, in_other_modes
+from .left_out import left_out
 from .proposals import Mixture, clusters, mixture_evidence
 from .report import ALARM, CANNOT_SAY, OK, Verdict, not_done, three_way
 from .rows import few_rows
@@ -54,7 +55,8 @@ def missed_mass(
         with quietly(fewer.model, fewer.guide, None if seed is None else seed + 2):
             plan = _plan(fewer)
             if any(fewer.model_sites[name].discrete for name in plan.sites):
-                return undone("a latent is discrete", f"sum discrete latents out of the model; {refit}")
+                say.stage(f"moving discrete latents through their values{sweep.slowly()}")
+                return {"missed-mass": left_out(fewer, plan.sites, plan.plates, plan.given)}
             target = Target(fewer, plan.sites, plan.plates, plan.given)
             if target.dimension > SEARCHED:
                 return undone(f"{target.dimension} dimensions are too many to search from the prior", refit)

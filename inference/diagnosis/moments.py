@@ -10,8 +10,10 @@ from .report import ALARM, OK, Verdict, three_way
 from .thresholds import CORRELATION, PROBABILITY, SHIFT, SURE, WIDTH, allowed
 from .units import Units
 
-# The most dimensions compared, evenly spaced, and the groups of draws for the jackknife.
-_COORDINATES = 30
+# The dimensions of a block, within which correlations are compared, the most blocks, evenly spaced, and the groups of
+# draws for the jackknife.
+_TOGETHER = 30
+_BLOCKS = 100
 _GROUPS = 20
 
 
@@ -19,19 +21,23 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
     """Verdicts on shift, width and correlation; ``weak`` says why the weights cannot support an ok.
 
     Errors are from a jackknife over twenty groups of draws. A difference counts if its probability by chance, over all
-    dimensions or pairs of them, is below one in a thousand.
+    dimensions or pairs of them, is below one in a thousand. Of up to 3,000 dimensions all are compared; correlations
+    within blocks of neighbours, and between some dimensions that are evenly spaced over all.
     """
     from scipy.stats import t
 
-    picked = np.unique(np.linspace(0, len(units.names) - 1, min(_COORDINATES, len(units.names))).round().astype(int))
-    names = [units.names[place] for place in picked]
-    continuous, binary = ~units.discrete[picked], units.binary[picked]
+    blocks = _blocks(len(units.names))
+    compared = np.concatenate(blocks)
+    count, names = len(compared), [units.names[place] for place in compared]
+    continuous, binary = ~units.discrete[compared], units.binary[compared]
+    some = "" if count == len(units.names) else f"; {count} of {len(units.names)} dimensions are compared"
     telling = units.telling
     if not telling.any() or telling.sum() <= len(units) / 2:
-        return [_unknown(units, name, weak) for name in _asked(continuous, len(picked))]
-    values = units.values[telling][..., picked].astype(np.float64)
-    found, errors = _jackknife(values, units.log_weight[telling], binary)
-    shift, width, corr = found
+        return [_unknown(units, name, weak) for name in _asked(continuous, count)]
+    weight = units.log_weight[telling]
+    of_blocks = [_of_block(units, one, telling, weight) for one in blocks]
+    shift, width = (np.concatenate([found[part] for found, _ in of_blocks], -1) for part in (0, 1))
+    errors = [np.concatenate([error[part] for _, error in of_blocks], -1) for part in (0, 1)]
     verdicts = []
 
     scale = np.where(binary, PROBABILITY, SHIFT)
@@ -46,15 +52,15 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
             fine,
             weak,
             f"the guide's mean is off by {size[worst] * scale[worst]:.2f} {unit} (root mean square) at {names[worst]}, "
-            f"limit {scale[worst]}; posterior by importance weights",
+            f"limit {scale[worst]}; posterior by importance weights{some}",
             (float(size[worst] * scale[worst]), float(scale[worst])),
             "train longer, or with a smaller learning rate; an amortized guide may need a larger network",
         )
     )
     if continuous.any():
-        ratio, error = width.mean(0), np.sqrt((errors[1] ** 2).sum(0)) / len(values)
+        ratio, error = width.mean(0), np.sqrt((errors[1] ** 2).sum(0)) / len(width)
         limit = -math.log(WIDTH)
-        sure = t.isf(SURE / 2 / continuous.sum(), (_GROUPS - 1) * len(values))
+        sure = t.isf(SURE / 2 / continuous.sum(), (_GROUPS - 1) * len(width))
         fires = continuous & (np.abs(ratio) > limit) & (np.abs(ratio) > sure * error)
         worst = int(np.argmax(np.where(continuous, np.abs(ratio), -1.0)))
         # Few effective draws are close together whatever the posterior's width: they cannot show a guide too wide.
@@ -73,11 +79,19 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
                 "a family with correlations if correlation or khat fires too, else train longer",
             )
         )
-    if len(picked) > 1:
-        upper = np.triu_indices(len(picked), 1)
-        size, alarm, fine = _root_mean_square(*(part[:, upper[0], upper[1]] for part in (corr, errors[2])), CORRELATION)
+    if count > 1:
+        if len(blocks) > 1:
+            blocks.append(np.linspace(0, len(units.names) - 1, _TOGETHER).round().astype(int))
+            of_blocks.append(_of_block(units, blocks[-1], telling, weight))
+        upper = [np.triu_indices(len(one), 1) for one in blocks]
+        corr, error = (
+            np.concatenate([part[2][:, a, b] for part, (a, b) in zip(side, upper, strict=True)], -1)
+            for side in zip(*of_blocks, strict=True)
+        )
+        pairs = [(one[i], one[j]) for one, (a, b) in zip(blocks, upper, strict=True) for i, j in zip(a, b, strict=True)]
+        size, alarm, fine = _root_mean_square(corr, error, CORRELATION)
         worst = int(np.argmax(size))
-        pair = f"{names[upper[0][worst]]} and {names[upper[1][worst]]}"
+        pair = " and ".join(units.names[place] for place in pairs[worst])
         verdicts.append(
             _verdict(
                 units,
@@ -92,6 +106,19 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
             )
         )
     return verdicts
+
+
+def _blocks(count: int) -> list[np.ndarray]:
+    """Blocks of neighbouring dimensions: all of them, or as many as are compared."""
+    starts = np.arange(0, count, _TOGETHER)
+    if len(starts) > _BLOCKS:
+        starts = starts[np.linspace(0, len(starts) - 1, _BLOCKS).round().astype(int)]
+    return [np.arange(start, min(start + _TOGETHER, count)) for start in starts]
+
+
+def _of_block(units: Units, block: np.ndarray, telling: np.ndarray, weight: np.ndarray) -> tuple[list, list]:
+    values = units.values[telling][..., block].astype(np.float64)
+    return _jackknife(values, weight, units.binary[block])
 
 
 def _asked(continuous: np.ndarray, count: int) -> list[str]:

@@ -29,6 +29,7 @@ ROUNDING = 5e-5  # relative change of log q below which the guide does not read 
 
 # --- missed mass
 MASS = (0.25, 0.4)  # nats of evidence: in up to two dimensions, and in more dimensions
+SELDOM = 0.05  # a share of the model's probability of a value, below which the guide hardly draws it
 SEARCHED = 20  # the most dimensions in which annealing from the prior works
 
 # --- refits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._base import Draw, Estimator, SiteState, SiteView, estimators
+from ._base import Draw, Estimator, SiteState, SiteView, detached_draw, estimators, score_why_not
 from .antithetic import ARM, DisARM
 from .control_variates import Rebar, Relax
 from .counts import Fini
@@ -52,5 +52,7 @@ __all__ = [
     "SiteState",
     "SiteView",
     "TruncatedEnumerate",
+    "detached_draw",
     "estimators",
+    "score_why_not",
 ]

@@ -16,7 +16,7 @@ from ._weights import Weights, importance_weights
 
 @objectives.register("log-variance")
 class LogVariance(Objective):
-    """½ the sample variance of log q(z) − log p(x, z) over K ≥ 2 detached draws, per datum (Richter et al. 2020).
+    """−½ the sample variance of log q(z) − log p(x, z) over K ≥ 2 detached draws, per datum (Richter et al. 2020).
 
     "VarGrad: a low-variance gradient estimator for variational inference", arXiv 2010.10436. It is zero if the guide is
     the posterior. With draws of the guide itself its gradient is the leave-one-out score gradient of the ELBO

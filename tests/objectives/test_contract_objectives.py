@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from pages import DOCS
 
 from gumbo.experiments import cli, listing
 from gumbo.inference.estimators import estimators
@@ -26,6 +29,11 @@ def test_a_listed_objective_names_the_estimators_that_serve_it(capsys):
     said = capsys.readouterr().out
     assert said.startswith("objectives\n") and all(f"\n  {name} " in said for name in objectives)
     assert "guides" not in said
+
+
+def test_the_page_of_objectives_has_a_row_for_each():
+    rows = re.findall(r"^\| `([^`]+)` \|", (DOCS / "objectives.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(objectives)
 
 
 def test_an_unknown_kind_is_one_line(capsys):

@@ -1,0 +1,140 @@
+"""Diagnostic ``missed-mass`` of discrete latents: values that the guide leaves out and the model does not.
+
+One latent is moved through all of its values while the others stay at the guide's draws; the model's log-density gives
+the probability of each value. Values that the guide draws less than a twentieth as often carry no importance weight, so
+that neither k̂ nor the evidence shows their mass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..estimators._distributions import elementary
+from ..posterior.runner import Sweep
+from ..posterior.sites import Block, SiteLayout
+from .report import ALARM, CANNOT_SAY, OK, Verdict
+from .thresholds import MASS, SELDOM, allowed
+from .units import from_units, to_units
+
+_DRAWS, _RUNS = 500, 120  # of the guide; of the model at all of these draws
+_FEW_DRAWS, _FEW_RUNS = 60, 24  # where draws run one by one
+
+
+@dataclass(frozen=True)
+class _Coordinate:
+    """A discrete number, or a one-hot vector, among those of a unit: its place, and the values that it may take."""
+
+    site: str
+    place: slice
+    values: torch.Tensor  # (values, numbers)
+    name: str
+
+
+def left_out(sweep: Sweep, sites: Sequence[str], plates: tuple[str, ...], given: Mapping[str, torch.Tensor]) -> Verdict:
+    """The verdict on these latents in units of ``plates``, with the latents outside them at ``given``."""
+    block = sweep.whole() or Block()
+    draws, runs = (_DRAWS, _RUNS) if sweep.vectorized else (_FEW_DRAWS, _FEW_RUNS)
+    found = list(_coordinates(sweep, sites, plates, block))
+    picked = _within(found, runs)
+    model, guide = _probabilities(sweep, plates, given, block, picked, draws)
+    # The mass, in nats of evidence, of each coordinate's values that the guide hardly draws: (units, coordinates).
+    mass = [
+        (ours * (often < SELDOM * ours)).sum(0).clip(0, 1 - 1e-12) for ours, often in zip(model, guide, strict=True)
+    ]
+    nats = -np.log1p(-np.stack(mass, -1)) if mass else np.zeros((1, 1))
+    limit = MASS[0]
+    units, worst = len(nats), int(nats.max(0).argmax())
+    count, many = int((nats > limit).any(-1).sum()), allowed(len(nats))
+    what = f"{units} data" if plates else "all latents together"
+    if not picked:
+        reason = "the discrete latents have no finite list of values, and the search moves continuous ones"
+        return Verdict("missed-mass", CANNOT_SAY, f"{what}: {reason}", advice=_REFIT)
+    text = (
+        f"{what}: given the other latents, values of {picked[worst].name} that the guide hardly draws hold up to "
+        f"{-math.expm1(-nats.max()):.2f} of the model's probability ({nats.max():.2f} nats, limit {limit}, exceeded in "
+        f"{count}; {many} may be)"
+    )
+    numbers = float(nats.max()), limit
+    if count > many:
+        advice = "the guide's probabilities leave these values out: train longer, and let the guide read the data"
+        return Verdict("missed-mass", ALARM, text, *numbers, advice)
+    numbers_of_a_unit = sum(_numbers_of(sweep.model_sites[site], sweep, plates) for site in sites)
+    if len(found) == 1 and numbers_of_a_unit == found[0].place.stop - found[0].place.start:
+        return Verdict("missed-mass", OK, text, *numbers, "nothing")  # all values of all latents were listed
+    text += f"; {len(picked)} latents were moved one at a time, which does not find values that differ in several"
+    return Verdict("missed-mass", CANNOT_SAY, text, *numbers, _REFIT)
+
+
+_REFIT = "num_refits=4 compares fits from other initial values, which may find other modes"
+
+
+def _numbers_of(layout: SiteLayout, sweep: Sweep, plates: Sequence[str]) -> int:
+    """How many numbers a unit has of a site."""
+    return layout.numel // math.prod(sweep.sizes[plate] for plate in plates)
+
+
+def _coordinates(sweep: Sweep, sites: Sequence[str], plates: Sequence[str], block: Block) -> Iterator[_Coordinate]:
+    model = sweep.run(1, block)[1]
+    for site in sites:
+        layout = sweep.model_sites[site]
+        size = _numbers_of(layout, sweep, plates)
+        if layout.values == "one-hot":
+            width = layout.event[-1]
+            values = torch.eye(width, dtype=layout.dtype, device=sweep.device)
+        elif layout.values in ("classes", "binary"):
+            width = 1
+            classes = 2 if layout.values == "binary" else elementary(model.seen[site].site["fn"]).probs.shape[-1]
+            values = torch.arange(classes, device=sweep.device).to(layout.dtype).unsqueeze(-1)
+        else:
+            continue
+        for start in range(0, size, width):
+            name = site if size == width else f"{site}[{start // width}]"
+            yield _Coordinate(site, slice(start, start + width), values, name)
+
+
+def _within(found: Sequence[_Coordinate], runs: int) -> list[_Coordinate]:
+    """As many of them, evenly spaced, as so many runs of the model can move."""
+    if not found:
+        return []
+    count = max(1, min(len(found), runs // max(len(one.values) for one in found)))
+    return [found[place] for place in np.unique(np.linspace(0, len(found) - 1, count).round().astype(int))]
+
+
+def _probabilities(
+    sweep: Sweep,
+    plates: tuple[str, ...],
+    given: Mapping[str, torch.Tensor],
+    block: Block,
+    picked: Sequence[_Coordinate],
+    draws: int,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Of each coordinate ``(values, units)``: the model's mean probability given the others, and the guide's share."""
+    ours: list[list[torch.Tensor]] = [[] for _ in picked]
+    often: list[list[torch.Tensor]] = [[] for _ in picked]
+    for start in range(0, draws, sweep.draws_a_run(block)):
+        count = min(sweep.draws_a_run(block), draws - start)
+        fixed = {name: value.expand(count, *value.shape[1:]) for name, value in given.items()}
+        guide = sweep.guide_run(count, block, fixed)
+        drawn = {name: guide.whole_value(name) for name in sweep.latents}
+        for place, one in enumerate(picked):
+            layout = sweep.model_sites[one.site]
+            flat = to_units(drawn[one.site], layout, plates)
+            densities = []
+            for value in one.values:
+                moved = flat.clone()
+                moved[..., one.place] = value
+                changed = {one.site: from_units(moved, layout, plates, layout.event)}
+                run = sweep.model_run(count, block, {**drawn, **changed})
+                densities.append(run.joint_log_prob(plates).reshape(count, -1))
+            # Where no value is possible the other latents are not, and nothing is known of this one.
+            probability = torch.stack(densities).softmax(0).nan_to_num(0.0)
+            ours[place].append(probability.sum(1))
+            at = (flat[..., one.place].unsqueeze(0) == one.values[:, None, None]).all(-1)
+            often[place].append(at.double().sum(1))
+    model = [(torch.stack(parts).sum(0) / draws).cpu().numpy() for parts in ours]
+    return model, [(torch.stack(parts).sum(0) / draws).cpu().numpy() for parts in often]
