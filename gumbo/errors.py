@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class GumboError(Exception):
@@ -47,6 +48,17 @@ class UnknownName(GumboError, ValueError):
 
 # Errors that programs raise for arguments, dimensions or rows that they do not support.
 PROGRAM_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
+
+
+@contextmanager
+def rows_in_plates() -> Iterator[None]:
+    """Say of a program whose plate is empty that it has no data: Pyro divides by its size."""
+    try:
+        yield
+    except ZeroDivisionError as error:
+        if "size cannot be zero" not in str(error):
+            raise
+        raise BadInput("the data are empty: a plate has no rows, expected at least one") from error
 
 
 def first_line(error: BaseException, kind: bool = False) -> str:

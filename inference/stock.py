@@ -6,7 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer import (
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    Trace_MMD,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+    TraceTMC_ELBO,
+    config_enumerate,
+)
 from pyro.infer.elbo import ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -93,6 +104,26 @@ def make_loss(word: Any, num_particles: int | None = None, **options: Any) -> EL
     if options.get("max_plate_nesting", 0) is None:
         options.pop("max_plate_nesting")
     return stock_elbos[word](num_particles=num_particles or 1, **options)
+
+
+def objective_name(loss: ELBO) -> str:
+    """The name of a loss's value, as ``fit`` reports it: ``elbo``, or the word for another bound of Pyro's.
+
+    Raises BadInput for a loss of Pyro's without one value.
+
+    >>> from pyro.infer import RenyiELBO
+    >>> objective_name(RenyiELBO()), objective_name(Trace_ELBO())
+    ('renyi', 'elbo')
+    """
+    if isinstance(loss, ReweightedWakeSleep):
+        raise BadInput(
+            "ReweightedWakeSleep has one loss for the model and one for the guide, and fit takes one: take "
+            "SiteELBO(objective='rws')"
+        )
+    if isinstance(loss, TraceTailAdaptive_ELBO):
+        raise BadInput("TraceTailAdaptive_ELBO has no value that fit could watch: it returns inf; take a SiteELBO")
+    own = ((RenyiELBO, "renyi"), (TraceTMC_ELBO, "tmc"), (Trace_MMD, "mmd"))
+    return next((name for kind, name in own if isinstance(loss, kind)), "elbo")
 
 
 def is_differentiable(loss: object) -> bool:

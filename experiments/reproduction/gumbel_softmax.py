@@ -78,8 +78,8 @@ register(
     "The paper: SGD with momentum 0.9. Here: Adam with a cosine decay from 3e-3, and from 1e-3 for the Bernoulli SBN "
     "but SF and MuProp; batch 100. Categorical: 20 latents of 10 classes a layer. ST is the straight-through gradient "
     "without Gumbel noise. Ours is the bound of the discrete model. GS trains the bound of a relaxed model, which the "
-    "column *relaxed, in training* shows; the published 105.0 lies near that, and the others of the Bernoulli VAE nearer "
-    "to our 100-draw bounds than to our −ELBO.",
+    "column *relaxed, in training* shows; the published 105.0 lies near that, and the others of the Bernoulli VAE "
+    "nearer to our 100-draw bounds than to our −ELBO.",
     cells,
     conclude=conclude,
 )

@@ -62,7 +62,8 @@ def diagnose(
     - ``gap``: log-evidence minus ELBO, in nats; ``refine_steps`` of optimization per datum split it into the gain by a
       better member of the family (*amortization*) and the rest (*approximation*; Cremer et al. 2018, arXiv:1801.03558);
     - ``width``, ``shift``, ``correlation``: the guide's standard deviations, means and correlations against those of
-      the importance-weighted draws, if enough of these are effective;
+      the importance-weighted draws, if enough of these are effective. Correlations are compared in blocks of 30
+      neighbouring dimensions, and among 30 that are evenly spaced over all;
     - ``collapsed``: the guide is the prior although the posterior is not (Bowman et al. 2016, arXiv:1511.06349);
     - ``point``: the guide is a point, without a distribution;
     - ``calibration``: simulation-based calibration: latents and data are drawn from the model, and the ranks of these
@@ -71,7 +72,9 @@ def diagnose(
       does not read the data is fitted to each simulated data set if ``calibration_refits`` is set (Yao et al. 2018,
       arXiv:1802.02538);
     - ``missed-mass``: a search from the prior, and mirror images of the guide's draws, find more evidence than the
-      guide's own draws, as for a guide on one of several modes (Neal 2001; Del Moral et al. 2006);
+      guide's own draws, as for a guide on one of several modes (Neal 2001; Del Moral et al. 2006). Where a latent is
+      discrete: one latent at a time is moved through its values, and those that the guide hardly draws have
+      considerable probability under the model;
     - ``refits``: with several guides, or ``num_refits``, R̂ above 1.05 between them (Vehtari et al. 2021,
       arXiv:1903.08008).
 

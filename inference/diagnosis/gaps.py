@@ -36,6 +36,9 @@ def gap(units: Units, collection: Collection, weak: tuple[str, str] | None) -> V
     noise = np.sqrt(weight.var(1, ddof=1) / weight.shape[1] + error**2)
     mean, spread = float(lacking.mean()), float(np.sqrt((noise**2).sum()) / len(lacking))
     limit = GAP * _dimensions(units, collection)
+    if not math.isfinite(mean + spread):
+        text = f"{units.what}: log-weights of the guide's draws are not finite, so that there is no ELBO to compare"
+        return Verdict("gap", CANNOT_SAY, text, mean, limit, "find the site whose log-density is not finite")
     alarm = mean > limit and mean > 4 * spread and units.noise <= INNER_NOISE
     word = three_way(alarm, mean <= limit and 2 * spread <= limit and weak is None)
     at_least = "at least " if weak else ""

@@ -17,7 +17,7 @@ from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
 from . import _arviz
 from .collection import GROUPS, Collection
-from .naming import Naming
+from .naming import Naming, check_names
 from .parts import exact_pair
 from .runner import Sweep
 from .weights import weight_statistics
@@ -69,7 +69,9 @@ def to_arviz(
     - ``sample_stats``: ``log_p``, ``log_q`` and ``log_weight`` of each datum given the global latents, whose own
       log-probabilities are ``log_p_global`` and ``log_q_global``; of the whole program where no latent is local.
     - ``vi_stats``: for each datum k̂, the importance effective sample size, log-evidence and its standard error, ELBO;
-      for each latent dimension KL and whether it is active; k̂ of the global latents.
+      for each latent dimension KL and whether it is active; k̂ of the global latents. Beside global latents the
+      log-evidence and the ELBO of a datum are those given the guide's draws of these (attribute ``given``), so that
+      their sum is no bound of log p(data): ``evaluate`` gives that.
 
     Args:
         model: the Pyro model.
@@ -129,6 +131,7 @@ def to_arviz(
         guides += refitted(model, guides, args, kwargs, num_refits, seed, refit)
     options = {"batch_size": batch_size, "data_plates": data_plates}
     sweeps = [Sweep(model, one, args, kwargs, **options) for one in guides]
+    check_names(sweeps[0], coords or {}, dims or {})
     collection = Collection(sweeps[0], len(sweeps), num_samples, wanted, thin, num_local_samples)
     need = collection.bytes_needed()
     afford(need, memory_limit)
@@ -184,6 +187,9 @@ def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "po
 
     draws = _arviz.dataset_of(idata, group)
     names = list(draws.data_vars) if var_names is None else [var_names] if isinstance(var_names, str) else [*var_names]
+    for name in names:
+        if name not in draws.data_vars:
+            raise UnknownName("variable", name, [str(one) for one in draws.data_vars])
     named = [name for name in names if name in draws and draws[name].attrs.get("values") in _NAMES]
     numbers = [name for name in names if name not in named]
     chains = draws.sizes["chain"]
@@ -289,6 +295,8 @@ def _assembled(collection: Collection, args: tuple, kwargs: Mapping, coords: Map
         groups["constant_data"] = constants
     if "vi_stats" in collection.groups:
         groups["vi_stats"] = naming.statistics(weight_statistics(collection, naming.event_names))
+        for name in ("log_evidence", "log_evidence_se", "elbo") if sweep.local and sweep.shared else ():
+            groups["vi_stats"][name].attrs["given"] = ",".join(sweep.shared)
     attrs = _attrs(sweep)
     made = {
         name: xarray.Dataset(groups[name], attrs=attrs | _group_attrs(name, collection))

@@ -13,6 +13,7 @@ from ...errors import BadInput
 from .collection import Array, Collection
 from .runner import Sweep
 
+OF_ARVIZ = ("chain", "draw")
 COPIED = 2**25  # bytes: larger data are views
 
 
@@ -26,6 +27,28 @@ def _listed(name: str, values: Any) -> np.ndarray:
             f"coords for {name!r} is {type(values).__name__}: expected one value for each element, in a list"
         )
     return listed
+
+
+def check_names(sweep: Sweep, coords: Mapping[str, Sequence], dims: Mapping[str, Sequence[str]]) -> None:
+    """Raise BadInput for a site called as a dimension of ArviZ's, and for names that belong to nothing."""
+    for name in sweep.model_sites:
+        if name in OF_ARVIZ:
+            raise BadInput(f"site {name!r} has the name of a dimension of ArviZ's data: give the site another name")
+    variables = {*sweep.model_sites, *sweep.guide_sites, *_arguments(sweep.model, sweep.args, sweep.kwargs)}
+    for name in dims:
+        if name not in variables:
+            raise BadInput(f"dims names {name!r}, which is no site and no argument: expected one of {_few(variables)}")
+    named = {one for names in dims.values() for one in names} | {*sweep.sizes, *OF_ARVIZ}
+    for name in coords:
+        variable, found, _ = name.rpartition("_dim_")
+        if name not in named and not (found and variable in variables):
+            raise BadInput(
+                f"coords names {name!r}, which is no dimension: expected a plate or a name from dims, of {_few(named)}"
+            )
+
+
+def _few(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:10])
 
 
 class Naming:
@@ -124,7 +147,7 @@ def _counted(array: Array) -> np.ndarray:
 
 def _free(name: str) -> str:
     """A plate's name as a dimension name; ``chain`` and ``draw`` belong to ArviZ."""
-    return f"{name}_plate" if name in ("chain", "draw") else name
+    return f"{name}_plate" if name in OF_ARVIZ else name
 
 
 def _arguments(program: Callable, args: tuple, kwargs: Mapping) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 
-from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
+from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line, rows_in_plates
 from ...options import holds_to_annotations
 from ..engine.messenger_guides import MessengerProgram, as_program
 from ..engine.progress import bar
@@ -101,12 +101,13 @@ def predict(
     with private_seed(None, model, *guides):
         pairs = [exact_pair(model, as_program(one)) for one in guides]
     sweeps = []
-    for whole, one in pairs:
-        _refuse_open_sites(whole, one, args, kwargs)
-        _refuse_parameters_of_data(whole, one, args, kwargs)
-        with _explained(one, args, kwargs):
-            opened = _opened(whole, one, args, kwargs)
-            sweeps.append(Sweep(opened, one, args, kwargs, batch_size=batch_size, latents_needed=False))
+    with rows_in_plates():
+        for whole, one in pairs:
+            _refuse_open_sites(whole, one, args, kwargs)
+            _refuse_parameters_of_data(whole, one, args, kwargs)
+            with _explained(one, args, kwargs):
+                opened = _opened(whole, one, args, kwargs)
+                sweeps.append(Sweep(opened, one, args, kwargs, batch_size=batch_size, latents_needed=False))
     drawn = Predictions(sweeps[0], len(sweeps), num_samples)
     need = drawn.bytes_needed()
     afford({GROUP: need}, memory_limit, "draw fewer num_samples=, or predict fewer rows")

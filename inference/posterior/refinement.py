@@ -300,7 +300,7 @@ def own_parameters(fn: Distribution) -> dict[str, tuple[Tensor, Any]]:
     base = _base(fn)
     found = {}
     for name, value in ({} if base is None else _arguments(base)).items():
-        constraint = type(base).arg_constraints.get(name)
+        constraint = base.arg_constraints.get(name)
         moves = isinstance(value, Tensor) and value.is_floating_point() and constraint is not None
         if moves and not constraint.is_discrete and constraint is not constraints.dependent:
             found[name] = (value, constraint)
@@ -325,7 +325,7 @@ def _arguments(base: Any) -> dict[str, Any]:
         return {"temperature": base.temperature, "logits": base.logits}
     if isinstance(base, torch.distributions.Beta):
         return {"concentration1": base.concentration1, "concentration0": base.concentration0}
-    names = dict(type(base).arg_constraints)
+    names = dict(base.arg_constraints)  # of the instance: a property in some classes
     for kept, others in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
         if kept in names:
             names = {name: one for name, one in names.items() if name not in others}

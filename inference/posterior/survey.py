@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
-from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
+from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line, rows_in_plates
 from ..engine.handlers import row_numbers
 from ..engine.interventions import ChosenRows, GivenValues
 from ..engine.messenger_guides import as_program
@@ -60,7 +60,7 @@ class Survey:
     def _discover(self) -> None:
         subsamples = ChosenRows({})
         try:
-            with subsamples:
+            with rows_in_plates(), subsamples:
                 guide = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
             rows = {
                 name: row_numbers(name, site["value"])
@@ -160,6 +160,15 @@ class Survey:
                     f"site {name!r} is drawn by the guide but is no latent of the model: remove it, rename it, or mark"
                     " it infer={'is_auxiliary': True}"
                 )
+        for name in latent:
+            drawn_shape, fn = guide.nodes[name]["value"].shape, model.nodes[name]["fn"]
+            try:
+                torch.broadcast_shapes(drawn_shape, fn.batch_shape + fn.event_shape)
+            except RuntimeError as error:
+                raise BadInput(
+                    f"site {name!r}: the guide's values have shape {tuple(drawn_shape)}, the model's distribution has "
+                    f"{tuple(fn.batch_shape + fn.event_shape)}: give both the same"
+                ) from error
         if not latent and self.latents_needed:
             raise BadInput("the model has no latent site, so that there is no posterior")
 

@@ -30,7 +30,7 @@ from ..engine.scopes import (
     shared_names,
 )
 from ..engine.stored_rows import StoredRows, rows_in
-from ..stock import is_differentiable
+from ..stock import is_differentiable, objective_name
 from .annealing import Annealing
 from .batches import TRANSFORMED, Batches
 from .checkpoints import Checkpoints
@@ -237,7 +237,7 @@ def fit(
         if library is not None:
             identity["products"] = step.products  # type: ignore[attr-defined]
         step.validate, step.unchecked = validate, found.unchecked
-        objective = getattr(getattr(step, "module", loss), "objective_name", "elbo")
+        objective = getattr(getattr(step, "module", loss), "objective_name", None) or objective_name(loss)
         run = Run(
             model, guide, step, batches, valid_rows, options, identity, objective, processes, found.num_data, annealing
         )
@@ -385,8 +385,9 @@ def _make_step(
 ) -> Step:
     """The Step class that the loss needs, compiled if there is a ``library`` for its products.
 
-    Raises BadInput for programs that fail on the batch.
+    Raises BadInput for programs that fail on the batch, and for losses of Pyro's that have no value to report.
     """
+    objective_name(loss)
     kind: Callable[..., Step] = TorchStep if is_differentiable(loss) else StoreStep
     if library is not None:
         from .compile.step import CompiledStep  # imported here: torch's compiler is slow to load

@@ -432,3 +432,14 @@ def test_a_report_fits_in_eighty_columns_and_says_what_to_do_next():
         assert max(map(len, text.splitlines())) <= 80
     assert all(one.advice and one.verdict in ("ok", "alarm", "cannot say") for one in report.verdicts)
     assert sorted(report.cannot_say) == sorted(one.name for one in report.verdicts if one.verdict == "cannot say")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [lambda: dist.Uniform(0.0, 0.5), lambda: dist.Normal(MEAN, 1e-30), lambda: dist.Normal(MEAN, math.inf)],
+    ids=["uniform", "no-width", "infinite"],
+)
+def test_guides_without_finite_weights_alarm(made):
+    with pyro.validation_enabled(False):
+        report = diagnose(one_mean, lambda y: pyro.sample("m", made()), Y, **QUICK)
+    assert not report.ok

@@ -24,7 +24,7 @@ from pyro.infer.autoguide import (
 
 from gumbo.errors import BadInput, UnknownName
 from gumbo.guides import fitting, guides
-from gumbo.inference import active_units, evaluate, summary, to_arviz
+from gumbo.inference import active_units, diagnose, evaluate, predict, summary, to_arviz
 from gumbo.inference.posterior import _arviz, refits
 from gumbo.inference.posterior.collection import GROUPS
 from gumbo.inference.posterior.runner import Sweep
@@ -1046,3 +1046,69 @@ def test_data_without_a_row_are_refused_in_one_line():
     with pytest.raises(BadInput, match=r"site 'x' has batch shape \(0,\) where its plates have \(1,\) rows") as caught:
         to_arviz(model, guide, torch.zeros(0), num_samples=4)
     assert "\n" not in str(caught.value)
+
+
+# --- bad input of the posterior's functions
+
+
+def _one_row(name="z"):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample(name, dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample(name, dist.Normal(x / 2, 0.7))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("name", ["draw", "chain"])
+def test_a_site_with_the_name_of_arvizs_dimension_is_refused(name):
+    with pytest.raises(BadInput, match=f"site '{name}' has the name of a dimension"):
+        to_arviz(*_one_row(name), X[:3], num_samples=10)
+
+
+def test_names_that_belong_to_nothing_are_refused():
+    with pytest.raises(BadInput, match="coords names 'dada'"):
+        to_arviz(*_one_row(), X[:3], num_samples=10, coords={"dada": [1, 2, 3]})
+    with pytest.raises(BadInput, match="dims names 'y'"):
+        to_arviz(*_one_row(), X[:3], num_samples=10, dims={"y": ["unit"]})
+    idata = to_arviz(*_one_row(), X[:3], num_samples=10)
+    with pytest.raises(UnknownName, match="variable 'foo'"):
+        summary(idata, var_names=["foo"])
+
+
+@pytest.mark.parametrize("made", [to_arviz, diagnose, evaluate, predict])
+def test_empty_data_are_refused(made):
+    with pytest.raises(BadInput, match="empty"):
+        made(*_one_row(), torch.zeros(0))
+
+
+@pytest.mark.parametrize("made", [to_arviz, diagnose, evaluate])
+def test_values_of_another_shape_are_refused(made):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    with pytest.raises(BadInput, match=r"site 'z': the guide's values have shape \(3,\)"):
+        made(model, _one_row()[1], X[:3].float())
+
+
+def test_the_evidence_of_a_datum_says_which_latents_are_given():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((mu + x) / 2, 0.7))
+
+    stats = group(to_arviz(model, guide, X.float(), num_samples=20), "vi_stats")
+    assert stats["elbo"].attrs["given"] == stats["log_evidence"].attrs["given"] == "mu"
+    assert "given" not in group(to_arviz(*_one_row(), X.float(), num_samples=20), "vi_stats")["elbo"].attrs

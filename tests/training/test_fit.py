@@ -11,7 +11,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceGraph_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from resuming import SHAPE, images, pair, quiet, weights
 
 from gumbo.errors import BadInput, GumboError, UnknownName
@@ -600,3 +607,16 @@ def test_parameters_that_break_between_epochs_are_not_saved(tmp_path):
         quiet(model, guide, images(), on_epoch=spoil, **options)
     one_line(error)
     assert quiet(*pair(seed=1), images(), resume=True, **options).epochs == 4
+
+
+def test_other_bounds_of_pyros_have_their_own_names():
+    found = quiet(*pair("normal"), images(), loss=RenyiELBO(num_particles=3), epochs=1, batch_size=20)
+    assert found.objective_name == "renyi" and "renyi" in found.history[-1] and "elbo" not in found.history[-1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"), [(ReweightedWakeSleep(), "objective='rws'"), (TraceTailAdaptive_ELBO(num_particles=2), "inf")]
+)
+def test_losses_of_pyros_without_a_value_are_refused(loss, said):
+    with pytest.raises(BadInput, match=said):
+        quiet(*pair("normal"), images(), loss=loss, epochs=1, batch_size=20)
