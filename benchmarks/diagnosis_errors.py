@@ -78,6 +78,24 @@ def hundred_guide(scale: float) -> Callable:
     return lambda x: pyro.sample("z", dist.Normal(HUNDRED / 2, scale * 0.5**0.5).to_event(1))
 
 
+SHARES, CENTRES = torch.tensor([0.2, 0.3, 0.5]).double(), torch.tensor([0.0, 2.0, 4.0]).double()
+LOGITS = SHARES.log() + dist.Normal(CENTRES, 1.0).log_prob(2 + X[:, None])
+
+
+def three_classes(x):
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(SHARES))
+        pyro.sample("x", dist.Normal(CENTRES[k], 1.0), obs=x)
+
+
+def class_guide(sharpness: float) -> Callable:
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Categorical(logits=sharpness * LOGITS))
+
+    return guide
+
+
 RIGHT = {
     "one mean, exact": (one_mean, mean_guide(1.0), Y),
     "one mean, sd 1.05 times": (one_mean, mean_guide(1.05), Y),
@@ -86,6 +104,7 @@ RIGHT = {
     "15 data, sd 1/1.05 times": (local, local_guide(1 / 1.05), X),
     "100 independent, sd 1/1.05 times": (hundred, hundred_guide(1 / 1.05), HUNDRED),
     "regression, d = 8, exact": (regression(False), one_mode, SIGNED),
+    "15 data of three classes, exact": (three_classes, class_guide(1.0), 2 + X),
 }
 WRONG = {
     "one mean, sd 1/4": (one_mean, mean_guide(0.25), Y),
@@ -94,6 +113,7 @@ WRONG = {
     "one mean, off by five sd": (one_mean, mean_guide(1.0, 5.0), Y),
     "15 data, sd 1/4": (local, local_guide(0.25), X),
     "|regression|, d = 8, one mode of two": (regression(True), one_mode, SIGNED.abs()),
+    "15 data of three classes, the likeliest alone": (three_classes, class_guide(1e4), 2 + X),
 }
 
 
