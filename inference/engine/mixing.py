@@ -39,13 +39,16 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
         return frozenset()
 
     program.skips_unscored = True  # some flows cannot score a value that they did not draw
+    # Other plates may have another size at other draws.
+    rows = {frame[0] for frame in first.partial_plates} | first.partial_loops
+    subsamples = {name: chosen for name, chosen in first.subsamples.items() if name in rows}
 
     def again(draws: Mapping[str, Tensor]) -> Run | None:
         fixed = {name: Draw(value.detach().clone()) for name, value in draws.items()}
         try:
             # With another draw upstream, a value may be outside its distribution's support.
             with pyro.validation_enabled(False):
-                return program.run(args, kwargs, fixed=fixed, subsamples=dict(first.subsamples), noise=first.noise)
+                return program.run(args, kwargs, fixed=fixed, subsamples=dict(subsamples), noise=first.noise)
         except BadInput:
             return None
 
@@ -55,14 +58,17 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
     # Rows that depend on each other at some values only (a product of Bernoullis) show in one of the directions.
     for here, there in ((values, others), (others, values)):
         as_drawn = again(here)
+        # Sites that exist at these draws only are drawn now; a repetition keeps their draws.
+        new = {} if as_drawn is None else _drawn(as_drawn)
         for plate in plates:
             if plate[0] in found:
                 continue
             for row in sorted({0, plate[2] - 1, int(torch.randint(plate[2], ()))}):
                 changed = {name: _with_row(drawn[name], here[name], there[name], plate, row) for name in drawn}
+                changed = {**new, **changed}
                 # Some kernels are not deterministic; their differences are ignored.
                 if _reaches(again(changed), as_drawn, plate, row, None) and _reaches(
-                    again(changed), as_drawn, plate, row, again(here)
+                    again(changed), as_drawn, plate, row, again({**new, **here})
                 ):
                     found.add(plate[0])
                     break
@@ -99,6 +105,10 @@ def _redrawn(fn: Any, value: Tensor, tries: int = 8) -> Tensor:
     return other
 
 
+def _drawn(run: Run) -> dict[str, Tensor]:
+    return {site.name: site.value for site in run.guide if site.latent and not site.settled}
+
+
 def _with_row(site: Site, value: Tensor, other: Tensor, plate: Frame, row: int) -> Tensor:
     along = plate[1] - site.fn.event_dim
     if plate not in site.frames or value.dim() < -along or value.shape[along] != plate[2]:
@@ -112,22 +122,42 @@ def _reaches(changed: Run | None, as_drawn: Run | None, plate: Frame, row: int, 
     """Whether a change of one row changes another row's terms, beyond the differences of a repetition."""
     if changed is None or as_drawn is None:
         return False
-    _, dim, size = plate
+    rows = torch.arange(plate[2]) != row
     for which in ("guide", "model"):
-        after = {site.name: site.log_prob.detach() for site in getattr(changed, which)}
-        twice = {site.name: site.log_prob.detach() for site in getattr(repeated or as_drawn, which)}
-        for site in getattr(as_drawn, which):
-            before = site.log_prob.detach()
-            a, b = after.get(site.name), twice.get(site.name)
-            if plate not in site.frames or before.shape[dim] != size:
+        runs = (as_drawn, changed, repeated or as_drawn)
+        before, after, twice = (_by_row(getattr(run, which), plate) for run in runs)
+        alone = []  # terms of one run only, or of another shape: a site or an inner plate's element that came or went
+        for name in before.keys() | after.keys():
+            terms = [found.get(name) for found in (before, after, twice)]
+            if any(term is None for term in terms) or len({term.shape for term in terms}) > 1:
+                alone.append(name)
                 continue
-            if a is None or b is None or not a.shape == b.shape == before.shape:
-                continue  # the site exists for some draws only
-            rows = torch.arange(size, device=before.device) != row
-            gap = _gap(a, before).transpose(dim, -1)[..., rows]
-            if gap.numel() and (gap > 10 * _gap(b, before).max()).any():
+            was, now, again = terms
+            gap = _gap(now, was)[..., rows.to(was.device)]
+            if gap.numel() and (gap > 10 * _gap(again, was).max()).any():
+                return True
+        if alone:
+            # The total, since a term that is masked, or has only another name, leaves the rows as they were.
+            was, now, again = (_total(found, alone, plate[2]) for found in (before, after, twice))
+            rounding = 1e-5 * _total({name: term.abs() for name, term in before.items()}, alone, plate[2])
+            if (_gap(now, was) > 10 * _gap(again, was).max() + torch.nan_to_num(rounding))[rows].any():
                 return True
     return False
+
+
+def _by_row(sites: list[Site], plate: Frame) -> dict[str, Tensor]:
+    """The terms of the sites in a plate, by name, with the plate's rows as the last dimension."""
+    found = {}
+    for site in sites:
+        dims = [dim for name, dim, size in site.frames if name == plate[0] and size == plate[2]]
+        if dims and site.log_prob.shape[dims[0]] == plate[2]:
+            found[site.name] = site.log_prob.detach().transpose(dims[0], -1)
+    return found
+
+
+def _total(terms: Mapping[str, Tensor], names: list[str], size: int) -> Tensor:
+    rows = [terms[name].reshape(-1, size).sum(0).to("cpu", torch.float64) for name in names if name in terms]
+    return torch.stack(rows).sum(0) if rows else torch.zeros(size, dtype=torch.float64)
 
 
 def _gap(a: Tensor, b: Tensor) -> Tensor:

@@ -359,3 +359,90 @@ def test_an_audit_says_which_plates_are_mixed():
     assert report.verdict.sel(estimator="trace-graph").item().startswith("flagged")
     apart = audit(Model(None), guide, estimators=["score"], num_samples=10, burn_in=0, seed=1)
     assert apart.attrs["mixed_plates"] == ""
+
+
+class Choosing(Params):
+    """The first row's draw decides which observation all rows have, or how many."""
+
+    def __init__(self, what):
+        super().__init__(w=0.9)
+        self.what = what
+
+    def forward(self):
+        rows = pyro.plate("data", 3, dim=-1)
+        with rows:
+            z = pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.3, dtype=F64)))
+        first = bool(z.reshape(-1)[0] > 0)
+        if self.what == "which observation":
+            with rows:
+                if first:
+                    pyro.sample("x1", dist.Normal(self.w * z, 1.0), obs=X)
+                else:
+                    pyro.sample("x2", dist.Normal(-2 * self.w * z, 2.0), obs=X)
+        elif self.what == "whether a row is seen":
+            # Only rows with a draw of 1 have a term, so that the statement may as well be left out without any.
+            if z.any():
+                with rows, pyro.poutine.mask(mask=z > 0):
+                    pyro.sample("x", dist.Normal(self.w * z, 1.0), obs=X)
+        elif self.what == "the name":
+            with rows:
+                pyro.sample(f"x{int(first)}", dist.Normal(self.w * z, 1.0), obs=X)
+        else:
+            n = 2 if first else 4
+            with pyro.plate("copies", n, dim=-2), rows:
+                pyro.sample("x", dist.Normal(self.w * z, 1.0), obs=X.expand(n, 3))
+
+
+CHOICES = ["which observation", "how many observations"]
+
+
+@pytest.mark.parametrize("what", CHOICES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_that_decides_which_terms_other_rows_have_is_mixed_with_them(what, seed):
+    torch.manual_seed(seed)
+    model, guide = Choosing(what), Guide()
+    truth = exact_gradient(model, guide)
+    assert torch.allclose(mean_gradient("score", model, guide, **ONE_BY_ONE), truth, atol=1e-10)
+    with pytest.raises(UnsupportedSite, match="plates='ignore'"):
+        SiteELBO("rloo", objective="iwae", num_particles=2, **ONE_BY_ONE)(model, guide).initialize()
+
+
+def test_a_local_expectation_is_exact_where_a_row_decides_which_terms_others_have():
+    model, guide = Choosing(CHOICES[0]), Guide()
+    truth = exact_gradient(model, guide)
+    assert torch.allclose(mean_gradient("local-expectation", model, guide, **ONE_BY_ONE), truth, atol=1e-10)
+
+
+@pytest.mark.parametrize("what", ["whether a row is seen", "the name"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_statement_that_comes_and_goes_leaves_the_rows_apart_if_their_terms_stay(what, seed):
+    torch.manual_seed(seed)
+    model, guide = Choosing(what), Guide()
+    loss = SiteELBO("score", **ONE_BY_ONE)(model, guide)
+    loss.initialize()
+    assert loss.binding.mixed_plates == () and loss.binding.looks
+    assert torch.allclose(mean_gradient("score", model, guide, **ONE_BY_ONE), exact_gradient(model, guide), atol=1e-10)
+
+
+class Branching(Params):
+    """Each row's draw decides whether the row has a second latent, under a mask."""
+
+    def __init__(self, ours):
+        super().__init__(**({"a": [0.4, -0.7], "b": [0.3, 0.8]} if ours else {}))
+        self.ours = ours
+
+    def forward(self):
+        rows = pyro.plate("data", 2)
+        with rows:
+            z = pyro.sample("z", dist.Bernoulli(logits=self.a if self.ours else torch.zeros(2, dtype=F64)))
+        if z.any():
+            with rows, pyro.poutine.mask(mask=z > 0):
+                pyro.sample("y", dist.Normal(self.b if self.ours else torch.zeros(2, dtype=F64), 1.0))
+
+
+def test_latents_that_exist_at_some_draws_leave_the_rows_apart():
+    for seed in range(40):
+        torch.manual_seed(seed)
+        loss = SiteELBO("score", **ONE_BY_ONE)(Branching(False), Branching(True))
+        loss.initialize()
+        assert loss.binding.mixed_plates == (), seed
