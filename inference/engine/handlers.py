@@ -144,9 +144,9 @@ class SharedSubsamples(OfSamples):
         self.subsamples, self.sizes, self.aside = subsamples, sizes, aside
 
     def _pyro_sample(self, msg) -> None:
-        if not site_is_subsample(msg) or msg["done"]:
+        if not site_is_subsample(msg) or (msg["done"] and msg["name"] not in self.subsamples):
             return
-        if msg["value"] is not None:
+        if msg["value"] is not None and not msg["done"]:
             row_numbers(msg["name"], msg["value"])  # before an outer handler sets other rows
             return
         if msg["name"] in self.subsamples:
@@ -341,7 +341,8 @@ class Replay(OfSamples):
                 self._earlier.append(msg)
         if self.terms is not None:
             self.terms.listing.enter(msg)
-        if msg["is_observed"] or msg["done"]:
+        # The guide's draw replaces the value that an inner handler (poutine.replay) set, as in Pyro.
+        if msg["is_observed"] or (msg["done"] and name not in self.draws.draws):
             return
         if name not in self.draws.draws:
             if not is_marked(msg):

@@ -1007,3 +1007,28 @@ def test_rows_that_a_handler_outside_chooses_are_kept(word):
         for _ in range(3):
             loss()
     assert {tuple(rows) for rows in seen} == {(3, 1)}
+
+
+@pytest.mark.parametrize("word", ["pathwise", "rloo", "stl"])
+def test_a_model_that_replays_another_trace_takes_the_guides_draws_and_rows(word):
+    """As in Pyro, where the guide's draws replace what the model's own handler set."""
+    mean = torch.tensor(0.3, requires_grad=True)
+    x = torch.arange(5.0)
+
+    def guide():
+        with pyro.plate("data", 5, subsample_size=2) as rows:
+            pyro.sample("z", dist.Normal(mean + x[rows], 1.0))
+
+    def model():
+        with pyro.plate("data", 5, subsample_size=2) as rows:
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    torch.manual_seed(0)
+    trace = pyro.poutine.trace(guide).get_trace()
+    found = []
+    for program in (model, pyro.poutine.replay(model, trace=trace)):
+        torch.manual_seed(1)
+        loss = SiteELBO(word)(program, guide)()
+        found.append(torch.stack([loss.detach(), *torch.autograd.grad(loss, [mean])]))
+    assert torch.equal(*found)
