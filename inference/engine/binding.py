@@ -24,6 +24,7 @@ from .messenger_guides import as_program
 from .noise import current_tape
 from .programs import Program, check_same_kind
 from .records import Run, Site
+from .repeats import check_repeats
 from .reruns import Reruns, RunsAgain
 from .scopes import check_shared_names, devices_of, one_at_a_time
 from .streams import Generators
@@ -212,6 +213,12 @@ class Binding(nn.Module):
                 arrangement.num_particles = None
                 raise
         self.runs_again = any(e.runs_again or (e.enumerates and not arrangement.vectorized) for e in chosen.values())
+        if self.runs_again:
+            try:
+                check_repeats(program, seen, self.modules_met, args, kwargs)
+            except GumboError:
+                arrangement.num_particles = None
+                raise
         if self.elbo.begins_with is not None:
             self._begin_with(self.elbo.begins_with)
 

@@ -13,6 +13,7 @@ from pyro.nn import PyroModule
 from torch import nn
 from ztest import misses
 
+from gumbo.errors import UnsupportedSite
 from gumbo.inference import SiteELBO
 from gumbo.inference.auditing.exact import exact_elbo, mean_over_draws
 from gumbo.inference.engine import streams
@@ -372,3 +373,56 @@ def test_a_stream_that_a_handler_puts_in_place_for_a_site_is_drawn_from():
                     drawn.append(torch.rand(1).item())
                 torch.set_rng_state(body)
     assert drawn == [torch.rand(1, generator=torch.Generator().manual_seed(5)).item()] * 2
+
+
+class Unsteady(Params):
+    """A guide whose logits change from run to run, by noise of a generator of its own or by a counter."""
+
+    def __init__(self, source):
+        super().__init__(a=0.3)
+        self.source, self.runs = source, 0
+        self.torch, self.numpy = torch.Generator().manual_seed(5), numpy.random.default_rng(5)
+        self.register_buffer("statistic", torch.zeros((), dtype=F64))
+
+    def shift(self):
+        self.runs += 1
+        if self.source == "torch":
+            return torch.randn((), generator=self.torch, dtype=F64)
+        if self.source == "numpy":
+            return torch.as_tensor(self.numpy.standard_normal(), dtype=F64)
+        if self.source == "every second run":
+            return torch.tensor(2.0 * (self.runs % 2), dtype=F64)
+        if self.source == "every third run":
+            return torch.tensor(2.0 * (self.runs % 3 == 0), dtype=F64)
+        if self.source == "first run":
+            return torch.tensor(2.0 * (self.runs == 1), dtype=F64)
+        if self.source == "buffer":
+            self.statistic.mul_(0.9).add_(0.5)
+            return self.statistic.clone()
+        return torch.randn((), dtype=F64)
+
+    def forward(self):
+        scale = min(1.0, (1 + self.runs) / 50) if self.source == "scale" else 1.0
+        with pyro.poutine.scale(scale=scale):
+            pyro.sample("z", dist.Bernoulli(logits=self.a + self.shift()))
+
+
+def coin_of_one():
+    z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3, dtype=F64)))
+    pyro.sample("x", dist.Normal(2 * z, 1.0), obs=torch.tensor(1.5, dtype=F64))
+
+
+@pytest.mark.parametrize("source", ["torch", "numpy", "every second run", "every third run"])
+@pytest.mark.parametrize("word", ["arm", "disarm", "local-expectation", "measure-valued"])
+def test_a_guide_that_no_second_run_repeats_is_refused_where_it_runs_again(word, source):
+    loss = SiteELBO(word)(coin_of_one, Unsteady(source))
+    for _ in range(2):
+        with pytest.raises(UnsupportedSite, match="in a second run at the same draws") as refused:
+            loss()
+        assert "\n" not in str(refused.value)
+    assert SiteELBO("score")(coin_of_one, Unsteady(source))().isfinite()
+
+
+@pytest.mark.parametrize("source", ["global", "first run", "buffer", "scale"])
+def test_global_noise_running_statistics_and_schedules_are_no_reason_to_refuse(source):
+    assert SiteELBO("local-expectation")(coin_of_one, Unsteady(source))().isfinite()
