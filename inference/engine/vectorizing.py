@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
 from ...errors import ANY, PROGRAM, CannotVectorize, GumboError, UnsupportedSite, first_line
 from ..estimators._base import Draw
+from ..estimators._distributions import is_discrete
 from .elimination import NeedsListing
 from .mixing import another_value
 from .programs import Misfit, Program
@@ -19,9 +22,11 @@ from .scopes import evaluating
 from .streams import OwnNoise
 from .terms import NeedsJoint, summed_to
 
+FEW = 4  # up to so many particles, each is compared; of more, the first and the last
+
 
 def check_at_once(program: Program, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Run many particles at once and compare one of them with a single particle; ``seen`` is a run of one.
+    """Run many particles at once and compare some of them with single particles; ``seen`` is a run of one.
 
     Where the programs' own noise has another shape in the two, modules are compared in evaluation mode.
     """
@@ -47,12 +52,39 @@ def check_at_once(program: Program, seen: Run, args: tuple, kwargs: Mapping[str,
 
 
 def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Replay one particle of a vectorized run alone and compare the log-probabilities of each site."""
-    alone = copy.copy(program)
-    alone.num_particles, alone.vectorized, alone.skips_unscored = 1, False, True
+    """Replay particles of a vectorized run alone and compare the log-probabilities of each site.
+
+    A statement that reads another particle's value is not detected where the two values are equal. Discrete sites are
+    therefore set to other values too.
+    """
     if (stray := _stray_dimension(program, run)) is not None:
         raise does_not_vectorize(*stray)
-    for place in _places(program):
+    particles, last = -1 - program.max_plate_nesting, program.num_particles - 1
+    some = range(last) if last < FEW else range(1)
+    _compare(program, run, seen, args, kwargs, [*_places(program), *({particles: i} for i in some)])
+    names = [site.name for site in run.guide if _repeats_values(program, site)] if last else []
+    if not names:
+        return
+    forced = copy.copy(program)
+    forced.skips_unscored = True
+    forced.resolve = lambda msg: None if msg["name"] in names else program.resolve(msg)
+    for fixed in _other_draws(program, run, names):
+        try:
+            with pyro.validation_enabled(False), torch.enable_grad():
+                again = forced.run(args, kwargs, fixed=fixed, subsamples=dict(run.subsamples), noise=run.noise)
+                _compare(forced, again, seen, args, kwargs, [{}, {particles: 0}])
+        except (CannotVectorize, NoisyProgram):
+            raise
+        except Exception:  # at values that were not drawn, a program may fail, alone as well
+            return
+
+
+def _compare(
+    program: Program, run: Run, seen: Run, args: tuple, kwargs: Mapping[str, Any], places: Sequence[Mapping[int, int]]
+) -> None:
+    alone = copy.copy(program)
+    alone.num_particles, alone.vectorized, alone.skips_unscored = 1, False, True
+    for place in places:
         fixed = _one_of(run, seen, program.max_plate_nesting, place)
         # Gradients are enabled for programs that call autograd inside.
         with torch.enable_grad():
@@ -65,11 +97,43 @@ def check_vectorized(program: Program, run: Run, seen: Run, args: tuple, kwargs:
         raise does_not_vectorize(*difference)
 
 
+def _repeats_values(program: Program, site: Site) -> bool:
+    """Whether particles draw a site each for itself, from values that they may have in common."""
+    if not site.latent or site.settled or site.enum_dim is not None or not is_discrete(site.fn):
+        return False
+    along = -1 - program.max_plate_nesting - site.fn.event_dim
+    return site.value.dim() >= -along and site.value.shape[along] == program.num_particles
+
+
+def _other_draws(program: Program, run: Run, names: Collection[str]) -> Iterator[dict[str, Draw]]:
+    """The draws of a run with other values of some sites: those of the first particle for all, then for half of them.
+
+    The other half has other values, so that the first and the last particle differ in every element.
+    """
+    for differ in (False, True):
+        fixed = {}
+        for site in run.guide:
+            if not site.latent or site.enum_dim is not None:
+                continue
+            fixed[site.name] = site.draw.map(lambda t: t.detach().requires_grad_(t.requires_grad))
+            if site.name in names:
+                along = -1 - program.max_plate_nesting - site.fn.event_dim
+                value = site.value.detach().narrow(along, 0, 1).expand(site.value.shape).clone()
+                if differ:
+                    half = program.num_particles // 2
+                    other = another_value(replace(site, value=value))
+                    value.narrow(along, half, program.num_particles - half).copy_(
+                        other.narrow(along, half, program.num_particles - half)
+                    )
+                fixed[site.name] = Draw(value)
+        yield fixed
+
+
 def _places(program: Program) -> list[dict[int, int]]:
     """Positions along the dimensions of enumerated values: the last of all, and combinations of first and last.
 
     A statement that moves one dimension onto another (an ``unsqueeze``, a sum) is not detected where both are at the
-    same position. Any two dimensions differ in one of these; the particles' dimension is always at the last.
+    same position. Any two dimensions differ in one of these; the particles' dimension is at the last in all.
     """
     dims = sorted(program.enum_dims.values(), reverse=True)
     bits = range(len(dims).bit_length())
@@ -191,9 +255,9 @@ class NoisyProgram(Exception):
 
 
 def _at(tensor: Tensor, event_dim: int, max_plate_nesting: int, place: Mapping[int, int]) -> Tensor:
-    """The last particle, at the given positions of enumerated values, by default the last ones."""
+    """One particle at the given positions of particles and enumerated values, by default the last ones."""
     while (batch := tensor.dim() - event_dim) > max_plate_nesting:
-        tensor = tensor[place.get(-batch, -1)]
+        tensor = tensor[min(place.get(-batch, -1), len(tensor) - 1)]
     return tensor
 
 

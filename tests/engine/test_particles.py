@@ -256,3 +256,37 @@ def test_enumerated_values_that_are_moved_onto_others_are_run_one_by_one(program
     torch.testing.assert_close(found, exact_gradient(model, guide), rtol=0, atol=1e-12)
     with pytest.raises((CannotVectorize, UnsupportedSite)):
         SiteELBO("enumerate", num_particles=num_particles, vectorize_particles=True)(model, guide)()
+
+
+# Statements that read another particle's value.
+
+
+class Reads(Params):
+    """Coins whose model reads one of them by an index from the left, where particles stand."""
+
+    def __init__(self, observed, index, size):
+        super().__init__(**({} if observed else {"a": [1.5] * size}))
+        self.observed, self.index, self.size = observed, index, size
+
+    def forward(self):
+        logits = torch.full((self.size,), -0.4, dtype=F64) if self.observed else self.a
+        z = pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1))
+        if self.observed:
+            pyro.sample("x", dist.Normal(3 * z[self.index], 1.0), obs=X[0])
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("index", "size", "num_particles"), [(-1, 1, 4), (-1, 1, 7), (0, 2, 2), (0, 3, 3)])
+def test_a_value_of_another_particle_is_detected_at_every_draw(index, size, num_particles, seed):
+    model, guide = Reads(True, index, size), Reads(False, index, size)
+    pyro.set_rng_seed(seed)
+    with pytest.warns(GumboWarning, match="particles are run one by one"):
+        SiteELBO("rloo", num_particles=num_particles)(model, guide)()
+
+
+@pytest.mark.parametrize("num_particles", [2, 7])
+@pytest.mark.parametrize("case", [name for name, case in DISCRETE.items() if not case.branches])
+def test_programs_for_many_particles_stay_at_once(case, num_particles, recwarn):
+    model, guide = DISCRETE[case].make()
+    SiteELBO("score", num_particles=num_particles)(model, guide)()
+    assert not [said for said in recwarn if "one by one" in str(said.message)]
