@@ -380,6 +380,8 @@ class Program:
         loose = [dim for dim in range(-self.max_plate_nesting, 0) if log_prob.shape[dim] > 1 and dim not in plates]
         if not self.vectorized and log_prob.dim() >= room:
             loose += [dim for dim in range(-log_prob.dim(), -self.max_plate_nesting) if log_prob.shape[dim] > 1]
+        elif log_prob.shape[-room] not in (1, self.num_particles):  # rows in the place of particles
+            loose.append(-room)
         if loose:
             raise UnsupportedSite(
                 name,

@@ -290,3 +290,20 @@ def test_programs_for_many_particles_stay_at_once(case, num_particles, recwarn):
     model, guide = DISCRETE[case].make()
     SiteELBO("score", num_particles=num_particles)(model, guide)()
     assert not [said for said in recwarn if "one by one" in str(said.message)]
+
+
+def guide_without_a_plate(x):
+    pyro.sample("z", dist.Normal(torch.tensor(0.3, dtype=F64, requires_grad=True), 1.0))
+
+
+def model_without_a_plate(x):
+    z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("num_particles", [None])
+def test_later_rows_without_a_plate_are_no_particles(num_particles):
+    loss = SiteELBO(num_particles=num_particles)(model_without_a_plate, guide_without_a_plate)
+    loss(torch.ones(1, dtype=F64))
+    with pytest.raises(UnsupportedSite, match="outside any plate"):
+        loss(torch.ones(4, dtype=F64))
