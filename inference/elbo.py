@@ -40,7 +40,8 @@ class SiteELBO(ELBO):
             ``"log-variance+elbo"``; or an :class:`~gumbo.inference.objectives.Objective`.
         num_particles: K, the number of draws; None takes the smallest K that the estimators allow.
         vectorize_particles: True runs all K particles at once, in a plate to the left of all others; the first call
-            replays particles alone, compares the log-probabilities, and refuses programs for which they differ.
+            replays particles alone, compares the log-probabilities, and refuses programs for which they differ; so does
+            a later call in another mode, with other arguments, or with another shape of these (the first few shapes).
             False runs one particle after the other. None: vectorized where the comparison passes, otherwise one after
             the other with a warning.
         max_plate_nesting: the number of batch dimensions that plates use; None finds it in the first call.

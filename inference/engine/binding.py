@@ -49,6 +49,7 @@ class Binding(nn.Module):
         self.steps = 0
         self.mixed_plates: tuple[str, ...] = ()
         self.looks: set[tuple[Any, ...]] = set()  # modes and batch sizes in which the programs were checked
+        self.compared: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}  # shapes at which particles were compared
         self.modules_met: list[nn.Module] = []
         self.generators = Generators()
         self.runs_again = False  # if so, the programs' own noise is kept separate
@@ -151,6 +152,43 @@ class Binding(nn.Module):
                 self.mix(new)
         self.looks.add((mode, size))
 
+    def compare(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Compare particles at once with single ones, in each mode, for other arguments, and the first shapes of these.
+
+        A later call may take another branch, or have rows where the particles are.
+        """
+        if not self.compared or not self.vectorized or current_tape():
+            return
+        structure, shapes = self._structure(args, kwargs)
+        before = self.compared.setdefault(structure, set())
+        # As many rows as particles may be mistaken for these, at any time.
+        if shapes in before or (len(before) >= SIZES and not any(self.num_particles in shape for shape in shapes)):
+            return
+        with one_at_a_time, looking(self.model, self.guide, *args):
+            arrangement = self.arrangement
+            program = one_particle(
+                self.model, self.guide, arrangement.max_plate_nesting, arrangement.resolution.as_drawn
+            )
+            program.generators = self.generators
+            program.eliminates = False
+            seen = program.run(args, kwargs)
+            arrangement.settle(self._make(), seen, self.chosen, args, kwargs)
+        self.runs_again = self.runs_again or self._runs_again()
+        before.add(shapes)
+
+    def _structure(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The mode and the kinds of the arguments, and the shapes of those that are tensors."""
+        items = [*enumerate(args), *sorted(kwargs.items())]
+        kinds = [(name, type(item), item.dtype if isinstance(item, Tensor) else None) for name, item in items]
+        mode = [module.training for module in self.modules_met]
+        return (*mode, *kinds), tuple([tuple(item.shape) for _, item in items if isinstance(item, Tensor)])
+
+    def _make(self) -> Callable[[], Program]:
+        return partial(self.arrangement.program, self.steps, self.generators)
+
+    def _runs_again(self) -> bool:
+        return any(e.runs_again or (e.enumerates and not self.vectorized) for e in self.chosen.values())
+
     def _needs_plates(self) -> bool:
         """Whether anything is estimated per row: without surrogates and weights all terms are summed anyway."""
         if self.elbo.plates != "check" or not self.checks_plates:
@@ -207,12 +245,13 @@ class Binding(nn.Module):
         leading = arrangement.num_particles > 1 or any(e.enumerates or e.reruns for e in chosen.values())
         if arrangement.vectorized and leading:
             try:
-                make = partial(arrangement.program, self.steps, self.generators)
-                arrangement.settle(make, seen, chosen, args, kwargs)
+                arrangement.settle(self._make(), seen, chosen, args, kwargs)
             except GumboError:
                 arrangement.num_particles = None
                 raise
-        self.runs_again = any(e.runs_again or (e.enumerates and not arrangement.vectorized) for e in chosen.values())
+            structure, shapes = self._structure(args, kwargs)
+            self.compared = {structure: {shapes}}
+        self.runs_again = self._runs_again()
         if self.runs_again:
             try:
                 check_repeats(program, seen, self.modules_met, args, kwargs)
@@ -258,6 +297,7 @@ class Binding(nn.Module):
         """The loss on these arguments: a scalar whose value is the objective and whose gradient is the estimator."""
         self.initialize(args, kwargs)
         self.look(args, kwargs)
+        self.compare(args, kwargs)
         before = [] if current_tape() else self.generators.states()
         moving = self.training and torch.is_grad_enabled()
         while True:

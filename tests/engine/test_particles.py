@@ -301,9 +301,41 @@ def model_without_a_plate(x):
     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
 
-@pytest.mark.parametrize("num_particles", [None])
+@pytest.mark.parametrize("num_particles", [None, 4])
 def test_later_rows_without_a_plate_are_no_particles(num_particles):
     loss = SiteELBO(num_particles=num_particles)(model_without_a_plate, guide_without_a_plate)
     loss(torch.ones(1, dtype=F64))
     with pytest.raises(UnsupportedSite, match="outside any plate"):
         loss(torch.ones(4, dtype=F64))
+
+
+class Labelled(Params):
+    """One-hot draws of two rows; a branch for labelled rows indexes from the left."""
+
+    def __init__(self, observed):
+        super().__init__(**({} if observed else {"a": [0.5, -1.0]}))
+        self.observed = observed
+
+    def forward(self, x, y=None):
+        logits = torch.zeros(2, dtype=F64) if self.observed else self.a
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.OneHotCategorical(logits=logits))
+            if self.observed:
+                pyro.sample("x", dist.Normal(z[..., 1], 1.0), obs=x)
+            if self.observed and y is not None:
+                pyro.sample("y", dist.Normal(3 * z[torch.arange(len(x)), y], 1.0), obs=x)
+
+
+def test_a_branch_of_a_later_call_is_compared_too():
+    loss = SiteELBO("rloo", num_particles=2)(Labelled(True), Labelled(False))
+    y = torch.tensor([1, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(X)
+    with pytest.warns(GumboWarning, match="particles are run one by one"):
+        loss(X, y)
+    strict = SiteELBO("rloo", num_particles=2, vectorize_particles=True)(Labelled(True), Labelled(False))
+    strict(X)
+    for _ in range(2):
+        with pytest.raises(CannotVectorize):
+            strict(X, y)
