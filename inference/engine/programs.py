@@ -411,7 +411,7 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
             f"the program calls autograd inside, and something there carries no gradient ({first}); draws have one"
             " under 'pathwise' only, parameters under every word but stl, dreg, rebar and muprop"
         ) from error
-    except ValueError as error:
+    except (ValueError, ZeroDivisionError) as error:
         # Only Pyro's own size errors are converted; errors raised by the user's program pass unchanged.
         where = error.__traceback__
         while where.tb_next is not None:
@@ -419,6 +419,10 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         module = where.tb_frame.f_globals.get("__name__", "")
         if isinstance(error, GumboError) or not module.startswith(("pyro.poutine", "pyro.primitives")):
             raise
+        if isinstance(error, ZeroDivisionError):
+            local = where.tb_frame.f_locals
+            plate = local.get("name") or getattr(local.get("self"), "name", "")
+            raise BadInput(f"plate {plate!r} is empty: expected at least one row of data") from error
         raise Misfit(first_line(error)) from error
 
 

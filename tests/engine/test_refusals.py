@@ -254,6 +254,23 @@ def test_rows_of_a_plate_are_a_list_of_numbers_for_everyone(rows, said, where):
             take()
 
 
+@pytest.mark.parametrize("sizes", [{"size": 0}, {"size": 3, "subsample": torch.arange(0)}])
+def test_a_plate_without_rows_is_empty_data(sizes):
+    def program(obs):
+        with pyro.plate("data", **sizes):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+            if obs is not None:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=obs)
+
+    with pytest.raises(BadInput, match="^plate 'data' is empty: expected at least one row of data$"):
+        SiteELBO("pathwise")(program, lambda x: program(None))(torch.zeros(0, dtype=F64))
+
+
+def test_a_division_by_zero_of_the_users_own_passes_unchanged():
+    with pytest.raises(ZeroDivisionError, match="^division by zero$"):
+        SiteELBO("pathwise")(lambda: None, lambda: 1 / 0)()
+
+
 def test_rows_of_a_plate_may_be_a_plain_list():
     def program(rows, obs):
         with pyro.plate("data", 12, subsample=rows):
