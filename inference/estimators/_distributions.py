@@ -245,6 +245,10 @@ def coordinate_values(fn: Distribution) -> Tensor | str:
         values = base.enumerate_support(expand=False)
     except (NotImplementedError, ValueError) as error:
         return f"its support cannot be enumerated ({error})"
+    if isinstance(base, dist.Empirical):
+        if base.batch_shape:
+            return "the atoms of an Empirical differ between the elements of its batch"
+        values = values.unique(dim=0)  # log_prob adds the weights of equal atoms
     listed = values.reshape(values.shape[:1] + tuple(base.event_shape))
     if hasattr(values, CATEGORICAL):
         setattr(listed, CATEGORICAL, getattr(values, CATEGORICAL))

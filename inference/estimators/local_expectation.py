@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pyro.distributions import Empirical
 from torch import Tensor
 
 from ._base import Draw, Estimator, SiteView, detached_draw, estimators, pad_left
@@ -34,6 +35,8 @@ class LocalExpectation(Estimator):
         return num_particles * (1 + num_sites)
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
+        if isinstance(elementary(site["fn"]), Empirical):
+            return "an Empirical scores one value at a time"
         found = coordinate_values(site["fn"])
         return found if isinstance(found, str) else None
 

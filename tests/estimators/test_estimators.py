@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from exact_means import exact_gradient, mean_gradient
 from programs import DISCRETE
 
-from gumbo.errors import BadInput, UnknownName
+from gumbo.errors import BadInput, UnknownName, UnsupportedSite
 from gumbo.inference import Auto, SiteELBO
 from gumbo.inference.engine.resolution import as_estimator
 from gumbo.inference.estimators import ARMS, Fini, GumbelSoftmax, MovingAverage, Neural, ScoreFunction, estimators
@@ -75,3 +77,42 @@ def test_a_call_that_cannot_be_meant_is_one_line(text, error, says):
     with pytest.raises(error, match=says) as caught:
         as_estimator(text)
     assert "\n" not in str(caught.value)
+
+
+def empirical(atoms, log_weights):
+    def model():
+        z = pyro.sample("z", dist.Empirical(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.5])))
+        pyro.sample("x", dist.Normal(3 * z, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("z", dist.Empirical(atoms, log_weights))
+
+    return model, guide
+
+
+def test_atoms_that_an_empirical_repeats_are_listed_once():
+    log_weights = torch.tensor([0.2, -0.3, 0.5], requires_grad=True)
+    weights = log_weights.softmax(0)
+    merged = torch.stack([weights[0] + weights[1], weights[2]]).log()
+    found = []
+    for atoms, given in ((torch.tensor([0.0, 0.0, 1.0]), log_weights), (torch.tensor([0.0, 1.0]), merged)):
+        loss = SiteELBO("enumerate", vectorize_particles=False)(*empirical(atoms, given))()
+        found.append(torch.cat([loss.detach()[None], *torch.autograd.grad(loss, log_weights, retain_graph=True)]))
+    assert torch.allclose(*found, rtol=0, atol=1e-6)
+
+
+def test_an_empirical_is_refused_where_all_its_values_must_be_scored_at_once():
+    pair = empirical(torch.tensor([0.0, 1.0]), torch.zeros(2))
+    with pytest.raises(UnsupportedSite, match="^site 'z' .* 'local-expectation': an Empirical scores"):
+        SiteELBO("local-expectation")(*pair)()
+
+
+def test_an_empirical_with_a_batch_has_no_common_atoms():
+    def program(obs):
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Empirical(torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]]), torch.zeros(2, 3)))
+            if obs is not None:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=obs)
+
+    with pytest.raises(UnsupportedSite, match="^site 'z' cannot take estimator 'enumerate': the atoms of an Empirical"):
+        SiteELBO("enumerate")(lambda: program(torch.zeros(2)), lambda: program(None))()
