@@ -84,6 +84,12 @@ class Run:
         return frozenset((f.name, f.dim, f.size) for f in partial)
 
     @property
+    def part_sizes(self) -> dict[str, tuple[int, int]]:
+        """The full size and the number of rows visited of each vectorized plate that is subsampled, by name."""
+        partial = [f for f in self._plates() if f.vectorized and f.full_size not in (None, f.size)]
+        return {f.name: (f.full_size, f.size) for f in partial}
+
+    @property
     def partial_loops(self) -> frozenset[str]:
         """Sequential plates of which only some elements were visited."""
         return frozenset(f.name for f in self._plates() if not f.vectorized and f.full_size not in (None, f.size))

@@ -63,13 +63,21 @@ def power_mean(log_weight: Tensor, dim: int, alpha: float) -> Tensor:
 
 
 def common_scale(runs: list[Run]) -> Any:
-    """The scale common to all terms, which multiplies the bound; 1 where scales differ and enter the weights."""
+    """What multiplies the bound: the scale common to all terms, or, where scales differ, that of subsampled plates.
+
+    The rest of scales that differ enters the weights as exponents.
+    """
     scales = [site.scale for run in runs for site in run.sites if site.latent or not site.settled]
     first = scales[0] if scales else 1.0
     same = all(
         s is first or (not isinstance(s, Tensor) and not isinstance(first, Tensor) and s == first) for s in scales
     )
-    return first if same else 1.0
+    return first if same else _subsampling(runs[0])
+
+
+def _subsampling(run: Run) -> float:
+    """N/B of the subsampled plates, which Pyro has put into the scale of every site inside."""
+    return math.prod(full / size for full, size in run.part_sizes.values())
 
 
 @dataclass
@@ -90,7 +98,7 @@ def importance_weights(groups: list[list[Run]], layout: Layout) -> Weights:
         layout: the meaning of the terms' dimensions; particles are along dimension ``-layout.room``.
 
     Returns:
-        log p and log q in nats, each ``(K, *plates)``, and the scale common to all terms.
+        log p and log q in nats, each ``(K, *plates)``, and the scale outside of the weights.
 
     Raises:
         UnsupportedSite: a plate that does not enclose every site is subsampled.

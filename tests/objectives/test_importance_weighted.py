@@ -101,6 +101,38 @@ def test_a_minibatch_bound_estimates_the_full_one():
     assert abs((full / 3 - full) / (draws.std() / math.sqrt(len(draws)))) > 20
 
 
+@pytest.mark.parametrize("scale", [0.5, torch.tensor(1.0, dtype=F64)])
+@pytest.mark.parametrize("options", [{"objective": "iwae"}, {"objective": "renyi", "alpha": 0.5}])
+def test_the_factor_of_a_subsampled_plate_is_no_exponent_where_other_scales_differ(options, scale):
+    """The minibatch has the value of a plate in full with the same rows, times N/B."""
+    x = torch.linspace(-1, 1.5, 6, dtype=F64)
+    draws = dist.Bernoulli(torch.full((2,), 0.4, dtype=F64))
+
+    def programs(part):
+        def plate():
+            return pyro.plate("data", 6, subsample=torch.tensor([1, 4])) if part else pyro.plate("data", 2)
+
+        def model():
+            with plate():
+                z = pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.3, dtype=F64)))
+                with pyro.poutine.scale(scale=scale):
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x[[1, 4]])
+
+        def guide():
+            with plate():
+                pyro.sample("z", draws)
+
+        return model, guide
+
+    values = []
+    for part in (True, False):
+        loss = SiteELBO("score", num_particles=2, **options)(*programs(part))
+        loss()
+        torch.manual_seed(5)
+        values.append(loss())
+    assert torch.allclose(values[0], 3 * values[1], rtol=1e-12)
+
+
 def test_a_latent_outside_the_subsampled_plate_is_refused():
     x = torch.linspace(-1, 1.5, 6, dtype=F64)
     with pytest.raises(UnsupportedSite, match="'mean'.*subsampled plate 'data'"):
