@@ -239,6 +239,34 @@ def test_dreg_keeps_the_models_gradient_of_a_shared_parameter():
     assert (gap / error).abs().max() < 4.5
 
 
+@pytest.mark.parametrize("how", ["method", "closure", "argument"])
+def test_dreg_has_the_same_gradient_however_the_guide_gets_its_parameters(how):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.tensor(value, dtype=F64)) for value in (0.2, 0.6))
+
+        def forward(self, a=None):
+            z1 = pyro.sample("z1", dist.Normal(self.a if a is None else a, 0.7))
+            pyro.sample("z2", dist.Normal(self.b * z1, 0.9))
+
+    network = Network()
+
+    def model(a=None):
+        z1 = pyro.sample("z1", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+        z2 = pyro.sample("z2", dist.Normal(z1, 1.0))
+        pyro.sample("x", dist.Normal(z1 + z2, 1.0), obs=X[0])
+
+    guides = {"method": network.forward, "closure": lambda: network(), "argument": lambda a: network(a)}
+    found = []
+    for guide, args in ((network, ()), (guides[how], (2 * network.a - network.a,) if how == "argument" else ())):
+        loss = SiteELBO("dreg", objective="iwae", num_particles=3)(model, guide)
+        loss(*args)
+        torch.manual_seed(4)
+        found.append(gradient(loss(*args), network))
+    assert torch.allclose(*found, rtol=0, atol=1e-12)
+
+
 def test_dreg_has_less_variance_than_pathwise_for_the_guide():
     model, guide = HierarchyModel(), HierarchyGuide()
     variance = {}
