@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from types import CellType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .records import Run, Site
 from .terms import Layout, Row, cost_at
 
 Cost = Callable[[Run, Draw], Tensor]
+_EMPTY = CellType()
 
 
 class RunsAgain(Exception):
@@ -72,6 +74,8 @@ class Reruns:
 
     def _at(self, run: Run, draws: dict[str, Draw], with_model: bool = True) -> Run:
         """A run at these draws, with the guide's parameters frozen."""
+        # What a guide closes over may reach the model too, whose gradient must stay.
+        guide = [self.program.guide] if with_model else _parts(self.program.guide)
         return self.program.run(
             self.args,
             self.kwargs,
@@ -80,7 +84,7 @@ class Reruns:
             choices=dict(run.choices),
             noise=run.noise,
             with_model=with_model,
-            around_guide=frozen([self.program.guide], run.guide_params.values()),
+            around_guide=frozen(guide, run.guide_params.values()),
         )
 
     def evaluate(
@@ -231,6 +235,14 @@ def stand_in(
     )
 
 
+def _parts(program: Any) -> list[Any]:
+    """A program with the object that it is a method of, and what it closes over."""
+    cells = getattr(getattr(program, "__func__", program), "__closure__", None) or ()
+    # The content of an empty cell, of a name that is not assigned yet, cannot be read.
+    closed = [cell.cell_contents for cell in cells if cell != _EMPTY]
+    return [program, getattr(program, "__self__", None), *closed]
+
+
 @contextmanager
 def frozen(programs: list[Any], params: Iterable[Any]) -> Iterator[None]:
     """Record no gradients for parameters; values in the programs keep theirs."""
@@ -238,6 +250,8 @@ def frozen(programs: list[Any], params: Iterable[Any]) -> Iterator[None]:
     for program in programs:
         if isinstance(program, nn.Module):
             leaves.update({id(p): p for p in nn.Module.parameters(program)})
+        elif isinstance(program, Tensor) and program.is_leaf:
+            leaves[id(program)] = program
     for value in params:
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
         if isinstance(leaf, Tensor) and leaf.is_leaf:

@@ -302,6 +302,33 @@ def test_sticking_the_landing_has_no_variance_at_the_posterior():
     assert spread["stl"] < 1e-12 < 0.1 < spread["pathwise"]
 
 
+@pytest.mark.parametrize("how", ["module", "method", "closed-over module", "closed-over tensor"])
+def test_sticking_the_landing_knows_what_a_function_closes_over(how):
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m = nn.Parameter(X[0] / 2)
+
+        def forward(self):
+            pyro.sample("z", dist.Normal(self.m, math.sqrt(0.5)))
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
+
+    module = Guide()
+    mean = module.m
+    guide = {
+        "module": module,
+        "method": module.forward,
+        "closed-over module": lambda: module(),
+        "closed-over tensor": lambda: pyro.sample("z", dist.Normal(mean, math.sqrt(0.5))),
+    }[how]
+    loss = SiteELBO("stl")(model, guide)
+    assert torch.stack([gradient(loss(), module) for _ in range(5)]).std(0).max() < 1e-12
+    assert mean.requires_grad
+
+
 # Who decides what a site takes.
 
 
