@@ -62,7 +62,7 @@ class Reruns:
                 site.log_prob = again.guide_site(site.name).log_prob
 
     def cut(self, groups: list[list[Run]]) -> list[list[Run]]:
-        """The same runs with detached values, and with the guide's parameters frozen."""
+        """The same runs with detached values."""
 
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_(tensor.requires_grad)
@@ -73,9 +73,9 @@ class Reruns:
         ]
 
     def _at(self, run: Run, draws: dict[str, Draw], with_model: bool = True) -> Run:
-        """A run at these draws, with the guide's parameters frozen."""
-        # What a guide closes over may reach the model too, whose gradient must stay.
-        guide = [self.program.guide] if with_model else _parts(self.program.guide)
+        """A run at these draws; one of the guide alone is with its parameters frozen."""
+        # With the model nothing is frozen: the guide may hand it more than draws, and that gradient must stay.
+        still = nullcontext() if with_model else frozen(_parts(self.program.guide), run.guide_params.values())
         return self.program.run(
             self.args,
             self.kwargs,
@@ -84,7 +84,7 @@ class Reruns:
             choices=dict(run.choices),
             noise=run.noise,
             with_model=with_model,
-            around_guide=frozen(guide, run.guide_params.values()),
+            around_guide=still,
         )
 
     def evaluate(

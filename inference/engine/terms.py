@@ -226,8 +226,7 @@ class Recorded:
         groups: for each group of vectorized particles, its runs: one for each path through enumerated values.
         layout: the layout of the terms' dimensions.
         view: ``view(rows, log_prob, cost, bound)`` makes an estimator's :class:`SiteView`.
-        again: ``again()`` reruns the programs at the same, detached values, with the guide's parameters frozen; returns
-            the same groups.
+        again: ``again()`` reruns the programs at the same, detached values; returns the same groups.
         report: ``report(name, value)`` stores a further value of this call, a scalar in nats, summed like the
             objective and over the rows of all processes (``layout.whole``).
     """

@@ -14,8 +14,8 @@ class DoublyReparameterizedBound(Objective):
     """The value of ``iwae`` or ``renyi``, with the gradient of the estimator ``dreg`` (Tucker et al. 2018).
 
     The draws z(φ) are those of the first runs; the weights come from a rerun of the programs at the same values,
-    detached, with the guide's parameters frozen as far as they are known. The factor w̃² (at order α it is
-    α w̃ + (1 − α) w̃², Daudel et al. 2023, arXiv 2210.06226) is applied once, where the gradient leaves the rerun.
+    detached. The factor w̃² (at order α it is α w̃ + (1 − α) w̃², Daudel et al. 2023, arXiv 2210.06226) is applied once,
+    where the gradient leaves the rerun.
     """
 
     name = "iwae"
@@ -37,7 +37,7 @@ class DoublyReparameterizedBound(Objective):
         if not torch.is_grad_enabled():
             return value
         normalized = bound.normalized()
-        # Without log q, since what a guide closes over, or receives as arguments, is not frozen.
+        # Without log q, which is to have a gradient through values only.
         own = weights.log_p - weights.log_q.detach()
         value = value + magic((weights.scale * normalized * own).sum())
         pairs = [
