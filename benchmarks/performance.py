@@ -457,8 +457,8 @@ def settings(entry: Facts) -> str:
 
 BOUND_PROSE = """\
 A sigmoid belief network of {latents} coins, one linear layer each way, on {data}, batches of {batch}; our best against
-stock TraceGraph_ELBO with a baseline: its decaying average, and besides with a network that sees the image, as Pyro
-lets one bring one's own. All start from the same weights, take one fused Adam (lighter than `SVI.step`, which keeps an
+stock TraceGraph_ELBO with a baseline: its decaying average, and besides with a network that sees the image, which
+the user supplies. All start from the same weights, take one fused Adam (lighter than `SVI.step`, which keeps an
 optimizer for each parameter), have Pyro's validation off, and are judged by the same evaluation on the test images. The
 rule, set beforehand: a target is the best test bound of a stock run's first {epochs} epochs, evaluated once per epoch;
 what counts is the time spent in training steps until an evaluation is at the target. All are timed in turns.

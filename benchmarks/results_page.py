@@ -166,10 +166,13 @@ def confusion(table: Table, found: Found):
         some = [numbers["beside"] for numbers in of if numbers["verdict"] == word]
         shifts, widths = [max(n["shift"], 1e-3) for n in some], [max(n["width"], 1e-4) for n in some]
         left.loglog(shifts, widths, "o", color=color, label=f"{word} ({len(some)})", alpha=0.7)
-        kept = [n for n in of if n["verdict"] == word and math.isfinite(n["value"])]
-        right.semilogx(
-            [max(n["beside"]["shift"], 1e-3) for n in kept], [n["value"] for n in kept], "o", color=color, alpha=0.7
-        )
+        kept = [n for n in of if n["verdict"] == word and not math.isnan(n["value"])]
+        for marker, those in (
+            ("o", [n for n in kept if n["value"] <= TOP]),
+            ("^", [n for n in kept if n["value"] > TOP]),
+        ):
+            across, up = [max(n["beside"]["shift"], 1e-3) for n in those], [min(n["value"], TOP) for n in those]
+            right.semilogx(across, up, marker, color=color, alpha=0.7)
     left.axvline(SHIFT, color="gray", linewidth=0.8)
     for limit in (WIDTH, 1 / WIDTH):
         left.axhline(limit, color="gray", linewidth=0.8)
@@ -177,8 +180,13 @@ def confusion(table: Table, found: Found):
     left.legend(fontsize="small", loc="lower left")
     right.axhline(0.7, color="gray", linewidth=0.8)
     right.axvline(SHIFT, color="gray", linewidth=0.8)
-    right.set(xlabel="largest shift, posterior sd", ylabel="k̂ of the guide's draws", ylim=(-0.5, 5))
+    right.set(
+        xlabel="largest shift, posterior sd", ylabel=f"k̂ of the guide's draws (▲: above {TOP})", ylim=(-0.5, TOP + 0.3)
+    )
     return made
+
+
+TOP = 5  # of the axis of k̂
 
 
 def speed_up(table: Table, found: Found):

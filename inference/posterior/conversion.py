@@ -153,7 +153,7 @@ def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "po
     the k̂ of the row's datum (of the global latents for a global variable); above 0.7 the guide is unreliable (Vehtari
     et al. 2024, arXiv:1507.02646).
 
-    A class is a name and no number: of one-hot sites (one row for each vector, without the dimension of classes),
+    A class is a name, not a number: of one-hot sites (one row for each vector, without the dimension of classes),
     Categorical and Bernoulli sites there are the ``mode`` and its ``probability``, in place of means, intervals and
     R̂ of indices or indicators. Fits may name the same class differently (label switching): with several chains,
     ``chains_agree`` is the share of them whose own mode is the one shown, and where it is below 1 the chains are not
