@@ -35,8 +35,14 @@ class _Coordinate:
     name: str
 
 
-def left_out(sweep: Sweep, sites: Sequence[str], plates: tuple[str, ...], given: Mapping[str, torch.Tensor]) -> Verdict:
-    """The verdict on these latents in units of ``plates``, with the latents outside them at ``given``."""
+def left_out(
+    sweep: Sweep,
+    sites: Sequence[str],
+    plates: tuple[str, ...],
+    given: Mapping[str, torch.Tensor],
+    unsearched: Sequence[str],
+) -> Verdict:
+    """The verdict on these latents in units of ``plates``; those outside are ``given``, and some ``unsearched``."""
     block = sweep.whole() or Block()
     draws, runs = (_DRAWS, _RUNS) if sweep.vectorized else (_FEW_DRAWS, _FEW_RUNS)
     found = list(_coordinates(sweep, sites, plates, block))
@@ -63,6 +69,9 @@ def left_out(sweep: Sweep, sites: Sequence[str], plates: tuple[str, ...], given:
     if count > many:
         advice = "the guide's probabilities leave these values out: train longer, and let the guide read the data"
         return Verdict("missed-mass", ALARM, text, *numbers, advice)
+    if unsearched:
+        text += f"; the global latents {', '.join(unsearched[:5])} were not searched"
+        return Verdict("missed-mass", CANNOT_SAY, text, *numbers, _REFIT)
     numbers_of_a_unit = sum(_numbers_of(sweep.model_sites[site], sweep, plates) for site in sites)
     if len(found) == 1 and numbers_of_a_unit == found[0].place.stop - found[0].place.start:
         return Verdict("missed-mass", OK, text, *numbers, "nothing")  # all values of all latents were listed

@@ -56,7 +56,7 @@ def missed_mass(
             plan = _plan(fewer)
             if any(fewer.model_sites[name].discrete for name in plan.sites):
                 say.stage(f"moving discrete latents through their values{sweep.slowly()}")
-                return {"missed-mass": left_out(fewer, plan.sites, plan.plates, plan.given)}
+                return {"missed-mass": left_out(fewer, plan.sites, plan.plates, plan.given, plan.left)}
             target = Target(fewer, plan.sites, plan.plates, plan.given)
             if target.dimension > SEARCHED:
                 return undone(f"{target.dimension} dimensions are too many to search from the prior", refit)

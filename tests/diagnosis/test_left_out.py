@@ -85,6 +85,24 @@ def test_several_discrete_latents_cannot_be_called_ok():
     assert found.verdict == "cannot say" and "one at a time" in found.text
 
 
+def test_classes_beside_a_global_latent_cannot_be_called_ok():
+    def model(x):
+        shift = pyro.sample("shift", dist.Normal(0.0 * ONE, 1e-3))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(PRIOR))
+            pyro.sample("x", dist.Normal(MEANS[k] + shift, 1.0), obs=x)
+
+    def guide(x, logits=LOGITS):
+        pyro.sample("shift", dist.Normal(0.0 * ONE, 1e-3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Categorical(logits=logits))
+
+    found = diagnose(model, guide, X, **QUICK)["missed-mass"]
+    assert found.verdict == "cannot say" and "shift were not searched" in found.text
+    found = diagnose(model, lambda x: guide(x, WITHOUT_ONE), X, **QUICK)["missed-mass"]
+    assert found.verdict == "alarm"
+
+
 @pytest.mark.parametrize("place", [1, 64])
 @pytest.mark.parametrize(("shift", "wide", "alarm"), [(1.0, 1.0, "shift"), (0.0, 3.0, "width")])
 def test_a_fault_in_one_of_many_dimensions_alarms(place, shift, wide, alarm):
