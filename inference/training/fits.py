@@ -259,7 +259,7 @@ def _first_look(
     options: FitSettings,
 ) -> tuple[Rows, Inspection]:
     """The first batch, and what the programs are found to do with it; raises BadInput where they cannot be trained."""
-    with private_seed(options.seed, model, guide), one_at_a_time:
+    with one_at_a_time, private_seed(options.seed, model, guide):
         first = batches_in(options.batch_size, options.seed).first()
         of_rows = None
         if options.batch_size == 1 < _number_of(rows):
