@@ -20,6 +20,7 @@ from torch.distributions import constraints
 
 from gumbo.errors import BadInput, GumboWarning
 from gumbo.inference import evaluate, fit
+from gumbo.inference.engine.scopes import one_at_a_time
 from gumbo.inference.training.checkpoints import load_checkpoint
 
 quiet = functools.partial(fit, progress=False, lr=1e-2)
@@ -402,6 +403,20 @@ def test_threads_take_turns():
         thread.join()
     assert not problems
     assert all(torch.equal(state_of(a), state_of(b)) for a, b in zip(vaes, alone, strict=True))
+
+
+def test_a_run_that_waits_for_its_turn_leaves_the_generator_alone():
+    vae = VAE(0)
+    torch.manual_seed(3)
+    waiting = threading.Thread(
+        target=quiet, args=(vae.model, vae.guide, X), kwargs={"loss": "pathwise", "epochs": 1, "batch_size": 4}
+    )
+    with one_at_a_time:
+        before = torch.get_rng_state()
+        waiting.start()
+        waiting.join(timeout=2)
+        assert waiting.is_alive() and torch.equal(before, torch.get_rng_state())
+    waiting.join()
 
 
 def test_one_batch_of_all_rows_keeps_their_order():
