@@ -298,6 +298,7 @@ class SiteELBOModule(ELBOModule):
         with self._own_store():
             self.binding.initialize(args, kwargs)
             self.binding.look(args, kwargs)
+            self.binding.compare(args, kwargs)
         return self
 
     @property

@@ -88,6 +88,7 @@ class ProcessStep(TorchStep):
         part, spoken = batch[share.rows], self.processes.num_collectives
         value, problem = None, None
         try:
+            self._compare(part)
             with self.split.running(share), self.checks():
                 value = self.module(*part.args, **part.kwargs)
             value.backward()
@@ -97,6 +98,11 @@ class ProcessStep(TorchStep):
                 raise alone(_as_ours(error), self.processes.rank) from error
             problem = error
         return self._added_up(value, share, problem)
+
+    def _compare(self, part: Rows) -> None:
+        """Compare particles here, since within a step the runs would move the stream that all processes share."""
+        if isinstance(self.module, SiteELBOModule):
+            self.module.initialize(*part.args, **part.kwargs)
 
     def _added_up(self, value: Tensor | None, share: Share, problem: Exception | None) -> float:
         processes, parameters = self.processes, [p for p in self.parameters.values() if p.requires_grad]

@@ -332,6 +332,13 @@ def buffers_of(step) -> dict:
     return {name: value.clone().double() for name, value in step.module.named_buffers()}
 
 
+def look_at(step, batches) -> None:
+    """Look at the programs ahead of the steps, since looks draw numbers too, which would be counted there."""
+    for batch in batches:
+        if hasattr(step.module, "initialize"):
+            step.module.initialize(batch)
+
+
 def compare(name: str, processes: Processes) -> dict[str, float]:
     """Largest differences between this process of several and one process alone, over three steps on each batch."""
     classes, scaled, make_loss = CASES[name]
@@ -339,11 +346,10 @@ def compare(name: str, processes: Processes) -> dict[str, float]:
     store = pyro.get_param_store()
     with store.scope() as one:
         alone = TorchStep(*pair_of(classes, scaled), make_loss(), make, Rows(data(9)))
-        for count in BATCHES:  # looks at the programs draw numbers too, which are not to be counted below
-            if hasattr(alone.module, "initialize"):
-                alone.module.initialize(data(count))
+        look_at(alone, (data(count) for count in BATCHES))
     with store.scope() as many:
         several = ProcessStep(*pair_of(classes, scaled), make_loss(), make, Rows(data(9)), processes, seed=0)
+        look_at(several, (data(count)[several.split.take(count).rows] for count in BATCHES))
     worst = {"gradient": 0.0, "loss": 0.0, "buffers": 0.0, "size": 0.0}
     for turn in range(3):
         for count in BATCHES:
