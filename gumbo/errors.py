@@ -128,6 +128,8 @@ class UnsupportedSite(GumboError, ValueError):
         self.site, self.estimator, self.reason = site, estimator, reason
         self.alternatives = tuple(alternatives)
         what = f"site {site!r}" if estimator == ANY else f"site {site!r} cannot take estimator {estimator!r}"
+        if site == "*":  # the word for all sites that have none of their own, refused before a site is seen
+            what = f"estimator {estimator!r}"
         advice = f"; would do: {', '.join(self.alternatives)}" if self.alternatives else ""
         super().__init__(f"{reason}{advice}" if site == PROGRAM else f"{what}: {reason}{advice}")
 

@@ -144,7 +144,7 @@ def check_seed(seed: Any) -> None:
     Traceback (most recent call last):
     gumbo.errors.BadInput: seed is 18446744073709551616: expected a whole number of at least 0, below 2**64
     """
-    if not (_is_number(seed) and isinstance(seed, Integral) and -(2**63) <= int(seed) < 2**64):
+    if not (_is_number(seed) and isinstance(seed, Integral) and 0 <= int(seed) < 2**64):
         raise BadInput(f"seed is {_short(seed)}: expected a whole number of at least 0, below 2**64")
 
 

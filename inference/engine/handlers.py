@@ -41,6 +41,7 @@ class Bound(Protocol):
     num_particles: int
     memory_limit: float
     largest: int
+    redraws_misfits: bool
 
 
 class OfSamples(Messenger):
@@ -155,6 +156,12 @@ class SharedSubsamples(OfSamples):
             same = plate.subsample_size is None and plate.size == self.sizes.get(msg["name"])
             expected = plate.size if plate.subsample_size is None else plate.subsample_size
             if expected is not None and expected >= 0 and len(rows) != expected and not same:
+                if msg["name"] not in self.sizes:
+                    raise BadInput(
+                        f"plate {msg['name']!r} has {len(rows)} rows in one run of the program and {expected} in"
+                        " another, so that its size depends on a draw: take num_particles=1 with estimators of one run,"
+                        " such as 'score', 'nvil' or 'pathwise', or give it the largest size and mask the rest"
+                    )
                 raise BadInput(
                     f"plate {msg['name']!r} has {len(rows)} rows where it is first met and {expected} later; give model"
                     " and guide plates of one size"
@@ -176,6 +183,15 @@ class SharedSubsamples(OfSamples):
             row_numbers(msg["name"], msg["value"])
             self.subsamples.setdefault(msg["name"], msg["value"])
             self.sizes.setdefault(msg["name"], msg["fn"].size)
+
+
+def _misfits(draw: Draw, fn: Any) -> bool:
+    """Whether a draw of another run has another shape than this one's, such as in a plate of a drawn size."""
+    shape = fn.shape()
+    try:
+        return torch.broadcast_shapes(draw.value.shape, shape) != draw.value.shape
+    except RuntimeError:
+        return True
 
 
 class Draws(OfSamples):
@@ -219,7 +235,7 @@ class Draws(OfSamples):
         if self.chains is not None and in_chain(msg, estimator):
             self.chains.lay_out(msg)
             draw, joint = Draw(msg["value"]), name in self.program.joint
-        elif name in self.fixed:
+        elif name in self.fixed and not (self.program.redraws_misfits and _misfits(self.fixed[name], fn)):
             draw = self.fixed[name]
         elif estimator is not None and estimator.enumerates:
             draw, enum_dim, joint = self._enumerate(msg, estimator)

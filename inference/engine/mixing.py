@@ -39,6 +39,7 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
         return frozenset()
 
     program.skips_unscored = True  # some flows cannot score a value that they did not draw
+    program.redraws_misfits = True  # a plate may have another size at other draws
     # Other plates may have another size at other draws.
     rows = {frame[0] for frame in first.partial_plates} | first.partial_loops
     subsamples = {name: chosen for name, chosen in first.subsamples.items() if name in rows}
@@ -65,10 +66,11 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
                 continue
             for row in sorted({0, plate[2] - 1, int(torch.randint(plate[2], ()))}):
                 changed = {name: _with_row(drawn[name], here[name], there[name], plate, row) for name in drawn}
-                changed = {**new, **changed}
+                same = {name for name in changed if name not in new or new[name].shape == changed[name].shape}
+                changed = {**new, **{name: changed[name] for name in same}}
                 # Some kernels are not deterministic; their differences are ignored.
                 if _reaches(again(changed), as_drawn, plate, row, None) and _reaches(
-                    again(changed), as_drawn, plate, row, again({**new, **here})
+                    again(changed), as_drawn, plate, row, again({**here, **new})
                 ):
                     found.add(plate[0])
                     break

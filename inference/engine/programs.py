@@ -90,7 +90,7 @@ class Program:
         self.vectorized, self.step, self.generators = vectorized, step, generators
         self.joint = set() if joint is None else joint
         self.enum_dims = {} if enum_dims is None else enum_dims
-        self.skips_unscored = False
+        self.skips_unscored, self.redraws_misfits = False, False  # in trial runs
 
     def runs(
         self, args: tuple, kwargs: Mapping[str, Any], proposal: Callable | None = None, **options: Any

@@ -97,7 +97,7 @@ class FitSettings:
         minutes = self.checkpoint_minutes
         if minutes is not None and not (isinstance(minutes, Real) and not isinstance(minutes, bool) and minutes > 0):
             raise BadInput(f"checkpoint_minutes is {minutes!r}: expected a positive number")
-        if not (is_whole(self.seed) and -(2**63) <= self.seed < 2**64):
+        if not (is_whole(self.seed) and 0 <= self.seed < 2**64):
             raise BadInput(
                 f"seed is {self.seed!r}: expected a whole number that torch.manual_seed takes, at least 0, below 2**64"
             )
@@ -148,6 +148,8 @@ def _refuse_folder(run_dir: object) -> None:
     """Raise BadInput for a value that no file system accepts as a folder name."""
     if not isinstance(run_dir, (str, os.PathLike)):
         raise BadInput(f"run_dir is {type(run_dir).__name__}: expected a path")
+    if not os.fspath(run_dir):
+        raise BadInput("run_dir is '': expected a path, such as 'runs/first'; '.' is the current folder")
     try:
         os.lstat(Path(run_dir) / "checkpoints")
     except ValueError as error:

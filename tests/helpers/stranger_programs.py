@@ -98,6 +98,26 @@ class BranchOnALatent(Pair):
             pyro.sample("y", dist.Bernoulli(logits=self.b))
 
 
+@enter(EXACT, "score", num_particles=1)
+@enter(
+    REFUSED, "score", "rloo", says="'d' has . rows in one run.*on a draw", num_particles=20, vectorize_particles=False
+)
+class PlateOfADrawnSize(Pair):
+    fields = {"a": 0.4, "b": -0.3, "w": 0.7}
+
+    def model(self):
+        k = pyro.sample("k", dist.Bernoulli(logits=t(-0.3)))
+        with pyro.plate("d", 2 + int(k)):
+            z = pyro.sample("z", dist.Bernoulli(logits=t(0.2)))
+        with pyro.plate("rows", 2):
+            pyro.sample("x", dist.Normal(self.w * z.sum(), 1.0), obs=X[:2])
+
+    def guide(self):
+        k = pyro.sample("k", dist.Bernoulli(logits=self.a))
+        with pyro.plate("d", 2 + int(k)):
+            pyro.sample("z", dist.Bernoulli(logits=self.b + 0.3 * k))
+
+
 @enter(EXACT, *VALUE, vectorize_particles=False)
 class TossUntilHeads(Pair):
     """A recursion with at most three coins: which sites there are is itself random."""

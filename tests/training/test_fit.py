@@ -248,9 +248,11 @@ def test_bad_input_is_one_line(tmp_path):
     ("change", "word"),
     [
         ({"run_dir": 3}, "run_dir is int: expected a path"),
+        ({"run_dir": ""}, "run_dir is '': expected a path"),
         ({"run_dir": "a\0b"}, "run_dir"),
         ({"run_dir": "a" * 300}, "run_dir .* too long"),
         ({"seed": 2**70}, "seed is"),
+        ({"seed": -1}, "seed is -1: expected a whole number"),
         ({"seed": -(2**70)}, "seed is"),
         ({"transform": lambda x, generator: x[:3]}, "transform's result has 3 rows for a batch of 16"),
         ({"transform": lambda x, generator: x * torch.nan}, "transform's result.* NaN"),
