@@ -118,6 +118,49 @@ def to_arviz(
     (('chain', 'draw', 'data'), (1, 50, 2))
     """
     args, kwargs = given_arguments(args, kwargs)
+    return converted(
+        model,
+        guide,
+        args,
+        kwargs,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        coords=coords,
+        dims=dims,
+        num_refits=num_refits,
+        seed=seed,
+        groups=groups,
+        thin=thin,
+        data_plates=data_plates,
+        num_local_samples=num_local_samples,
+        memory_limit=memory_limit,
+        progress=progress,
+        refit=refit,
+    )
+
+
+def converted(
+    model: Callable,
+    guide: Callable | Sequence[Callable],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    num_samples: int = 1000,
+    batch_size: int | None = None,
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    num_refits: int | None = None,
+    seed: int | None = 0,
+    groups: Iterable[str] | None = None,
+    thin: int | Mapping[str, int] = 1,
+    data_plates: str | Sequence[str] | None = None,
+    num_local_samples: int = 64,
+    memory_limit: float = 4.0,
+    progress: bool | None = None,
+    refit: Callable[[int], Callable] | None = None,
+    elsewhere: Mapping[str, Sequence[str]] | None = None,
+) -> Any:
+    """:func:`to_arviz`, with the names of dimensions of variables that others add: ``elsewhere``, by variable."""
     wanted = _wanted(groups)
     if num_samples < 2:
         raise BadInput(f"num_samples is {num_samples}: expected at least 2")
@@ -131,7 +174,7 @@ def to_arviz(
         guides += refitted(model, guides, args, kwargs, num_refits, seed, refit)
     options = {"batch_size": batch_size, "data_plates": data_plates}
     sweeps = [Sweep(model, one, args, kwargs, **options) for one in guides]
-    check_names(sweeps[0], coords or {}, dims or {})
+    check_names(sweeps[0], coords or {}, dims or {}, elsewhere or {})
     collection = Collection(sweeps[0], len(sweeps), num_samples, wanted, thin, num_local_samples)
     need = collection.bytes_needed()
     afford(need, memory_limit)

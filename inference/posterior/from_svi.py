@@ -10,8 +10,9 @@ import torch
 
 from ...errors import BadInput
 from ...options import holds_to_annotations
+from ..engine.rows import given_arguments
 from . import _arviz
-from .conversion import to_arviz
+from .conversion import converted
 
 _ALWAYS = ("posterior", "sample_stats", "vi_stats", "observed_data", "constant_data")
 _ORDER = (
@@ -107,7 +108,10 @@ def from_pyro_svi(
         if posterior is not None:
             raise BadInput("svi and posterior are both given: posterior holds draws where there is no svi")
         wanted = {"prior": prior, "posterior_predictive": posterior_predictive, "log_likelihood": log_likelihood}
-        options = {"num_samples": num_samples, "coords": coords, "dims": dims, "seed": seed}
+        others = (prior, posterior_predictive, log_likelihood, predictions, constant_data, predictions_constant_data)
+        names = {name for group in others if isinstance(group, Mapping) for name in group}
+        elsewhere = {name: [*dims.get(name, ()), *(pred_dims or {}).get(name, ())] for name in names}
+        options = {"num_samples": num_samples, "coords": coords, "dims": dims, "elsewhere": elsewhere, "seed": seed}
         groups = _drawn(svi, tuple(model_args or ()), model_kwargs or {}, wanted, options)
         num_chains = 1
     known = _known_dimensions(groups)
@@ -140,7 +144,8 @@ def _drawn(svi: Any, args: tuple, kwargs: Mapping, wanted: Mapping[str, Any], op
     drawn |= {"prior_predictive"} if "prior" in drawn else set()
     model, guide = _programs(svi)
     # As one object, `args` are the positional arguments, whatever their number.
-    made = to_arviz(model, guide, args, groups=[*_ALWAYS, *sorted(drawn)], **options, **kwargs)
+    args, kwargs = given_arguments((args,), kwargs)
+    made = converted(model, guide, args, kwargs, groups=[*_ALWAYS, *sorted(drawn)], **options)
     return {name: _arviz.dataset_of(made, name) for name in _arviz.groups_of(made)}
 
 

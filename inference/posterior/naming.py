@@ -29,16 +29,24 @@ def _listed(name: str, values: Any) -> np.ndarray:
     return listed
 
 
-def check_names(sweep: Sweep, coords: Mapping[str, Sequence], dims: Mapping[str, Sequence[str]]) -> None:
-    """Raise BadInput for a site called as a dimension of ArviZ's, and for names that belong to nothing."""
+def check_names(
+    sweep: Sweep,
+    coords: Mapping[str, Sequence],
+    dims: Mapping[str, Sequence[str]],
+    elsewhere: Mapping[str, Sequence[str]],
+) -> None:
+    """Raise BadInput for a site called as a dimension of ArviZ's, and for names that belong to nothing.
+
+    ``elsewhere`` are the dimensions of variables that are no part of the programs, by variable.
+    """
     for name in sweep.model_sites:
         if name in OF_ARVIZ:
             raise BadInput(f"site {name!r} has the name of a dimension of ArviZ's data: give the site another name")
-    variables = {*sweep.model_sites, *sweep.guide_sites, *_arguments(sweep.model, sweep.args, sweep.kwargs)}
+    variables = {*sweep.model_sites, *sweep.guide_sites, *_arguments(sweep.model, sweep.args, sweep.kwargs), *elsewhere}
     for name in dims:
         if name not in variables:
             raise BadInput(f"dims names {name!r}, which is no site and no argument: expected one of {_few(variables)}")
-    named = {one for names in dims.values() for one in names} | {*sweep.sizes, *OF_ARVIZ}
+    named = {one for names in (*dims.values(), *elsewhere.values()) for one in names} | {*sweep.sizes, *OF_ARVIZ}
     for name in coords:
         variable, found, _ = name.rpartition("_dim_")
         if name not in named and not (found and variable in variables):

@@ -472,10 +472,10 @@ def test_particles_average_what_single_ones_give(right):
     def gradients(rows, vectorize):
         estimator, modules = Queued(), (OneCoinModel(), OneCoinGuide())
         loss = SiteELBO(estimator, num_particles=len(rows), vectorize_particles=vectorize)(*modules)
-        estimator._queue = [[0.1, 0.1]] * 9
+        estimator._queue = [[0.1, 0.1]] * 20
         loss.initialize()
         loss.binding.load_state_dict(state)
-        loss.eval()
+        loss.eval().initialize()  # each mode is looked at once
         estimator._queue = list(rows)
         return gradient(loss(), nn.ModuleList(modules))
 

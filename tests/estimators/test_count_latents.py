@@ -84,7 +84,7 @@ def listed_mean(word, model, guide, count, monkeypatch, end=16):
     """The mean gradient over every tuple of ``count`` draws, each put in the sampler's place."""
     loss = SiteELBO(word, num_particles=count, plates="trust")(model, guide)
     loss.initialize()
-    loss.eval()
+    loss.eval().initialize()  # each mode is looked at once
     values = counts_of(guide.family, end)
     q = log_terms(model, guide, values)[0].exp().detach()
     both, mean = nn.ModuleList([model, guide]), 0.0
