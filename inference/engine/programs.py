@@ -32,6 +32,7 @@ from ..estimators._distributions import (
     has_transforms,
     is_deterministic,
     is_discrete,
+    log_prob_of,
     score_log_prob,
     score_term,
 )
@@ -334,7 +335,8 @@ class Program:
             if site.estimator is not None:
                 site.fn = site.estimator.guide_fn(fn, site.draw, self.step)
         try:
-            unscaled = site.fn.log_prob(value, *msg["args"], **msg["kwargs"])
+            given = msg["args"] or msg["kwargs"]
+            unscaled = site.fn.log_prob(value, *msg["args"], **msg["kwargs"]) if given else log_prob_of(site.fn, value)
         except (KeyError, NotImplementedError) as error:
             # A transform without an inverse raises these: KeyError where its cached draw is gone.
             if not has_transforms(fn):

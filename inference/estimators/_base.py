@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...errors import BadInput, Refusal
 from ...options import Checked
 from ...registry import Registry, home_of
-from ._distributions import clear_caches, describe, elementary, score_log_prob, support_moves
+from ._distributions import clear_caches, describe, elementary, find_probs_once, score_log_prob, support_moves
 
 
 def _expected(found: Any) -> str:
@@ -312,6 +312,7 @@ choosers: dict[str, Callable[..., Chooser]] = {}
 
 def detached_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
     """A draw without gradients, also from distributions with ``rsample``."""
+    find_probs_once(fn)
     with torch.no_grad():
         value = fn.sample(*args, **(kwargs or {}))
     clear_caches(fn)

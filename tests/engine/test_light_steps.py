@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import pickle
+from collections import defaultdict
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gumbo.errors import BadInput
 from gumbo.guides import BernoulliGuide, guides
 from gumbo.inference import SiteELBO
 from gumbo.inference.engine.rows import Rows
 from gumbo.inference.engine.scopes import Store
+from gumbo.inference.estimators._base import detached_draw
 from gumbo.inference.training.optimizers import make_optimizer
 from gumbo.inference.training.steps import TorchStep
 from gumbo.models import BernoulliVAE, models
@@ -208,3 +211,44 @@ def test_a_failed_call_leaves_nothing_in_the_store(param_store):
         loss(x)
     guide.fails = False
     assert len(first) == 2 and loss(x).isfinite()
+
+
+class Passes(TorchDispatchMode):
+    """The numbers of elements that each operation reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = defaultdict(list)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and isinstance(args[0], torch.Tensor):
+            self.sizes[func.overloadpacket.__name__].append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("word", ["rloo", "disarm", "score"])
+def test_coins_of_an_event_are_summed_before_the_sign_changes(word, param_store):
+    model, guide = pair()
+    loss = SiteELBO(word, num_particles=2)(model, guide).initialize(images())
+    with pyro.validation_enabled(False), Passes() as passes:
+        loss(images()).backward()
+    pixels = images().numel()
+    assert max(passes.sizes["binary_cross_entropy_with_logits"]) >= pixels
+    assert max(passes.sizes["neg"]) < pixels
+
+
+@pytest.mark.parametrize("make", [dist.OneHotCategorical, dist.Categorical, dist.Bernoulli])
+def test_particles_share_the_probabilities_of_their_logits(make):
+    logits = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    made = {}
+    for name in ("ours", "theirs"):
+        fn = make(logits=logits, validate_args=False)
+        fn = fn.expand((5, *fn.batch_shape))
+        torch.manual_seed(2)
+        made[name] = fn, detached_draw(fn).value if name == "ours" else fn.sample()
+    (ours, drawn), (theirs, expected) = made["ours"], made["theirs"]
+    assert ours.probs.stride()[0] == 0 and theirs.probs.stride()[0] > 0
+    assert torch.equal(drawn, expected)
+    weight = torch.arange(ours.probs.numel(), dtype=torch.float64).reshape(ours.probs.shape)
+    slopes = [torch.autograd.grad((fn.probs * weight).sum(), logits, retain_graph=True)[0] for fn in (ours, theirs)]
+    torch.testing.assert_close(*slopes)
