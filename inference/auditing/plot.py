@@ -142,21 +142,47 @@ def _leading(value: float) -> int:
 
 
 def _write_names(axis: Any, x: np.ndarray, y: np.ndarray, names: list[str]) -> None:
-    """Write each name at its point, moved up or down until it overlaps no other."""
+    """Write each name beside its point, as near as no other name or point is; a line leads to one that is not beside.
+
+    Lengths are in points. A character is taken as 4.6 points wide, a line of text as 9 high.
+    """
     axis.figure.draw_without_rendering()  # fixes the layout before positions are measured
-    points = axis.transData.transform(np.column_stack([x, y])) * 72 / axis.figure.dpi
-    taken: list[tuple[float, float, float]] = []  # left and right ends, and height, in points
-    for i in np.argsort(points[:, 1]):
-        left, base = points[i, 0] + 6, points[i, 1] - 3
-        right = left + 4.6 * len(names[i])
-        shift = next(
-            move
-            for step in range(len(names) + 1)
-            for move in (9.0 * step, -9.0 * step)
-            if not any(left < r and right > le and abs(base + move - h) < 9 for le, r, h in taken)
+    scale = 72 / axis.figure.dpi
+    points = axis.transData.transform(np.column_stack([x, y])) * scale
+    bounds = axis.get_window_extent()
+    taken = [(px - 5.0, px + 5.0, py) for px, py in points]  # left and right ends, and height, of points and names
+
+    def fits(left: float, right: float, height: float, own: int) -> bool:
+        if left < bounds.x0 * scale or right > bounds.x1 * scale:
+            return False
+        return not any(
+            left < r and right > le and abs(height - h) < 9 for j, (le, r, h) in enumerate(taken) if j != own
         )
-        taken.append((left, right, base + shift))
-        axis.annotate(names[i], (x[i], y[i]), xytext=(6, shift - 3), textcoords="offset points", fontsize=8, zorder=4)
+
+    for i in np.argsort(points[:, 1]):
+        (px, py), width = points[i], 4.6 * len(names[i])
+        places = [
+            (start, 9.0 * sign * step)
+            for step in range(len(names) + 1)
+            for sign in ((1, -1) if step else (1,))
+            for start in (7.0, -7.0 - width)
+        ]
+        start, shift = next(
+            (place for place in places if fits(px + place[0], px + place[0] + width, py + place[1], i)), (7.0, 0.0)
+        )
+        taken.append((px + start, px + start + width, py + shift))
+        line = {"arrowstyle": "-", "linewidth": 0.5, "color": "gray", "shrinkA": 0, "shrinkB": 3} if shift else None
+        axis.annotate(
+            names[i],
+            (x[i], y[i]),
+            xytext=(start if start > 0 else -7.0, shift),
+            textcoords="offset points",
+            ha="left" if start > 0 else "right",
+            va="center",
+            fontsize=8,
+            zorder=4,
+            arrowprops=line,
+        )
 
 
 def pareto_front(cost: np.ndarray, variance: np.ndarray) -> np.ndarray:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import sys
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib.text import Text
 from programs import DISCRETE, F64, Params, X
 
 from gumbo.errors import BadInput, GumboWarning, UnknownName
@@ -653,6 +655,34 @@ def test_the_dataset_is_stored_and_drawn(tmp_path):
     label, reason = recommend(report)
     assert label == "enumerate" and "no variance" in reason
     assert report.evaluations.sel(estimator=["rloo", "enumerate", "trace"]).values.tolist() == [2.0, 2.0, 1.0]
+
+
+def test_names_in_the_picture_cover_no_other_name_and_no_point():
+    import xarray
+
+    close = np.linspace(1.0, 1.2, 12)  # a dozen points that touch each other, and two far away
+    numbers = {
+        "seconds": np.array([*close, 4.0, 1.0]) / 1e3,
+        "total_variance": np.array([*(1e3 * close**2), 1e3, 1e-2]),
+        "total_bias": np.zeros(14),
+        "total_bias_error": np.ones(14),
+        "verdict": ["ok", "biased"] * 7,
+    }
+    names = [f"estimator-{number}" for number in range(14)]
+    report = xarray.Dataset(
+        {name: ("estimator", values) for name, values in numbers.items()},
+        coords={"estimator": names},
+        attrs={"reference_total_norm": 1.0},
+    )
+    axis = plot_audit(report).axes[1]
+    axis.figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axis.texts]
+    assert sorted(text.get_text() for text in axis.texts) == sorted(names)
+    for number, box in enumerate(boxes):
+        inner = box.padded(-2)
+        assert not any(inner.overlaps(other.padded(-2)) for other in boxes[:number])
+        points = axis.transData.transform(np.column_stack([1e3 * numbers["seconds"], numbers["total_variance"]]))
+        assert not any(inner.contains(*point) for point in points)
 
 
 def test_a_report_shows_its_table():
