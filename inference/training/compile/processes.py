@@ -52,7 +52,7 @@ class CompiledProcessStep(ProcessStep):
         share = self.split.take(len(batch))
         rows = batch[share.rows]
         with self.split.running(share):
-            self._refuse_messages(rows)
+            processes.together(lambda: self._refuse_messages(rows))
             self.products = processes.from_main(lambda: library_for(self.module, products, rows))
             self.part = processes.together(lambda: _Part(self, rows, backend))
         self.shape = shape_of(batch)
