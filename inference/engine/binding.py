@@ -222,7 +222,7 @@ class Binding(nn.Module):
         check_shared_names(self.pair.model, self.pair.guide)
         check_same_kind(seen)
         arrangement = self.arrangement
-        chosen = arrangement.resolution.of_all(seen)
+        chosen = arrangement.resolution.of_all(seen, partial(program.run, args, kwargs, with_model=False))
         arrangement.largest = max([1, *(bytes_of(site) for site in seen.sites)])
         if seen.eliminated:
             self._check_weight(seen.eliminated)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ...errors import BadInput, GumboError, TooFewParticles, UnsupportedSite
@@ -12,6 +12,8 @@ from ..estimators import Enumerate, Estimator, MovingAverage, ScoreFunction, est
 from ..estimators._base import Draw, choosers, detached_draw
 from ..estimators._distributions import describe, is_deterministic
 from .records import Run
+
+TRIES = 32  # runs in which a named site is looked for
 
 
 class Target(Protocol):
@@ -111,8 +113,11 @@ class Resolution:
             self.known[key] = self._choose(msg)
         return self.known[key]
 
-    def of_all(self, seen: Run) -> dict[str, Estimator]:
+    def of_all(self, seen: Run, again: Callable[[], Run] | None = None) -> dict[str, Estimator]:
         """The estimators of all sites in a run of the guide, by name; a site's own is recorded in the run.
+
+        A word for a site that the run does not have, such as that of a branch, is looked for in further runs: ``again``
+        makes one.
 
         Raises UnsupportedSite if an estimator does not support its site, or sites cannot be combined.
         """
@@ -124,7 +129,7 @@ class Resolution:
                     raise UnsupportedSite(
                         name, given.name, "the model sums over it, so that nothing is drawn; draw it in the guide"
                     )
-            elif name not in names:
+            elif name not in names and not (again and _shows(name, again)):
                 known = ", ".join(sorted(names)) or "none"
                 raise BadInput(
                     f"the estimators name a site {name!r} that the guide does not sample (its sites: {known})"
@@ -189,6 +194,11 @@ class Resolution:
         return [
             word for word, estimator in made.items() if self.words.target.accepts(estimator) and estimator.supports(msg)
         ]
+
+
+def _shows(name: str, again: Callable[[], Run]) -> bool:
+    """Whether a site exists in one of some runs."""
+    return any(site.name == name and site.latent for _ in range(TRIES) for site in again().guide)
 
 
 def _honoured_baseline(name: str, options: Mapping[str, Any]) -> Estimator:

@@ -6,10 +6,10 @@ import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from stranger_programs import CLOSED, EXACT, REFUSED, SAME, STOCK, PlateThatParticlesMisfit
+from stranger_programs import CLOSED, EXACT, REFUSED, SAME, STOCK, BranchOnALatent, PlateThatParticlesMisfit
 from ztest import misses
 
-from gumbo.errors import GumboError, GumboWarning
+from gumbo.errors import BadInput, GumboError, GumboWarning
 from gumbo.inference import SiteELBO
 from gumbo.inference.auditing.exact import exact_elbo, mean_over_draws
 
@@ -85,6 +85,17 @@ def test_what_cannot_be_meant_is_refused_in_one_line(name, word, param_store):
     with pytest.raises(GumboError, match=entry.says) as caught:
         SiteELBO(word, **entry.options).differentiable_loss(pair.model, pair.guide)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_word_may_name_a_site_of_a_branch_that_the_first_run_does_not_take(seed, param_store):
+    pair = BranchOnALatent()
+    pyro.set_rng_seed(seed)
+    loss = SiteELBO({"z": "score", "y": "rloo"}, num_particles=2, vectorize_particles=False)
+    for _ in range(4):
+        assert loss.differentiable_loss(pair.model, pair.guide).isfinite()
+    with pytest.raises(BadInput, match="name a site 'w' that the guide does not sample"):
+        SiteELBO({"w": "score"}).loss(pair.model, pair.guide)
 
 
 def test_where_particles_do_not_fit_a_plate_they_run_one_by_one(param_store):

@@ -80,7 +80,7 @@ class Pair(Params):
 VALUE = ("score", "enumerate")
 
 
-@enter(EXACT, *VALUE, vectorize_particles=False)
+@enter(EXACT, *VALUE, {"z": "score", "y": "enumerate"}, vectorize_particles=False)
 class BranchOnALatent(Pair):
     fields = {"a": 0.4, "b": -0.3, "w": 0.7}
 
