@@ -104,6 +104,10 @@ class Columns:
         return [several(self.numbers[name], digits) for name in names]
 
 
+def counted(seeds: int) -> str:
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
+
+
 def seeded(seeds: int) -> Iterator[int]:
     """Each seed, set."""
     for seed in range(seeds):
@@ -167,7 +171,7 @@ def topics(seeds: int, scale: float) -> list[str]:
     return [
         "Reuters, 300 news to train on, 45 to choose the epoch by, 50 to test; 20 topics, 4,258 words. Perplexity",
         "per word: an upper bound by the ELBO, and by 200 importance-weighted draws a document; NPMI of the ten first",
-        f"words of each topic in the training news; mean ± standard error over {seeds} seeds ({machine()}).",
+        f"words of each topic in the training news; mean ± standard error over {counted(seeds)} ({machine()}).",
         "",
         *markdown(["model", "perplexity, ELBO", "perplexity, 200 draws", "NPMI", "best epoch", "seconds"], rows),
         *lists,
@@ -204,7 +208,7 @@ def deep_topics(seeds: int, scale: float) -> list[str]:
         "Reuters, 300 news to train on, 45 to choose the epoch by, 50 to test; layers of 20 and 5, 4,258 words.",
         "Perplexity per word given a document's length, whose log-probability, by 20,000 draws of the prior, is",
         "subtracted: by the ELBO, and by 200 importance-weighted draws a document; NPMI of the ten first words of each",
-        f"topic in the training news; mean ± standard error over {seeds} seeds ({machine()}).",
+        f"topic in the training news; mean ± standard error over {counted(seeds)} ({machine()}).",
         "`rloo` and `score-average` have four draws; the rate is Adam's.",
         "",
         *markdown(
@@ -255,7 +259,7 @@ def spikes(seeds: int, scale: float) -> list[str]:
     return [
         "Binarized MNIST: 10,000 of the training images, 1,000 to choose the epoch by, 1,000 test images drawn at",
         f"random; 50 latents, layers of 200, {scaled(40, scale)} epochs of Adam at 1e-3. Nats per image, log p(x) by",
-        f"100 importance-weighted draws; mean ± standard error over {seeds} seeds ({machine()}).",
+        f"100 importance-weighted draws; mean ± standard error over {counted(seeds)} ({machine()}).",
         "`rloo` and `score-average` have four draws.",
         "",
         *markdown(["latents", "estimator", "ELBO", "log p(x)", "rate", "best epoch", "seconds"], rows),
@@ -308,11 +312,11 @@ def cells(seeds: int, scale: float) -> list[str]:
         "1,500 cells of 5 types to train on, 1,000 to test; 2 latent dimensions and a latent library. Nats per cell;",
         "the truth lists the types and integrates over the library. The share of zeros, and of the counts within the",
         "5 % and 95 % quantiles of 100 draws of p(x | z) at draws of the guide (counts are whole, so that a calibrated",
-        f"share lies above 0.90); mean ± standard error over {seeds} seeds ({machine()}).",
+        f"share lies above 0.90); mean ± standard error over {counted(seeds)} ({machine()}).",
         "",
         *markdown(["model", "ELBO", "log p(x)", "zeros", "within 90 %", "seconds"], rows),
         "",
-        "![means of q(z given x) of the test cells, by type](../../benchmarks/results/collection/cells.png)",
+        "![means of q(z given x) of the test cells, by type](cells.png)",
     ]
 
 
@@ -406,7 +410,7 @@ def deep_markov(seeds: int, scale: float, flows: int) -> list[str]:
         "The standard split: 229 chorales to train on, 76 to choose the epoch by, 77 to test, of 25 to 160 steps of 88",
         "keys. Nats per time step of the test split, by the ELBO and by 20 importance-weighted draws a chorale, at the",
         f"end and at the best of every {every} epochs by the bound of the validation split (lower is better; each an",
-        f"upper bound of the truth), mean ± standard error over {seeds} seeds ({machine()}).",
+        f"upper bound of the truth), mean ± standard error over {counted(seeds)} ({machine()}).",
         "Latent dimension 100, transition 200, emission 100, GRU 300; optimizer and KL weight are those of Pyro's",
         "example (weight decay 2, elements of the gradient clipped at 10, 20 chorales a step), with a learning rate",
         f"from 1e-3 to 1e-4 in {epochs:,} epochs, where Pyro's goes from 3e-4 to 3e-5 in 5,000, and the KL weight from",
@@ -416,7 +420,7 @@ def deep_markov(seeds: int, scale: float, flows: int) -> list[str]:
         "",
         *markdown(heads, [row]),
         "",
-        f"![the bound of training and validation chorales by epoch](../../benchmarks/results/collection/{picture})",
+        f"![the bound of training and validation chorales by epoch]({picture})",
     ]
 
 
@@ -524,14 +528,14 @@ def priors(seeds: int, scale: float) -> list[str]:
         "Binarized MNIST: 10,000 of the training images, 1,000 to choose the epoch by, 1,000 test images drawn at",
         f"random; 20 latents, layers of 200, {scaled(100, scale)} epochs. Nats per image, log p(x) by 100",
         "draws, beside the ELBO its gain over the standard prior with the same seed; mean ± standard error over",
-        f"{seeds} seeds ({machine()}). Published, on all of the training images with",
+        f"{counted(seeds)} ({machine()}). Published, on all of the training images with",
         "other networks (reproductions, in brackets the papers' values): −89.78 (−89.9) with a standard prior, −85.79",
         "(−85.57) with a VampPrior. What is to be compared is the order. The autoregressive prior, of codes, is on the",
-        "page of [VectorQuantizedVAE](vector-quantized-vae.md).",
+        "page of [VectorQuantizedVAE](../../../docs/models/vector-quantized-vae.md).",
         "",
         *markdown(["prior", "ELBO", "log p(x)", "rate", "gain of the ELBO", "seconds"], rows),
         "",
-        "![ELBO of the validation images by epoch](../../benchmarks/results/collection/priors.png)",
+        "![ELBO of the validation images by epoch](priors.png)",
     ]
 
 
@@ -578,7 +582,7 @@ def codes(seeds: int, scale: float) -> list[str]:
     return [
         "Binarized MNIST: 10,000 of the training images, 1,000 test images drawn at random; 8 positions of 32 codes,",
         f"{scaled(50, scale)} epochs with `rloo` and four draws. ELBO in nats per image, bits per pixel by 50",
-        f"importance-weighted draws, mean ± standard error over {seeds} seeds ({machine()}). In the last row, as in",
+        f"importance-weighted draws, mean ± standard error over {counted(seeds)} ({machine()}). In the last row, as in",
         f"the paper, an autoregressive prior is fitted to the codes of the first row for {scaled(10, scale)} epochs,",
         "and all else is frozen.",
         "",
@@ -628,7 +632,7 @@ def grid(seeds: int, scale: float) -> list[str]:
         f"4 × 4 cells, 10 steps; 8 walks and 4 draws of each a step, {scaled(400, scale)} steps of Adam at",
         "0.1. The mean squared error of the gradient of a uniform policy over the squared length of the exact one, by",
         f"forward marginals, from 100 draws; the return reached, of which the best is {model.optimum():.2f}; steps to",
-        f"within 0.5 of it; mean ± standard error over {seeds} seeds ({machine()}).",
+        f"within 0.5 of it; mean ± standard error over {counted(seeds)} ({machine()}).",
         "",
         *markdown(["estimator", "relative error of the gradient", "return", "steps to optimum − 0.5"], rows),
     ]
@@ -673,7 +677,7 @@ def hidden(seeds: int, scale: float) -> list[str]:
         "the trained parameters, models 1 to 4 of Pyro's example (`benchmarks/_pyro_chains.py`, after it) under",
         "`TraceEnum_ELBO`: the largest difference in nats a step, that of the gradient in its lengths, and the",
         "processor time of a gradient by `SiteELBO` over that by Pyro, in turns. Its model 0, one sequence after the",
-        f"other, has the same likelihood (tests). Mean ± standard error over {seeds} seeds ({machine()}).",
+        f"other, has the same likelihood (tests). Mean ± standard error over {counted(seeds)} ({machine()}).",
         "",
         *markdown(
             [
@@ -690,7 +694,7 @@ def hidden(seeds: int, scale: float) -> list[str]:
             rows,
         ),
         "",
-        "![nats per time step of the training chorales by epoch](../../benchmarks/results/collection/hidden.png)",
+        "![nats per time step of the training chorales by epoch](hidden.png)",
     ]
 
 
@@ -766,7 +770,7 @@ def text(seeds: int, scale: float) -> list[str]:
     return [
         f"{len(data.train):,} words of Reuters' vocabulary to train on and {len(data.test)} to test, of three to ten",
         f"letters. Nats per word, log p(x) by 100 importance-weighted draws, {scaled(40, scale)} epochs; mean ±",
-        f"standard error over {seeds} seeds ({machine()}).",
+        f"standard error over {counted(seeds)} ({machine()}).",
         "",
         *markdown(["model", "ELBO", "log p(x)", "seconds"], likelihood),
         "",
@@ -778,7 +782,7 @@ def text(seeds: int, scale: float) -> list[str]:
         "",
         *markdown(["estimator", "reward", "distinct words", "seconds"], rows),
         "",
-        "![reward by step](../../benchmarks/results/collection/text.png)",
+        "![reward by step](text.png)",
         "",
         "Draws (last seed):",
         "",
@@ -918,7 +922,7 @@ def mixed(seeds: int, scale: float) -> list[str]:
     lines = [
         f"Digits, after {scaled(10, scale)} epochs with the first row's words; the guide's gradient for 50 images, two",
         "draws each, from 60 gradients. Variance and variance × time are multiples of the first row's; the bias is in",
-        f"lengths of the gradient (exact estimators: chance); mean ± standard error over {seeds} seeds ({machine()}).",
+        f"lengths of the gradient (exact ones: chance); mean ± standard error over {counted(seeds)} ({machine()}).",
     ]
     for name, (label, smooth) in {
         "gaussian-mixture-vae": ("y", "z"),
@@ -983,13 +987,13 @@ def scenes(seeds: int, scale: float) -> list[str]:
         f"are pathwise, z_pres takes the word of the row (`rloo` with two draws). {two_stages(first, second, 10_000)}",
         f"Steps and seconds (of one core) until {100 * COUNTED:.0f} % of 1,000 validation scenes are counted right,",
         "the share of 2,000 test scenes at the end, the ELBO of the last epoch in nats a scene, and milliseconds (of",
-        f"one core) a step; mean ± standard error over {seeds} seeds ({machine()}).",
+        f"one core) a step; mean ± standard error over {counted(seeds)} ({machine()}).",
         "",
         *markdown(SCENE_HEADS, rows),
         "",
-        "![test scenes with the objects found, and their means](../../benchmarks/results/collection/scenes.png)",
+        "![test scenes with the objects found, and their means](scenes.png)",
         "",
-        "![count accuracy of validation scenes by time](../../benchmarks/results/collection/scenes-curves.png)",
+        "![count accuracy of validation scenes by time](scenes-curves.png)",
     ]
 
 
@@ -1001,14 +1005,14 @@ def large_scenes(seeds: int, scale: float) -> list[str]:
     return [
         "0 to 2 MNIST digits of 28 × 28 on 50 × 50, 20,000 scenes to train on, batches of 64, Adam at 1e-3; z_where",
         f"and z_what are pathwise, z_pres is enumerated. {two_stages(first, second, 20_000)} Columns",
-        f"as for the small scenes; mean ± standard error over {seeds} seeds ({machine()}).",
+        f"as for the small scenes; mean ± standard error over {counted(seeds)} ({machine()}).",
         "Pyro's tutorial, with other networks and hours on a GPU: 0.987.",
         "",
         *markdown(SCENE_HEADS, [["`enumerate`", *cells]]),
         "",
-        "![test scenes with the objects found, and their means](../../benchmarks/results/collection/large_scenes.png)",
+        "![test scenes with the objects found, and their means](large_scenes.png)",
         "",
-        "![count accuracy of validation scenes by time](../../benchmarks/results/collection/large_scenes-curves.png)",
+        "![count accuracy of validation scenes by time](large_scenes-curves.png)",
     ]
 
 

@@ -14,6 +14,7 @@ import argparse
 import inspect
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -191,12 +192,21 @@ STUDIES: dict[str, str | tuple[str, ...]] = {
 }
 
 
+def _moved(text: str, folder: Path) -> str:
+    """A text of a folder with its links as they are from the pages."""
+    return re.sub(
+        r"\]\((?!https?:)([^)]+)\)",
+        lambda link: f"]({os.path.relpath(folder / link[1], ROOT / 'docs' / 'models')})",
+        text,
+    )
+
+
 def measured(name: str) -> list[str]:
     """What its studies found, as far as they have been run."""
     studies = STUDIES.get(name, name)
     folder = ROOT / "benchmarks" / "results" / "collection"
     paths = [folder / f"{study}.md" for study in ([studies] if isinstance(studies, str) else studies)]
-    found = [line for path in paths if path.exists() for line in (path.read_text().strip(), "")]
+    found = [line for path in paths if path.exists() for line in (_moved(path.read_text().strip(), folder), "")]
     return ["## Measured", "", *found] if found else []
 
 

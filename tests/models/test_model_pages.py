@@ -106,3 +106,13 @@ def test_the_page_has_an_example_with_its_picture(name):
 def test_the_index_names_every_page_and_no_other():
     linked = set(re.findall(r"\]\(([\w-]+)\.md\)", (DOCS / "README.md").read_text()))
     assert linked == set(PAGES) <= set(models)
+
+
+FRAGMENTS = sorted((ROOT / "benchmarks" / "results" / "collection").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", [*FRAGMENTS, *DOCS.glob("*.md")], ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_link_leads_to_a_file(path):
+    """Also in the tables of the studies, which are read where they lie and on the pages."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text())
+    assert not [link for link in links if not (path.parent / link).exists()]
