@@ -102,7 +102,8 @@ class Seen:
 def coins_log_prob(fn: Any, value: Any) -> torch.Tensor | None:
     """The log-probability of independent coins with logits in three passes over them; None for anything else.
 
-    Each is value · logit − log(1 + exp(logit)); a value for all draws is not copied for each.
+    Each is value · logit − log(1 + exp(logit)); a value for all draws is not copied for each. Faster than torch's form
+    without gradients, and slower with them.
     """
     coins, rank = fn, 0
     while type(coins) is dist.Independent:
