@@ -9,13 +9,14 @@ from .auditing.recommendation import recommend
 from .diagnosis.examination import diagnose
 from .elbo import SiteELBO
 from .posterior.activity import active_units
-from .posterior.conversion import summary, to_arviz
+from .posterior.conversion import to_arviz
 from .posterior.evaluation import evaluate
 from .posterior.from_svi import from_pyro_svi
 from .posterior.graphs import provide_compiler
 from .posterior.leave_one_out import loo_approximate_posterior
 from .posterior.prediction import predict
 from .posterior.refinement import refine, refinement_gap
+from .posterior.summaries import summary
 from .stock import make_loss, stock_elbos
 from .training.compile.functions import compiler
 from .training.fits import fit

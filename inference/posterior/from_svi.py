@@ -100,7 +100,7 @@ def from_pyro_svi(
     >>> idata.posterior["mean"].shape, idata.log_likelihood["x"].dims
     ((1, 50), ('chain', 'draw', 'data'))
     """
-    coords, dims = coords or {}, dims or {}
+    coords, dims, pred_dims = coords or {}, dims or {}, pred_dims or {}
     groups: dict[str, Any] = {}
     if num_chains < 1:
         raise BadInput(f"num_chains is {num_chains}: expected at least 1")
@@ -108,9 +108,7 @@ def from_pyro_svi(
         if posterior is not None:
             raise BadInput("svi and posterior are both given: posterior holds draws where there is no svi")
         wanted = {"prior": prior, "posterior_predictive": posterior_predictive, "log_likelihood": log_likelihood}
-        others = (prior, posterior_predictive, log_likelihood, predictions, constant_data, predictions_constant_data)
-        names = {name for group in others if isinstance(group, Mapping) for name in group}
-        elsewhere = {name: [*dims.get(name, ()), *(pred_dims or {}).get(name, ())] for name in names}
+        elsewhere = _named((*wanted.values(), predictions, constant_data, predictions_constant_data), dims, pred_dims)
         options = {"num_samples": num_samples, "coords": coords, "dims": dims, "elsewhere": elsewhere, "seed": seed}
         groups = _drawn(svi, tuple(model_args or ()), model_kwargs or {}, wanted, options)
         num_chains = 1
@@ -126,7 +124,7 @@ def from_pyro_svi(
         "log_likelihood": _draws(log_likelihood, "log_likelihood"),
     }
     groups |= {name: given.dataset(draws) for name, draws in arrays.items() if draws}
-    new = _Given(num_chains, known, coords, pred_dims or {}, same_sizes=False)
+    new = _Given(num_chains, known, coords, pred_dims, same_sizes=False)
     groups |= {"predictions": new.dataset(predictions)} if predictions else {}
     groups |= {"constant_data": given.dataset(constant_data, by_draw=False)} if constant_data else {}
     if predictions_constant_data:
@@ -147,6 +145,12 @@ def _drawn(svi: Any, args: tuple, kwargs: Mapping, wanted: Mapping[str, Any], op
     args, kwargs = given_arguments((args,), kwargs)
     made = converted(model, guide, args, kwargs, groups=[*_ALWAYS, *sorted(drawn)], **options)
     return {name: _arviz.dataset_of(made, name) for name in _arviz.groups_of(made)}
+
+
+def _named(groups: Sequence[Any], *dims: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The names of the dimensions of all variables in groups that the caller gives."""
+    names = {name for group in groups if isinstance(group, Mapping) for name in group}
+    return {name: [one for named in dims for one in named.get(name, ())] for name in names}
 
 
 def _programs(svi: Any) -> tuple[Any, Any]:
