@@ -130,9 +130,7 @@ def from_pyro_svi(
     if predictions_constant_data:
         groups["predictions_constant_data"] = new.dataset(predictions_constant_data, by_draw=False)
     if not groups:
-        raise BadInput(
-            "nothing to convert: give svi, or draws as posterior, prior, posterior_predictive or predictions"
-        )
+        raise BadInput("nothing to convert: give svi, or draws as posterior, prior, posterior_predictive, predictions")
     return _arviz.make({name: groups[name] for name in _ORDER if name in groups})
 
 

@@ -13,7 +13,7 @@ from . import _arviz
 
 
 def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "posterior", **options: Any) -> Any:
-    """``az.summary`` of draws from :func:`~gumbo.inference.to_arviz`, as a DataFrame, with k̂ in place of MCMC diagnostics.
+    """``az.summary`` of draws from :func:`~gumbo.inference.to_arviz`, with k̂ in place of MCMC diagnostics.
 
     R̂ is shown only for several chains (refits), which it compares. The draws of a guide are independent, so that their
     effective sample size measures the guide and not the posterior: in place of the ``ess`` columns there is ``khat``,
