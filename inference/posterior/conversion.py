@@ -116,64 +116,42 @@ def to_arviz(
     (('chain', 'draw', 'data'), (1, 50, 2))
     """
     args, kwargs = given_arguments(args, kwargs)
-    return converted(
-        model,
-        guide,
-        args,
-        kwargs,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        coords=coords,
-        dims=dims,
-        num_refits=num_refits,
-        seed=seed,
-        groups=groups,
-        thin=thin,
-        data_plates=data_plates,
-        num_local_samples=num_local_samples,
-        memory_limit=memory_limit,
-        progress=progress,
-        refit=refit,
-    )
-
-
-def converted(
-    model: Callable,
-    guide: Callable | Sequence[Callable],
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    *,
-    num_samples: int = 1000,
-    batch_size: int | None = None,
-    coords: Mapping[str, Any] | None = None,
-    dims: Mapping[str, Sequence[str]] | None = None,
-    num_refits: int | None = None,
-    seed: int | None = 0,
-    groups: Iterable[str] | None = None,
-    thin: int | Mapping[str, int] = 1,
-    data_plates: str | Sequence[str] | None = None,
-    num_local_samples: int = 64,
-    memory_limit: float = 4.0,
-    progress: bool | None = None,
-    refit: Callable[[int], Callable] | None = None,
-    elsewhere: Mapping[str, Sequence[str]] | None = None,
-) -> Any:
-    """:func:`to_arviz`, with the names of dimensions of variables that others add: ``elsewhere``, by variable."""
-    wanted = _wanted(groups)
-    if num_samples < 2:
-        raise BadInput(f"num_samples is {num_samples}: expected at least 2")
+    wanted = wanted_groups(groups)
+    check_count(num_samples)
     guides = list(guide) if isinstance(guide, (list, tuple)) else [guide]
     if not guides:
         raise BadInput("the sequence of guides is empty")
-    with private_seed(None, model, *guides):
-        pairs = [exact_pair(model, one) for one in guides]
-    model, guides = pairs[0][0], [pair[1] for pair in pairs]
+    model, guides = exact_programs(model, guides)
     if num_refits is not None:
         guides += refitted(model, guides, args, kwargs, num_refits, seed, refit)
     options = {"batch_size": batch_size, "data_plates": data_plates}
     sweeps = [Sweep(model, one, args, kwargs, **options) for one in guides]
-    check_names(sweeps[0], coords or {}, dims or {}, elsewhere or {})
+    check_names(sweeps[0], coords or {}, dims or {})
     collection = Collection(sweeps[0], len(sweeps), num_samples, wanted, thin, num_local_samples)
+    fill(collection, sweeps, seed, memory_limit, progress)
+    return assembled(collection, args, kwargs, coords or {}, dims or {})
+
+
+def check_count(num_samples: int) -> None:
+    if num_samples < 2:
+        raise BadInput(f"num_samples is {num_samples}: expected at least 2")
+
+
+def exact_programs(model: Callable, guides: Sequence[Callable]) -> tuple[Callable, list[Callable]]:
+    """The discrete forms of a relaxed model and its guides; others as they are."""
+    with private_seed(None, model, *guides):
+        pairs = [exact_pair(model, one) for one in guides]
+    return pairs[0][0], [pair[1] for pair in pairs]
+
+
+def fill(
+    collection: Collection,
+    sweeps: Sequence[Sweep],
+    seed: int | None,
+    memory_limit: float = 4.0,
+    progress: bool | None = None,
+) -> None:
+    """Draw what a collection holds, one chain of each sweep, if the memory allows it."""
     need = collection.bytes_needed()
     afford(need, memory_limit)
     loud = sum(need.values()) > _QUIET_BYTES if progress is None else progress
@@ -183,10 +161,9 @@ def converted(
     for chain, sweep in enumerate(sweeps):
         with bar(loud, "to_arviz", collection.steps(sweep)) as shown:
             collection.fill(chain, sweep, None if seed is None else seed + chain, shown)
-    return _assembled(collection, args, kwargs, coords or {}, dims or {})
 
 
-def _wanted(groups: Iterable[str] | None) -> frozenset[str]:
+def wanted_groups(groups: Iterable[str] | None) -> frozenset[str]:
     if groups is None:
         return frozenset(GROUPS)
     chosen = [groups] if isinstance(groups, str) else list(groups)
@@ -212,7 +189,7 @@ def _in_words(need: Mapping[str, int]) -> str:
 # --- what ArviZ gets --------------------------------------------------------------------------------------------------
 
 
-def _assembled(collection: Collection, args: tuple, kwargs: Mapping, coords: Mapping, dims: Mapping) -> Any:
+def assembled(collection: Collection, args: tuple, kwargs: Mapping, coords: Mapping, dims: Mapping) -> Any:
     import xarray
 
     sweep = collection.sweep

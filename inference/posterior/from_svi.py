@@ -12,7 +12,10 @@ from ...errors import BadInput
 from ...options import holds_to_annotations
 from ..engine.rows import given_arguments
 from . import _arviz
-from .conversion import converted
+from .collection import Collection
+from .conversion import assembled, check_count, exact_programs, fill, wanted_groups
+from .naming import check_names
+from .runner import Sweep
 
 _ALWAYS = ("posterior", "sample_stats", "vi_stats", "observed_data", "constant_data")
 _ORDER = (
@@ -109,8 +112,8 @@ def from_pyro_svi(
             raise BadInput("svi and posterior are both given: posterior holds draws where there is no svi")
         wanted = {"prior": prior, "posterior_predictive": posterior_predictive, "log_likelihood": log_likelihood}
         elsewhere = _named((*wanted.values(), predictions, constant_data, predictions_constant_data), dims, pred_dims)
-        options = {"num_samples": num_samples, "coords": coords, "dims": dims, "elsewhere": elsewhere, "seed": seed}
-        groups = _drawn(svi, tuple(model_args or ()), model_kwargs or {}, wanted, options)
+        names = (coords, dims, elsewhere)
+        groups = _drawn(svi, tuple(model_args or ()), model_kwargs or {}, wanted, num_samples, seed, names)
         num_chains = 1
     known = _known_dimensions(groups)
     given = _Given(num_chains, known, coords, dims)
@@ -134,14 +137,25 @@ def from_pyro_svi(
     return _arviz.make({name: groups[name] for name in _ORDER if name in groups})
 
 
-def _drawn(svi: Any, args: tuple, kwargs: Mapping, wanted: Mapping[str, Any], options: Mapping) -> dict[str, Any]:
-    """The groups that gumbo draws, as datasets: those of every fit, and those of ``wanted`` that are True."""
+def _drawn(
+    svi: Any, args: tuple, kwargs: Mapping, wanted: Mapping[str, Any], num_samples: int, seed: int | None, names: tuple
+) -> dict[str, Any]:
+    """The groups that gumbo draws, as datasets: those of every fit, and those of ``wanted`` that are True.
+
+    ``names`` are coordinates, dimensions by variable, and those of variables that the caller gives.
+    """
     drawn = {name for name, given in wanted.items() if given is True}
     drawn |= {"prior_predictive"} if "prior" in drawn else set()
     model, guide = _programs(svi)
+    check_count(num_samples)
     # As one object, `args` are the positional arguments, whatever their number.
     args, kwargs = given_arguments((args,), kwargs)
-    made = converted(model, guide, args, kwargs, groups=[*_ALWAYS, *sorted(drawn)], **options)
+    model, [guide] = exact_programs(model, [guide])
+    sweep = Sweep(model, guide, args, kwargs)
+    check_names(sweep, *names)
+    collection = Collection(sweep, 1, num_samples, wanted_groups([*_ALWAYS, *sorted(drawn)]))
+    fill(collection, [sweep], seed)
+    made = assembled(collection, args, kwargs, *names[:2])
     return {name: _arviz.dataset_of(made, name) for name in _arviz.groups_of(made)}
 
 

@@ -33,12 +33,13 @@ def check_names(
     sweep: Sweep,
     coords: Mapping[str, Sequence],
     dims: Mapping[str, Sequence[str]],
-    elsewhere: Mapping[str, Sequence[str]],
+    elsewhere: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Raise BadInput for a site called as a dimension of ArviZ's, and for names that belong to nothing.
 
     ``elsewhere`` are the dimensions of variables that are no part of the programs, by variable.
     """
+    elsewhere = elsewhere or {}
     for name in sweep.model_sites:
         if name in OF_ARVIZ:
             raise BadInput(f"site {name!r} has the name of a dimension of ArviZ's data: give the site another name")
