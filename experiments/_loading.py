@@ -125,9 +125,7 @@ def safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise BadInput(
-            'exports need safetensors: pip install "gumbo-ppl[export]" (in a checkout: pip install -e ".[export]")'
-        ) from error
+        raise BadInput('exports need safetensors: pip install -e ".[export]" in the checkout') from error
     return safetensors.torch
 
 

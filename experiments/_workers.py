@@ -126,7 +126,7 @@ def _cluster(address: str | None) -> Iterator[Run]:
         from joblib import Parallel, delayed
         from joblib._dask import DaskDistributedBackend
     except ImportError:
-        raise BadInput("backend 'dask' needs the package dask: pip install \"gumbo-ppl[dask]\"") from None
+        raise BadInput("backend 'dask' needs the package dask: pip install -e \".[dask]\"") from None
 
     class Backend(DaskDistributedBackend):
         """joblib's, which runs a single worker's tasks in the caller, and waits for ever for a task that failed."""

@@ -94,7 +94,7 @@ def script(shell: str) -> str:
     try:
         import shtab
     except ImportError:
-        raise BadInput('gumbo completion needs shtab: pip install "gumbo-ppl[completion]"') from None
+        raise BadInput('gumbo completion needs shtab: pip install -e ".[completion]"') from None
     return shtab.complete(parser(), shell=shell)
 
 

@@ -18,10 +18,10 @@ from gumbo.tables import plain
 # Optional packages by import name, with their install commands.
 EXTRAS = {
     "zuko": "pip install zuko (guides by flows)",
-    "accelerate": 'pip install "gumbo-ppl[distributed]"',
-    "safetensors": 'pip install "gumbo-ppl[export]"',
-    "tensorboard": 'pip install "gumbo-ppl[tensorboard]"',
-    "shtab": 'pip install "gumbo-ppl[completion]"',
+    "accelerate": 'pip install -e ".[distributed]"',
+    "safetensors": 'pip install -e ".[export]"',
+    "tensorboard": 'pip install -e ".[tensorboard]"',
+    "shtab": 'pip install -e ".[completion]"',
 }
 FAILED = 1
 

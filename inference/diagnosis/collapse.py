@@ -47,5 +47,5 @@ def collapsed(units: Units, collection: Collection, others: Sequence[Verdict]) -
     if judges.get("gap") == CANNOT_SAY:
         advice = "follow the advice of gap"
         return [Verdict("collapsed", CANNOT_SAY, f"{text}; gap cannot say if the posterior is", *numbers, advice)]
-    advice = "drop these latents if you meant them to hold something"
+    advice = "these latents hold nothing: drop them, or use a weaker decoder if they should"
     return [Verdict("collapsed", OK, f"{text}, and so is the posterior by gap", *numbers, advice)]

@@ -70,7 +70,7 @@ class Processes:
         if importlib.util.find_spec("accelerate") is None:
             raise BadInput(
                 f"{_number_of_processes()} processes were started, and fitting on several needs Accelerate: "
-                'pip install "gumbo-ppl[distributed]" (in a checkout: pip install -e ".[distributed]")'
+                'pip install -e ".[distributed]" in the checkout'
             )
         from accelerate import PartialState
 

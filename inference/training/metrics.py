@@ -52,9 +52,7 @@ def _summary_writer():
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise BadInput(
-            'tensorboard=True needs the package tensorboard: pip install "gumbo-ppl[tensorboard]"'
-        ) from error
+        raise BadInput('tensorboard=True needs the package tensorboard: pip install -e ".[tensorboard]"') from error
     return SummaryWriter
 
 

@@ -87,7 +87,7 @@ def test_backends_that_cannot_be_are_refused_in_one_line(tmp_path):
 
 def test_dask_that_is_not_installed_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(BadInput, match=r"pip install \"gumbo-ppl\[dask\]\""):
+    with pytest.raises(BadInput, match=r"pip install -e \"\.\[dask\]\""):
         list(in_parallel(refuses, [(0,)], 1, "dask", "tcp://127.0.0.1:1"))
 
 

@@ -400,7 +400,7 @@ def test_tensorboard_shows_every_number_once(tmp_path):
 
 def test_tensorboard_that_is_missing_is_told_before_any_step(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(BadInput, match=r'pip install "gumbo-ppl\[tensorboard\]"') as error:
+    with pytest.raises(BadInput, match=r'pip install -e "\.\[tensorboard\]"') as error:
         quiet(*pair(), images(), loss="trace", run_dir=tmp_path / "run", tensorboard=True)
     one_line(error)
     assert not (tmp_path / "run").exists()

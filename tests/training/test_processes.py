@@ -448,7 +448,7 @@ def test_without_accelerate_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r'pip install "gumbo-ppl\[distributed\]".*pip install -e "\.\[distributed\]"'):
+    with pytest.raises(BadInput, match=r'pip install -e "\.\[distributed\]"'):
         fit(*pair_of(worker.NORMAL, False), data(9), epochs=1, progress=False)
 
 
