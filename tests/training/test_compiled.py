@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from functools import partial
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import word_programs
 from pyro.nn import PyroModule
+from torch import nn
 
 from gumbo.errors import BadInput, UnsupportedSite
 from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide, guides
@@ -303,6 +305,38 @@ OPTIMIZERS = {
     "clipped": "clipped",
     "scheduled": "scheduled",
 }
+
+
+class Normalized(PyroModule):
+    """A guide whose first layer is a BatchNorm, or calls torch's function with buffers of its own."""
+
+    def __init__(self, function: bool):
+        super().__init__()
+        self.function, size = function, math.prod(SHAPE)
+        if function:
+            self.register_buffer("mean", torch.zeros(size))
+            self.register_buffer("var", torch.ones(size))
+        else:
+            self.norm = nn.BatchNorm1d(size)
+        self.layer = nn.Linear(size, 4)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        x = nn.functional.batch_norm(x, self.mean, self.var, training=True) if self.function else self.norm(x)
+        loc, log_sd = self.layer(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_sd.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("function", [False, True], ids=["module", "function"])
+def test_running_statistics_move_with_the_graph(function):
+    def pair():
+        return GaussianVAE(SHAPE, latent_dim=2, hidden=(5,)), Normalized(function)
+
+    compiled, eager = steps_of(pair, SiteELBO("pathwise"))
+    first = [buffer.clone() for buffer in compiled.module.buffers()]
+    agree(compiled, eager, [data(dtype=F64), 1 - data(dtype=F64)], 1e-10)
+    assert any(not torch.equal(a, b) for a, b in zip(first, compiled.module.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 from torch.distributions import transforms
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ....errors import BadInput, GumboError
@@ -141,6 +142,7 @@ class Program:
         self.schedules: list[Schedule] = []
         self._places = self._find_buffers()
         self._like = next(iter(self.parameters().values()), torch.empty(()))
+        self.moving: list[str] | None = None  # until a run on real tensors has shown them
         before = _python_randomness()
         tape = Tape()
         outcome, gradients = self.call_and_differentiate(self.parameters(), self.buffers(), flat(batch), tape)
@@ -200,9 +202,16 @@ class Program:
         moved = {
             name: swapped[name].detach()
             for name, copy in copies.items()
-            if swapped[name] is not copy or copy._version != versions[name]
+            if swapped[name] is not copy or copy._version != versions[name] or self._moves(name, buffers[name], copy)
         }
         return Outcome(loss, moved, support.inside)
+
+    def _moves(self, name: str, before: Tensor, after: Tensor) -> bool:
+        """Whether a call writes to a buffer, where torch does not count the write: F.batch_norm is such a call."""
+        if self.moving is not None:
+            return name in self.moving
+        path = name.rpartition(".")[0]
+        return isinstance(self.module.get_submodule(path), _NormBase) or not torch.equal(before, after)
 
     def call_and_differentiate(
         self, parameters: Tensors, buffers: Tensors, batch: Sequence[Tensor], tape: Tape, scalars=None
