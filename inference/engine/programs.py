@@ -363,6 +363,8 @@ class Program:
             if terms.take(site, msg, factor, place, scaled):
                 return site
         site.log_prob = self._lay_out(name, scale_and_mask(unscaled, msg["scale"], msg["mask"]), frames)
+        if isinstance(site.scale, Tensor) and site.scale.requires_grad:
+            site.unscaled = self._lay_out(name, scale_and_mask(unscaled, 1.0, msg["mask"]), frames)
         if site.estimator is not None and (site.estimator.log_q == "value" or site.estimator.enumerates):
             own = site.fn if site.estimator.enumerates else fn
             raw = score_log_prob(own, value) if has_own_mask(fn) or site.fn is not own else unscaled

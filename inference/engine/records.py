@@ -39,6 +39,14 @@ class Site:
     scored: bool = True  # False where a replayed draw cannot be scored, and only the other sites can be compared
     sums: tuple[str, ...] = ()  # the factors of the sum that it replaces
     summed: bool = False  # a factor of a sum over enumerated sites; the sum is another site's log_prob
+    unscaled: Tensor | None = None  # log_prob without its scale, where the scale has a gradient of its own
+
+    def with_gradient_of(self, log_prob: bool = False, scale: bool = False) -> Tensor:
+        """The site's log_prob, scaled, with the gradient of one of its factors only, or of neither."""
+        if self.unscaled is None:
+            return self.log_prob if log_prob else self.log_prob.detach()
+        factor = self.unscaled if log_prob else self.unscaled.detach()
+        return factor * (self.scale if scale else self.scale.detach())
 
     @property
     def drawn(self) -> bool:

@@ -59,7 +59,7 @@ class Reruns:
                 continue
             again = self._at(run, {site.name: site.draw for site in run.guide if site.latent}, with_model=False)
             for site in sites:
-                site.log_prob = again.guide_site(site.name).log_prob
+                site.log_prob = _rescaled(again.guide_site(site.name), site)
 
     def cut(self, groups: list[list[Run]]) -> list[list[Run]]:
         """The same runs with detached values."""
@@ -233,6 +233,13 @@ def stand_in(
         estimator.name,
         f"an estimator upstream differentiates through it, and {describe(msg['fn'])} cannot be relaxed",
     )
+
+
+def _rescaled(again: Site, site: Site) -> Tensor:
+    """Log q of the second run; its scale is the first run's, whose parameters are not frozen."""
+    if site.unscaled is None:
+        return again.log_prob
+    return again.with_gradient_of(log_prob=True) + site.with_gradient_of(scale=True) - site.log_prob.detach()
 
 
 def _parts(program: Any) -> list[Any]:

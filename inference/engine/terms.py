@@ -164,7 +164,7 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] 
             # A deterministic value outside a plate may combine the plate's elements.
             costs.sum_out(lambda own, mixed=before - site.frames: own & mixed)
     for site in reversed(run.guide):
-        log_q = site.log_prob.detach() if is_dropped(site) else site.log_prob
+        log_q = site.with_gradient_of(scale=True) if is_dropped(site) else site.log_prob
         costs.subtract(site.frames, log_q if plain else beta * log_q)
         costs.keep_only(layout.apart(site.frames))
         if visit is not None and (site.drawn or site.factor):
@@ -175,7 +175,7 @@ def walk_back(run: Run, layout: Layout, visit: Callable[[Site, CostToGo], None] 
 
 
 def is_dropped(site: Site) -> bool:
-    """Whether −log q of a guide's site enters by its value only, without a derivative."""
+    """Whether −log q of a guide's site enters by its value only, without a derivative but that of its scale."""
     return site.factor or (site.estimator is not None and site.estimator.log_q == "value")
 
 
@@ -195,7 +195,7 @@ def sloping_cost(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tenso
         return None
     later = run.guide[next(i for i, other in enumerate(run.guide) if other is site) :]
     # These terms are constants in the cost, but depend on the draw.
-    counted = [other.log_prob.sum() for other in later if is_dropped(other)]
+    counted = [other.with_gradient_of(log_prob=True).sum() for other in later if is_dropped(other)]
     return layout.cost_once(site, costs) - layout.kl_weight * sum(counted)
 
 
@@ -320,7 +320,8 @@ def with_slopes(total: Tensor, run: Run, layout: Layout, found: list) -> tuple[T
     leaves = [leaf for leaf in known if id(leaf) not in own]
     gradients = torch.autograd.grad(total, [*draws, *leaves], retain_graph=True, allow_unused=True)
     found_by: dict[str, Any] = {site.name: gradient for site, gradient in zip(sites, gradients, strict=False)}
-    counted = sum((site.log_prob.sum() for site in run.guide if is_dropped(site)), start=total.new_zeros(()))
+    dropped = [site.with_gradient_of(log_prob=True).sum() for site in run.guide if is_dropped(site)]
+    counted = sum(dropped, start=total.new_zeros(()))
     if counted.requires_grad:  # in the cost as a number, which depends on the draws all the same
         others = torch.autograd.grad(counted, draws, retain_graph=True, allow_unused=True)
         for site, other in zip(sites, others, strict=True):

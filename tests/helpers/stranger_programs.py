@@ -118,6 +118,26 @@ class PlateOfADrawnSize(Pair):
             pyro.sample("z", dist.Bernoulli(logits=self.b + 0.3 * k))
 
 
+@enter(EXACT, *VALUE, "local-expectation", "measure-valued")
+class ScaleThatLearns(Pair):
+    """The scale of latent sites is a parameter, or follows a draw: log q stays a number, its scale does not."""
+
+    fields = {"a": 0.4, "b": -0.3, "k": 0.3, "w": 0.7}
+
+    def model(self):
+        with poutine.scale(scale=self.k.exp()):
+            z = pyro.sample("z", dist.Bernoulli(logits=t(-0.3)))
+        with poutine.scale(scale=0.5 + self.w.exp() * z):
+            y = pyro.sample("y", dist.Bernoulli(logits=t(0.2)))
+        pyro.sample("x", dist.Normal(self.w * (z + y), 1.0), obs=X[0])
+
+    def guide(self):
+        with poutine.scale(scale=self.k.exp()):
+            z = pyro.sample("z", dist.Bernoulli(logits=self.a))
+        with poutine.scale(scale=0.5 + self.w.exp() * z):
+            pyro.sample("y", dist.Bernoulli(logits=self.b + 0.2 * z))
+
+
 @enter(EXACT, *VALUE, vectorize_particles=False)
 class TossUntilHeads(Pair):
     """A recursion with at most three coins: which sites there are is itself random."""
@@ -1096,6 +1116,24 @@ class WeightedDivergence(Pair):
         return self.weight * normal_kl(self.m, self.s.exp(), 0.2, 1.5) - mean_log_normal(X[0], self.m, self.s.exp())
 
 
+@enter(CLOSED, "pathwise", "score", "stl", "measure-valued")
+class ScaleOfANormalThatLearns(Pair):
+    fields = {"m": 0.3, "s": -0.4, "k": 0.3}
+
+    def model(self):
+        with poutine.scale(scale=self.k.exp()):
+            z = pyro.sample("z", dist.Normal(t(0.2), 1.5))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
+
+    def guide(self):
+        with poutine.scale(scale=self.k.exp()):
+            pyro.sample("z", dist.Normal(self.m, self.s.exp()))
+
+    def truth(self):
+        divergence = self.k.exp() * normal_kl(self.m, self.s.exp(), 0.2, 1.5)
+        return divergence - mean_log_normal(X[0], self.m, self.s.exp())
+
+
 CLOSED["weighted divergence"] = Entry(WeightedDivergence, ("pathwise", "score"), {"kl_weight": 0.25})
 
 
@@ -1370,7 +1408,7 @@ class PairsOfANormal(Guided):
         pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
 
 
-@enter(REFUSED, "default", says="'z'.*no reparameterized sampler")
+@enter(REFUSED, "default", says="'z'.*discrete; choose an estimator")
 class NoWordForACoin(Coin):
     pass
 
