@@ -156,14 +156,14 @@ def _maker(optimizer: Any, lr: float, lr_said: str) -> tuple[Callable[[Named], A
         make, options = optimizer.pt_optim_constructor, optimizer.pt_optim_args
         if callable(options):
             return lambda named: make(_groups(optimizer, named)), f"{make.__name__}({without_addresses(options)})"
-        return lambda named: make(list(named.values()), **options), f"{make.__name__}({options})"
+        return lambda named: make(list(named.values()), **options), f"{make.__name__}({dict(sorted(options.items()))})"
     if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
         takes_lr = "lr" in inspect.signature(optimizer).parameters
         options = {"lr": lr} if takes_lr else {}
         words = f"{optimizer.__name__}({f'lr={lr_said}' if takes_lr else ''})"
         return lambda named: optimizer(list(named.values()), **options), words
     if callable(optimizer):
-        keywords = getattr(optimizer, "keywords", {})
+        keywords = dict(sorted(getattr(optimizer, "keywords", {}).items()))
         name = getattr(getattr(optimizer, "func", optimizer), "__name__", "optimizer")
         return lambda named: optimizer(list(named.values())), f"{name}({keywords})"
     raise BadInput(

@@ -326,6 +326,14 @@ def test_settings_that_change_the_numbers_are_compared(tmp_path):
     assert quiet(*pair(), images(), run_dir=tmp_path, resume=True, loss="trace", epochs=2).epochs == 2
 
 
+@pytest.mark.parametrize("kind", ["pyro", "partial"])
+def test_the_order_of_an_optimizers_options_is_no_setting(kind, tmp_path):
+    for epochs, options in ((1, {"lr": 1e-2, "momentum": 0.9}), (2, {"momentum": 0.9, "lr": 1e-2})):
+        optimizer = pyro.optim.SGD(options) if kind == "pyro" else functools.partial(torch.optim.SGD, **options)
+        given = {"loss": "trace", "optimizer": optimizer, "run_dir": tmp_path, "resume": epochs == 2}
+        assert quiet(*pair(), images(), epochs=epochs, **given).epochs == epochs
+
+
 def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     written = []
     save = checkpoints.Checkpoints.save
