@@ -179,6 +179,12 @@ class GenerativeModel(OverData):
     x they see (``log1p`` for counts). ``guide_parents`` may say
     on which latents each latent's posterior should depend, and ``label_site`` which latent is a label that may be
     observed. ``variants`` are small configurations for contract tests and tables.
+
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
+    docs/extending.md has an example of a subclass.
     """
 
     latents: dict[str, Latent]

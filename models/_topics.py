@@ -26,6 +26,7 @@ def top_words(topics: Tensor, vocabulary: Sequence[str], count: int = 10) -> lis
     Raises:
         BadInput: if the number of words differs from the number of columns.
 
+    >>> import torch
     >>> top_words(torch.tensor([[0.1, 0.6, 0.3]]), ["a", "b", "c"], 2)
     [['b', 'c']]
     """
@@ -47,6 +48,11 @@ def perplexity(log_prob: Tensor, counts: Tensor) -> float:
     Returns:
         exp of minus the nats per word, over all documents together.
 
+    Raises:
+        RuntimeError: if the numbers of log-probabilities and of documents differ.
+        OverflowError: if the perplexity exceeds the range of a float.
+
+    >>> import torch
     >>> from gumbo.models.likelihoods import MultinomialCounts
     >>> counts = torch.tensor([[2.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     >>> round(perplexity(MultinomialCounts(torch.zeros(2, 4)).log_prob(counts), counts), 4)
@@ -71,6 +77,10 @@ def npmi(topics: Tensor, counts: Tensor, count: int = 10) -> Tensor:
     Returns:
         K numbers in [−1, 1].
 
+    Raises:
+        IndexError: if the documents have fewer words than the topics.
+
+    >>> import torch
     >>> documents = torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]])
     >>> npmi(torch.tensor([[0.5, 0.4, 0.1, 0.0], [0.5, 0.1, 0.4, 0.0]]), documents, count=2)
     tensor([ 1., -1.])

@@ -91,6 +91,21 @@ class AttendInferRepeat(GenerativeModel):
     ``(B, 1)``, ``(B, 3)`` and ``(B, what_dim)``. ``counts(draws)`` are numbers of objects and ``boxes(z_where)`` their
     places in pixels. Raises BadInput for data of another shape and, under validation, for NaN.
 
+    Args:
+        data_shape: ``(channels, height, width)``.
+        num_steps: T, the largest number of objects.
+        window: side of the square that an object is decoded to, in pixels.
+        what_dim: size of the sites ``z_what_t``.
+        success: ρ, the probability of one more object, between 0 and 1.
+        scale: prior mean of the ratio of the scene's side to an object's.
+        scale_sd: prior standard deviation of that ratio.
+        place_sd: prior standard deviation of a and b.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        bias: initial bias of the decoder's last layer, a logit: negative for objects that start dark.
+        likelihood_sd: standard deviation of a pixel of x.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Eslami et al. 2016, "Attend, infer, repeat: fast scene understanding with generative models", arXiv:1603.08575.
 
     >>> model = AttendInferRepeat(data_shape=(1, 20, 20), num_steps=2, what_dim=4, hidden=(16,))

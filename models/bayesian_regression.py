@@ -29,6 +29,15 @@ class BayesianRegression(GenerativeModel):
     ``bias1``, ... from the inputs onwards are ``(outputs, inputs)`` and ``(outputs,)`` of their layers. For minibatches
     give ``data_size``, else each batch counts as all the data. Raises BadInput for inputs or targets of another shape.
 
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        hidden: widths of the network's hidden layers.
+        outputs: number of targets.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        prior_sd: s, the prior standard deviation of a bias; that of a weight is s / √n.
+        noise_sd: σ, the standard deviation of the targets; None learns it, one for each target.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     MacKay 1992, "A practical Bayesian framework for backpropagation networks"; Blundell et al. 2015, arXiv:1505.05424.
 
     >>> model = BayesianRegression((3,), hidden=())

@@ -21,11 +21,21 @@ class BernoulliVAE(GenerativeModel):
     .. math:: z_j \sim \mathrm{Bernoulli}(\sigma(a_j)),\ j = 1 \dots D, \qquad
               x \mid z \sim \prod_i \mathrm{Bernoulli}(x_i; \sigma(f(z)_i))
 
-    Shapes: ``x`` is ``(B, *data_shape)``, site ``z`` is ``(B, num_latents)``. ``nonlinear=False`` makes f linear (a
-    sigmoid belief network of one layer); otherwise it has the ``hidden`` layers, given in the encoder's order. The
-    prior logits a are learned, from zero, unless ``learn_prior=False``. Wide layers, such as a thousand latents, are
+    Shapes: ``x`` is ``(B, *data_shape)``, site ``z`` is ``(B, num_latents)``. With ``nonlinear=False`` it is a sigmoid
+    belief network of one layer. The prior logits a start at zero. Wide layers, such as a thousand latents, are
     supported. Raises BadInput for data of another shape and, under validation, for NaN or for values other than 0 and
     1.
+
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        num_latents: size of site ``z``.
+        nonlinear: whether the networks have hidden layers; False makes them linear.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        learn_prior: whether the prior's logits are learned; False fixes them at zero.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
 
     The benchmark of Tucker et al. 2017, arXiv:1703.07370, and of Dong et al. 2020, arXiv:2006.10680.
 

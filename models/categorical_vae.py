@@ -26,9 +26,22 @@ class CategoricalVAE(GenerativeModel):
     Shapes: ``x`` is ``(B, *data_shape)``, site ``y`` is ``(B, num_latents, num_classes)``, one-hot along the last
     dimension. With ``relaxed=True`` y is a point of the simplex instead, from RelaxedOneHotCategorical at
     ``temperature`` (a buffer: ``model.temperature.fill_(0.3)`` changes it); its bound is the relaxed model's and does
-    not compare with the discrete one's. ``prior`` of the discrete form is ``uniform``, ``independent`` (learned) or
-    ``autoregressive``, a word of `gumbo.models.priors`, with its ``prior_options``. Raises BadInput for data of another
-    shape and, under validation, for NaN or for values other than 0 and 1.
+    not compare with the discrete one's. A prior other than the uniform one goes with the discrete form. Raises BadInput
+    for data of another shape and, under validation, for NaN or for values other than 0 and 1.
+
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        num_latents: N, the number of one-hot latents.
+        num_classes: C, the number of classes of each.
+        relaxed: whether y is a point of the simplex instead of one-hot.
+        temperature: initial temperature of the relaxed prior.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        prior: p(y), a word of `gumbo.models.priors`: ``uniform``, ``independent`` or ``autoregressive``.
+        prior_options: options of the prior, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
 
     Jang, Gu & Poole 2017, arXiv:1611.01144; Maddison, Mnih & Teh 2017, arXiv:1611.00712, whose prior temperature of 1/2
     is the default.

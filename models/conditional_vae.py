@@ -25,9 +25,21 @@ class ConditionalVAE(GenerativeModel):
 
     Called as ``model(x, c=c)``, and so are its guides. Shapes: ``x`` is ``(B, *data_shape)``, ``c`` is
     ``(B, *condition_shape)``, of x's dtype (labels as one-hot vectors), site ``z`` is ``(B, latent_dim)``. With
-    ``conditional_prior=True`` the prior's mean and standard deviation are a network of c, with one layer of
-    ``prior_hidden``. Raises BadInput for data or conditions of another shape and, under validation, for NaN or for
-    values of x other than 0 and 1.
+    ``conditional_prior=True`` the prior's mean and standard deviation are a network of c. Raises BadInput for data or
+    conditions of another shape and, under validation, for NaN or for values of x other than 0 and 1.
+
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        condition_shape: shape of one condition, without the batch dimension.
+        latent_dim: size of site ``z``.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        conditional_prior: whether the prior depends on the condition.
+        prior_hidden: width of the hidden layer of the prior's network.
+        min_sd: smallest standard deviation, added to the softplus of an output.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
 
     Sohn, Lee & Yan 2015, "Learning structured output representation using deep conditional generative models".
 

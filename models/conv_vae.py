@@ -27,6 +27,15 @@ class ConvVAE(GenerativeModel):
     latent dimensions can be drawn as a manifold. Raises BadInput for images whose height and width cannot be halved so
     often, for data of another shape and, under validation, for NaN or for values other than 0 and 1.
 
+    Args:
+        data_shape: ``(channels, height, width)``.
+        latent_dim: size of site ``z``.
+        channels: maps of the convolutions, in the encoder's order.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     LeCun et al. 1998 for the encoder; Kingma & Welling 2013, arXiv:1312.6114, for the rest.
 
     >>> model = ConvVAE(data_shape=(1, 8, 8), channels=(4, 8))

@@ -34,6 +34,17 @@ class DeepMarkovModel(SequenceModel):
     BadInput for data or masks of another shape and, under validation, for masks that are no run of ones from the first
     step on, for NaN or for values other than 0 and 1.
 
+    Args:
+        data_shape: ``(T, D)`` or ``(1, T, D)``.
+        latent_dim: size of z_t.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        transition_hidden: width of the hidden layers of the transition.
+        min_sd: smallest standard deviation, added to the softplus of an output.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Krishnan, Shalit & Sontag 2017, "Structured inference networks for nonlinear state space models", arXiv:1609.09869.
 
     >>> model = DeepMarkovModel(data_shape=(6, 4), latent_dim=2, hidden=(8,), transition_hidden=8)

@@ -77,6 +77,16 @@ class Expectation(GenerativeModel):
 
     Raises BadInput for a context of another shape, and for an f that does not return a number per row.
 
+    Args:
+        data_shape: shape of one context, without the batch dimension.
+        f: the function, its import path, or a word of `gumbo.models.rewards`.
+        family: family of z, as in :class:`Latent`.
+        shape: shape of z, or of each token.
+        length: T, the number of tokens; None makes z a single site.
+        hidden: widths of the hidden layers of the guides' encoders.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning".
 
     >>> from gumbo.guides import UnconditionalGuide

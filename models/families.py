@@ -57,12 +57,16 @@ families: Registry[Family] = Registry(
 class Latent:
     """The declaration of one latent site: its family, and the shape of one datum's value.
 
-    ``family`` is a word of ``families``: ``normal``, ``log-normal``, ``gamma``, ``beta``, ``von-mises`` (angles),
-    ``bernoulli``, ``poisson``, ``negative-binomial``, ``binomial``, ``categorical`` (one-hot vectors), and points of
-    the simplex, ``dirichlet`` and ``relaxed-categorical``. For one-hot vectors and points of the simplex the last
-    dimension of ``shape`` runs over classes. ``total_count`` is the fixed r of negative binomial and n of binomial
-    latents. A latent that is not ``local`` is global: one value for all data (a weight), drawn outside of the data
-    plate.
+    Families are ``normal``, ``log-normal``, ``gamma``, ``beta``, ``von-mises`` (angles), ``bernoulli``, ``poisson``,
+    ``negative-binomial``, ``binomial``, ``categorical`` (one-hot vectors), and points of the simplex, ``dirichlet`` and
+    ``relaxed-categorical``. For one-hot vectors and points of the simplex the last dimension of the shape runs over
+    classes.
+
+    Args:
+        family: the word of the family.
+        shape: shape of one datum's value.
+        local: whether each datum has a value; False: one for all data (a weight), drawn outside of the data plate.
+        total_count: r of negative binomial and n of binomial latents.
 
     >>> Latent("categorical", (20, 10)).size
     200

@@ -27,6 +27,17 @@ class GaussianMixtureVAE(GenerativeModel):
     standard deviation ``spread``, so that the clusters differ. Raises BadInput for data of another shape and, under
     validation, for NaN or for values other than 0 and 1.
 
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        num_components: number of clusters, the size of site ``y``.
+        latent_dim: size of site ``z``.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        spread: standard deviation of the initial means of the clusters.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Jiang et al. 2017, arXiv:1611.05148; Dilokthanakul et al. 2016, arXiv:1611.02648.
 
     >>> model = GaussianMixtureVAE(data_shape=(1, 8, 8), num_components=4, latent_dim=2, hidden=(16,))

@@ -24,14 +24,22 @@ class GaussianVAE(GenerativeModel):
     .. math:: z \sim N(0, I_D), \qquad x \mid z \sim \prod_i \mathrm{Bernoulli}(x_i; \sigma(f(z)_i))
               \quad\text{or}\quad \prod_i N(x_i; f(z)_i, s^2)
 
-    Shapes: ``x`` is ``(B, *data_shape)``, site ``z`` is ``(B, latent_dim)``. ``hidden`` is given in the encoder's
-    order, so that a guide with the same sizes mirrors the decoder. ``likelihood_sd`` fixes s of the Normal likelihood;
-    by default s is learned, one positive scalar that starts at 1. Other words of ``likelihood`` (``poisson``,
-    ``negative-binomial``, ``multinomial``, ``categorical``, ``discretized-logistic``, ...) are those of
-    `gumbo.models.likelihoods`, with their ``likelihood_options``. ``prior`` is a word of `gumbo.models.priors` with its
-    ``prior_options``: ``standard``, ``mixture``, ``vamp`` (whose encoder the guide ``vamp`` shares), ``flow``. Raises
-    BadInput for data of another shape and, under
-    validation, for NaN or for values other than 0 and 1 under a Bernoulli likelihood.
+    Shapes: ``x`` is ``(B, *data_shape)``, site ``z`` is ``(B, latent_dim)``. A guide with the same ``hidden`` mirrors
+    the decoder. Other likelihoods are ``poisson``, ``negative-binomial``, ``multinomial``, ``categorical``,
+    ``discretized-logistic``, ...; the guide ``vamp`` shares the encoder of the prior ``vamp``. Raises BadInput for data
+    of another shape and, under validation, for NaN or for values other than 0 and 1 under a Bernoulli likelihood.
+
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        latent_dim: size of site ``z``.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_sd: s of the Normal likelihood; None learns one number, which starts at 1.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        prior: p(z), a word of `gumbo.models.priors`: ``standard``, ``mixture``, ``vamp`` or ``flow``.
+        prior_options: options of the prior, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
 
     Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
 

@@ -35,6 +35,13 @@ class GridWorld(GenerativeModel):
     given context without effect: ones ``(B, 1)``, a row for each walk. Raises BadInput for a context of
     another shape and for a grid of one cell.
 
+    Args:
+        data_shape: shape of one context, without the batch dimension.
+        height: number of rows of cells.
+        width: number of columns of cells.
+        steps: T, the number of actions of a walk.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Sutton & Barto 2018, "Reinforcement learning", chapters 3 and 13.
 
     >>> model = GridWorld(height=2, width=3, steps=4)

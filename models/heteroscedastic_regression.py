@@ -22,7 +22,15 @@ class HeteroscedasticRegression(GenerativeModel):
 
     ``model(x, y=y)`` observes the targets, ``model(x)`` draws them. There are no latents: with the guide ``none`` every
     ELBO is the log-likelihood. Shapes: ``x`` is ``(B, *data_shape)``, ``y`` is ``(B, *target_shape)``. μ and s are the
-    two halves of one network's output; ``min_sd`` is ε. Raises BadInput for inputs or targets of another shape.
+    two halves of one network's output. Raises BadInput for inputs or targets of another shape.
+
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        target_shape: shape of one target, without the batch dimension.
+        hidden: widths of the network's hidden layers.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        min_sd: ε, the smallest standard deviation, added to the softplus of an output.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
 
     Nix & Weigend 1994, "Estimating the mean and variance of the target probability distribution".
 

@@ -39,6 +39,14 @@ class HiddenMarkovModel(SequenceModel):
     ``(B, D)``. ``inputs(x, lengths)`` makes the mask; ``per_step(values, mask)`` turns nats per sequence into nats per
     step.
 
+    Args:
+        data_shape: ``(T, D)`` or ``(1, T, D)``.
+        num_states: number of states of a chain.
+        kind: ``plain``, ``autoregressive``, ``factorial`` or ``partially-factorial``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Rabiner 1989, "A tutorial on hidden Markov models"; Ghahramani & Jordan 1997 for the factorial kinds.
 
     >>> from gumbo.guides import NoGuide

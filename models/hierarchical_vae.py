@@ -26,9 +26,19 @@ class HierarchicalVAE(GenerativeModel):
               x \mid z_1 \sim \prod_i \mathrm{Bernoulli}(x_i; \sigma(f(z_1)_i))
 
     Shapes: ``x`` is ``(B, *data_shape)``; ``latent_dims`` are the sizes of z1, z2, ... from the data upwards, and site
-    ``zl`` is ``(B, latent_dims[l - 1])``. f has the layers of ``hidden`` (in the encoder's order), the networks between
-    levels one hidden layer of ``level_hidden``. Raises BadInput for data of another shape and, under validation,
-    for NaN or for values other than 0 and 1.
+    ``zl`` is ``(B, latent_dims[l - 1])``. Raises BadInput for data of another shape and, under validation, for NaN or
+    for values other than 0 and 1.
+
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        latent_dims: sizes of z1, z2, ..., at least two.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        level_hidden: width of the hidden layer between two levels.
+        min_sd: smallest standard deviation, added to the softplus of an output.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
 
     Rezende, Mohamed & Wierstra 2014, arXiv:1401.4082; Sønderby et al. 2016, arXiv:1602.02282.
 

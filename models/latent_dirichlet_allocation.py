@@ -28,6 +28,15 @@ class LatentDirichletAllocation(GenerativeModel):
     `gumbo.models.perplexity`, `npmi` and `top_words` evaluate it. Raises BadInput for data of another shape and, under
     validation, for NaN or for values that are not counts.
 
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        num_topics: number of topics, the size of site ``theta``.
+        concentration: α of the Dirichlet prior: below 1 it favours few topics per document.
+        length: number of words of a document that is drawn without data.
+        hidden: widths of the hidden layers of the guides' encoders.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Blei, Ng & Jordan 2003, "Latent Dirichlet allocation"; Figurnov, Mohamed & Mnih 2018, arXiv:1805.08498, for the
     gradients; Srivastava & Sutton 2017, arXiv:1703.01488, for amortized topic models.
 

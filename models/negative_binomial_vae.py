@@ -39,6 +39,18 @@ class NegativeBinomialVAE(GenerativeModel):
     site ``library`` ``(B, 1)``. Raises BadInput for data or covariates of another shape and, under validation, for
     values that are no counts.
 
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        latent_dim: size of site ``z``.
+        library: ``observed``, ``latent`` or ``none``.
+        zero_inflation: whether zeros have a further probability.
+        num_batches: number of values of the covariate ``batch``; 0 has no covariate.
+        library_loc: mean of log l under ``library="latent"``.
+        library_sd: standard deviation of log l under ``library="latent"``.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Lopez et al. 2018, "Deep generative modeling for single-cell transcriptomics", Nature Methods 15.
 
     >>> model = NegativeBinomialVAE(data_shape=(30,), latent_dim=2, library="latent", library_loc=5.0)

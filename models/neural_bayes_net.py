@@ -34,6 +34,15 @@ class NeuralBayesNet(GenerativeModel):
     makes them from named tensors, ``unpack`` is its inverse. A node without a shape has ``data_shape``. Raises BadInput
     for a graph with a cycle or an unknown name, and for data that do not fit.
 
+    Args:
+        data_shape: shape of the nodes that have no ``shape``.
+        nodes: the variables; None takes label → style → image, with the image observed.
+        observed: names of the variables in the data; None takes all.
+        hidden: widths of the hidden layers of each node's network.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        min_sd: smallest standard deviation, added to the softplus of an output.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Pearl 1988, "Probabilistic reasoning in intelligent systems"; Kingma & Welling 2013, arXiv:1312.6114, appendix F,
     for learning the conditionals.
 

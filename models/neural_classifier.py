@@ -24,6 +24,14 @@ class NeuralClassifier(GenerativeModel):
     f has convolutions of stride 2 (``channels``), if any, then dense layers. Raises BadInput for inputs or labels of
     another shape and, under validation, for labels out of range.
 
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        num_classes: number of classes, the size of site ``y``.
+        hidden: widths of the network's hidden layers.
+        channels: maps of the convolutions of stride 2; () has none.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     >>> model = NeuralClassifier((1, 8, 8), num_classes=10, hidden=(16,))
     >>> model.likelihood(torch.zeros(3, 1, 8, 8)).probs.shape
     torch.Size([3, 10])

@@ -34,6 +34,15 @@ class PoissonDEF(GenerativeModel):
     z2, ... from the data upwards, and site ``zl`` is ``(B, layers[l - 1])``. Raises BadInput for data of another shape
     and, under validation, for NaN or for values that are not counts.
 
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        layers: widths of z1, z2, ...
+        kind: family of the latents, ``gamma`` or ``poisson``.
+        shape: a, the shape of the Gammas.
+        hidden: widths of the hidden layers of the guides' encoders.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Ranganath, Tang, Charlin & Blei 2015, "Deep exponential families", arXiv:1411.2581, with point estimates of the
     weights.
 

@@ -25,12 +25,23 @@ class PoissonVAE(GenerativeModel):
     .. math:: z_j \sim \mathrm{Poisson}(e^{a_j}),\ j = 1 \dots D, \qquad
               x \mid z \sim \prod_i \mathrm{Bernoulli}(x_i; \sigma(f(z)_i))
 
-    Shapes: ``x`` is ``(B, *data_shape)``, site ``z`` is ``(B, num_latents)``. ``counts`` is the family: ``poisson``, or
-    ``negative-binomial`` and ``binomial`` of a fixed ``total_count``, whose logits are a_j. The prior's a are zero,
-    Poisson(1), unless ``learn_prior=True``. ``nonlinear=False`` makes f linear. ``likelihood`` is a word of
-    `gumbo.models.likelihoods`, with its ``likelihood_options``. The guide ``mean-field`` has a posterior of the same
-    family. Raises BadInput for data of another shape and, under validation, for data outside the likelihood's
-    support.
+    Shapes: ``x`` is ``(B, *data_shape)``, site ``z`` is ``(B, num_latents)``. For negative binomial and binomial
+    latents, of a fixed ``total_count``, a_j are logits. The prior's a are zero, Poisson(1), unless they are learned.
+    The guide ``mean-field`` has a posterior of the same family. Raises BadInput for data of another shape and, under
+    validation, for data outside the likelihood's support.
+
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        num_latents: size of site ``z``.
+        counts: family of z: ``poisson``, ``negative-binomial`` or ``binomial``.
+        total_count: r of negative binomial and n of binomial latents.
+        nonlinear: whether the networks have hidden layers; False makes them linear.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        learn_prior: whether a is learned; False fixes it at zero.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
 
     Vafaii, Galor & Yates 2024, "Poisson variational autoencoder", arXiv:2405.14473.
 

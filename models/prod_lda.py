@@ -30,6 +30,16 @@ class ProdLDA(GenerativeModel):
     experts as distributions over words; `gumbo.models.perplexity`, `npmi` and `top_words` evaluate them. Raises
     BadInput for data of another shape and, under validation, for NaN or for values that are not counts.
 
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        num_topics: number of topics, the size of site ``z``.
+        concentration: α of the Dirichlet that the prior approximates: below 1 it favours few topics per document.
+        normalize: whether each document's logits are normalized.
+        length: number of words of a document that is drawn without data.
+        hidden: widths of the hidden layers of the guides' encoders.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Srivastava & Sutton 2017, "Autoencoding variational inference for topic models", arXiv:1703.01488.
 
     >>> model = ProdLDA(data_shape=(30,), num_topics=3)

@@ -28,6 +28,16 @@ class SemiSupervisedVAE(GenerativeModel):
     BadInput for data or labels of another shape and, under validation, for labels out of range, for NaN or for values
     other than 0 and 1.
 
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        num_classes: number of labels, the size of site ``y``.
+        latent_dim: size of site ``z``.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Kingma et al. 2014, "Semi-supervised learning with deep generative models", arXiv:1406.5298.
 
     >>> model = SemiSupervisedVAE(data_shape=(1, 8, 8), num_classes=10, latent_dim=2, hidden=(16,))

@@ -116,6 +116,17 @@ class SequenceVAE(GenerativeModel):
     data of another shape, for a ``length`` without a reward, for an f that does not return a number per row and, under
     validation, for NaN or for values that are no tokens.
 
+    Args:
+        data_shape: ``(L,)`` or ``(1, L)``; with a reward, the shape of one context.
+        vocabulary: V, the number of token types.
+        latent_dim: size of site ``z``.
+        rnn_hidden: size of the recurrent state.
+        hidden: widths of the hidden layers of the guides' encoders.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        reward: f, as a function, its import path, or a word; None trains by maximum likelihood.
+        length: L, with a reward; None takes the number of elements of x.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Bowman et al. 2016, "Generating sentences from a continuous space", arXiv:1511.06349; Ranzato et al. 2016, "Sequence
     level training with recurrent neural networks", arXiv:1511.06732.
 

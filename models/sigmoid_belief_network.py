@@ -27,9 +27,17 @@ class SigmoidBeliefNetwork(GenerativeModel):
     Shapes: ``x`` is ``(B, *data_shape)``; ``layers`` are the widths of z1, z2, ... from the data upwards, and site
     ``zl`` is ``(B, layers[l - 1])``. Each f is linear, or, with ``nonlinear=True``, has a hidden layer as wide as its
     output's layer (f_0: as z1). The prior logits a of the top layer are learned, from zero. Posteriors are usually
-    layered upwards, q(z1 | x) q(z2 | z1) ..., the default of the layered guide. Another
-    ``likelihood`` is a word of `gumbo.models.likelihoods`. Raises BadInput for data of another shape and, under
-    validation, for NaN or for data outside the likelihood's support.
+    layered upwards, q(z1 | x) q(z2 | z1) ..., the default of the layered guide. Raises BadInput for data of another
+    shape and, under validation, for NaN or for data outside the likelihood's support.
+
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        layers: widths of z1, z2, ...
+        nonlinear: whether the networks have hidden layers; False makes them linear.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
 
     Neal 1992, "Connectionist learning of belief networks"; Mnih & Gregor 2014, arXiv:1402.0030.
 

@@ -31,8 +31,18 @@ class StructuredPrediction(GenerativeModel):
     width)`` both halves are ``(B, channels, height / 2, width)`` (an odd middle row is in the lower half), site ``zl``
     is ``(B, layers[l - 1])``. Each f is linear or, with ``nonlinear=True``, has a hidden layer as wide as its output's
     layer (the last: as the layer before). With ``num_classes`` a layer's latents are one-hot, and site ``zl`` is
-    ``(B, layers[l - 1], num_classes)``. Another ``likelihood`` is a word of `gumbo.models.likelihoods`.
-    Raises BadInput for halves of another shape and, under validation, for NaN or for x outside its support.
+    ``(B, layers[l - 1], num_classes)``. Raises BadInput for halves of another shape and, under validation, for NaN or
+    for x outside its support.
+
+    Args:
+        data_shape: ``(channels, height, width)`` of the whole image.
+        layers: widths of z1, z2, ...
+        nonlinear: whether the networks have hidden layers; False makes them linear.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        num_classes: number of classes of a one-hot latent; None makes latents binary.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
 
     Raiko et al. 2014, arXiv:1406.2989; Gu et al. 2016, arXiv:1511.05176.
 

@@ -37,6 +37,15 @@ class SwitchingStateSpace(SequenceModel):
     step. Raises BadInput for data or masks of another shape and, under validation, for masks that are no run of ones
     from the first step on, and for data outside the likelihood's support.
 
+    Args:
+        data_shape: ``(T, D)`` or ``(1, T, D)``.
+        num_regimes: number of regimes.
+        latent_dim: size of z_t.
+        min_sd: smallest standard deviation, added to the softplus of an output.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
+
     Ghahramani & Hinton 2000, "Variational learning for switching state-space models"; Linderman et al. 2017,
     arXiv:1610.08466.
 

@@ -43,9 +43,21 @@ class VectorQuantizedVAE(GenerativeModel):
     term, and no straight-through gradient unless the estimator has one.
 
     Shapes: ``x`` is ``(B, *data_shape)``, site ``y`` is ``(B, num_codes, num_classes)``, one-hot along the last
-    dimension. ``prior`` is a word of `gumbo.models.priors`: ``autoregressive``, learned with the rest, ``independent``
-    or ``uniform``. ``code_use(y)`` counts the codes in use. Raises BadInput for data of another shape and, under
-    validation, for data outside the likelihood's support.
+    dimension. The prior is learned with the rest, unless it is uniform. ``code_use(y)`` counts the codes in use. Raises
+    BadInput for data of another shape and, under validation, for data outside the likelihood's support.
+
+    Args:
+        data_shape: shape of one datum, without the batch dimension.
+        num_codes: N, the number of positions.
+        num_classes: K, the number of vectors of the codebook.
+        code_dim: size of a vector.
+        prior: p(y), a word of `gumbo.models.priors`: ``autoregressive``, ``independent`` or ``uniform``.
+        prior_options: options of the prior, by name; None takes its defaults.
+        hidden: widths of the decoder's hidden layers, in the encoder's order.
+        activation: activation between layers: ``relu``, ``leaky-relu``, ``elu``, ``silu``, ``softplus`` or ``tanh``.
+        likelihood: p(x | output), a word of `gumbo.models.likelihoods`.
+        likelihood_options: options of the likelihood, by name; None takes its defaults.
+        data_size: number of data in the whole set: terms are scaled by ``data_size / B``; None does not scale.
 
     van den Oord, Vinyals & Kavukcuoglu 2017, "Neural discrete representation learning", arXiv:1711.00937; Sønderby,
     Poole & Mnih 2017, for the stochastic code.
