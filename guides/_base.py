@@ -40,7 +40,10 @@ class AnyGuide(OverData):
 
     ``factorized = True`` declares that the sites and their distributions depend on the arguments and the parameters
     alone, and not on other draws. An estimator that evaluates other draws then repeats the sample statements without
-    the networks. A subclass with a ``forward`` of its own declares it again.
+    the networks. A subclass with a ``forward`` of its own declares it again. docs/extending.md has an example.
+
+    Args:
+        model: the model, whose latents and data shape the guide takes.
     """
 
     families: ClassVar[Collection[str]] = ()
@@ -87,7 +90,14 @@ class AnyGuide(OverData):
 class Guide(AnyGuide):
     """Base of the amortized guides q(z | x): ``encoder`` computes features of the data, and of the conditions if any.
 
-    If ``hidden``, ``channels`` or ``activation`` are None, they mirror the model's decoder.
+    A subclass defines ``forward``, which samples the sites from ``features(x, conditions)``, ``(B, encoder.size)``;
+    docs/extending.md has an example.
+
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
     """
 
     def __init__(
@@ -119,6 +129,9 @@ def fitting(model: GenerativeModel) -> list[str]:
     Returns:
         The names, in the registry's order.
 
+    Raises:
+        AttributeError: an object that is no `GenerativeModel`.
+
     >>> from gumbo.models import CategoricalVAE
     >>> fitting(CategoricalVAE((1, 8, 8), hidden=(8,), relaxed=True))
     ['relaxed-categorical', 'unconditional']
@@ -131,6 +144,12 @@ class FactorizedGuide(Guide):
 
     A subclass may set the number of outputs of a site (``num_outputs``) and their distribution (``distribution``); the
     defaults are the family's own.
+
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
     """
 
     factorized = True

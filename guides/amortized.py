@@ -35,11 +35,20 @@ START = 5  # number of prior draws whose median initializes a global site
 
 @dataclass(frozen=True)
 class Decision:
-    """The decisions for one site, with reasons.
+    """The decisions of :func:`amortize` for one site, with reasons.
 
-    Attributes: ``site``; ``plates``; ``scope``, "local", "global" or "summed out"; ``family``; ``parents``, the latent
-    sites that its factor depends on; ``reads``, the observed sites and arguments that its encoder reads; ``encoder``;
-    ``estimator``, its word unless the loss names one; ``why``.
+    Attributes:
+        site: the name of the site.
+        plates: the plates that it is in.
+        scope: ``local``, ``global`` or ``summed out``.
+        family: its distribution, in words.
+        parents: the latent sites that its factor depends on.
+        reads: the observed sites and arguments that its encoder reads.
+        encoder: its network, in words.
+        estimator: its word unless the loss names one.
+        why: the reasons, in words.
+
+    `AmortizedGuide` has an example.
     """
 
     site: str
@@ -56,10 +65,34 @@ class Decision:
 class AmortizedGuide(PyroModule):
     """The guide made by :func:`amortize`; ``guide(*args)`` takes the model's arguments, and returns its draws.
 
+    Args:
+        model: the Pyro program.
+        structure: its latent sites, plates and dependencies, as found in draws from the prior.
+        inverse: the factorization of the posterior, in drawing order.
+        args: the model's arguments.
+        kwargs: the model's keywords.
+        hidden: widths of the hidden layers of the encoders and of the sites' networks.
+        encoder: the module that takes an encoder's place, or one for each local site; None makes them.
+        dependencies: the word, or ``given``.
+        found: the arguments with a row for each element of some plates.
+        fixed: the plates whose size does not vary with the arguments.
+
     Attributes:
         decisions: the decision for each site, with reasons; ``print(guide)`` shows them as a table.
         parents: the latent sites that each site's factor depends on, in the order in which sites are drawn.
-        dependencies: the word, or "given".
+        dependencies: the word, or ``given``.
+
+    >>> import pyro
+    >>> import pyro.distributions as dist
+    >>> import torch
+    >>> from gumbo.guides import amortize
+    >>> def model(x):
+    ...     with pyro.plate("rows", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> guide = amortize(model, torch.randn(8), quiet=True)
+    >>> [(decision.site, decision.scope, decision.reads) for decision in guide.decisions]
+    [('z', 'local', ('x',))]
     """
 
     plain_networks = True
@@ -496,6 +529,9 @@ def amortize(
 
     Webb et al. 2018, arXiv:1712.00287.
 
+    >>> import pyro
+    >>> import pyro.distributions as dist
+    >>> import torch
     >>> def model(x):
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     ...     with pyro.plate("rows", len(x)):

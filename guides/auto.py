@@ -51,15 +51,20 @@ class AutoGuide(AnyGuide):
     """One of Pyro's autoguides over a model's global latents (the weights of a Bayesian regression).
 
     ``kind`` is ``normal`` (a factor for each site), ``diagonal-normal``, ``multivariate-normal`` (full covariance over
-    all sites together), ``low-rank-normal``, or ``delta`` (the most probable values); ``init_scale`` the initial
-    standard deviation of the Normal ones, where None is Pyro's default. The autoguide is the attribute ``encoder``,
-    with Pyro's methods (``encoder.median()``, ``encoder.quantiles(...)``).
+    all sites together), ``low-rank-normal``, or ``delta`` (the most probable values). The autoguide is the attribute
+    ``encoder``, with Pyro's methods (``encoder.median()``, ``encoder.quantiles(...)``).
 
     ``guide(x)`` takes the model's arguments, and draws each site once, with the shape that the model declares. Raises
     UnknownName for another kind, and BadInput for a model with local latents.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        kind: which autoguide, one of the words above.
+        init_scale: initial standard deviation of the Normal ones; None takes Pyro's default.
+
     Kucukelbir et al. 2017, arXiv:1603.00788.
 
+    >>> import torch
     >>> from gumbo.models import BayesianRegression
     >>> model = BayesianRegression((3,), hidden=(4,))
     >>> {site: tuple(value.shape) for site, value in AutoGuide(model)(torch.zeros(10, 3)).items()}

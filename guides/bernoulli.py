@@ -9,9 +9,14 @@ from ._base import FactorizedGuide, guides
 class BernoulliGuide(FactorizedGuide):
     r"""Binary latents: :math:`q(z_j \mid x) = \mathrm{Bernoulli}(\sigma(h_j(x)))`, independent over j.
 
-    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The encoder mirrors the
-    model's decoder unless ``hidden``, ``channels`` or ``activation`` are set; ``hidden=()`` makes h linear.
-    Raises BadInput for a model with latents of another family.
+    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. With ``hidden=()`` h is
+    linear. Raises BadInput for a model with latents of another family.
+
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
 
     Mnih & Gregor 2014, arXiv:1402.0030.
 

@@ -16,12 +16,18 @@ from ._base import FactorizedGuide, guides
 class CategoricalGuide(FactorizedGuide):
     r"""One-hot latents: :math:`q(y_n \mid x) = \mathrm{Categorical}(\mathrm{softmax}\,h_n(x))`, independent over n.
 
-    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)``, one-hot along the last dimension. The encoder
-    mirrors the model's decoder unless ``hidden``, ``channels`` or ``activation`` are set. Raises BadInput for a
-    model with latents of another family.
+    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)``, one-hot along the last dimension. Raises BadInput
+    for a model with latents of another family.
+
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
 
     Jang, Gu & Poole 2017, arXiv:1611.01144.
 
+    >>> import torch
     >>> from gumbo.models import CategoricalVAE
     >>> model = CategoricalVAE((1, 8, 8), num_latents=4, num_classes=3, hidden=(16,))
     >>> CategoricalGuide(model, hidden=(16,))(torch.zeros(5, 1, 8, 8))["y"].sum(-1).unique()
@@ -39,8 +45,16 @@ class RelaxedCategoricalGuide(FactorizedGuide):
     temperature is a buffer: ``guide.temperature.fill_(0.3)`` changes it. Raises BadInput for a model with
     latents of another family: a density on the simplex is never compared with a discrete prior.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        temperature: initial temperature of relaxed sites.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
+
     Maddison, Mnih & Teh 2017, arXiv:1611.00712, whose posterior temperature of 2/3 is the default.
 
+    >>> import torch
     >>> from gumbo.models import CategoricalVAE
     >>> model = CategoricalVAE((1, 8, 8), num_latents=4, num_classes=3, hidden=(16,), relaxed=True)
     >>> RelaxedCategoricalGuide(model, hidden=(16,))(torch.zeros(5, 1, 8, 8))["y"].shape

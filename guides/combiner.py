@@ -30,9 +30,18 @@ class CombinerGuide(AnyGuide):
     Shapes: as the model's; called as ``guide(x, mask=mask)``. Raises BadInput for any other
     model, and for couplings over single steps.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        rnn_hidden: size of the recurrent state.
+        flows: number of affine couplings of each step.
+        flow_hidden: width of the hidden layers of a coupling.
+        min_sd: smallest standard deviation, added to the softplus of an output.
+
     Krishnan, Shalit & Sontag 2017, arXiv:1609.09869; Dinh, Sohl-Dickstein & Bengio 2017, arXiv:1605.08803, for the
     couplings, in place of the inverse autoregressive flows of Pyro's example: they score a given value in one pass.
 
+    >>> import torch
+    >>> from gumbo.models import DeepMarkovModel
     >>> model = DeepMarkovModel((6, 4), latent_dim=2, hidden=(8,), transition_hidden=8)
     >>> mask = model.mask_of(torch.tensor([6, 2, 1]))
     >>> CombinerGuide(model, rnn_hidden=8)(torch.zeros(3, 6, 4), mask=mask)["z"].shape

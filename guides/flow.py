@@ -16,8 +16,9 @@ from .triangular_normal import why_not_vectors
 
 @guides.register("flow")
 class FlowGuide(Guide):
-    r"""A normalizing flow: :math:`z_j = g_j(\epsilon; x),\ \epsilon \sim N(0, I)`, with :math:`\log q(z_j \mid x) =
-    \log N(\epsilon; 0, I) - \log |\det \partial z_j / \partial \epsilon|`.
+    r"""A normalizing flow: :math:`z_j = g_j(\epsilon; x),\ \epsilon \sim N(0, I)`.
+
+    Its density is :math:`\log q(z_j \mid x) = \log N(\epsilon; 0, I) - \log |\det \partial z_j / \partial \epsilon|`.
 
     The flows are zuko's, conditioned on features of x: ``maf`` composes affine, ``nsf`` spline transforms
     (``transforms`` of them, each a network of ``flow_hidden`` layers). ``passes=2`` makes them coupling transforms,
@@ -27,9 +28,20 @@ class FlowGuide(Guide):
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, D)``. Raises BadInput for a model with latents of another
     family or with latents that are not vectors, and UnknownName for another flow.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        flow: ``nsf`` or ``maf``.
+        transforms: number of transforms.
+        flow_hidden: widths of the hidden layers of a transform.
+        passes: 2 for couplings, None for autoregressive transforms.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
+
     Rezende & Mohamed 2015, arXiv:1505.05770; Papamakarios et al. 2017, arXiv:1705.07057; Durkan et al. 2019,
     arXiv:1906.04032.
 
+    >>> import torch
     >>> from gumbo.models import GaussianVAE
     >>> model = GaussianVAE((1, 8, 8), latent_dim=3, hidden=(16,))
     >>> FlowGuide(model, transforms=2, flow_hidden=(8,))(torch.zeros(5, 1, 8, 8))["z"].shape

@@ -21,7 +21,12 @@ class GridPolicy(AnyGuide):
     Shapes: ``x`` is ``(B, *data_shape)``, a row for each walk; a site is ``(B, 4)``. Raises BadInput for any model but
     `GridWorld`.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+
+    >>> import torch
     >>> from gumbo.inference import SiteELBO
+    >>> from gumbo.models import GridWorld
     >>> model = GridWorld(height=2, width=2, steps=3)
     >>> guide, walks = GridPolicy(model), torch.ones(50, 1)
     >>> loss = SiteELBO("rloo", kl_weight=0, num_particles=2)(model, guide)

@@ -23,8 +23,20 @@ class LabelConditionalGuide(LayeredGuide):
     Shapes: ``x`` is ``(B, *data_shape)``, labels are integers ``(B,)`` or one-hot vectors. Raises BadInput for a model
     without labels and for labels of another shape.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        parents: sites that each site depends on; None takes the model's recommendation.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        site_hidden: widths of the hidden layers of each site's network.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
+        skip: whether sites with parents see features of x too.
+        min_sd: smallest standard deviation, added to the softplus of an output.
+        temperature: initial temperature of relaxed sites.
+
     Kingma et al. 2014, arXiv:1406.5298.
 
+    >>> import torch
     >>> from gumbo.models import SemiSupervisedVAE
     >>> model = SemiSupervisedVAE((1, 8, 8), num_classes=10, latent_dim=2, hidden=(16,))
     >>> guide, x = LabelConditionalGuide(model), torch.zeros(3, 1, 8, 8)

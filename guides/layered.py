@@ -19,18 +19,29 @@ from ._base import Guide, guides
 class LayeredGuide(Guide):
     r"""A posterior that factorises over a graph: :math:`q(z \mid x) = \prod_j q(z_j \mid \mathrm{Pa}(z_j), x)`.
 
-    Latents may be of mixed families. ``parents`` maps a site to those it depends on; the default is the model's
-    recommendation, or else every site depends on all earlier sites of the model. Each factor is its family's
-    distribution (diagonal Normal, categorical, ...) with its own network, of ``site_hidden`` layers, whose inputs are
-    features of x and the parents' values; ``skip=False`` passes x only to sites without parents, as in the classical
-    q(z1 | x) q(z2 | z1).
+    Latents may be of mixed families. Without ``parents`` and a recommendation of the model every site depends on all
+    earlier sites of the model. Each factor is its family's distribution (diagonal Normal, categorical, ...) with its
+    own network, of ``site_hidden`` layers, whose inputs are features of x and the parents' values; ``skip=False``
+    passes x only to sites without parents, as in the classical q(z1 | x) q(z2 | z1).
 
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. Raises BadInput for
     parents that are no latents or that form a cycle, and for a model with a single latent.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        parents: sites that each site depends on; None takes the model's recommendation.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        site_hidden: widths of the hidden layers of each site's network.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
+        skip: whether sites with parents see features of x too.
+        min_sd: smallest standard deviation, added to the softplus of an output.
+        temperature: initial temperature of relaxed sites.
+
     Mnih & Gregor 2014, arXiv:1402.0030; Webb et al. 2018, arXiv:1712.00287, on which parents make the posterior
     faithful.
 
+    >>> import torch
     >>> from gumbo.models import SigmoidBeliefNetwork
     >>> model = SigmoidBeliefNetwork((1, 8, 8), layers=(6, 5))
     >>> guide = LayeredGuide(model)

@@ -16,9 +16,14 @@ class MeanFieldGuide(FactorizedGuide):
     estimators: ``pathwise`` for Normal, log-normal, Gamma, Beta and Dirichlet posteriors (by implicit
     reparameterization for the last three), score-type ones for all.
 
-    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The encoder mirrors the
-    model's decoder unless ``hidden``, ``channels`` or ``activation`` are set. Raises BadInput for a model whose
-    latents are all of one family with its own guide.
+    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. Raises BadInput for a
+    model whose latents are all of one family with its own guide.
+
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
 
     Figurnov, Mohamed & Mnih 2018, "Implicit reparameterization gradients", arXiv:1805.08498.
 

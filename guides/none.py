@@ -15,6 +15,10 @@ class NoGuide(AnyGuide):
     ``guide(x)`` takes the model's arguments, checks ``x`` and returns an empty dict, so that `fit`, `evaluate` and
     every ELBO do maximum likelihood. Raises BadInput for a model with latents.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+
+    >>> import torch
     >>> from gumbo.models import NeuralClassifier
     >>> model = NeuralClassifier((1, 8, 8))
     >>> NoGuide(model)(torch.zeros(3, 1, 8, 8))

@@ -28,14 +28,22 @@ class UnreparameterizedNormal(dist.Normal):
 class NormalGuide(FactorizedGuide):
     r"""Diagonal Normal: :math:`q(z_j \mid x) = N(\mu_j(x), \mathrm{diag}\,\sigma_j(x)^2)` for each Normal latent.
 
-    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The standard deviation
-    is ``softplus(output) + min_sd``. The encoder mirrors the model's decoder unless ``hidden`` (dense layers),
-    ``channels`` (convolutions of stride 2 before them) or ``activation`` are set. With ``reparameterized=False``
-    the sites have no pathwise gradient, so that estimators for any density can be compared with the pathwise one on the
-    same guide. Raises BadInput for a model with latents of another family.
+    Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. The standard deviation is
+    ``softplus(output) + min_sd``. With ``reparameterized=False`` the sites have no pathwise gradient, so that
+    estimators for any density can be compared with the pathwise one on the same guide. Raises BadInput for a model with
+    latents of another family.
+
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
+        min_sd: smallest standard deviation, added to the softplus of an output.
+        reparameterized: whether draws have a pathwise gradient.
 
     Kingma & Welling 2013, arXiv:1312.6114.
 
+    >>> import torch
     >>> from gumbo.models import GaussianVAE
     >>> model = GaussianVAE((1, 8, 8), latent_dim=2, hidden=(16,))
     >>> NormalGuide(model, hidden=(16,))(torch.zeros(5, 1, 8, 8))["z"].shape

@@ -21,8 +21,12 @@ class PriorGuide(AnyGuide):
     Shapes: ``x`` is ``(B, *data_shape)``, ``upper`` as the model has it; a site is ``(B, *shape)`` as the model
     declares it. Raises BadInput for a model that is no StructuredPrediction.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+
     Raiko et al. 2014, arXiv:1406.2989; Jang, Gu & Poole 2017, arXiv:1611.01144.
 
+    >>> import torch
     >>> from gumbo.inference import evaluate
     >>> from gumbo.models import StructuredPrediction
     >>> model = StructuredPrediction(data_shape=(1, 8, 8), layers=(6, 5))

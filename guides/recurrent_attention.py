@@ -21,12 +21,13 @@ START = 2.0  # the initial logit of a presence: objects are drawn, and so learne
 
 @guides.register("recurrent-attention")
 class RecurrentAttentionGuide(Guide):
-    r"""One object after the other: :math:`q(z \mid x) = \prod_t q(z^{pres}_t, z^{where}_t \mid h_t)\,
-    q(z^{what}_t \mid z^{where}_t, x)`.
+    r"""One object after the other: its presence and place, then its look.
+
+    .. math:: q(z \mid x) = \prod_t q(z^{pres}_t, z^{where}_t \mid h_t)\, q(z^{what}_t \mid z^{where}_t, x)
 
     A GRU of ``rnn_hidden`` reads features of the scene and the object before, and gives the presence and the place of
-    the next one; a perceptron reads the window of x at that place, and gives the look. An absent object has the
-    model's prior. Networks mirror the model's unless ``hidden``, ``channels`` or ``activation`` say otherwise.
+    the next one; a perceptron reads the window of x at that place, and gives the look. An absent object has the model's
+    prior.
 
     The logit of a presence goes from a constant, probability 0.88, at ``judged`` 0 to the network's at 1, the value of
     this buffer unless a schedule changes it. Windows that learn at 0 do not rely on each other, and the network that
@@ -37,8 +38,18 @@ class RecurrentAttentionGuide(Guide):
 
     Shapes: as the model's. Raises BadInput for any model but `AttendInferRepeat`.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        rnn_hidden: size of the recurrent state.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
+        min_sd: smallest standard deviation, added to the softplus of an output.
+
     Eslami et al. 2016, arXiv:1603.08575.
 
+    >>> import torch
+    >>> from gumbo.models import AttendInferRepeat
     >>> model = AttendInferRepeat((1, 12, 12), num_steps=2, window=6, what_dim=4, hidden=(16,))
     >>> guide = RecurrentAttentionGuide(model, rnn_hidden=8)
     >>> draws = guide(torch.rand(3, 1, 12, 12))

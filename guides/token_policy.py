@@ -24,8 +24,12 @@ class TokenPolicy(AnyGuide):
     Shapes: ``x`` is ``(B, *data_shape)``, a row for each sequence, and has no effect on what is drawn; sites as in the
     model. Raises BadInput for any model but a `SequenceVAE` with a reward.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+
     >>> import torch
     >>> from gumbo.inference import SiteELBO
+    >>> from gumbo.models import SequenceVAE
     >>> _ = torch.manual_seed(0)
     >>> model = SequenceVAE((1,), vocabulary=3, latent_dim=2, rnn_hidden=8, reward="counting", length=4)
     >>> policy, rows = TokenPolicy(model), torch.ones(50, 1)

@@ -27,8 +27,17 @@ class TopDownNormalGuide(Guide):
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. Raises BadInput for a
     model with latents of another family, or with a single one.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        level_hidden: width of the hidden layer of each level's network.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
+        min_sd: smallest standard deviation, added to the softplus of an output.
+
     Sønderby et al. 2016, "Ladder variational autoencoders", arXiv:1602.02282.
 
+    >>> import torch
     >>> from gumbo.models import HierarchicalVAE
     >>> model = HierarchicalVAE((1, 8, 8), latent_dims=(5, 3), hidden=(16,), level_hidden=8)
     >>> draws = TopDownNormalGuide(model)(torch.zeros(2, 1, 8, 8))

@@ -24,8 +24,16 @@ class TriangularNormalGuide(FactorizedGuide):
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, D)``. Raises BadInput for a model with latents of another
     family or with latents that are not vectors.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
+        min_sd: smallest diagonal element of L, added to the softplus of an output.
+
     Kingma & Welling 2019, "An introduction to variational autoencoders", section 2.5.1, arXiv:1906.02691.
 
+    >>> import torch
     >>> from gumbo.models import GaussianVAE
     >>> model = GaussianVAE((1, 8, 8), latent_dim=3, hidden=(16,))
     >>> TriangularNormalGuide(model)(torch.zeros(5, 1, 8, 8))["z"].shape

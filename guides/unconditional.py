@@ -22,6 +22,10 @@ class UnconditionalGuide(AnyGuide):
     Shapes: ``x`` is ``(B, *data_shape)``; a site is ``(B, *shape)`` as the model declares it. Raises BadInput for a
     model without latents, or with global ones.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+
+    >>> import torch
     >>> from gumbo.models import BernoulliVAE
     >>> guide = UnconditionalGuide(BernoulliVAE((1, 8, 8), num_latents=6, hidden=(16,)))
     >>> guide(torch.zeros(5, 1, 8, 8))["z"].shape, sum(p.numel() for p in guide.parameters())

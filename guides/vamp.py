@@ -20,8 +20,12 @@ class VampGuide(AnyGuide):
 
     Shapes: ``x`` is ``(B, *data_shape)``; site ``z`` is ``(B, D)``. Raises BadInput for a model without such a prior.
 
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+
     Tomczak & Welling 2018, "VAE with a VampPrior", arXiv:1705.07120.
 
+    >>> import torch
     >>> from gumbo.models import GaussianVAE
     >>> model = GaussianVAE((1, 8, 8), latent_dim=2, hidden=(16,), prior="vamp", prior_options={"components": 5})
     >>> guide = VampGuide(model)

@@ -21,11 +21,19 @@ class VectorQuantizedGuide(Guide):
     The vectors e are the model's own: both programs hold one codebook. ``temperature`` τ is a buffer:
     ``guide.temperature.fill_(0.1)`` changes it; towards 0 the nearest vector has probability one.
 
-    Shapes: ``x`` is ``(B, *data_shape)``; site ``y`` is ``(B, N, K)``, one-hot. The encoder mirrors the model's decoder
-    unless ``hidden``, ``channels`` or ``activation`` are set. Raises BadInput for a model without a codebook.
+    Shapes: ``x`` is ``(B, *data_shape)``; site ``y`` is ``(B, N, K)``, one-hot. Raises BadInput for a model without a
+    codebook.
+
+    Args:
+        model: the model, whose latents and data shape the guide takes.
+        temperature: initial τ.
+        hidden: widths of the encoder's hidden layers; None mirrors the model's decoder.
+        channels: maps of the encoder's convolutions of stride 2; None mirrors the model's decoder.
+        activation: activation of the guide's networks; None mirrors the model's decoder.
 
     van den Oord, Vinyals & Kavukcuoglu 2017, arXiv:1711.00937.
 
+    >>> import torch
     >>> from gumbo.models import VectorQuantizedVAE
     >>> model = VectorQuantizedVAE((1, 8, 8), num_codes=4, num_classes=3, code_dim=2, hidden=(16,))
     >>> guide = VectorQuantizedGuide(model)
