@@ -19,7 +19,7 @@ from ...errors import BadInput
 from ..engine.handlers import OfSamples
 from ..engine.programs import in_support, observed_support
 from ..engine.rows import Rows
-from ..engine.scopes import kept_buffers, owned_parameters, private_seed
+from ..engine.scopes import kept_buffers, modules_of, owned_parameters, private_seed
 from ..estimators._distributions import describe, has_tensors
 from .optimizers import Updates
 from .schedules import end_of
@@ -56,6 +56,49 @@ class _ObservedInSupport(OfSamples):
             raise outside_support(msg["name"], describe(msg["fn"]))
         if isinstance(value, torch.Tensor) and not has_tensors(support):
             self.seen[msg["name"]] = support, weakref.ref(value), value._version
+
+
+class _UnsavedBuffers:
+    """The buffers of both programs that ``state_dict`` leaves out (``persistent=False``), as far as a run changes them.
+
+    Those that nothing has changed are constants, or data, that the programs make themselves: a checkpoint does not copy
+    them.
+    """
+
+    def __init__(self, model: Callable, guide: Callable):
+        pairs = (("model", model), ("guide", guide))
+        self.programs = {prefix: one for prefix, program in pairs for one in modules_of(program)[:1]}
+        # The tensors are held so that no other takes the place of one in memory.
+        self._first = {name: (value, value._version) for name, value in self._named()}
+
+    def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for prefix, program in self.programs.items():
+            for path, module in program.named_modules(prefix=prefix):
+                for name in sorted(module._non_persistent_buffers_set):
+                    value = module._buffers.get(name)
+                    if value is not None and not torch.nn.parameter.is_lazy(value):
+                        yield f"{path}.{name}", value
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The changed buffers by name."""
+        found = {}
+        for name, value in self._named():
+            before, version = self._first.get(name, (None, 0))
+            if before is not value or version != value._version:
+                found[name] = value.detach()
+        return found
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        now = dict(self._named())
+        for name, value in state.items():
+            if name in now and now[name].shape == value.shape and now[name].dtype == value.dtype:
+                with torch.no_grad():
+                    now[name].copy_(value)  # in place: a graph may hold this tensor
+                continue
+            prefix, *path, own = name.split(".")
+            module = self.programs[prefix].get_submodule(".".join(path))
+            device = now[name].device if name in now else value.device
+            module.register_buffer(own, value.to(device), persistent=False)
 
 
 class Step(ABC):
@@ -149,6 +192,7 @@ class TorchStep(Step):
                 self.module(*batch.args, **batch.kwargs)
         self.module.train()
         self.parameters = dict(self.module.named_parameters())
+        self._unsaved = _UnsavedBuffers(model, guide)
         _refuse_store_parameters(self.parameters.values())
         self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
 
@@ -171,13 +215,14 @@ class TorchStep(Step):
     def state(self) -> dict[str, Any]:
         choice = getattr(self.module.elbo, "choice", None)
         kept = {} if choice is None else {"choice": dict(choice.words)}
-        return {"module": self.module.state_dict(), "store": {}, **kept}
+        return {"module": self.module.state_dict(), "buffers": self._unsaved.state(), "store": {}, **kept}
 
     def load(self, state: Mapping[str, Any]) -> None:
         elbo = self.module.elbo
         if "choice" in state and elbo.choice is not None and state["choice"] != elbo.choice.words:
             self.change(elbo.changed(state["choice"]))
         self.module.load_state_dict(state["module"])
+        self._unsaved.load(state.get("buffers", {}))  # none in an earlier checkpoint, nor where the best are put back
 
     def change(self, loss: ELBO) -> None:
         """Continue with another loss of the same programs, whose estimators have no parameters."""
@@ -213,6 +258,7 @@ class StoreStep(Step):
         model.train()
         guide.train()
         self.parameters = owned_parameters(model, guide)
+        self._unsaved = _UnsavedBuffers(model, guide)
         _refuse_store_parameters(self.parameters.values())
         self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
 
@@ -230,13 +276,15 @@ class StoreStep(Step):
         module = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         module |= {f"guide.{name}": value for name, value in self.guide.state_dict().items()}
         # TraceGraph's averages carry provenance wrappers.
-        return {"module": module, "store": {name: detach_provenance(v).detach().clone() for name, v in kept.items()}}
+        store = {name: detach_provenance(v).detach().clone() for name, v in kept.items()}
+        return {"module": module, "buffers": self._unsaved.state(), "store": store}
 
     def load(self, state: Mapping[str, Any]) -> None:
         for prefix, program in (("model.", self.model), ("guide.", self.guide)):
             program.load_state_dict(
                 {key.removeprefix(prefix): value for key, value in state["module"].items() if key.startswith(prefix)}
             )
+        self._unsaved.load(state.get("buffers", {}))
         for name, value in state["store"].items():
             pyro.get_param_store()[name] = value
 

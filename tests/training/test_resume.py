@@ -13,6 +13,7 @@ import time
 import warnings
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import resuming
 import torch
@@ -118,6 +119,71 @@ def test_every_word_goes_on_in_mid_epoch_on_every_kind_of_site(word, kind, tmp_p
         return {"loss": loss, "epochs": 3, "valid": images(10, 1, kind), "valid_samples": 2}
 
     held_against_an_uninterrupted_run(tmp_path, kind, options)
+
+
+class Counting(torch.nn.Module):
+    """Its decoder depends on a buffer that no ``state_dict`` holds, and that grows with the number of calls."""
+
+    def __init__(self, grows: bool):
+        super().__init__()
+        self.decoder = torch.nn.Linear(2, 3)
+        self.grows = grows
+        self.register_buffer("calls", torch.zeros(1), persistent=False)
+        self.register_buffer("constant", torch.ones(3), persistent=False)
+
+    def forward(self, x):
+        pyro.module("counting", self)
+        if self.grows:
+            self.calls = torch.cat([self.calls, self.constant[:1]])
+        else:
+            self.calls += 1
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z) + 0.1 * self.calls.sum(), 1.0).to_event(1), obs=x)
+
+
+class Reading(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Linear(3, 4)
+
+    def forward(self, x):
+        pyro.module("reading", self)
+        loc, log_scale = self.encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("loss", [SiteELBO(plates="ignore"), "trace-graph"])
+def test_buffers_that_no_state_dict_holds_go_on_too(loss, grows, tmp_path):
+    torch.manual_seed(3)
+    x = torch.randn(40, 3)
+
+    def run(folder, calls=0, resume=False):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            programs = Counting(grows), Reading()
+        options = {"run_dir": folder, "resume": resume, "transform": After(calls, stop), "epochs": 3}
+        try:
+            quiet(*programs, x, loss=loss, **options)
+        except Interrupted:
+            assert calls
+        return programs
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", 6)
+    state = load_checkpoint(tmp_path / "parts" / "checkpoints" / "last.pt")
+    assert list(state["buffers"]) == ["model.calls"]  # no constants
+    parts = run(tmp_path / "parts", resume=True)
+    assert torch.equal(weights(*whole), weights(*parts)) and torch.equal(whole[0].calls, parts[0].calls)
+
+    # A checkpoint of before, which holds none, still loads.
+    last = tmp_path / "parts" / "checkpoints" / "last.pt"
+    state = load_checkpoint(last)
+    del state["buffers"]
+    checkpoints.save_checkpoint(last, state)
+    assert torch.equal(weights(*run(tmp_path / "parts", resume=True)), weights(*whole))
 
 
 def by_name(name: str) -> dict[str, float]:
