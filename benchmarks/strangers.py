@@ -71,7 +71,7 @@ RULES: list[tuple[int, str, str]] = [
     (3, "sums over values that join terms of different scale", r"joined by the sum"),
     (6, "a site that only one of model and guide has", r"no site in the guide|nowhere in the model|model observes"),
     (6, "more values than can be listed", r"more than the limit of|too many"),
-    (6, "a site whose distribution cannot serve the word", r"has no reparameterized sampler|has no finite support"),
+    (6, "a site whose distribution cannot serve the word", r"no reparameterized sampler|has no finite support"),
     (6, "two statements of one name", r"is sampled twice"),
     (6, "marks of Pyro's that have no counterpart", r"num_samples|asks for '"),
     (6, "model and guide that disagree about a site", r"[Ss]hapes? .*disagree|disagree"),

@@ -8,7 +8,9 @@ author, and are accepted with ``--trust``.
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -119,15 +121,27 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def refuse_untrusted(settings: Mapping[str, Any], source: object, own: Mapping[str, Any] | None = None) -> None:
-    """Raise BadInput if settings of a run folder have an import path that the user's ``own`` settings lack."""
+    """Raise BadInput if settings of a run folder have an import path that the user's ``own`` settings lack.
+
+    ``own`` is None where the command has no options for them; otherwise the error names every option that is missing.
+    """
     given = import_paths(own or {})
-    for path, setting in import_paths(settings).items():
-        if path not in given:
-            raise BadInput(
-                f"{source} names {setting} {path!r}, an import path, and a run folder is data: nothing is imported; "
-                f"name --{setting} {path} on this command where it can be given, or add --trust (in Python trust=True) "
-                "if you trust who wrote it"
-            )
+    left = {path: setting for path, setting in import_paths(settings).items() if path not in given}
+    if not left:
+        return
+    flags = dict.fromkeys(_flag(setting, settings[setting]) for setting in left.values())
+    advice = "" if own is None else f"name {' '.join(flags)} on this command, or "
+    named = ", ".join(f"{setting} {path!r}" for path, setting in left.items())
+    paths = "an import path" if len(left) == 1 else "import paths"
+    raise BadInput(
+        f"{source} names {named}, {paths}, and a run folder is data: nothing is imported; {advice}add --trust "
+        "(in Python trust=True) if you trust who wrote it"
+    )
+
+
+def _flag(setting: str, value: Any) -> str:
+    """The option of the command line that gives a setting this value."""
+    return f"--{setting} {value if isinstance(value, str) else shlex.quote(json.dumps(value))}"
 
 
 # Prefix of an import path from a run folder while the settings of a command are merged; a path that still has it at the

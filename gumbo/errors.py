@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -30,6 +30,21 @@ def did_you_mean(name: object, known: Iterable[str], before: str = "", after: st
     return f"{before}did you mean {close[0]!r}?{after}" if close else ""
 
 
+MOST_KNOWN = 14  # names that an error lists; of more it says where they are listed
+MOST_ALTERNATIVES = 6
+LISTED = {"model": "models", "guide": "guides", "estimator": "estimators", "objective": "objectives", "dataset": "data"}
+
+
+def shortened(words: Sequence[str], most: int) -> str:
+    """The first words, and how many more there are.
+
+    >>> shortened(["rloo", "score", "arm"], 2)
+    'rloo, score and 1 more'
+    """
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
 class UnknownName(GumboError, ValueError):
     """A word that is not in the registry.
 
@@ -43,7 +58,13 @@ class UnknownName(GumboError, ValueError):
             super().__init__(kind)
             return
         known = sorted(known)
-        super().__init__(f"unknown {kind} {name!r}: {did_you_mean(name, known, after=' ')}(known: {', '.join(known)})")
+        said = f"known: {', '.join(known)}"
+        if len(known) > MOST_KNOWN:
+            said = (
+                f"`gumbo list {LISTED[kind]}` shows all" if kind in LISTED else shortened(said.split(", "), MOST_KNOWN)
+            )
+        near = did_you_mean(name, known, before=": ")
+        super().__init__(f"unknown {kind} {name!r}{near} ({said})")
 
 
 # Errors that programs raise for arguments, dimensions or rows that they do not support.
@@ -75,6 +96,7 @@ def first_line(error: BaseException, kind: bool = False) -> str:
 
 PROGRAM = "(program)"  # used as the site when the whole program is refused
 ANY = "any"  # used as the estimator when every one would be refused
+DEFAULT = "default"  # used as the estimator when none is chosen
 
 
 class Refusal(str):
@@ -127,10 +149,15 @@ class UnsupportedSite(GumboError, ValueError):
             site, reason = PROGRAM, site
         self.site, self.estimator, self.reason = site, estimator, reason
         self.alternatives = tuple(alternatives)
-        what = f"site {site!r}" if estimator == ANY else f"site {site!r} cannot take estimator {estimator!r}"
+        named = estimator not in (ANY, DEFAULT)
+        what = f"site {site!r} cannot take estimator {estimator!r}" if named else f"site {site!r}"
         if site == "*":  # the word for all sites that have none of their own, refused before a site is seen
             what = f"estimator {estimator!r}"
-        advice = f"; would do: {', '.join(self.alternatives)}" if self.alternatives else ""
+        advice = f"; would do: {shortened(self.alternatives, MOST_ALTERNATIVES)}" if self.alternatives else ""
+        if len(self.alternatives) > MOST_ALTERNATIVES:
+            advice += " (`gumbo list estimators` shows all)"
+        if estimator == DEFAULT:
+            advice = ""  # the reason names one
         super().__init__(f"{reason}{advice}" if site == PROGRAM else f"{what}: {reason}{advice}")
 
     @property

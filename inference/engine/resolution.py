@@ -6,14 +6,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from ...errors import BadInput, GumboError, TooFewParticles, UnsupportedSite
+from ...errors import DEFAULT, BadInput, GumboError, TooFewParticles, UnsupportedSite
 from ...registry import name_and_options
 from ..estimators import Enumerate, Estimator, MovingAverage, ScoreFunction, estimators
 from ..estimators._base import Draw, choosers, detached_draw
-from ..estimators._distributions import describe, is_deterministic
+from ..estimators._distributions import describe, is_deterministic, is_discrete
 from .records import Run
 
 TRIES = 32  # runs in which a named site is looked for
+FIRST = ("pathwise", "rloo", "enumerate", "disarm", "score", "gumbel-softmax")  # of the estimators that errors advise
 
 
 class Target(Protocol):
@@ -69,10 +70,12 @@ def as_estimator(word: str | Estimator) -> Estimator:
 class _Default(Estimator):
     """Represents `pathwise if there is an rsample`, so that the error can give advice."""
 
-    name = "default"  # type: ignore[assignment]
+    name = DEFAULT  # type: ignore[assignment]
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
-        return f"{describe(site['fn'])} has no reparameterized sampler, so that no estimator is the default: name one"
+        if is_discrete(site["fn"]):
+            return "it is discrete, with no reparameterized sampler"
+        return f"{describe(site['fn'])} has no reparameterized sampler"
 
 
 class Detached(Estimator):
@@ -90,7 +93,7 @@ def check_particles(site: str, estimator: Estimator, num_particles: int | None) 
             site,
             estimator.name,
             f"it needs num_particles ≥ {estimator.min_particles}, got {num_particles}",
-            [word for word, make in estimators.items() if make().min_particles <= num_particles],
+            _ordered([word for word, make in estimators.items() if make().min_particles <= num_particles]),
         )
 
 
@@ -180,7 +183,11 @@ class Resolution:
         else:
             estimator = _Default()
         refusal = estimator.refusal({"name": name, "fn": fn, "infer": infer, "is_observed": False})
-        if refusal is None or (isinstance(estimator, _Default) and not self.alternatives(msg)):
+        if refusal is not None and isinstance(estimator, _Default) and (others := self.alternatives(msg)):
+            one = "rloo" if "rloo" in others else others[0]
+            advice = f"choose an estimator, e.g. {one!r} (--estimator {one}; `gumbo list estimators` shows all)"
+            raise UnsupportedSite(name, DEFAULT, f"{refusal.reason}; {advice}", others)
+        if refusal is None or isinstance(estimator, _Default):
             refusal = elbo.target.refusal(estimator) or refusal
         if refusal is not None:
             raise refusal.about(name, estimator.name, self.alternatives(msg)).error()
@@ -191,9 +198,12 @@ class Resolution:
 
     def alternatives(self, msg: Mapping[str, Any]) -> list[str]:
         made = {word: make() for word, make in estimators.items()}
-        return [
-            word for word, estimator in made.items() if self.words.target.accepts(estimator) and estimator.supports(msg)
-        ]
+        return _ordered([word for word, one in made.items() if self.words.target.accepts(one) and one.supports(msg)])
+
+
+def _ordered(words: list[str]) -> list[str]:
+    """The words, those that suit most programs first."""
+    return sorted(words, key=lambda word: FIRST.index(word) if word in FIRST else len(FIRST))
 
 
 def _shows(name: str, again: Callable[[], Run]) -> bool:

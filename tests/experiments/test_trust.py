@@ -101,6 +101,15 @@ def test_a_path_that_only_the_run_names_is_not_imported(argv, setting, run, plac
     assert not (place / "imported").exists()
 
 
+@pytest.mark.parametrize("argv", LOADING, ids=" ".join)
+def test_the_refusal_names_options_only_where_the_command_has_them(argv, run, place, capsys):
+    rewrite(run, data="theirs:rows", guide="theirs:Guide")
+    line = said(capsys, *argv)
+    flags = "name --guide theirs:Guide --data theirs:rows on this command, or add --trust"
+    assert (flags in line) == (argv[0] == "train")
+    assert argv[0] == "train" or "; add --trust" in line
+
+
 @pytest.mark.parametrize("trust", [True, "--trust"])
 def test_a_run_does_not_vouch_for_itself(trust, run, place, capsys):
     rewrite(run, trust=trust)

@@ -138,6 +138,22 @@ class ScaleThatLearns(Pair):
             pyro.sample("y", dist.Bernoulli(logits=self.b + 0.2 * z))
 
 
+@enter(EXACT, *({"z0": "enumerate", "z1": word} for word in ("local-expectation", "measure-valued", "rloo")))
+class ChainOfOneListedAndOneRerun(Pair):
+    fields = {"a": 0.4, "b": 0.5}
+
+    def model(self):
+        z = t(0.0)
+        for i in pyro.markov(range(2)):
+            z = pyro.sample(f"z{i}", dist.Bernoulli(logits=z - 0.2))
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=X[i])
+
+    def guide(self):
+        z = t(0.0)
+        for i in pyro.markov(range(2)):
+            z = pyro.sample(f"z{i}", dist.Bernoulli(logits=self.a + self.b * z))
+
+
 @enter(EXACT, *VALUE, vectorize_particles=False)
 class TossUntilHeads(Pair):
     """A recursion with at most three coins: which sites there are is itself random."""
@@ -1408,7 +1424,7 @@ class PairsOfANormal(Guided):
         pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
 
 
-@enter(REFUSED, "default", says="'z'.*discrete; choose an estimator")
+@enter(REFUSED, "default", says="'z'.*no reparameterized sampler")
 class NoWordForACoin(Coin):
     pass
 
