@@ -67,8 +67,10 @@ def from_pyro_svi(
         model_kwargs: their keywords.
         posterior: draws of the latents by site, as ``pyro.infer.Predictive`` returns them, where ``svi`` is None.
         prior: draws by site, ``(num_chains × draws, *shape)``, split into the groups ``prior`` and ``prior_predictive``
-            (sites that the model observes); True draws them.
-        posterior_predictive: draws of the data by site; True draws them.
+            (sites that the model observes; without ``svi`` those of ``posterior_predictive`` that ``posterior`` has
+            not); True draws them.
+        posterior_predictive: draws of the data by site, from which the latents are left out that ``Predictive`` with a
+            guide returns too; True draws them.
         log_likelihood: log-likelihoods by site, ``(num_chains × draws, *data)``; True computes those of
             :func:`to_arviz`, which are integrated over local latents. As in ArviZ the default computes none.
         predictions: draws for new data by site, as from :func:`predict` or ``Predictive``.
@@ -113,17 +115,26 @@ def from_pyro_svi(
         wanted = {"prior": prior, "posterior_predictive": posterior_predictive, "log_likelihood": log_likelihood}
         elsewhere = _named((*wanted.values(), predictions, constant_data, predictions_constant_data), dims, pred_dims)
         names = (coords, dims, elsewhere)
-        groups = _drawn(svi, tuple(model_args or ()), model_kwargs or {}, wanted, num_samples, seed, names)
+        groups, latents = _drawn(svi, tuple(model_args or ()), model_kwargs or {}, wanted, num_samples, seed, names)
         num_chains = 1
+    else:
+        latents = set(_draws(posterior, "posterior"))
     known = _known_dimensions(groups)
     given = _Given(num_chains, known, coords, dims)
-    observed = set(groups.get("observed_data", ())) | set(_draws(posterior_predictive, "posterior_predictive"))
+    # Predictive with a guide returns the latents beside the data: they are no predictions.
+    predictive = {
+        name: value
+        for name, value in _draws(posterior_predictive, "posterior_predictive").items()
+        if name not in latents
+    }
+    computed = set(groups.get("posterior", ()))
+    observed = set(groups.get("observed_data", ())) | predictive.keys() - computed
     priors = _draws(prior, "prior")
     arrays: dict[str, Draws] = {
         "posterior": _draws(posterior, "posterior"),
         "prior": {name: value for name, value in priors.items() if name not in observed},
         "prior_predictive": {name: value for name, value in priors.items() if name in observed},
-        "posterior_predictive": _draws(posterior_predictive, "posterior_predictive"),
+        "posterior_predictive": predictive,
         "log_likelihood": _draws(log_likelihood, "log_likelihood"),
     }
     groups |= {name: given.dataset(draws) for name, draws in arrays.items() if draws}
@@ -139,8 +150,8 @@ def from_pyro_svi(
 
 def _drawn(
     svi: Any, args: tuple, kwargs: Mapping, wanted: Mapping[str, Any], num_samples: int, seed: int | None, names: tuple
-) -> dict[str, Any]:
-    """The groups that gumbo draws, as datasets: those of every fit, and those of ``wanted`` that are True.
+) -> tuple[dict[str, Any], set[str]]:
+    """The groups that gumbo draws, as datasets, those of every fit and those of ``wanted`` that are True; the latents.
 
     ``names`` are coordinates, dimensions by variable, and those of variables that the caller gives.
     """
@@ -156,7 +167,7 @@ def _drawn(
     collection = Collection(sweep, 1, num_samples, wanted_groups([*_ALWAYS, *sorted(drawn)]))
     fill(collection, [sweep], seed)
     made = assembled(collection, args, kwargs, *names[:2])
-    return {name: _arviz.dataset_of(made, name) for name in _arviz.groups_of(made)}
+    return {name: _arviz.dataset_of(made, name) for name in _arviz.groups_of(made)}, set(sweep.latents)
 
 
 def _named(groups: Sequence[Any], *dims: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

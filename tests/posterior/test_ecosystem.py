@@ -94,6 +94,19 @@ def test_given_draws_get_the_names_of_the_programs_dimensions(svi):
     assert group(idata, "predictions_constant_data")["time"].dims == ("later",)
 
 
+def test_latents_that_predictive_returns_beside_the_data_are_no_predictions(svi):
+    with torch.no_grad():
+        prior = Predictive(regression, num_samples=20)(T)
+        drawn = Predictive(regression, guide=svi.guide, num_samples=20)(T)
+    assert set(drawn) == set(prior) == {"slopes", "y"}
+    given = {"prior": prior, "posterior_predictive": drawn}
+    with_svi = from_pyro_svi(svi, model_args=(T, Y), num_samples=10, **given)
+    alone = from_pyro_svi(posterior={"slopes": drawn["slopes"]}, **given)
+    for idata in (with_svi, alone):
+        assert list(group(idata, "prior")) == ["slopes"] and list(group(idata, "prior_predictive")) == ["y"]
+        assert list(group(idata, "posterior_predictive")) == ["y"]
+
+
 def test_dims_may_name_every_dimension_as_in_arviz():
     def model(x):
         with pyro.plate("data", len(x)):
