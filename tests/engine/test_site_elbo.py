@@ -389,7 +389,11 @@ def test_marks_of_pyro_are_honoured_or_refused():
         (lambda: GumbelSoftmax(0.0), BadInput, "temperature is 0.0: expected a finite number above 0"),
         (lambda: ScoreFunction(baseline="rloo"), BadInput, "baseline is .rloo.: expected a Baseline"),
         (lambda: SiteELBO({"nope": "score"})(ChainModel(), ChainGuide())(), BadInput, "'nope'.*its sites: z1, z2"),
-        (lambda: SiteELBO()(ChainModel(), ChainGuide())(), UnsupportedSite, "site 'z1': it is discrete, with no reparameterized sampler; choose an estimator, e.g. 'rloo' "),
+        (
+            lambda: SiteELBO()(ChainModel(), ChainGuide())(),
+            UnsupportedSite,
+            "'z1': it is discrete.*choose an estimator, e.g. 'rloo' ",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(make, error, says, param_store):
