@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
+from pyro.distributions.distribution import Distribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -108,6 +109,12 @@ class Recorder(StaysFrozen):
             return
         if msg["name"] in self.messages:
             raise BadInput(f"site {msg['name']!r} is sampled twice in one program; give each sample a name of its own")
+        if isinstance(msg["fn"], torch.distributions.Distribution) and not isinstance(msg["fn"], Distribution):
+            kind = type(msg["fn"]).__name__
+            raise BadInput(
+                f"site {msg['name']!r}: torch.distributions.{kind} is no Pyro distribution; take {kind} from"
+                " pyro.distributions"
+            )
         self.messages[msg["name"]] = msg.copy()
         if self.memory is not None and not site_is_subsample(msg):
             fn, value = msg["fn"], msg["value"]

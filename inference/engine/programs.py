@@ -223,8 +223,10 @@ class Program:
                 guide_sites = self._sites(guide, draws, None)
             if with_model:
                 for name, msg in guide.messages.items():
-                    if not msg["is_observed"] and not site_is_subsample(msg):
-                        _check_met(name, msg, model.messages.get(name), self.max_plate_nesting)
+                    if not site_is_subsample(msg):
+                        check_observed(name, msg, model.messages.get(name))
+                        if not msg["is_observed"]:
+                            _check_met(name, msg, model.messages.get(name), self.max_plate_nesting)
             terms = replay.terms
             model_sites = self._model_sites(model, terms, set(replay.eliminated), chains)
         run = Run(guide_sites, model_sites, choices, subsamples, guide.params, model.params, noise=noise)
@@ -443,6 +445,16 @@ def _check_proposed(drawn: Mapping[str, Draw], run: Run) -> None:
             raise UnsupportedSite(name, ANY, f"the proposal's draw has shape {shape} where the guide's has {wanted}")
 
 
+def check_observed(name: str, msg: Any, met: Any) -> None:
+    """Refuse a site that model and guide both observe: log q would take the data's term away from log p."""
+    if met is not None and msg["is_observed"] and met["is_observed"] and not (is_settled(msg) or is_settled(met)):
+        reason = (
+            "model and guide both observe it, so that its log-probability cancels and the value is no bound; drop it"
+            " from the guide, or hide it there: pyro.poutine.block(guide, hide=['" + name + "'])"
+        )
+        raise UnsupportedSite(name, ANY, reason)
+
+
 def _check_met(name: str, msg: Any, met: Any, max_plate_nesting: int) -> None:
     """Refuse a latent site of the guide that is no latent of the model with the same shape."""
     if met is None:
@@ -457,6 +469,12 @@ def _check_met(name: str, msg: Any, met: Any, max_plate_nesting: int) -> None:
         reason = (
             "the guide samples it, and the model observes it (obs=, condition or deterministic), so that the guide's"
             " draw is not used and the value is no bound; drop it from the guide, or leave it latent in the model"
+        )
+        raise UnsupportedSite(name, ANY, reason)
+    if is_settled(met) and not is_settled(msg):
+        reason = (
+            f"the model gives it one value ({describe(met['fn'])}) and the guide draws it, so that the bound is −∞; use"
+            " pyro.deterministic in the model, or a Delta in the guide too"
         )
         raise UnsupportedSite(name, ANY, reason)
     (batch, event), (model_batch, model_event) = (_shape(each["fn"], max_plate_nesting) for each in (msg, met))

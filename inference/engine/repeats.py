@@ -35,6 +35,7 @@ def check_repeats(
         args, kwargs: the programs' arguments.
     """
     program = copy.copy(program)
+    program.resolve, program.lists_chains = (lambda msg: None), False  # every draw is given; none is summed out
     program.skips_unscored = True  # some flows cannot score a value that they did not draw
     draws = {site.name: site.value.detach() for site in seen.guide if site.latent and not site.settled}
 

@@ -1487,6 +1487,27 @@ class LatentThatTheModelObserves(Coin):
         pyro.sample("x", dist.Normal(self.a, 1.0))
 
 
+@enter(REFUSED, "score", says="'x'.*both observe it")
+class LatentsAndDataOfTheModel(Coin):
+    """The model as its own guide."""
+
+    def guide(self):
+        self.model()
+
+
+@enter(REFUSED, "score", says="'z'.*one value")
+class PointOfTheModelDrawnByTheGuide(Coin):
+    def model(self):
+        z = pyro.sample("z", dist.Delta(t(1.0)))
+        pyro.sample("x", dist.Normal(self.w * z, 1.0), obs=X[0])
+
+
+@enter(REFUSED, "score", says="torch.distributions.Bernoulli is no Pyro distribution")
+class DistributionOfTorch(Coin):
+    def guide(self):
+        pyro.sample("z", torch.distributions.Bernoulli(logits=self.a))
+
+
 @enter(REFUSED, "pathwise", says="'rows' is subsampled", objective="iwae", num_particles=2)
 class GlobalUnderASubsampledLoop(Pair):
     """Importance weights of a global latent need all rows: two of four do not estimate the bound."""
