@@ -33,6 +33,9 @@ def plot_audit(dataset: xarray.Dataset, path: Any = None, narrow: bool = False) 
         The matplotlib figure: on the left (above) the bias relative to the gradient's length, on the right (below) the
         variance.
 
+    Raises:
+        KeyError: a dataset that is no audit.
+
     >>> import torch
     >>> from gumbo.guides import BernoulliGuide
     >>> from gumbo.inference import audit

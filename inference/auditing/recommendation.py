@@ -21,6 +21,9 @@ def recommend(dataset: xarray.Dataset) -> tuple[str | None, str]:
         The estimator's label, or None if no unbiased one passes; and the reason in a sentence, which also names the
         biased estimators with their relative bias, since a small one may be acceptable.
 
+    Raises:
+        KeyError: a dataset that is no audit.
+
     >>> import pyro, pyro.distributions as dist, torch
     >>> from gumbo.inference import audit
     >>> def model():

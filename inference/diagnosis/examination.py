@@ -84,7 +84,7 @@ def diagnose(
     Args:
         model: a Pyro model.
         guide: a Pyro guide, or a sequence of independently fitted guides.
-        args: the programs' arguments, keywords in ``kwargs``; or one object in the form that `fit` takes: a tuple holds
+        args, kwargs: the programs' arguments and keywords, or one object in the form that `fit` takes: a tuple holds
             the positional arguments, a mapping the keywords, anything else is the single argument.
         num_samples: S, the draws of the guide.
         num_data: the largest number of rows to test, where the programs accept a part of the rows and no latent is

@@ -41,7 +41,17 @@ Schedule = Callable[[int], float]
 
 @dataclass
 class Draw:
-    """A value for a site, with further tensors by name that the estimator needs later."""
+    """A value for a site, with further tensors by name that the estimator needs later.
+
+    Attributes:
+        value: the value of the site, ``(…, K, *plates, *event)``.
+        extra: the further tensors, with the same leading dimensions as the value.
+
+    >>> import torch
+    >>> draw = Draw(torch.zeros(3), {"partner": torch.ones(3)})
+    >>> draw.map(lambda tensor: tensor[:2]).extra["partner"]
+    tensor([1., 1.])
+    """
 
     value: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
@@ -90,6 +100,10 @@ class SiteView:
             variates only: it may be wrong.
         joined: the plate dimensions whose elements a later site may combine, so that ``cost`` does not separate them:
             alternatives must then be evaluated one element at a time.
+        find_joined: ``find_joined()`` is ``joined``, found when it is first asked for.
+        find_slope: ``find_slope()`` is ``slope``; None for estimators that do not set ``takes_slope``.
+
+    docs/extending.md has an estimator that reads one.
     """
 
     name: str
@@ -159,6 +173,12 @@ class SiteState(nn.Module):
     Class attributes:
         uncaptured: plain attributes that change while the programs run and that no result depends on, such as counters:
             a captured graph ignores their changes. Models, guides and their layers may have this attribute too.
+
+    >>> class Probed(SiteState):
+    ...     def looks_at_values(self, step):
+    ...         return step < 3
+    >>> Probed().looks_at_values(2), Probed().looks_at_values(3)
+    (True, False)
     """
 
     uncaptured: ClassVar[frozenset[str]] = frozenset()
@@ -197,6 +217,12 @@ class Estimator(Checked):
         runs_again: whether a gradient needs further runs of the programs (``view.evaluate``, ``log_q = "path"``).
         together: whether all sites must take this estimator if one does.
         lazy_parameters: whether the state has parameters whose shapes depend on the data.
+
+    docs/extending.md has an example of a subclass.
+
+    >>> import pyro.distributions as dist
+    >>> estimators["pathwise"]().why_not({"name": "z", "fn": dist.Bernoulli(0.5)})
+    'Bernoulli has no reparameterized sampler (rsample)'
     """
 
     unbiased: bool = True
@@ -311,7 +337,24 @@ choosers: dict[str, Callable[..., Chooser]] = {}
 
 
 def detached_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
-    """A draw without gradients, also from distributions with ``rsample``."""
+    """A draw without gradients, also from distributions with ``rsample``.
+
+    Args:
+        fn: the distribution of the site.
+        args: positional arguments of ``fn.sample``, as ``Estimator.draw`` receives them.
+        kwargs: keywords of ``fn.sample``; None has none.
+
+    Returns:
+        The draw, whose value ``(*batch, *event)`` requires no gradient.
+
+    Raises:
+        NotImplementedError: a distribution without a sampler.
+
+    >>> import torch
+    >>> from pyro.distributions import Normal
+    >>> detached_draw(Normal(torch.zeros(3, requires_grad=True), 1.0)).value.requires_grad
+    False
+    """
     find_probs_once(fn)
     with torch.no_grad():
         value = fn.sample(*args, **(kwargs or {}))
@@ -325,7 +368,26 @@ def sloping_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = N
 
 
 def score_why_not(site: Mapping[str, Any]) -> str | None:
-    """Why the score-function family does not support a site, or None."""
+    """Why the score-function family does not support a site, or None.
+
+    A score needs a log-density, and a support that does not move with the parameters.
+
+    Args:
+        site: a Pyro message, of which ``fn`` is read: the distribution of the site.
+
+    Returns:
+        The reason, as a phrase; None if the site is supported.
+
+    Raises:
+        KeyError: a mapping without ``fn``.
+
+    >>> import torch
+    >>> from pyro.distributions import Bernoulli, Uniform
+    >>> score_why_not({"fn": Uniform(0.0, torch.tensor(1.0, requires_grad=True))})
+    'the support of Uniform depends on parameters, which a score cannot see'
+    >>> score_why_not({"fn": Bernoulli(0.5)}) is None
+    True
+    """
     fn = site["fn"]
     if not hasattr(fn, "log_prob"):
         return "it has no log_prob"

@@ -208,6 +208,10 @@ class Rebar(ControlVariate):
     learnt from these initial values, one pair per site. The model must accept relaxed values and be continuous in them:
     a branch on them, or a conversion out of torch, biases the gradient. The first steps check this.
 
+    Args:
+        temperature: the initial τ, which is learnt.
+        strength: the initial η, which is learnt.
+
     Raises:
         UnsupportedSite: at the first gradient, if the programs do not accept relaxed values, or are discontinuous.
 

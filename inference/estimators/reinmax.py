@@ -18,13 +18,16 @@ class ReinMax(Estimator):
 
     The forward pass uses the discrete value; the backward pass uses 2 J(½(z + π_τ)) − ½ J(π), where J is the Jacobian
     of a softmax at these probabilities and π_τ are those at ``temperature``. At temperature 1 the gradient is exact for
-    a cost quadratic in one site; otherwise it is biased. The log pmf is extended linearly.
+    a cost quadratic in one site; otherwise it is biased. The log pmf is extended linearly. The first-order step,
+    J(π_τ), is the straight-through gradient without Gumbel noise (Bengio et al. 2013, arXiv 1308.3432), exact for a
+    linear cost at temperature 1.
 
     Args:
         temperature: τ, a positive number or a schedule of the training step.
+        order: 2, or 1 for the first-order step.
 
-    ``order=1`` takes the first-order step instead, J(π_τ): the straight-through gradient without Gumbel noise (Bengio
-    et al. 2013, arXiv 1308.3432), exact for a linear cost at temperature 1.
+    Raises:
+        BadInput: another order, or a temperature that is not positive.
 
     >>> ReinMax().unbiased, ReinMax().name
     (False, 'reinmax')

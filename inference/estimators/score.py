@@ -14,7 +14,19 @@ from ._base import Draw, Estimator, SiteView, detached_draw, estimators, score_w
 
 
 class Baseline(Checked):
-    """A term that is subtracted from the cost of a draw and does not depend on that draw."""
+    """A term that is subtracted from the cost of a draw and does not depend on that draw.
+
+    A subclass defines ``__call__``, and ``make_state`` and ``loss`` where it learns something.
+
+    >>> from gumbo.inference.estimators import ScoreFunction
+    >>> class Fixed(Baseline):
+    ...     def __init__(self, value: float = 1.0):
+    ...         self.value = value
+    ...     def __call__(self, view):
+    ...         return self.value
+    >>> ScoreFunction(baseline=Fixed(2.0))
+    ScoreFunction(baseline=Fixed(value=2.0))
+    """
 
     min_particles = 1
     lazy_parameters = False
@@ -61,6 +73,7 @@ class MovingAverage(Baseline):
     Args:
         decay: the weight of the earlier average, in [0, 1).
 
+    >>> from gumbo.inference.estimators import ScoreFunction
     >>> ScoreFunction(baseline=MovingAverage()).name
     'score-average'
     """
@@ -82,7 +95,12 @@ class MovingAverage(Baseline):
 
 
 class LeaveOneOut(Baseline):
-    """The mean cost of the other particles (Kool et al. 2019; under ``iwae``, VIMCO, Mnih & Rezende 2016)."""
+    """The mean cost of the other particles (Kool et al. 2019; under ``iwae``, VIMCO, Mnih & Rezende 2016).
+
+    >>> from gumbo.inference.estimators import ScoreFunction
+    >>> ScoreFunction(baseline=LeaveOneOut()).name
+    'rloo'
+    """
 
     min_particles = 2
 
@@ -165,6 +183,7 @@ class Neural(Baseline):
         hidden: units of the perceptron.
         decay: the weight of earlier steps in the running moments of the cost, in [0, 1).
 
+    >>> from gumbo.inference.estimators import ScoreFunction
     >>> ScoreFunction(baseline=Neural()).name
     'nvil'
     """
@@ -210,6 +229,7 @@ class ScoreFunction(Estimator):
     Args:
         baseline: a :class:`Baseline`, such as ``LeaveOneOut()``, ``MovingAverage()`` or ``Neural()``; None takes none.
 
+    >>> from gumbo.inference.estimators import LeaveOneOut
     >>> ScoreFunction().name, ScoreFunction(baseline=LeaveOneOut()).name
     ('score', 'rloo')
     >>> ScoreFunction(baseline=LeaveOneOut()).min_particles

@@ -82,7 +82,16 @@ def _subsampling(run: Run) -> float:
 
 @dataclass
 class Weights:
-    """Importance weights per datum, with log p and log q."""
+    """Importance weights per datum, with log p and log q.
+
+    Attributes:
+        log_p: log p(x, z) of each particle, in nats, ``(K, *plates)``.
+        log_q: log q(z | x) of each particle, in nats, ``(K, *plates)``.
+        frames: the plates that enclose all sites, over whose elements the weights are.
+        scale: what multiplies the bound, such as N/B of a subsampled plate.
+
+    :func:`importance_weights` makes them, and has an example.
+    """
 
     log_p: Tensor
     log_q: Tensor
@@ -102,6 +111,29 @@ def importance_weights(groups: list[list[Run]], layout: Layout) -> Weights:
 
     Raises:
         UnsupportedSite: a plate that does not enclose every site is subsampled.
+
+    >>> import pyro
+    >>> import pyro.distributions as dist
+    >>> import torch
+    >>> from gumbo.inference import SiteELBO
+    >>> from gumbo.inference.objectives import Objective
+    >>> class MeanLogWeight(Objective):
+    ...     name = "mean-log-weight"
+    ...     def accepts(self, estimator):
+    ...         return estimator.name == "pathwise"
+    ...     def value(self, recorded):
+    ...         weights = importance_weights(recorded.groups, recorded.layout)
+    ...         print(tuple(weights.log_p.shape))
+    ...         return weights.scale * (weights.log_p - weights.log_q).mean(0).sum()
+    >>> def model(x):
+    ...     with pyro.plate("rows", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):
+    ...     with pyro.plate("rows", len(x)):
+    ...         pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> loss = SiteELBO("pathwise", objective=MeanLogWeight(), num_particles=3).loss(model, guide, torch.zeros(5))
+    (3, 5)
     """
     runs = [run for paths in groups for run in paths]
     frames, scale = common_frames(runs, layout), common_scale(runs)
