@@ -184,6 +184,9 @@ def _parser(config_class: type, prog: str, answers: bool = False):
     switches = {field.name for field in fields(config_class) if field.type in (bool, "bool")}
     parser.add_class_arguments(config_class, as_positional=True, skip=switches)
     described = _descriptions(config_class)
+    for group in parser._action_groups:
+        if group.title and group.title.startswith(summary.rstrip(".")[:20]):
+            group.title = "settings"  # the summary stands above
     for action in parser._actions:
         action.help = described.get(action.dest, action.help)
     for field in fields(config_class):
@@ -223,9 +226,24 @@ def settings_in(path: str, verb: str) -> dict[str, Any]:
 
 def _parse(parser, argv: Sequence[str], prog: str):
     try:
-        return parser.parse_args(list(argv))
+        return parser.parse_args(_underscored(argv))
     except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
         fail(prog, _in_our_words(parser, str(getattr(error, "message", None) or error)))
+
+
+def _underscored(argv: Sequence[str]) -> list[str]:
+    """The arguments with options by the names of settings: ``--num-samples`` is ``--num_samples``.
+
+    >>> _underscored(["--num-samples=5", "--model-options.latent-dim", "2", "--folder", "my-run", "--", "--a-b"])
+    ['--num_samples=5', '--model_options.latent_dim', '2', '--folder', 'my-run', '--', '--a-b']
+    """
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    made = list(argv)
+    for k, text in enumerate(made[:end]):
+        name, equals, value = text.partition("=")
+        if re.fullmatch(r"--[A-Za-z][\w.+-]*", name):
+            made[k] = "--" + name[2:].replace("-", "_") + equals + value
+    return made
 
 
 # What jsonargparse says of an unknown flag, of an unknown line of a file, and of a value of the wrong type.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,14 +39,19 @@ OPTIONS = ("--help", "--version")
 
 def usage() -> str:
     width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items())
-    return (
-        "usage: gumbo VERB [options]\n\n"
-        "Deep generative models and amortized guides in Pyro, with a gradient estimator for each site.\n\n"
-        f"verbs:\n{verbs}\n\n"
-        "`gumbo VERB --help` shows the options of a verb; `gumbo --version` the version.\n"
+    verbs = "\n".join(wrapped(f"  {name:{width}}  {verb.summary}", width + 4) for name, verb in VERBS.items())
+    summary = "Deep generative models and amortized guides in Pyro, with a gradient estimator for each site."
+    status = (
         "Exit status: 0 success; 1 failure during the run; 2 a mistake in the command; 128 + n stopped by signal n."
     )
+    more = "`gumbo VERB --help` shows the options of a verb; `gumbo --version` the version."
+    return f"usage: gumbo VERB [options]\n\n{wrapped(summary)}\n\nverbs:\n{verbs}\n\n{wrapped(more)}\n{wrapped(status)}"
+
+
+def wrapped(text: str, indent: int = 0) -> str:
+    """The text in lines of the terminal's width, 120 at most, all but the first indented."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -87,6 +87,7 @@ DOWNLOADED = "downloaded on first use"
 FEW_IMAGES: Split = (np.tile(np.eye(8, dtype=np.float32), (2, 1, 1)), np.array([0, 1]))
 IMAGES = (FEW_IMAGES, (FEW_IMAGES[0], None))
 FEW_COUNTS: Split = (np.arange(24, dtype=np.float32).reshape(2, 12) % 5, None)
+FEW_WORDS: Split = (np.array([[3, 1, 2, 0], [1, 4, 0, 0]], np.float32), None)
 FEW_ROLLS: Split = (np.tile(np.eye(4, 88, dtype=np.float32), (2, 1, 1)), np.array([4, 2]))
 FEW_SERIES: Split = (np.linspace(-1.5, 1.5, 48, dtype=np.float32).reshape(2, 4, 6), np.array([4, 2]))
 
@@ -653,7 +654,7 @@ def _vocabulary(path: Path) -> list[str]:
 NEWSGROUP_WORDS = 2_000
 
 
-@dataset("20newsgroups")
+@dataset("20newsgroups", holds="counts of words, a post a row, and its group", source=DOWNLOADED, example=FEW_COUNTS)
 def _newsgroups(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     """The counts of the most frequent words in the training posts; every post, without headers, footers and quotes."""
     held = _read_npz(_newsgroups_file(folder), ("train", "train_labels", "test", "test_labels"))
@@ -709,7 +710,7 @@ def _newsgroups_file(folder: Path) -> Path:
 WORD_LENGTH = 10
 
 
-@dataset("words")
+@dataset("words", holds="10 letters as numbers, 0 after the end", source="reuters' vocabulary", example=FEW_WORDS)
 def _words(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     """The words of ``reuters`` of three to ten letters a to z, in a fixed permutation; nine tenths are to train on."""
     held = [word for word in reuters_vocabulary(folder) if re.fullmatch(f"[a-z]{{3,{WORD_LENGTH}}}", word)]
@@ -891,11 +892,18 @@ def _placed(images: np.ndarray, side: int, random: np.random.RandomState) -> np.
     return made
 
 
-@dataset("scenes")
+@dataset(
+    "scenes", holds="grey images 20 × 20, and the number of digits", source="composed of digits", example=FEW_IMAGES
+)
 def _scenes(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _scenes_of(folder, splits, _digits, 20, {"train": 10_000, "valid": 1_000, "test": 2_000})
 
 
-@dataset("mnist-scenes")
+@dataset(
+    "mnist-scenes",
+    holds="grey images 50 × 50, and the number of digits",
+    source="composed of mnist-test",
+    example=FEW_IMAGES,
+)
 def _mnist_scenes(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _scenes_of(folder, splits, _mnist_test, 50, {"train": 20_000, "valid": 1_000, "test": 2_000})

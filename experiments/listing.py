@@ -378,7 +378,8 @@ def _cells(kind: str, entry: dict[str, Any]) -> list[str]:
         said = words[0] if len(words) == 1 else f"{len(words) or 'no'} estimators"
         return [said, entry["summary"]]
     if kind == "data":
-        return [f"{entry['holds']}\n[{entry['source']}]", entry.get("as", "") or ", ".join(entry["models"])]
+        held = [text for text in (entry["holds"], entry["source"] and f"[{entry['source']}]") if text]
+        return ["\n".join(held) or "–", entry.get("as", "") or ", ".join(entry["models"]) or "–"]
     return [entry["class"], entry["summary"]]
 
 

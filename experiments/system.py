@@ -9,6 +9,7 @@ from typing import Any
 from gumbo.errors import UnknownName
 from gumbo.experiments._command import fail, run_command
 from gumbo.experiments._runs import RunFolder
+from gumbo.experiments.cli import wrapped
 from gumbo.experiments.systems import System, systems
 
 
@@ -40,7 +41,7 @@ def usage(prog: str) -> str:
     """The systems, each with the first line of its docstring."""
     width = max(map(len, systems))
     lines = [f"  {name:{width}}  {(known.__doc__ or '').splitlines()[0]}" for name, known in systems.items()]
-    listed = "\n".join(lines)
+    listed = "\n".join(wrapped(line, width + 4) for line in lines)
     return f"usage: {prog} NAME [options]\n\nsystems:\n{listed}\n\n`{prog} NAME --help` shows the options of one."
 
 

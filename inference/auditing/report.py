@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from collections.abc import Iterator, Sequence
 
 import xarray
 
@@ -97,11 +99,32 @@ _ON_SCREEN = ("estimator", "verdict", "bias / ‖g‖", "variance", "ms", "var �
 
 def _table(report: xarray.Dataset) -> str:
     kept = [HEADS.index(head) for head in _ON_SCREEN]
-    body = [[_cut(line[column], 20 if column == 0 else 16) for column in kept] for line in cells(report)]
+    rows = [[line[column] for column in kept] for line in cells(report)]
+    others = [max(len(line[k]) for line in (_ON_SCREEN, *rows)) for k in range(1, len(kept))]
+    width = max(16, 80 - sum(others) - len(others))
+    body = [[name, *rest] for row in rows for name, rest in _lines(row, width)]
     said = [facts(report), "", *plain(_ON_SCREEN, body, left=2, gap=1), "", *remarks(report), advice(report)]
     wrap = textwrap.TextWrapper(80, replace_whitespace=False, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(line for text in said for line in wrap.wrap(text) or [""])
 
 
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+def _lines(row: Sequence[str], width: int) -> Iterator[tuple[str, Sequence[str]]]:
+    """The lines of a row: a name longer than its column goes on in the lines below."""
+    first, *more = _broken(row[0], width)
+    yield first, row[1:]
+    for piece in more:
+        yield piece, [""] * (len(row) - 1)
+
+
+def _broken(text: str, width: int) -> list[str]:
+    """The text in pieces of at most ``width``, broken behind a mark of punctuation where there is one.
+
+    >>> _broken("mine:ConstantBaseline(decay=0.5)", 20)
+    ['mine:', 'ConstantBaseline(', 'decay=0.5)']
+    """
+    pieces = [""]
+    for part in re.findall(rf"[^:.,( -]{{1,{width - 1}}}[:.,( -]?|[:.,( -]", text):
+        if pieces[-1] and len(pieces[-1] + part.rstrip()) > width:
+            pieces.append("")
+        pieces[-1] += part
+    return [piece.rstrip() for piece in pieces]

@@ -693,6 +693,7 @@ def test_a_report_shows_its_table():
     lines = repr(report).splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) < 25
     rows = [line.split()[:2] for line in lines]
+    assert not any("…" in line for line in lines)
     assert ["rloo", "ok"] in rows and ["trace-graph+baseline", "ok"] in rows
     assert any(line.startswith("pathwise: refused: site 'z'") for line in lines)
     assert any(line.startswith(f"recommended: {recommend(report)[0]}") for line in lines)

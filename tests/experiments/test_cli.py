@@ -21,6 +21,8 @@ import yaml
 from gumbo import __version__
 from gumbo.experiments import cli, compare
 from gumbo.experiments._command import parse
+from gumbo.experiments.audit import Audit
+from gumbo.experiments.systems import systems
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,6 +57,26 @@ def test_the_verb_and_the_script_behave_alike(verb, tmp_path, capsys, monkeypatc
     assert by_script.returncode == 0
     assert capsys.readouterr().out == by_script.stdout
     assert by_script.stdout.startswith(f"usage: gumbo {verb}")
+
+
+@pytest.mark.parametrize(
+    "argv", [[], *([verb] for verb in cli.VERBS), *(["system", name] for name in systems)], ids=" ".join
+)
+def test_help_is_of_80_columns(argv, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with suppress(SystemExit):
+        cli.main([*argv, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    heads = {line for line in lines if line.endswith(":") and not line.startswith(" ")}
+    assert heads <= {"verbs:", "systems:", "options:", "settings:", "positional arguments:"}
+
+
+def test_options_take_dashes_for_underscores():
+    given = ["--num-samples", "7", "--model-options.latent-dim=2", "--one-by-one", "--folder", "my-run"]
+    settings = parse(Audit, ["model:m", "guide:g", *given], "gumbo audit", {})
+    assert (settings.num_samples, settings.model_options, settings.one_by_one) == (7, {"latent_dim": 2}, True)
+    assert (settings.folder, settings.model) == ("my-run", "model:m")
 
 
 def one_line_and_status(capsys, argv: list[str]) -> tuple[str, int]:
