@@ -389,13 +389,18 @@ class Program:
         elif log_prob.shape[-room] not in (1, self.num_particles):  # rows in the place of particles
             loose.append(-room)
         if loose:
-            raise UnsupportedSite(
-                name,
-                ANY,
-                f"its batch shape {tuple(log_prob.shape)} has dimension {loose[0]} outside any plate;"
-                " declare it with pyro.plate or make it part of the event with .to_event",
-            )
+            raise outside_plates(name, tuple(log_prob.shape), loose[0])
         return log_prob
+
+
+def outside_plates(site: str, batch: tuple[int, ...], dim: int) -> UnsupportedSite:
+    """The refusal of a site with a batch dimension that no plate declares."""
+    return UnsupportedSite(
+        site,
+        ANY,
+        f"its batch shape {batch} has dimension {dim} outside any plate;"
+        " declare it with pyro.plate or make it part of the event with .to_event",
+    )
 
 
 def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:

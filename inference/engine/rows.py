@@ -132,8 +132,13 @@ class Rows:
         return [value for _, value in self.named() if isinstance(value, torch.Tensor)]
 
     def check(self, what: str | None = None) -> Rows:
-        """Return itself, after checking for at least one row and for finite values."""
+        """Return itself, after checking for at least one row, and for dense and finite values."""
         what = what or self.what
+        for name, value in self.cut():
+            if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+                raise BadInput(
+                    f"{what}: argument {name!r} is a sparse tensor, of which no batch can be taken; pass x.to_dense()"
+                )
         if not len(self):
             raise BadInput(f"{what} is empty: expected at least one row")
         for name, value in self.cut():

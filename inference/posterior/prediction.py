@@ -107,7 +107,9 @@ def predict(
             _refuse_parameters_of_data(whole, one, args, kwargs)
             with _explained(one, args, kwargs):
                 opened = _opened(whole, one, args, kwargs)
-                sweeps.append(Sweep(opened, one, args, kwargs, batch_size=batch_size, latents_needed=False))
+                sweeps.append(
+                    Sweep(opened, one, args, kwargs, batch_size=batch_size, latents_needed=False, scored=False)
+                )
     drawn = Predictions(sweeps[0], len(sweeps), num_samples)
     need = drawn.bytes_needed()
     afford({GROUP: need}, memory_limit, "draw fewer num_samples=, or predict fewer rows")
@@ -311,6 +313,7 @@ def _explained(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Itera
                 f"the guide has parameters per datum ({found[0]!r}, of {found[1]} data) and has no distribution for "
                 f"new rows: {REMEDY}"
             ) from error
+        Rows.of(args, kwargs).check("data")
         if isinstance(error, GumboError):
             raise
         raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pyro
@@ -19,7 +19,9 @@ from pyro.poutine.util import site_is_subsample
 
 from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
 from ..engine.interventions import ChosenRows, DrawnAnew, GivenValues
+from ..engine.programs import element_support, in_support
 from ..engine.scopes import modules_of, networks_at_hand, private_seed, quietly
+from .checks import Checks
 from .sites import Block, SiteLayout, has_rows, key_of
 from .survey import Survey
 from .vmapped import Coordinates, Lane, Seen, outside, random_sites, run_lanes
@@ -145,8 +147,9 @@ class Sweep(Survey):
         data_plates: str | Sequence[str] | None = None,
         mode: str | None = None,
         latents_needed: bool = True,
+        scored: bool = True,
     ):
-        super().__init__(model, guide, args, kwargs, latents_needed)
+        super().__init__(model, guide, args, kwargs, latents_needed, scored)
         self._parameters: dict[int, set[str]] = {}  # names in the param store, by id of the program
         self.sliced: str | None = None
         self.reason = ""
@@ -368,11 +371,20 @@ class Sweep(Survey):
 
     def _seen(self, program, layouts, count, block, values, hidden, mode=None, arguments=None) -> Mapping[str, Seen]:
         """The sites of a run at ``values``, in the program's own shapes."""
-        mode = mode or self.mode
 
         def once(given: Mapping[str, torch.Tensor]) -> Trace:
-            return self._trace(program, layouts, count, block, given, hidden, mode, arguments)
+            return self._trace(program, layouts, count, block, given, hidden, mode or self.mode, arguments)
 
+        if mode is not None:  # a trial: its errors say that the programs do not run in this way
+            return self._sites(program, layouts, count, values, mode, once)
+        try:
+            return self._sites(program, layouts, count, values, self.mode, once)
+        except ValueError as error:
+            if isinstance(error, GumboError):
+                raise
+            raise _invalid(error, lambda: once(values)) from error
+
+    def _sites(self, program, layouts, count, values, mode: str, once: Callable) -> Mapping[str, Seen]:
         if mode == "lanes":
             stored = pyro.get_param_store()
             if self._parameters.get(id(program), {""}) - set(stored.keys()):
@@ -493,6 +505,22 @@ class Sweep(Survey):
             ) from None
         drop = [1 + self.depth + dim for dim in range(-self.depth, 0) if dim not in layout.dims]
         return value.squeeze(drop) if drop else value
+
+
+def _invalid(error: ValueError, again: Callable[[], Trace]) -> BadInput:
+    """What a distribution refuses in a run, as one line with the first site that is to blame.
+
+    A program may make a distribution of a draw before any site has it: a run without validation finds the draw.
+    """
+    checks, said = Checks(), first_line(error, kind=True).removesuffix(":")
+    with suppress(*PROGRAM_ERRORS), pyro.validation_enabled(False):
+        for name, site in random_sites(again()):
+            if not checks.passes("", site):
+                inside = in_support(element_support(site["fn"]), site["value"])
+                if inside is not None and not bool(inside.all()):
+                    return outside(name)
+                return BadInput(f"site {name!r}: {said}; look at what its parameters depend on")
+    return BadInput(f"the programs fail at a draw of the guide: {said}")
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:

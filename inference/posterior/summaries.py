@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import UnknownName
+from ...errors import BadInput, UnknownName
 from . import _arviz
 
 
@@ -36,6 +36,7 @@ def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "po
         A ``pandas.DataFrame``, one row for each scalar.
 
     Raises:
+        BadInput: ``idata`` is no result of :func:`~gumbo.inference.to_arviz`.
         UnknownName: ``idata`` has no such group.
 
     >>> import pyro
@@ -50,6 +51,8 @@ def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "po
     >>> list(found.index), [name for name in ("mean", "khat", "r_hat") if name in found]
     (['z'], ['mean', 'khat'])
     """
+    if not hasattr(idata, "groups"):  # of InferenceData, and of DataTree
+        raise BadInput(f"idata is an object of class {type(idata).__name__}: expected what to_arviz returns")
     if group not in _arviz.groups_of(idata):
         raise UnknownName("group", group, _arviz.groups_of(idata))
     import pandas

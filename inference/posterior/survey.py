@@ -17,10 +17,13 @@ from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line, rows_in_
 from ..engine.handlers import row_numbers
 from ..engine.interventions import ChosenRows, GivenValues
 from ..engine.messenger_guides import as_program
+from ..engine.programs import outside_plates
+from ..engine.rows import Rows
 from ..engine.scopes import device_of, quietly
+from ..estimators._distributions import describe
 from .enumerated import completed
 from .sites import SiteLayout, discrete_values, has_rows, innermost, kind_of, lengths_of
-from .vmapped import random_sites, unmasked
+from .vmapped import Seen, random_sites, unmasked
 
 Whole = TypeVar("Whole", bound="Survey")
 
@@ -36,15 +39,22 @@ class Survey:
         at_hand: subsampling plates that receive a batch instead, with its number of rows.
         row_ids: the index of each row, by plate.
         depth: the number of batch dimensions of the programs.
+        scored: whether the data are scored, and not only drawn anew, so that they are checked.
 
     Raises:
         BadInput: programs that fail on the arguments, or a latent that only one program draws.
     """
 
     def __init__(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], latents_needed: bool = True
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        latents_needed: bool = True,
+        scored: bool = True,
     ):
-        self.latents_needed = latents_needed
+        self.latents_needed, self.scored = latents_needed, scored
         self.model, self.guide, self.args, self.kwargs = model, as_program(guide), args, dict(kwargs)
         self.device = device_of(model, guide)
         self.row_ids: dict[str, torch.Tensor] = {}
@@ -73,7 +83,9 @@ class Survey:
         except GumboError:
             raise
         except PROGRAM_ERRORS as error:
+            self._check_arguments()
             raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}") from error
+        _check_order(guide, model)
         whole = completed(self.model, self.guide, guide, model)
         if whole is not self.guide:
             self.guide, self.summed_out = whole, frozenset(whole.sites)
@@ -121,6 +133,9 @@ class Survey:
         observed = [name for name, layout in self.model_sites.items() if layout.kind == "observed"]
         self.observed_values = {name: model.nodes[name]["value"].detach() for name in observed}
         self.masked = frozenset(name for name in observed if unmasked(model.nodes[name]) is not None)
+        if self.scored:
+            for name in observed:
+                self._check_data(model.nodes[name])
 
     def _look_for_rows(self, plate: str, subsample: Any, rows: Mapping, held: Mapping, model: Trace) -> None:
         """Whether a subsampling plate receives a batch instead: then the batch has all available rows.
@@ -169,8 +184,35 @@ class Survey:
                     f"site {name!r}: the guide's values have shape {tuple(drawn_shape)}, the model's distribution has "
                     f"{tuple(fn.batch_shape + fn.event_shape)}: give both the same"
                 ) from error
+        for layout in (*self.guide_sites.values(), *self.model_sites.values()):
+            if layout.depth > self.depth:  # a value has more rows than its distribution and its plates
+                raise outside_plates(layout.name, layout.sizes, layout.dims[0])
         if not latent and self.latents_needed:
             raise BadInput("the model has no latent site, so that there is no posterior")
+
+    def _check_arguments(self) -> None:
+        """Raise BadInput if data that no program takes are the cause of what went wrong."""
+        Rows.of(self.args, self.kwargs).check("data")
+
+    def _check_data(self, site: Mapping[str, Any]) -> None:
+        """Raise BadInput for observed values that have no log-probability, and for NaN and infinity among the data."""
+        value, shown = site["value"], unmasked(site)
+        try:
+            log_prob = Seen(site).log_prob
+            wrong = bool(log_prob.isnan().any())
+            if value.is_floating_point():
+                finite = value.isfinite() if shown is None else value.isfinite() | ~shown
+                wrong = wrong or not finite.all()
+        except ValueError:  # a value outside the support, which every run refuses
+            wrong = True
+        except PROGRAM_ERRORS as error:
+            self._check_arguments()
+            raise BadInput(
+                f"site {site['name']!r}: {describe(site['fn'])} has no log-probability for data of {value.dtype} and "
+                f"shape {tuple(value.shape)} ({first_line(error)}); give floating-point numbers, as x.float() does"
+            ) from error
+        if wrong:
+            self._check_arguments()
 
     def _layout(self, name: str, site: Mapping[str, Any]) -> SiteLayout:
         kind, fn, value = kind_of(site), site["fn"], site["value"]
@@ -300,3 +342,14 @@ class Survey:
             for name, layout in self.guide_sites.items()
             if layout.kind == "latent" and not (wanted and wanted <= layout.plates)
         ]
+
+
+def _check_order(guide: Trace, model: Trace) -> None:
+    """Raise BadInput for a model in the place of the guide."""
+    seen, ours = (
+        [name for name, site in random_sites(trace) if kind_of(site) == "observed"] for trace in (guide, model)
+    )
+    if seen and not ours:
+        raise BadInput(
+            f"the guide observes site {seen[0]!r} and the model observes none: pass the model first, then the guide"
+        )

@@ -1,0 +1,152 @@
+"""Data and pairs of programs that have no posterior: one line, the same from every function."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from gumbo.errors import BadInput, GumboError, UnsupportedSite
+from gumbo.inference import diagnose, evaluate, fit, predict, summary, to_arviz
+
+X = torch.tensor([0.1, 0.2, 0.3])
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def reading(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, 0.5))
+
+
+def unread(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(len(x)), 0.5))
+
+
+def coins(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Bernoulli(logits=pyro.sample("z", dist.Normal(0.0, 1.0))), obs=x)
+
+
+def loose(x):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def mean_alone(x):
+    pyro.sample("mean", dist.Normal(0.0, 0.4))
+
+
+def bounded(x):
+    sd = pyro.sample("sd", dist.Uniform(0.1, 10.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(0.0, sd), obs=x)
+
+
+def wider(x):
+    pyro.sample("sd", dist.Normal(1.0, 1.0))
+
+
+SCORING = {
+    "evaluate": evaluate,
+    "to_arviz": lambda *pair: to_arviz(*pair, num_samples=300),
+    "diagnose": lambda *pair: diagnose(*pair, num_samples=300, num_simulations=20, refine_steps=0),
+}
+ALL = {**SCORING, "predict": lambda *pair: predict(*pair, num_samples=300)}
+
+
+def refusal(function, *pair) -> str:
+    with pytest.raises(GumboError) as caught:
+        function(*pair)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", SCORING)
+@pytest.mark.parametrize("guide", [reading, unread])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_none_are_refused_alike(name, guide, number):
+    bad = X.clone()
+    bad[1] = number
+    assert "data: argument 0 holds NaN or infinity in 1 of 3 rows" in refusal(SCORING[name], model, guide, bad)
+
+
+def test_nan_is_refused_alike_in_predictions_and_keywords():
+    bad = X.clone()
+    bad[1] = math.nan
+    for guide in (reading, unread):
+        assert "argument 0 holds NaN or infinity in 1 of 3 rows" in refusal(ALL["predict"], model, guide, bad)
+    with pytest.raises(BadInput, match="argument 'x' holds NaN or infinity in 1 of 3 rows"):
+        to_arviz(model, unread, x=bad)
+
+
+def test_nan_that_the_programs_mask_is_accepted():
+    def masked(x):
+        seen = ~x.isnan()
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(seen), obs=x.nan_to_num())
+
+    bad = X.clone()
+    bad[1] = math.nan
+    assert to_arviz(masked, unread, bad, num_samples=20).observed_data["x"].isnull().sum() == 1
+
+
+@pytest.mark.parametrize("name", SCORING)
+def test_boolean_data_are_one_line(name):
+    said = refusal(SCORING[name], model, unread, X > 0.15)
+    assert "site 'x': Normal has no log-probability for data of torch.bool and shape (3,)" in said
+    assert "x.float()" in said and "'x': Bernoulli" in refusal(SCORING[name], coins, unread, X > 0.15)
+
+
+@pytest.mark.parametrize("name", SCORING)
+def test_sparse_data_are_one_line(name):
+    said = refusal(SCORING[name], model, unread, X.to_sparse())
+    assert said == "data: argument 0 is a sparse tensor, of which no batch can be taken; pass x.to_dense()"
+    assert "train: argument 0 is a sparse tensor" in refusal(fit, model, unread, X.to_sparse())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rows_without_a_plate_are_refused_as_fit_refuses_them(name):
+    with pytest.raises(UnsupportedSite) as caught:
+        ALL[name](loose, mean_alone, X)
+    guide = pyro.infer.autoguide.AutoNormal(loose)
+    assert str(caught.value) == refusal(lambda: fit(loose, guide, X, epochs=1, batch_size=3, progress=False))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_guide_with_a_wider_support_than_the_models_names_the_site(name):
+    assert "site 'sd' has a value outside the support" in refusal(ALL[name], bounded, wider, X)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_parameter_that_a_later_draw_makes_invalid_is_one_line(name):
+    def exact(x):
+        pyro.sample("sd", dist.Normal(1.0, 1.0))
+
+    def of_any_sign(x):
+        sd = pyro.sample("sd", dist.Normal(1.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, sd), obs=x)
+
+    assert "site 'x': ValueError: Expected parameter scale" in refusal(ALL[name], of_any_sign, exact, X)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_programs_in_the_wrong_order_are_refused(name):
+    said = refusal(ALL[name], reading, model, X)
+    assert said == "the guide observes site 'x' and the model observes none: pass the model first, then the guide"
+
+
+def test_a_summary_of_something_else_is_one_line():
+    for thing in (None, 3, {"posterior": X}):
+        said = refusal(summary, thing)
+        assert f"idata is an object of class {type(thing).__name__}: expected what to_arviz returns" in said
