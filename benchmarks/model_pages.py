@@ -274,6 +274,9 @@ def markdown(text: str) -> str:
             formula = textwrap.dedent(paragraph.removeprefix(".. math::").strip())
             paragraphs.append(f"```math\n{' '.join(line.strip() for line in formula.splitlines())}\n```")
         else:
+            if paragraph.startswith("Args:\n"):
+                entries = (" ".join(entry.split()) for entry in re.split(r"\n {4}(?=\S)", paragraph)[1:])
+                paragraph = "Args:\n\n" + "\n".join(re.sub(r"^(\w+): ", r"- ``\1``: ", entry) for entry in entries)
             paragraph = re.sub(r":math:`([^`]*)`", r"$`\1`$", paragraph)
             paragraphs.append(paragraph.replace("``", "`"))
     return "\n\n".join(paragraphs)
