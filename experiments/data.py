@@ -49,6 +49,20 @@ from gumbo.experiments._names import named
 from gumbo.files import write_whole
 from gumbo.registry import Registry, describe, is_librarys, takes
 
+__all__ = [
+    "ImageData",
+    "cells_law",
+    "data_folder",
+    "dataset",
+    "datasets",
+    "load",
+    "newsgroups_vocabulary",
+    "reuters_vocabulary",
+    "spelled",
+    "switching_law",
+    "switching_regimes",
+]
+
 SPLITS = ("train", "valid", "test")
 BINARIZATIONS = ("static", "dynamic", "auto")
 

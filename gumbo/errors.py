@@ -7,6 +7,20 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+__all__ = [
+    "BadInput",
+    "CallsAutograd",
+    "CannotVectorize",
+    "GumboError",
+    "GumboWarning",
+    "Interrupted",
+    "MeaningChanged",
+    "Refusal",
+    "TooFewParticles",
+    "UnknownName",
+    "UnsupportedSite",
+]
+
 
 class GumboError(Exception):
     """Base of all errors that gumbo raises deliberately; ``str(error)`` is one line."""

@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 
 from .errors import BadInput, UnknownName
 
+__all__ = ["Registry"]
+
 T = TypeVar("T")
 
 

@@ -21,6 +21,8 @@ from ..errors import BadInput
 from ..registry import Registry
 from ._relaxed import RelaxedOneHot
 
+__all__ = ["Family", "Latent", "distribution", "families", "num_outputs"]
+
 MIN_SD = 1e-4
 MIN_CONCENTRATION = 0.05
 TEMPERATURE = 2 / 3

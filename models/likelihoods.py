@@ -23,6 +23,8 @@ from ..options import check_option
 from ..registry import Registry
 from .families import rate
 
+__all__ = ["DiscretizedLogistic", "Likelihood", "MultinomialCounts", "Tokens", "likelihoods", "negative_binomial"]
+
 MIN_DISPERSION = 1e-3
 
 

@@ -24,6 +24,21 @@ from ._flows import FlowDistribution, zuko_flow
 from ._networks import Trunk
 from .families import MIN_SD
 
+__all__ = [
+    "AutoregressiveCodes",
+    "AutoregressiveOneHot",
+    "CodePrior",
+    "FlowPrior",
+    "IndependentCodes",
+    "MixturePrior",
+    "Prior",
+    "StandardPrior",
+    "UniformCodes",
+    "VampPrior",
+    "code_priors",
+    "priors",
+]
+
 priors: Registry[Callable[..., Prior]] = Registry("prior")
 code_priors: Registry[Callable[..., CodePrior]] = Registry("prior of codes")
 

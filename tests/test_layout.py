@@ -216,7 +216,21 @@ def test_a_wrong_arrow_between_wings_is_seen():
     assert len(wing_faults(graph)) == 2
 
 
-PUBLIC = ("gumbo", "gumbo.models", "gumbo.guides", "gumbo.inference", "gumbo.inference.estimators", "gumbo.testing")
+PUBLIC = (
+    "gumbo",
+    "gumbo.errors",
+    "gumbo.registry",
+    "gumbo.models",
+    "gumbo.models.families",
+    "gumbo.models.likelihoods",
+    "gumbo.models.priors",
+    "gumbo.guides",
+    "gumbo.inference",
+    "gumbo.inference.estimators",
+    "gumbo.inference.objectives",
+    "gumbo.experiments.data",
+    "gumbo.testing",
+)
 
 
 def hidden_names(modules: dict[str, Path]) -> set[str]:
