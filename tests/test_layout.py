@@ -253,6 +253,13 @@ def test_a_module_named_like_a_function_is_seen():
     assert hidden_names({"gumbo.inference.audit": ROOT, "gumbo.inference.auditing": ROOT}) == {"gumbo.inference.audit"}
 
 
+def test_the_architecture_names_every_file_of_the_face():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("| `gumbo/` |")]
+    left = {"__init__.py", "__main__.py", "_version.py"}
+    assert set(re.findall(r"`(\w+\.py)`", line)) == {path.name for path in (ROOT / "gumbo").glob("*.py")} - left
+
+
 def test_the_architecture_names_every_file_of_every_wing():
     page = (ROOT / "docs" / "architecture.md").read_text()
     for room in INFERENCE:

@@ -46,6 +46,12 @@ def test_a_file_runs_as_it_stands(name, written, param_store):
     runpy.run_path(name, run_name="__main__")
 
 
+def test_the_command_line_takes_a_function_that_makes_a_guide(written, capsys, param_store):
+    quick = ["--data", "digits", "--epochs=1", "--batch_size=400", "--importance_samples=2", "--folder", "run"]
+    cli.main(["train", "--guide", "myguide:make", *quick])
+    assert math.isfinite(json.loads((written / "run" / "results.json").read_text())["test"]["elbo"])
+
+
 def test_the_command_line_takes_them_by_import_path(written, capsys, param_store):
     names = [
         "--model",
