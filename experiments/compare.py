@@ -575,12 +575,12 @@ def note(config: Compare) -> str:
         f"test data, nats per datum{trained}. start ×, later ×: total variance of the guide's "
         "gradient at parameters common to all arms, as drawn and after a common training. active: latents whose "
         f"posterior mean varies over the data; collapsed: none does{early}. s: wall-clock seconds of the training. "
-        f"(K): {config.particles} draws a step, and one elsewhere."
+        f"Arms marked (K) take {config.particles} draws a step, the others one."
     )
 
 
 def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Pathwise or score function, in a sentence, from the numbers."""
+    """Pathwise or score function, in a few sentences, from the numbers."""
     by_arm = {(row["family"], row["arm"]): row for row in rows if row["elbo"] and row["ratio_initial"]}
     parts = []
     path, score = (by_arm.get(("continuous", name)) for name in ("trace (pathwise)", "trace (score)"))
@@ -589,24 +589,25 @@ def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
         known = 0.0 if math.isnan(error) else error  # one seed has no spread
         times, later = (digits(score[key][0]) for key in ("ratio_initial", "ratio_trained"))
         ends = f"{abs(lost):.1f}{f' ± {known:.1f}' if known else ''} nats {'lower' if lost > 0 else 'higher'}"
-        parts.append(
-            f"{'pathwise' if lost >= -2 * known else 'the score function by its ELBO'} for Normal latents, since the "
-            f"plain score function's gradient has {times} times the variance of the pathwise one at the start and "
-            f"{later} times later; its ELBO ends {ends}"
-            f"{'' if abs(lost) > 2 * known else ', too near to tell with these seeds'}"
-        )
+        chosen = "pathwise:" if lost >= -2 * known else "the score function by its ELBO, although"
+        near = "" if abs(lost) > 2 * known else ", too near to tell with these seeds"
+        parts += [
+            f"For Normal latents take {chosen} the plain score function's gradient has {times} times the variance of "
+            f"the pathwise one at the start and {later} times later.",
+            f"The score function's ELBO ends {ends}{near}.",
+        ]
     discrete = [row for (family, _), row in by_arm.items() if family == "discrete"]
     unbiased = [row for row in discrete if ARM_BY_KEY["discrete", row["arm"]].same_objective]
     if unbiased:
         best = max(unbiased, key=lambda row: row["elbo"][0])
         relaxed = [row for row in discrete if row not in unbiased]
-        said = f"for one-hot latents, which have no pathwise gradient, the score function as {best['arm']}"
+        said = f"For one-hot latents, which have no pathwise gradient, take the score function as {best['arm']}"
         said += f", which ends at {best['elbo'][0]:.1f} nats"
         if relaxed:
             other = max(relaxed, key=lambda row: row["elbo"][0])
             said += f" (the best relaxed gradient, {other['arm']}, at {other['elbo'][0]:.1f})"
-        parts.append(said)
-    return f"Pathwise or score function? {'; '.join(parts)[:1].upper()}{'; '.join(parts)[1:]}." if parts else ""
+        parts.append(f"{said}.")
+    return " ".join(["Pathwise or score function?", *parts]) if parts else ""
 
 
 def write_tables(run: RunFolder, config: Compare, arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> None:

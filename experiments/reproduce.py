@@ -173,7 +173,7 @@ def command_of(config: Reproduce, table: str, cell, seed: int) -> str:
 
 def show(table, found: Sequence[dict[str, Any]]) -> None:
     """Print the table and its conclusions."""
-    print(f"{table.name}: {table.source}; {table.value}")
+    print(f"{table.name}: {table.source}; {table.ours}")
     print("\n".join(plain(*rows_of(table, found))))
     for sentence in table.conclude(found) if table.conclude else ():
         print(sentence)
@@ -189,7 +189,7 @@ def write_report(path: Path, table, found: Sequence[dict[str, Any]]) -> None:
     said = f"{cells} of {len(table.cells)} cells have been run; for {known} of the table's cells a number is published."
     page = Report(f"gumbo reproduce {table.name}", " ".join([said, *concluded]))
     page.text(f"{table.source}. {table.note}")
-    page.table(*rows_of(table, found), f"Ours: {table.value}")
+    page.table(*rows_of(table, found), f"Ours: {table.ours}")
     curves = {
         f"{numbers['cell']['name']}, seed {numbers['seed']}": [
             (point["step"], point.get("train", point.get("mean"))) for point in numbers["curve"]

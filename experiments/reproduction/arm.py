@@ -41,5 +41,6 @@ register(
     "Adam with a cosine decay from 3e-3 (linear, by validation images) or 1e-3, batch 100. The metric is "
     "−log p(x) by 1,000 importance-weighted draws.",
     cells,
+    metric="−log p(x) by 1,000 importance-weighted draws",
     conclude=conclude,
 )

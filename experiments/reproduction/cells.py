@@ -50,7 +50,8 @@ class Cell:
 class Table:
     """A published table: its source, what its numbers are, and its cells in the paper's order.
 
-    ``conclude`` turns the finished cells into sentences, for a table that answers a question.
+    ``metric`` is what the number of a cell estimates, and ``value`` its unit. ``conclude`` turns the finished cells into
+    sentences, for a table that answers a question.
     """
 
     name: str
@@ -58,7 +59,13 @@ class Table:
     note: str
     cells: tuple[Cell, ...]
     value: str = "nats per datum, smaller is better"
+    metric: str = ""
     conclude: Callable[[Sequence[dict[str, Any]]], list[str]] | None = None
+
+    @property
+    def ours(self) -> str:
+        """What the number of a cell is, with its unit."""
+        return f"{self.metric}, {self.value}" if self.metric else self.value
 
     def chosen(self, patterns: Sequence[str]) -> list[Cell]:
         """The cells whose names match one of the patterns (``nonlinear/*``); all of them if there is no pattern."""

@@ -54,5 +54,6 @@ register(
     "passes in batches of 20 with Adam's rate falling from 1e-3 to 1e-4. Here: batch 100, cosine decay. "
     "The metric is −log p(x) by 5,000 importance-weighted draws.",
     cells,
+    metric="−log p(x) by 5,000 importance-weighted draws",
     conclude=conclude,
 )

@@ -151,7 +151,10 @@ def conclude(found: Sequence[dict[str, Any]]) -> list[str]:
         for (w, a), (v, b) in zip(curve, curve[1:], strict=False):
             if a < 1 <= b:
                 crossing = math.exp(math.log(w) + (math.log(v / w)) * -math.log(a) / (math.log(b) - math.log(a)))
-                said.append(f"{site}: sin(ωz) costs rloo as much as pathwise at ω = {crossing:.2f}.")
+                said.append(
+                    f"{site}: for the cost sin(ωz), rloo and pathwise have equal variance × time at ω = "
+                    f"{crossing:.2f}; above it rloo is better."
+                )
     return said
 
 

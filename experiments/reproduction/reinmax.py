@@ -64,5 +64,6 @@ register(
     "of 5,000 training images of the fixed binarization: orderings compare, values do not. The "
     "100-draw bound is of test images.",
     cells,
+    metric="−ELBO of training images",
     conclude=conclude,
 )

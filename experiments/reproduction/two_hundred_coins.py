@@ -55,5 +55,6 @@ register(
     "the number of model runs a step. The papers call their test bound one of 100 draws, but their released code draws "
     "two or three: the table has both beside the −ELBO of the test images.",
     cells,
+    metric="−ELBO of the test images",
     conclude=conclude,
 )
