@@ -21,11 +21,11 @@ from _timing import machine
 from pyro.nn import PyroModule
 
 from gumbo.experiments.data import load
-from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide
+from gumbo.guides import BernoulliGuide, CategoricalGuide, MeanFieldGuide, NormalGuide
 from gumbo.inference import SiteELBO, audit, fit, plot_audit, stock_elbos
 from gumbo.inference.auditing.report import HEADS, advice, cells, facts, remarks
 from gumbo.inference.estimators import estimators
-from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE
+from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE, PoissonVAE
 from gumbo.tables import markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -47,16 +47,29 @@ def every_word(**more: Any) -> dict[str, Any]:
     return {word: word for word in (*estimators, *stock_elbos)} | more
 
 
+def with_draws(*words: str, counts: tuple[int, ...] = (4,)) -> dict[str, Any]:
+    """Words that compare K draws, at more of them than their smallest K."""
+    return {f"{word}, K = {k}": SiteELBO(word, num_particles=k) for word in words for k in counts}
+
+
 def bernoulli():
     model = BernoulliVAE(SHAPE, num_latents=8, hidden=HIDDEN)
-    rivals = {f"rloo, K = {k}": SiteELBO("rloo", num_particles=k) for k in (4, 8)}
+    rivals = with_draws("rloo", counts=(4, 8)) | with_draws("double-cv", "rodeo")
     return *trained(model, BernoulliGuide(model), "rloo", 4), {"estimators": every_word(**rivals)}
 
 
 def categorical():
     model = CategoricalVAE(SHAPE, num_latents=4, num_classes=5, hidden=HIDDEN)
-    rivals = {f"rloo, K = {k}": SiteELBO("rloo", num_particles=k) for k in (4, 8)}
+    rivals = with_draws("rloo", counts=(4, 8)) | with_draws("double-cv", "rodeo")
     return *trained(model, CategoricalGuide(model), "rloo", 4), {"estimators": every_word(**rivals)}
+
+
+def poisson():
+    """Counts without an end: `head-tail`, `truncated-enumerate` and `fini` serve no other case."""
+    model = PoissonVAE(SHAPE, num_latents=2, hidden=HIDDEN)
+    rivals = with_draws("rloo", counts=(4, 8)) | with_draws("double-cv")
+    options = {"estimators": every_word(**rivals), "reference": "rloo"}
+    return *trained(model, MeanFieldGuide(model), "rloo", 4), options
 
 
 def gaussian():
@@ -110,6 +123,7 @@ def plate_then_global():
 CASES: dict[str, Callable] = {
     "bernoulli": bernoulli,
     "categorical": categorical,
+    "poisson": poisson,
     "gaussian": gaussian,
     "gaussian-iwae": gaussian_iwae,
     "control-flow": control_flow,

@@ -50,8 +50,8 @@ class Cell:
 class Table:
     """A published table: its source, what its numbers are, and its cells in the paper's order.
 
-    ``metric`` is what the number of a cell estimates, and ``value`` its unit. ``conclude`` turns the finished cells into
-    sentences, for a table that answers a question.
+    ``metric`` is what the number of a cell estimates, and ``value`` its unit. ``conclude`` turns the finished cells
+    into sentences, for a table that answers a question.
     """
 
     name: str
