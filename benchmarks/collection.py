@@ -415,9 +415,10 @@ def deep_markov(seeds: int, scale: float, flows: int) -> list[str]:
         "Latent dimension 100, transition 200, emission 100, GRU 300; optimizer and KL weight are those of Pyro's",
         "example (weight decay 2, elements of the gradient clipped at 10, 20 chorales a step), with a learning rate",
         f"from 1e-3 that falls tenfold in {tenth:,} of the {epochs:,} epochs, where Pyro's goes from 3e-4 to 3e-5 in",
-        f"5,000, and the KL weight from 0.2 to 1 in {tenth // 5:,}. Published, by the ELBO of one draw, with a",
-        "recurrent network of 600: 6.87 without flows, 6.82 and 6.80 with one and two inverse autoregressive flows",
-        "(Pyro's tutorial); 6.93 (Krishnan et al. 2017).",
+        f"5,000, and the KL weight from 0.2 to 1 in {tenth // 5:,}. Published, by the ELBO of one draw, with a "
+        "recurrent",
+        "network of 600: 6.87 without flows, 6.82 and 6.80 with one and two inverse autoregressive flows (Pyro's",
+        "tutorial); 6.93 (Krishnan et al. 2017).",
         "",
         *markdown(heads, [row]),
         "",
