@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import BadInput, UnknownName
+from ...errors import BadInput, GumboWarning, UnknownName
 from ...options import fits
 from ..engine.progress import Progress
 from ..engine.scopes import quietly
@@ -72,6 +73,14 @@ class Collection:
         self.num_local_samples = num_local_samples
         self.nested = bool(sweep.local and sweep.shared)
         self.globals_known = True
+        if sweep.scaled:
+            program, site = sweep.scaled[0]
+            warnings.warn(
+                f"site {site!r} has a scale of its own in the {program}: draws are weighed, and judged, by the programs"
+                " without scales; evaluate() keeps them",
+                GumboWarning,
+                stacklevel=4,
+            )
         self.arrays: dict[tuple[str, str], Array] = {}
         self._declare()
 
@@ -165,6 +174,9 @@ class Collection:
             array.data = np.zeros(self.full_shape(array, kept=True), dtype=_kind_of(array.dtype))
         self.largest_log_p = 0.0
         self.observed: dict[str, np.ndarray] = {}  # without masks
+        # Which numbers of masked latents have a posterior.
+        masked = self.sweep.masked_latents
+        self.shown = {name: np.ones(self.sweep.model_sites[name].shape, dtype=bool) for name in masked}
         latents = [self.sweep.model_sites[name] for name in self.sweep.local]
         # Means and mean squares of each datum's latents.
         self.means = {
@@ -257,6 +269,9 @@ class Collection:
                 array.data[block.index(array.plates)] = model.shown_value(name)[0].cpu().numpy()
                 self.observed.setdefault(name, np.zeros(array.shape, _kind_of(array.layout.dtype)))
                 self.observed[name][block.index(array.plates)] = model.value(name)[0].cpu().numpy()
+        for name, known in self.shown.items():
+            if start == 0 and chain == 0 and (shown := model.shown(name)) is not None:
+                known[block.index(model.layouts[name].names)] = shown[0].cpu().numpy()
         self._weights(chain, sweep, start, stop, block, guide, model)
         if "posterior_predictive" in self.groups:
             values = {name: sweep.held(model, name) for name in sweep.latents}

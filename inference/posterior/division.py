@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ...errors import PROGRAM_ERRORS, BadInput
 from ..engine.rows import Rows
-from ..engine.scopes import device_of
-from .runner import Sweep
+from ..engine.scopes import device_of, quietly
+from .runner import Sweep, agree
 
 # Rows (data times draws) per run of the programs, which bounds memory.
 _ROWS_A_RUN = 8192
@@ -25,24 +29,54 @@ def first_sweep(
 ) -> tuple[int, tuple[Sweep, str | None], tuple[Sweep, str | None]]:
     """The number of rows per batch, and the programs with the data plate on the first batch and on the last.
 
-    They get all rows at once if something depends on all of them: latents outside the data plate, a joint draw, a plate
-    of fixed size.
+    They get all rows at once if something depends on all of them: latents outside the data plate, a joint draw, rows
+    that depend on each other, terms that the other rows of a batch change, a plate of fixed size.
     """
     if min(batch_size or _FEW, _FEW) < len(rows):
         try:
             few, name = sweep_of(model, guide, rows[: min(batch_size or _FEW, _FEW)], plate)
-            if name is not None and not few.outside_data():
+            if name is not None and not few.tied and not few.outside_data():
                 size = batch_size or _fitting(few, len(rows), num_samples)
                 if size < len(rows):
                     first = last = _resized(few, rows[:size], plate, name)
                     if left := len(rows) % size:
                         last = _resized(few, rows[-left:], plate, name)
-                    if first[1] == last[1] == name and not first[0].outside_data():
+                    known = first[1] == last[1] == name and not first[0].outside_data()
+                    if known and _independent(few, rows, min(size, _FEWEST_ROWS), plate, name):
                         return size, first, last
         except (BadInput, *PROGRAM_ERRORS):
             pass  # raised again below, unless all rows remove the cause
     whole = sweep_of(model, guide, rows, plate)
     return len(rows), whole, whole
+
+
+def _independent(few: Sweep, rows: Rows, size: int, plate: str | None, name: str) -> bool:
+    """Whether rows have the same terms, at the same draws, without the ``size`` rows before."""
+    rows = rows[: 2 * size]
+
+    def run(batch: Rows, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[Tensor, Any]]]:
+        sweep, batch = _resized(few, batch, plate, name)[0], batch.to(few.device)
+        both = sweep.run(1, fixed=values, arguments=(batch.args, batch.kwargs))
+        found = [
+            (one.log_prob(site, (name,))[:, size - len(rows) :], layout.dtype)
+            for one in both
+            for site, layout in one.layouts.items()
+            if layout.kind != "deterministic"
+        ]
+        return {site: both[0].whole_value(site) for site in sweep.latents}, found
+
+    def same(found: list, other: list) -> bool:
+        return all(agree(a, b, dtype) for (a, dtype), (b, _) in zip(found, other, strict=True))
+
+    with quietly(few.model, few.guide, 0):
+        drawn, _ = run(rows, {})
+        _, before = run(rows, drawn)
+        _, again = run(rows, drawn)
+        later = torch.arange(size, len(rows), device=few.device)
+        places = {site: 1 + few.model_sites[site].names.index(name) for site in drawn}
+        _, alone = run(rows[size:], {site: value.index_select(places[site], later) for site, value in drawn.items()})
+    # Where a repetition differs the programs draw noise of their own, which no comparison tells from a dependence.
+    return same(alone, before) or not same(again, before)
 
 
 def _resized(few: Sweep, batch: Rows, plate: str | None, name: str) -> tuple[Sweep, str | None]:

@@ -121,22 +121,8 @@ def from_pyro_svi(
         latents = set(_draws(posterior, "posterior"))
     known = _known_dimensions(groups)
     given = _Given(num_chains, known, coords, dims)
-    # Predictive with a guide returns the latents beside the data: they are no predictions.
-    predictive = {
-        name: value
-        for name, value in _draws(posterior_predictive, "posterior_predictive").items()
-        if name not in latents
-    }
-    computed = set(groups.get("posterior", ()))
-    observed = set(groups.get("observed_data", ())) | predictive.keys() - computed
-    priors = _draws(prior, "prior")
-    arrays: dict[str, Draws] = {
-        "posterior": _draws(posterior, "posterior"),
-        "prior": {name: value for name, value in priors.items() if name not in observed},
-        "prior_predictive": {name: value for name, value in priors.items() if name in observed},
-        "posterior_predictive": predictive,
-        "log_likelihood": _draws(log_likelihood, "log_likelihood"),
-    }
+    arrays = _sorted(posterior, prior, posterior_predictive, groups, latents)
+    arrays["log_likelihood"] = _draws(log_likelihood, "log_likelihood")
     groups |= {name: given.dataset(draws) for name, draws in arrays.items() if draws}
     new = _Given(num_chains, known, coords, pred_dims, same_sizes=False)
     groups |= {"predictions": new.dataset(predictions)} if predictions else {}
@@ -191,6 +177,21 @@ def _draws(given: Draws | bool | None, name: str) -> Draws:
     if not isinstance(given, Mapping):
         raise BadInput(f"{name} is an object of class {type(given).__name__}: expected draws by site, True or None")
     return given
+
+
+def _sorted(posterior: Any, prior: Any, predictive: Any, groups: Mapping[str, Any], latents: set[str]) -> dict:
+    """Draws that the caller gives, by group."""
+    # Predictive with a guide returns the latents beside the data: they are no predictions.
+    of_data = _parted(_draws(predictive, "posterior_predictive"), latents)[1]
+    observed = set(groups.get("observed_data", ())) | of_data.keys() - set(groups.get("posterior", ()))
+    predicted, drawn = _parted(_draws(prior, "prior"), observed)
+    found = {"posterior": _draws(posterior, "posterior"), "prior": drawn, "prior_predictive": predicted}
+    return {**found, "posterior_predictive": of_data}
+
+
+def _parted(draws: Draws, names: set[str]) -> tuple[Draws, Draws]:
+    """The draws of these names, and those of others."""
+    return {name: draws[name] for name in draws if name in names}, {n: draws[n] for n in draws if n not in names}
 
 
 def _known_dimensions(groups: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -236,6 +236,9 @@ def _no_evidence(sweep: Sweep, name: str | None, num_data: int, globals_count: b
     ]
     if points:
         return f"the guide is a point at {points[0]!r}, which has no density; neither is the ELBO a bound"
+    of_guide = [site for program, site in sweep.scaled if program == "guide"]
+    if of_guide:
+        return f"the guide scales log q of {of_guide[0]!r}, so that its draws have another density than the weights"
     if globals_count and _data_size(sweep, name, num_data, num_data) != num_data:
         return f"the {num_data} rows are a batch of more, which the global latents are shared with"
     return ""

@@ -100,16 +100,14 @@ def predict(
         raise BadInput("the sequence of guides is empty")
     with private_seed(None, model, *guides):
         pairs = [exact_pair(model, as_program(one)) for one in guides]
-    sweeps = []
+    sweeps, options = [], {"batch_size": batch_size, "latents_needed": False, "scored": False}
     with rows_in_plates():
         for whole, one in pairs:
             _refuse_open_sites(whole, one, args, kwargs)
             _refuse_parameters_of_data(whole, one, args, kwargs)
             with _explained(one, args, kwargs):
                 opened = _opened(whole, one, args, kwargs)
-                sweeps.append(
-                    Sweep(opened, one, args, kwargs, batch_size=batch_size, latents_needed=False, scored=False)
-                )
+                sweeps.append(Sweep(opened, one, args, kwargs, **options))
     drawn = Predictions(sweeps[0], len(sweeps), num_samples)
     need = drawn.bytes_needed()
     afford({GROUP: need}, memory_limit, "draw fewer num_samples=, or predict fewer rows")

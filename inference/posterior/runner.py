@@ -50,13 +50,20 @@ class Pass:
 
     def shown_value(self, name: str) -> torch.Tensor:
         """``value`` as floats, with NaN for masked numbers if the site is masked."""
-        value, seen, layout = self.value(name), self.seen[name], self.layouts[name]
-        if name not in self.sweep.masked or seen.shown is None:
+        value, shown = self.value(name), self.shown(name) if name in self.sweep.masked else None
+        if shown is None:
             return value
+        value = value if value.is_floating_point() else value.double()
+        return value.masked_fill(~shown, torch.nan)
+
+    def shown(self, name: str) -> torch.Tensor | None:
+        """Which of the numbers of ``value`` are unmasked; None without a mask."""
+        seen, layout = self.seen[name], self.layouts[name]
+        if seen.shown is None:
+            return None
         batch = seen.shown.dim() - len(layout.event)
         shown = self.sweep.picked(seen.shown, seen.shown.shape[:batch], seen, layout, self.count)
-        value = value if value.is_floating_point() else value.double()
-        return value.masked_fill(~shown[(slice(None), *self.block.fresh(layout.names))], torch.nan)
+        return shown[(slice(None), *self.block.fresh(layout.names))]
 
     def whole_value(self, name: str) -> torch.Tensor:
         """The value in all rows of the run, repeated ones included, as ``fixed`` takes it."""
@@ -67,11 +74,11 @@ class Pass:
     def log_prob(self, name: str, keep: Sequence[str] | None = None, *, scaled: bool = False) -> torch.Tensor:
         """``(count, *keep)`` in nats, summed over all plates but ``keep``; None keeps the site's own.
 
-        Unscaled; ``scaled`` applies the scales other than a plate's subsampling scale.
+        Unscaled; ``scaled`` applies the scales other than a plate's subsampling scale and one that all sites share.
         """
         layout, seen = self.layouts[name], self.seen[name]
         try:
-            found = seen.scaled_log_prob if scaled else seen.log_prob
+            found = seen.scaled_log_prob if scaled and self.sweep.scaled else seen.log_prob
         except ValueError as error:
             if "within the support" in str(error):
                 raise outside(name) from error
@@ -393,7 +400,7 @@ class Sweep(Survey):
                     once({name: value[0] for name, value in values.items()})
                 self._parameters[id(program)] = set(stored.keys())
             events = {name: layout.event for name, layout in layouts.items()}
-            return run_lanes(once, values, count, events, self.device, self.masked)
+            return run_lanes(once, values, count, events, self.device, self.masked | self.masked_latents)
         return {name: Seen(site) for name, site in random_sites(once(values))}
 
     def _trace(self, program, layouts, count, block, values, hidden, mode, arguments=None) -> Trace:
@@ -438,7 +445,7 @@ class Sweep(Survey):
                             a, b = many.value(name)[draw].double(), one.value(name)[0].double()
                         else:
                             a, b = many.log_prob(name)[draw], one.log_prob(name)[0]
-                        if a.shape != b.shape or not _agree(a, b, layout.dtype):
+                        if a.shape != b.shape or not agree(a, b, layout.dtype):
                             self.reason = f"site {name!r} has other values when draws run together"
                             return False
         except GumboError:
@@ -523,7 +530,7 @@ def _invalid(error: ValueError, again: Callable[[], Trace]) -> BadInput:
     return BadInput(f"the programs fail at a draw of the guide: {said}")
 
 
-def _agree(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+def agree(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
     size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
     tolerance = 1e-9 if dtype == torch.float64 else (2e-3 if a.is_cuda else 5e-5)
     return torch.allclose(a, b, rtol=0.0, atol=tolerance * (1 + size), equal_nan=True)

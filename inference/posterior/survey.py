@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
@@ -16,14 +17,15 @@ from pyro.poutine.util import site_is_subsample
 from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line, rows_in_plates
 from ..engine.handlers import row_numbers
 from ..engine.interventions import ChosenRows, GivenValues
+from ..engine.looks import plates_mixed_by
 from ..engine.messenger_guides import as_program
-from ..engine.programs import outside_plates
+from ..engine.programs import check_observed, outside_plates
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, quietly
 from ..estimators._distributions import describe
 from .enumerated import completed
 from .sites import SiteLayout, discrete_values, has_rows, innermost, kind_of, lengths_of
-from .vmapped import Seen, random_sites, unmasked
+from .vmapped import Seen, random_sites, scale_of, unmasked
 
 Whole = TypeVar("Whole", bound="Survey")
 
@@ -39,6 +41,7 @@ class Survey:
         at_hand: subsampling plates that receive a batch instead, with its number of rows.
         row_ids: the index of each row, by plate.
         depth: the number of batch dimensions of the programs.
+        scaled: sites with a `poutine.scale` of their own, as (program, name); empty where all sites have the same.
         scored: whether the data are scored, and not only drawn anew, so that they are checked.
 
     Raises:
@@ -132,10 +135,24 @@ class Survey:
         }
         observed = [name for name, layout in self.model_sites.items() if layout.kind == "observed"]
         self.observed_values = {name: model.nodes[name]["value"].detach() for name in observed}
-        self.masked = frozenset(name for name in observed if unmasked(model.nodes[name]) is not None)
+        masked = frozenset(name for name in self.model_sites if unmasked(model.nodes[name]) is not None)
+        self.masked, self.masked_latents = masked & frozenset(observed), masked & self.supports.keys()
+        self._find_scales(guide, model)
         if self.scored:
             for name in observed:
                 self._check_data(model.nodes[name])
+
+    def _find_scales(self, guide: Trace, model: Trace) -> None:
+        """Which sites have a scale of their own, that of subsampling left out; one of all sites is none."""
+        scales = {
+            (program, name): torch.as_tensor(scale_of(site)).detach().double().cpu()
+            for program, trace in (("guide", guide), ("model", model))
+            for name, site in random_sites(trace)
+            if kind_of(site) != "deterministic"
+        }
+        first = next(iter(scales.values()), None)
+        common = all(torch.equal(scale, first) for scale in scales.values())
+        self.scaled = [] if common else [key for key, scale in scales.items() if (scale != 1).any()]
 
     def _look_for_rows(self, plate: str, subsample: Any, rows: Mapping, held: Mapping, model: Trace) -> None:
         """Whether a subsampling plate receives a batch instead: then the batch has all available rows.
@@ -160,6 +177,8 @@ class Survey:
             self.row_ids[plate] = torch.arange(size)
 
     def _check(self, guide: Trace, model: Trace) -> None:
+        for name, site in random_sites(guide):
+            check_observed(name, site, model.nodes.get(name))
         latent = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]
         drawn = [name for name, layout in self.guide_sites.items() if layout.kind == "latent"]
         for name in latent:
@@ -287,8 +306,10 @@ class Survey:
         wanted = set(self.data_plates)
         candidates = [name for name in self.latents if wanted and wanted <= self.model_sites[name].plates]
         self.local = [name for name in candidates if wanted <= self.guide_sites[name].plates]
-        # The guide draws local latents jointly: a datum has no weight of its own.
-        self.tied = len(self.local) < len(candidates) or (bool(candidates) and self._tied(candidates, wanted))
+        # The guide draws local latents jointly, or rows depend on each other: a datum has no weight of its own.
+        self.tied = len(self.local) < len(candidates) or (
+            bool(candidates) and (self._tied(candidates, wanted) or bool(wanted & self.mixed))
+        )
         if self.tied:
             self.local = []
         self.shared = [name for name in self.latents if name not in self.local]
@@ -296,6 +317,15 @@ class Survey:
         shared = [self.model_sites[name] for name in self.shared]
         inside = frozenset.intersection(*[layout.plates for layout in shared]) if shared else frozenset()
         self.shared_plates = tuple(plate for plate in self.data_plates if plate in inside)
+
+    @cached_property
+    def mixed(self) -> frozenset[str]:
+        """The plates whose rows depend on each other, in the model or the guide."""
+        try:
+            with quietly(self.model, self.guide, None):
+                return plates_mixed_by(self.model, self.guide, self.args, self.kwargs)
+        except (GumboError, *PROGRAM_ERRORS):
+            return frozenset()  # a program that runs here and under no estimator: its plates are believed
 
     def _tied(self, candidates: list[str], wanted: set[str]) -> bool:
         """Whether local latents come from one joint draw of all data, or share a factor."""

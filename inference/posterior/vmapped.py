@@ -27,6 +27,15 @@ def random_sites(trace: Trace) -> Iterator[tuple[str, dict]]:
             yield name, site
 
 
+def scale_of(site: Mapping[str, Any]) -> Any:
+    """The scale of a site, without that of subsampling."""
+    scale = site["scale"]
+    for frame in site["cond_indep_stack"]:
+        if frame.vectorized and frame.full_size and frame.full_size != frame.size:
+            scale = scale * (frame.size / frame.full_size)
+    return scale
+
+
 def unmasked(site: Mapping[str, Any]) -> torch.Tensor | None:
     """Which numbers of a site's value are unmasked, by the masks of the program and of the distribution."""
     fn, found = site["fn"], None
@@ -79,10 +88,7 @@ class Seen:
     @cached_property
     def scaled_log_prob(self) -> torch.Tensor:
         """With the scales other than subsampling scales."""
-        scale = self.site["scale"]
-        for frame in self.site["cond_indep_stack"]:
-            if frame.vectorized and frame.full_size and frame.full_size != frame.size:
-                scale = scale * (frame.size / frame.full_size)
+        scale = scale_of(self.site)
         return self.log_prob if isinstance(scale, (int, float)) and scale == 1 else self.log_prob * scale
 
     @cached_property

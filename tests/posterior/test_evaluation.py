@@ -9,18 +9,19 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.nn import PyroModule
 
-from gumbo.errors import BadInput
+from gumbo.errors import BadInput, GumboWarning, UnsupportedSite
 from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
 from gumbo.inference import evaluate, make_loss, to_arviz
 from gumbo.inference.auditing.moments import gradient_draws, gradient_moments
 from gumbo.inference.posterior import _arviz
 from gumbo.inference.posterior.checks import Checks
 from gumbo.inference.posterior.evaluation import Evaluator
-from gumbo.inference.posterior.parts import log_weights
+from gumbo.inference.posterior.parts import Weighing, log_weights
 from gumbo.inference.posterior.runner import Sweep
 from gumbo.inference.posterior.vmapped import coins_log_prob
 from gumbo.models import CategoricalVAE, GaussianVAE
@@ -372,6 +373,95 @@ def test_rows_that_the_guide_reads_together_are_not_cut_into_batches():
     covariance = torch.eye(300).double() + 1
     whole = dist.MultivariateNormal(torch.zeros(300).double(), covariance).log_prob(x).item()
     assert 300 * evaluate(model, guide, x, num_samples=20).elbo == pytest.approx(whole, abs=1e-8)
+
+
+def pooled(x):
+    """An exact guide of rows with the mean of SORTED, which reads its whole batch."""
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2 + x.mean() - SORTED.mean(), 0.5**0.5))
+
+
+def by_position(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(SORTED[: len(x)] / 2, 0.5**0.5))
+
+
+SORTED = torch.linspace(-2, 2, 3000).double()
+
+
+@pytest.mark.parametrize("guide", [pooled, by_position])
+@pytest.mark.parametrize("batch_size", [None, 100])
+def test_a_row_that_other_rows_of_its_batch_change_is_judged_among_all(guide, batch_size):
+    found = evaluate(linear_model_of_one, guide, SORTED, num_samples=1, batch_size=batch_size)
+    assert found.elbo == pytest.approx(dist.Normal(0.0, 2**0.5).log_prob(SORTED).mean().item(), abs=1e-7)
+
+
+def test_rows_that_stand_alone_come_in_batches():
+    model = GaussianVAE((1, 2, 3), latent_dim=2, hidden=(5,))
+    x = torch.rand(3000, 1, 2, 3).round()
+    assert Weighing(model, NormalGuide(model), x, 1, None, None).size < 3000
+    assert Weighing(linear_model_of_one, normal(), SORTED, 1, 100, None).size == 100
+
+
+def test_rows_that_depend_on_each_other_have_one_weight():
+    size = 5
+    x = torch.linspace(-1, 1, size).double()
+    pairs = torch.eye(size).double() + torch.eye(size).double().roll(1, 0)  # each row of x has two rows of z
+    covariance = torch.eye(size).double() + pairs @ pairs.T
+
+    def model(x):
+        with pyro.plate("data", size):
+            z = pyro.sample("z", dist.Normal(torch.zeros(size).double(), 1.0))
+            pyro.sample("x", dist.Normal(z + z.roll(1, -1), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", size):
+            pyro.sample("z", dist.Normal(x / 3, 0.6))
+
+    exact = dist.MultivariateNormal(torch.zeros(size).double(), covariance).log_prob(x).item()
+    found = evaluate(model, guide, x, num_samples=40_000)
+    assert abs(size * found.log_evidence - exact) < 4 * size * found.log_evidence_mc_se < 0.2
+    assert Weighing(model, guide, x, 1, None, None).one_weight == "latents"
+    drawn = _arviz.dataset_of(to_arviz(model, guide, x, num_samples=200), "vi_stats")
+    assert "log_evidence" not in drawn or drawn["log_evidence"].size == 1
+
+
+# --- scales
+
+
+def test_a_scale_of_all_sites_is_none():
+    plain = evaluate(linear_model, posterior(1.2), X, num_samples=50)
+    for scale in (1 / len(X), torch.tensor(3.0)):
+        found = evaluate(poutine.scale(linear_model, scale), poutine.scale(posterior(1.2), scale), X, num_samples=50)
+        assert (found.elbo, found.log_evidence) == (plain.elbo, plain.log_evidence)
+
+
+def tempered(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with poutine.scale(scale=4.0):
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def test_a_scale_of_the_likelihood_is_kept_and_said():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(4 * x / 5, 0.2**0.5).to_event(1))
+
+    found = evaluate(tempered, guide, X, num_samples=2)
+    assert found.log_evidence == pytest.approx(found.elbo, abs=1e-9)  # the exact posterior of the tempered model
+    with pytest.warns(GumboWarning, match="site 'x' has a scale of its own in the model"):
+        to_arviz(tempered, guide, X, num_samples=10)
+
+
+def test_a_scale_of_log_q_has_no_evidence():
+    found = evaluate(linear_model, poutine.scale(posterior(1.2), 2.0), X, num_samples=50)
+    assert math.isnan(found.log_evidence) and "scales log q of 'z'" in found.reason
+
+
+def test_a_guide_that_observes_the_data_is_refused():
+    with pytest.raises(UnsupportedSite, match="site 'x': model and guide both observe it"):
+        evaluate(linear_model, linear_model, X)
 
 
 # --- evidence with global latents

@@ -22,7 +22,7 @@ from pyro.infer.autoguide import (
     AutoStructured,
 )
 
-from gumbo.errors import BadInput, UnknownName
+from gumbo.errors import BadInput, GumboWarning, UnknownName
 from gumbo.guides import fitting, guides
 from gumbo.inference import active_units, diagnose, evaluate, predict, summary, to_arviz
 from gumbo.inference.posterior import _arviz, refits
@@ -155,7 +155,8 @@ def test_subsampled_scaled_and_masked_programs_report_plain_log_likelihoods():
         pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
 
     seen = torch.arange(len(X)) != 3
-    idata = to_arviz(model, guide, X, 7.0, seen, num_samples=30)
+    with pytest.warns(GumboWarning, match="'x' has a scale of its own"):
+        idata = to_arviz(model, guide, X, 7.0, seen, num_samples=30)
     z = torch.from_numpy(group(idata, "posterior")["z"].values[0])
     exact = dist.Normal(z[:, None], 1.0).log_prob(X) * seen
     np.testing.assert_allclose(group(idata, "log_likelihood")["x"][0], exact, atol=1e-9)
@@ -760,6 +761,8 @@ def test_bad_input_is_one_line():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(torch.zeros(()).double(), 1.0), obs=x)
 
+    guide = pyro.poutine.block(changing, hide=["x"])
+
     cases = [
         ({"guide": undrawn}, "'z' is latent in the model but the guide does not draw it"),
         ({"num_samples": 1}, "num_samples is 1"),
@@ -782,7 +785,7 @@ def test_bad_input_is_one_line():
         assert "\n" not in str(caught.value)
     with pytest.raises(BadInput, match="sites vary between draws"):
         for seed in range(8):
-            to_arviz(changing, changing, X, num_samples=20, seed=seed)
+            to_arviz(changing, guide, X, num_samples=20, seed=seed)
 
 
 def test_what_is_needed_is_said_before_the_start(capsys):
