@@ -18,6 +18,7 @@ from .thresholds import ROUNDING, UNIFORM
 from .units import to_units
 
 _COORDINATES = 10
+_SIDES = " (by its sides)"
 _UNREAD = "the guide does not read the data, so that calibrating it needs a fit to each simulated data set"
 _OFFER = (
     "calibration_refits=50 fits it to 50 data sets that the model draws (Yao et al. 2018, arXiv:1802.02538); a guide "
@@ -57,10 +58,10 @@ def calibration(
     ranks.update(found)
     chances = {name: uniformity(values, draws) for name, values in found.items()}
     if refits:
-        chances |= {f"{name} (by its sides)": symmetry(values, draws) for name, values in found.items()}
+        chances |= {f"{name}{_SIDES}": symmetry(values, draws) for name, values in found.items()}
     worst = min(chances, key=chances.__getitem__)
     chance = min(1.0, chances[worst] * len(chances))
-    count = len(next(iter(found.values())))
+    count = len(found[worst.removesuffix(_SIDES)])
     over = f"{count} data that the model drew"
     paper = "Talts et al. 2018, arXiv:1804.06788"
     if refits:
@@ -112,7 +113,7 @@ def simulated_ranks(sweep: Sweep, simulations: int, say: Stages | None = None) -
         one = None if units == 1 or rounds < simulations else np.random.default_rng(len(found)).integers(units)
         for name, rank in _ranks(sweep, tested, plates, model, again, draws).items():
             found.setdefault(name, []).append(rank if one is None else rank[[one]])
-    return {name: np.concatenate(parts) for name, parts in found.items()}, draws
+    return _joined(found), draws
 
 
 def refitted_ranks(
@@ -144,7 +145,17 @@ def refitted_ranks(
             again = fitted.model_run(1, fixed=values)
         for name, rank in _ranks(fitted, sweep.latents, (), model, again, draws, rng).items():
             found.setdefault(name, []).append(rank)
-    return {name: np.concatenate(parts) for name, parts in found.items()}, draws
+    return _joined(found), draws
+
+
+_MASKED = -1  # in place of the rank of a masked number, which has no posterior
+
+
+def _joined(found: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """The ranks of all simulations by coordinate, without those of masked numbers."""
+    ranks = {name: np.concatenate(parts) for name, parts in found.items()}
+    known = {name: one[one != _MASKED] for name, one in ranks.items()}
+    return {name: one for name, one in known.items() if len(one)}
 
 
 def _argument_places(sweep: Sweep) -> dict[str, int | str]:
@@ -218,15 +229,18 @@ def _ranks(
     for name in tested:
         layout = sweep.model_sites[name]
         drawn, true = (to_units(run.value(name), layout, plates) for run in (model, truth))
+        shown = truth.shown(name)
+        shown = torch.ones_like(true, dtype=torch.bool) if shown is None else to_units(shown, layout, plates)
         size = drawn.shape[-1]
         event = math.prod(layout.event)
         if rng is not None and size > event:
             row = int(rng.integers(size // event))
-            drawn, true = (value[..., row * event : (row + 1) * event] for value in (drawn, true))
+            drawn, true, shown = (value[..., row * event : (row + 1) * event] for value in (drawn, true, shown))
             size = event
         for place in np.unique(np.linspace(0, size - 1, min(size, _COORDINATES)).round().astype(int)):
             label = name if size == 1 else f"{name}[{place}]"
-            found[label] = _rank(drawn[..., place], true[..., place])
+            known = shown[0, :, place].cpu().numpy()
+            found[label] = np.where(known, _rank(drawn[..., place], true[..., place]), _MASKED)
     density = [run.joint_log_prob(plates) for run in (model, truth)]
     found["log p(x, z)"] = _rank(density[0].reshape(draws, -1), density[1].reshape(1, -1), 1e-5)
     return found

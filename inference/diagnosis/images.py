@@ -79,7 +79,7 @@ def _symmetries(target: Target, drawn: torch.Tensor) -> Iterator[tuple[str, torc
 
 def _exchanges(target: Target, drawn: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Exchange two components in every site with the same number of components, such as the labels of a mixture."""
-    values, _ = target.values(drawn)
+    values = target.values(drawn)
     axes: dict[int, list[tuple[str, int]]] = {}
     for name in target.sites:
         layout = target.sweep.model_sites[name]

@@ -52,6 +52,7 @@ def left_out(
     mass = [
         (ours * (often < SELDOM * ours)).sum(0).clip(0, 1 - 1e-12) for ours, often in zip(model, guide, strict=True)
     ]
+    mass = [part * _shown(sweep, one, plates, block) for part, one in zip(mass, picked, strict=True)]
     nats = -np.log1p(-np.stack(mass, -1)) if mass else np.zeros((1, 1))
     limit = MASS[0]
     units, worst = len(nats), int(nats.max(0).argmax())
@@ -85,6 +86,14 @@ _REFIT = "num_refits=4 compares fits from other initial values, which may find o
 def _numbers_of(layout: SiteLayout, sweep: Sweep, plates: Sequence[str]) -> int:
     """How many numbers a unit has of a site."""
     return layout.numel // math.prod(sweep.sizes[plate] for plate in plates)
+
+
+def _shown(sweep: Sweep, one: _Coordinate, plates: Sequence[str], block: Block) -> np.ndarray | bool:
+    """Whether a coordinate has a posterior in each unit: under a mask all values are as probable."""
+    if one.site not in sweep.masked_latents:
+        return True
+    shown = sweep.run(1, block)[1].shown(one.site)
+    return shown is None or to_units(shown, sweep.model_sites[one.site], plates)[0, :, one.place].any(-1).cpu().numpy()
 
 
 def _coordinates(sweep: Sweep, sites: Sequence[str], plates: Sequence[str], block: Block) -> Iterator[_Coordinate]:

@@ -30,6 +30,7 @@ from .target import Target
 from .thresholds import MASS, SEARCHED, allowed
 
 _ROWS = 16
+_MASKS = "mask what depends on a masked latent too"
 _PAPER = "Neal 2001; Del Moral et al. 2006"
 
 
@@ -60,6 +61,8 @@ def missed_mass(
             target = Target(fewer, plan.sites, plan.plates, plan.given)
             if target.dimension > SEARCHED:
                 return undone(f"{target.dimension} dimensions are too many to search from the prior", refit)
+            if target.reads_masked():
+                return undone("what is not masked depends on masked latents, which have no posterior", _MASKS)
             say.stage(f"searching for mass that the guide misses{sweep.slowly()}")
             own = unit_weights(fewer, max(num_samples, 1000), seed, plan.given, plan.plates)
             found = _search(target, own, say)

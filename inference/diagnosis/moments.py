@@ -38,10 +38,11 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
     of_blocks = [_of_block(units, one, telling, weight) for one in blocks]
     shift, width = (np.concatenate([found[part] for found, _ in of_blocks], -1) for part in (0, 1))
     errors = [np.concatenate([error[part] for _, error in of_blocks], -1) for part in (0, 1)]
+    shown = units.shown[telling][:, compared]
     verdicts = []
 
     scale = np.where(binary, PROBABILITY, SHIFT)
-    size, alarm, fine = _root_mean_square(shift / scale, errors[0] / scale, 1.0)
+    size, alarm, fine = _root_mean_square(shift / scale, errors[0] / scale, 1.0, shown)
     worst = int(np.argmax(size))
     unit = "in probability" if binary[worst] else "of the posterior's standard deviations"
     verdicts.append(
@@ -58,9 +59,10 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
         )
     )
     if continuous.any():
-        ratio, error = width.mean(0), np.sqrt((errors[1] ** 2).sum(0)) / len(width)
+        many = shown.sum(0).clip(1)
+        ratio, error = (width * shown).sum(0) / many, np.sqrt((errors[1] ** 2 * shown).sum(0)) / many
         limit = -math.log(WIDTH)
-        sure = t.isf(SURE / 2 / continuous.sum(), (_GROUPS - 1) * len(width))
+        sure = t.isf(SURE / 2 / continuous.sum(), (_GROUPS - 1) * many)
         fires = continuous & (np.abs(ratio) > limit) & (np.abs(ratio) > sure * error)
         worst = int(np.argmax(np.where(continuous, np.abs(ratio), -1.0)))
         # Few effective draws are close together whatever the posterior's width: they cannot show a guide too wide.
@@ -89,7 +91,9 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
             for side in zip(*of_blocks, strict=True)
         )
         pairs = [(one[i], one[j]) for one, (a, b) in zip(blocks, upper, strict=True) for i, j in zip(a, b, strict=True)]
-        size, alarm, fine = _root_mean_square(corr, error, CORRELATION)
+        one, other = np.array(pairs).T
+        both = units.shown[telling][:, one] & units.shown[telling][:, other]
+        size, alarm, fine = _root_mean_square(corr, error, CORRELATION, both)
         worst = int(np.argmax(size))
         pair = " and ".join(units.names[place] for place in pairs[worst])
         verdicts.append(
@@ -144,17 +148,19 @@ def _verdict(units: Units, name: str, alarm, fine, weak, text: str, numbers: tup
     return Verdict(name, word, f"{text}; {reason}", *numbers, advice)
 
 
-def _root_mean_square(difference: np.ndarray, error: np.ndarray, limit: float) -> tuple[np.ndarray, bool, bool]:
-    """Root mean square over units ``(units, …)`` without noise; whether one exceeds the limit, and if all are known."""
+def _root_mean_square(
+    difference: np.ndarray, error: np.ndarray, limit: float, shown: np.ndarray
+) -> tuple[np.ndarray, bool, bool]:
+    """Root mean square of ``shown`` units ``(units, …)`` without noise; if one exceeds the limit; if all are sure."""
     from scipy.stats import f
 
-    noise = (error**2).mean(0)
-    raw = (difference**2).mean(0)
+    count = shown.sum(0).clip(1)
+    noise = (error**2 * shown).sum(0) / count
+    raw = (difference**2 * shown).sum(0) / count
     square = (raw - noise).clip(0)
-    count = len(difference)
     sure = f.isf(SURE / max(1, raw.size), count, (_GROUPS - 1) * count)
     alarm = (square > limit**2) & (raw > sure * noise)
-    resolution = np.sqrt(2 * math.sqrt(2 / count) * noise)
+    resolution = np.sqrt(2 * np.sqrt(2 / count) * noise)
     # A few of many pairs may be less certain than the others.
     unclear = int((resolution > limit).sum())
     return np.sqrt(square), bool(alarm.any()), unclear <= allowed(resolution.size)

@@ -8,17 +8,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.distributions import biject_to
+from torch.distributions import Normal, biject_to, constraints
 
+from ...errors import BadInput
 from ..posterior.runner import Pass, Sweep
 from ..posterior.sites import Block, SiteLayout
 from .units import from_units, to_units
+
+_NORMAL = Normal(torch.zeros((), dtype=torch.float64), 1.0)
 
 
 class Target:
     """Prior and likelihood of some latents as functions of unconstrained numbers ``(particles, units, d)``.
 
     The other latents are held at ``given``. Each unit is an element of ``plates``; ``()`` makes one unit of everything.
+
+    Masked elements of latents have no density in the programs. Here they are standard normal, independently of all
+    else, so that they add nothing to the evidence and draws of them are no worse than any.
     """
 
     def __init__(self, sweep: Sweep, sites: Sequence[str], plates: Sequence[str], given: Mapping[str, torch.Tensor]):
@@ -35,6 +41,7 @@ class Target:
             free = self.maps[name].inv(run.value(name))
             self.events[name] = tuple(free.shape[1 + len(layout.names) :])
             self.sizes[name] = to_units(free, layout, self.plates).shape[-1]
+        self.masked = bool(sweep.masked_latents & self.maps.keys())
         self.dimension = sum(self.sizes.values())
 
     def draw(self, particles: int) -> torch.Tensor:
@@ -49,8 +56,10 @@ class Target:
         parts = []
         for start in range(0, particles, self._at_once()):
             one = run(min(self._at_once(), particles - start))
-            parts.append(self.free({name: one.value(name) for name in self.sites}))
-        return torch.cat(parts).cpu().double()
+            free = self.free({name: one.value(name) for name in self.sites}).cpu().double()
+            hidden = self._hidden(one)
+            parts.append(free if hidden is None else torch.where(hidden, torch.randn_like(free), free))
+        return torch.cat(parts)
 
     def free(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``(particles, units, d)`` of values in the shapes of their layouts."""
@@ -59,19 +68,68 @@ class Target:
             [to_units(self.maps[name].inv(values[name]), layouts[name], self.plates) for name in self.sites], -1
         )
 
-    def values(self, free: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The constrained values, and the log-determinant ``(particles, units)`` of the map's Jacobian."""
-        values, jacobian = {}, torch.zeros(free.shape[:2], dtype=torch.float64)
-        start = 0
+    def values(self, free: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The constrained values."""
+        return {name: self.maps[name](laid) for name, laid in self._laid(free).items()}
+
+    def _laid(self, free: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The unconstrained numbers of each site, in the shape of its layout."""
+        found, start = {}, 0
         for name in self.sites:
             layout, size = self.sweep.model_sites[name], self.sizes[name]
             laid = from_units(free[..., start : start + size], layout, self.plates, self.events[name])
-            laid = laid.to(self.sweep.device, layout.dtype)
+            found[name] = laid.to(self.sweep.device, layout.dtype)
             start += size
-            values[name] = self.maps[name](laid)
-            slope = self.maps[name].log_abs_det_jacobian(laid, values[name]).double().cpu()
-            jacobian = jacobian + to_units(slope, layout, self.plates).sum(-1)
-        return values, jacobian
+        return found
+
+    def _jacobian(self, laid: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], run: Pass):
+        """The log-determinant ``(particles, units)`` of the map's Jacobian, without masked elements."""
+        total = torch.zeros((), dtype=torch.float64)
+        for name, free in laid.items():
+            layout = self.sweep.model_sites[name]
+            slope = self.maps[name].log_abs_det_jacobian(free, values[name]).double().cpu()
+            slope = slope.reshape(*slope.shape[: 1 + len(layout.names)], -1).sum(-1)
+            shown = run.shown(name)
+            if shown is not None:
+                slope = slope * shown.reshape(*slope.shape, -1).any(-1).cpu()
+            total = total + to_units(slope, layout, self.plates).sum(-1)
+        return total
+
+    def _hidden(self, run: Pass) -> torch.Tensor | None:
+        """Which unconstrained numbers ``(particles, units, d)`` are masked in a run; None without masks."""
+        if not self.masked:
+            return None
+        found = []
+        for name in self.sites:
+            layout, event = self.sweep.model_sites[name], self.events[name]
+            batch = (run.count, *layout.sizes)
+            shown = run.shown(name)
+            if shown is None:
+                shown = torch.ones(*batch, *event, dtype=torch.bool)
+            elif not (event == layout.event and self._unmoved(name)):
+                flat = shown.reshape(*batch, -1)
+                if not torch.equal(flat.any(-1), flat.all(-1)):
+                    raise BadInput(f"a mask hides a part of each value of {name!r}, whose support is not all numbers")
+                shown = flat.any(-1).reshape(*batch, *[1] * len(event)).expand(*batch, *event)
+            found.append(to_units(~shown.cpu(), layout, self.plates))
+        return torch.cat(found, -1)
+
+    def _unmoved(self, name: str) -> bool:
+        """Whether a site's unconstrained numbers are its values."""
+        support = _plain(self.sweep.supports[name])
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        return support is constraints.real
+
+    def reads_masked(self) -> bool:
+        """Whether what is not masked depends on masked elements, which have no posterior."""
+        if not self.masked:
+            return False
+        drawn = self.of_guide(4)
+        hidden = self._hidden(self.sweep.model_run(4, self.block, self._given(4) | self.values(drawn)))
+        moved = torch.where(hidden, torch.randn_like(drawn), drawn)
+        before, after = (sum(self(free)) - (_NORMAL.log_prob(free) * hidden).sum(-1) for free in (drawn, moved))
+        return not torch.allclose(before, after, rtol=1e-5, atol=1e-4)
 
     def __call__(self, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Log prior (with the Jacobian) and log-likelihood, each ``(particles, units)``."""
@@ -86,9 +144,13 @@ class Target:
         return {name: value.expand(count, *value.shape[1:]) for name, value in self.given.items()}
 
     def _some(self, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        values, jacobian = self.values(free)
+        laid = self._laid(free)
+        values = {name: self.maps[name](one) for name, one in laid.items()}
         run = self.sweep.model_run(len(free), self.block, self._given(len(free)) | values)
-        prior = self._sum(run, lambda name: name in self.sites, len(free)) + jacobian
+        prior = self._sum(run, lambda name: name in self.sites, len(free)) + self._jacobian(laid, values, run)
+        hidden = self._hidden(run)
+        if hidden is not None:
+            prior = prior + (_NORMAL.log_prob(free) * hidden).sum(-1)
         return prior, self._sum(run, lambda name: name not in self.sites and name not in self.given, len(free))
 
     def _sum(self, run: Pass, chosen, count: int) -> torch.Tensor:

@@ -37,9 +37,9 @@ def from_units(flat: torch.Tensor, layout: SiteLayout, plates: Sequence[str], ev
 class Units:
     """Units with importance weights: log-weights ``(units, S)`` and the latents' numbers ``(units, S, d)``.
 
-    ``khat`` ``(units,)`` is that of ``vi_stats``. ``joint`` says that one unit holds the latents of all data. The
-    log-weights of global latents have noise of variance ``noise``, from the ``inner`` draws that integrate out the
-    local latents.
+    ``khat`` ``(units,)`` is that of ``vi_stats``; ``shown`` ``(units, d)`` says which numbers are unmasked. ``joint``
+    says that one unit holds the latents of all data. The log-weights of global latents have noise of variance
+    ``noise``, from the ``inner`` draws that integrate out the local latents.
     """
 
     what: str
@@ -54,6 +54,11 @@ class Units:
     joint: bool = False
     noise: float = 0.0
     inner: int = 0
+    shown: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self):
+        if self.shown is None:
+            self.shown = np.ones((len(self.values), len(self.names)), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.log_weight)
@@ -127,7 +132,7 @@ def units_of(collection: Collection, stats: Mapping[str, tuple[Sequence[str], np
 
 def _units(what, sites: Sequence[str], plates: Sequence[str], log_weight: np.ndarray, khat: str, collection, stats):
     layouts = collection.sweep.model_sites
-    values, names, discrete = [], [], []
+    values, names, discrete, shown = [], [], [], []
     draws = len(log_weight)
     for site in sites:
         drawn = torch.from_numpy(collection.array("posterior", site)[0][:draws])
@@ -135,8 +140,21 @@ def _units(what, sites: Sequence[str], plates: Sequence[str], log_weight: np.nda
         values.append(flat)
         names += [site] if flat.shape[-1] == 1 else [f"{site}[{place}]" for place in range(flat.shape[-1])]
         discrete += [layouts[site].discrete] * flat.shape[-1]
+        known = torch.from_numpy(collection.shown.get(site, np.ones(layouts[site].shape, dtype=bool)))
+        shown.append(to_units(known.unsqueeze(0), layouts[site], plates)[0].numpy())
     joined = np.moveaxis(np.concatenate(values, -1), 0, 1)
     binary = np.array(discrete) & ((joined == 0) | (joined == 1)).all((0, 1))
     weight = log_weight.reshape(draws, -1).T
     shapes = stats[khat][1][0].reshape(-1)
-    return Units(what, list(sites), tuple(plates), weight, shapes, joined, names, np.array(discrete), binary)
+    return Units(
+        what,
+        list(sites),
+        tuple(plates),
+        weight,
+        shapes,
+        joined,
+        names,
+        np.array(discrete),
+        binary,
+        shown=np.concatenate(shown, -1),
+    )
