@@ -1,4 +1,4 @@
-"""The blocks of the how-to and coming-from pages run as they stand, from a page's first to its last."""
+"""The blocks of the how-to and coming-from pages, and of three more, run as they stand, from first to last."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from pages import DOCS, NOT_RUN, blocks, run
 from gumbo.experiments import cli
 
 PAGES = sorted(page for folder in ("howto", "coming-from") for page in (DOCS / folder).glob("*.md"))
+# Longer pages, whose blocks run too.
+LONGER = [DOCS / f"{name}.md" for name in ("runs", "compiled", "several-processes")]
+COMPILES = pytest.mark.slow  # of the page that compiles two steps
+RUN = [*PAGES, *(pytest.param(page, marks=COMPILES if page.stem == "compiled" else ()) for page in LONGER)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
+@pytest.mark.parametrize("page", RUN, ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_a_page_runs_as_it_stands(page, tmp_path, monkeypatch, param_store, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -32,7 +36,7 @@ def test_a_page_is_a_screen_or_two_and_linked(page):
 
 
 def test_a_block_is_marked_only_where_it_needs_what_is_not_there():
-    for page in PAGES:
+    for page in [*PAGES, *LONGER]:
         for block in blocks(page.read_text(encoding="utf-8")):
             if block.startswith(NOT_RUN):
                 first = block.partition("\n")[0]
