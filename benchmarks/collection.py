@@ -340,7 +340,7 @@ def true_evidence(x: torch.Tensor) -> torch.Tensor:
 
 
 def latent_picture(path: Path, guide, x: torch.Tensor, labels: torch.Tensor) -> None:
-    """Means of q(z | x) of two dimensions, coloured by label."""
+    """Means of q(z | x) of two dimensions, colored by label."""
     from gumbo.pictures import figure, save
 
     with torch.no_grad():
@@ -1090,11 +1090,11 @@ def scene_picture(path: Path, model: AttendInferRepeat, guide: RecurrentAttentio
             axis = axes[row, column]
             axis.imshow(image[0], cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[], autoscale_on=False)  # boxes may leave the scene
-        for step, colour in zip(range(1, model.num_steps + 1), ("red", "lime", "cyan"), strict=False):
+        for step, color in zip(range(1, model.num_steps + 1), ("red", "lime", "cyan"), strict=False):
             if found[f"z_pres_{step}"][number]:
                 left, top, right, bottom = model.boxes(found[f"z_where_{step}"][number]).tolist()
                 corners = [left, right, right, left, left], [top, top, bottom, bottom, top]
-                axes[2 * upper, column].plot(*(np.array(side) - 0.5 for side in corners), color=colour, linewidth=1)
+                axes[2 * upper, column].plot(*(np.array(side) - 0.5 for side in corners), color=color, linewidth=1)
     save(made, path)
 
 

@@ -163,7 +163,7 @@ def plot(stops, path):
             spread = [row["std"] for row in mine]
             below.plot([row["temperature"] for row in mine], spread, "-o", ms=3, color=f"C{number}", label=word)
         other = next(row for row in rows if row["estimator"] == "rloo K=2")
-        below.axhline(other["std"], color="grey", ls=":", label="rloo, two draws")
+        below.axhline(other["std"], color="gray", ls=":", label="rloo, two draws")
         above.set(xscale="log", yscale="log", ylabel="relative bias", title=f"after {steps} steps")
         below.set(xscale="log", yscale="log", ylabel="relative std of one draw", xlabel="temperature")
     axes[1][0].legend(fontsize=7)

@@ -113,7 +113,7 @@ def dataset(
 
     Args:
         name: the name for ``load`` and ``--data``.
-        images: whether rows are images with grey levels in [0, 1], which ``binarize="auto"`` thresholds at one half;
+        images: whether rows are images with gray levels in [0, 1], which ``binarize="auto"`` thresholds at one half;
             other rows (counts, measurements) are not changed.
         holds: what a row is, in a few words, for ``gumbo list data``.
         source: where the data come from, in a few words.
@@ -135,7 +135,7 @@ def dataset(
 class ImageData:
     """Images ``(N, 1, H, W)`` of three splits, and their labels ``(N,)`` by split, if any.
 
-    A split that was not requested is empty. With ``binarize="dynamic"`` ``train`` keeps its grey levels, and
+    A split that was not requested is empty. With ``binarize="dynamic"`` ``train`` keeps its gray levels, and
     ``transform`` draws zeros and ones from them, once per epoch or per batch. ``rows`` is a Dataset or DataLoader of
     the training rows if these are read on demand; ``train`` is empty then.
     """
@@ -337,18 +337,18 @@ def data_folder() -> Path:
 
 
 def _refuse_levels(name: str, images: dict[str, Tensor], binarize: str) -> None:
-    """Raise BadInput for values that are not grey levels: a threshold of one half would turn counts into bits."""
+    """Raise BadInput for values that are not gray levels: a threshold of one half would turn counts into bits."""
     for pixels in images.values():
         if pixels.numel() and not (pixels.min() >= 0 and pixels.max() <= 1):
             raise BadInput(
-                f"{name} has values from {pixels.min():.6g} to {pixels.max():.6g}: binarize={binarize} takes grey "
+                f"{name} has values from {pixels.min():.6g} to {pixels.max():.6g}: binarize={binarize} takes gray "
                 "levels in [0, 1]; leave it out, or use null"
             )
 
 
 def _refuse_binary(name: str, images: dict[str, Tensor]) -> None:
     if all(((pixels == 0) | (pixels == 1)).all() for pixels in images.values()):
-        raise BadInput(f"{name} is binary already: there are no grey levels to draw from; use binarize=None")
+        raise BadInput(f"{name} is binary already: there are no gray levels to draw from; use binarize=None")
 
 
 def _fixed_draw(pixels: Tensor, seed: int) -> Tensor:
@@ -374,7 +374,7 @@ def _only(read: dict[str, Split], splits: Sequence[str]) -> dict[str, Split]:
     return {split: read[split] for split in splits}
 
 
-@dataset("digits", images=True, holds="grey images 8 × 8, and the digit", source="ships with scikit-learn")
+@dataset("digits", images=True, holds="gray images 8 × 8, and the digit", source="ships with scikit-learn")
 def _digits(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     from sklearn.datasets import load_digits
 
@@ -383,12 +383,12 @@ def _digits(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _only(_cut(bunch.images[order] / 16, bunch.target[order], (1297, 200, 300)), splits)
 
 
-@dataset("mnist", images=True, holds="grey images 28 × 28, and the digit", source=DOWNLOADED)
+@dataset("mnist", images=True, holds="gray images 28 × 28, and the digit", source=DOWNLOADED)
 def _mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _mnist_like("mnist", "MNIST", folder, splits)
 
 
-@dataset("fashion-mnist", images=True, holds="grey images 28 × 28, and the garment", source=DOWNLOADED)
+@dataset("fashion-mnist", images=True, holds="gray images 28 × 28, and the garment", source=DOWNLOADED)
 def _fashion_mnist(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _mnist_like("fashion-mnist", "FashionMNIST", folder, splits)
 
@@ -542,7 +542,7 @@ def _download(name: str, action: Callable[[], object], what: str) -> None:
         raise BadInput(f"{name} is not on disk and cannot be downloaded ({reason}): put {what}") from error
 
 
-@dataset("omniglot", images=True, holds="grey images of characters, 28 × 28", source=DOWNLOADED)
+@dataset("omniglot", images=True, holds="gray images of characters, 28 × 28", source=DOWNLOADED)
 def _omniglot(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     read = {}
     if {"train", "valid"} & set(splits):
@@ -907,7 +907,7 @@ def _placed(images: np.ndarray, side: int, random: np.random.RandomState) -> np.
 
 
 @dataset(
-    "scenes", holds="grey images 20 × 20, and the number of digits", source="composed of digits", example=FEW_IMAGES
+    "scenes", holds="gray images 20 × 20, and the number of digits", source="composed of digits", example=FEW_IMAGES
 )
 def _scenes(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
     return _scenes_of(folder, splits, _digits, 20, {"train": 10_000, "valid": 1_000, "test": 2_000})
@@ -915,7 +915,7 @@ def _scenes(folder: Path, splits: Sequence[str]) -> dict[str, Split]:
 
 @dataset(
     "mnist-scenes",
-    holds="grey images 50 × 50, and the number of digits",
+    holds="gray images 50 × 50, and the number of digits",
     source="composed of mnist-test",
     example=FEW_IMAGES,
 )

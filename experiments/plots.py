@@ -16,8 +16,8 @@ from pyro import poutine
 from gumbo.pictures import figure, save
 
 
-def colours(names: Sequence[str]) -> dict[str, Any]:
-    """One colour per name, the same in every picture of a run."""
+def colors(names: Sequence[str]) -> dict[str, Any]:
+    """One color per name, the same in every picture of a run."""
     from matplotlib import colormaps
 
     palette = colormaps["tab10"]
@@ -43,7 +43,7 @@ def learning_curves(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], 
 
 
 def _curves(axis: Any, curves: Mapping[str, np.ndarray], start: int) -> None:
-    palette = colours(list(curves))
+    palette = colors(list(curves))
     for index, (name, values) in enumerate(curves.items()):
         epochs = np.arange(start, values.shape[1])
         shown = values[:, start:]
@@ -97,7 +97,7 @@ WIDEST = 14.0  # the largest width of a picture, in inches
 
 
 def image_rows(path: Path, title: str, rows: Mapping[str, torch.Tensor]) -> Path:
-    """A labelled row of grey images for each name, from tensors ``(n, *shape)``: of one channel, or flat as strips.
+    """A labelled row of gray images for each name, from tensors ``(n, *shape)``: of one channel, or flat as strips.
 
     Values in [0, 1] are shown from black to white, others from the smallest to the largest. No picture is wider than 14
     inches, whatever the shape.

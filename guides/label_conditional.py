@@ -64,7 +64,7 @@ class LabelConditionalGuide(LayeredGuide):
         return values
 
     def classify(self, x: torch.Tensor) -> torch.Tensor:
-        """The logits of q(y | x), normalised, ``(B, num_classes)``."""
+        """The logits of q(y | x), normalized, ``(B, num_classes)``."""
         return self.factor(self.label_site, self.features(x, {}), {}).logits
 
     def classification_loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

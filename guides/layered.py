@@ -17,7 +17,7 @@ from ._base import Guide, guides
 
 @guides.register("layered")
 class LayeredGuide(Guide):
-    r"""A posterior that factorises over a graph: :math:`q(z \mid x) = \prod_j q(z_j \mid \mathrm{Pa}(z_j), x)`.
+    r"""A posterior that factorizes over a graph: :math:`q(z \mid x) = \prod_j q(z_j \mid \mathrm{Pa}(z_j), x)`.
 
     Latents may be of mixed families. Without ``parents`` and a recommendation of the model every site depends on all
     earlier sites of the model. Each factor is its family's distribution (diagonal Normal, categorical, ...) with its

@@ -10,7 +10,7 @@ class RelaxedOneHot(RelaxedOneHotCategorical):
     """RelaxedOneHotCategorical (Maddison et al. 2017, arXiv:1611.00712) that is safe at low temperatures.
 
     In float32 the parent's draws leave the simplex by more than validation allows once ``logits / temperature`` is
-    large, and coordinates that underflow to zero have an infinite density. Draws are renormalised here and kept above
+    large, and coordinates that underflow to zero have an infinite density. Draws are renormalized here and kept above
     the smallest normal number; apart from that rounding they are the parent's for equal noise, with the same density.
 
     >>> import torch

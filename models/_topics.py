@@ -64,7 +64,7 @@ def perplexity(log_prob: Tensor, counts: Tensor) -> float:
 
 
 def npmi(topics: Tensor, counts: Tensor, count: int = 10) -> Tensor:
-    """The coherence of each topic: the mean normalised pointwise mutual information of its top words.
+    """The coherence of each topic: the mean normalized pointwise mutual information of its top words.
 
     Two words of a topic are coherent if documents with one tend to contain the other: 1 if they always occur together,
     0 if they are independent, −1 if they never occur together (Lau, Newman & Baldwin 2014).

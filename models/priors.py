@@ -208,7 +208,7 @@ class AutoregressiveOneHot(dist.TorchDistribution):
         return type(self)(self.before, self.bias, self.after, self.offset, batch_shape)
 
     def conditional_logits(self, value: Tensor) -> Tensor:
-        """The logits of each position given those before it, ``(..., N, C)``, not normalised."""
+        """The logits of each position given those before it, ``(..., N, C)``, not normalized."""
         seen = torch.einsum("...nc,nch->...nh", value, self.before)
         state = (seen.cumsum(-2) - seen + self.bias).tanh()
         return torch.einsum("...nh,nhc->...nc", state, self.after) + self.offset

@@ -628,7 +628,7 @@ def test_11_bound_is_tight_at_the_posterior_for_every_draw():
         assert close(-loss, log_normal(torch.tensor(x), 0.0, math.sqrt(1 + sd**2)))
 
 
-def test_11_evidence_is_maximised():
+def test_11_evidence_is_maximized():
     """A step down the loss raises Σ log p(x), a step the other way (argmin of Σ log p) lowers it without end."""
     x, shift = torch.tensor([1.7, 0.2, 2.6]), leaf(0.0)
 
@@ -951,19 +951,19 @@ def test_16_a_spread_without_softplus_is_no_spread():
 
 
 def test_17_static_and_dynamic_binarization_differ():
-    """A threshold gives the same image every time; a draw per epoch has the grey level as its mean."""
-    grey = load("digits", dtype=torch.float64).train
+    """A threshold gives the same image every time; a draw per epoch has the gray level as its mean."""
+    gray = load("digits", dtype=torch.float64).train
     static = load("digits", binarize="static", dtype=torch.float64)
     dynamic = load("digits", binarize="dynamic", dtype=torch.float64)
     epochs = 400
     static_mean, dynamic_mean = (
         torch.stack([data.transform(data.train) for _ in range(epochs)]).mean(0) for data in (static, dynamic)
     )
-    assert close(static_mean, (grey >= 0.5).double())
+    assert close(static_mean, (gray >= 0.5).double())
     # Hoeffding: a mean of 400 coins is off by 0.18 with probability 2 exp(−2·400·0.18²) ≈ 1e-11; over 83,008 pixels
     # that is still less than ALARM.
-    assert (dynamic_mean - grey).abs().max() < 0.18 < (static_mean - grey).abs().max()
-    assert abs((dynamic_mean - grey).mean()) < 1e-3 < abs((static_mean - grey).mean())
+    assert (dynamic_mean - gray).abs().max() < 0.18 < (static_mean - gray).abs().max()
+    assert abs((dynamic_mean - gray).mean()) < 1e-3 < abs((static_mean - gray).mean())
 
 
 def test_17_logits_keep_what_probabilities_lose():
@@ -978,13 +978,13 @@ def test_17_logits_keep_what_probabilities_lose():
     assert probability == 1 and (1 - probability).log() == -math.inf
 
 
-def test_17_bernoulli_is_a_law_over_bits_not_over_grey_levels():
-    """Over {0, 1} it sums to one; over [0, 1] the same expression integrates to less, so greys have no likelihood."""
+def test_17_bernoulli_is_a_law_over_bits_not_over_gray_levels():
+    """Over {0, 1} it sums to one; over [0, 1] the same expression integrates to less, so grays have no likelihood."""
     logit, grid = torch.tensor(1.3), torch.linspace(0, 1, 10001)
     bits = torch.tensor([0.0, 1.0])
     assert close(dist.Bernoulli(logits=logit).log_prob(bits).exp().sum(), 1.0)
-    greys = dist.Bernoulli(logits=logit, validate_args=False).log_prob(grid).exp()
-    assert torch.trapezoid(greys, grid) < 0.6
+    grays = dist.Bernoulli(logits=logit, validate_args=False).log_prob(grid).exp()
+    assert torch.trapezoid(grays, grid) < 0.6
     with pytest.raises(BadInput, match="zeros and ones"):
         GaussianVAE((2,), latent_dim=1, hidden=(4,))(torch.tensor([[0.5, 1.0]]))
 
@@ -1010,7 +1010,7 @@ def table_of(program, **fixed) -> torch.Tensor:
     return torch.stack([log_prob_of(program, a=a, b=b, **fixed) for a, b in pairs]).exp().view(2, 2)
 
 
-def test_18_model_factorises_over_the_graph():
+def test_18_model_factorizes_over_the_graph():
     joint = {x: table_of(alarm, x=x) for x in (0.0, 1.0)}
     assert close(joint[0.0].sum() + joint[1.0].sum(), 1.0)
     assert close(joint[1.0][1, 0], 0.2 * 0.7 * 0.8)

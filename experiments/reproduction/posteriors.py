@@ -125,7 +125,7 @@ class PosteriorCell(Cell):
 def fitted(model: Callable, y, kind: str, steps: int, seed: int):
     """An autoguide of the kind: trained from Stan's initial values, or a normal approximation at the mode.
 
-    The diagonal guide has the widths that minimise KL(q ‖ p) for a normal p: the conditional standard deviations.
+    The diagonal guide has the widths that minimize KL(q ‖ p) for a normal p: the conditional standard deviations.
     """
     import torch
     from pyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal

@@ -6,7 +6,7 @@ from gumbo.experiments.reproduction.cells import register
 from gumbo.experiments.reproduction.orderings import conclude
 from gumbo.experiments.reproduction.trained import TrainedCell
 
-# Training loss on grey levels, by classes × latents, from the paper's table (quoted from memory).
+# Training loss on gray levels, by classes × latents, from the paper's table (quoted from memory).
 PUBLISHED = {
     (8, 4): {"reinmax": 124.66, "straight-through": 126.85},
     (4, 24): {"reinmax": 99.77, "straight-through": 101.32},
@@ -58,7 +58,7 @@ register(
     "reinmax",
     "Liu et al. 2023, arXiv 2304.08612; Fan et al. 2022, arXiv 2206.07235",
     "Classes × latents; encoder 784-512-256 and its mirror, batch 100, 160 passes. The papers train on the 60,000 "
-    "grey images with binary cross-entropy (BCE): for a grey level g in [0, 1] that is the mean of −log p(x) over "
+    "gray images with binary cross-entropy (BCE): for a gray level g in [0, 1] that is the mean of −log p(x) over "
     "pixels drawn from Bernoulli(g), so that their number is a mean over random binarizations and the bound of no "
     "image at hand. Their numbers are quoted from memory. Ours is the −ELBO "
     "of 5,000 training images of the fixed binarization: orderings compare, values do not. The "

@@ -25,7 +25,7 @@ LR = 1e-3
 
 @dataclass(frozen=True)
 class StepTime(Cell):
-    """Milliseconds of a training step on unlabeled images: ``value``, the median."""
+    """Milliseconds of a training step on unlabelled images: ``value``, the median."""
 
     classes: int = 10
     estimator: str = "enumerate"
@@ -187,7 +187,7 @@ register(
     "semi-supervised",
     "Jang, Gu & Poole 2017, arXiv 1611.01144, section 4.3",
     "The model M2 of Kingma et al. 2014 with 32 Normal latents, batch 100. Speed: milliseconds of a training step on "
-    "unlabeled images with so many classes. Accuracy: errors in per cent on 2,000 of MNIST's 10,000 test digits after "
+    "unlabelled images with so many classes. Accuracy: errors in per cent on 2,000 of MNIST's 10,000 test digits after "
     "50 passes over the 8,000 others, 100 of which have labels, ten of each class; the paper has all of MNIST.",
     cells,
     value="ms a step, and errors in %; smaller is better",

@@ -1,4 +1,4 @@
-"""The toy of REBAR and RELAX: minimise E[(b − t)²] over the probability of a coin b, for t just below a half.
+"""The toy of REBAR and RELAX: minimize E[(b − t)²] over the probability of a coin b, for t just below a half.
 
 Both values of b cost nearly the same, so that the gradient, σ(φ)(1 − σ(φ))(1 − 2t), is small beside its noise.
 """

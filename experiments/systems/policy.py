@@ -19,7 +19,7 @@ class Policy(System):
         import torch
 
         from gumbo.experiments.data import load
-        from gumbo.experiments.plots import colours, figure, save
+        from gumbo.experiments.plots import colors, figure, save
         from gumbo.guides import CategoricalGuide, LayeredGuide, UnconditionalGuide
         from gumbo.models import Expectation
 
@@ -38,11 +38,11 @@ class Policy(System):
         trained: dict[str, Any] = {}
         for axis, (task, (model, make, x, test)) in zip(axes, tasks.items(), strict=True):
             found[task] = {}
-            for word, colour in colours(["score", "rloo"]).items():
+            for word, color in colors(["score", "rloo"]).items():
                 torch.manual_seed(self.seed)
                 guide = make()
                 rewards = climb(model, guide, word, x, steps)
-                axis.plot(rewards, color=colour, label=word, linewidth=1)
+                axis.plot(rewards, color=color, label=word, linewidth=1)
                 found[task][f"E[f] under {word}"] = reward_of(model, guide, test)
                 trained[task] = guide
             axis.set(title=task, xlabel="step", ylabel="reward")

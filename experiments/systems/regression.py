@@ -53,8 +53,8 @@ class Regression(System):
                 axis.fill_between(
                     grid[:, 0], mean - band * sd, mean + band * sd, alpha=0.2, color="tab:blue", linewidth=0
                 )
-            axis.set(title=f"{name}: ±1 and ±2 sd", xlabel="body mass index (standardised)")
-        axes[0].set_ylabel("progress (standardised)")
+            axis.set(title=f"{name}: ±1 and ±2 sd", xlabel="body mass index (standardized)")
+        axes[0].set_ylabel("progress (standardized)")
         save(made, run.plots / "regression.png")
         return found
 

@@ -32,7 +32,7 @@ class SemiSupervised(System):
         """The numbers; the picture goes to the run folder."""
         import statistics
 
-        from gumbo.experiments.plots import colours, figure, save
+        from gumbo.experiments.plots import colors, figure, save
 
         epochs, seeds = self.number("epochs", usual=30, quick=6), self.number("seeds", usual=3, quick=1)
         recipe = Recipe(first=8, epochs=epochs)
@@ -52,9 +52,9 @@ class SemiSupervised(System):
             found[name] = {"test accuracy": statistics.fmean(last)}
             found[name] |= {f"seed {self.seed + place}": accuracy for place, accuracy in enumerate(last)}
         made, axis = figure(figsize=(7, 4))
-        for name, colour in colours(list(curves)).items():
+        for name, color in colors(list(curves)).items():
             for place, curve in enumerate(curves[name]):
-                axis.plot(range(1, len(curve) + 1), curve, color=colour, linewidth=1, label=None if place else name)
+                axis.plot(range(1, len(curve) + 1), curve, color=color, linewidth=1, label=None if place else name)
         axis.axvline(recipe.first, color="black", linewidth=0.8, linestyle=":", label="unlabelled images join")
         axis.set(title=f"{len(labelled)} labels, {len(rest)} images without", xlabel="epoch", ylabel="test accuracy")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -83,7 +83,7 @@ LABELS = ("supervised", "enumerate", "gumbel-softmax", "rloo")
 
 
 def labelled_images(name: str):
-    """Grey training images and binary test images, each with labels; of MNIST its test images, 8,000/2,000."""
+    """Gray training images and binary test images, each with labels; of MNIST its test images, 8,000/2,000."""
     import torch
 
     from gumbo.experiments.data import load

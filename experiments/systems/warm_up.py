@@ -25,7 +25,7 @@ class WarmUp(System):
         import torch
 
         from gumbo.experiments.data import load
-        from gumbo.experiments.plots import colours, figure, save
+        from gumbo.experiments.plots import colors, figure, save
         from gumbo.guides import NormalGuide
         from gumbo.inference import Cyclical, FreeBits, Linear, SiteELBO, active_units, evaluate, fit
         from gumbo.models import GaussianVAE
@@ -39,7 +39,7 @@ class WarmUp(System):
             "cyclical": SiteELBO(kl_weight=Cyclical(steps, cycles=4)),
             "free bits": FreeBits(0.1),
         }
-        palette = colours(list(losses))
+        palette = colors(list(losses))
         made, axis = figure(figsize=(6.5, 4))
         found: dict[str, Any] = {"epochs": epochs, "latent dimensions": 20}
         for name, loss in losses.items():

@@ -12,7 +12,7 @@ from ...pictures import figure
 if TYPE_CHECKING:
     import xarray
 
-_STYLES = {  # colour and marker by the first word of a verdict
+_STYLES = {  # color and marker by the first word of a verdict
     "ok": ("tab:blue", "o", "declared unbiased, not flagged"),
     "flagged": ("tab:red", "X", "declared unbiased, FLAGGED"),
     "biased": ("tab:orange", "s", "declared biased"),
@@ -58,9 +58,9 @@ def plot_audit(dataset: xarray.Dataset, path: Any = None, narrow: bool = False) 
     if narrow:
         left.set_xlabel(left.get_xlabel().replace(", ", ",\n"), fontsize=9)
     kinds = [_kind(verdict) for verdict in shown["verdict"].values]
-    for kind, (colour, marker, words) in _STYLES.items():
+    for kind, (color, marker, words) in _STYLES.items():
         if kind in kinds:
-            left.plot([], [], marker, color=colour, label=words)
+            left.plot([], [], marker, color=color, label=words)
     made.legend(loc="outside lower center", ncols=1 if narrow else 4, fontsize=8, frameon=False)
     made.suptitle(
         f"{shown.attrs.get('num_samples')} gradients each, objective {shown.attrs.get('objective')};"
@@ -87,8 +87,8 @@ def _bias(axis: Any, shown: xarray.Dataset, length: int) -> None:
     order = np.lexsort((error, bias))[::-1]
     axis.axvline(0.0, color="black", linewidth=0.8)
     for row, i in enumerate(order):
-        colour, marker, _ = _STYLES[_kind(shown["verdict"].values[i])]
-        axis.errorbar(bias[i], row, xerr=error[i], fmt=marker, color=colour, capsize=3, markersize=6)
+        color, marker, _ = _STYLES[_kind(shown["verdict"].values[i])]
+        axis.errorbar(bias[i], row, xerr=error[i], fmt=marker, color=color, capsize=3, markersize=6)
     axis.set_yticks(
         range(len(order)), [_shortened(str(shown["estimator"].values[i]), length) for i in order], fontsize=9
     )
@@ -109,8 +109,8 @@ def _variance(axis: Any, shown: xarray.Dataset, length: int) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     for i, verdict in enumerate(shown["verdict"].values):
-        colour, marker, _ = _STYLES[_kind(verdict)]
-        axis.plot(milliseconds[i], height[i], marker, color=colour, markersize=7, zorder=3)
+        color, marker, _ = _STYLES[_kind(verdict)]
+        axis.plot(milliseconds[i], height[i], marker, color=color, markersize=7, zorder=3)
     sound = [i for i, verdict in enumerate(shown["verdict"].values) if verdict == "ok"]
     front = pareto_front(milliseconds[sound], height[sound]) if sound else []
     if len(front) > 0:

@@ -416,7 +416,7 @@ def without_own_validation(fn: Distribution) -> Distribution:
 
 
 def logits_of(fn: Distribution) -> Tensor:
-    """Logits of a Bernoulli or one-hot site, of shape ``batch_shape + event_shape``; normalised for one-hots."""
+    """Logits of a Bernoulli or one-hot site, of shape ``batch_shape + event_shape``; normalized for one-hots."""
     logits = elementary(fn).logits
     return logits.expand(tuple(fn.batch_shape) + tuple(fn.event_shape))
 

@@ -182,7 +182,7 @@ def test_gumbel_rao_averages_relaxed_gradients_given_the_draw():
     for s in scores:
         p = (s / 0.5).softmax(-1)
         expected = expected + (p * (slope - (p * slope).sum())) / 0.5 / 5
-    expected = expected - expected.sum() * a.detach().exp()  # a is normalised once more by the distribution
+    expected = expected - expected.sum() * a.detach().exp()  # a is normalized once more by the distribution
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 
 

@@ -61,14 +61,14 @@ def test_digits_are_split_for_good(offline):
 
 
 def test_static_is_a_threshold_at_one_half():
-    grey, static = load("digits"), load("digits", binarize="static")
-    assert torch.equal(static.valid, (grey.valid >= 0.5).float())
+    gray, static = load("digits"), load("digits", binarize="static")
+    assert torch.equal(static.valid, (gray.valid >= 0.5).float())
     assert torch.equal(static.transform(static.train), static.train)
 
 
 def test_dynamic_draws_anew_for_training_and_once_for_the_rest():
-    grey, dynamic = load("digits"), load("digits", binarize="dynamic")
-    assert torch.equal(dynamic.train, grey.train)
+    gray, dynamic = load("digits"), load("digits", binarize="dynamic")
+    assert torch.equal(dynamic.train, gray.train)
     assert torch.equal(dynamic.valid, load("digits", binarize="dynamic").valid)
     assert set(dynamic.test.unique().tolist()) == {0.0, 1.0}
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +77,7 @@ def test_dynamic_draws_anew_for_training_and_once_for_the_rest():
     again = dynamic.transform(dynamic.train, torch.Generator().manual_seed(0))
     assert torch.equal(again, epochs[0])
     # 200 draws of a pixel have a standard error of at most 0.036; over 83,008 pixels none strays beyond six of them.
-    assert (epochs.mean(0) - grey.train).abs().max() < 6 * 0.036
+    assert (epochs.mean(0) - gray.train).abs().max() < 6 * 0.036
 
 
 COUNTS = """
@@ -89,7 +89,7 @@ def counts(folder, splits):
     return {split: (values, None) for split in splits}
 
 
-def grey(folder, splits):
+def gray(folder, splits):
     return {split: (np.random.RandomState(0).rand(8, 2, 3), None) for split in splits}
 """
 
@@ -107,8 +107,8 @@ def test_data_of_ones_own_are_left_as_they_are(own):
     counts = load("own_data:counts", binarize="auto")
     assert counts.binarize is None and counts.train.max() > 1
     assert torch.equal(counts.train, load("own_data:counts").train)
-    assert load("own_data:grey", binarize="auto").train.unique().numel() > 2
-    assert set(load("own_data:grey", binarize="static").train.unique().tolist()) == {0.0, 1.0}
+    assert load("own_data:gray", binarize="auto").train.unique().numel() > 2
+    assert set(load("own_data:gray", binarize="static").train.unique().tolist()) == {0.0, 1.0}
     assert load("digits", binarize="auto").binarize == "static"
     assert Train().binarize == "auto"
 

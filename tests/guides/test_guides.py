@@ -337,7 +337,7 @@ def test_label_conditional_guide_draws_or_takes_the_label(param_store):
     assert not (set(fitting(GaussianMixtureVAE(SHAPE))) & {"label-conditional"})
 
 
-def test_the_marginalised_label_gives_the_same_bound(param_store):
+def test_the_marginalized_label_gives_the_same_bound(param_store):
     """Summing q(y | x) times the labelled bounds minus the label's KL is the unlabelled bound, here at fixed noise."""
     torch.manual_seed(0)
     model = SemiSupervisedVAE(SHAPE, num_classes=3, latent_dim=2, hidden=(6,)).double()

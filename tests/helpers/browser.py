@@ -64,7 +64,7 @@ class Browser:
         os.close(self._read)
 
     def open(self, page: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Load a file at that size of the window, in light or dark colours."""
+        """Load a file at that size of the window, in light or dark colors."""
         self._events.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])

@@ -308,7 +308,7 @@ BAD_BATCHES = {
     "integers": (lambda x: x.int(), "x is torch.int32, expected torch.float32"),
     "doubles": (lambda x: x.double(), "x is torch.float64, expected torch.float32"),
     "NaN": (lambda x: x.index_fill(0, torch.tensor([2]), float("nan")), "x has NaN in 1 of 5 rows"),
-    "grey levels": (lambda x: x / 2 + 0.25, "needs x of zeros and ones"),
+    "gray levels": (lambda x: x / 2 + 0.25, "needs x of zeros and ones"),
     "too many rows": (lambda x: torch.cat([x, x]), "a batch of 10 is larger than data_size=6"),
 }
 

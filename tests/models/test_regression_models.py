@@ -196,7 +196,7 @@ SPRINKLER = {
 }
 
 
-def test_nodes_come_after_their_parents_and_factorise(param_store):
+def test_nodes_come_after_their_parents_and_factorize(param_store):
     model = NeuralBayesNet(nodes=SPRINKLER, hidden=(4,))
     assert list(model.nodes) == ["rain", "sprinkler", "grass", "moisture"]
     draws = model.sample_prior(6)

@@ -17,7 +17,7 @@ from gumbo.inference.objectives.log_variance import LogVariance
 
 
 def half_variance(log_weight, dim):
-    """½ the sample variance by its formula, as a thing to be maximised."""
+    """½ the sample variance by its formula, as a thing to be maximized."""
     count = log_weight.shape[dim]
     offset = log_weight - log_weight.sum(dim, keepdim=True) / count
     return -0.5 * offset.square().sum(dim, keepdim=True) / (count - 1)
