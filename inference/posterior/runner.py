@@ -38,6 +38,7 @@ class Pass:
         self, seen: Mapping[str, Seen], sweep: Sweep, layouts: Mapping[str, SiteLayout], count: int, block: Block
     ):
         self.seen, self.sweep, self.layouts, self.count, self.block = seen, sweep, layouts, count, block
+        self.model: Pass | None = None  # of the guide's draws: its masks hide terms of log q
 
     def raw(self, name: str) -> torch.Tensor:
         """The value in the program's own shape."""
@@ -85,6 +86,11 @@ class Pass:
             raise
         laid = self.sweep.picked(found.double(), found.shape, seen, layout, self.count)
         laid = laid[(slice(None), *self.block.fresh(layout.names))]
+        if self.model is not None and name in self.sweep.superfluous:
+            of_model = self.sweep.superfluous[name]
+            shown = self.model.shown(of_model)
+            event_dim = len(self.model.layouts[of_model].event)
+            laid = laid * (shown.flatten(-event_dim).any(-1) if event_dim else shown)
         if keep is None:
             return laid
         others = [1 + place for place, plate in enumerate(layout.names) if plate not in keep]
@@ -259,7 +265,8 @@ class Sweep(Survey):
         """The model at the draws of a run of the guide."""
         drawn = {name: guide.raw(name) for name in self.latents}
         seen = self._seen(self.model, self.model_sites, guide.count, guide.block, drawn, set(), mode, arguments)
-        return Pass(seen, self, self.model_sites, guide.count, guide.block)
+        guide.model = Pass(seen, self, self.model_sites, guide.count, guide.block)
+        return guide.model
 
     def turns(
         self, counts: Sequence[int], arguments: tuple[tuple, dict] | None = None

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
-from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line, rows_in_plates
+from ...errors import PROGRAM_ERRORS, BadInput, GumboError, UnsupportedSite, first_line, rows_in_plates
 from ..engine.handlers import row_numbers
 from ..engine.interventions import ChosenRows, GivenValues
 from ..engine.looks import plates_mixed_by
@@ -25,6 +25,7 @@ from ..engine.scopes import device_of, quietly
 from ..estimators._distributions import describe
 from .enumerated import completed
 from .sites import SiteLayout, discrete_values, has_rows, innermost, kind_of, lengths_of
+from .superfluous import superfluous_latents
 from .vmapped import Seen, random_sites, scale_of, unmasked
 
 Whole = TypeVar("Whole", bound="Survey")
@@ -41,6 +42,8 @@ class Survey:
         at_hand: subsampling plates that receive a batch instead, with its number of rows.
         row_ids: the index of each row, by plate.
         depth: the number of batch dimensions of the programs.
+        superfluous: sites of the guide with elements that the named site of the model masks, and on which nothing in
+            it depends: log q leaves them out.
         scaled: sites with a `poutine.scale` of their own, as (program, name); empty where all sites have the same.
         scored: whether the data are scored, and not only drawn anew, so that they are checked.
 
@@ -138,9 +141,18 @@ class Survey:
         masked = frozenset(name for name in self.model_sites if unmasked(model.nodes[name]) is not None)
         self.masked, self.masked_latents = masked & frozenset(observed), masked & self.supports.keys()
         self._find_scales(guide, model)
+        self.superfluous = self._superfluous() if self.masked_latents else {}
         if self.scored:
             for name in observed:
                 self._check_data(model.nodes[name])
+
+    def _superfluous(self) -> dict[str, str]:
+        try:
+            return superfluous_latents(self.model, self.guide, self.args, self.kwargs)
+        except UnsupportedSite:
+            raise
+        except (GumboError, *PROGRAM_ERRORS):
+            return {}  # a program that runs here and under no estimator
 
     def _find_scales(self, guide: Trace, model: Trace) -> None:
         """Which sites have a scale of their own, that of subsampling left out; one of all sites is none."""

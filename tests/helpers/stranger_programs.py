@@ -1339,6 +1339,20 @@ class HandlersAroundTheGuide(Pair):
         return other, poutine.scale(other.model, scale=1.0), poutine.block(poutine.mask(other.guide, True), hide=[])
 
 
+@enter(STOCK)
+class MaskAsAnImproperPrior(Pair):
+    """A masked latent on which the data depend has a flat prior, and its log q counts."""
+
+    fields = {"m": 0.3, "s": -0.3}
+
+    def model(self):
+        z = pyro.sample("z", dist.Normal(t(0.0), 1.0).mask(False))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
+
+    def guide(self):
+        pyro.sample("z", dist.Normal(self.m, self.s.exp()))
+
+
 # ---- refused in one line
 
 

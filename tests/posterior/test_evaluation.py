@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +12,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule
 
 from gumbo.errors import BadInput, GumboWarning, UnsupportedSite
@@ -424,6 +425,71 @@ def test_rows_that_depend_on_each_other_have_one_weight():
     assert Weighing(model, guide, x, 1, None, None).one_weight == "latents"
     drawn = _arviz.dataset_of(to_arviz(model, guide, x, num_samples=200), "vi_stats")
     assert "log_evidence" not in drawn or drawn["log_evidence"].size == 1
+
+
+# --- masks
+
+
+SEEN = torch.tensor([True, True, False, True, False])
+HALF_SEEN = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).double()
+
+
+def half_seen(x):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x, obs_mask=SEEN)
+
+
+def exact_of_half(x, masked=True):
+    mu = pyro.sample("mu", dist.Normal(x[SEEN].sum() / 4, 0.5))
+    with pyro.plate("data", len(x)), poutine.mask(mask=~SEEN if masked else True):
+        pyro.sample("x_unobserved", dist.Normal(mu, 1.0))
+
+
+def automatic_of_half(x):
+    """AutoNormal around the exact posterior, so wide that weights can be trusted."""
+    guide = AutoNormal(half_seen, init_scale=1.2)
+    guide(x)
+    with torch.no_grad():
+        guide.locs.mu.fill_(x[SEEN].sum() / 4)
+        guide.locs.x_unobserved.fill_(x[SEEN].sum() / 4)
+    return guide
+
+
+def joint_of_half(x):
+    guide = AutoMultivariateNormal(half_seen)
+    guide(x)
+    return guide
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x: exact_of_half, lambda x: partial(exact_of_half, masked=False), automatic_of_half]
+)
+def test_elements_that_the_model_alone_masks_are_no_latents(make, param_store):
+    """Their log q stays in SiteELBO, as in Pyro, where it adds to the bound without an end."""
+    guide, seen = make(HALF_SEEN), HALF_SEEN[SEEN]
+    exact = dist.MultivariateNormal(torch.zeros(3).double(), torch.eye(3).double() + 1).log_prob(seen).item()
+    found = evaluate(half_seen, guide, HALF_SEEN, num_samples=20_000)
+    assert abs(5 * found.log_evidence - exact) < max(5 * 4 * found.log_evidence_mc_se, 1e-9) < 0.2
+    assert found.elbo < found.log_evidence + 1e-9
+
+
+def test_elements_that_only_the_model_masks_cannot_be_told_apart_in_a_joint_draw(param_store):
+    with pytest.raises(UnsupportedSite, match="'x_unobserved': the model masks some of its elements"):
+        evaluate(half_seen, joint_of_half(HALF_SEEN), HALF_SEEN)
+
+
+def test_a_masked_latent_on_which_data_depend_has_a_flat_prior():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0).mask(False))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    assert evaluate(model, guide, HALF_SEEN, num_samples=5).log_evidence == pytest.approx(0.0, abs=1e-9)
 
 
 # --- scales
