@@ -1,9 +1,10 @@
-"""What a captured graph treats as constant: the plain attributes of modules."""
+"""What a captured graph treats as constant: attributes, layers, methods and hooks of modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -73,13 +74,12 @@ _INTERNAL = set(vars(nn.Module())) - {"training"}
 def plain_attributes(module: nn.Module, values: Mapping[str, Any] | None = None) -> set[str]:
     """Names of attributes that a graph treats as constants: numbers, strings, and tensors that are not buffers."""
     values = vars(module) if values is None else values
-    plain = (int, float, complex, str, tuple, type(None), Tensor)
     # Read from the class: setting it on the instance has no effect; SiteState documents its meaning.
     skipped = _INTERNAL | frozenset(getattr(type(module), "uncaptured", ()))
     return {
         name
         for name, value in values.items()
-        if isinstance(value, plain) and name not in skipped and not name.startswith("_pyro_")
+        if isinstance(value, _PLAIN) and name not in skipped and not name.startswith("_pyro_")
     }
 
 
@@ -95,3 +95,69 @@ def differs(a: Any, b: Any) -> bool:
     if a is b:
         return False
     return isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b)
+
+
+class Watch:
+    """Whether anything has changed that a graph of a module holds as a constant.
+
+    Watched are plain attributes, those of the module's class and of plain objects that it holds, layers, parameters as
+    objects, hooks, and methods that the instance replaces; not elements of lists and dictionaries, nor globals.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._values: list[tuple[Mapping[str, Any], Any, Any, int]] = []
+        self._sizes: list[tuple[Sized, int]] = []
+        self._names: list[tuple[nn.Module, int, set[str]]] = []
+        for one in module.modules():
+            kept, names = vars(one), _watched_names(one)
+            self._names.append((one, len(kept), names))
+            self.add(kept, names)
+            for held in (one._modules, one._parameters, *(kept[name] for name in _HOOKS)):
+                self._sizes.append((held, len(held)))
+                self.add(held, held, in_place=False)
+            for owner in (*_own_classes(type(one)), *filter(_is_plain_object, kept.values())):
+                self.add(vars(owner), _plain_names(vars(owner)))
+
+    def add(self, held: Mapping[str, Any], names: Any, in_place: bool = True) -> None:
+        """Watch entries of a mapping; where ``in_place``, tensors for writes too."""
+        self._values += [(held, name, held[name], _version(held[name]) if in_place else 0) for name in names]
+
+    def sees_a_change(self) -> bool:
+        for held, name, value, version in self._values:
+            now = held.get(name)
+            if (now is not value and differs(now, value)) or (version and now._version + 1 != version):
+                return True
+        if any(len(held) != size for held, size in self._sizes):
+            return True
+        return any(len(vars(one)) != size and _watched_names(one) != names for one, size, names in self._names)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LIBRARIES = {"builtins", "collections", "gumbo", "numpy", "pyro", "torch"}
+_PLAIN = (int, float, complex, str, tuple, type(None), Tensor)
+
+
+def _watched_names(module: nn.Module) -> set[str]:
+    functions = {name for name, value in vars(module).items() if isinstance(value, (FunctionType, MethodType))}
+    return plain_attributes(module) | functions
+
+
+def _own_classes(kind: type) -> list[type]:
+    """The classes of a module that no library defines."""
+    return [one for one in kind.__mro__ if one.__module__.partition(".")[0] not in _LIBRARIES]
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether a value is an instance of a class that no library defines, and no module."""
+    if isinstance(value, (nn.Module, Tensor, type, FunctionType, MethodType)) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__module__.partition(".")[0] not in _LIBRARIES
+
+
+def _plain_names(held: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in held.items() if isinstance(value, _PLAIN) and not name.startswith("__")]
+
+
+def _version(value: Any) -> int:
+    """How often a tensor was written in place, plus one; 0 for other values."""
+    return value._version + 1 if isinstance(value, Tensor) else 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PROGRAM_ERRORS, BadInput, first_line
-from ..engine.constants import called_with, differs, plain_attributes, unmoved
+from ..engine.constants import Watch, called_with, unmoved
 from ..engine.interventions import Unvalidated
 from ..engine.noise import Noise, Tape
 from ..engine.rows import Rows
@@ -72,7 +72,7 @@ class Graphs:
     """The runs of a `Sweep` as graphs, one for each number of rows and draws.
 
     Parameters and buffers are inputs. A graph is compared with an eager run on the same noise before its first use, and
-    made again after a change of a plain attribute of the programs.
+    made again after a change of what the programs hold as constants.
 
     Attributes:
         made: how many graphs were captured.
@@ -87,14 +87,13 @@ class Graphs:
         self.name, self.compiler, self.checks = name, compiler, Checks()
         self.networks = _Networks(modules_of(sweep.model, sweep.guide))
         self.made = 0
-        self._constants: list[Any] = []
+        self._watched: Watch | None = None
         self._graphs: dict[tuple[int, int], tuple[Noise, Callable[..., list[Tensor]]]] = {}
 
     def prepare(self, sweep: Sweep, batch: Rows, count: int) -> None:
         """Capture the runs of ``count`` draws for batches like this one, if that was not done."""
-        now = [one for module in self.networks.modules() for one in _constants(module)]
-        if len(now) != len(self._constants) or any(map(differs, now, self._constants)):
-            self._graphs, self._constants = {}, now
+        if self._watched is None or self._watched.sees_a_change():
+            self._graphs, self._watched = {}, Watch(self.networks)
         if (count, len(batch)) not in self._graphs:
             self._graphs[count, len(batch)] = self._capture(sweep, batch, count)
 
@@ -178,12 +177,6 @@ class _Networks(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         return list(self.named().values())
-
-
-def _constants(module: nn.Module) -> list[Any]:
-    """The plain attributes of a module, and how often each was written in place."""
-    values = [(name, vars(module)[name]) for name in sorted(plain_attributes(module))]
-    return [(name, value._version, id(value)) if isinstance(value, Tensor) else (name, value) for name, value in values]
 
 
 def _unfit(sweep: Sweep, name: str | None) -> str:

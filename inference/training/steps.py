@@ -141,6 +141,19 @@ class Step(ABC):
     @abstractmethod
     def load(self, state: Mapping[str, Any]) -> None: ...
 
+    def check_parameters(self) -> None:
+        """Raise BadInput if the programs have other parameters than those that the optimizer was made for."""
+        for name, parameter in self.current_parameters().items():
+            if self.parameters.get(name) is not parameter:
+                raise BadInput(
+                    f"parameter {name!r} is new since training began, and the optimizer does not train it: replace"
+                    " layers before fit, or write new values into the parameters that there are"
+                )
+
+    @abstractmethod
+    def current_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that the programs have now, by name."""
+
     def reported(self) -> dict[str, float]:
         """Further values that the objective reported for the last batch, in nats, summed like the loss."""
         return {}
@@ -191,10 +204,13 @@ class TorchStep(Step):
             else:
                 self.module(*batch.args, **batch.kwargs)
         self.module.train()
-        self.parameters = dict(self.module.named_parameters())
+        self.parameters = self.current_parameters()
         self._unsaved = _UnsavedBuffers(model, guide)
         _refuse_store_parameters(self.parameters.values())
         self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
+
+    def current_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.module.named_parameters())
 
     def __call__(self, batch: Rows) -> float:
         self.optimizer.zero_grad(set_to_none=True)
@@ -257,10 +273,13 @@ class StoreStep(Step):
             poutine.replay(model, trace=guide_trace)(*batch.args, **batch.kwargs)
         model.train()
         guide.train()
-        self.parameters = owned_parameters(model, guide)
+        self.parameters = self.current_parameters()
         self._unsaved = _UnsavedBuffers(model, guide)
         _refuse_store_parameters(self.parameters.values())
         self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
+
+    def current_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return owned_parameters(self.model, self.guide)
 
     def __call__(self, batch: Rows) -> float:
         self.optimizer.zero_grad(set_to_none=True)

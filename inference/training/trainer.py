@@ -304,6 +304,7 @@ class Run:
             shown.epoch(epoch, numbers)
             if options.on_epoch is not None and self.speaks:
                 options.on_epoch(numbers)
+                self.step.check_parameters()
 
     def _steps(self, interrupts: Interrupts, shown: Progress) -> None:
         """Make the remaining steps of the epoch."""

@@ -708,6 +708,73 @@ def test_a_changed_attribute_is_captured_anew():
         step(Rows(data(), "x"))
 
 
+class Settings:
+    def __init__(self):
+        self.factor = 1.0
+
+
+class Decoded(PyroModule):
+    """A model with every place from which a number may come."""
+
+    common = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.activation = nn.Linear(2, math.prod(SHAPE)), nn.Identity()
+        self.settings = Settings()
+
+    def more(self, h):
+        return h
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            h = self.more(self.activation(self.decoder(z))) * self.common * self.settings.factor
+            pyro.sample("x", dist.Bernoulli(logits=h.reshape(x.shape)).to_event(len(SHAPE)), obs=x)
+
+
+def hooked(model):
+    model.decoder.register_forward_hook(lambda module, given, result: 2 * result)
+
+
+CHANGES = {
+    "attribute over that of the class": lambda model: setattr(model, "common", 2.0),
+    "attribute of an object": lambda model: setattr(model.settings, "factor", 2.0),
+    "layer": lambda model: setattr(model, "activation", nn.Tanh()),
+    "method": lambda model: setattr(model, "more", lambda h: 2 * h),
+    "hook": hooked,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_between_steps_is_in_the_next_one(change):
+    compiled, eager = steps_of(lambda: (Decoded(), NormalGuide(normal_pair()[0])), SiteELBO("pathwise"))
+    agree(compiled, eager, [data(dtype=F64)], 1e-10)
+    for step in (compiled, eager):
+        change(step.module.model)
+    agree(compiled, eager, [data(dtype=F64), 1 - data(dtype=F64)], 1e-10, first_step=200)
+    assert compiled.captures == 2
+
+
+def test_a_changed_attribute_of_the_class_is_in_the_next_step(monkeypatch):
+    compiled, eager = steps_of(lambda: (Decoded(), NormalGuide(normal_pair()[0])), SiteELBO("pathwise"))
+    agree(compiled, eager, [data(dtype=F64)], 1e-10)
+    monkeypatch.setattr(Decoded, "common", 2.0)
+    agree(compiled, eager, [data(dtype=F64)], 1e-10, first_step=200)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_parameter_that_the_optimizer_does_not_have_is_refused(compile, monkeypatch):
+    monkeypatch.setattr(compiled, "inductor", uncompiled)
+    model, guide = normal_pair()
+
+    def replace(numbers):
+        model.decoder[-1] = nn.Linear(5, math.prod(SHAPE))
+
+    with pytest.raises(BadInput, match="parameter 'model.decoder.2.weight' is new since training began"):
+        fit(model, guide, data(), epochs=2, batch_size=4, compile=compile, on_epoch=replace, progress=False)
+
+
 @pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
 def test_a_frozen_parameter_is_seen():
     model, guide = normal_pair()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ....errors import BadInput
 from ...elbo import SiteELBO
-from ...engine.constants import ADVICE, differs, plain_attributes
+from ...engine.constants import ADVICE, Watch
 from ...engine.noise import Noise, Tape
 from ...engine.rows import Rows
 from ...engine.scopes import private_seed
@@ -81,6 +81,7 @@ class CompiledStep(TorchStep):
                 "the programs' attributes change so often that compiling does not pay: keep what changes in a buffer,"
                 f" or {ADVICE}"
             )
+        self.check_parameters()
         with private_seed(None, self.module):
             self.module.initialize(*batch.args, **batch.kwargs)  # inspects the programs, which a graph cannot do
             self.program = Program(self.module, batch)
@@ -423,23 +424,19 @@ class CompiledStep(TorchStep):
         parameters = [before[names.index(name)] for name in self.program.used]
         return self.inside.gradients(parameters, before[len(names) :])
 
-    def _watch(self) -> list[tuple[Any, str, Any, int]]:
-        """The values that the graph treats as constants: their place, value, and number of in-place writes."""
-        modules = list(self.module.modules())
-        watched = [(vars(module), name) for module in modules for name in plain_attributes(module)]
+    def _watch(self) -> Watch:
+        """The values that the graph treats as constants."""
+        watch = Watch(self.module)
         if self.inside is not None:
-            watched += [
-                (group, name) for group in self.inside.optimizer.param_groups for name in group if name in BAKED
-            ]
+            for group in self.inside.optimizer.param_groups:
+                watch.add(group, [name for name in group if name in BAKED])
         self._learning = [parameter.requires_grad for parameter in self.parameters.values()]
-        return [(values, name, values[name], _version(values[name])) for values, name in watched]
+        return watch
 
     def is_outdated(self) -> bool:
         """Whether a value that the graph treats as a constant has changed."""
-        for values, name, value, version in self._watched:
-            now = values.get(name)
-            if (now is not value and differs(now, value)) or (version and now._version + 1 != version):
-                return True
+        if self._watched.sees_a_change():
+            return True
         return [parameter.requires_grad for parameter in self.parameters.values()] != self._learning
 
 
@@ -466,11 +463,6 @@ def _generator_states(noise: Noise) -> list[tuple[torch.Generator, Tensor]]:
     devices = {buffer.device for buffer in noise.buffers}
     found = [torch.cuda.default_generators[device.index] for device in devices if device.type == "cuda"]
     return [(generator, generator.get_state()) for generator in (torch.default_generator, *found)]
-
-
-def _version(value: Any) -> int:
-    """The number of in-place writes to a tensor plus one; 0 for anything else."""
-    return value._version + 1 if isinstance(value, Tensor) else 0
 
 
 BAKED = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
