@@ -55,6 +55,7 @@ class CompiledProcessStep(ProcessStep):
             processes.together(lambda: self._refuse_messages(rows))
             self.products = processes.from_main(lambda: library_for(self.module, products, rows))
             self.part = processes.together(lambda: _Part(self, rows, backend))
+        self.part.watch()  # without the hooks of this context
         self.shape = shape_of(batch)
         self.compiler, self.note = self.part.compiler, self.part.note
 
@@ -93,6 +94,7 @@ class CompiledProcessStep(ProcessStep):
             if self.part.is_outdated():
                 with self.split.running(share):
                     self.part.make_graph(rows)
+                self.part.watch()  # without the hooks of this context
             with self.split.streams.taken(OWN):
                 value = self.part.gradients(rows)
         except Exception as error:

@@ -101,7 +101,7 @@ class CompiledStep(TorchStep):
                 first = len(inputs) - 1 - len(self.noise.buffers) - len(flat(batch))
                 self.run = Replay(self.run, range(first, first + len(flat(batch))), self._mutable)
             self._compare(batch)
-        self._watched = self._watch()
+        self.watch()
         self.seconds += time.perf_counter() - start
         self.note = f"compiled in {self.seconds:.1f} s"
 
@@ -424,14 +424,13 @@ class CompiledStep(TorchStep):
         parameters = [before[names.index(name)] for name in self.program.used]
         return self.inside.gradients(parameters, before[len(names) :])
 
-    def _watch(self) -> Watch:
-        """The values that the graph treats as constants."""
+    def watch(self) -> None:
+        """Take the values that the graph treats as constants for what they are now."""
         watch = Watch(self.module)
         if self.inside is not None:
             for group in self.inside.optimizer.param_groups:
                 watch.add(group, [name for name in group if name in BAKED])
-        self._learning = [parameter.requires_grad for parameter in self.parameters.values()]
-        return watch
+        self._watched, self._learning = watch, [parameter.requires_grad for parameter in self.parameters.values()]
 
     def is_outdated(self) -> bool:
         """Whether a value that the graph treats as a constant has changed."""
