@@ -21,17 +21,17 @@ def fingerprint(rows: Rows) -> str:
         if rows.source.iterable:
             return named
         few = [value for batch in rows.samples() for _, value in batch.named()]
-        return f"{named} of {len(rows)} rows {_checksum(few):08x}"
-    return f"{described(rows)} {_checksum(value for _, value in rows.named()):08x}"
+        return f"{named} of {len(rows)} rows {checksum(few):08x}"
+    return f"{described(rows)} {checksum(value for _, value in rows.named()):08x}"
 
 
-def _checksum(values: Iterable[Any]) -> int:
-    checksum = 0
+def checksum(values: Iterable[Any]) -> int:
+    found = 0
     for value in values:
         for leaf in leaves_of(value):
             for content in _contents(leaf):
-                checksum = zlib.crc32(content, checksum)
-    return checksum
+                found = zlib.crc32(content, found)
+    return found
 
 
 def _contents(leaf: object) -> Iterator[bytes | memoryview]:

@@ -21,6 +21,7 @@ from ..engine.programs import in_support, observed_support
 from ..engine.rows import Rows
 from ..engine.scopes import kept_buffers, modules_of, owned_parameters, private_seed
 from ..estimators._distributions import describe, has_tensors
+from .fingerprints import checksum
 from .optimizers import Updates
 from .schedules import end_of
 
@@ -68,8 +69,8 @@ class _UnsavedBuffers:
     def __init__(self, model: Callable, guide: Callable):
         pairs = (("model", model), ("guide", guide))
         self.programs = {prefix: one for prefix, program in pairs for one in modules_of(program)[:1]}
-        # The tensors are held so that no other takes the place of one in memory.
-        self._first = {name: (value, value._version) for name, value in self._named()}
+        # Torch does not count every write: F.batch_norm's to its running statistics is none.
+        self._first = {name: checksum([value]) for name, value in self._named()}
 
     def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
         for prefix, program in self.programs.items():
@@ -81,12 +82,7 @@ class _UnsavedBuffers:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The changed buffers by name."""
-        found = {}
-        for name, value in self._named():
-            before, version = self._first.get(name, (None, 0))
-            if before is not value or version != value._version:
-                found[name] = value.detach()
-        return found
+        return {name: value.detach() for name, value in self._named() if self._first.get(name) != checksum([value])}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         now = dict(self._named())

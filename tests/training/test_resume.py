@@ -28,6 +28,7 @@ from gumbo.inference.stock import stock_elbos
 from gumbo.inference.training import checkpoints
 from gumbo.inference.training import trainer as runs
 from gumbo.inference.training.checkpoints import load_checkpoint
+from gumbo.inference.training.steps import _UnsavedBuffers
 
 LOSSES = {
     "pathwise": ("normal", lambda: "pathwise"),
@@ -152,6 +153,15 @@ class Reading(torch.nn.Module):
         loc, log_scale = self.encoder(x).chunk(2, -1)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def test_a_write_that_torch_does_not_count_is_kept_too():
+    model = torch.nn.Module()
+    for name, value in (("mean", torch.zeros(3)), ("var", torch.ones(3)), ("constant", torch.ones(3))):
+        model.register_buffer(name, value, persistent=False)
+    kept = _UnsavedBuffers(model, torch.nn.Module())
+    torch.nn.functional.batch_norm(torch.arange(12.0).reshape(4, 3), model.mean, model.var, training=True)
+    assert list(kept.state()) == ["model.mean", "model.var"]
 
 
 @pytest.mark.parametrize("grows", [False, True])
