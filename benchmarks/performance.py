@@ -215,11 +215,11 @@ without the profiler. A compiled step has its gradients and Adam's update in the
 TRIED = """\
 What was tried, and what it gave:
 
-- MKL, which `torch.mm` calls, takes longer than oneDNN for the same float32 products on this machine (tables above);
-  on others they are even. A compiled step therefore measures both on its own shapes and keeps the choice. Eager steps
-  run the layers as they are: oneDNN is reached by an operation that torch does not publish, and without it an eager
-  Gaussian step at batch 128 takes 23 % more here.
-- How oneDNN is called matters as much (CPU time, batch 32, versions in turns in one process on a busy machine): a
+- MKL, which `torch.mm` calls, takes up to 1.6 times as long as oneDNN for the same float32 products on some machines,
+  and as long on others; the tables above say which kind this one is. A compiled step therefore measures both on its own
+  shapes and keeps the choice. Eager steps run the layers as they are: oneDNN is reached by an operation that torch does
+  not publish. Without it an eager Gaussian step at batch 128 takes 23 % more where oneDNN is the faster one.
+- Where oneDNN is faster, how it is called matters as much (CPU time, batch 32, versions in turns in one process): a
   step's graph takes 2,731 μs with an operation of ours in Python around oneDNN's, 2,315 with oneDNN's called by the
   generated code, and 3,054 with MKL. A 32 × 784 by 784 × 400 product takes 437 μs by MKL, 329 by oneDNN, and 217 by
   oneDNN with the two matrices in turned roles, so that the smaller one is packed; the weight's gradient 357, 297, and
