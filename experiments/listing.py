@@ -260,7 +260,7 @@ def why_not(model: Any, guide: Any, word: str) -> str:
     import pyro
     import torch
 
-    from gumbo.errors import GumboError
+    from gumbo.errors import GumboError, raised_here
     from gumbo.inference import stock_elbos
 
     if model.summed and word in stock_elbos and word != "trace-enum":
@@ -272,6 +272,8 @@ def why_not(model: Any, guide: Any, word: str) -> str:
         try:
             loss_for(word).loss_and_grads(model, guide, **model.example(2))
         except (GumboError, NotImplementedError, ValueError) as error:
+            if not isinstance(error, GumboError) and raised_here(error):
+                raise
             # Pyro refuses by NotImplementedError and ValueError, with the trace's shapes appended.
             return " ".join(str(error).split("Trace Shapes")[0].split()) or f"Pyro refuses it ({type(error).__name__})"
         finally:

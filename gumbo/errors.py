@@ -108,6 +108,23 @@ def first_line(error: BaseException, kind: bool = False) -> str:
     return f"{name}: {said[0]}" if kind else said[0]
 
 
+def raised_here(error: BaseException) -> bool:
+    """Whether this package's own code raised an error, or one that led to it; not a library that it calls.
+
+    >>> raised_here(ValueError("never raised"))
+    False
+    """
+    package, link = __name__.partition(".")[0], error
+    while link is not None:
+        frame = link.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        if frame is not None and frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] == package:
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
 PROGRAM = "(program)"  # used as the site when the whole program is refused
 ANY = "any"  # used as the estimator when every one would be refused
 DEFAULT = "default"  # used as the estimator when none is chosen

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyro.infer import ELBO
 
-from ...errors import BadInput, GumboError, GumboWarning, Refusal, UnsupportedSite
+from ...errors import BadInput, GumboError, GumboWarning, Refusal, UnsupportedSite, raised_here
 from ...options import holds_to_annotations
 from ..elbo import SiteELBO
 from ..engine.arrangement import ONE_BY_ONE
@@ -292,7 +292,7 @@ def _attempt(row: Row, action: Callable[[], None]) -> None:
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
         # Pyro raises NotImplementedError for what it does not support.
-        is_refusal = isinstance(error, NotImplementedError) and first
+        is_refusal = isinstance(error, NotImplementedError) and first and not raised_here(error)
         row.refused, row.failed = Refusal(first if is_refusal else f"{type(error).__name__}: {first}"), not is_refusal
 
 

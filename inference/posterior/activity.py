@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro.poutine as poutine
 import torch
 from pyro.poutine.util import prune_subsample_sites
@@ -14,6 +16,7 @@ from ...errors import BadInput
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, evaluating, private_seed, private_store
 from ..engine.stored_rows import rows_in
+from .vmapped import unmasked
 
 # Burda, Grosse & Salakhutdinov 2015, arXiv:1509.00519.
 ACTIVE = 0.01
@@ -72,9 +75,11 @@ def active_units(
                 pieces.setdefault(name, []).append(torch.stack([draw[name] for draw in draws]))
     found = {}
     for name, parts in pieces.items():
-        means = torch.cat(parts, 1).double()  # (draws, N, *event)
-        within = means.var(0).mean(0) if num_samples > 1 else torch.zeros(())
-        found[name] = active(means.mean(0).var(0), within, num_samples, threshold)
+        means = torch.cat(parts, 1).double()  # (draws, N, *event), NaN where the guide masks
+        within = means.var(0).nanmean(0) if num_samples > 1 else torch.zeros(())
+        mean = means.mean(0).unsqueeze(0).cpu().numpy()
+        between, _ = spread(mean, mean**2, np.isnan(mean))
+        found[name] = active(torch.as_tensor(between[0]), within.cpu(), num_samples, threshold)
     return found
 
 
@@ -84,6 +89,20 @@ def active(between: Any, within: Any, num_draws: int, threshold: float = ACTIVE)
     ``within`` is the variance of one draw's mean, averaged over rows; the mean of ``num_draws`` adds a fraction of it.
     """
     return between - within / num_draws > threshold
+
+
+def spread(means: np.ndarray, squares: np.ndarray, hidden: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The variance over rows of means ``(chain, row, *event)``, and the average variance within a row.
+
+    ``hidden`` marks what is left out; a dimension with fewer than two numbers has NaN.
+    """
+    if hidden is None or not hidden.any():
+        within = (squares.mean(1) - np.einsum("cr...,cr...->c...", means, means) / means.shape[1]).clip(0)
+        return means.var(1, ddof=1), within
+    means, squares = (np.where(hidden, np.nan, one) for one in (means, squares))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, where nothing is left
+        return np.nanvar(means, 1, ddof=1), np.nanmean(squares - means**2, 1).clip(0)
 
 
 def _means(guide: Callable, batch: Rows) -> dict[str, Tensor]:
@@ -97,9 +116,11 @@ def _means(guide: Callable, batch: Rows) -> dict[str, Tensor]:
         if tuple(fn.batch_shape) != (len(batch),):
             continue
         try:
-            means[name] = fn.mean.expand(fn.batch_shape + fn.event_shape)
+            mean = fn.mean.expand(fn.batch_shape + fn.event_shape)
         except (NotImplementedError, AttributeError):  # no mean in closed form: use a draw
-            means[name] = site["value"]
+            mean = site["value"]
+        shown = unmasked(site)
+        means[name] = mean if shown is None else torch.where(shown, mean.double(), torch.nan)
     return means
 
 

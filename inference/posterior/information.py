@@ -33,7 +33,7 @@ class Information:
     ``kl`` has an entry for each dimension where guide and prior have independent coordinates, or are Normal, so that
     each coordinate's marginal is known; for dependent coordinates the sum of the marginal KLs is below the KL of the
     site. Otherwise the site has a single number. Latents that the guide computes from one joint draw have one number
-    together, under their names joined by ``+``, over all data. A point has none.
+    together, under their names joined by ``+``, over all data. A point has none. Masked elements count as 0.
 
     ``active_units``: by local site, whether each dimension's posterior mean varies over the data (Burda et al. 2015,
     arXiv:1509.00519). ``mutual_information``: of data and local latents under the guide, in nats; None where the guide

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -88,9 +89,7 @@ class Pass:
         laid = laid[(slice(None), *self.block.fresh(layout.names))]
         if self.model is not None and name in self.sweep.superfluous:
             of_model = self.sweep.superfluous[name]
-            shown = self.model.shown(of_model)
-            event_dim = len(self.model.layouts[of_model].event)
-            laid = laid * (shown.flatten(-event_dim).any(-1) if event_dim else shown)
+            laid = laid * _of_any(self.model.shown(of_model), len(self.model.layouts[of_model].event))
         if keep is None:
             return laid
         others = [1 + place for place, plate in enumerate(layout.names) if plate not in keep]
@@ -115,8 +114,23 @@ class Pass:
         return total
 
     def coordinates(self, name: str) -> Coordinates | None:
-        """Log-probabilities of a site's coordinates; None if they are dependent."""
-        return self.seen[name].coordinates(self.layouts[name].event)
+        """Log-probabilities of a site's coordinates, 0 where they are masked; None if they are dependent."""
+        found, masks = self.seen[name].coordinates(self.layouts[name].event), [self.seen[name].shown]
+        if found is None:
+            return None
+        if self.model is not None and name in self.sweep.superfluous:
+            masks.append(self.model.seen[self.sweep.superfluous[name]].shown)
+        number = found.log_prob
+        for mask in masks:
+            if mask is not None:
+                shown = _of_any(mask, len(self.layouts[name].event) - found.depth)
+                number = torch.where(shown, number, torch.zeros_like(number))
+        return replace(found, log_prob=number)
+
+
+def _of_any(shown: torch.Tensor, event_dim: int) -> torch.Tensor:
+    """Whether any number is unmasked along the last dimensions."""
+    return shown.flatten(-event_dim).any(-1) if event_dim else shown
 
 
 class _SameForAllDraws(Messenger):

@@ -230,7 +230,7 @@ class Survey:
         value, shown = site["value"], unmasked(site)
         try:
             log_prob = Seen(site).log_prob
-            wrong = bool(log_prob.isnan().any())
+            wrong = not log_prob.isfinite().all()
             if value.is_floating_point():
                 finite = value.isfinite() if shown is None else value.isfinite() | ~shown
                 wrong = wrong or not finite.all()

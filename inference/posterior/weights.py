@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .activity import active
+from .activity import active, spread
 from .collection import Collection
 from .importance import _STATES, by_piece, importance_ess, khat, log_evidence, number_of_states, rounding_of
 
@@ -44,9 +44,10 @@ def weight_statistics(
         layout = sweep.model_sites[name]
         rows, squares = means.reshape(2, means.shape[1], -1, *layout.event)
         if rows.shape[1] > 1:
-            within = (squares.mean(1) - np.einsum("cr...,cr...->c...", rows, rows) / rows.shape[1]).clip(0)
+            hidden = None if name not in collection.shown else ~collection.shown[name].reshape(1, -1, *layout.event)
+            between, within = spread(rows, squares, hidden)
             names = event_names(name, len(layout.event))
-            found[f"active_{name}"] = (names, active(rows.var(1, ddof=1), within, collection.num_samples))
+            found[f"active_{name}"] = (names, active(between, within, collection.num_samples))
     return found
 
 

@@ -558,6 +558,18 @@ def test_refusals_are_rows():
     assert recommend(run("plate", "pathwise", "trace-meanfield"))[0] is None
 
 
+@pytest.mark.parametrize(
+    ("module", "said"), [("gumbo.x", "failed: NotImplementedError: not yet"), ("x", "refused: not yet")]
+)
+def test_a_fault_of_our_own_is_no_refusal(module, said):
+    class Broken(ScoreFunction):
+        pass
+
+    exec("def surrogate(self, view):\n    raise NotImplementedError('not yet')", names := {"__name__": module})
+    Broken.surrogate = names["surrogate"]
+    assert verdicts(run("one coin", {"broken": Broken(), "score": "score"}, num_samples=50))["broken"] == said
+
+
 def test_gradients_that_are_not_finite_are_told():
     class Broken(ScoreFunction):
         def surrogate(self, view):

@@ -136,3 +136,19 @@ def test_of_pyros_own_losses_only_enumeration_serves():
     model = HiddenMarkovModel((2, 3), num_states=2)
     assert why_not(model, NoGuide(model), "trace-enum") == ""
     assert "only trace-enum" in why_not(model, NoGuide(model), "trace-graph")
+
+
+def test_a_fault_of_our_own_is_not_shown_as_a_refusal(monkeypatch):
+    """Neither raised by our code, nor passed on by Pyro."""
+    model = HiddenMarkovModel((2, 3), num_states=2)
+    ours = {"__name__": "gumbo.somewhere"}
+    exec("def fails(*args, **kwargs):\n    raise ValueError('a slip')", ours)
+    monkeypatch.setattr(HiddenMarkovModel, "forward", ours["fails"])
+    with pytest.raises(ValueError, match="a slip"):
+        why_not(model, NoGuide(model), "trace-enum")
+
+    def theirs(*args, **kwargs):
+        raise NotImplementedError("no such thing")
+
+    monkeypatch.setattr(HiddenMarkovModel, "forward", theirs)
+    assert why_not(model, NoGuide(model), "trace-enum") == "no such thing"

@@ -159,3 +159,32 @@ def test_a_structured_guide_has_the_kl_of_what_it_draws_together():
     judged = evaluate(model, guide, X[:5], num_samples=500)
     assert list(judged.kl) == ["z"] and "joint draw" in judged.information.notes["z"]
     assert float(judged.kl["z"]) / 5 == pytest.approx(judged.rate, abs=0.1)
+
+
+@pytest.mark.parametrize("hides", ["both", "model"])
+@pytest.mark.parametrize("event", [0, 1])
+def test_masked_latents_have_no_divergence_and_no_activity(hides, event):
+    """Every other row is masked; there the guide is far from the prior."""
+    seen = torch.arange(80) % 2 == 0
+    shape = (2,) * event
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.mask(mask=seen):
+                z = pyro.sample("z", dist.Normal(torch.zeros(shape).double(), 1.0).to_event(event))
+            loc = torch.where(seen, z.sum(-1) if event else z, 0.0)
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def guide(x):
+        loc = torch.where(seen, 0.3, 5.0 * x)
+        loc = loc.unsqueeze(-1).expand(80, 2) if event else loc
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=seen if hides == "both" else True):
+            pyro.sample("z", dist.Normal(loc, 0.7).to_event(event))
+
+    found = evaluate(model, guide, X, num_samples=500)
+    q = dist.Normal(torch.full((), 0.3).double(), 0.7)
+    exact = torch.distributions.kl_divergence(q, dist.Normal(torch.zeros(()).double(), 1.0)) / 2
+    assert torch.allclose(found.information.kl["z"], exact.expand(shape), atol=0.01)
+    assert float(found.information.kl["z"].sum()) == pytest.approx(found.rate, abs=0.02)
+    assert not found.information.active_units["z"].any()
+    assert hides == "model" or not active_units(guide, X)["z"].any()

@@ -79,6 +79,24 @@ def test_numbers_that_are_none_are_refused_alike(name, guide, number):
     assert "data: argument 0 holds NaN or infinity in 1 of 3 rows" in refusal(SCORING[name], model, guide, bad)
 
 
+@pytest.mark.parametrize("name", ["to_arviz", "diagnose"])
+def test_infinite_covariates_that_leave_no_likelihood_are_refused(name):
+    """`evaluate`, which cuts the data, refuses any infinity."""
+
+    def line(t, x):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(slope * t, 1.0), obs=x)
+
+    def slope(t, x):
+        pyro.sample("slope", dist.Normal(2.0, 0.1))
+
+    options = {} if name == "to_arviz" else {"num_simulations": 20, "refine_steps": 0}
+    function = {"to_arviz": to_arviz, "diagnose": diagnose}[name]
+    with pytest.raises(BadInput, match="argument 0 holds NaN or infinity in 1 of 3 rows"):
+        function(line, slope, torch.tensor([1.0, math.inf, 2.0]), X, num_samples=300, **options)
+
+
 def test_nan_is_refused_alike_in_predictions_and_keywords():
     bad = X.clone()
     bad[1] = math.nan
