@@ -19,7 +19,7 @@ each process. Running statistics are means over all rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -76,14 +76,17 @@ class ProcessStep(TorchStep):
         self.optimizer.zero_grad(set_to_none=True)
         number = self.gradients(batch)
         if math.isfinite(number):
-            self.optimizer.step()
+            self._update()
         self.calls += 1
         if self.calls & (self.calls - 1) == 0:
             self.check_same_state()
         return number
 
+    def _update(self) -> None:
+        self.optimizer.step()
+
     def gradients(self, batch: Rows) -> float:
-        """The loss on the whole batch, and its gradient in ``.grad``, the same in every process."""
+        """The loss on the whole batch; its gradient, the same in every process, is where the optimizer reads it."""
         share = self.split.take(len(batch))
         part, spoken = batch[share.rows], self.processes.num_collectives
         value, problem = None, None
@@ -132,13 +135,17 @@ class ProcessStep(TorchStep):
                 "its distribution depends on the process's rows; use one process",
             )
         if math.isfinite(number):
-            has_gradient = {id(parameter) for parameter, count in zip(parameters, moved, strict=True) if count}
-            for flat, members in zip(gradients, kinds.values(), strict=True):
-                pieces = flat.split([member.numel() for member in members])
-                for member, piece in zip(members, pieces, strict=True):
-                    member.grad = piece.view(member.shape) if id(member) in has_gradient else None
+            self._take(gradients, [p for p, count in zip(parameters, moved, strict=True) if count], kinds.values())
         processes.told = int(max(signals))
         return number
+
+    def _take(self, gradients: list[Tensor], moved: list[Tensor], kinds: Collection[list[Tensor]]) -> None:
+        """Put the sums of each kind where the optimizer reads them: of the parameters that have moved."""
+        has_gradient = set(map(id, moved))
+        for flat, members in zip(gradients, kinds, strict=True):
+            pieces = flat.split([member.numel() for member in members])
+            for member, piece in zip(members, pieces, strict=True):
+                member.grad = piece.view(member.shape) if id(member) in has_gradient else None
 
     def _together(self, said: list[float], kinds: list[list[Tensor]], counts: bool) -> tuple[Tensor, list[Tensor]]:
         """Sum numbers, and the gradients of each kind, over all processes, in one message where that can be.
@@ -147,10 +154,7 @@ class ProcessStep(TorchStep):
             The sums of the numbers, and for each kind the summed gradients in one tensor.
         """
         processes, one = self.processes, len(kinds) == 1 and kinds[0][0].dtype in (torch.float32, torch.float64)
-        own = [
-            [member.grad if counts and member.grad is not None else torch.zeros_like(member) for member in members]
-            for members in kinds
-        ]
+        own = gradients_of(kinds, counts)
         if self.memory is not None:
             return self.memory.add_up(said, own)
         like = kinds[0][0] if kinds else torch.empty((), device=processes.device)
@@ -195,6 +199,14 @@ class ProcessStep(TorchStep):
                         f"{name!r} sums to {value:.9g} in process 0 and to {other:.9g} in process {index}: it is moved "
                         "by each process's own rows; use one process"
                     )
+
+
+def gradients_of(kinds: list[list[Tensor]], counts: bool) -> list[list[Tensor]]:
+    """This process's gradients, with zeros for what has none, or where it does not count."""
+    return [
+        [member.grad if counts and member.grad is not None else torch.zeros_like(member) for member in members]
+        for members in kinds
+    ]
 
 
 def _as_ours(error: Exception) -> GumboError:

@@ -30,7 +30,7 @@ _ALIGNED = 64  # bytes
 class SharedMemory:
     """Slots for numbers and tensors of each process; make it with :meth:`among`.
 
-    All processes must call :meth:`add_up` together.
+    All processes must call :meth:`add_up`, or :meth:`written`, together.
     """
 
     def __init__(self, processes: Processes, numbers: int, tensors: Sequence[Tensor]):
@@ -102,24 +102,28 @@ class SharedMemory:
 
     def add_up(self, numbers: Sequence[float], kinds: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[Tensor]]:
         """The sums over the processes of numbers, and of tensors: one flat tensor for each dtype of ``kinds``."""
+        header, written = self.written(numbers, kinds)
+        return header, [_total(slots) for slots in written]
+
+    def written(self, numbers: Sequence[float], kinds: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[list[Tensor]]]:
+        """The sums of numbers, and what each process has written: a flat tensor of each, for each dtype of ``kinds``.
+
+        These are valid until the next message.
+        """
         flat = {tensors[0].dtype: [tensor.detach().reshape(-1) for tensor in tensors] for tensors in kinds}
         said = torch.tensor(numbers, dtype=torch.float64)
-        written = {torch.float64: [said, *flat.pop(torch.float64, [])], **flat}
-        counts = {dtype: sum(map(len, tensors)) for dtype, tensors in written.items()}
+        given = {torch.float64: [said, *flat.pop(torch.float64, [])], **flat}
+        counts = {dtype: sum(map(len, tensors)) for dtype, tensors in given.items()}
         slots = self.slots[self.turn]
-        for dtype, tensors in written.items():
+        for dtype, tensors in given.items():
             torch.cat(tensors, out=slots[self.processes.rank][dtype][: counts[dtype]])
         with self.processes.speaking():
             self._exchange()
-        sums = {}
-        for dtype, count in counts.items():
-            first, second, *more = (slot[dtype][:count] for slot in slots)
-            sums[dtype] = first + second
-            for other in more:
-                sums[dtype] += other
         self.turn = (self.turn + 1) % TURNS
-        header, sums[torch.float64] = sums[torch.float64].split([len(said), counts[torch.float64] - len(said)])
-        return header, [sums[tensors[0].dtype] for tensors in kinds]
+        found = {dtype: [slot[dtype][:count] for slot in slots] for dtype, count in counts.items()}
+        header = _total([slot[: len(said)] for slot in found[torch.float64]])
+        found[torch.float64] = [slot[len(said) :] for slot in found[torch.float64]]
+        return header, [found[tensors[0].dtype] for tensors in kinds]
 
     def _exchange(self) -> None:
         """Tell the others that the slot is written, and wait until theirs are."""
@@ -131,6 +135,14 @@ class SharedMemory:
                     raise RuntimeError("connection closed by peer")
         except OSError as error:
             raise RuntimeError(str(error)) from error
+
+
+def _total(slots: Sequence[Tensor]) -> Tensor:
+    first, second, *more = slots
+    total = first + second
+    for other in more:
+        total += other
+    return total
 
 
 def _reserved(length: int) -> str | None:

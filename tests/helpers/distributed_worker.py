@@ -328,6 +328,16 @@ def gradients_of(step) -> dict:
     return {name: p.grad.clone() for name, p in step.parameters.items() if p.grad is not None}
 
 
+def state_of(step) -> dict:
+    """Parameters and moments, which the gradients of all steps have moved."""
+    moments = {
+        f"{name} {kind}": value.clone()
+        for name, parameter in step.parameters.items()
+        for kind, value in step.optimizer.optimizer.state[parameter].items()
+    }
+    return {name: parameter.detach().clone() for name, parameter in step.parameters.items()} | moments
+
+
 def buffers_of(step) -> dict:
     return {name: value.clone().double() for name, value in step.module.named_buffers()}
 
@@ -569,10 +579,18 @@ def compiled(processes: Processes, folder: Path) -> dict:
                 gap = abs(loss - several(Rows(data(count))))
             wanted = gradients_of(alone)
             size = max(float(value.abs().max()) for value in wanted.values())
-            apart = difference(gradients_of(several), wanted)
+            apart = difference(state_of(several), state_of(alone))
             found[name].append(
-                {"graph": drawn.called, "captures": several.part.captures, "loss": gap, "gradient": apart, "size": size}
+                {
+                    "graph": drawn.called and several.update is not None,
+                    "captures": several.part.captures,
+                    "loss": gap,
+                    "state": apart,
+                    "size": size,
+                }
             )
+            for step in (alone, several):
+                step.optimizer.optimizer.param_groups[0]["weight_decay"] = 0.1 * len(found[name])
     found["resumed"] = resumed(processes, folder / "compiled", loss="rloo", compile=True, batch_size=8)
 
     def fitted(classes, loss, x):

@@ -152,13 +152,16 @@ def test_a_run_that_went_on_is_the_whole_run(found):
 
 @several_processes
 @pytest.mark.parametrize("scaled", ["scaled", "unscaled"])
-def test_compiled_steps_have_the_losses_and_gradients_of_one_process(found, scaled):
-    """Enumeration leaves nothing to chance; batches of another size run uncompiled, a new attribute is captured."""
+def test_compiled_steps_have_the_losses_and_updates_of_one_process(found, scaled):
+    """Enumeration leaves nothing to chance; batches of another size run uncompiled, a new attribute is captured.
+
+    So is a changed option of the optimizer, between any two steps.
+    """
     steps = found["compiled"][scaled]
     assert [step["captures"] for step in steps] == [1, 1, 1, 1, 2]
     assert [step["graph"] for step in steps[:4]] == [True, True, False, True]
     for step in steps:
-        assert step["size"] > 0.1 and step["loss"] < 1e-10 and step["gradient"] < 1e-10
+        assert step["size"] > 0.1 and step["loss"] < 1e-10 and step["state"] < 1e-10
 
 
 @several_processes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from pyro.infer import ELBO
@@ -12,19 +14,20 @@ from ....errors import UnsupportedSite
 from ...engine.constants import ADVICE
 from ...engine.rows import Rows
 from ...engine.scopes import private_seed
-from ..data_parallel import ProcessStep
+from ..data_parallel import ProcessStep, gradients_of
 from ..distributed import Processes
 from ..split_rows import OWN
 from .capture import Program
 from .products import FASTEST
-from .step import Adam, CompiledStep, library_for, refuse_other_losses, shape_of
+from .step import BAKED, Adam, CompiledStep, end_of_step, library_for, parts, refuse_other_losses, shape_of
 
 
 class CompiledProcessStep(ProcessStep):
     """:class:`~gumbo.inference.training.data_parallel.ProcessStep` with a graph for the rows of a full batch.
 
-    The graph holds the loss of a process's rows and its gradient; the message to the others and the optimizer follow
-    it. A batch of another size runs uncompiled in all processes, and so does a step at which an estimator reads values.
+    The graph holds the loss of a process's rows and its gradient. The message to the others follows it, and then the
+    optimizer: Adam as a second graph, which reads what all processes have written, or torch's own. A batch of another
+    size runs uncompiled in all processes, and so does a step at which an estimator reads values.
 
     Args:
         model, guide, loss, make_optimizer, batch, processes, seed: as for ``ProcessStep``.
@@ -58,6 +61,18 @@ class CompiledProcessStep(ProcessStep):
         self.part.watch()  # without the hooks of this context
         self.shape = shape_of(batch)
         self.compiler, self.note = self.part.compiler, self.part.note
+        self.update: _Update | None = None
+        self._together_inside = False
+        processes.together(self._make_update)
+
+    def _make_update(self) -> None:
+        """A graph of the optimizer's step, where its gradients are in memory that the processes share."""
+        learned = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+        used = [self.parameters[name] for name in self.part.program.used]
+        inside = None
+        if self.memory is not None and len({(one.dtype, one.device) for one in learned}) == 1:
+            inside = Adam.serving(self.optimizer, used)
+        self.update = None if inside is None else _Update(self.part, inside, learned, self.processes.world_size)
 
     @property
     def seconds(self) -> float:
@@ -84,7 +99,29 @@ class CompiledProcessStep(ProcessStep):
                 f"holds: {ADVICE}, or use one process"
             )
 
+    def _update(self) -> None:
+        if self._together_inside:
+            self.update(self._written)
+            end_of_step(self.optimizer)
+        else:
+            if self.update is not None:
+                self.update.inside.forget()
+            super()._update()
+
+    def _together(self, said: list[float], kinds: list[list[Tensor]], counts: bool) -> tuple[Tensor, list[Any]]:
+        if not self._together_inside:
+            return super()._together(said, kinds, counts)
+        return self.memory.written(said, gradients_of(kinds, counts))
+
+    def _take(self, gradients: list[Any], moved: list[Tensor], kinds: Collection[list[Tensor]]) -> None:
+        if not self._together_inside:
+            return super()._take(gradients, moved, kinds)
+        (self._written,) = gradients
+        for parameter in moved:
+            parameter.grad = None  # of this process's rows only
+
     def gradients(self, batch: Rows) -> float:
+        self._together_inside = False
         if shape_of(batch) != self.shape or self.part.must_run_uncompiled():
             return super().gradients(batch)
         share = self.split.take(len(batch))
@@ -95,11 +132,63 @@ class CompiledProcessStep(ProcessStep):
                 with self.split.running(share):
                     self.part.make_graph(rows)
                 self.part.watch()  # without the hooks of this context
+                self.update = None
+            if self.update is None or self.update.is_outdated():
+                self._make_update()
             with self.split.streams.taken(OWN):
                 value = self.part.gradients(rows)
         except Exception as error:
             problem = error
+        self._together_inside = self.update is not None
         return self._added_up(value, share, problem)
+
+
+class _Update:
+    """Adam's step from the gradients that the processes have written, as one graph: their sum is not stored.
+
+    Args:
+        part: compiles, and says which parameters learn.
+        inside: Adam of these parameters.
+        learned: all parameters of which each process has written a gradient, one after the other.
+        count: how many processes.
+    """
+
+    def __init__(self, part: _Part, inside: Adam, learned: Sequence[Tensor], count: int):
+        self.part, self.inside, self.baked = part, inside, _baked(inside)
+        ends = dict(zip(map(id, learned), itertools.accumulate(one.numel() for one in learned), strict=True))
+        places = [slice(ends[id(one)] - one.numel(), ends[id(one)]) for one in inside.parameters]
+        counts = [len(inside.parameters), 3 * len(inside.parameters), count, 1]
+
+        def update(*inputs: Tensor) -> list[Tensor]:
+            parameters, state, written, (numbers,) = parts(inputs, counts)
+            gradients = []
+            for parameter, place in zip(parameters, places, strict=True):
+                total = written[0][place] + written[1][place]
+                for other in written[2:]:
+                    total = total + other[place]
+                gradients.append(total.view(parameter.shape))
+            inside.update(parameters, gradients, state, numbers, None)
+            return [numbers[:1].clone()]
+
+        like = learned[0].detach().new_zeros(sum(one.numel() for one in learned))
+        self.run = part.compiler(update, [tensor.detach().clone() for tensor in self._inputs([like] * count)])
+
+    def _inputs(self, written: Sequence[Tensor]) -> list[Tensor]:
+        numbers = self.part.program.tensor(self.inside.numbers())
+        return [*self.inside.parameters, *self.inside.state(), *written, numbers]
+
+    def __call__(self, written: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            self.run(*self._inputs(written))
+        self.inside.count()
+
+    def is_outdated(self) -> bool:
+        """Whether an option of the optimizer that the graph holds has changed."""
+        return self.baked != _baked(self.inside)
+
+
+def _baked(inside: Adam) -> list[Any]:
+    return [group.get(name) for group in inside.optimizer.param_groups for name in BAKED]
 
 
 class _Part(CompiledStep):

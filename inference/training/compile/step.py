@@ -278,8 +278,7 @@ class CompiledStep(TorchStep):
         """The part of the optimizer's step that is not in the graph."""
         if self.inside is not None:
             self.inside.count()
-            if getattr(self.optimizer, "every_step", False):
-                self.optimizer.scheduler.step()
+            end_of_step(self.optimizer)
             return
         self.optimizer.zero_grad(set_to_none=True)
         self._put(gradients)
@@ -347,7 +346,7 @@ class CompiledStep(TorchStep):
         counts += [program.num_tensors, len(self.noise.buffers), 1]
 
         def step(*inputs: Tensor) -> list[Tensor]:
-            parameters, state, buffer, batch, noise, (numbers,) = _parts(inputs, counts)
+            parameters, state, buffer, batch, noise, (numbers,) = parts(inputs, counts)
             scheduled = list(numbers[: len(program.schedules)].unbind()) if program.schedules else []
             tape = Tape(self.noise, self.noise.pieces(noise))
             outcome, gradients = program.call_and_differentiate(
@@ -464,6 +463,12 @@ def _generator_states(noise: Noise) -> list[tuple[torch.Generator, Tensor]]:
     return [(generator, generator.get_state()) for generator in (torch.default_generator, *found)]
 
 
+def end_of_step(optimizer: Any) -> None:
+    """What follows a step of the optimizer that a graph has made: a scheduler of steps."""
+    if getattr(optimizer, "every_step", False):
+        optimizer.scheduler.step()
+
+
 BAKED = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
 
 
@@ -537,10 +542,10 @@ class Adam:
         gradients: Sequence[Tensor],
         state: Sequence[Tensor],
         numbers: Tensor,
-        good: Tensor,
+        good: Tensor | None,
     ) -> None:
-        """One step in place, unless the loss is not finite."""
-        steps, means, squares = _parts(state, [len(parameters)] * 3)
+        """One step in place, unless the loss is not finite; None where it is known to be."""
+        steps, means, squares = parts(state, [len(parameters)] * 3)
         for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
             group, (length, scale, rate) = (
                 self.optimizer.param_groups[self.group_of[i]],
@@ -557,7 +562,7 @@ class Adam:
             square = beta2 * squares[i] + (1 - beta2) * gradient * gradient
             value = value - length * mean / (square.sqrt() * scale + group["eps"])
             for place, new in ((parameter, value), (means[i], mean), (squares[i], square), (steps[i], steps[i] + 1)):
-                place.copy_(torch.where(good, new, place))
+                place.copy_(new if good is None else torch.where(good, new, place))
 
     def gradients(self, parameters: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of the last step, computed from the change of the first moments since ``before``."""
@@ -704,7 +709,7 @@ def shape_of(batch: Rows) -> list[Any]:
     return [*batch.kwargs, *((tensor.shape, tensor.dtype) for tensor in batch.tensors())]
 
 
-def _parts(tensors: Sequence[Tensor], counts: Sequence[int]) -> Iterator[list[Tensor]]:
+def parts(tensors: Sequence[Tensor], counts: Sequence[int]) -> Iterator[list[Tensor]]:
     start = 0
     for count in counts:
         yield list(tensors[start : start + count])
