@@ -14,12 +14,14 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor, nn
 
-from ...errors import BadInput, GumboWarning
+from ...errors import PROGRAM_ERRORS, BadInput, GumboError, GumboWarning, UnsupportedSite
 from ..engine.handlers import StaysFrozen
 from ..engine.row_parameters import autoguides_in, positional_parameter, sites_of, traces_of
 from ..engine.rows import Rows
 from ..engine.scopes import kept_buffers, modes_kept, modules_met, private_seed, private_store
 from ..estimators._distributions import turns_validation_off
+from ..posterior.superfluous import superfluous_latents
+from ..posterior.vmapped import unmasked
 
 
 class ProgramModule(nn.Module):
@@ -134,6 +136,14 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
             of_rows = positional_parameter(*programs, batch, seed)
         if len(batch) == 1 and not batch.whole:
             of_rows = _autoguide_of_one_row(guide, traces[1])
+        hidden = _hidden_latents(*programs, traces[1], batch)
+    if hidden:
+        warnings.warn(
+            f"site {hidden[0]!r}: the model masks elements that the guide draws, and nothing depends on them; their"
+            " log q adds to the loss without a bound, as in Pyro: mask them in the guide too (pyro.poutine.mask)",
+            GumboWarning,
+            stacklevel=3,
+        )
     if unregistered:
         warnings.warn(
             f"{len(unregistered)} parameters of networks that the programs call without pyro.module are not trained: "
@@ -142,6 +152,19 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
             stacklevel=3,
         )
     return Inspection(*programs, _num_data(traces[1], batch), of_rows, unchecked, averages, unregistered)
+
+
+def _hidden_latents(model: Callable, guide: Callable, seen: poutine.Trace, batch: Rows) -> list[str]:
+    """Latents with elements that only the model masks and that nothing depends on."""
+    masks = (unmasked(site) for site in sites_of(seen) if not site["is_observed"])
+    if all(mask is None or bool(mask.all()) for mask in masks):
+        return []
+    try:
+        return sorted(superfluous_latents(model, guide, batch.args, batch.kwargs).values())
+    except UnsupportedSite as error:
+        return [error.site]
+    except (GumboError, *PROGRAM_ERRORS):
+        return []  # the first step says what is wrong
 
 
 def parameter_of_rows(model: Callable, guide: Callable, batch: Rows, seed: int) -> str | None:

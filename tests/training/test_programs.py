@@ -429,3 +429,28 @@ def test_one_batch_of_all_rows_keeps_their_order():
 
     quiet(watched, AutoNormal(model), X, epochs=3, batch_size=len(X))
     assert seen and all(torch.equal(x, X) for x in seen if len(x) == len(X))
+
+
+SEEN = torch.tensor([True, True, False, True, False, True, True, True])
+
+
+def half_seen(x):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x, obs_mask=SEEN)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal])
+def test_latents_that_the_model_alone_masks_are_told(make):
+    """Their log q is unbounded in the loss, as in Pyro; `evaluate` leaves it out."""
+    with pytest.warns(GumboWarning, match="site 'x_unobserved': the model masks elements that the guide draws"):
+        quiet(half_seen, make(half_seen), X, epochs=1, batch_size=8)
+
+
+def test_latents_that_both_mask_are_quiet():
+    def guide(x):
+        mu = pyro.sample("mu", dist.Normal(pyro.param("loc", torch.zeros(())), 0.5))
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=~SEEN):
+            pyro.sample("x_unobserved", dist.Normal(mu, 1.0))
+
+    assert quiet(half_seen, guide, X, epochs=1, batch_size=8).epochs == 1
