@@ -6,6 +6,8 @@ terms of one row are then not the whole cost of its draw.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,9 +25,10 @@ from .records import Frame, Run, Site
 def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> frozenset[str]:
     """The names of the plates in which a change of one row's draws changes another row's terms.
 
-    The draws of the first, the last and a random row are changed, with all other draws and the programs' own noise
-    fixed; then again with all other draws replaced. Every other row's log-probabilities are compared bit for bit. The
-    check can find dependence; it cannot prove independence: a program may combine rows at other values, or other rows.
+    The draws of some rows are changed, with all other draws and the programs' own noise fixed; then again with all
+    other draws replaced. The log-probabilities of the rows that are not changed are compared bit for bit. The rows are
+    the first, the last, a random one, and groups such that for any two rows one of them has the first and not the
+    second. The check can find dependence; it cannot prove independence: a program may combine rows at other values.
 
     Args:
         program: one particle of the programs without estimators, with their own noise separate. The run changes random
@@ -55,6 +58,7 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
 
     values = {name: site.value.detach() for name, site in drawn.items()}
     others = {name: another_value(site) for name, site in drawn.items()}
+    groups = {plate: _groups(plate[2]) for plate in plates}
     found: set[str] = set()
     # Rows that depend on each other at some values only (a product of Bernoullis) show in one of the directions.
     for here, there in ((values, others), (others, values)):
@@ -64,13 +68,13 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
         for plate in plates:
             if plate[0] in found:
                 continue
-            for row in sorted({0, plate[2] - 1, int(torch.randint(plate[2], ()))}):
-                changed = {name: _with_row(drawn[name], here[name], there[name], plate, row) for name in drawn}
+            for rows in groups[plate]:
+                changed = {name: _with_rows(drawn[name], here[name], there[name], plate, rows) for name in drawn}
                 same = {name for name in changed if name not in new or new[name].shape == changed[name].shape}
                 changed = {**new, **{name: changed[name] for name in same}}
                 # Some kernels are not deterministic; their differences are ignored.
-                if _reaches(again(changed), as_drawn, plate, row, None) and _reaches(
-                    again(changed), as_drawn, plate, row, again({**here, **new})
+                if _reaches(again(changed), as_drawn, plate, rows, None) and _reaches(
+                    again(changed), as_drawn, plate, rows, again({**here, **new})
                 ):
                     found.add(plate[0])
                     break
@@ -111,20 +115,35 @@ def _drawn(run: Run) -> dict[str, Tensor]:
     return {site.name: site.value for site in run.guide if site.latent and not site.settled}
 
 
-def _with_row(site: Site, value: Tensor, other: Tensor, plate: Frame, row: int) -> Tensor:
+def _groups(size: int) -> list[Tensor]:
+    """Groups of rows to change, as booleans ``(size,)``: single rows, and a family that separates any two rows.
+
+    A row's number is coded by a choice of half of m places, and each place has a group of the rows that choose it. No
+    code holds another one, so that among any two rows each is in a group that lacks the other (Sperner 1928).
+    """
+    singles = sorted({0, size - 1, int(torch.randint(size, ()))})
+    places = next(m for m in itertools.count(1) if math.comb(m, m // 2) >= size)
+    if size <= len(singles) + places:
+        return list(torch.eye(size, dtype=torch.bool))
+    rows = torch.zeros(size, places, dtype=torch.bool)
+    codes = itertools.islice(itertools.combinations(range(places), places // 2), size)
+    rows[torch.arange(size).unsqueeze(-1), torch.tensor(list(codes))] = True
+    family = rows[torch.randperm(size)].T
+    return [torch.arange(size) == row for row in singles] + [group for group in family if group.any()]
+
+
+def _with_rows(site: Site, value: Tensor, other: Tensor, plate: Frame, rows: Tensor) -> Tensor:
     along = plate[1] - site.fn.event_dim
     if plate not in site.frames or value.dim() < -along or value.shape[along] != plate[2]:
         return value
-    value = value.clone()
-    value.select(along, row).copy_(other.select(along, row))
-    return value
+    return torch.where(rows.to(value.device).reshape((-1,) + (1,) * (-along - 1)), other, value)
 
 
-def _reaches(changed: Run | None, as_drawn: Run | None, plate: Frame, row: int, repeated: Run | None) -> bool:
-    """Whether a change of one row changes another row's terms, beyond the differences of a repetition."""
+def _reaches(changed: Run | None, as_drawn: Run | None, plate: Frame, group: Tensor, repeated: Run | None) -> bool:
+    """Whether a change of some rows changes another row's terms, beyond the differences of a repetition."""
     if changed is None or as_drawn is None:
         return False
-    rows = torch.arange(plate[2]) != row
+    rows = ~group
     for which in ("guide", "model"):
         runs = (as_drawn, changed, repeated or as_drawn)
         before, after, twice = (_by_row(getattr(run, which), plate) for run in runs)
