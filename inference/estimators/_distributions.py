@@ -65,12 +65,53 @@ def _is_delta(kind: type) -> bool:
     return issubclass(kind, dist.Delta)
 
 
+_LIBRARIES = ("torch", "pyro", __name__.partition(".")[0])
+_LAW = frozenset({"sample", "rsample", "log_prob"})
+
+
+def _has_own_law(kind: type) -> bool:
+    """Whether a class body outside of these libraries has a draw or a density."""
+    return kind.__module__.partition(".")[0] not in _LIBRARIES and not _LAW.isdisjoint(vars(kind))
+
+
+@lru_cache(maxsize=4096)
+def _is_of(kind: type, family: type) -> bool:
+    return issubclass(kind, family) and not any(map(_has_own_law, kind.__mro__[: kind.__mro__.index(family)]))
+
+
+def is_of(fn: Distribution, family: type) -> bool:
+    """Whether ``fn`` has the law of a family: a user's subclass with its own draw or density has not.
+
+    >>> import pyro.distributions as dist
+    >>> class Rare(dist.Bernoulli):
+    ...     def sample(self, sample_shape=()):
+    ...         return super().sample(sample_shape) * super().sample(sample_shape)
+    >>> [is_of(kind(0.5), torch.distributions.Bernoulli) for kind in (dist.Bernoulli, Rare)]
+    [True, False]
+    """
+    return _is_of(type(elementary(fn)), family)
+
+
+@lru_cache(maxsize=4096)
+def inherits(kind: type, name: str) -> bool:
+    """Whether a class takes an attribute, as its mean, from above a class with a draw or a density of its own.
+
+    That attribute is of another law.
+    """
+    for base in kind.__mro__:
+        if name in vars(base):
+            return False
+        if _has_own_law(base):
+            return True
+    return False
+
+
 def is_bernoulli(fn: Distribution) -> bool:
-    return isinstance(elementary(fn), torch.distributions.Bernoulli)
+    return is_of(fn, torch.distributions.Bernoulli)
 
 
 def is_one_hot(fn: Distribution) -> bool:
-    return isinstance(elementary(fn), torch.distributions.OneHotCategorical) and not is_straight_through(fn)
+    return is_of(fn, torch.distributions.OneHotCategorical) and not is_straight_through(fn)
 
 
 def is_straight_through(fn: Distribution) -> bool:
@@ -473,6 +514,11 @@ class LinearExtension(_OtherDensity):
     def _elementary_log_prob(self, fn: Any, value: Tensor) -> Tensor:
         if hasattr(fn, "relaxed_log_prob"):  # the distribution defines its own extension
             return fn.relaxed_log_prob(value)
+        if inherits(type(fn), "logits"):
+            raise BadInput(
+                f"{describe(fn)} has a draw or a density of its own, which its logits do not give between its values:"
+                " define relaxed_log_prob(value), or take an estimator that needs none, as rloo or enumerate"
+            )
         if isinstance(fn, torch.distributions.OneHotCategorical):
             # A class with probability zero and value zero contributes zero: 0 · log 0 = 0.
             impossible = fn.logits.isneginf() & (value == 0)

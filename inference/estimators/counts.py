@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._base import Draw, Estimator, detached_draw, estimators
-from ._distributions import describe, elementary, rewrap
+from ._distributions import describe, elementary, is_of, rewrap
 
 
 class Fini(Estimator):
@@ -54,7 +54,7 @@ class Fini(Estimator):
         count = getattr(elementary(fn), "total_count", None)
         if isinstance(count, Tensor) and count.requires_grad:
             return f"the total_count of {describe(fn)} is learnt, and the path goes through its mean alone"
-        if isinstance(elementary(fn), torch.distributions.Binomial) and bool((count < self.order - 1).any()):
+        if is_of(fn, torch.distributions.Binomial) and bool((count < self.order - 1).any()):
             return f"order {self.order} needs counts that reach {self.order - 1}, and a total_count is smaller"
         return None
 
@@ -73,13 +73,13 @@ class Fini(Estimator):
 def curvature(fn: Any) -> Tensor | float | None:
     """v in the variance μ + v μ² of a count; None for other variances."""
     base = elementary(fn)
-    if isinstance(base, torch.distributions.Poisson):
+    if is_of(base, torch.distributions.Poisson):
         return 0.0
-    if isinstance(base, torch.distributions.Geometric):
+    if is_of(base, torch.distributions.Geometric):
         return 1.0
-    if isinstance(base, torch.distributions.NegativeBinomial):
+    if is_of(base, torch.distributions.NegativeBinomial):
         return 1.0 / torch.as_tensor(base.total_count).detach().double()
-    if isinstance(base, torch.distributions.Binomial):
+    if is_of(base, torch.distributions.Binomial):
         return -1.0 / torch.as_tensor(base.total_count).detach().double().clamp(min=1.0)
     return None
 

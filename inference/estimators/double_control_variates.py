@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Draw, Estimator, SiteView, estimators, score_why_not, sloping_draw
-from ._distributions import describe, elementary, is_discrete, is_one_hot
+from ._distributions import describe, elementary, inherits, is_discrete, is_one_hot
 from ._reruns import share_shape, spread
 from .relaxation import mean_why_not
 from .score import check_decay
@@ -25,6 +25,8 @@ def sloping_why_not(site: Mapping[str, Any]) -> str | None:
         return f"it is for discrete draws, and {describe(fn)} is continuous"
     if not (is_one_hot(fn) or elementary(fn).event_shape == torch.Size()) or is_index(fn):
         return f"the values of {describe(fn)} are no numbers that a cost could be linear in; take OneHotCategorical"
+    if inherits(type(elementary(fn)), "variance"):
+        return f"{describe(fn)} has a draw or a density of its own and the variance of another law; define its variance"
     return mean_why_not(site)
 
 

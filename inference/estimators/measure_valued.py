@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._base import Draw, Estimator, SiteView, detached_draw, estimators
 from ._coordinates import gains
-from ._distributions import describe, elementary
+from ._distributions import describe, elementary, is_of
 
 
 class MeasureValued(Estimator):
@@ -64,7 +64,7 @@ class MeasureValued(Estimator):
 
 
 def _rule(fn: Any) -> Any:
-    return next((rule for family, rule in RULES.items() if isinstance(elementary(fn), family)), None)
+    return next((rule for family, rule in RULES.items() if is_of(fn, family)), None)
 
 
 def bernoulli(view: SiteView) -> Tensor:

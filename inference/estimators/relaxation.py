@@ -17,6 +17,7 @@ from ._distributions import (
     LinearExtension,
     describe,
     elementary,
+    inherits,
     is_bernoulli,
     is_discrete,
     is_one_hot,
@@ -183,6 +184,8 @@ def mean_of(fn: Any) -> Tensor:
 def mean_why_not(site: Mapping[str, Any]) -> str | None:
     """Why a pass at the means does not support a site, or None."""
     fn = site["fn"]
+    if inherits(type(elementary(fn)), "mean"):
+        return f"{describe(fn)} has a draw or a density of its own and the mean of another law; define its mean"
     try:
         mean = elementary(fn).mean
     except (AttributeError, NotImplementedError):

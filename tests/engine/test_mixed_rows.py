@@ -1,6 +1,7 @@
 """Rows that are mixed inside a plate: found by changing the draws of a row, then summed or refused."""
 
 import itertools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -15,6 +16,8 @@ from ztest import misses
 from gumbo.errors import BadInput, CannotVectorize, UnsupportedSite
 from gumbo.inference import SiteELBO, audit
 from gumbo.inference.auditing.exact import exact_elbo, mean_over_draws
+from gumbo.inference.engine.looks import plates_mixed_by
+from gumbo.inference.engine.mixing import _groups
 
 X = torch.tensor([0.3, -0.8, 1.1], dtype=F64)
 
@@ -124,6 +127,37 @@ class TwoCoins(Params):
     def forward(self):
         with pyro.plate("data", 2):
             pyro.sample("z", dist.Bernoulli(logits=self.a))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 9, 10, 37, 128])
+def test_among_any_two_rows_each_is_changed_without_the_other(size):
+    groups = torch.stack(_groups(size)).double()
+    apart = groups.T @ (1 - groups)  # how many groups hold the first and lack the second
+    assert (apart + torch.eye(size) > 0).all()
+    assert len(groups) <= min(size, 3 + 2 * math.ceil(math.log2(size)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [10, 37])
+def test_one_row_that_reads_one_other_row_is_found(size, seed):
+    """Neither the first nor the last one."""
+    torch.manual_seed(seed)
+    source = torch.arange(size)
+    reader, read = (1 + torch.randperm(size - 2)[:2]).tolist()
+    source[reader] = read
+
+    def model():
+        with pyro.plate("data", size):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((size,), 0.5, dtype=F64)))
+            pyro.sample("x", dist.Normal(2 * z[..., source] + z, 1.0), obs=torch.zeros(size, dtype=F64))
+
+    def guide():
+        with pyro.plate("data", size):
+            pyro.sample("z", dist.Bernoulli(torch.full((size,), 0.3, dtype=F64)))
+
+    assert plates_mixed_by(model, guide, (), {}) == {"data"}
+    source[reader] = reader
+    assert plates_mixed_by(model, guide, (), {}) == frozenset()
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -73,12 +73,9 @@ def mean_of_estimator(estimator, cost, fn_of, logits):
     values = one_hots(fn) if fn.event_shape else torch.tensor([0.0, 1.0], dtype=F64)
     total = 0.0
     for value in values:
-
-        class Given(type(fn)):
-            def sample(self, *args, _value=value, **kwargs):
-                return _value.clone()
-
-        draw = estimator.draw(Given(logits=logits), 0).value
+        given = fn_of(logits)
+        given.sample = lambda *args, value=value, **kwargs: value.clone()
+        draw = estimator.draw(given, 0).value
         assert torch.equal(draw.detach(), value)
         (gradient,) = torch.autograd.grad(cost(draw), logits)
         total = total + fn.log_prob(value).exp().detach() * gradient
