@@ -26,11 +26,13 @@ from .programs import Program, check_same_kind
 from .records import Run, Site
 from .repeats import check_repeats
 from .reruns import Reruns, RunsAgain
+from .rows import leaves_of
 from .scopes import check_shared_names, devices_of, one_at_a_time
 from .streams import Generators
 from .terms import Layout, NeedsJoint, Recorded
 from .views import Inputs, Views
 
+MODES = 32  # the number of modes, and of kinds of arguments, for which the programs are checked
 SIZES = 4  # the number of batch sizes per mode for which the programs are checked
 
 
@@ -51,6 +53,7 @@ class Binding(nn.Module):
         self.looks: set[tuple[Any, ...]] = set()  # modes and batch sizes in which the programs were checked
         self.compared: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}  # shapes at which particles were compared
         self.modules_met: list[nn.Module] = []
+        self.switches: list[tuple[dict[str, Any], str]] = []  # attributes of modules that may steer the programs
         self.generators = Generators()
         self.runs_again = False  # if so, the programs' own noise is kept separate
         self.make_layout: Callable[..., Layout] = Layout
@@ -131,18 +134,29 @@ class Binding(nn.Module):
             seen = program.run(args, kwargs)
             program.eliminates = True
             self.modules_met = list(met)
+            self.switches = [
+                (vars(module), name)
+                for module in dict.fromkeys(part for one in met for part in one.modules())
+                for name, value in vars(module).items()
+                if value is None or isinstance(value, (bool, str))
+            ]
             self.generators = Generators(program.generators.devices, others=seen.noise.drew_elsewhere)
             self._study(program, seen, args, kwargs)
 
     def look(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Check for dependent rows within a plate, once in each mode and for each of the first batch sizes."""
+        """Check for dependent rows within a plate, once in each mode and for each of the first batch sizes.
+
+        A mode is what :meth:`_modes` and switches among the arguments say; numbers among them count as sizes.
+        """
         if not self._needs_plates() or current_tape():
             return
-        mode = tuple([module.training for module in self.modules_met])
-        size = tuple([item.shape[:1] for item in (*args, *kwargs.values()) if isinstance(item, Tensor)])
+        switches, numbers = self._steering(args, kwargs)
+        mode = (*self._modes(), *switches)
+        size = (*numbers, *[item.shape[:1] for item in (*args, *kwargs.values()) if isinstance(item, Tensor)])
         if (mode, size) in self.looks:
             return
-        if sum(mode == other for other, _ in self.looks) < SIZES:
+        modes = [other for other, _ in self.looks]
+        if modes.count(mode) < SIZES and (mode in modes or len(set(modes)) < MODES):
             nesting = self.arrangement.max_plate_nesting or self.elbo.requested_nesting
             with one_at_a_time:
                 found = plates_mixed_by(
@@ -155,11 +169,15 @@ class Binding(nn.Module):
     def compare(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Compare particles at once with single ones, in each mode, for other arguments, and the first shapes of these.
 
+        Numbers among the arguments count as shapes.
+
         A later call may take another branch, or have rows where the particles are.
         """
         if not self.compared or not self.vectorized or current_tape():
             return
         structure, shapes = self._structure(args, kwargs)
+        if structure not in self.compared and len(self.compared) >= MODES:
+            return
         before = self.compared.setdefault(structure, set())
         # As many rows as particles may be mistaken for these, at any time.
         if shapes in before or (len(before) >= SIZES and not any(self.num_particles in shape for shape in shapes)):
@@ -180,8 +198,25 @@ class Binding(nn.Module):
         """The mode and the kinds of the arguments, and the shapes of those that are tensors."""
         items = [*enumerate(args), *sorted(kwargs.items())]
         kinds = [(name, type(item), item.dtype if isinstance(item, Tensor) else None) for name, item in items]
-        mode = [module.training for module in self.modules_met]
-        return (*mode, *kinds), tuple([tuple(item.shape) for _, item in items if isinstance(item, Tensor)])
+        switches, numbers = self._steering(args, kwargs)
+        shapes = [tuple(item.shape) for _, item in items if isinstance(item, Tensor)]
+        return (*self._modes(), *switches, *kinds), (*numbers, *shapes)
+
+    def _modes(self) -> list[Any]:
+        """The training mode of the modules, and their other attributes that are true, false, a text or None."""
+        values = [attributes.get(name) for attributes, name in self.switches]
+        return [value if value is None or isinstance(value, (bool, str)) else type(value) for value in values]
+
+    @staticmethod
+    def _steering(args: tuple, kwargs: Mapping[str, Any]) -> tuple[list[Any], list[tuple[str]]]:
+        """The arguments that may choose what the programs do: switches and texts, and numbers as texts."""
+        switches, numbers = [], []
+        for item in leaves_of([*args, *kwargs.items()]):
+            if item is None or isinstance(item, (bool, str)):
+                switches.append(item)
+            elif isinstance(item, (int, float)):  # one may count the steps
+                numbers.append((str(item),))
+        return switches, numbers
 
     def _make(self) -> Callable[[], Program]:
         return partial(self.arrangement.program, self.steps, self.generators)

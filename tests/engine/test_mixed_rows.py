@@ -480,3 +480,45 @@ def test_latents_that_exist_at_some_draws_leave_the_rows_apart():
         loss = SiteELBO("score", **ONE_BY_ONE)(Branching(False), Branching(True))
         loss.initialize()
         assert loss.binding.mixed_plates == (), seed
+
+
+# --- switches that change what the programs do
+
+
+class Switched(Model):
+    """A keyword, or an attribute of a layer, says whether the rows are mixed."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.layer = nn.Identity()
+        self.layer.pools = False
+
+    def forward(self, pool=False, *more):
+        self.mix = "mean" if pool or self.layer.pools else None
+        return super().forward()
+
+
+class Unswitched(Guide):
+    def forward(self, *args, **kwargs):
+        return super().forward()
+
+
+@pytest.mark.parametrize("how", ["argument", "keyword", "attribute"])
+def test_a_switch_that_mixes_rows_later_is_seen(how):
+    torch.manual_seed(0)
+    model, guide = Switched(), Unswitched()
+    loss = SiteELBO("enumerate")(model, guide)
+    assert loss(False).isfinite() and loss.binding.mixed_plates == ()
+    truth = exact_gradient(*(pair := (Model("mean"), Guide())))
+    assert torch.allclose(gradient(SiteELBO("enumerate")(*pair)(), nn.ModuleList(pair)), truth)
+    model.layer.pools = how == "attribute"
+    called = {"argument": lambda: loss(True), "keyword": lambda: loss(pool=True), "attribute": lambda: loss(False)}
+    assert torch.allclose(gradient(called[how](), nn.ModuleList([model, guide])), truth, atol=1e-10)
+    assert loss.binding.mixed_plates == ("data",)
+
+
+def test_numbers_and_texts_that_change_at_every_call_are_looked_at_a_few_times():
+    loss = SiteELBO("score")(Switched(), Unswitched())
+    for step in range(50):
+        loss(False, step, str(step))
+    assert len({mode for mode, _ in loss.binding.looks}) <= 64 and loss.binding.mixed_plates == ()
