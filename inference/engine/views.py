@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import BadInput
 from ..estimators import SiteView
 from ..estimators._base import Draw, pad_left
 from .noise import drawn_twice
@@ -48,7 +49,7 @@ class Inputs:
             others = [run.guide_site(name) for run in runs]
             if others[0].frames <= frames:
                 values = [_features(_laid_out(other, room).value.detach(), other.fn.event_dim) for other in others]
-                found.append(values[0] if len(values) == 1 else torch.cat(values, dim=-room - 1))
+                found.append(_joined(values, -room - 1, name))
         return [tensor.to(found[0].dtype) for tensor in found]
 
 
@@ -78,7 +79,7 @@ class Views:
         return SiteView(
             name=site.name,
             fns=[row.site.fn for row in rows],
-            draw=_join_draws(draws, layout.room + site.fn.event_dim),
+            draw=_join_draws(draws, layout.room + site.fn.event_dim, site.name),
             log_prob=log_prob,
             cost=cost,
             particle_dim=-layout.room,
@@ -124,8 +125,21 @@ def _features(value: Tensor, event_dim: int) -> Tensor:
     return value.flatten(-event_dim) if event_dim else value.unsqueeze(-1)
 
 
-def _join_draws(draws: list[Draw], dims: int) -> Draw:
+def _join_draws(draws: list[Draw], dims: int, name: str) -> Draw:
     if len(draws) == 1:
         return draws[0]
-    extra = {name: torch.cat([draw.extra[name] for draw in draws], dim=-dims) for name in draws[0].extra}
-    return Draw(torch.cat([draw.value for draw in draws], dim=-dims), extra)
+    extra = {key: _joined([draw.extra[key] for draw in draws], -dims, name) for key in draws[0].extra}
+    return Draw(_joined([draw.value for draw in draws], -dims, name), extra)
+
+
+def _joined(tensors: list[Tensor], dim: int, name: str) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    try:
+        return torch.cat(tensors, dim=dim)
+    except RuntimeError as error:
+        shapes = sorted({tuple(tensor.shape[dim:]) for tensor in tensors})
+        raise BadInput(
+            f"site {name!r} has another shape in every particle ({shapes[0]} and {shapes[-1]}), so that they cannot be"
+            " joined; take num_particles=1"
+        ) from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -303,13 +303,47 @@ def support_moves(fn: Distribution) -> bool:
     if any(tensor.requires_grad for tensor in _tensors_of(support_of(fn))):
         return True
     if isinstance(fn, torch.distributions.TransformedDistribution):
-        if support_moves(fn.base_dist):
-            return True
-        # A bounded base under a learnable map has learnable bounds, whatever the map's codomain.
-        support = support_of(fn.base_dist)
-        bounded = bool(list(_tensors_of(support))) or hasattr(support, "lower_bound")
-        return bounded and any(_learnable(transform) for transform in fn.transforms)
+        return support_moves(fn.base_dist) or _bounds_move(support_of(fn.base_dist), fn.transforms)
     return False
+
+
+def _bounds_move(support: object, transforms: Sequence[object]) -> bool:
+    """Whether learnable maps move the bounds of a support; fixed maps may take them to infinity first."""
+    bounds = _bounds(support)
+    for transform in _parts_of(transforms) if bounds else ():
+        if _learnable(transform):
+            if any(bound.isfinite().any() for bound in bounds):
+                return True
+            bounds = _bounds(transform.codomain) or bounds
+        else:
+            bounds = [_image(bound, transform) for bound in bounds]
+    return False
+
+
+def _bounds(support: object) -> list[Tensor]:
+    """The ends of an interval; 0 stands for those of any other bounded support."""
+    while isinstance(support, torch.distributions.constraints.independent):
+        support = support.base_constraint
+    ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
+    found = [torch.as_tensor(end, dtype=torch.float64) for end in ends if end is not None]
+    return found or ([torch.zeros(())] if list(_tensors_of(support)) else [])
+
+
+def _image(bound: Tensor, transform: Any) -> Tensor:
+    if not _bounds(transform.codomain) and any(bound.equal(end) for end in _bounds(transform.domain)):
+        return torch.full_like(bound, torch.inf)  # a logit, say, that torch keeps finite
+    try:
+        return transform(bound)
+    except (RuntimeError, ValueError, NotImplementedError):  # a map of vectors: bounds stay bounds
+        return bound
+
+
+def _parts_of(transforms: Sequence[object]) -> Iterator[Any]:
+    for transform in transforms:
+        if isinstance(transform, torch.distributions.ComposeTransform):
+            yield from _parts_of(transform.parts)
+        else:
+            yield transform
 
 
 def _learnable(transform: object) -> bool:

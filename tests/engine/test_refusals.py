@@ -290,3 +290,29 @@ def test_rows_of_a_plate_may_be_a_plain_list():
         torch.manual_seed(0)
         values.append((SiteELBO().loss(model, guide, x), evaluate(model, guide, x, num_samples=3, seed=0).elbo))
     assert values[0] == values[1]
+
+
+# Events whose size follows a draw.
+
+
+@pytest.mark.parametrize("word", ["score", "rloo", "nvil", "double-cv", "muprop"])
+def test_particles_with_events_of_other_sizes_are_one_line(word):
+    torch.manual_seed(0)
+    logits, coin = torch.tensor([0.2, -0.5], requires_grad=True), torch.tensor(0.3, requires_grad=True)
+
+    def model():
+        u = pyro.sample("u", dist.Bernoulli(0.4))
+        z = pyro.sample("z", dist.Bernoulli(0.4 * torch.ones(1 + int(u.item()))).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1) + u, 1.0), obs=torch.tensor(0.3))
+
+    def guide():
+        u = pyro.sample("u", dist.Bernoulli(logits=coin))
+        pyro.sample("z", dist.Bernoulli(logits=logits[: 1 + int(u.item())]).to_event(1))
+
+    loss = SiteELBO(word, num_particles=3, vectorize_particles=False)
+    with (
+        pyro.get_param_store().scope(),
+        pytest.raises(BadInput, match="site 'z' has another shape in every particle .*num_particles=1"),
+    ):
+        for _ in range(30):
+            loss.differentiable_loss(model, guide)

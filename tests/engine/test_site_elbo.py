@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import nn
+from torch.distributions.transforms import AffineTransform, ComposeTransform, ExpTransform, SigmoidTransform
 
 from gumbo.errors import BadInput, CannotVectorize, UnknownName, UnsupportedSite
 from gumbo.guides import CategoricalGuide, NormalGuide
@@ -29,6 +30,7 @@ from gumbo.inference.estimators import (
     MovingAverage,
     ScoreFunction,
 )
+from gumbo.inference.estimators._distributions import support_moves
 from gumbo.models import CategoricalVAE, GaussianVAE
 
 
@@ -452,6 +454,34 @@ def test_a_score_with_a_mean_is_not_dropped(word, objective):
     with pytest.raises(UnsupportedSite, match="support .* depends on parameters"):
         SiteELBO(word, objective=objective, num_particles=2)(Model(), Guide())()
     assert SiteELBO("pathwise", objective=objective, num_particles=2)(Model(), Guide())().isfinite()
+
+
+def chain(base, *maps):
+    return dist.TransformedDistribution(base, list(maps))
+
+
+THETA = torch.tensor(2.0, requires_grad=True)
+MOVES, LOGIT, LOG = AffineTransform(THETA, 1.0), SigmoidTransform().inv, ExpTransform().inv
+
+
+@pytest.mark.parametrize(
+    ("fn", "moves"),
+    [
+        (chain(dist.LogNormal(0.0, 1.0), MOVES), True),
+        (chain(dist.LogNormal(0.0, 1.0), LOG, MOVES, ExpTransform()), False),
+        (chain(dist.Uniform(0.0, 1.0), AffineTransform(3.0, 2.0)), False),
+        (chain(dist.Uniform(0.0, 1.0), MOVES), True),
+        (chain(dist.Uniform(0.0, 1.0), LOGIT, MOVES, SigmoidTransform()), False),
+        (chain(dist.Uniform(0.0, 1.0), LOGIT, MOVES, SigmoidTransform(), MOVES), True),
+        (chain(dist.Uniform(0.0, 0.5), LOGIT, MOVES), True),
+        (chain(dist.Uniform(0.0, 1.0), ComposeTransform([LOGIT, MOVES])), False),
+        (chain(dist.Uniform(0.0, 1.0), ComposeTransform([ExpTransform(), MOVES])), True),
+        (chain(dist.Uniform(torch.zeros(2), 1.0).to_event(1), MOVES), True),
+        (chain(dist.Normal(THETA, 1.0), ExpTransform()), False),
+    ],
+)
+def test_a_learnable_map_moves_bounds_that_no_fixed_map_took_to_infinity(fn, moves):
+    assert support_moves(fn) is moves
 
 
 def test_errors_survive_a_trace_of_pyro(param_store):
