@@ -21,8 +21,9 @@ from ..engine.scopes import modules_of
 from ..estimators import Estimator, estimators
 from ..objectives import Objective, as_objective
 from ..stock import make_loss, stock_elbos
+from .confirmation import are_doubted, confirmed
 from .directions import Directions
-from .reference import find_reference
+from .reference import find_reference, without_paths
 from .rows import Row
 from .sampler import Draws, Stage, set_aside
 from .verdicts import dataset_of
@@ -73,7 +74,8 @@ def audit(
             ``"iwae"``, or ``RenyiBound(0.5)``. One with importance weights per datum needs ``num_particles``. The exact
             reference exists for ``elbo`` and for functions of a datum's importance weights; others use a long run.
         reference: ``"auto"``: the exact gradient by enumeration if possible, otherwise a long run of pathwise and
-            leave-one-out gradients, whose standard error enters the verdicts; ``"exact"`` and ``"long-run"`` require
+            leave-one-out gradients, whose standard error enters the verdicts; where an estimator without paths differs
+            from it, and a long run of leave-one-out gradients too, the latter; ``"exact"`` and ``"long-run"`` require
             one of the two; an estimator's word (or anything ``estimators`` takes) makes a long run of it.
         seed: of all draws.
         burn_in: steps in which baselines and control variates adapt, and their parameters take Adam steps, at fixed
@@ -152,6 +154,9 @@ def audit(
         for done, row in enumerate(rows):
             say(row.label, done, len(rows))
             _draw(row, num_samples, seed, truth.directions)
+        if are_doubted(truth, rows, alpha):
+            say("reference", len(rows), len(rows))
+            truth = confirmed(truth, without_paths(stage, truth, num_samples, num_particles, seed, options), alpha)
         say("", len(rows), len(rows))
         sites = stage.sites_of_parameters()
     _say_once(rows)

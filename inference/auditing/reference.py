@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ LONG_RUN_PARTICLES = 16
 class Reference:
     """A reference gradient: ``kind`` describes its origin; ``moments`` are those of a long run, or None.
 
-    ``directions`` are those along which gradients are compared, in addition to single elements.
+    ``directions`` are those along which gradients are compared, in addition to single elements. ``paths`` are the sites
+    whose pathwise gradient was taken by default: it misses the steps of a cost.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Reference:
     loss: float
     moments: Moments | None = None
     directions: Directions | None = None
+    paths: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -248,31 +250,61 @@ def long_run(
             raise UnsupportedSite(
                 name, "any", f"no unbiased gradient of {describe(fn)} serves as a reference ({reason}); name one"
             )
+    found = _run_words(stage, words, num_samples, num_particles, seed, options)
+    return replace(found, paths=tuple(name for name, word in words.items() if word == "pathwise"))
+
+
+def without_paths(
+    stage: Stage, truth: Reference, num_samples: int, num_particles: int | None, seed: int, options: dict[str, Any]
+) -> Reference | None:
+    """A long run of leave-one-out gradients, along the same directions; None where a site does not support them."""
+    if any(not ScoreFunction(LeaveOneOut()).supports({"name": n, "fn": fn}) for n, fn in stage.latents.items()):
+        return None
+    words = dict.fromkeys(stage.latents, "rloo")
+    try:
+        return _run_words(stage, words, num_samples, num_particles, seed + 1, options, truth.directions)
+    except GumboError:
+        return None
+
+
+def _run_words(
+    stage: Stage,
+    words: dict[str, str],
+    num_samples: int,
+    num_particles: int | None,
+    seed: int,
+    options: dict[str, Any],
+    directions: Directions | None = None,
+) -> Reference:
     options = options | {"vectorize_particles": stage.at_once(options["vectorize_particles"])}
     if not isinstance(options["objective"].refined({}), EvidenceLowerBound):
-        return run_long(stage, SiteELBO(words, num_particles=num_particles, **options), 4 * num_samples, seed)
+        loss = SiteELBO(words, num_particles=num_particles, **options)
+        return run_long(stage, loss, 4 * num_samples, seed, directions)
     try:
         if options["vectorize_particles"]:
             loss = SiteELBO(words, num_particles=LONG_RUN_PARTICLES, **options)
-            return run_long(stage, loss, 2 * num_samples, seed)
+            return run_long(stage, loss, 2 * num_samples, seed, directions)
     except CannotVectorize:
         options = options | {"vectorize_particles": False}
     # Without vectorization, many draws with few particles cost as much as few draws with many.
     few = 2 if "rloo" in words.values() else 1
-    return run_long(stage, SiteELBO(words, num_particles=few, **options), 4 * num_samples, seed)
+    return run_long(stage, SiteELBO(words, num_particles=few, **options), 4 * num_samples, seed, directions)
 
 
-def run_long(stage: Stage, loss: ELBO, count: int, seed: int) -> Reference:
+def run_long(stage: Stage, loss: ELBO, count: int, seed: int, directions: Directions | None = None) -> Reference:
     # Another stream than the estimators', which would otherwise correlate with the reference.
     torch.manual_seed(seed + 2**32)
     draws = Draws(stage, loss)
     draws.draw()
     draws.freeze()
-    # The directions use separate draws: along the mean of the same draws, its length would be overestimated.
-    pilot = draws.moments(max(10, count // 8))
-    moments = draws.moments(count, Directions(_means(stage, pilot)) if pilot.count else None)
-    if not moments.count or moments.bad or pilot.bad:
-        bad = moments.bad or pilot.bad
+    bad = 0
+    if directions is None:
+        # The directions use separate draws: along the mean of the same draws, its length would be overestimated.
+        pilot = draws.moments(max(10, count // 8))
+        bad, directions = pilot.bad, Directions(_means(stage, pilot)) if pilot.count else None
+    moments = draws.moments(count, directions)
+    if not moments.count or moments.bad or bad:
+        bad = moments.bad or bad
         raise BadInput(f"the reference {loss!r} gave {bad} gradients of {count} that are not finite")
     said = repr(loss) if isinstance(loss, SiteELBO) else type(loss).__name__
     kind, loss_value = f"long run of {count} draws of {said}", moments.loss / moments.count

@@ -812,3 +812,54 @@ def test_the_verb_tells_mistakes_in_one_line(argv, words, tmp_path, monkeypatch,
 def test_pareto_front():
     cost, variance = torch.tensor([[3.0, 1.0, 2.0, 1.0], [1.0, 4.0, 4.0, 9.0]]).numpy()
     assert pareto_front(cost, variance).tolist() == [1, 0]
+
+
+# --- a reference of paths where the cost steps
+
+
+class StepGuide(Params):
+    def __init__(self):
+        super().__init__(loc=0.4, raw=-0.3)
+
+    def forward(self):
+        pyro.sample("z", dist.Normal(self.loc, self.raw.exp()))
+
+
+def step_model(steps):
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+        loc = 2.0 * (z > 0) if steps else 2.0 * z
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.tensor(1.5, dtype=F64))
+
+    return model
+
+
+def test_a_reference_of_paths_gives_way_where_the_cost_steps():
+    words = ["pathwise", "rloo", "measure-valued"]
+    report = audit(step_model(True), StepGuide(), estimators=words, num_samples=1000)
+    said = verdicts(report)
+    assert said["rloo"] == said["measure-valued"] == "ok" and said["pathwise"].startswith("flagged")
+    assert "from which pathwise gradients differ" in report.attrs["reference"]
+    guide = StepGuide()
+    loc, scale, x = guide.loc, guide.raw.exp(), torch.tensor(1.5, dtype=F64)
+    up = dist.Normal(torch.zeros((), dtype=F64), 1.0).cdf(loc / scale)
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(loc, scale), torch.distributions.Normal(0.0 * loc, 1.0)
+    )
+    bound = up * dist.Normal(2.0, 1.0).log_prob(x) + (1 - up) * dist.Normal(0.0, 1.0).log_prob(x) - kl
+    exact = torch.autograd.grad(-bound, [guide.loc, guide.raw])
+    norm = math.hypot(*(float(value) for value in exact))
+    assert report.attrs["reference_total_norm"] == pytest.approx(norm, abs=4 * report.attrs["reference_total_error"])
+
+
+def test_a_reference_of_paths_stays_where_the_cost_is_smooth_and_another_word_is_wrong():
+    class Wrong(ScoreFunction):
+        def surrogate(self, view):
+            return super().surrogate(view) * 1.5
+
+    report = audit(
+        step_model(False), StepGuide(), estimators={"wrong": Wrong(), "pathwise": "pathwise"}, num_samples=1000
+    )
+    said = verdicts(report)
+    assert said["wrong"].startswith("flagged") and said["pathwise"] == "ok"
+    assert "pathwise" in report.attrs["reference"] and "differ" not in report.attrs["reference"]
