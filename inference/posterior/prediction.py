@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -24,6 +23,7 @@ from . import _arviz
 from .collection import Array
 from .conversion import afford
 from .naming import Naming
+from .opened import OpenedModel, opened_model
 from .parts import exact_pair
 from .runner import Sweep
 
@@ -106,7 +106,7 @@ def predict(
             _refuse_open_sites(whole, one, args, kwargs)
             _refuse_parameters_of_data(whole, one, args, kwargs)
             with _explained(one, args, kwargs):
-                opened = _opened(whole, one, args, kwargs)
+                opened = opened_model(whole, one, args, kwargs)
                 sweeps.append(Sweep(opened, one, args, kwargs, **options))
     drawn = Predictions(sweeps[0], len(sweeps), num_samples)
     need = drawn.bytes_needed()
@@ -163,7 +163,9 @@ class Predictions:
                     guide = sweep.guide_run(stop - start, block, fixed)
                     sweep.keep(held, guide, new, sweep.guide_sites)
                     values = {name: sweep.held(guide, name) for name in sweep.latents}
-                    model = sweep.model_run(stop - start, block, values, observe=False)
+                    shared, new = sweep.known(held, block, sweep.model_sites, "observed")
+                    model = sweep.model_run(stop - start, block, values | shared, observe=False)
+                    sweep.keep(held, model, new, sweep.model_sites)
                     for array in self.arrays:
                         where = (chain, slice(start, stop), *block.index(array.plates))
                         array.data[where] = model.shown_value(array.name).cpu().numpy()
@@ -185,51 +187,6 @@ class Predictions:
 
     def _is_open(self, name: str) -> bool:
         return isinstance(self.sweep.model, OpenedModel) and name in self.sweep.model.values
-
-
-# --- sites that nothing observes and the guide leaves out -------------------------------------------------------------
-
-
-class OpenedModel:
-    """A model whose sites without a value count as observed at one draw, so that they can be predicted."""
-
-    def __init__(self, model: Callable, values: Mapping[str, torch.Tensor]):
-        self.inner_program, self.values = model, dict(values)
-        program = model.forward if isinstance(model, torch.nn.Module) else model
-        self.__signature__ = inspect.signature(program)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Observed(self.values):
-            return self.inner_program(*args, **kwargs)
-
-
-class _Observed(Messenger):
-    def __init__(self, values: Mapping[str, torch.Tensor]):
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg) -> None:
-        if msg["name"] not in self.values or msg["is_observed"]:
-            return
-        value = self.values[msg["name"]]
-        for frame in msg["cond_indep_stack"]:
-            dim = frame.dim - msg["fn"].event_dim if frame.vectorized else 0
-            if frame.vectorized and 0 < frame.size < (value.shape[dim] if -dim <= value.dim() else 0):
-                value = value.narrow(dim, 0, frame.size)
-        msg["value"], msg["is_observed"], msg["done"] = value, True, True
-
-
-def _opened(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Callable:
-    """The model with sites that have no value and that the guide does not sample as predicted sites."""
-    with quietly(model, guide, 0):
-        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-        run = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
-    left = {
-        site["name"]: site["value"].detach()
-        for site in sites_of(run)
-        if not site["is_observed"] and site["name"] not in drawn and site["infer"].get("enumerate") != "parallel"
-    }
-    return OpenedModel(model, left) if left else model
 
 
 # --- guides that know the rows they were fitted to --------------------------------------------------------------------

@@ -338,9 +338,11 @@ class Sweep(Survey):
             self._check_held(guide, fixed, held, block)
             yield block, guide, model
 
-    def known(self, held: dict, block: Block, layouts: Mapping[str, SiteLayout]) -> tuple[dict, list[str]]:
-        """Latents that an earlier block has drawn, and those that a later block needs again."""
-        names = [name for name, layout in layouts.items() if layout.kind == "latent" and set(block.at) - layout.plates]
+    def known(
+        self, held: dict, block: Block, layouts: Mapping[str, SiteLayout], kind: str = "latent"
+    ) -> tuple[dict, list[str]]:
+        """Latents (sites of that kind) that an earlier block has drawn, and those that a later block needs again."""
+        names = [name for name, layout in layouts.items() if layout.kind == kind and set(block.at) - layout.plates]
         fixed = {n: held[key_of(layouts[n], block)] for n in names if key_of(layouts[n], block) in held}
         return fixed, [name for name in names if name not in fixed]
 
@@ -428,7 +430,8 @@ class Sweep(Survey):
         args, kwargs = arguments or self._arguments(block)
         rows = self.at_hand | {name: index for name, index in block.rows.items() if name != self.sliced}
         with ExitStack() as stack:
-            for handler in (ChosenRows(rows), DrawnAnew(hidden), GivenValues(values)):
+            # The innermost acts first: a site that is drawn anew may be given its draw.
+            for handler in (ChosenRows(rows), GivenValues(values), DrawnAnew(hidden)):
                 stack.enter_context(handler)
             if mode == "plates":
                 stack.enter_context(pyro.plate(DRAWS, count, dim=-1 - self.depth, device=str(self.device)))
@@ -446,7 +449,8 @@ class Sweep(Survey):
     def _fastest(self) -> str:
         """How to run many draws: along a plate, by torch.vmap, or one by one.
 
-        Two draws at once must have the log-probabilities that they have one by one.
+        Two draws at once must have the log-probabilities that they have one by one; where the data are not scored, two
+        draws of the data as well.
         """
         for mode in ("plates", "lanes"):
             if self._agrees(mode):
@@ -457,10 +461,18 @@ class Sweep(Survey):
         block = next(iter(self.blocks()))
         try:
             together = self.run(2, block, mode=mode)
+            anew, drawn = None, [*self.latents, *self.observed]
+            if not self.scored:
+                values = {name: together[0].whole_value(name) for name in self.latents}
+                anew = self._of_data(values, 2, block, mode)
             for draw in range(2):
                 fixed = {name: together[0].whole_value(name)[draw : draw + 1] for name in self.guide_sites}
                 alone = self.run(1, block, fixed, mode="single")
-                for many, one in zip(together, alone, strict=True):
+                pairs = list(zip(together, alone, strict=True))
+                if anew is not None:
+                    fixed = {name: anew.whole_value(name)[draw : draw + 1] for name in drawn}
+                    pairs.append((anew, self._of_data(fixed, 1, block, "single")))
+                for many, one in pairs:
                     for name, layout in many.layouts.items():
                         if layout.kind == "deterministic" or layout.point:
                             a, b = many.value(name)[draw].double(), one.value(name)[0].double()
@@ -475,6 +487,10 @@ class Sweep(Survey):
             self.reason = first_line(error, kind=True)
             return False
         return True
+
+    def _of_data(self, fixed: Mapping[str, torch.Tensor], count: int, block: Block, mode: str) -> Pass:
+        """The model with the data drawn anew, or given as well."""
+        return self._pass(self.model, self.model_sites, count, block, fixed, set(self.observed), mode)
 
     def held(self, run: Pass, name: str) -> torch.Tensor:
         """A latent's values in all rows of the run, repeated ones included, as ``fixed`` takes them."""

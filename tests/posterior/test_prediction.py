@@ -154,6 +154,93 @@ def test_enumerated_assignments_of_new_rows_are_drawn_from_their_exact_condition
     assert (np.sign(variable(found, "x").values) == [1, -1, 1]).all()
 
 
+# --- sites without a value --------------------------------------------------------------------------------------------
+
+PROGRAMS = {  # how the programs take many draws: along a plate, by vmap, one by one
+    "plates": lambda w: w.sum(-1),
+    "lanes": lambda w: w.reshape(2).sum(),
+    "single": lambda w: w.reshape(2).sum().item(),
+}
+LEFT_OPEN = {
+    "Normal": dist.Normal(torch.tensor(1.0).double(), 2.0),
+    "Gamma": dist.Gamma(torch.tensor(2.0).double(), 1.0),
+    "Beta": dist.Beta(torch.tensor(2.0).double(), 3.0),
+    "Bernoulli": dist.Bernoulli(torch.tensor(0.3).double()),
+    "Poisson": dist.Poisson(torch.tensor(3.0).double()),
+    "Binomial": dist.Binomial(5, torch.tensor(0.3).double()),
+}
+
+
+@pytest.mark.parametrize("law", LEFT_OPEN.values(), ids=LEFT_OPEN)
+@pytest.mark.parametrize("way", PROGRAMS)
+def test_a_site_left_open_that_no_latent_moves_has_its_own_value_in_every_draw(way, law):
+    def model(t, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        mean = PROGRAMS[way](w)
+        with pyro.plate("groups", 2, dim=-2), pyro.plate("data", len(t), dim=-1):
+            s = pyro.sample("s", law)
+            pyro.sample("y", dist.Normal(mean + t + 3 * s, 0.1), obs=y)
+
+    def guide(t, y=None):
+        pyro.sample("w", dist.Normal(torch.ones(2).double(), 0.01).to_event(1))
+
+    count = 500 if way == "single" else 4000
+    found = predict(model, guide, NEW, num_samples=count)
+    open_site, follower = variable(found, "s").values[0], variable(found).values[0]
+    assert open_site.shape == (count, 2, 3)
+    mean, variance = float(law.mean), float(law.variance)
+    for cell in open_site.reshape(count, -1).T:
+        assert abs(cell.mean() - mean) < 5 * (variance / count) ** 0.5
+        assert abs(cell.var() / variance - 1) < (0.5 if way == "single" else 0.2)
+    left = follower - 2 - NEW.numpy() - 3 * open_site
+    assert abs(left).max() < 1 and abs(np.corrcoef(open_site.reshape(count, -1).T) - np.eye(6)).max() < 0.25
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_an_observation_that_no_latent_moves_is_drawn_alike_with_and_without_a_value(given):
+    def coins(t, y=None):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(t)):
+            pyro.sample("y", dist.Bernoulli(0.5), obs=y)
+
+    def guide(t, y=None):
+        pyro.sample("w", dist.Normal(1.0, 0.01))
+
+    found = predict(coins, guide, (torch.ones(6), torch.zeros(6)) if given else torch.ones(6), num_samples=1000)
+    assert (abs(variable(found).values[0].mean(0) - 0.5) < 5 * 0.5 / 1000**0.5).all()
+
+
+def test_draws_of_a_vector_left_open_are_not_mistaken_for_rows():
+    def model(x, y=None):  # two draws of `s` beside each other would pass for a matrix
+        pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        s = pyro.sample("s", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ s, 0.01), obs=y)
+
+    def guide(x, y=None):
+        pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double()
+    found = predict(model, guide, x, num_samples=300)
+    assert abs(variable(found).values[0] - variable(found, "s").values[0] @ x.numpy().T).max() < 0.1
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_blocks_of_a_subsampled_plate_share_a_site_left_open_outside_it(given):
+    def model(t, y=None):
+        pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        s = pyro.sample("s", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", 7, subsample_size=3) as rows:
+            pyro.sample("y", dist.Normal(s, 0.01), obs=None if y is None else y[rows])
+
+    def guide(t, y=None):
+        pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    rows = torch.zeros(7).double()
+    found = predict(model, guide, (rows, rows) if given else rows, num_samples=200)
+    assert abs(variable(found).values[0] - variable(found, "s").values[0][:, None]).max() < 0.1
+
+
 # --- guides with parameters per datum ---------------------------------------------------------------------------------
 
 
