@@ -16,6 +16,7 @@ from ...options import fits
 from ..engine.progress import Progress
 from ..engine.scopes import quietly
 from .importance import integrated, pieces
+from .likelihoods import likelihoods_of
 from .runner import Pass, Sweep
 from .sites import Block, SiteLayout
 
@@ -100,13 +101,10 @@ class Collection:
         if self.groups & {"observed_data", "constant_data"}:  # observed arguments are not constants
             for name in sweep.observed:
                 self._add("observed_data", name, model[name], 1, by_draw=False)
-        if "log_likelihood_conditional" in self.groups:
-            for name in sweep.observed:
-                layout = model[name]
-                shape = (*layout.sizes,)
-                self._put(
-                    "log_likelihood_conditional", name, layout.names, shape, self.thin["log_likelihood_conditional"]
-                )
+        self.likelihoods = {one.name: one for one in likelihoods_of(sweep)}
+        for one in self.likelihoods.values() if "log_likelihood_conditional" in self.groups else ():
+            group = "log_likelihood_conditional"
+            self._put(group, one.name, one.plates, one.sizes, self.thin[group])
         for name in sweep.latents if "log_prior" in self.groups else ():
             self._put("log_prior", name, (), (), self.thin["log_prior"])
         every = self.thin["log_likelihood"]
@@ -116,8 +114,8 @@ class Collection:
                 # The integral over all draws is one number per datum, stored once.
                 self.arrays["log_likelihood", sweep.evidence].constant = not self.nested
             elif not sweep.tied:
-                for name in sweep.observed:
-                    self._put("log_likelihood", name, model[name].names, model[name].sizes, every)
+                for one in self.likelihoods.values():
+                    self._put("log_likelihood", one.name, one.plates, one.sizes, every)
         sizes = self._sizes(sweep.weight_plates)
         self._put("sample_stats", "log_weight", sweep.weight_plates, sizes, 1)
         for name in ("log_p", "log_q"):
@@ -261,7 +259,7 @@ class Collection:
             if group == "posterior":
                 self._write(chain, array, start, stop, block, model.value(name))
             elif group == "log_likelihood_conditional" or (group == "log_likelihood" and not sweep.local):
-                self._write(chain, array, start, stop, block, model.log_prob(name))
+                self._write(chain, array, start, stop, block, self.likelihoods[name].log_prob(model))
             elif group == "log_prior" and block.first(model.layouts[name]):
                 picks, where = self._kept(array, start, stop)
                 array.data[chain, where] += model.log_prob(name, ()).cpu().numpy()[picks]

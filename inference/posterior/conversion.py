@@ -15,6 +15,7 @@ from ..engine.rows import given_arguments
 from ..engine.scopes import private_seed
 from . import _arviz
 from .collection import GROUPS, Collection
+from .likelihoods import warn_of_shared_factors
 from .naming import Naming, check_names
 from .parts import exact_pair
 from .runner import Sweep
@@ -63,6 +64,8 @@ def to_arviz(
     - ``log_likelihood``: of each datum, integrated over its local latents by importance sampling, for each draw of the
       global latents with ``num_local_samples`` local draws; without global latents over all draws, so that it is
       constant. ``log_likelihood_conditional``: of each datum given the drawn latents; do not pass it to ``az.loo``.
+      A ``pyro.factor`` in the plates of an observed site is part of the site's log-likelihood; sites that share such a
+      factor have one variable, ``x+y``. A factor outside of them counts as part of the prior.
     - ``log_prior``: of each latent given its parents, summed over its elements, ``(chain, draw)``, for ``az.psense``.
     - ``sample_stats``: ``log_p``, ``log_q`` and ``log_weight`` of each datum given the global latents, whose own
       log-probabilities are ``log_p_global`` and ``log_q_global``; of the whole program where no latent is local.
@@ -193,6 +196,8 @@ def assembled(collection: Collection, args: tuple, kwargs: Mapping, coords: Mapp
     import xarray
 
     sweep = collection.sweep
+    if "log_likelihood" in collection.groups and not (sweep.local or sweep.tied):
+        warn_of_shared_factors(sweep)
     naming = Naming(sweep, coords, dims)
     groups: dict[str, dict[str, Any]] = {}
     for (group, name), array in collection.arrays.items():

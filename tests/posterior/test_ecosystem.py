@@ -13,7 +13,7 @@ import torch
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
-from gumbo.errors import BadInput, UnknownName
+from gumbo.errors import BadInput, GumboWarning, UnknownName
 from gumbo.inference import from_pyro_svi, loo_approximate_posterior, to_arviz
 from gumbo.inference.posterior import _arviz
 
@@ -260,3 +260,128 @@ def test_leave_one_out_refuses_in_one_line(param_store):
             loo_approximate_posterior(idata, **options)
         assert "\n" not in str(caught.value)
     assert np.isfinite(total(loo_approximate_posterior(to_arviz(two, wrong_guide, X, num_samples=200), "y")))
+
+
+# --- factors that are part of a datum's likelihood --------------------------------------------------------------------
+
+
+def positive_mass(mean):
+    return dist.Normal(-mean, ONE).cdf(-ZERO).log()  # of a Normal of this mean
+
+
+def truncated(x):
+    """Each datum's normalizer is a factor, in a plate inside that of the data."""
+    mean = pyro.sample("mean", dist.Normal(ZERO, 2 * ONE))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, ONE), obs=x)
+        with pyro.plate("halves", 2):
+            pyro.factor("norm", -positive_mass(mean).expand(*mean.shape[:-1], len(x)) / 2)
+
+
+def censored(x):
+    """Data above 1 are only known to be so: their density is masked, their probability a factor."""
+    mean = pyro.sample("mean", dist.Normal(ZERO, 2 * ONE))
+    above = x > 1
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, ONE).mask(~above), obs=x)
+        pyro.factor("above", torch.where(above, positive_mass(mean - 1), ZERO))
+
+
+def of_two_sites(x):
+    mean = pyro.sample("mean", dist.Normal(ZERO, 2 * ONE))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, ONE), obs=x)
+        pyro.sample("y", dist.Normal(-mean, ONE), obs=x)
+        pyro.factor("both", mean * x)
+
+
+def without_a_plate(x):
+    mean = pyro.sample("mean", dist.Normal(ZERO, 2 * ONE))
+    pyro.sample("x", dist.Normal(mean, ONE).expand([len(x)]), obs=x)
+    pyro.factor("tilt", mean * x)
+
+
+def factors_alone(x):
+    mean = pyro.sample("mean", dist.Normal(ZERO, 2 * ONE))
+    with pyro.plate("data", len(x)):
+        pyro.factor("x", dist.Normal(mean, ONE).log_prob(x))
+        pyro.factor("tilt", mean * x)
+
+
+def penalized(x):
+    mean = pyro.sample("mean", dist.Normal(ZERO, 2 * ONE))
+    pyro.factor("penalty", -(mean**2))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, ONE), obs=x)
+
+
+def normal(x, mean):
+    return dist.Normal(mean, ONE).log_prob(x)
+
+
+WITH_FACTORS = {
+    "truncated": (truncated, "x", lambda x, mean: normal(x, mean) - positive_mass(mean)),
+    "censored": (censored, "x", lambda x, mean: torch.where(x > 1, positive_mass(mean - 1), normal(x, mean))),
+    "two sites": (of_two_sites, "x+y", lambda x, mean: normal(x, mean) + normal(x, -mean) + mean * x),
+    "without a plate": (without_a_plate, "x", lambda x, mean: normal(x, mean) + mean * x),
+    "alone": (factors_alone, "x+tilt", lambda x, mean: normal(x, mean) + mean * x),
+    "of the prior": (penalized, "x", normal),
+}
+
+
+@pytest.mark.parametrize("name", ["log_likelihood", "log_likelihood_conditional"])
+@pytest.mark.parametrize(("model", "variable", "exact"), WITH_FACTORS.values(), ids=WITH_FACTORS)
+def test_a_factor_of_a_datum_is_part_of_its_log_likelihood(model, variable, exact, name):
+    x = X.abs() if model is truncated else X
+    idata = to_arviz(model, wrong_guide, x, num_samples=50)
+    found = group(idata, name)
+    assert list(found.data_vars) == [variable] and found[variable].dims[2:] == (
+        ("x_dim_0",) if model is without_a_plate else ("data",)
+    )
+    means = torch.as_tensor(group(idata, "posterior")["mean"].values[0])[:, None]
+    np.testing.assert_allclose(found[variable].values[0], exact(x, means), rtol=1e-12)
+
+
+@pytest.mark.parametrize("model", [truncated, censored])
+def test_leave_one_out_of_data_with_factors_is_that_of_quadrature(model):
+    x = X.abs() if model is truncated else X
+    grid = torch.linspace(-6, 6, 20_001).double()[:, None]
+    terms = WITH_FACTORS[model.__name__][2](x, grid)
+    posterior = (dist.Normal(ZERO, 2 * ONE).log_prob(grid) + terms.sum(1, keepdim=True)).softmax(0)
+    exact = -(posterior * (-terms).exp()).sum(0).log()
+    centre = (posterior * grid).sum()
+    spread = (posterior * (grid - centre) ** 2).sum().sqrt()
+
+    def guide(x):
+        pyro.sample("mean", dist.StudentT(8 * ONE, centre, 1.1 * spread))
+
+    found = loo_approximate_posterior(to_arviz(model, guide, x, num_samples=20_000), pointwise=True)
+    np.testing.assert_allclose(densities(found), exact, atol=0.02)
+
+
+def test_observed_sites_without_a_factor_keep_their_own_log_likelihood():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(ZERO, 2 * ONE))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, ONE), obs=x)
+            with pyro.plate("again", 3):
+                pyro.sample("y", dist.Normal(mean, ONE), obs=x.expand(3, -1))
+                pyro.factor("tilt", mean * x)
+
+    idata = to_arviz(model, wrong_guide, X, num_samples=20)
+    found, means = group(idata, "log_likelihood"), torch.as_tensor(group(idata, "posterior")["mean"].values[0])
+    np.testing.assert_allclose(found["x"].values[0], normal(X, means[:, None]), rtol=1e-12)
+    tilted = normal(X, means[:, None, None]) + means[:, None, None] * X
+    np.testing.assert_allclose(found["y"].values[0], tilted.expand(-1, 3, -1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("term", [lambda mean, x: (mean * x).sum(-1), lambda mean, x: -len(x) * positive_mass(mean)])
+def test_a_factor_that_spans_the_data_is_left_out_with_a_warning(term):
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(ZERO, 2 * ONE))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, ONE), obs=x)
+        pyro.factor("norm", term(mean, x))
+
+    with pytest.warns(GumboWarning, match="factor 'norm' depends on the data and is outside the plates"):
+        to_arviz(model, wrong_guide, X, num_samples=20)
