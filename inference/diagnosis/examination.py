@@ -25,7 +25,7 @@ from .collapse import collapsed, point
 from .gaps import gap, with_parts
 from .missed_mass import missed_mass
 from .moments import moments
-from .report import Report, Verdict, merged, not_done
+from .report import CANNOT_SAY, Report, Verdict, merged, not_done
 from .rows import few_rows
 from .units import Units, units_of
 from .weights import effective_draws, tails, weights_bear
@@ -225,7 +225,13 @@ def _by_weights(units: Units, collection: Collection) -> list[Verdict]:
     """The verdicts from the importance weights of one kind of unit."""
     khat = tails(units)
     weak = weights_bear(units, khat)
-    verdicts = [khat, effective_draws(units), point(units), gap(units, collection, weak)]
+    if points := [found for site, found in collection.sweep.points.items() if site in units.sites]:
+        weak = f"the guide {points[0]}, and its draws no weights", "fit a guide with a width, such as AutoNormal"
+        text, advice = f"{units.what}: {weak[0]}", weak[1]
+        verdicts = [Verdict(name, CANNOT_SAY, text, advice=advice) for name in ("khat", "ess", "gap")]
+        verdicts.insert(2, point(units))
+    else:
+        verdicts = [khat, effective_draws(units), point(units), gap(units, collection, weak)]
     if not verdicts[2].fired:
         verdicts += moments(units, weak)
     return verdicts + collapsed(units, collection, verdicts)

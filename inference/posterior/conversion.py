@@ -69,7 +69,8 @@ def to_arviz(
     - ``log_prior``: of each latent given its parents, summed over its elements, ``(chain, draw)``, for ``az.psense``.
     - ``sample_stats``: ``log_p``, ``log_q`` and ``log_weight`` of each datum given the global latents, whose own
       log-probabilities are ``log_p_global`` and ``log_q_global``; of the whole program where no latent is local.
-    - ``vi_stats``: for each datum k̂, the importance effective sample size, log-evidence and its standard error, ELBO;
+    - ``vi_stats``: for each datum k̂, the importance effective sample size, log-evidence and its standard error, ELBO
+      (all but the last are NaN where the guide is a point at a latent, listed in the attribute ``points``);
       for each latent dimension KL and whether it is active; k̂ of the global latents. Beside global latents the
       log-evidence and the ELBO of a datum are those given the guide's draws of these (attribute ``given``), so that
       their sum is no bound of log p(data): ``evaluate`` gives that.
@@ -231,6 +232,7 @@ def _attrs(sweep: Sweep) -> dict[str, Any]:
         "data_plates": ",".join(sweep.data_plates),
         "local": ",".join(sweep.local),
         "global": ",".join(sweep.shared),
+        "points": ",".join(sweep.points),
     }
 
 

@@ -62,6 +62,8 @@ def loo_approximate_posterior(idata: Any, var_name: str | None = None, pointwise
             "every latent is local, so that leaving out a datum changes nothing for the others: "
             'the result is vi_stats["log_evidence"]'
         )
+    if points := likelihoods.attrs.get("points"):
+        raise BadInput(f"the guide is a point at {points}, so that its draws have no density and no weights")
     log_weight = _log_weight(_arviz.dataset_of(idata, "sample_stats"), likelihoods)
     log_weight = log_weight.sel(chain=log_likelihood["chain"], draw=log_likelihood["draw"])  # of the draws kept
     if float(np.ptp(log_likelihood.values, axis=(0, 1)).max(initial=0.0)) == 0.0:

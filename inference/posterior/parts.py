@@ -229,13 +229,8 @@ class _Counted:
 
 def _no_evidence(sweep: Sweep, name: str | None, num_data: int, globals_count: bool) -> str:
     """The reason why importance weights of these programs do not estimate the evidence; empty if they do."""
-    points = [
-        site
-        for site in sweep.latents
-        if sweep.guide_sites[site].point and site not in sweep.computed and not sweep.model_sites[site].discrete
-    ]
-    if points:
-        return f"the guide is a point at {points[0]!r}, which has no density; neither is the ELBO a bound"
+    if sweep.points:
+        return f"the guide {next(iter(sweep.points.values()))}; neither is the ELBO a bound"
     of_guide = [site for program, site in sweep.scaled if program == "guide"]
     if of_guide:
         return f"the guide scales log q of {of_guide[0]!r}, so that its draws have another density than the weights"

@@ -24,6 +24,7 @@ from ..engine.rows import Rows
 from ..engine.scopes import device_of, quietly
 from ..estimators._distributions import describe
 from .enumerated import completed
+from .points import points_of
 from .sites import SiteLayout, discrete_values, has_rows, innermost, kind_of, lengths_of
 from .superfluous import superfluous_latents
 from .vmapped import Seen, random_sites, scale_of, unmasked
@@ -42,6 +43,7 @@ class Survey:
         at_hand: subsampling plates that receive a batch instead, with its number of rows.
         row_ids: the index of each row, by plate.
         depth: the number of batch dimensions of the programs.
+        points: latents at which the guide is a point, without a density, and what it does there.
         superfluous: sites of the guide with elements that the named site of the model masks, and on which nothing in
             it depends: log q leaves them out.
         scaled: sites with a `poutine.scale` of their own, as (program, name); empty where all sites have the same.
@@ -136,6 +138,10 @@ class Survey:
             for name, layout in self.model_sites.items()
             if layout.kind == "latent"
         }
+        with ChosenRows(rows):
+            self.points = points_of(
+                lambda: self.guide(*self.args, **self.kwargs), guide, self.supports, self.guide_sites, self.model_sites
+            )
         observed = [name for name, layout in self.model_sites.items() if layout.kind == "observed"]
         self.observed_values = {name: model.nodes[name]["value"].detach() for name in observed}
         masked = frozenset(name for name in self.model_sites if unmasked(model.nodes[name]) is not None)

@@ -36,6 +36,8 @@ def weight_statistics(
         shared = np.moveaxis(shared, 1, -1)
         found["khat_global"] = (sweep.shared_plates, khat(shared, rounding))
         found["ess_global"] = (sweep.shared_plates, importance_ess(shared))
+    for name in _of_points(collection) & found.keys():  # weights without a density of the guide
+        found[name][1][...] = np.nan
     for name, by_chain in collection.kl.items():
         if all(value is not None for value in by_chain):
             value = np.stack([np.asarray(one) for one in by_chain])
@@ -49,6 +51,16 @@ def weight_statistics(
             names = event_names(name, len(layout.event))
             found[f"active_{name}"] = (names, active(between, within, collection.num_samples))
     return found
+
+
+def _of_points(collection: Collection) -> set[str]:
+    """The statistics of weights of latents at which the guide is a point."""
+    sweep = collection.sweep
+    of_data = {"khat", "ess", "log_evidence", "log_evidence_se"}
+    if not collection.nested:
+        return of_data if sweep.points else set()
+    found = of_data if sweep.points.keys() & set(sweep.local) else set()
+    return found | ({"khat_global", "ess_global"} if sweep.points.keys() & set(sweep.shared) else set())
 
 
 def _unit_khat(collection: Collection, log_weights: np.ndarray, rounding: float) -> np.ndarray:

@@ -11,13 +11,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, autoguide
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule
 
 from gumbo.errors import BadInput, GumboWarning, UnsupportedSite
 from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
-from gumbo.inference import evaluate, make_loss, to_arviz
+from gumbo.inference import diagnose, evaluate, loo_approximate_posterior, make_loss, to_arviz
 from gumbo.inference.auditing.moments import gradient_draws, gradient_moments
 from gumbo.inference.posterior import _arviz
 from gumbo.inference.posterior.checks import Checks
@@ -683,6 +683,65 @@ def test_a_point_has_no_evidence_and_a_batch_not_that_of_all():
     assert math.isnan(found.log_evidence) and "a point at 'w'" in found.reason
     found = evaluate(lambda y: model(y, 9), lambda y: pyro.sample("w", dist.Normal(0.1, 0.5)), X[:, 0])
     assert math.isnan(found.log_evidence) and "the 3 rows are a batch of more" in found.reason
+
+
+def two_means(x):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.LogNormal(0.0, 1.0))
+    p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal((a + b + p[..., 0])[..., None] if p.dim() > 1 else a + b + p[0], 1.0), obs=x)
+
+
+def in_parts(first, *sites):
+    def made(model):
+        guide = autoguide.AutoGuideList(model)
+        guide.append(first(pyro.poutine.block(model, expose=list(sites))))
+        guide.append(autoguide.AutoNormal(pyro.poutine.block(model, hide=list(sites)), init_scale=0.1))
+        return guide
+
+    return made
+
+
+def structured(**kinds):
+    return lambda model: autoguide.AutoStructured(model, conditionals={"b": "normal", "p": "normal", **kinds})
+
+
+DEGENERATE = {
+    "AutoDelta": autoguide.AutoDelta,
+    "AutoLaplaceApproximation": autoguide.AutoLaplaceApproximation,
+    "AutoDelta of one": in_parts(autoguide.AutoDelta, "a"),
+    "AutoLaplaceApproximation of two": in_parts(autoguide.AutoLaplaceApproximation, "a", "p"),
+    "AutoStructured with a point": structured(a="delta"),
+}
+DISTRIBUTIONS = {
+    "AutoNormal": autoguide.AutoNormal,
+    "AutoDiagonalNormal": autoguide.AutoDiagonalNormal,
+    "AutoMultivariateNormal": autoguide.AutoMultivariateNormal,
+    "AutoLowRankMultivariateNormal": autoguide.AutoLowRankMultivariateNormal,
+    "AutoIAFNormal": autoguide.AutoIAFNormal,
+    "AutoStructured": structured(a="normal"),
+    "list": in_parts(autoguide.AutoMultivariateNormal, "a", "p"),
+    "messenger": autoguide.AutoNormalMessenger,
+}
+
+
+@pytest.mark.parametrize("make", [*DEGENERATE.values(), *DISTRIBUTIONS.values()], ids=[*DEGENERATE, *DISTRIBUTIONS])
+def test_a_guide_that_is_a_point_at_one_of_its_latents_has_no_evidence(make, param_store):
+    guide, data = make(two_means), X[:, 0].float()
+    guide(data)
+    found = evaluate(two_means, guide, data, num_samples=20)
+    idata = to_arviz(two_means, guide, data, num_samples=20)
+    known = not math.isnan(float(_arviz.dataset_of(idata, "vi_stats")["log_evidence"][0]))
+    if make in DISTRIBUTIONS.values():
+        assert known and "no density" not in found.reason
+        return
+    assert "no density; neither is the ELBO a bound" in found.reason and "\n" not in found.reason
+    assert math.isnan(found.log_evidence) and math.isnan(found.khat) and math.isfinite(found.elbo) and not known
+    with pytest.raises(BadInput, match="the guide is a point at"):
+        loo_approximate_posterior(idata)
+    report = diagnose(two_means, guide, data, num_samples=100, progress=False)
+    assert {report[name].verdict for name in ("khat", "ess", "gap")} == {"cannot say"}
 
 
 def test_errors_of_the_draws_are_those_of_repeated_evaluations():
