@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -234,38 +234,44 @@ def networks_at_hand(*programs: Any) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(*programs: Any) -> Iterator[None]:
-    """Restore the buffers of modules (running statistics) on exit."""
+    """Restore the buffers of modules (running statistics) on exit, those too that a program has replaced."""
     modules = [program for program in programs if isinstance(program, torch.nn.Module)]
-    before = [(module, dict(module.named_buffers())) for module in modules]
-    made = [b for _, buffers in before for b in buffers.values() if not torch.nn.parameter.is_lazy(b)]
-    saved = [(buffer, buffer.detach().clone()) for buffer in made]
+    saved = [kept for module in modules for part in module.modules() for kept in _own_buffers(part)]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+        _put_back(saved)
+
+
+def _own_buffers(module: torch.nn.Module) -> list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]:
+    """The places of a module's own buffers, the buffers, and copies of them."""
+    held = module._buffers
+    made = [(key, b) for key, b in held.items() if b is not None and not torch.nn.parameter.is_lazy(b)]
+    return [(held, key, buffer, buffer.detach().clone()) for key, buffer in made]
+
+
+def _put_back(saved: Iterable[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for held, key, buffer, value in saved:
+            buffer.copy_(value)
+            held[key] = buffer
 
 
 @contextmanager
 def modules_met() -> Iterator[Collection[torch.nn.Module]]:
     """Collect the modules called inside; their buffers are restored on exit."""
-    met: dict[torch.nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    met: dict[torch.nn.Module, list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]] = {}
 
     def note(module: torch.nn.Module, inputs: Any) -> None:
         if module not in met:
-            made = [b for b in module.buffers(recurse=False) if not torch.nn.parameter.is_lazy(b)]
-            met[module] = [(buffer, buffer.detach().clone()) for buffer in made]
+            met[module] = _own_buffers(module)
 
     handle = register_module_forward_pre_hook(note)
     try:
         yield met.keys()
     finally:
         handle.remove()
-        with torch.no_grad():
-            for saved in met.values():
-                for buffer, value in saved:
-                    buffer.copy_(value)
+        _put_back(kept for saved in met.values() for kept in saved)
 
 
 @contextmanager
