@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...errors import BadInput
 
@@ -17,15 +18,20 @@ ADVICE = "pass compile=False"
 
 @contextmanager
 def unmoved(module: nn.Module) -> Iterator[None]:
-    """Restore the attributes of all modules within on exit; a change of a plain one is refused."""
+    """Restore the attributes of all modules within on exit; a change of a plain one is refused.
+
+    So is another tensor in the place of an element of a list or dictionary that a module holds.
+    """
     modules = list(module.modules())
     before = [dict(vars(one)) for one in modules]
+    held = [_held(one) for one in modules]
     written = {id(t): t._version for kept in before for t in kept.values() if isinstance(t, Tensor)}
     try:
         yield
-        for one, kept in zip(modules, before, strict=True):
+        for one, kept, contents in zip(modules, before, held, strict=True):
             names = plain_attributes(one) | plain_attributes(one, kept)
             changed = sorted(name for name in names if _changed(one, kept, name, written))
+            changed += sorted(name for name, (now, then) in contents.items() if _replaces(now, then))
             if changed:
                 raise BadInput(
                     f"{type(one).__name__}.{changed[0]} changes as the program runs, and a captured graph would not see"
@@ -36,6 +42,31 @@ def unmoved(module: nn.Module) -> Iterator[None]:
         for one, kept in zip(modules, before, strict=True):
             vars(one).clear()
             vars(one).update(kept)
+        for now, then in (pair for contents in held for pair in contents.values()):
+            # A tensor of a graph that is being captured has no values.
+            if _replaces(now, then) or any(isinstance(one, FakeTensor) for one in _elements(now).values()):
+                now.clear()
+                (now.extend if isinstance(now, list) else now.update)(then)
+
+
+def _held(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """The lists and dictionaries among a module's own attributes by name, each with a copy."""
+    skipped = _INTERNAL | frozenset(getattr(type(module), "uncaptured", ()))
+    return {
+        name: (value, value.copy())
+        for name, value in vars(module).items()
+        if type(value) in (list, dict) and name not in skipped and not name.startswith("_pyro_")
+    }
+
+
+def _elements(held: Any) -> Mapping[Any, Any]:
+    return held if isinstance(held, dict) else dict(enumerate(held))
+
+
+def _replaces(now: Any, before: Any) -> bool:
+    """Whether a list or dictionary has another tensor in the place of an element; one that grows may be a cache."""
+    here, there = _elements(now), _elements(before)
+    return any(isinstance(here.get(key), Tensor) and here[key] is not value for key, value in there.items())
 
 
 def called_with(module: nn.Module, replaced: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
