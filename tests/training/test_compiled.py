@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from collections import OrderedDict, namedtuple
 from functools import partial
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 import word_programs
 from pyro.nn import PyroModule
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from gumbo.errors import BadInput, UnsupportedSite
+from gumbo.errors import BadInput, GumboWarning, UnsupportedSite
 from gumbo.guides import BernoulliGuide, CategoricalGuide, NormalGuide, guides
 from gumbo.inference import SiteELBO, fit
 from gumbo.inference.engine.noise import Noise, Tape
@@ -537,6 +539,7 @@ class Changed(GaussianVAE):
         super().__init__(SHAPE, latent_dim=2, hidden=(5,))
         self.trick, self.factor, self.calls_made = trick, 1.0, 0
         self.table = torch.ones(())
+        self.held, self.named = [torch.zeros(())], {"mean": torch.zeros(())}
 
     def likelihood(self, z):
         return self.trick(self, z, super().likelihood)
@@ -563,6 +566,16 @@ def keeps(model, z, likelihood):
 def writes(model, z, likelihood):
     model.table.mul_(0.5)
     return likelihood(z * model.table)
+
+
+def replaces(model, z, likelihood):
+    model.held[0] = model.held[0] + z.detach().mean()
+    return likelihood(z + model.held[0])
+
+
+def replaces_by_name(model, z, likelihood):
+    model.named["mean"] = model.named["mean"] + z.detach().mean()
+    return likelihood(z + model.named["mean"])
 
 
 def rolls_python(model, z, likelihood):
@@ -595,6 +608,8 @@ REFUSED = {
     counts: "Changed.calls_made changes as the program runs",
     writes: "Changed.table changes as the program runs",
     keeps: "Changed.last changes as the program runs",
+    replaces: "Changed.held changes as the program runs",
+    replaces_by_name: "Changed.named changes as the program runs",
     rolls_python: "random numbers",
     rolls_numpy: "random numbers",
     rolls_a_numpy_generator: "differs from the eager one",
@@ -616,7 +631,19 @@ def test_what_a_graph_cannot_keep_is_refused_in_one_line(trick):
     with pytest.raises(BadInput, match=REFUSED[trick]) as refused:
         compiled_of(model)
     assert "\n" not in str(refused.value) and "compile=False" in str(refused.value)
-    assert not any("Fake" in type(value).__name__ for value in vars(model).values())
+    held = [*vars(model).values(), *model.held, *model.named.values()]
+    assert not any("Fake" in type(value).__name__ for value in held)
+
+
+def test_a_cache_that_fills_as_the_program_runs_is_a_constant():
+    def caches(model, z, likelihood):
+        if len(z) not in model.named:
+            model.named[len(z)] = torch.full((), 0.5)
+        return likelihood(z * model.named[len(z)])
+
+    model = Changed(caches)
+    agree(*steps_of(lambda: (model, NormalGuide(model)), SiteELBO("pathwise")), [data(dtype=F64)], 1e-9)
+    assert all(type(value) is torch.Tensor for value in model.named.values())
 
 
 @pytest.mark.parametrize("name", ["calls", "steps", "_own", "_kept", "_keeps"])
@@ -895,6 +922,134 @@ def test_machine_code_of_every_estimator(word, name, objective):
         pytest.skip(f"{word} does not serve these sites")
     loss = SiteELBO(word, objective=objective, num_particles=max(2, estimators[word]().min_particles))
     agree(*steps_of(PAIRS[name], loss, backend=None), [data(dtype=F64), 1 - data(dtype=F64)], 1e-8)
+
+
+class Scaled(PyroModule):
+    """A model whose arguments beside the data may have any form; its guide takes the same ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(3, dtype=F64))
+
+    def forward(self, x, *rest, **named):
+        shift = sum(self.numbers((rest, named)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.mean + shift, 1.0).to_event(1), obs=x)
+
+    def numbers(self, value):
+        if isinstance(value, nn.utils.rnn.PackedSequence):
+            return [value.data.sum(), float(len(value.batch_sizes))]
+        if isinstance(value, (dict, list, tuple)):
+            parts = value.values() if isinstance(value, dict) else value
+            return [number for part in parts for number in self.numbers(part)]
+        if isinstance(value, torch.Tensor):
+            return [value]
+        return [len(value) if isinstance(value, str) else float(value or 0)]
+
+
+class NoLatents(PyroModule):
+    def forward(self, x, *rest, **named):
+        pass
+
+
+def changing(make):
+    """A transform that adds something else to each batch: ``make`` of a number from 0 to 1."""
+    return lambda batch, generator: make(batch, torch.rand((), generator=generator, dtype=F64))
+
+
+Pair = namedtuple("Pair", ["scale", "word"])
+NESTED = {
+    "dict": lambda batch, u: {"x": batch, "extra": {"a": u, "b": {"c": 2 * u}}},
+    "list": lambda batch, u: (batch, [u, 2 * u], "word"),
+    "tuple": lambda batch, u: (batch, (u, 3.0)),
+    "ordered": lambda batch, u: (batch, OrderedDict(b=u, a=2 * u)),
+    "named": lambda batch, u: (batch, Pair(u, "w"), None, True),
+    "packed": lambda batch, u: (batch, nn.utils.rnn.pack_sequence([u.repeat(3), u.repeat(2)])),
+}
+CONSTANTS = {
+    "float": lambda batch, u: (batch, u.item()),
+    "keyword": lambda batch, u: {"x": batch, "scale": u.item()},
+    "in a list": lambda batch, u: (batch, [u.item()]),
+    "in a dict": lambda batch, u: {"x": batch, "scale": {"a": [u.item()], "b": u}},
+    "string": lambda batch, u: (batch, "w" * int(100 * u)),
+    "none": lambda batch, u: (batch, None if u < 0.5 else 1),
+    "array": lambda batch, u: (batch, u.numpy()),
+}
+
+
+def of_both(make, monkeypatch, stretch=True):
+    """The parameters and losses of an eager fit and of a compiled one, and how many batches ran uncompiled."""
+    monkeypatch.setattr(compiled, "inductor", uncompiled)
+    eager_steps = []
+    call = TorchStep.__call__
+    monkeypatch.setattr(TorchStep, "__call__", lambda step, batch: eager_steps.append(type(step)) or call(step, batch))
+    found = []
+    for compile in (False, True):
+        model = Scaled()
+        options = {"batch_size": 4, "epochs": 3, "lr": 0.05, "progress": False, "transform": changing(make)}
+        options |= {} if stretch else {"checkpoint_steps": 1}
+        result = fit(model, NoLatents(), torch.arange(36, dtype=F64).view(12, 3) / 36, compile=compile, **options)
+        found.append([*(line["elbo"] for line in result.history), *model.mean.tolist()])
+    return *found, sum(kind is CompiledStep for kind in eager_steps)
+
+
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize("stretch", [True, False])
+def test_tensors_in_containers_are_inputs_of_the_graph(kind, stretch, monkeypatch):
+    eager, compiled, uncompiled_steps = of_both(NESTED[kind], monkeypatch, stretch)
+    assert compiled == pytest.approx(eager, rel=1e-12) and uncompiled_steps == 0
+
+
+@pytest.mark.parametrize("kind", CONSTANTS)
+def test_a_batch_with_other_constants_runs_uncompiled_and_one_warning_says_so(kind, monkeypatch):
+    with pytest.warns(GumboWarning, match="(argument 1|'scale').*other values.*as a tensor") as seen:
+        eager, compiled, uncompiled_steps = of_both(CONSTANTS[kind], monkeypatch)
+    assert compiled == pytest.approx(eager, rel=1e-12)
+    assert uncompiled_steps and len(seen) == 1
+
+
+def test_constants_that_stay_what_they_are_run_compiled(monkeypatch):
+    kept = {"a": 1.5, "b": ["x", None, math.nan], "c": np.ones(2), "d": object()}
+
+    def make(batch, u):
+        return {"x": batch, "u": u, "scale": {**kept, "c": np.ones(2), "b": ["x", None, float("nan")]}}
+
+    monkeypatch.setattr(Scaled, "numbers", lambda model, value: [value[1]["u"] * value[1]["scale"]["a"]])
+    eager, compiled, uncompiled_steps = of_both(make, monkeypatch)
+    assert compiled == pytest.approx(eager, rel=1e-12) and uncompiled_steps == 0
+
+
+class Checkpointed(PyroModule):
+    """A network that is computed again in the backward pass, and one that is not."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.again, self.net = again, nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("unsaved", torch.zeros(3), persistent=False)
+
+    def forward(self, x):
+        mean = checkpoint(self.net, x, use_reentrant=False) if self.again else self.net(x)
+        self.seen, self.unsaved = self.seen + x.mean(0), self.unsaved + 1
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_making_the_graph_moves_nothing(again, optimizer):
+    torch.manual_seed(0)
+    model = Checkpointed(again).to(F64)
+    x = torch.randn(6, 3, dtype=F64)
+    kept = {name: value.clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
+    step, eager = steps_of(lambda: (model, NoLatents()), SiteELBO(), optimizer, backend=None, x=x)
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        assert torch.equal(value, kept[name]), name
+    assert all(not value.any() for state in step.optimizer.optimizer.state.values() for value in state.values())
+    for _ in range(3):
+        assert step(Rows(x, "x")) == pytest.approx(eager(Rows(x, "x")), rel=1e-12)
+    agree(step, eager, [x, -x], 1e-10)
 
 
 def fitted(epochs, run_dir=None, resume=False, word="score-average", **options):

@@ -42,6 +42,7 @@ from ...engine.rows import Rows
 from ...estimators._base import SiteState
 from ...estimators._distributions import describe
 from ..schedules import Schedule
+from .arguments import filled, flat
 
 Tensors = dict[str, Tensor]
 
@@ -128,6 +129,7 @@ class Program:
         batch: rows of the shape to capture.
 
     Attributes:
+        batch: these rows.
         noise: the noise that one call needs.
         schedules: the schedules that a call reads, in their order.
         used: the names of the parameters that receive a gradient.
@@ -138,7 +140,7 @@ class Program:
     def __init__(self, module: SiteELBOModule, batch: Rows):
         self.module = module
         self.num_tensors = len(flat(batch))
-        self._batch = batch  # its non-tensor parts are the same in every step
+        self.batch = batch  # what is no tensor is the same in every batch of its shape
         self.schedules: list[Schedule] = []
         self._places = self._find_buffers()
         self._like = next(iter(self.parameters().values()), torch.empty(()))
@@ -189,7 +191,7 @@ class Program:
         scalars: Sequence[Tensor] | None = None,
     ) -> Outcome:
         """The loss, without side effects on the module; ``scalars`` default to the schedules' values at this step."""
-        args, kwargs = _filled(self._batch, batch)
+        args, kwargs = filled(self.batch, batch)
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         versions = {name: copy._version for name, copy in copies.items()}
         swapped = {**parameters, **copies}
@@ -247,23 +249,6 @@ class Program:
     def tensor(self, values: float | list[float] | list[list[float]]) -> Tensor:
         """Numbers with the dtype and device of the parameters."""
         return torch.tensor(values, dtype=self.dtype, device=self.device)
-
-
-def flat(batch: Rows) -> list[Tensor]:
-    """The tensors of a batch, keywords in the order of their names.
-
-    They are contiguous: compiled code reads with the strides of the captured batch.
-    """
-    given = [*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs))]
-    return [value.contiguous() for value in given if isinstance(value, Tensor)]
-
-
-def _filled(batch: Rows, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a batch with its tensors replaced, in the order of :func:`flat`."""
-    left = iter(tensors)
-    args = tuple(next(left) if isinstance(value, Tensor) else value for value in batch.args)
-    kwargs = {name: batch.kwargs[name] for name in sorted(batch.kwargs)}
-    return args, {name: next(left) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
 
 
 def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:

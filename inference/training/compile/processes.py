@@ -17,9 +17,10 @@ from ...engine.scopes import private_seed
 from ..data_parallel import ProcessStep, gradients_of
 from ..distributed import Processes
 from ..split_rows import OWN
+from .arguments import Taken
 from .capture import Program
 from .products import FASTEST
-from .step import BAKED, Adam, CompiledStep, end_of_step, library_for, parts, refuse_other_losses, shape_of
+from .step import BAKED, Adam, CompiledStep, end_of_step, library_for, parts, refuse_other_losses
 
 
 class CompiledProcessStep(ProcessStep):
@@ -59,7 +60,7 @@ class CompiledProcessStep(ProcessStep):
             self.products = processes.from_main(lambda: library_for(self.module, products, rows))
             self.part = processes.together(lambda: _Part(self, rows, backend))
         self.part.watch()  # without the hooks of this context
-        self.shape = shape_of(batch)
+        self.takes = Taken(batch)
         self.compiler, self.note = self.part.compiler, self.part.note
         self.update: _Update | None = None
         self._together_inside = False
@@ -122,7 +123,7 @@ class CompiledProcessStep(ProcessStep):
 
     def gradients(self, batch: Rows) -> float:
         self._together_inside = False
-        if shape_of(batch) != self.shape or self.part.must_run_uncompiled():
+        if not self.takes(batch) or self.part.must_run_uncompiled():
             return super().gradients(batch)
         share = self.split.take(len(batch))
         rows = batch[share.rows]

@@ -20,7 +20,8 @@ from ...engine.rows import Rows
 from ...engine.scopes import private_seed
 from ...estimators._base import SiteState
 from ..steps import TorchStep, outside_support
-from .capture import Program, asks_for_a_value, capture, flat
+from .arguments import Taken, flat, shape_of
+from .capture import Program, asks_for_a_value, capture
 from .products import FASTEST, ONEDNN, choose_library, through_onednn
 
 # No autotuning; draws that are not inputs come from torch's generators, whose state a checkpoint holds.
@@ -35,10 +36,11 @@ class CompiledStep(TorchStep):
     """:class:`~gumbo.inference.training.steps.TorchStep` as a compiled graph for batches of one shape.
 
     The programs run in Python during the capture, and not again for batches of the shape of ``batch``. A batch of
-    another shape (the last of an epoch) runs uncompiled, and so does a step at which an estimator reads values (its
-    state says when; REBAR probes the programs at calls 1, 2, 4, …, 64). Adam and AdamW are part of the graph, other
-    optimizers run after it. Before its first use the graph is compared with an eager step on the same noise. It is
-    captured again after a change of a plain attribute of the programs, or of ``requires_grad`` of a parameter.
+    another shape (the last of an epoch) runs uncompiled, and so does one with other values that are no tensors, and a
+    step at which an estimator reads values (its state says when; REBAR probes the programs at calls 1, 2, 4, …, 64).
+    Adam and AdamW are part of the graph, other optimizers run after it. Before its first use the graph is compared with
+    an eager step on the same noise. It is captured again after a change of a plain attribute of the programs, or of
+    ``requires_grad`` of a parameter.
 
     Args:
         model, guide, loss, make_optimizer, batch: as for ``TorchStep``; ``loss`` is a :class:`SiteELBO`.
@@ -70,6 +72,7 @@ class CompiledStep(TorchStep):
     def _begin(self, batch: Rows, backend: Callable | None, library: str) -> None:
         self.backend, self.compiler = backend or inductor, self._compiled
         self.products, self.seconds, self.captures = library, 0.0, 0
+        self.takes = Taken(batch)
         self.make_graph(batch)
 
     def make_graph(self, batch: Rows) -> None:
@@ -90,7 +93,7 @@ class CompiledStep(TorchStep):
             self.program.used = [name for name in self.program.used if id(self.parameters[name]) in owned]
             self.noise = self.program.noise
             self.inside = self._optimizer_inside()
-            self.shape = shape_of(batch)
+            self.takes.of(batch)
             self._scalars: tuple[list[float], Tensor | None] = ([], None)
             self._blocks: bool | None = None  # whether noise may be drawn in blocks
             self._learns = torch.ones((), dtype=self.program.dtype, device=self.program.device)
@@ -116,7 +119,7 @@ class CompiledStep(TorchStep):
     # One step.
 
     def __call__(self, batch: Rows) -> float:
-        if self.must_run_uncompiled() or shape_of(batch) != self.shape:
+        if self.must_run_uncompiled() or not self.takes(batch):
             if self.inside is not None:
                 self.inside.forget()
             return super().__call__(batch)
@@ -160,10 +163,11 @@ class CompiledStep(TorchStep):
         batch = next(batches, None)
         if batch is None:
             return
-        if self.must_run_uncompiled() or shape_of(batch) != self.shape or self.is_outdated():
+        shape = self.takes.shape
+        if self.must_run_uncompiled() or shape_of(batch) != shape or self.is_outdated():
             made.append((batch, self(batch)))
             return
-        most = min(most, LONGEST, max(1, AHEAD // max(1, sum(tensor.nbytes for tensor in batch.tensors()))))
+        most = min(most, LONGEST, max(1, AHEAD // max(1, sum(tensor.nbytes for tensor in flat(batch)))))
         before = _generator_states(self.noise)
         given, told = [], []
         rest: Rows | None = None
@@ -198,7 +202,7 @@ class CompiledStep(TorchStep):
                         break
                     if (
                         (looks and self.must_run_uncompiled())
-                        or shape_of(batch) != self.shape
+                        or shape_of(batch) != shape
                         or (self.code_between and self.is_outdated())
                     ):
                         rest = batch
@@ -629,7 +633,8 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch's own, about how it compiles
-            run = compile_graph(graph, list(inputs), options=OPTIONS)
+            # Torch runs some graphs as it compiles them, such as those of torch.utils.checkpoint: on copies.
+            run = compile_graph(graph, [tensor.clone() for tensor in inputs], options=OPTIONS)
             run = _generated_code(run, inputs)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
@@ -703,10 +708,6 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 def uncompiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
     """The graph run operation by operation, for tests of the capture."""
     return graph
-
-
-def shape_of(batch: Rows) -> list[Any]:
-    return [*batch.kwargs, *((tensor.shape, tensor.dtype) for tensor in batch.tensors())]
 
 
 def parts(tensors: Sequence[Tensor], counts: Sequence[int]) -> Iterator[list[Tensor]]:
