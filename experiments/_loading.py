@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from gumbo.experiments._runs import RunFolder
 from gumbo.experiments.train import Train, build, guide_of, inputs_of, load_data, make_loss, settings_of
 
 WEIGHTS = "model.safetensors"  # the parameters of an exported run, in place of its checkpoints
+BUFFERS = "buffers"  # in its metadata: the buffers that state_dict leaves out, and that the training has changed
 
 
 class LoadedRun(NamedTuple):
@@ -95,29 +97,32 @@ def load_parameters(
             raise BadInput(f"{run.path} is an export, which holds one set of parameters: leave out best")
         load_weights(model, guide, run.path / WEIGHTS)
         return {}
-    module = parameters_of(run, settings.patience is not None if best is None else best)
+    from gumbo.inference.training.steps import load_unsaved
+
+    module, buffers = parameters_of(run, settings.patience is not None if best is None else best)
     for prefix, program in (("model.", model), ("guide.", guide)):
         weights = {key.removeprefix(prefix): value for key, value in module.items() if key.startswith(prefix)}
         try:
             program.load_state_dict(weights)
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:
             raise BadInput(f"{run.path}: the checkpoint does not fit config.yaml ({error})") from error
+    load_unsaved({"model": model, "guide": guide}, buffers)
     return {key.removeprefix("binding."): value for key, value in module.items() if key.startswith("binding.")}
 
 
-def parameters_of(run: RunFolder, best: bool) -> dict[str, Any]:
-    """The state of the modules in the run's checkpoint, by name."""
+def parameters_of(run: RunFolder, best: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The state of the modules in the run's checkpoint by name, and the buffers that it leaves out."""
     from gumbo.inference.training.checkpoints import Checkpoints
 
     state = Checkpoints(run.checkpoints).load()
-    module = state.get("module")
     if best:
-        module = state["best"].get("module") if isinstance(state.get("best"), dict) else None
+        state = state["best"] if isinstance(state.get("best"), dict) else {}
+    module, buffers = state.get("module"), state.get("buffers", {})  # an earlier version may not have kept these
     if not isinstance(module, dict) or not all(isinstance(key, str) for key in module):
         raise BadInput(f"{run.path}: its checkpoint is of something else than gumbo train")
     if best and not module:
         raise BadInput(f"{run.path} has no best epoch: its run had no validation data")
-    return module
+    return module, buffers
 
 
 def safetensors() -> Any:
@@ -129,15 +134,22 @@ def safetensors() -> Any:
     return safetensors.torch
 
 
-def save_weights(run: LoadedRun, path: Path, **said: str) -> None:
-    """Write both programs' tensors to one file as ``model.…`` and ``guide.…``, tied ones once."""
+def save_weights(run: LoadedRun, path: Path, unsaved: list[str], **said: str) -> None:
+    """Write both programs' tensors to one file as ``model.…`` and ``guide.…``, tied ones once.
+
+    ``unsaved`` are the names of buffers to write that ``state_dict`` leaves out.
+    """
     from gumbo import __version__
 
     shape = getattr(run.model, "config", {}).get("data_shape") or load_data(run.settings).data_shape
     metadata = {"format": "pt", "gumbo": __version__, "data_shape": json.dumps(list(shape)), **said}
+    both = _together(run.model, run.guide)
+    if unsaved:
+        metadata[BUFFERS] = json.dumps(unsaved)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        safetensors().save_model(_together(run.model, run.guide), str(partial), metadata=metadata)
+        with _saved_too(both, unsaved):
+            safetensors().save_model(both, str(partial), metadata=metadata)
         os.replace(partial, path)
     except Exception as error:  # safetensors' own error on a full disk, and on state that is no tensor
         partial.unlink(missing_ok=True)
@@ -147,14 +159,36 @@ def save_weights(run: LoadedRun, path: Path, **said: str) -> None:
 def load_weights(model: torch.nn.Module, guide: torch.nn.Module, path: Path) -> None:
     """Load a file of :func:`save_weights` into the pair."""
     library = safetensors()
+    from safetensors import safe_open
+
+    from gumbo.inference.training.steps import load_unsaved
+
     try:
-        library.load_model(_together(model, guide), str(path))
+        with safe_open(str(path), framework="pt") as file:
+            unsaved = json.loads((file.metadata() or {}).get(BUFFERS, "[]"))
+            load_unsaved({"model": model, "guide": guide}, {name: file.get_tensor(name) for name in unsaved})
+        both = _together(model, guide)
+        with _saved_too(both, unsaved):
+            library.load_model(both, str(path))
     except Exception as error:  # safetensors' own error on a damaged file, and torch's on shapes
         raise BadInput(f"{path} does not fit config.yaml, or is damaged ({' '.join(str(error).split())})") from error
 
 
 def _together(model: torch.nn.Module, guide: torch.nn.Module) -> torch.nn.Module:
     return torch.nn.ModuleDict({"model": model, "guide": guide})
+
+
+@contextmanager
+def _saved_too(both: torch.nn.Module, names: list[str]) -> Iterator[None]:
+    """Let ``state_dict`` hold these buffers, which it leaves out otherwise."""
+    places = [(both.get_submodule(path), own) for path, _, own in (name.rpartition(".") for name in names)]
+    for module, own in places:
+        module._non_persistent_buffers_set.discard(own)
+    try:
+        yield
+    finally:
+        for module, own in places:
+            module._non_persistent_buffers_set.add(own)
 
 
 def exported_shape(run: RunFolder) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gumbo.errors import BadInput
 from gumbo.experiments._command import run_command
-from gumbo.experiments._loading import WEIGHTS, load, safetensors, save_weights
+from gumbo.experiments._loading import WEIGHTS, exported_shape, load, parameters_of, safetensors, save_weights
 from gumbo.experiments._runs import RunFolder
 
 
@@ -45,8 +45,10 @@ def export(config: Export) -> dict[str, Any]:
     except OSError as error:
         raise BadInput(f"cannot create {target}: {error.strerror}") from error
     run = RunFolder(target)
-    which = "best" if config.best or found.settings.patience is not None else "last"
-    save_weights(found, target / WEIGHTS, parameters=which)
+    of_best = config.best or found.settings.patience is not None
+    exported = RunFolder(Path(config.run))
+    unsaved = [] if exported_shape(exported) is not None else sorted(parameters_of(exported, of_best)[1])
+    save_weights(found, target / WEIGHTS, unsaved, parameters="best" if of_best else "last")
     run.write_config("train", found.settings, resume=None, folder=None)
     for numbers in found.metrics:
         run.append_metrics(numbers)

@@ -70,31 +70,50 @@ class _UnsavedBuffers:
         pairs = (("model", model), ("guide", guide))
         self.programs = {prefix: one for prefix, program in pairs for one in modules_of(program)[:1]}
         # Torch does not count every write: F.batch_norm's to its running statistics is none.
-        self._first = {name: checksum([value]) for name, value in self._named()}
+        self.first: dict[str, torch.Tensor] = {}
+        self._sums = {name: checksum([value]) for name, value in self._named()}
 
     def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for prefix, program in self.programs.items():
-            for path, module in program.named_modules(prefix=prefix):
-                for name in sorted(module._non_persistent_buffers_set):
-                    value = module._buffers.get(name)
-                    if value is not None and not torch.nn.parameter.is_lazy(value):
-                        yield f"{path}.{name}", value
+        return unsaved_buffers(self.programs)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The changed buffers by name."""
-        return {name: value.detach() for name, value in self._named() if self._first.get(name) != checksum([value])}
+        return {name: value.detach() for name, value in self._named() if self._sums.get(name) != checksum([value])}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        now = dict(self._named())
-        for name, value in state.items():
-            if name in now and now[name].shape == value.shape and now[name].dtype == value.dtype:
-                with torch.no_grad():
-                    now[name].copy_(value)  # in place: a graph may hold this tensor
-                continue
-            prefix, *path, own = name.split(".")
-            module = self.programs[prefix].get_submodule(".".join(path))
-            device = now[name].device if name in now else value.device
-            module.register_buffer(own, value.to(device), persistent=False)
+        load_unsaved(self.programs, state)
+
+    def keep_first(self) -> None:
+        """Keep what the buffers hold now, for `load_all`."""
+        self.first = {name: value.detach().clone() for name, value in self._named()}
+
+    def load_all(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Load a state, and put the buffers that nothing had changed then back to what `keep_first` kept."""
+        self.load({**self.first, **state})
+
+
+def unsaved_buffers(programs: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers of programs that ``state_dict`` leaves out, by their names after the program's own."""
+    for prefix, program in programs.items():
+        for path, module in program.named_modules(prefix=prefix):
+            for name in sorted(module._non_persistent_buffers_set):
+                value = module._buffers.get(name)
+                if value is not None and not torch.nn.parameter.is_lazy(value):
+                    yield f"{path}.{name}", value
+
+
+def load_unsaved(programs: Mapping[str, torch.nn.Module], state: Mapping[str, torch.Tensor]) -> None:
+    """Put values into buffers that ``state_dict`` leaves out, by the names of :func:`unsaved_buffers`."""
+    now = dict(unsaved_buffers(programs))
+    for name, value in state.items():
+        if name in now and now[name].shape == value.shape and now[name].dtype == value.dtype:
+            with torch.no_grad():
+                now[name].copy_(value)  # in place: a graph may hold this tensor
+            continue
+        prefix, *path, own = name.split(".")
+        module = programs[prefix].get_submodule(".".join(path))
+        device = now[name].device if name in now else value.device
+        module.register_buffer(own, value.to(device), persistent=False)
 
 
 class Step(ABC):
@@ -119,6 +138,7 @@ class Step(ABC):
     parameters: dict[str, torch.nn.Parameter]
     optimizer: Updates
     loss: ELBO
+    _unsaved: _UnsavedBuffers
 
     @abstractmethod
     def __call__(self, batch: Rows) -> float: ...
@@ -136,6 +156,16 @@ class Step(ABC):
 
     @abstractmethod
     def load(self, state: Mapping[str, Any]) -> None: ...
+
+    def keep_first_buffers(self) -> None:
+        """Called before the first step of a run whose best epoch is put back."""
+        self._unsaved.keep_first()
+
+    def load_best(self, best: Mapping[str, Any]) -> None:
+        """Put the parameters and buffers of the best epoch back."""
+        self.load({"module": best["module"], "store": {}})
+        if "buffers" in best:  # earlier versions did not keep them
+            self._unsaved.load_all(best["buffers"])
 
     def check_parameters(self) -> None:
         """Raise BadInput if the programs have other parameters than those that the optimizer was made for."""
@@ -234,7 +264,7 @@ class TorchStep(Step):
         if "choice" in state and elbo.choice is not None and state["choice"] != elbo.choice.words:
             self.change(elbo.changed(state["choice"]))
         self.module.load_state_dict(state["module"])
-        self._unsaved.load(state.get("buffers", {}))  # none in an earlier checkpoint, nor where the best are put back
+        self._unsaved.load(state.get("buffers", {}))  # none in an earlier checkpoint
 
     def change(self, loss: ELBO) -> None:
         """Continue with another loss of the same programs, whose estimators have no parameters."""

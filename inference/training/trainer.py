@@ -179,6 +179,8 @@ class Run:
         self.shown: Progress | None = None
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": None, "elbo": None, "module": {}}
+        if options.restore_best:
+            step.keep_first_buffers()
         self.now = _Epoch()
         self.convergence = Convergence(step.parameters) if options.until is not None else None
         self.settles, self.waits_for = 0, ""
@@ -252,7 +254,7 @@ class Run:
             shown.begin(f"not converged after {self.now.before} steps: {self.convergence.verdict}")
         stopped = self._out_of_patience() or self._converged()
         if options.restore_best and self.best["module"]:
-            self.step.load({"module": self.best["module"], "store": {}})
+            self.step.load_best(self.best)
         times = [numbers["ms_per_step"] for numbers in self.history if "ms_per_step" in numbers]
         return FitResult(
             self.history,
@@ -435,8 +437,9 @@ class Run:
         self.history.append(numbers)
         elbo = numbers.get("valid_elbo")
         if elbo is not None and (self.best["elbo"] is None or elbo > self.best["elbo"]):
-            module = copy.deepcopy(self.step.state()["module"])
-            self.best = {"epoch": int(numbers["epoch"]), "elbo": elbo, "module": module}
+            state = self.step.state()
+            kept = copy.deepcopy({name: state[name] for name in ("module", "buffers")})
+            self.best = {"epoch": int(numbers["epoch"]), "elbo": elbo, **kept}
             self._best_is_saved = False
         if self.folder is not None:
             self.metrics.append(numbers)

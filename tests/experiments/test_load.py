@@ -40,6 +40,25 @@ class Tied(GaussianVAE):
 """
 
 
+COUNTING = """
+import torch
+
+from gumbo.models import GaussianVAE
+
+
+class Counting(GaussianVAE):
+    def __init__(self, data_shape):
+        super().__init__(data_shape, latent_dim=2, hidden=(8,))
+        self.register_buffer("seen", torch.zeros(2), persistent=False)
+        self.register_buffer("constant", torch.ones(2), persistent=False)
+
+    def likelihood(self, z):
+        if self.training:
+            self.seen += 1
+        return super().likelihood(z)
+"""
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
@@ -103,6 +122,28 @@ def test_best_takes_the_best_epochs_parameters(run):
     best = Checkpoints(run / "checkpoints").load()["best"]["module"]
     found = gumbo.load(run, best=True)
     assert all(torch.equal(value, best[f"model.{name}"]) for name, value in found.model.state_dict().items())
+
+
+def test_buffers_that_no_state_dict_holds_are_loaded_and_exported_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    Path("counting_models.py").write_text(COUNTING)
+    cli.main(["train", "--folder", "run", *QUICK[:-1], "--model", "counting_models:Counting"])
+    checkpoints = Checkpoints(Path("run/checkpoints"))
+    state = checkpoints.load()
+    assert list(state["buffers"]) == ["model.seen"]
+    state["best"]["buffers"] = {"model.seen": state["buffers"]["model.seen"] + 0.5}
+    checkpoints.save(state)
+    for best in (False, True):
+        expected = state["buffers"]["model.seen"] + 0.5 * best
+        assert torch.equal(gumbo.load("run", trust=True, best=best).model.seen, expected)
+        export(Export("run", folder=f"export-{best}", best=best, trust=True))
+        found = gumbo.load(f"export-{best}", trust=True)
+        assert torch.equal(found.model.seen, expected)
+        assert not {name for name in found.model.state_dict() if "seen" in name or "constant" in name}
+    del state["best"]["buffers"]  # as an earlier version wrote it
+    checkpoints.save(state)
+    assert torch.equal(gumbo.load("run", trust=True, best=True).model.seen, torch.zeros(2))
 
 
 def test_an_export_loads_as_the_run_does_and_is_judged_alike(run, capsys):

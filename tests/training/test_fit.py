@@ -19,10 +19,11 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceTailAdaptive_ELBO,
 )
+from pyro.nn import PyroModule
 from resuming import SHAPE, images, pair, quiet, weights
 
 from gumbo.errors import BadInput, GumboError, UnknownName
-from gumbo.inference import Linear
+from gumbo.inference import Linear, evaluate
 from gumbo.inference.training.checkpoints import load_checkpoint, save_checkpoint
 
 
@@ -147,6 +148,45 @@ def test_patience_stops_and_the_best_parameters_come_back():
     assert result.epochs == result.best_epoch + 3
     if result.best_epoch:
         assert torch.equal(weights(model, guide), seen[result.best_epoch - 1][1])
+
+
+class Averaging(PyroModule):
+    """Its predictions are a running average of the data it was trained on; without a step, zero."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(2, dtype=torch.float64), persistent=persistent)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.8 * self.mean + 0.2 * x.mean(0)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.mean + 0 * self.weight, 1.0).to_event(1), obs=x)
+
+
+class NoLatents(PyroModule):
+    def forward(self, x):
+        pass
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("at", [0.0, 1.1, 2.0])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_best_buffers_come_back_also_those_that_no_state_dict_holds(persistent, at, resumed, tmp_path):
+    """The best epoch is the one whose running average of 2 is the nearest to the validation data."""
+    x = torch.full((8, 2), 2.0, dtype=torch.float64)
+    valid = torch.full((4, 2), at, dtype=torch.float64)
+    options = {"valid": valid, "batch_size": 8, "restore_best": True, "run_dir": tmp_path if resumed else None}
+    if resumed:
+        quiet(Averaging(persistent), NoLatents(), x, epochs=4, **options | {"restore_best": False})
+    model = Averaging(persistent)
+    result = quiet(model, NoLatents(), x, epochs=6, resume=resumed, **options)
+    averages = [2 - 2 * 0.8**epoch for epoch in range(7)]
+    best = min(range(7), key=lambda epoch: abs(averages[epoch] - at))
+    assert result.best_epoch == best
+    torch.testing.assert_close(model.mean, torch.full((2,), averages[best], dtype=torch.float64))
+    assert evaluate(model, NoLatents(), valid, num_samples=1).elbo == pytest.approx(result.best_elbo, rel=1e-12)
 
 
 def test_transform_is_drawn_anew_each_epoch_and_repeatably():
