@@ -200,7 +200,7 @@ def fit(
     model, guide = found.model, found.guide
     drop_last = _drops_last(options, loss, rows, found)
     processes = Processes.join(device)
-    make, optimizer_name = make_optimizer(optimizer, lr, clip_norm, clip_value, scheduler, scheduler_every)
+    make, optimizer_name = make_optimizer(optimizer, lr, clip_norm, clip_value, scheduler, scheduler_every, found.names)
     if processes is not None and isinstance(rows, StoredRows) and rows.source.own_order:
         raise BadInput(
             "several processes split batches that all of them see, and this DataLoader has an order of its own: pass "

@@ -67,7 +67,7 @@ class Inspection:
     Attributes: ``model`` and ``guide`` as modules; ``num_data``, the number of data that the loss of a batch counts,
     where that is not the batch's length; ``of_rows``, a parameter with an element for each row of a batch, or None;
     ``unchecked``, the observed sites with ``validate_args=False``; ``averages``, whether a site asks TraceGraph_ELBO
-    for its average for each position in a batch.
+    for its average for each position in a batch; ``names``, those of the parameters in Pyro's store by their ``id``.
     """
 
     model: nn.Module
@@ -76,6 +76,7 @@ class Inspection:
     of_rows: str | None = None
     unchecked: frozenset[str] = frozenset()
     averages: bool = False
+    names: dict[int, str] = field(default_factory=dict)
     _unregistered: list[nn.Parameter] = field(default_factory=list)
 
     @contextmanager
@@ -121,6 +122,7 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
         )
         unregistered: list[nn.Parameter] = []
         stored = _as_parameters(stored)
+        names = {id(parameter): name for name, (parameter, _) in stored.items()}
         # A network of a module belongs to that module alone: under two names compile would count it twice.
         whose = {id(part) for program in (model, guide) if isinstance(program, nn.Module) for part in program.modules()}
         others = [part for part in called if id(part) not in whose]
@@ -151,7 +153,7 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
             GumboWarning,
             stacklevel=3,
         )
-    return Inspection(*programs, _num_data(traces[1], batch), of_rows, unchecked, averages, unregistered)
+    return Inspection(*programs, _num_data(traces[1], batch), of_rows, unchecked, averages, names, unregistered)
 
 
 def _hidden_latents(model: Callable, guide: Callable, seen: poutine.Trace, batch: Rows) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.optim.optim import PyroOptim
+from pyro.params.param_store import normalize_param_name
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
@@ -88,9 +89,11 @@ def make_optimizer(
     clip_value: float | None = None,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     scheduler_every: str = "epoch",
+    store_names: Mapping[int, str] | None = None,
 ) -> tuple[Callable[[Named], Updates], str]:
     """A function from named parameters to their :class:`Updates`, and a description that identifies the optimizer.
 
+    ``store_names`` are the names of parameters in Pyro's store by their ``id``, for the functions of pyro.optim.
     Raises UnknownName for an unknown word, and BadInput for an invalid optimizer or number.
     """
     for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
@@ -102,7 +105,7 @@ def make_optimizer(
     if inspect.isfunction(optimizer) and optimizer.__module__.startswith("pyro.optim"):
         function = optimizer  # pyro.optim.Adam itself, not what it makes
         optimizer = _built(lambda: function({"lr": base}))
-    make, words = _maker(optimizer, base, without_addresses(lr))
+    make, words = _maker(optimizer, base, without_addresses(lr), store_names or {})
     schedule = _scheduler(optimizer, lr, scheduler, scheduler_every, words)
     single = optimizer.pt_clip_args if isinstance(optimizer, PyroOptim) else {}
     if callable(single):
@@ -146,7 +149,9 @@ def _scheduler(
     return schedule
 
 
-def _maker(optimizer: Any, lr: float, lr_said: str) -> tuple[Callable[[Named], Any], str]:
+def _maker(
+    optimizer: Any, lr: float, lr_said: str, store_names: Mapping[int, str]
+) -> tuple[Callable[[Named], Any], str]:
     """A function from named parameters to a torch optimizer, and a description of it."""
     if isinstance(optimizer, str):
         if optimizer not in OPTIMIZERS:
@@ -155,7 +160,9 @@ def _maker(optimizer: Any, lr: float, lr_said: str) -> tuple[Callable[[Named], A
     if isinstance(optimizer, PyroOptim):
         make, options = optimizer.pt_optim_constructor, optimizer.pt_optim_args
         if callable(options):
-            return lambda named: make(_groups(optimizer, named)), f"{make.__name__}({without_addresses(options)})"
+            return lambda named: make(
+                _groups(optimizer, named, store_names)
+            ), f"{make.__name__}({without_addresses(options)})"
         return lambda named: make(list(named.values()), **options), f"{make.__name__}({dict(sorted(options.items()))})"
     if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
         takes_lr = "lr" in inspect.signature(optimizer).parameters
@@ -172,12 +179,21 @@ def _maker(optimizer: Any, lr: float, lr_said: str) -> tuple[Callable[[Named], A
     )
 
 
-def _groups(optimizer: PyroOptim, named: Named) -> list[dict[str, Any]]:
+def _groups(optimizer: PyroOptim, named: Named, store_names: Mapping[int, str]) -> list[dict[str, Any]]:
     """A parameter group for each parameter, with the arguments that Pyro assigns to its name in the param store."""
     if optimizer.pt_optim_args_argc != 1:
         raise BadInput("a pyro.optim optimizer's function of the parameter must take one argument, the name")
-    plain = {name: re.sub(r"^(model|guide)\.|_unconstrained$", "", name) for name in named}
-    return [{"params": [parameter], **optimizer.pt_optim_args(plain[name])} for name, parameter in named.items()]
+    return [
+        {"params": [parameter], **optimizer.pt_optim_args(_name_in_store(name, parameter, store_names))}
+        for name, parameter in named.items()
+    ]
+
+
+def _name_in_store(name: str, parameter: Parameter, store_names: Mapping[int, str]) -> str:
+    """The name that Pyro's SVI gives a parameter; one that is not in the store (a baseline's) keeps its own."""
+    if id(parameter) in store_names:
+        return normalize_param_name(store_names[id(parameter)])
+    return re.sub(r"^(model|guide)\.|_unconstrained$", "", name)
 
 
 def _fused(kind: type[torch.optim.Optimizer], parameters: Iterable[Parameter], lr: float):

@@ -454,3 +454,70 @@ def test_latents_that_both_mask_are_quiet():
             pyro.sample("x_unobserved", dist.Normal(mu, 1.0))
 
     assert quiet(half_seen, guide, X, epochs=1, batch_size=8).epochs == 1
+
+
+class Registered(PyroModule):
+    """A PyroModule with a constrained parameter, a layer, and a name that looks like the guide's."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = pyro.nn.PyroParam(torch.tensor(1.0), constraint=constraints.positive)
+        self.layer, self.guide = nn.Linear(1, 1), nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.layer(x[:, None])[:, 0] + self.guide, self.width), obs=x)
+
+
+def with_params(x):
+    scale = pyro.param("a.scale", torch.tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), scale), obs=x)
+
+
+NET = nn.Linear(1, 1)
+
+
+def with_a_network(x):
+    net = pyro.module("net", NET)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(net(x[:, None])[:, 0], 1.0), obs=x)
+
+
+def no_latents(x):
+    pass
+
+
+NAMED = {
+    "pyro.param": lambda: (with_params, no_latents),
+    "pyro.module": lambda: (with_a_network, no_latents),
+    "methods": lambda: (lambda vae: (vae.model, vae.guide))(VAE()),
+    "PyroModule": lambda: (Registered(), no_latents),
+    "autoguide": lambda: (lambda model: (model, AutoNormal(model)))(lambda x: latent_mean(x)),
+}
+
+
+def latent_mean(x):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean + pyro.param("shift", torch.tensor(0.0)), 1.0), obs=x)
+
+
+def noted(names, name):
+    names.add(name)
+    return {"lr": 0.1}
+
+
+@pytest.mark.parametrize("loss", ["default", "trace"])
+@pytest.mark.parametrize("kind", NAMED)
+def test_a_pyro_optimizer_asks_for_the_names_of_svi(kind, loss):
+    seen: dict[str, set[str]] = {"svi": set(), "fit": set()}
+    for how, names in seen.items():
+        with pyro.get_param_store().scope():
+            model, guide = NAMED[kind]()
+            optimizer = pyro.optim.Adam(functools.partial(noted, names))
+            if how == "svi":
+                SVI(model, guide, optimizer, Trace_ELBO()).step(X)
+            else:
+                quiet(model, guide, X, loss=loss, optimizer=optimizer, epochs=1)
+    assert seen["fit"] == seen["svi"]
