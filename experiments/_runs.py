@@ -158,7 +158,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file atomically, so that a reader never sees a part, and a full disk keeps the old one."""
-        write_whole(self.path / name, lambda file: file.write(text.encode()), shared=True)  # two may look at one run
+        write_whole(self.path / name, lambda file: file.write(in_utf8(text)), shared=True)  # two may look at one run
 
     def append_metrics(self, numbers: Mapping[str, Any]) -> None:
         """Append one line in one write, so that lines of several processes do not mix."""
@@ -168,6 +168,20 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+
+
+def in_utf8(text: str) -> bytes:
+    """The text in UTF-8; file names may hold bytes that Python could not decode, as in a locale without UTF-8.
+
+    >>> in_utf8("ü"), in_utf8("\\udcc3\\udcbc") == in_utf8("ü"), in_utf8("\\udcfc")
+    (b'\\xc3\\xbc', True, b'\\\\udcfc')
+    """
+    found = text.encode(errors="surrogateescape")
+    try:
+        found.decode()
+    except UnicodeDecodeError:
+        return text.encode(errors="backslashreplace")
+    return found
 
 
 def without_nan(content: Any) -> Any:

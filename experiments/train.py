@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import signal
 import sys
@@ -115,6 +116,11 @@ def train(config: Train) -> dict[str, Any]:
         raise BadInput(f"importance_samples is {config.importance_samples}: expected at least 1")
     if config.resume is not None:
         recorded(config.resume)
+        if config.folder is not None and Path(config.folder).absolute() != Path(config.resume).absolute():
+            raise BadInput(
+                f"folder is {config.folder!r}, and a resumed run stays in its own, {config.resume!r}: leave out"
+                " --folder, or copy the run and resume the copy"
+            )
     device, processes = place(config)
     if processes is not None:
         processes.from_main(lambda: load_data(config) is None)  # one process downloads the data for all
@@ -276,7 +282,13 @@ def make_loss(config: Train):
     word: Any = config.estimator if target.takes_estimators else "default"
     with current_folder_importable():
         if config.temperature is not None:
-            word = with_temperature(word, parse_schedule(config.temperature))
+            temperature = parse_schedule(config.temperature)
+            if not 0 < temperature(0) < math.inf:
+                raise BadInput(
+                    f"temperature is {config.temperature}: expected a positive number, or a schedule that begins with"
+                    " one"
+                )
+            word = with_temperature(word, temperature)
         return make_loss(word, num_particles=config.particles, **options)
 
 

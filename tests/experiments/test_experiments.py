@@ -357,6 +357,37 @@ def test_draws_for_the_evaluation_are_refused_before_the_training(tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("temperature", "words"),
+    [
+        ("0", "temperature is 0: expected a positive number"),
+        ("linear(100)", "expected a positive number, or a schedule that begins with one"),
+        ("-1", "at least 0"),
+        ("nan", "cannot read the schedule"),
+    ],
+)
+def test_a_temperature_that_is_not_positive_is_refused_before_the_training(temperature, words, tmp_path, capsys):
+    options = ["--model", "categorical-vae", "--estimator", "concrete", f"--temperature={temperature}"]
+    with pytest.raises(SystemExit):
+        cli.main(["train", *options, "--folder", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and words in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_beside_resume_is_refused_and_a_name_that_cannot_be_decoded_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = "ü".encode().decode("ascii", "surrogateescape")  # as Python has it in a locale without UTF-8
+    short = ["--epochs", "1", "--importance_samples", "2", "--batch_size", "400", "--model_options.hidden=[8]"]
+    monkeypatch.setattr("sys.argv", ["gumbo", "train", "--folder", name])
+    cli.main(["train", "--folder", name, *short])
+    assert "ü" in (tmp_path / name / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--resume", name, "--folder", "other"])
+    assert "a resumed run stays in its own" in capsys.readouterr().err and not Path("other").exists()
+
+
 GUIDE = '''
 import pyro, pyro.distributions as dist, torch
 from torch import nn
