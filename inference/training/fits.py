@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -210,6 +211,7 @@ def fit(
     batches.in_order = found.of_rows is not None
     identity = options.deciding() | {
         "loss": loss_name,
+        "loss_options": _options_of(loss),
         "optimizer": optimizer_name,
         "drop_last": drop_last,
         "train": fingerprint(rows),
@@ -362,6 +364,19 @@ def _make_loss(loss: ELBO | str) -> tuple[ELBO, str]:
     # The word does not show options that were set on the estimator afterwards, such as a temperature.
     chosen = [*getattr(loss, "given", {}).values(), getattr(loss, "otherwise", None)]
     return loss, without_addresses([loss, *chosen] if any(chosen) else loss)
+
+
+_SHOWN = {"num_particles", "max_plate_nesting", "retain_graph", "strict_enumeration_warning"}  # or without effect
+
+
+def _options_of(loss: ELBO) -> str | None:
+    """The plain options of an ELBO of Pyro's or of the caller's, which its ``repr`` does not show; None without any."""
+    if type(loss).__repr__ is not object.__repr__:
+        return None
+    taken = {name for kind in type(loss).__mro__ for name in inspect.signature(kind.__init__).parameters} - _SHOWN
+    held = {name: getattr(loss, name) for name in sorted(taken) if name in vars(loss)}
+    held = {name: value for name, value in held.items() if isinstance(value, (bool, int, float, str))}
+    return repr(held) if held else None
 
 
 def _refuse_programs(model: Callable, guide: Callable) -> None:

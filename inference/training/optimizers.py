@@ -37,7 +37,8 @@ Named = Mapping[str, Parameter]
 class Updates:
     """A torch optimizer with gradient clipping before its step and a learning-rate schedule after it.
 
-    Attributes: ``optimizer``; ``scheduler`` and ``clip``, each of which may be None.
+    Attributes: ``optimizer``; ``scheduler`` and ``clip``, each of which may be None; ``groups``, the optimizer's class
+    and options before the first step, and ``started_as``, the scheduler's.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Updates:
         clip: Callable[[], object] | None = None,
         scheduler: LRScheduler | ReduceLROnPlateau | None = None,
         every_step: bool = False,
+        groups: str = "",
     ):
         self.optimizer, self.clip, self.scheduler, self.every_step = optimizer, clip, scheduler, every_step
         self.started_as = "" if scheduler is None else f"{type(scheduler).__name__}({_plain(scheduler.state_dict())})"
+        self.groups = groups
         self.zero_grad = optimizer.zero_grad
 
     def step(self) -> None:
@@ -77,7 +80,11 @@ class Updates:
         return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        options = [set(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for before, group in zip(options, self.optimizer.param_groups, strict=True):
+            if lacking := sorted(before - set(group)):
+                raise ValueError(f"its optimizer is no {type(self.optimizer).__name__}: it has no {lacking[0]}")
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 
@@ -114,7 +121,9 @@ def make_optimizer(
     def updates(parameters: Named) -> Updates:
         made = _built(lambda: make(parameters))
         _refuse_arguments(made)
-        return Updates(made, _clip(list(parameters.values()), clip_norm, clip_value, single), *schedule(made))
+        groups = _described(made)  # before a scheduler, which describes itself, has changed them
+        clip = _clip(list(parameters.values()), clip_norm, clip_value, single)
+        return Updates(made, clip, *schedule(made), groups)
 
     clips = {"clip_norm": clip_norm, "clip_value": clip_value} | ({"of each parameter": single} if single else {})
     return updates, words + "".join(f", {name} {value}" for name, value in clips.items() if value is not None)
@@ -240,6 +249,36 @@ def _refuse_arguments(made: object) -> None:
     for name, parameter in inspect.signature(made.step).parameters.items():
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             raise BadInput(f"{type(made).__name__}'s step needs {name!r}, which fit does not give: take another")
+
+
+_HOW = ("params", "foreach", "fused", "capturable", "differentiable")  # how an optimizer computes, not what
+
+
+def _described(optimizer: torch.optim.Optimizer) -> str:
+    """The class and the options of each group of parameters, the same for the same training on any device.
+
+    Options at their defaults are left out, since another version of torch may have more of them.
+    """
+    taken = inspect.signature(type(optimizer)).parameters
+    said: list[list[Any]] = []
+    for group in optimizer.param_groups:
+        names = sorted(name for name in group if name in taken and name not in _HOW)
+        options = {name: _number(group[name]) for name in names if name == "lr" or group[name] != taken[name].default}
+        if said and said[-1][1] == options:
+            said[-1][0] += 1
+        else:
+            said.append([1, options])
+    words = [f"{count} × {options}" if count > 1 else f"{options}" for count, options in said]
+    return f"{type(optimizer).__name__}({', '.join(words)})"
+
+
+def _number(value: Any) -> Any:
+    """A plain value: tensors of one number as numbers, and what is no option that a run could compare by its class."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_number, value))
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
 
 
 def _plain(state: Mapping[str, Any]) -> str:

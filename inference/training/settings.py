@@ -132,7 +132,8 @@ class FitSettings:
         """Plain values of the options that decide a run's numbers; a folder with other values is refused."""
         transform = self.transform
         named = None if transform is None else getattr(transform, "__qualname__", type(transform).__name__)
-        return {name: getattr(self, name) for name in DECIDING} | {"transform": named}
+        every = None if self.scheduler is None else self.scheduler_every
+        return {name: getattr(self, name) for name in DECIDING} | {"transform": named, "scheduler_every": every}
 
 
 def is_whole(value: object) -> bool:

@@ -36,6 +36,9 @@ from .settings import FitSettings
 from .signals import Interrupts
 from .steps import Step
 
+# Keys of a run's identity that the checkpoints of earlier versions lack.
+NOT_FROM_THE_FIRST = ("loss_options", "optimizer_groups", "scheduler_every")
+
 
 @dataclass(repr=False)
 class FitResult:
@@ -170,6 +173,7 @@ class Run:
         self.objective_name, self.processes = objective_name, processes
         shapes = {name: list(parameter.shape) for name, parameter in step.parameters.items()}
         self.identity = identity | {"parameters": zlib.crc32(json.dumps(shapes).encode())}
+        self.identity["optimizer_groups"] = step.optimizer.groups
         if step.optimizer.started_as:
             self.identity["scheduler"] = step.optimizer.started_as
         self.guard = Guard(model, guide, step.parameters)
@@ -500,7 +504,8 @@ class Run:
                 f"{self.checkpoints.last} is a checkpoint of something else than fit ({wrong}); use another run_dir"
             )
         there = state["settings"]
-        differing = sorted(key for key in {*there, *self.identity} if there.get(key) != self.identity.get(key))
+        compared = {*there, *self.identity} - {key for key in NOT_FROM_THE_FIRST if key not in there}
+        differing = sorted(key for key in compared if there.get(key) != self.identity.get(key))
         if differing:
             key = differing[0]
             raise BadInput(

@@ -18,6 +18,7 @@ import pytest
 import resuming
 import torch
 import word_programs
+from pyro.infer import RenyiELBO, Trace_ELBO
 from resuming import After, assert_alike, images, pair, quiet, weights
 from torch.optim import lr_scheduler
 
@@ -400,6 +401,48 @@ def test_settings_that_change_the_numbers_are_compared(tmp_path):
             quiet(*pair(), images(), run_dir=tmp_path, resume=True, **options | {"epochs": 2} | change)
         assert "\n" not in str(error.value)
     assert quiet(*pair(), images(), run_dir=tmp_path, resume=True, loss="trace", epochs=2).epochs == 2
+
+
+def made_by(make, **options):
+    """Functions of one name that make different optimizers."""
+    return lambda parameters: make(parameters, **options)
+
+
+def by_word(word, lr):
+    return lambda name: {"lr": lr if word in name else 1e-2}
+
+
+UNSEEN = {
+    "alpha": ("loss", lambda alpha: RenyiELBO(alpha=alpha, num_particles=2), 0.5, 0.0),
+    "vectorized": ("loss", lambda flag: Trace_ELBO(vectorize_particles=flag, max_plate_nesting=1), True, False),
+    "lr": ("optimizer", lambda lr: made_by(torch.optim.Adam, lr=lr), 1e-2, 1e-3),
+    "betas": ("optimizer", lambda betas: made_by(torch.optim.Adam, betas=betas), (0.9, 0.99), (0.9, 0.999)),
+    "class": ("optimizer", lambda kind: made_by(kind, lr=1e-2), torch.optim.Adam, torch.optim.SGD),
+    "pyro": ("optimizer", lambda lr: pyro.optim.Adam(by_word("decoder", lr)), 1e-1, 1e-3),
+    "every": ("scheduler_every", str, "epoch", "step"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_another_configuration_that_looks_alike_is_refused_and_a_run_of_an_earlier_version_goes_on(kind, tmp_path):
+    option, make, first, other = UNSEEN[kind]
+    options = {"loss": "trace", "run_dir": tmp_path}
+    if kind == "every":
+        options["scheduler"] = lambda o: lr_scheduler.StepLR(o, 1, 0.5)
+    quiet(*pair(), images(), epochs=1, **options | {option: make(first)})
+    with pytest.raises(BadInput, match="holds a run of another configuration: (loss_options|optimizer_groups|sched)"):
+        quiet(*pair(), images(), epochs=2, resume=True, **options | {option: make(other)})
+    assert quiet(*pair(), images(), epochs=2, resume=True, **options | {option: make(first)}).epochs == 2
+    earlier = checkpoints.Checkpoints(tmp_path / "checkpoints")
+    state = earlier.load()
+    for name in ("loss_options", "optimizer_groups", "scheduler_every"):
+        del state["settings"][name]
+    earlier.save(state)
+    if kind == "class":
+        with pytest.raises(BadInput, match="does not fit these .*its optimizer is no SGD") as error:
+            quiet(*pair(), images(), epochs=3, resume=True, **options | {option: make(other)})
+        assert "\n" not in str(error.value)
+    assert quiet(*pair(), images(), epochs=3, resume=True, **options | {option: make(first)}).epochs == 3
 
 
 @pytest.mark.parametrize("kind", ["pyro", "partial"])
