@@ -16,6 +16,7 @@ import torch
 import word_programs
 from pyro.nn import PyroModule
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.checkpoint import checkpoint
 
 from gumbo.errors import BadInput, GumboWarning, UnsupportedSite
@@ -1033,6 +1034,21 @@ class Checkpointed(PyroModule):
         self.seen, self.unsaved = self.seen + x.mean(0), self.unsaved + 1
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("every", ["step", "epoch"])
+@pytest.mark.parametrize("cycle_momentum", [True, False])
+def test_a_scheduler_that_moves_the_betas_does_so_in_compiled_steps(cycle_momentum, every, monkeypatch):
+    monkeypatch.setattr(compiled, "inductor", uncompiled)
+    found = []
+    for compile in (False, True):
+        model = Scaled()
+        make = partial(OneCycleLR, max_lr=0.1, total_steps=40, cycle_momentum=cycle_momentum)
+        options = {"scheduler": make, "scheduler_every": every, "optimizer": torch.optim.AdamW, "compile": compile}
+        x = torch.arange(36, dtype=F64).view(12, 3)
+        result = fit(model, NoLatents(), x, batch_size=4, epochs=12, progress=False, **options)
+        found.append([*(line["elbo"] for line in result.history), *model.mean.tolist()])
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
 
 
 @pytest.mark.slow

@@ -503,6 +503,8 @@ class Adam:
         optimizer = getattr(updates, "optimizer", updates)
         if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or getattr(updates, "clip", None) is not None:
             return None
+        if getattr(getattr(updates, "scheduler", None), "cycle_momentum", False):
+            return None  # OneCycleLR and CyclicLR move the betas, which are constants of the graph
         for group in optimizer.param_groups:
             on_device = group["fused"] or group["capturable"] or not any(p.is_cuda for p in group["params"])
             if group["amsgrad"] or group["differentiable"] or not on_device or isinstance(group["lr"], Tensor):
