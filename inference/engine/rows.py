@@ -3,8 +3,9 @@
 A tuple holds the positional arguments, a mapping the keywords, anything else is the single argument; wrap an argument
 that is itself a tuple or a mapping in a tuple. N is the number of rows of the first tensor (or NumPy array) among the
 arguments. All tensors and arrays with N rows are cut into batches; everything else (a PackedSequence, None, a number,
-a list, a tensor with another number of rows) is passed whole. A torch Dataset or DataLoader provides its rows, and a
-memory-mapped array is a tensor over the same file.
+a list, a tensor with another number of rows) is passed whole. Where no plate around all observed sites has N rows,
+``evaluate`` takes the number from the plate. A torch Dataset or DataLoader provides its rows, and a memory-mapped array
+is a tensor over the same file.
 """
 
 from __future__ import annotations
@@ -109,6 +110,20 @@ class Rows:
         """Set the number of rows, where the first axis of the first tensor is another one (a padded sequence)."""
         self._length = rows
         self._cut = frozenset(name for name, value in self.named() if is_array(value) and len(value) == rows)
+
+    def counted_as(self, rows: int) -> Rows:
+        """The same arguments, of which those with so many rows are cut; one batch if there is none.
+
+        >>> rows = Rows((torch.zeros(5), torch.zeros(3, 5)))
+        >>> len(rows), len(rows.counted_as(3)), rows.counted_as(2).whole
+        (5, 3, True)
+        """
+        found = Rows.of(self.args, self.kwargs)
+        found.what = self.what
+        found.count_as(rows)
+        if not found._cut:
+            found._length = None
+        return found
 
     @property
     def whole(self) -> bool:

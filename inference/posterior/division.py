@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from ...errors import PROGRAM_ERRORS, BadInput
-from ..engine.rows import Rows
+from ..engine.rows import Rows, is_array
 from ..engine.scopes import device_of, quietly
-from .runner import Sweep, agree
+from .alone import Run, changed_alone
+from .runner import Sweep
+
+Found = tuple[Sweep, "str | None"]
 
 # Rows (data times draws) per run of the programs, which bounds memory.
 _ROWS_A_RUN = 8192
@@ -20,66 +21,70 @@ _ROWS_A_RUN = 8192
 _FEW = 7
 # Rows of a batch where no number is asked for: few runs for few draws, and few runs of the guide for many.
 _FEWEST_ROWS, _MOST_ROWS = 64, 1024
+# The first rows, on which batches are compared with a run on all of these.
+_COMPARED = 2 * _FEWEST_ROWS
 # Numbers per run over all sites, where each row has draws of its own.
 _LARGEST_RUN = 2**21
 
 
 def first_sweep(
     model: Callable, guide: Callable, rows: Rows, batch_size: int | None, plate: str | None, num_samples: int
-) -> tuple[int, tuple[Sweep, str | None], tuple[Sweep, str | None]]:
-    """The number of rows per batch, and the programs with the data plate on the first batch and on the last.
+) -> tuple[Rows, int, Found, Found]:
+    """The rows of the data plate, their number per batch, and the programs with that plate on the first and last batch.
 
     They get all rows at once if something depends on all of them: latents outside the data plate, a joint draw, rows
-    that depend on each other, terms that the other rows of a batch change, a plate of fixed size.
+    that depend on each other, terms that the other rows of a batch change, a plate of fixed size. Arguments have rows
+    if the first of them, or the data plate in a run on everything, has as many.
     """
-    if min(batch_size or _FEW, _FEW) < len(rows):
-        try:
-            few, name = sweep_of(model, guide, rows[: min(batch_size or _FEW, _FEW)], plate)
-            if name is not None and not few.tied and not few.outside_data():
-                size = batch_size or _fitting(few, len(rows), num_samples)
-                if size < len(rows):
-                    first = last = _resized(few, rows[:size], plate, name)
-                    if left := len(rows) % size:
-                        last = _resized(few, rows[-left:], plate, name)
-                    known = first[1] == last[1] == name and not first[0].outside_data()
-                    if known and _independent(few, rows, min(size, _FEWEST_ROWS), plate, name):
-                        return size, first, last
-        except (BadInput, *PROGRAM_ERRORS):
-            pass  # raised again below, unless all rows remove the cause
-    whole = sweep_of(model, guide, rows, plate)
-    return len(rows), whole, whole
+    if found := _in_batches(model, guide, rows, batch_size, plate, num_samples):
+        return rows, *found
+    whole, name = sweep_of(model, guide, rows, plate, whole=True)
+    if name is not None and whole.sizes[name] != len(rows):
+        rows = rows.counted_as(whole.sizes[name]).check("data")
+        if not rows.whole and (found := _in_batches(model, guide, rows, batch_size, name, num_samples)):
+            return rows, *found
+    return rows, len(rows), (whole, name), (whole, name)
 
 
-def _independent(few: Sweep, rows: Rows, size: int, plate: str | None, name: str) -> bool:
-    """Whether rows have the same terms, at the same draws, without the ``size`` rows before."""
-    rows = rows[: 2 * size]
+def _in_batches(
+    model: Callable, guide: Callable, rows: Rows, batch_size: int | None, plate: str | None, num_samples: int
+) -> tuple[int, Found, Found] | None:
+    """`first_sweep` of programs that take batches; None for others."""
+    if min(batch_size or _FEW, _FEW) >= len(rows):
+        return None
+    try:
+        few, name = sweep_of(model, guide, rows[: min(batch_size or _FEW, _FEW)], plate)
+        if name is None or few.tied or few.outside_data():
+            return None
+        size = batch_size or _fitting(few, len(rows), num_samples)
+        if size >= len(rows):
+            return None
+        first = last = _resized(few, rows[:size], plate, name)
+        if left := len(rows) % size:
+            last = _resized(few, rows[-left:], plate, name)
+        known = first[1] == last[1] == name and not first[0].outside_data()
+        return (size, first, last) if known and _stand_alone(few, rows, size, plate, name) else None
+    except (BadInput, *PROGRAM_ERRORS):
+        return None  # raised again in a run on all rows, unless these remove the cause
 
-    def run(batch: Rows, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[Tensor, Any]]]:
-        sweep, batch = _resized(few, batch, plate, name)[0], batch.to(few.device)
-        both = sweep.run(1, fixed=values, arguments=(batch.args, batch.kwargs))
-        found = [
-            (one.log_prob(site, (name,))[:, size - len(rows) :], layout.dtype)
-            for one in both
-            for site, layout in one.layouts.items()
-            if layout.kind != "deterministic"
-        ]
-        return {site: both[0].whole_value(site) for site in sweep.latents}, found
 
-    def same(found: list, other: list) -> bool:
-        return all(agree(a, b, dtype) for (a, dtype), (b, _) in zip(found, other, strict=True))
+def _stand_alone(few: Sweep, rows: Rows, size: int, plate: str | None, name: str) -> bool:
+    """Whether batches of the first rows have the terms that they have among these, at the same draws."""
+    rows = rows[:_COMPARED].to(few.device)
+    size = min(size, len(rows) // 2)
 
+    def run_on(batch: Rows) -> Run:
+        sweep = _resized(few, batch, plate, name)[0]
+        return lambda values: sweep.run(1, fixed=values, arguments=(batch.args, batch.kwargs))
+
+    # A row may depend on those before it or on those after it.
+    numbers = torch.arange(len(rows))
+    parts = ((run_on(rows[part]), numbers[part]) for part in (slice(size), slice(len(rows) - size, None)))
     with quietly(few.model, few.guide, 0):
-        drawn, _ = run(rows, {})
-        _, before = run(rows, drawn)
-        _, again = run(rows, drawn)
-        later = torch.arange(size, len(rows), device=few.device)
-        places = {site: 1 + few.model_sites[site].names.index(name) for site in drawn}
-        _, alone = run(rows[size:], {site: value.index_select(places[site], later) for site, value in drawn.items()})
-    # Where a repetition differs the programs draw noise of their own, which no comparison tells from a dependence.
-    return same(alone, before) or not same(again, before)
+        return changed_alone(run_on(rows), parts, name) is None
 
 
-def _resized(few: Sweep, batch: Rows, plate: str | None, name: str) -> tuple[Sweep, str | None]:
+def _resized(few: Sweep, batch: Rows, plate: str | None, name: str) -> Found:
     """`sweep_of` of a batch, of programs whose sites were found on a few rows."""
     found = few.with_rows(name, len(batch))
     if found is None:
@@ -95,26 +100,37 @@ def _fitting(few: Sweep, count: int, num_samples: int) -> int:
 
 
 def sweep_of(
-    model: Callable, guide: Callable, rows: Rows, plate: str | None, mode: str | None = None
-) -> tuple[Sweep, str | None]:
-    """The programs on these rows, and the data plate: None if no plate encloses all observed sites."""
+    model: Callable, guide: Callable, rows: Rows, plate: str | None, mode: str | None = None, *, whole: bool = False
+) -> Found:
+    """The programs on these rows, and the data plate: None if no plate encloses all observed sites.
+
+    The data plate of a batch has its rows. ``whole`` says that these are all rows: then it is the plate that is asked
+    for, whatever its size, or has the rows of the first argument for which there is one, or holds latents.
+    """
     rows = rows.to(device_of(model, guide))
     sweep = Sweep(model, guide, rows.args, rows.kwargs, mode=mode, latents_needed=False)
-    fitting = [name for name in sweep.sizes if name in sweep.around_data]
-    of = "" if rows.whole else f" of {len(rows)} rows"
-    if not rows.whole:
-        fitting = [name for name in fitting if sweep.sizes[name] == len(rows)]
-    elif plate is None:
-        fitting = list(sweep.data_plates)
-    if plate is not None and plate not in fitting:
+    around = [name for name in sweep.sizes if name in sweep.around_data]
+    counts = [len(rows)] if not rows.whole else []
+    if whole:
+        counts += [len(value) for _, value in rows.named() if is_array(value)]
+    by_count = ([name for name in around if sweep.sizes[name] == count] for count in counts)
+    fitting = next(filter(None, by_count), list(sweep.data_plates) if whole else [])
+    known = around if whole else fitting
+    if plate is not None and plate not in known:
+        of = "" if whole else f" of {len(rows)} rows"
         raise BadInput(
-            f"no plate {plate!r}{of} encloses every observed site; those that do: {', '.join(fitting) or 'none'}"
+            f"no plate {plate!r}{of} encloses every observed site; those that do: {', '.join(known) or 'none'}"
         )
     if plate is None and len(fitting) > 1:
         raise BadInput(f"plates {', '.join(fitting)} all fit the data: name one with plate=")
     name = plate or (fitting[0] if fitting else None)
     sweep.divide(name or ())
     return sweep, name
+
+
+def data_in(sweep: Sweep, name: str | None, batch: Rows) -> int:
+    """The number of data in a batch; where no argument has rows, the plate gives it."""
+    return len(batch) if name is None else sweep.sizes[name]
 
 
 def turns_of(sweep: Sweep, num_samples: int, size: int) -> list[int]:

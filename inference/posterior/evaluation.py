@@ -212,8 +212,9 @@ def evaluate(
 ) -> Evaluation:
     """The ELBO and the importance-weighted evidence of a model and guide on ``data``, in nats per datum.
 
-    Serves any Pyro pair whose guide draws all latents. The *data plate* is the plate of N rows that encloses all
-    observed sites (``plate`` names it where several do); a subsampled one is visited in full. Each datum's log-weight
+    Serves any Pyro pair whose guide draws all latents. The *data plate* is the plate that encloses all observed sites
+    (``plate`` names it where several do) and whose rows the first tensor has, or else a later one; where no tensor has
+    them, it holds latents. It gives the number of data; a subsampled one is visited in full. Each datum's log-weight
     is summed over all other dimensions, without the plate's subsampling scale. A relaxed pair with a discrete form is
     evaluated in that form.
 
@@ -235,7 +236,7 @@ def evaluate(
         model: the Pyro model.
         guide: the Pyro guide; it draws every latent of the model.
         data: the arguments of both programs: a tuple holds the positional arguments, a mapping the keywords, anything
-            else is the single argument; tensors with as many rows as the first one are cut into batches, others are
+            else is the single argument; tensors with as many rows as the data plate are cut into batches, others are
             passed whole.
         num_samples: draws of the latents of each datum; with global latents, of these.
         num_local_samples: draws of the local latents per draw of the global ones, if there are both. None: 64, or 1

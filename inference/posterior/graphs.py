@@ -17,6 +17,7 @@ from ..engine.noise import Noise, Tape
 from ..engine.rows import Rows
 from ..engine.scopes import modules_of
 from .checks import Checks
+from .division import data_in
 from .runner import Sweep
 from .sites import Block
 
@@ -147,7 +148,8 @@ class Graphs:
         self, sweep: Sweep, batch: Rows, count: int, tape: Tape, replaced: dict[str, Tensor] | None = None
     ) -> Terms:
         def found() -> Terms:
-            return terms_of(sweep, self.name, (batch.args, batch.kwargs), count, len(batch), self.checks)
+            rows = data_in(sweep, self.name, batch)
+            return terms_of(sweep, self.name, (batch.args, batch.kwargs), count, rows, self.checks)
 
         with ExitStack() as stack:
             for scope in (pyro.validation_enabled(False), Unvalidated(), unmoved(self.networks), tape):

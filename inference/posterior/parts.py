@@ -19,7 +19,7 @@ from ..engine.rows import ProcessGroup, Rows
 from ..engine.scopes import device_of, private_seed, quietly, seed_all
 from ..engine.stored_rows import rows_in
 from .checks import Checks
-from .division import first_sweep, sweep_of, turns_of
+from .division import data_in, first_sweep, sweep_of, turns_of
 from .graphs import PER_DATUM, Compiler, Graphs
 from .importance import integrated, rounding_of
 from .runner import Pass, Sweep
@@ -89,11 +89,12 @@ class Weighing:
         self.num_samples, self.plate = num_samples, plate
         self.device = device_of(self.model, self.guide)
         self._checks = Checks(self.rows.tensors() if type(self.rows) is Rows else ())
-        self.size, *found = first_sweep(self.model, self.guide, self.rows, batch_size, plate, num_samples)
+        self.rows, self.size, *found = first_sweep(self.model, self.guide, self.rows, batch_size, plate, num_samples)
         self.sweep, self.name = found[0]
         # The last batch may have fewer rows.
         self._by_length = {len(self.rows) % self.size or self.size: found[1], min(self.size, len(self.rows)): found[0]}
         sweep = self.sweep
+        self._by_batch = self.size if self.name is None else sweep.sizes[self.name]
         self.one_weight = "all" if self.name is None else "latents" if sweep.tied else "globals" if sweep.shared else ""
         self.num_local_samples = 1
         if self.one_weight == "globals" and not sweep.summed_out.issuperset(sweep.local):
@@ -140,7 +141,7 @@ class Weighing:
     @property
     def turns(self) -> list[int]:
         """The draws of a batch, a run at a time."""
-        return turns_of(self.sweep, self.num_samples, self.size)
+        return turns_of(self.sweep, self.num_samples, self._by_batch)
 
     def together(self, pieces: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The parts of all batches, ``(S, N)`` each."""
@@ -207,7 +208,7 @@ class Weighing:
             shown.add()
         together = torch.cat(found, 1) if len(found) > 1 else found[0]
         parts = dict(zip(PER_DATUM, together, strict=True))
-        return parts | {"log_global": torch.zeros((), dtype=torch.float64).expand(self.num_samples, self.size)}
+        return parts | {"log_global": torch.zeros((), dtype=torch.float64).expand(self.num_samples, self._by_batch)}
 
 
 def _seed_of(seed: int, number: int) -> int:
@@ -281,7 +282,7 @@ class _Batch:
         shown: _Counted,
     ):
         self.sweep, self.name, self.inner, self.checks, self.shown = sweep, name, inner, checks, shown
-        self.size = sweep.sizes[name] if batch.whole and name is not None else len(batch)
+        self.size = data_in(sweep, name, batch)
         self.num_samples, self.arguments = num_samples, (batch.args, batch.kwargs)
         self.data_size = _data_size(sweep, name, self.size, num_data or self.size)
         shape = num_samples, self.size

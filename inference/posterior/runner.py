@@ -22,6 +22,7 @@ from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
 from ..engine.interventions import ChosenRows, DrawnAnew, GivenValues
 from ..engine.programs import element_support, in_support
 from ..engine.scopes import modules_of, networks_at_hand, private_seed, quietly
+from .alone import agree
 from .checks import Checks
 from .sites import Block, SiteLayout, has_rows, key_of
 from .survey import Survey
@@ -565,9 +566,3 @@ def _invalid(error: ValueError, again: Callable[[], Trace]) -> BadInput:
                     return outside(name)
                 return BadInput(f"site {name!r}: {said}; look at what its parameters depend on")
     return BadInput(f"the programs fail at a draw of the guide: {said}")
-
-
-def agree(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
-    size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
-    tolerance = 1e-9 if dtype == torch.float64 else (2e-3 if a.is_cuda else 5e-5)
-    return torch.allclose(a, b, rtol=0.0, atol=tolerance * (1 + size), equal_nan=True)

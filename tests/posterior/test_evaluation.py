@@ -204,6 +204,111 @@ def refused(match, model=linear_model, guide=None, data=X, **options):
     assert "\n" not in str(error.value)
 
 
+def grid_first(grid, x):
+    linear_model(x)
+
+
+def time_first(x):
+    with pyro.plate("data", x.shape[1]):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+        for t in range(len(x)):
+            pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x[t])
+
+
+def time_first_posterior(x):
+    with pyro.plate("data", x.shape[1]):
+        pyro.sample("z", dist.Normal(x.sum(0) / (1 + len(x)), (1 + len(x)) ** -0.5))
+
+
+def chosen_rows(x, rows):
+    with pyro.plate("data", len(x), subsample=rows) as i:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x[i])
+
+
+def chosen_posterior(x, rows):
+    with pyro.plate("data", len(x), subsample=rows) as i:
+        pyro.sample("z", dist.Normal(x[i] / 2, 0.5**0.5).to_event(1))
+
+
+def in_time(x):
+    covariance = torch.eye(len(x)).double() + 1
+    return dist.MultivariateNormal(torch.zeros(len(x)).double(), covariance).log_prob(x.T)
+
+
+LONG = torch.linspace(-2, 2, 600).double().reshape(300, 2)
+SOME = torch.tensor([3, 7, 1, 15])
+MANY = torch.arange(299, -1, -1)
+PLATES_OF_OTHER_ROWS = [
+    *(
+        (grid_first, lambda grid, x: posterior()(x), (torch.zeros(n), x), log_evidence(x))
+        for n in (2, 50, 2000)
+        for x in (X, LONG)
+    ),
+    (time_first, time_first_posterior, LONG[:9], in_time(LONG[:9])),
+    (time_first, time_first_posterior, LONG.T, in_time(LONG.T)),
+    *(
+        (chosen_rows, chosen_posterior, (LONG[:n], rows), log_evidence(LONG[rows]))
+        for n, rows in ((20, SOME), (300, SOME), (300, MANY))
+    ),
+]
+
+
+@pytest.mark.parametrize("model, guide, data, truth", PLATES_OF_OTHER_ROWS)
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"plate": "data"}], ids=str)
+def test_the_data_are_those_of_the_plate_whatever_rows_the_first_tensor_has(model, guide, data, truth, options):
+    found = evaluate(model, guide, data, num_samples=3, **options)
+    assert found.num_data == len(truth)
+    assert found.log_evidence == pytest.approx(truth.mean().item(), abs=1e-12)
+    assert found.values["elbo"].tolist() == pytest.approx(truth.tolist(), abs=1e-9)
+
+
+def test_a_compiled_evaluation_has_the_data_of_the_plate():
+    found = evaluate(time_first, time_first_posterior, LONG[:9], num_samples=3, compile=True)
+    assert found.values["elbo"].tolist() == pytest.approx(in_time(LONG[:9]).tolist(), abs=1e-9)
+
+
+def test_rows_of_a_later_argument_come_in_batches():
+    grid = torch.zeros(2000)
+    weighing = Weighing(grid_first, lambda grid, x: posterior()(x), (grid, LONG), 1, 100, None)
+    assert weighing.size == 100 and [len(part["log_q"][0]) for part in weighing.pieces(0)] == [100, 100, 100]
+
+
+def test_global_latents_are_spread_over_the_plate():
+    x, reached = LONG[:20, 0], []
+
+    def model(grid, x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def guide(grid, x):
+        pyro.sample("mu", dist.Normal(x.sum() / (1 + len(x)), (1 + len(x)) ** -0.5))
+
+    for rows in (5, 50):
+        found = evaluate(model, guide, {"grid": torch.zeros(rows), "x": x}, num_samples=20)
+        reached.append((found.num_data, found.elbo))
+    truth = pytest.approx(in_time(x[:, None]).item() / 20, abs=1e-12)
+    assert reached == [(20, truth), (20, truth)]
+
+
+@pytest.mark.parametrize("plate, size", [("rows", 10), ("columns", 6), (None, 10)])
+def test_either_of_two_crossed_plates_can_be_the_data(plate, size):
+    x = LONG[:30].reshape(10, 6)
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("rows", 10, dim=-2), pyro.plate("columns", 6, dim=-1):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(x.sum() / 61, 61**-0.5))
+
+    found = evaluate(model, guide, x, num_samples=3, plate=plate)
+    truth = in_time(x.reshape(60, 1)).item() / size
+    assert found.num_data == size and found.elbo == pytest.approx(truth, abs=1e-12)
+
+
 def test_what_cannot_be_judged_is_refused_in_one_line():
     def global_latent(x):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -223,7 +328,7 @@ def test_what_cannot_be_judged_is_refused_in_one_line():
     refused("data is empty", data=X[:0])
     refused("the programs fail on these arguments", data=[1.0])
     refused("num_samples is 0", num_samples=0)
-    refused("no plate 'rows' of 3 rows", plate="rows")
+    refused("no plate 'rows' encloses every observed site; those that do: data", plate="rows")
     model, guide = nested(2)
     refused("data, pixels all fit the data: name one with plate=", model=model, guide=guide, data=X[:2])
     found = evaluate(model, guide, X[:2], plate="data")
@@ -395,6 +500,53 @@ SORTED = torch.linspace(-2, 2, 3000).double()
 def test_a_row_that_other_rows_of_its_batch_change_is_judged_among_all(guide, batch_size):
     found = evaluate(linear_model_of_one, guide, SORTED, num_samples=1, batch_size=batch_size)
     assert found.elbo == pytest.approx(dist.Normal(0.0, 2**0.5).log_prob(SORTED).mean().item(), abs=1e-7)
+
+
+def after(x):
+    """The next row."""
+    return torch.cat([x[1:], x.new_zeros(1)])
+
+
+def before(x):
+    return torch.cat([x.new_zeros(1), x[:-1]])
+
+
+def still_to_come(x):
+    return 0.05 * (x.flip(0).cumsum(0).flip(0) - x)
+
+
+def from_the_end(x):
+    return SORTED[-len(x) :]
+
+
+def far_ahead(x):
+    return torch.cat([x[100:], x.new_zeros(min(100, len(x)))])
+
+
+def reading(others):
+    """Rows with a mean that depends on other rows, and the exact posterior."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z + others(x), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x - others(x)) / 2, 0.5**0.5))
+
+    return model, guide
+
+
+OTHER_ROWS = [after, before, still_to_come, from_the_end, far_ahead]
+
+
+@pytest.mark.parametrize("others", OTHER_ROWS)
+@pytest.mark.parametrize("batch_size", [None, 10, 1, 2999])
+def test_a_row_that_reads_other_rows_of_the_data_is_judged_among_all(others, batch_size):
+    found = evaluate(*reading(others), SORTED, num_samples=2, batch_size=batch_size)
+    truth = dist.Normal(others(SORTED), 2**0.5).log_prob(SORTED).mean().item()
+    assert found.log_evidence == pytest.approx(truth, abs=1e-10)
 
 
 def test_rows_that_stand_alone_come_in_batches():

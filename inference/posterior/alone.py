@@ -1,0 +1,65 @@
+"""Whether rows of data have the same terms in a run on them alone as in a run on more rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# One draw of the guide, and the model at it, with given latents; each as a `Pass`.
+Run = Callable[[Mapping[str, Tensor]], tuple[Any, Any]]
+
+
+def changed_alone(together: Run, parts: Iterable[tuple[Run, Tensor]], plate: str) -> str | None:
+    """A site with other terms in a run on some rows of a plate alone, at the same draws; None if there is none.
+
+    Args:
+        together: runs the programs on all rows.
+        parts: runs on some of them, each with the numbers of these rows.
+        plate: the plate of the rows.
+    """
+    guide, model = together({})
+    drawn = {
+        name: (layout.names, guide.whole_value(name))
+        for name, layout in guide.layouts.items()
+        if layout.kind == "latent"
+    }
+    before, again = _terms(guide, model, plate), None
+    for run, numbers in parts:
+
+        def rows_of(value: Tensor, names: tuple[str | None, ...], numbers: Tensor = numbers) -> Tensor:
+            place = 1 + names.index(plate) if plate in names else None
+            return value if place is None else value.index_select(place, numbers.to(value.device))
+
+        found = _terms(*run({name: rows_of(value, names) for name, (names, value) in drawn.items()}), plate)
+        for (program, site), (terms, names, dtype) in found.items():
+            expected = before[program, site][0]
+            if agree(terms, rows_of(expected, names), dtype):
+                continue
+            # Where a repetition differs the programs draw noise of their own, which no comparison tells apart.
+            again = again or _terms(*together({name: value for name, (_, value) in drawn.items()}), plate)
+            if agree(again[program, site][0], expected, dtype):
+                return site
+    return None
+
+
+Terms = dict[tuple[str, str], tuple[Tensor, tuple[str | None, ...], torch.dtype]]
+
+
+def _terms(guide: Any, model: Any, plate: str) -> Terms:
+    """Log-probabilities by program and site, with the plates that they keep; those of the guide in the plate alone."""
+    return {
+        (program, site): (run.log_prob(site, (plate,)), (plate,) if plate in layout.plates else (), layout.dtype)
+        for program, run in (("guide", guide), ("model", model))
+        for site, layout in run.layouts.items()
+        if layout.kind != "deterministic" and (run is model or plate in layout.plates)
+    }
+
+
+def agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether log-probabilities of values of a type are equal up to rounding."""
+    size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
+    tolerance = 1e-9 if dtype == torch.float64 else (2e-3 if a.is_cuda else 5e-5)
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance * (1 + size), equal_nan=True)
