@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from ...errors import PROGRAM_ERRORS
+from ..engine.scopes import quietly
+from ..posterior.alone import changed_alone
 from ..posterior.runner import Sweep
 from ..posterior.sites import has_rows
 
 
 def few_rows(sweep: Sweep, num_data: int, options: Mapping[str, Any]) -> tuple[Sweep, tuple, dict]:
-    """The same programs on evenly spaced rows, if they accept a subset and every latent is local."""
+    """The same programs on evenly spaced rows, if every latent is local and these rows have the same terms alone."""
     args, kwargs = sweep.args, sweep.kwargs
     plates = [plate for plate in sweep.data_plates if sweep.sizes[plate] > num_data]
     if not plates or sweep.shared or sweep.swept.keys() - {sweep.sliced}:
@@ -29,6 +31,11 @@ def few_rows(sweep: Sweep, num_data: int, options: Mapping[str, Any]) -> tuple[S
         return sweep, args, kwargs
     try:
         smaller = Sweep(sweep.model, sweep.guide, *fewer, **options)
+        if smaller.sizes.get(plates[0]) != num_data:
+            return sweep, args, kwargs
+        with quietly(sweep.model, sweep.guide, 0):
+            few = (lambda values: smaller.run(1, fixed=values)), rows
+            changed = changed_alone(lambda values: sweep.run(1, fixed=values), [few], plates[0])
     except PROGRAM_ERRORS:
         return sweep, args, kwargs
-    return (smaller, *fewer) if smaller.sizes.get(plates[0]) == num_data else (sweep, args, kwargs)
+    return (smaller, *fewer) if changed is None else (sweep, args, kwargs)

@@ -12,8 +12,8 @@ from torch import Tensor
 Run = Callable[[Mapping[str, Tensor]], tuple[Any, Any]]
 
 
-def changed_alone(together: Run, parts: Iterable[tuple[Run, Tensor]], plate: str) -> str | None:
-    """A site with other terms in a run on some rows of a plate alone, at the same draws; None if there is none.
+def changed_alone(together: Run, parts: Iterable[tuple[Run, Tensor]], plate: str) -> tuple[str, str] | None:
+    """A program and its site with other terms in a run on some rows of a plate, at the same draws; None without one.
 
     Args:
         together: runs the programs on all rows.
@@ -41,7 +41,7 @@ def changed_alone(together: Run, parts: Iterable[tuple[Run, Tensor]], plate: str
             # Where a repetition differs the programs draw noise of their own, which no comparison tells apart.
             again = again or _terms(*together({name: value for name, (_, value) in drawn.items()}), plate)
             if agree(again[program, site][0], expected, dtype):
-                return site
+                return program, site
     return None
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,11 @@ from ...errors import PROGRAM_ERRORS, BadInput
 from ..engine.rows import Rows
 from ..engine.scopes import quietly
 from ..engine.stored_rows import rows_in
+from .alone import changed_alone
 from .collection import Collection
+from .division import first_sweep
 from .naming import Naming
-from .runner import Sweep
+from .runner import Pass, Sweep
 from .weights import weight_statistics
 
 _NOTES = {
@@ -37,7 +40,7 @@ class Information:
 
     ``active_units``: by local site, whether each dimension's posterior mean varies over the data (Burda et al. 2015,
     arXiv:1509.00519). ``mutual_information``: of data and local latents under the guide, in nats; None where the guide
-    has no separate density of the local latents.
+    has no separate density of the local latents, or one that depends on a row's place (parameters for each datum).
     """
 
     kl: dict[str, Any]
@@ -86,7 +89,12 @@ def information(
     ({'z': tensor([ True, False])}, True, True)
     """
     rows = rows_in(data).check("data")
-    sweep = _sweep(model, guide, rows, num_data, plate)
+    alone, least = False, min(num_data, num_pairs)
+    if least < len(rows):
+        with suppress(BadInput):  # it is raised again in a run on all rows
+            rows, size, *_ = first_sweep(model, guide, rows, least, plate, 1)
+            alone = size < len(rows)
+    sweep = _sweep(model, guide, rows, num_data if alone else len(rows), plate)
     collection = Collection(sweep, 1, num_samples, frozenset({"vi_stats"}))
     collection.allocate()
     collection.fill(0, sweep, seed)
@@ -96,7 +104,8 @@ def information(
     notes = {name: _NOTES[kind] for name, kind in collection.kl_kinds.items() if kind in _NOTES}
     notes |= dict.fromkeys(collection.kl_together, "the guide computes them from a joint draw: one KL for all data")
     active = {name: torch.as_tensor(found[f"active_{name}"][1][0]) for name in sweep.local if f"active_{name}" in found}
-    return Information(kl, active, _mutual(_sweep(model, guide, rows, num_pairs, plate), seed), notes)
+    pairs = _sweep(model, guide, rows, num_pairs if alone else len(rows), plate)
+    return Information(kl, active, _mutual(pairs, seed), notes)
 
 
 def _sweep(model: Callable, guide: Callable, rows: Rows, count: int, plate: str | None) -> Sweep:
@@ -120,7 +129,9 @@ def _mutual(sweep: Sweep, seed: int | None) -> float | None:
         return None
     (plate,) = sweep.data_plates
     size = sweep.sizes[plate]
-    args = Rows.of(sweep.args, sweep.kwargs)
+    args = Rows.of(sweep.args, sweep.kwargs).counted_as(size)
+    if _bound_to_places(sweep, args, plate):
+        return None
     total, own = None, None
     with quietly(sweep.model, sweep.guide, seed):
         first, _ = sweep.run(1)
@@ -132,3 +143,16 @@ def _mutual(sweep: Sweep, seed: int | None) -> float | None:
             own = density if own is None else own
             total = density if total is None else torch.logaddexp(total, density)
     return float((own - total + math.log(size)).mean())
+
+
+def _bound_to_places(sweep: Sweep, args: Rows, plate: str) -> bool:
+    """Whether the guide's distribution of a row does not follow the row to another place."""
+    numbers = torch.arange(sweep.sizes[plate]).roll(1)
+    turned = args[numbers]
+
+    def moved(values: Mapping[str, torch.Tensor]) -> tuple[Pass, Pass]:
+        return sweep.run(1, fixed=values, arguments=(turned.args, turned.kwargs))
+
+    with quietly(sweep.model, sweep.guide, 0):
+        found = changed_alone(lambda values: sweep.run(1, fixed=values), [(moved, numbers)], plate)
+    return found is not None and found[0] == "guide"

@@ -21,6 +21,7 @@ from ..engine.progress import Progress
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, evaluating, private_seed, private_store
 from ..estimators import Estimator
+from .division import first_sweep
 from .parts import exact_pair, log_weights
 from .refits import loss_of, words
 from .vmapped import random_sites
@@ -249,7 +250,7 @@ def refinement_gap(
     Args:
         model, guide, data, steps, lr, estimator, num_particles: as in `refine`.
         num_samples: draws per datum for each bound.
-        batch_size: rows that are refined at once.
+        batch_size: rows that are refined at once; all, where rows do not have the same terms without the others.
         seed: of the refinement; the bounds use other draws.
 
     Returns:
@@ -271,8 +272,12 @@ def refinement_gap(
     with private_seed(None, model, guide):
         model, guide = exact_pair(model, guide)
     before, after = [], []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    size = len(rows)
+    if batch_size < len(rows):
+        counted, found, *_ = first_sweep(model, guide, rows, batch_size, None, num_samples)
+        size = found if len(counted) == len(rows) else size
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
         refined = refine(
             model, guide, batch, steps=steps, lr=lr, estimator=estimator, num_particles=num_particles, seed=seed
         )

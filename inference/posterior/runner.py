@@ -22,7 +22,7 @@ from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
 from ..engine.interventions import ChosenRows, DrawnAnew, GivenValues
 from ..engine.programs import element_support, in_support
 from ..engine.scopes import modules_of, networks_at_hand, private_seed, quietly
-from .alone import agree
+from .alone import Run, agree, changed_alone
 from .checks import Checks
 from .sites import Block, SiteLayout, has_rows, key_of
 from .survey import Survey
@@ -210,9 +210,7 @@ class Sweep(Survey):
             self.sliced = plate
             self.swept[plate] = batch_size
             try:
-                with quietly(self.model, self.guide, None):
-                    for block in (self._block({plate: slice(0, batch_size)}), list(self.blocks())[-1]):
-                        self.run(1, block, mode="single")
+                site = self._changed_in_blocks(plate)
             except GumboError:
                 raise
             except PROGRAM_ERRORS as error:
@@ -220,9 +218,28 @@ class Sweep(Survey):
                     f"the programs do not take {batch_size} of their {size} rows ({first_line(error, kind=True)}):"
                     " leave out batch_size, or let plate sizes follow the data"
                 ) from error
+            if site is not None:
+                raise BadInput(
+                    f"site {site!r} has other log-probabilities in {batch_size} rows of plate {plate!r} than among all"
+                    f" {size}, so that these rows do not stand alone: leave out batch_size"
+                )
             return
         if not self.swept and all(batch_size < self.sizes[plate] for plate in plates) and plates:
             raise BadInput(f"no argument has as many rows as plate {plates[0]!r}: leave out batch_size")
+
+    def _changed_in_blocks(self, plate: str) -> str | None:
+        """A site whose terms depend on the other rows of the block, or on the place of a row in it."""
+        others = {name: slice(0, size) for name, size in self.swept.items() if name != plate}
+        ends = {block.at[plate].start: block.at[plate] for block in self.blocks()}
+        blocks = [self._block({**others, plate: ends[start]}) for start in (0, max(ends))]
+
+        def run_on(block: Block) -> Run:
+            return lambda values: self.run(1, block, values, mode="single")
+
+        with quietly(self.model, self.guide, 0):
+            parts = ((run_on(block), block.rows[plate]) for block in blocks)
+            found = changed_alone(run_on(self._block(others)), parts, plate)
+        return None if found is None else found[1]
 
     def blocks(self) -> Iterator[Block]:
         """Blocks of rows that together contain every row once."""

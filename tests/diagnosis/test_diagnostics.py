@@ -444,6 +444,21 @@ def test_many_rows_are_judged_by_some_of_them():
     assert report.vi_stats.sizes["data"] == 30
 
 
+@pytest.mark.parametrize("num_data", [15, 200])
+def test_parameters_for_each_datum_are_judged_with_their_own_rows(num_data, param_store):
+    many = torch.linspace(2.5, -2.5, 40).double()
+
+    def guide(x):
+        loc = pyro.param("loc", many * VAR / NOISE**2)
+        with pyro.plate("data", len(x)) as rows:
+            pyro.sample("z", dist.Normal(loc[rows], VAR**0.5))
+
+    report = diagnose(local_model, guide, many, num_data=num_data, **QUICK)
+    assert report.ok and report.vi_stats["log_evidence"].shape == (1, 40)
+    truth = dist.Normal(0.0, (1 + NOISE**2) ** 0.5).log_prob(many)
+    assert np.allclose(report.vi_stats["log_evidence"].values[0], truth, atol=1e-9)
+
+
 def test_the_example_of_the_page_runs(capsys):
     page = (Path(__file__).resolve().parents[2] / "docs" / "posteriors.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.S))

@@ -188,3 +188,32 @@ def test_masked_latents_have_no_divergence_and_no_activity(hides, event):
     assert float(found.information.kl["z"].sum()) == pytest.approx(found.rate, abs=0.02)
     assert not found.information.active_units["z"].any()
     assert hides == "model" or not active_units(guide, X)["z"].any()
+
+
+MANY = torch.linspace(-3, 3, 700).double()
+
+
+def own_parameters(x):
+    loc = pyro.param("loc", torch.stack([0.5 * MANY, torch.zeros_like(MANY)], -1))
+    with pyro.plate("data", len(x)) as i:
+        pyro.sample("z", dist.Normal(loc[i], 0.7).to_event(1))
+
+
+def test_parameters_for_each_datum_have_no_mutual_information_and_the_kl_of_all_data(param_store):
+    """The rows cannot be chosen, and do not take their distribution along."""
+    found = information(model, own_parameters, MANY)
+    by_rows = information(model, guide_of(0.5, 0.7), MANY, num_data=700)
+    assert found.mutual_information is None and by_rows.mutual_information is not None
+    assert torch.equal(found.kl["z"], by_rows.kl["z"])
+    assert evaluate(model, own_parameters, MANY[:50], num_samples=2).mutual_information is None
+
+
+def test_the_plate_says_which_rows_are_chosen():
+    """An argument with more rows than the data is passed whole, and the rows of the data move."""
+    grid = torch.arange(900.0)
+    by_grid = [
+        lambda grid, x, program=program: program(x[: len(grid) - 200]) for program in (model, guide_of(0.5, 0.7))
+    ]
+    found = information(*by_grid, (grid, MANY), num_data=300, num_pairs=100)
+    alone = information(model, guide_of(0.5, 0.7), MANY, num_data=300, num_pairs=100)
+    assert torch.equal(found.kl["z"], alone.kl["z"]) and found.mutual_information == alone.mutual_information

@@ -511,6 +511,66 @@ def test_every_model_of_the_collection(name, variant):
     assert np.isfinite(group(idata, "sample_stats")["log_weight"]).all()
 
 
+PLACES = torch.linspace(-2, 2, 120).double()
+
+
+def reading(others):
+    """Rows with a mean that depends on other rows, or on their places, and the exact posterior."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z + others(x), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x - others(x)) / 2, 0.5**0.5))
+
+    return model, guide
+
+
+def own_parameters(x):
+    loc = pyro.param("loc", PLACES / 2)
+    with pyro.plate("data", len(x)) as i:
+        pyro.sample("z", dist.Normal(loc[i], 0.5**0.5))
+
+
+def a_penalty(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    pyro.factor("penalty", -((z - z.mean()) ** 2).sum())
+
+
+ALONE = reading(torch.zeros_like)
+DEPENDENT_ROWS = {
+    "the row before": reading(lambda x: torch.cat([x.new_zeros(1), x[:-1]])),
+    "the row after": reading(lambda x: torch.cat([x[1:], x.new_zeros(1)])),
+    "rows far ahead": reading(lambda x: torch.cat([x[50:], x.new_zeros(min(len(x), 50))])),
+    "all later rows": reading(lambda x: x.flip(0).cumsum(0).flip(0) - x),
+    "all rows": reading(lambda x: x.mean().expand(len(x))),
+    "a table": reading(lambda x: PLACES[: len(x)]),
+    "a table from its end": reading(lambda x: PLACES[-len(x) :]),
+    "parameters": (ALONE[0], own_parameters),
+    "a penalty": (a_penalty, ALONE[1]),
+}
+
+
+@pytest.mark.parametrize("case", DEPENDENT_ROWS)
+@pytest.mark.parametrize("batch_size", [1, 7, 119])
+def test_rows_that_do_not_stand_alone_are_not_passed_in_batches(case, batch_size, param_store):
+    with pytest.raises(BadInput, match="leave out batch_size") as error:
+        to_arviz(*DEPENDENT_ROWS[case], PLACES, batch_size=batch_size, num_samples=2)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 119])
+def test_rows_that_stand_alone_are_passed_in_batches(batch_size):
+    found = group(to_arviz(*ALONE, PLACES, batch_size=batch_size, num_samples=3), "vi_stats")
+    truth = dist.Normal(0.0, 2**0.5).log_prob(PLACES).numpy()
+    assert np.allclose(found["log_evidence"].values[0], truth, atol=1e-9)
+
+
 # --- chains -----------------------------------------------------------------------------------------------------------
 
 

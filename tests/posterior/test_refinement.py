@@ -191,3 +191,22 @@ def test_mistakes_are_one_line():
     model = GaussianVAE(SHAPE, latent_dim=2, hidden=(4,), likelihood="bernoulli")
     with pytest.raises(BadInput, match="data is empty"):
         refine(model, guides["normal"](model), torch.zeros(0, *SHAPE))
+
+
+class ByPlace(pyro.nn.PyroModule):
+    """The exact posterior with a parameter for each datum."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.loc = torch.nn.Parameter(x / 2)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x), dim=-1) as rows:
+            pyro.sample("z", dist.Normal(self.loc[rows], 0.5**0.5 * torch.ones_like(x)).to_event(1))
+
+
+def test_rows_that_do_not_stand_alone_are_refined_together():
+    x = torch.linspace(-2, 2, 40).double()[:, None]
+    found = refinement_gap(Linear(), ByPlace(x), x, steps=0, num_samples=2, batch_size=15)
+    truth = dist.Normal(torch.zeros(()).double(), 2**0.5).log_prob(x).sum(-1)
+    assert found.amortized.tolist() == pytest.approx(truth.tolist(), abs=1e-9)
