@@ -12,34 +12,41 @@ from torch import Tensor
 Run = Callable[[Mapping[str, Tensor]], tuple[Any, Any]]
 
 
-def changed_alone(together: Run, parts: Iterable[tuple[Run, Tensor]], plate: str) -> tuple[str, str] | None:
+def changed_alone(
+    together: Run, parts: Iterable[tuple[Run, Tensor]], plate: str, scored: bool = True
+) -> tuple[str, str] | None:
     """A program and its site with other terms in a run on some rows of a plate, at the same draws; None without one.
 
     Args:
         together: runs the programs on all rows.
         parts: runs on some of them, each with the numbers of these rows.
         plate: the plate of the rows.
+        scored: whether observed sites count; their data may stand for their shape alone.
     """
+
+    def terms(guide: Any, model: Any) -> Terms:
+        return _terms(guide, model, plate, scored)
+
     guide, model = together({})
     drawn = {
         name: (layout.names, guide.whole_value(name))
         for name, layout in guide.layouts.items()
         if layout.kind == "latent"
     }
-    before, again = _terms(guide, model, plate), None
+    before, again = terms(guide, model), None
     for run, numbers in parts:
 
         def rows_of(value: Tensor, names: tuple[str | None, ...], numbers: Tensor = numbers) -> Tensor:
             place = 1 + names.index(plate) if plate in names else None
             return value if place is None else value.index_select(place, numbers.to(value.device))
 
-        found = _terms(*run({name: rows_of(value, names) for name, (names, value) in drawn.items()}), plate)
-        for (program, site), (terms, names, dtype) in found.items():
+        found = terms(*run({name: rows_of(value, names) for name, (names, value) in drawn.items()}))
+        for (program, site), (own, names, dtype) in found.items():
             expected = before[program, site][0]
-            if agree(terms, rows_of(expected, names), dtype):
+            if agree(own, rows_of(expected, names), dtype):
                 continue
             # Where a repetition differs the programs draw noise of their own, which no comparison tells apart.
-            again = again or _terms(*together({name: value for name, (_, value) in drawn.items()}), plate)
+            again = again or terms(*together({name: value for name, (_, value) in drawn.items()}))
             if agree(again[program, site][0], expected, dtype):
                 return program, site
     return None
@@ -48,13 +55,14 @@ def changed_alone(together: Run, parts: Iterable[tuple[Run, Tensor]], plate: str
 Terms = dict[tuple[str, str], tuple[Tensor, tuple[str | None, ...], torch.dtype]]
 
 
-def _terms(guide: Any, model: Any, plate: str) -> Terms:
+def _terms(guide: Any, model: Any, plate: str, scored: bool) -> Terms:
     """Log-probabilities by program and site, with the plates that they keep; those of the guide in the plate alone."""
     return {
         (program, site): (run.log_prob(site, (plate,)), (plate,) if plate in layout.plates else (), layout.dtype)
         for program, run in (("guide", guide), ("model", model))
         for site, layout in run.layouts.items()
-        if layout.kind != "deterministic" and (run is model or plate in layout.plates)
+        if layout.kind != "deterministic" and (scored or layout.kind != "observed")
+        if run is model or plate in layout.plates
     }
 
 

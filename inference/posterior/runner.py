@@ -238,7 +238,7 @@ class Sweep(Survey):
 
         with quietly(self.model, self.guide, 0):
             parts = ((run_on(block), block.rows[plate]) for block in blocks)
-            found = changed_alone(run_on(self._block(others)), parts, plate)
+            found = changed_alone(run_on(self._block(others)), parts, plate, self.scored)
         return None if found is None else found[1]
 
     def blocks(self) -> Iterator[Block]:
