@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
 from ...errors import PROGRAM_ERRORS, BadInput
+from ..engine.row_parameters import autoguides_in
 from ..engine.rows import Rows, is_array
 from ..engine.scopes import device_of, quietly
 from .alone import Run, changed_alone
@@ -36,6 +38,10 @@ def first_sweep(
     that depend on each other, terms that the other rows of a batch change, a plate of fixed size. Arguments have rows
     if the first of them, or the data plate in a run on everything, has as many.
     """
+    if any(one.prototype_trace is None for one in autoguides_in(guide)):
+        with suppress(*PROGRAM_ERRORS), quietly(model, guide, 0):
+            everything = rows.to(device_of(model, guide))
+            guide(*everything.args, **everything.kwargs)  # its first call decides for how many rows it has parameters
     if found := _in_batches(model, guide, rows, batch_size, plate, num_samples):
         return rows, *found
     whole, name = sweep_of(model, guide, rows, plate, whole=True)

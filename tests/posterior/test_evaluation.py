@@ -1260,3 +1260,14 @@ def test_coins_in_three_passes_run_under_vmap():
         return coins_log_prob(dist.Bernoulli(logits=logits, validate_args=False).to_event(1), value)
 
     torch.testing.assert_close(torch.vmap(one)(values), dist.Bernoulli(logits=logits).to_event(1).log_prob(values))
+
+
+def test_an_autoguide_that_was_never_called_is_set_up_on_all_rows(param_store):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = AutoNormal(model)
+    assert evaluate(model, guide, torch.linspace(-1, 1, 300).double(), num_samples=2).num_data == 300
+    assert guide.locs.z.shape == (300,)
