@@ -10,7 +10,7 @@ from pyro import poutine
 
 from gumbo.errors import BadInput
 from gumbo.guides import fitting, guides
-from gumbo.inference import SiteELBO, evaluate
+from gumbo.inference import SiteELBO, diagnose, evaluate
 from gumbo.inference.diagnosis.gaps import with_parts
 from gumbo.inference.diagnosis.report import Verdict
 from gumbo.inference.engine.progress import Stages
@@ -53,6 +53,24 @@ def test_refinement_finds_the_exact_posterior_of_each_datum(param_store):
     torch.testing.assert_close(fn.loc.detach(), X / 2, rtol=0, atol=0.2)
     torch.testing.assert_close(fn.scale.detach(), torch.full_like(X, 0.5**0.5), rtol=0, atol=0.2)
     assert guide.shift.item() == 0.7 and guide.shift.grad is None
+
+
+@pytest.mark.parametrize("initial", [(), (torch.tensor(9.0).double(),)], ids=["registered elsewhere", "with a value"])
+def test_a_guide_that_is_a_function_keeps_its_fitted_parameters(initial, param_store):
+    pyro.param("shift", torch.tensor(0.7, dtype=torch.float64))
+    pyro.param("scale", torch.tensor(1.0).double(), constraint=dist.constraints.positive)
+
+    def guide(x):
+        scale = pyro.param("scale", *initial, constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x), dim=-1):
+            loc = 0.2 * x + pyro.param("shift", *initial)
+            pyro.sample("z", dist.Normal(loc, scale.expand_as(x)).to_event(1))
+
+    other, same = (refine(Linear(), one, X, steps=5) for one in (Rough(), guide))
+    for ours, theirs in zip(same.offsets.values(), other.offsets.values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert diagnose(Linear(), guide, X, num_samples=100, num_simulations=20, progress=False).verdicts
+    assert pyro.param("shift").item() == 0.7 and pyro.param("shift").grad is None
 
 
 def bounds(guide):
