@@ -30,6 +30,9 @@ def collapsed(units: Units, collection: Collection, others: Sequence[Verdict]) -
     """Whether the guide collapsed to the prior; it is right where the data carry no information, as ``others`` show."""
     per_dimension = {site: collection.kl.get(site, [None])[0] for site in units.sites}
     known = {site: np.asarray(value) for site, value in per_dimension.items() if value is not None}
+    for site, by_chain in collection.kl_sites.items():  # marginals may be those of the prior where the site's is not
+        if site in known:
+            known[site] = np.full(known[site].shape, by_chain[0] / known[site].size)
     if not known:
         return []
     idle = len(known) == len(units.sites) and all(abs(value).max() < COLLAPSED for value in known.values())

@@ -6,23 +6,21 @@ import math
 
 import numpy as np
 
+from .pairs import GROUPS, PAIRS, compared_pairs
 from .report import ALARM, OK, Verdict, three_way
 from .thresholds import CORRELATION, PROBABILITY, SHIFT, SURE, WIDTH, allowed
 from .units import Units
 
-# The dimensions of a block, within which correlations are compared, the most blocks, evenly spaced, and the groups of
-# draws for the jackknife.
+# The dimensions of a block, and the most blocks, evenly spaced.
 _TOGETHER = 30
 _BLOCKS = 100
-_GROUPS = 20
 
 
 def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
     """Verdicts on shift, width and correlation; ``weak`` says why the weights cannot support an ok.
 
     Errors are from a jackknife over twenty groups of draws. A difference counts if its probability by chance, over all
-    dimensions or pairs of them, is below one in a thousand. Of up to 3,000 dimensions all are compared; correlations
-    within blocks of neighbours, and between some dimensions that are evenly spaced over all.
+    dimensions or pairs of them, is below one in a thousand. Of up to 3,000 dimensions all are compared.
     """
     from scipy.stats import t
 
@@ -62,7 +60,7 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
         many = shown.sum(0).clip(1)
         ratio, error = (width * shown).sum(0) / many, np.sqrt((errors[1] ** 2 * shown).sum(0)) / many
         limit = -math.log(WIDTH)
-        sure = t.isf(SURE / 2 / continuous.sum(), (_GROUPS - 1) * many)
+        sure = t.isf(SURE / 2 / continuous.sum(), (GROUPS - 1) * many)
         fires = continuous & (np.abs(ratio) > limit) & (np.abs(ratio) > sure * error)
         worst = int(np.argmax(np.where(continuous, np.abs(ratio), -1.0)))
         # Few effective draws are close together whatever the posterior's width: they cannot show a guide too wide.
@@ -81,35 +79,37 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
                 "a family with correlations if correlation or khat fires too, else train longer",
             )
         )
-    if count > 1:
-        if len(blocks) > 1:
-            blocks.append(np.linspace(0, len(units.names) - 1, _TOGETHER).round().astype(int))
-            of_blocks.append(_of_block(units, blocks[-1], telling, weight))
-        upper = [np.triu_indices(len(one), 1) for one in blocks]
-        corr, error = (
-            np.concatenate([part[2][:, a, b] for part, (a, b) in zip(side, upper, strict=True)], -1)
-            for side in zip(*of_blocks, strict=True)
-        )
-        pairs = [(one[i], one[j]) for one, (a, b) in zip(blocks, upper, strict=True) for i, j in zip(a, b, strict=True)]
-        one, other = np.array(pairs).T
-        both = units.shown[telling][:, one] & units.shown[telling][:, other]
-        size, alarm, fine = _root_mean_square(corr, error, CORRELATION, both)
-        worst = int(np.argmax(size))
-        pair = " and ".join(units.names[place] for place in pairs[worst])
-        verdicts.append(
-            _verdict(
-                units,
-                "correlation",
-                alarm,
-                fine,
-                weak,
-                f"the correlation of {pair} is off by {size[worst]:.2f} (root mean square), limit {CORRELATION}; "
-                "posterior by importance weights",
-                (float(size[worst]), CORRELATION),
-                "a guide with correlations: a full covariance, a flow, or one that draws the latents in turn",
-            )
-        )
+    if len(units.names) > 1:
+        verdicts.append(_correlation(units, blocks, weak))
     return verdicts
+
+
+def _correlation(units: Units, blocks: list[np.ndarray], weak: tuple[str, str] | None) -> Verdict:
+    """The verdict on correlations: of all pairs, or of those within blocks and of some dimensions spaced over all."""
+    found = compared_pairs(units, blocks)
+    size, alarm, fine = _judged(found.count, found.raw, found.noise, CORRELATION)
+    worst = int(np.argmax(size))
+    pair = " and ".join(units.names[place] for place in (found.one[worst], found.other[worst]))
+    text = (
+        f"the correlation of {pair} is off by {size[worst]:.2f} (root mean square), limit {CORRELATION}; "
+        "posterior by importance weights"
+    )
+    compared, every = len(np.unique(found.one * len(units.names) + found.other)), math.comb(len(units.names), 2)
+    if compared < every:
+        text += f"; {compared} of {every} pairs are compared ({_percent(compared / every)})"
+        fewer = int(PAIRS / every * 0.9)
+        advice = "compare the others yourself, by weighted draws of to_arviz"
+        if fewer and units.what == "data":
+            advice = f"num_data={fewer} compares all pairs"
+        weak = weak or ("nothing is known of the others", advice)
+    fine = fine and bool(size.max() <= CORRELATION)
+    numbers = float(size[worst]), CORRELATION
+    mend = "a guide with correlations: a full covariance, a flow, or one that draws the latents in turn"
+    return _verdict(units, "correlation", alarm, fine, weak, text, numbers, mend)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "below 1%"
 
 
 def _blocks(count: int) -> list[np.ndarray]:
@@ -152,13 +152,17 @@ def _root_mean_square(
     difference: np.ndarray, error: np.ndarray, limit: float, shown: np.ndarray
 ) -> tuple[np.ndarray, bool, bool]:
     """Root mean square of ``shown`` units ``(units, …)`` without noise; if one exceeds the limit; if all are sure."""
+    count = shown.sum(0).clip(1)
+    raw, noise = ((part**2 * shown).sum(0) / count for part in (difference, error))
+    return _judged(count, raw, noise, limit)
+
+
+def _judged(count: np.ndarray, raw: np.ndarray, noise: np.ndarray, limit: float) -> tuple[np.ndarray, bool, bool]:
+    """The same by the number of units, and the mean squares over them of differences and of their errors."""
     from scipy.stats import f
 
-    count = shown.sum(0).clip(1)
-    noise = (error**2 * shown).sum(0) / count
-    raw = (difference**2 * shown).sum(0) / count
     square = (raw - noise).clip(0)
-    sure = f.isf(SURE / max(1, raw.size), count, (_GROUPS - 1) * count)
+    sure = f.isf(SURE / max(1, raw.size), count, (GROUPS - 1) * count)
     alarm = (square > limit**2) & (raw > sure * noise)
     resolution = np.sqrt(2 * np.sqrt(2 / count) * noise)
     # A few of many pairs may be less certain than the others.
@@ -167,10 +171,10 @@ def _root_mean_square(
 
 
 def _jackknife(values: np.ndarray, log_weight: np.ndarray, binary: np.ndarray) -> tuple[list, list]:
-    """Differences between draws and weighted draws, each ``(units, …)``, and their standard errors."""
+    """Differences between draws and weighted draws, each ``(units, d)``, and their standard errors."""
     values = values - values.mean(1, keepdims=True)
     weight = np.exp(log_weight - log_weight.max(-1, keepdims=True))
-    edges = np.linspace(0, values.shape[1], _GROUPS + 1).astype(int)
+    edges = np.linspace(0, values.shape[1], GROUPS + 1).astype(int)
     sums = {"q": [], "p": []}
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
         piece = values[:, start:stop]
@@ -181,35 +185,33 @@ def _jackknife(values: np.ndarray, log_weight: np.ndarray, binary: np.ndarray) -
     whole_q, whole_p = _central(*whole["q"]), _central(*whole["p"])
     found = _differences(whole_q, whole_p, whole_p[1], binary)
     left = []
-    for group in range(_GROUPS):
+    for group in range(GROUPS):
         q, p = (_central(*[w - part[group] for w, part in zip(whole[s], parts[s], strict=True)]) for s in ("q", "p"))
         left.append(_differences(q, p, whole_p[1], binary))
     errors = []
     for many in zip(*left, strict=True):
         stacked = np.stack(many)
-        errors.append(np.sqrt((_GROUPS - 1) / _GROUPS * ((stacked - stacked.mean(0)) ** 2).sum(0)))
+        errors.append(np.sqrt((GROUPS - 1) / GROUPS * ((stacked - stacked.mean(0)) ** 2).sum(0)))
     return found, errors
 
 
 def _sums(values: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     weighted = values * weight[..., None]
-    return weight.sum(1), weighted.sum(1), np.matmul(weighted.transpose(0, 2, 1), values)
+    return weight.sum(1), weighted.sum(1), (weighted * values).sum(1)
 
 
-def _central(total: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, standard deviation and correlations from sums over draws."""
+def _central(total: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation from sums over draws."""
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.nan_to_num(first / total[:, None])
-        covariance = np.nan_to_num(second / total[:, None, None]) - mean[:, :, None] * mean[:, None, :]
-        sd = np.sqrt(np.einsum("uii->ui", covariance).clip(0))
-        corr = np.nan_to_num(covariance / (sd[:, :, None] * sd[:, None, :])).clip(-1.0, 1.0)
-    return mean, sd, corr
+        variance = np.nan_to_num(second / total[:, None]) - mean**2
+    return mean, np.sqrt(variance.clip(0))
 
 
 def _differences(q: tuple, p: tuple, unit: np.ndarray, binary: np.ndarray) -> list[np.ndarray]:
-    """Shift in posterior sds ``unit`` (in probability where binary), log ratio of sds, difference of correlations."""
+    """Shift in posterior sds ``unit`` (in probability where binary), and log ratio of sds."""
     with np.errstate(divide="ignore", invalid="ignore"):
         shift = np.where(binary, q[0] - p[0], (q[0] - p[0]) / unit)
         width = np.log(q[1] / p[1])
     shift = np.nan_to_num(shift).clip(-1e3, 1e3)
-    return [shift, np.nan_to_num(width, posinf=10.0, neginf=-10.0), q[2] - p[2]]
+    return [shift, np.nan_to_num(width, posinf=10.0, neginf=-10.0)]

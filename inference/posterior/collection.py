@@ -184,6 +184,7 @@ class Collection:
         }
         self.kl: dict[str, list[np.ndarray | float | None]] = {}
         self.kl_kinds: dict[str, str] = {}
+        self.kl_sites: dict[str, list[float]] = {}  # of sites whose `kl` is of marginals
         self.partners: dict[str, str | None] = {}
         self.kl_together: dict[str, list[float]] = {}
 
@@ -335,8 +336,13 @@ class Collection:
             if found is None:
                 total[chain] = None
                 continue
-            part = (found * self._share(block, layout)).cpu().numpy() * (guide.count / self.num_samples)
-            total[chain] = total[chain] + part
+            share = self._share(block, layout) * guide.count / self.num_samples
+            total[chain] = total[chain] + found.cpu().numpy() * share
+            if kind == "marginal":
+                whole = float(guide.log_prob(name).mean() - model.log_prob(name).mean())
+                if partner != name:
+                    whole += float(guide.log_prob(partner).mean())
+                self.kl_sites.setdefault(name, [0.0] * self.chains)[chain] += whole * share
         self._together(chain, block, guide, model)
 
     @staticmethod

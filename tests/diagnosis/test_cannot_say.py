@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoNormal
 
 from gumbo.errors import BadInput
 from gumbo.inference import diagnose
+from gumbo.inference.diagnosis import pairs
 from gumbo.inference.diagnosis.annealing import annealed
 from gumbo.inference.diagnosis.calibration import symmetry
 from gumbo.inference.diagnosis.moments import moments
@@ -194,6 +195,55 @@ def test_a_hundred_independent_latents_are_not_called_correlated(ratio):
     for seed in range(3):
         report = diagnose(hundred, guide, x, seed=seed, num_simulations=20, refine_steps=0)
         assert "correlation" not in report.alarms, str(report)
+
+
+def far_apart(correlation, size=60):
+    """Only the first and the last but one latent are correlated, and the data are uninformative of that."""
+    covariance = torch.eye(size).double()
+    covariance[0, size - 2] = covariance[size - 2, 0] = correlation
+
+    def model(y):
+        w = pyro.sample("w", dist.MultivariateNormal(torch.zeros(size).double(), covariance))
+        pyro.sample("y", dist.Normal(0.0 * w.sum(-1), ONE), obs=y)
+
+    return model, lambda y: pyro.sample("w", dist.Normal(torch.zeros(size).double(), 1.0).to_event(1))
+
+
+def test_a_correlation_of_two_latents_far_apart_is_seen_and_no_collapse():
+    report = diagnose(*far_apart(0.8), ZERO, progress=False, **QUICK)
+    verdict = report["correlation"]
+    assert verdict.verdict == "alarm" and "w[0] and w[58]" in verdict.text and abs(verdict.value - 0.8) < 0.1
+    # KL of the marginals is 0, that of the site E[log q - log p].
+    exact = 0.64 / 0.36 + 0.5 * math.log(0.36)
+    assert report["collapsed"].verdict == "ok" and "it is the prior" not in report["collapsed"].text
+    assert abs(report["collapsed"].value - exact) < 0.2
+    report = diagnose(*far_apart(0.0), ZERO, progress=False, **QUICK)
+    assert report["correlation"].verdict == "ok" and "it is the prior" in report["collapsed"].text
+
+
+def test_all_pairs_have_the_correlations_of_weighted_draws(monkeypatch):
+    rng = np.random.default_rng(0)
+    values, log_weight = rng.standard_normal((3, 400, 7)), 0.4 * rng.standard_normal((3, 400))
+    for at_once in (250_000, 9):  # in one piece, and in many
+        monkeypatch.setattr(pairs, "_AT_ONCE", at_once)
+        found = pairs.compared_pairs(units(log_weight, values), [np.arange(7)])
+        assert list(zip(found.one, found.other, strict=True)) == sorted(zip(*np.triu_indices(7, 1), strict=True)) or (
+            at_once == 9 and len(set(zip(found.one, found.other, strict=True))) == len(found.one) == 21
+        )
+        raw = np.zeros((7, 7))
+        for one, weight in zip(values, np.exp(log_weight), strict=True):
+            covariance = np.cov(one.T, aweights=weight, ddof=0)
+            sd = np.sqrt(np.diag(covariance))
+            raw += (np.corrcoef(one.T) - covariance / np.outer(sd, sd)) ** 2 / 3
+        np.testing.assert_allclose(found.raw, raw[found.one, found.other], rtol=1e-9)
+
+
+def test_what_share_of_many_pairs_was_compared_is_said_and_is_no_ok(monkeypatch):
+    monkeypatch.setattr(pairs, "PAIRS", 1000)
+    rng = np.random.default_rng(0)
+    verdict = moments(units(np.zeros((1, 2000)), rng.standard_normal((1, 2000, 60))), None)[-1]
+    assert verdict.name == "correlation" and verdict.verdict == "cannot say"
+    assert "of 1770 pairs are compared" in verdict.text and "nothing is known of the others" in verdict.text
 
 
 def weak(x):
