@@ -71,6 +71,8 @@ def _nesting(*traces: Trace) -> int:
 class CompletedGuide:
     """A guide that also draws the model's enumerated ``sites``, given its own draws and the data.
 
+    Sites that the model names as ``left_open`` are no data, and these sites are not conditional on them.
+
     ``nesting`` is the number of batch dimensions of the two programs; one more is reserved for a plate of draws.
     """
 
@@ -89,6 +91,8 @@ class CompletedGuide:
             self.model(*args, **kwargs)
         values |= {name: site["value"] for name, site in listed.trace.nodes.items() if _subsamples(site)}
         listed = prune_subsample_sites(listed.trace)
+        for name in getattr(self.model, "left_open", ()):  # no data: their values are only draws
+            listed.remove_node(name)
         listed.compute_log_prob()
         listed.pack_tensors()
         outside = {handler.name for handler in around}

@@ -18,12 +18,12 @@ class OpenedModel:
     """A model whose sites without a value count as observed at one draw, so that they can be predicted."""
 
     def __init__(self, model: Callable, values: Mapping[str, torch.Tensor]):
-        self.inner_program, self.values = model, dict(values)
+        self.inner_program, self.left_open = model, dict(values)
         program = model.forward if isinstance(model, torch.nn.Module) else model
         self.__signature__ = inspect.signature(program)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Observed(self.values):
+        with _Observed(self.left_open):
             return self.inner_program(*args, **kwargs)
 
 

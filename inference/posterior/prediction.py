@@ -186,7 +186,7 @@ class Predictions:
         return _arviz.make({name: xarray.Dataset(group, attrs=attrs) for name, group in groups.items()})
 
     def _is_open(self, name: str) -> bool:
-        return isinstance(self.sweep.model, OpenedModel) and name in self.sweep.model.values
+        return isinstance(self.sweep.model, OpenedModel) and name in self.sweep.model.left_open
 
 
 # --- guides that know the rows they were fitted to --------------------------------------------------------------------

@@ -18,6 +18,7 @@ from gumbo.inference.posterior import _arviz
 from gumbo.models import models
 
 NOISE = 0.5
+ONE = torch.ones(()).double()
 T = torch.linspace(-1.0, 1.0, 20).double()
 Y = 1.5 * T + 0.2
 NEW = torch.tensor([2.0, -3.0, 0.5]).double()
@@ -239,6 +240,47 @@ def test_blocks_of_a_subsampled_plate_share_a_site_left_open_outside_it(given):
     rows = torch.zeros(7).double()
     found = predict(model, guide, (rows, rows) if given else rows, num_samples=200)
     assert abs(variable(found).values[0] - variable(found, "s").values[0][:, None]).max() < 0.1
+
+
+def test_enumerated_sites_of_an_observation_left_open_are_drawn_from_their_prior():
+    @config_enumerate
+    def model(t, y=None):
+        pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(t)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
+            pyro.sample("y", dist.Normal(t + 10 * z, 0.1), obs=y)
+
+    def guide(t, y=None):
+        pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    found = predict(model, guide, NEW, num_samples=2000)
+    z, y = variable(found, "z").values[0], variable(found).values[0]
+    assert (abs(z.mean(0) - 0.3) < 5 * (0.21 / 2000) ** 0.5).all()
+    assert abs(y - NEW.numpy() - 10 * z).max() < 1
+
+
+def test_a_markov_chain_is_forecast_from_its_observed_steps():
+    moves = torch.tensor([[0.9, 0.1], [0.4, 0.6]]).double()
+
+    def model(x):
+        with pyro.plate("series", len(x)):
+            z = torch.tensor(0)
+            for t in pyro.markov(range(4)):
+                z = pyro.sample(f"z{t}", dist.Categorical(moves[z]), infer={"enumerate": "parallel"})
+                pyro.sample(f"x{t}", dist.Normal(10.0 * z, ONE), obs=x[:, t] if t < 2 else None)
+
+    seen = torch.tensor([[0.0, 10.0], [10.0, 0.0]]).double()
+    found = predict(model, lambda x: None, seen, num_samples=4000)
+    state = torch.eye(2).double()[[1, 0]]
+    for step in range(4):
+        drawn = variable(found, f"z{step}").values[0]
+        if step < 2:
+            assert (drawn == seen[:, step].numpy() / 10).all()
+            continue
+        state = state @ moves
+        exact = state[:, 1].numpy()
+        assert (abs(drawn.mean(0) - exact) < 5 * (0.25 / 4000) ** 0.5).all()
+        assert abs(variable(found, f"x{step}").values[0] - 10 * drawn).max() < 6
 
 
 # --- guides with parameters per datum ---------------------------------------------------------------------------------
