@@ -58,13 +58,11 @@ def trained(steps: int, latents: int = 4, classes: int = 8, seed: int = 0):
     return model.double(), guide.double(), images.double()
 
 
-class Listed(dist.OneHotCategorical):
-    """A distribution that draws the codes that it is given."""
-
-    codes: torch.Tensor
-
-    def sample(self, sample_shape=()):
-        return self.codes
+def listed(logits: torch.Tensor, codes: torch.Tensor) -> dist.OneHotCategorical:
+    """A distribution that draws the codes that it is given; a subclass would be another law to the estimators."""
+    fn = dist.OneHotCategorical(logits=logits)
+    fn.codes, fn.sample = codes, lambda sample_shape=(): codes
+    return fn
 
 
 class GivenCode(GumbelSoftmax):
@@ -104,8 +102,7 @@ class Problem:
     def paths(self, estimator):
         """One gradient for each code and datum."""
         leaf = self.logits.expand(len(self.codes), *self.logits.shape).clone().requires_grad_()
-        fn = Listed(logits=leaf)
-        fn.codes = self.codes.expand_as(leaf)
+        fn = listed(leaf, self.codes.expand_as(leaf))
         (found,) = torch.autograd.grad(self.cost(estimator.draw(fn, 0).value, leaf).sum(), leaf)  # of the logits alone
         return found
 

@@ -65,7 +65,7 @@ def _is_delta(kind: type) -> bool:
     return issubclass(kind, dist.Delta)
 
 
-_LIBRARIES = ("torch", "pyro", __name__.partition(".")[0])
+_LIBRARIES = ("torch", "pyro")
 _LAW = frozenset({"sample", "rsample", "log_prob"})
 
 

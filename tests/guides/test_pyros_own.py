@@ -213,8 +213,8 @@ def test_a_messenger_guide_has_parameters_per_datum_too():
 
 def test_what_cannot_be_served_is_one_line_with_what_would_do():
     guide = AutoRegressiveMessenger(line)
-    with pytest.raises(UnsupportedSite, match="would do: pathwise") as found:
-        fit(line, guide, (T, Y), loss="rloo", progress=False)
+    with pytest.raises(UnsupportedSite, match="would do: pathwise, rloo") as found:
+        fit(line, guide, (T, Y), loss="disarm", progress=False)
     assert "\n" not in str(found.value)
 
     class Loose(EasyGuide):
