@@ -257,7 +257,10 @@ def long_run(
 def without_paths(
     stage: Stage, truth: Reference, num_samples: int, num_particles: int | None, seed: int, options: dict[str, Any]
 ) -> Reference | None:
-    """A long run of leave-one-out gradients, along the same directions; None where a site does not support them."""
+    """A long run of leave-one-out gradients, along the same directions.
+
+    None where a site does not support them, or the run is refused: the reference of paths then stands unconfirmed.
+    """
     if any(not ScoreFunction(LeaveOneOut()).supports({"name": n, "fn": fn}) for n, fn in stage.latents.items()):
         return None
     words = dict.fromkeys(stage.latents, "rloo")

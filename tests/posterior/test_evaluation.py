@@ -14,6 +14,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, autoguide
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule
+from reading_rows import reading
 
 from gumbo.errors import BadInput, GumboWarning, UnsupportedSite
 from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
@@ -521,21 +522,6 @@ def from_the_end(x):
 
 def far_ahead(x):
     return torch.cat([x[100:], x.new_zeros(min(100, len(x)))])
-
-
-def reading(others):
-    """Rows with a mean that depends on other rows, and the exact posterior."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
-            pyro.sample("x", dist.Normal(z + others(x), 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal((x - others(x)) / 2, 0.5**0.5))
-
-    return model, guide
 
 
 OTHER_ROWS = [after, before, still_to_come, from_the_end, far_ahead]

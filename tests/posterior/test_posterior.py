@@ -21,6 +21,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
     AutoStructured,
 )
+from reading_rows import reading
 
 from gumbo.errors import BadInput, GumboWarning, UnknownName
 from gumbo.guides import fitting, guides
@@ -512,21 +513,6 @@ def test_every_model_of_the_collection(name, variant):
 
 
 PLACES = torch.linspace(-2, 2, 120).double()
-
-
-def reading(others):
-    """Rows with a mean that depends on other rows, or on their places, and the exact posterior."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
-            pyro.sample("x", dist.Normal(z + others(x), 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal((x - others(x)) / 2, 0.5**0.5))
-
-    return model, guide
 
 
 def own_parameters(x):
