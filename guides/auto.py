@@ -24,6 +24,8 @@ from ._base import AnyGuide, guides
 class _Joint(dist.MultivariateNormal):
     """Many draws as one matrix product; torch computes a matrix-vector product for each."""
 
+    mean = dist.MultivariateNormal.mean  # this class has a draw of its own, so it says that its mean is its parent's
+
     def rsample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
         factor = self._unbroadcasted_scale_tril
         if factor.dim() > 2:

@@ -184,12 +184,12 @@ def mean_of(fn: Any) -> Tensor:
 def mean_why_not(site: Mapping[str, Any]) -> str | None:
     """Why a pass at the means does not support a site, or None."""
     fn = site["fn"]
-    if inherits(type(elementary(fn)), "mean"):
-        return f"{describe(fn)} has a draw or a density of its own and the mean of another law; define its mean"
     try:
         mean = elementary(fn).mean
     except (AttributeError, NotImplementedError):
         return f"{describe(fn)} has no mean in closed form"
+    if inherits(type(elementary(fn)), "mean"):
+        return f"{describe(fn)} has a draw or a density of its own and the mean of another law; define its mean"
     return None if bool(mean.isfinite().all()) else f"{describe(fn)} has no finite mean"
 
 
