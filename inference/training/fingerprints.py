@@ -1,9 +1,12 @@
-"""What identifies the data of a run: their shapes and a checksum."""
+"""What identifies the data of a run, and its schedules: shapes and a checksum, and values at some steps."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,31 @@ def _contents(leaf: object) -> Iterator[bytes | memoryview]:
             yield content.numpy().data
     else:
         yield without_addresses(leaf).encode()
+
+
+def values_of_schedules(schedules: Iterable[tuple[str, Any]]) -> dict[str, list[float | None]]:
+    """The values of functions of the step at some steps, by name: two functions have the same ``repr``.
+
+    None stands for a step that a function does not take. Schedules with a ``repr`` of their own are left out.
+
+    >>> values_of_schedules([("lr", lambda step: 1 / (1 + step)), ("kl_weight", 0.5)])["lr"][:3]
+    [1.0, 0.5, 0.25]
+    """
+
+    def at(schedule: Callable[[int], float], step: int) -> float | None:
+        with suppress(Exception):  # a list of values may end
+            return float(schedule(step))
+        return None
+
+    functions = [(name, value) for name, value in schedules if isinstance(value, (FunctionType, MethodType, partial))]
+    names = [name for name, _ in functions]
+    return {
+        name if names.count(name) == 1 else f"{name} {number}": [at(value, step) for step in _STEPS]
+        for number, (name, value) in enumerate(functions)
+    }
+
+
+_STEPS = (0, 1, 3, 10, 30, 100, 1_000, 10_000)
 
 
 def described(rows: Rows) -> str:

@@ -189,15 +189,18 @@ class Step(ABC):
 
         Schedules are evaluated up to the ``horizon``.
         """
+        begun = int((getattr(self.loss, "begins_with", None) or {}).get("_extra_state", {}).get("steps", 0))
+        ends = [(end_of(value, begun + horizon) - begun, f"{name} {value!r}") for name, value in self.schedules()]
+        step, words = max(ends, default=(0, ""))
+        return max(step, 0), words
+
+    def schedules(self) -> list[tuple[str, Callable[[int], float]]]:
+        """The schedules of the loss and of its estimators, each with its option's name."""
         loss = self.loss
         estimators = [*getattr(loss, "given", {}).values(), getattr(loss, "otherwise", None), *self.chosen()]
         held = [("kl_weight", getattr(loss, "kl_weight", None))]
         held += [pair for estimator in estimators for pair in getattr(estimator, "__dict__", {}).items()]
-        begun = int((getattr(loss, "begins_with", None) or {}).get("_extra_state", {}).get("steps", 0))
-        named = [(name, value) for name, value in held if callable(value) and name.endswith(("weight", "temperature"))]
-        ends = [(end_of(value, begun + horizon) - begun, f"{name} {value!r}") for name, value in named]
-        step, words = max(ends, default=(0, ""))
-        return max(step, 0), words
+        return [(name, value) for name, value in held if callable(value) and name.endswith(("weight", "temperature"))]
 
     def chosen(self) -> list[Any]:
         """The estimators that sites of the programs name."""

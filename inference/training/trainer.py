@@ -29,6 +29,7 @@ from .checkpoints import Checkpoints
 from .choices import Choices
 from .convergence import Convergence
 from .distributed import OnMain, Processes, SharedInterrupts
+from .fingerprints import values_of_schedules
 from .locks import FolderLock
 from .metrics import Metrics, Scalars
 from .nonfinite import Guard
@@ -37,7 +38,7 @@ from .signals import Interrupts
 from .steps import Step
 
 # Keys of a run's identity that the checkpoints of earlier versions lack.
-NOT_FROM_THE_FIRST = ("loss_options", "optimizer_groups", "scheduler_every")
+NOT_FROM_THE_FIRST = ("loss_options", "optimizer_groups", "scheduler_every", "schedules")
 
 
 @dataclass(repr=False)
@@ -174,6 +175,15 @@ class Run:
         shapes = {name: list(parameter.shape) for name, parameter in step.parameters.items()}
         self.identity = identity | {"parameters": zlib.crc32(json.dumps(shapes).encode())}
         self.identity["optimizer_groups"] = step.optimizer.groups
+        multipliers = getattr(step.optimizer.scheduler, "lr_lambdas", [])
+        self.identity["schedules"] = values_of_schedules(
+            [
+                *step.schedules(),
+                ("lr", options.lr),
+                *(("scheduler", one) for one in multipliers),
+                *self.annealing.schedules.items(),
+            ]
+        )
         if step.optimizer.started_as:
             self.identity["scheduler"] = step.optimizer.started_as
         self.guard = Guard(model, guide, step.parameters)

@@ -408,6 +408,10 @@ def made_by(make, **options):
     return lambda parameters: make(parameters, **options)
 
 
+def warm_up(steps):
+    return lambda step: min((1 + step) / steps, 1.0)
+
+
 def by_word(word, lr):
     return lambda name: {"lr": lr if word in name else 1e-2}
 
@@ -420,29 +424,34 @@ UNSEEN = {
     "class": ("optimizer", lambda kind: made_by(kind, lr=1e-2), torch.optim.Adam, torch.optim.SGD),
     "pyro": ("optimizer", lambda lr: pyro.optim.Adam(by_word("decoder", lr)), 1e-1, 1e-3),
     "every": ("scheduler_every", str, "epoch", "step"),
+    "kl-weight": ("loss", lambda steps: SiteELBO(kl_weight=warm_up(steps)), 500, 600),
+    "temperature": ("loss", lambda steps: SiteELBO(GumbelSoftmax(warm_up(steps))), 500, 600),
+    "rate": ("lr", lambda steps: warm_up(steps), 500, 600),
+    "scheduler": ("scheduler", lambda by: lambda o: lr_scheduler.LambdaLR(o, lambda epoch: by**epoch), 0.5, 0.6),
 }
 
 
 @pytest.mark.parametrize("kind", UNSEEN)
 def test_another_configuration_that_looks_alike_is_refused_and_a_run_of_an_earlier_version_goes_on(kind, tmp_path):
     option, make, first, other = UNSEEN[kind]
-    options = {"loss": "trace", "run_dir": tmp_path}
+    programs = "categorical" if kind == "temperature" else "normal"
+    data, options = images(kind=programs), {"loss": "trace", "run_dir": tmp_path}
     if kind == "every":
         options["scheduler"] = lambda o: lr_scheduler.StepLR(o, 1, 0.5)
-    quiet(*pair(), images(), epochs=1, **options | {option: make(first)})
+    quiet(*pair(programs), data, epochs=1, **options | {option: make(first)})
     with pytest.raises(BadInput, match="holds a run of another configuration: (loss_options|optimizer_groups|sched)"):
-        quiet(*pair(), images(), epochs=2, resume=True, **options | {option: make(other)})
-    assert quiet(*pair(), images(), epochs=2, resume=True, **options | {option: make(first)}).epochs == 2
+        quiet(*pair(programs), data, epochs=2, resume=True, **options | {option: make(other)})
+    assert quiet(*pair(programs), data, epochs=2, resume=True, **options | {option: make(first)}).epochs == 2
     earlier = checkpoints.Checkpoints(tmp_path / "checkpoints")
     state = earlier.load()
-    for name in ("loss_options", "optimizer_groups", "scheduler_every"):
+    for name in ("loss_options", "optimizer_groups", "scheduler_every", "schedules"):
         del state["settings"][name]
     earlier.save(state)
     if kind == "class":
         with pytest.raises(BadInput, match="does not fit these .*its optimizer is no SGD") as error:
-            quiet(*pair(), images(), epochs=3, resume=True, **options | {option: make(other)})
+            quiet(*pair(programs), data, epochs=3, resume=True, **options | {option: make(other)})
         assert "\n" not in str(error.value)
-    assert quiet(*pair(), images(), epochs=3, resume=True, **options | {option: make(first)}).epochs == 3
+    assert quiet(*pair(programs), data, epochs=3, resume=True, **options | {option: make(first)}).epochs == 3
 
 
 @pytest.mark.parametrize("kind", ["pyro", "partial"])

@@ -185,17 +185,22 @@ def test_an_annealed_run_resumes_to_the_same_bits_and_refuses_another_schedule(t
         ends.append((pair.decoder_loc.item(), pair.prior_scale.item()))
     assert ends[0] == ends[1]
     other = ANNEALED | {"anneal": {"prior_scale": "linear(4, 1.0, 0.3)"}}
+    options = {"epochs": 4, "run_dir": tmp_path / "parts", "resume": True}
     with pytest.raises(BadInput, match="another configuration: anneal differ"):
-        fit(
-            pair.model,
-            pair.guide,
-            torch.ones(4),
-            valid=torch.ones(2),
-            epochs=4,
-            **other,
-            run_dir=tmp_path / "parts",
-            resume=True,
-        )
+        fit(pair.model, pair.guide, torch.ones(4), valid=torch.ones(2), **other | options)
+
+
+def test_another_function_of_the_step_is_another_schedule(tmp_path):
+    pair = Scaled()
+
+    def run(end, **options):
+        anneal = {"prior_scale": lambda step: max(1.0 - step, end)}
+        fit(pair.model, pair.guide, torch.ones(4), run_dir=tmp_path, **ANNEALED | {"anneal": anneal} | options)
+
+    run(0.5, epochs=1)
+    with pytest.raises(BadInput, match="another configuration: schedules differ"):
+        run(0.6, epochs=2, resume=True)
+    run(0.5, epochs=2, resume=True)
 
 
 @pytest.mark.parametrize(
