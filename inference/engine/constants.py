@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...errors import BadInput
+from .contents import Contents, is_of_a_library, is_plain_object
 
 ADVICE = "pass compile=False"
 
@@ -125,29 +127,46 @@ def differs(a: Any, b: Any) -> bool:
     """Whether two values of a plain attribute differ."""
     if a is b:
         return False
-    return isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b)
+    try:
+        return isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b)
+    except (RuntimeError, ValueError):  # tuples of tensors or arrays
+        return True
 
 
 class Watch:
     """Whether anything has changed that a graph of a module holds as a constant.
 
-    Watched are plain attributes, those of the module's class and of plain objects that it holds, layers, parameters as
-    objects, hooks, and methods that the instance replaces; not elements of lists and dictionaries, nor globals.
+    Watched are plain attributes, those of the module's class, layers, parameters as objects, hooks, and methods that
+    the instance replaces; of programs that no library defines also what :class:`.contents.Contents` looks at in their
+    attributes, and in the globals and closures that their methods read.
+
+    Args:
+        module: with all modules in it; None begins with nothing.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module | None = None):
         self._values: list[tuple[Mapping[str, Any], Any, Any, int]] = []
         self._sizes: list[tuple[Sized, int]] = []
         self._names: list[tuple[nn.Module, int, set[str]]] = []
-        for one in module.modules():
+        self._contents = Contents()
+        for one in module.modules() if module is not None else ():
             kept, names = vars(one), _watched_names(one)
             self._names.append((one, len(kept), names))
             self.add(kept, names)
             for held in (one._modules, one._parameters, *(kept[name] for name in _HOOKS)):
                 self._sizes.append((held, len(held)))
                 self.add(held, held, in_place=False)
-            for owner in (*_own_classes(type(one)), *filter(_is_plain_object, kept.values())):
+            owners = _own_classes(type(one))
+            for owner in owners:
                 self.add(vars(owner), _plain_names(vars(owner)))
+                self._contents.add_entries(vars(owner), _containers(vars(owner)))
+                for value in vars(owner).values():
+                    self._contents.add_function(value)
+            for value in kept.values():
+                self._contents.add_function(value)
+            skipped = _INTERNAL | frozenset(getattr(type(one), "uncaptured", ()))
+            held = _containers(kept) if owners else [name for name in kept if is_plain_object(kept[name])]
+            self._contents.add_entries(kept, [name for name in held if name not in skipped])
 
     def add(self, held: Mapping[str, Any], names: Any, in_place: bool = True) -> None:
         """Watch entries of a mapping; where ``in_place``, tensors for writes too."""
@@ -160,11 +179,12 @@ class Watch:
                 return True
         if any(len(held) != size for held, size in self._sizes):
             return True
-        return any(len(vars(one)) != size and _watched_names(one) != names for one, size, names in self._names)
+        if any(len(vars(one)) != size and _watched_names(one) != names for one, size, names in self._names):
+            return True
+        return self._contents.changed()
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LIBRARIES = {"builtins", "collections", "gumbo", "numpy", "pyro", "torch"}
 _PLAIN = (int, float, complex, str, tuple, type(None), Tensor)
 
 
@@ -175,14 +195,17 @@ def _watched_names(module: nn.Module) -> set[str]:
 
 def _own_classes(kind: type) -> list[type]:
     """The classes of a module that no library defines."""
-    return [one for one in kind.__mro__ if one.__module__.partition(".")[0] not in _LIBRARIES]
+    return [one for one in kind.__mro__ if not is_of_a_library(one.__module__)]
 
 
-def _is_plain_object(value: Any) -> bool:
-    """Whether a value is an instance of a class that no library defines, and no module."""
-    if isinstance(value, (nn.Module, Tensor, type, FunctionType, MethodType)) or not hasattr(value, "__dict__"):
-        return False
-    return type(value).__module__.partition(".")[0] not in _LIBRARIES
+def _containers(held: Mapping[str, Any]) -> list[str]:
+    """Names of entries that are no plain values and may hold some."""
+    return [
+        name
+        for name, value in held.items()
+        if not name.startswith(("__", "_pyro_"))
+        and (isinstance(value, (list, tuple, dict, set, frozenset, np.ndarray)) or is_plain_object(value))
+    ]
 
 
 def _plain_names(held: Mapping[str, Any]) -> list[str]:

@@ -736,9 +736,38 @@ def test_a_changed_attribute_is_captured_anew():
         step(Rows(data(), "x"))
 
 
+class Scale:
+    def __init__(self, value):
+        self.value = value
+
+
 class Settings:
     def __init__(self):
-        self.factor = 1.0
+        self.factor, self.scale, self.array = 1.0, Scale(1.0), np.ones(2)
+
+
+FACTOR, FACTORS = 1.0, {"all": [1.0]}
+
+
+class Constants:
+    factor = 1.0
+
+
+def scale_of(module):
+    return FACTOR * FACTORS["all"][0] * module.settings.array[1] * Constants.factor
+
+
+def enclosed():
+    factor = 1.0
+
+    def multiplied(h):
+        return h * factor
+
+    def change(value):
+        nonlocal factor
+        factor = value
+
+    return multiplied, change
 
 
 class Decoded(PyroModule):
@@ -749,15 +778,17 @@ class Decoded(PyroModule):
     def __init__(self):
         super().__init__()
         self.decoder, self.activation = nn.Linear(2, math.prod(SHAPE)), nn.Identity()
-        self.settings = Settings()
+        self.settings, self.factors = Settings(), [1.0, {"last": torch.ones(())}]
+        self.multiplied, self.change = enclosed()
 
     def more(self, h):
-        return h
+        return self.multiplied(h) * self.factors[0] * self.factors[1]["last"] * self.settings.scale.value
 
     def forward(self, x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
             h = self.more(self.activation(self.decoder(z))) * self.common * self.settings.factor
+            h = h * scale_of(self)
             pyro.sample("x", dist.Bernoulli(logits=h.reshape(x.shape)).to_event(len(SHAPE)), obs=x)
 
 
@@ -771,6 +802,12 @@ CHANGES = {
     "layer": lambda model: setattr(model, "activation", nn.Tanh()),
     "method": lambda model: setattr(model, "more", lambda h: 2 * h),
     "hook": hooked,
+    "element of a list": lambda model: model.factors.__setitem__(0, 2.0),
+    "tensor in a dictionary in a list": lambda model: model.factors[1].update(last=torch.tensor(2.0)),
+    "tensor in a dictionary, written in place": lambda model: model.factors[1]["last"].fill_(2.0),
+    "attribute of an object in an object": lambda model: setattr(model.settings.scale, "value", 2.0),
+    "element of an array": lambda model: model.settings.array.__setitem__(1, 2.0),
+    "variable of a closure": lambda model: model.change(2.0),
 }
 
 
@@ -789,6 +826,30 @@ def test_a_changed_attribute_of_the_class_is_in_the_next_step(monkeypatch):
     agree(compiled, eager, [data(dtype=F64)], 1e-10)
     monkeypatch.setattr(Decoded, "common", 2.0)
     agree(compiled, eager, [data(dtype=F64)], 1e-10, first_step=200)
+
+
+@pytest.mark.parametrize("place", ["global", "element of a global", "attribute of a class"])
+def test_a_change_of_what_a_function_reads_is_in_the_next_step(place, monkeypatch):
+    compiled, eager = steps_of(lambda: (Decoded(), NormalGuide(normal_pair()[0])), SiteELBO("pathwise"))
+    agree(compiled, eager, [data(dtype=F64)], 1e-10)
+    if place == "global":
+        monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    elif place == "element of a global":
+        monkeypatch.setitem(FACTORS, "all", [2.0])
+    else:
+        monkeypatch.setattr(Constants, "factor", 2.0)
+    agree(compiled, eager, [data(dtype=F64)], 1e-10, first_step=200)
+    assert compiled.captures == 2
+
+
+def test_what_no_step_reads_may_change(monkeypatch):
+    compiled, eager = steps_of(lambda: (Decoded(), NormalGuide(normal_pair()[0])), SiteELBO("pathwise"))
+    monkeypatch.setitem(globals(), "UNREAD", 2.0)
+    for step in (compiled, eager):
+        step.module.model.factors.append("a longer list")
+        step.module.model.factors[1]["more"] = 2.0
+    agree(compiled, eager, [data(dtype=F64)], 1e-10)
+    assert compiled.captures == 1
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -11,7 +11,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from ....errors import UnsupportedSite
-from ...engine.constants import ADVICE
+from ...engine.constants import ADVICE, Watch
 from ...engine.rows import Rows
 from ...engine.scopes import private_seed
 from ..data_parallel import ProcessStep, gradients_of
@@ -20,7 +20,7 @@ from ..split_rows import OWN
 from .arguments import Taken
 from .capture import Program
 from .products import FASTEST
-from .step import BAKED, Adam, CompiledStep, end_of_step, library_for, parts, refuse_other_losses
+from .step import Adam, CompiledStep, end_of_step, library_for, parts, refuse_other_losses
 
 
 class CompiledProcessStep(ProcessStep):
@@ -155,7 +155,8 @@ class _Update:
     """
 
     def __init__(self, part: _Part, inside: Adam, learned: Sequence[Tensor], count: int):
-        self.part, self.inside, self.baked = part, inside, _baked(inside)
+        self.part, self.inside, self.watch = part, inside, Watch()
+        inside.add_to(self.watch)
         ends = dict(zip(map(id, learned), itertools.accumulate(one.numel() for one in learned), strict=True))
         places = [slice(ends[id(one)] - one.numel(), ends[id(one)]) for one in inside.parameters]
         counts = [len(inside.parameters), 3 * len(inside.parameters), count, 1]
@@ -185,11 +186,7 @@ class _Update:
 
     def is_outdated(self) -> bool:
         """Whether an option of the optimizer that the graph holds has changed."""
-        return self.baked != _baked(self.inside)
-
-
-def _baked(inside: Adam) -> list[Any]:
-    return [group.get(name) for group in inside.optimizer.param_groups for name in BAKED]
+        return self.watch.sees_a_change()
 
 
 class _Part(CompiledStep):

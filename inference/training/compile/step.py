@@ -431,8 +431,7 @@ class CompiledStep(TorchStep):
         """Take the values that the graph treats as constants for what they are now."""
         watch = Watch(self.module)
         if self.inside is not None:
-            for group in self.inside.optimizer.param_groups:
-                watch.add(group, [name for name in group if name in BAKED])
+            self.inside.add_to(watch)
         self._watched, self._learning = watch, [parameter.requires_grad for parameter in self.parameters.values()]
 
     def is_outdated(self) -> bool:
@@ -510,6 +509,11 @@ class Adam:
             if group["amsgrad"] or group["differentiable"] or not on_device or isinstance(group["lr"], Tensor):
                 return None
         return cls(optimizer, parameters)
+
+    def add_to(self, watch: Watch) -> None:
+        """Watch the options that are constants of a graph."""
+        for group in self.optimizer.param_groups:
+            watch.add(group, [name for name in group if name in BAKED])
 
     def state(self) -> list[Tensor]:
         """Step counts and two moments for each parameter, from the optimizer's current state."""

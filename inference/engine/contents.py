@@ -1,0 +1,190 @@
+"""Whether values that a program reads have changed: elements of containers, objects in objects, globals, closures."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+Same = Callable[[Any], bool]
+
+NUMBERS = (int, float, complex, str, bytes, type(None))
+_LIBRARIES = {"builtins", "gumbo", "numpy", "pyro", "torch", *sys.stdlib_module_names} - {"__main__"}
+_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+_CACHED = type(lru_cache(abs))
+
+LARGEST_ARRAY, MOST = 2**20, 2_000  # bytes of an array, and values in all: each is looked at before a step
+
+
+def is_of_a_library(module_name: str | None) -> bool:
+    """Whether a module is Python's or installed, and no part of the user's program.
+
+    >>> is_of_a_library("torch.nn"), is_of_a_library("math"), is_of_a_library("__main__")
+    (True, True, False)
+    """
+    root = (module_name or "").partition(".")[0]
+    if root in _LIBRARIES:
+        return True
+    file = getattr(sys.modules.get(root), "__file__", None)
+    return bool(file) and file.startswith(_INSTALLED)
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether a value is an instance of a class that no library defines, and no module."""
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType)):
+        return False
+    return hasattr(value, "__dict__") and not is_of_a_library(type(value).__module__)
+
+
+class Contents:
+    """Values with all that they hold, and whether something in them has changed since.
+
+    Looked at are numbers, text, tensors (writes in place too), arrays of up to a MiB, elements of lists, tuples, sets
+    and dictionaries, and attributes of objects whose class no library defines. Not looked at are parameters, elements
+    that a container gains (it may be a cache), and what lies beyond the first 2,000 values.
+
+    >>> settings = {"factors": [1.0, 2.0]}
+    >>> contents = Contents()
+    >>> contents.add(lambda: settings)
+    >>> contents.changed()
+    False
+    >>> settings["factors"][1] = 3.0
+    >>> contents.changed()
+    True
+    """
+
+    def __init__(self):
+        self._looks: list[tuple[Callable[[], Any], Same]] = []
+        self._met: set[int] = set()
+        self._kept: list[Any] = []  # an id names an object as long as it lives
+        self._left = MOST
+
+    def add(self, get: Callable[[], Any]) -> None:
+        """Look at what a function returns."""
+        same = self._same(get())
+        if same is not None:
+            self._looks.append((get, same))
+
+    def add_entries(self, held: Mapping[str, Any], names: Iterable[str]) -> None:
+        """Look at entries of a mapping, such as the globals of a module."""
+        for name in names:
+            self.add(lambda name=name: held.get(name))
+
+    def add_function(self, function: Any) -> None:
+        """Look at the globals and the closure that a function reads, and those of the functions that it calls."""
+        if isinstance(function, partial):
+            self.add(lambda: (function.args, function.keywords))
+            function = function.func
+        function = _underlying(function)
+        if function is None or id(function) in self._met or is_of_a_library(function.__module__):
+            return
+        self._meet(function)
+        names = set(_names_of(function.__code__))
+        for cell in function.__closure__ or ():
+            self._add_read(lambda cell=cell: _content_of(cell), names)
+        for name in sorted(names & function.__globals__.keys()):
+            self._add_read(lambda name=name: function.__globals__.get(name), names)
+
+    def _add_read(self, get: Callable[[], Any], names: set[str]) -> None:
+        """Look at a value that a function reads, by the names that its code has."""
+        value = get()
+        if isinstance(value, (ModuleType, type)):
+            if not is_of_a_library(value.__name__ if isinstance(value, ModuleType) else value.__module__):
+                for name in sorted(names & vars(value).keys()):
+                    self._add_read(lambda name=name: vars(value).get(name), set())
+        elif isinstance(value, partial) or _underlying(value) is not None:
+            self.add_function(value)
+        else:
+            self.add(get)
+
+    def changed(self) -> bool:
+        """Whether something has."""
+        return any(not same(get()) for get, same in self._looks)
+
+    def _meet(self, value: Any) -> None:
+        self._met.add(id(value))
+        self._kept.append(value)
+
+    def _same(self, value: Any) -> Same | None:
+        """A test whether a value is as it is now; None where it is not looked at."""
+        self._left -= 1
+        if self._left < 0:
+            return None
+        if isinstance(value, nn.Parameter):
+            return None
+        if isinstance(value, Tensor):
+            version = value._version
+            return lambda now: now is value and now._version == version
+        if isinstance(value, NUMBERS):
+            return lambda now: now is value or (type(now) is type(value) and now == value)
+        if isinstance(value, np.ndarray):
+            return _same_array(value) if value.dtype != object and value.nbytes <= LARGEST_ARRAY else None
+        if isinstance(value, (set, frozenset)):
+            elements = set(value)
+            return lambda now: isinstance(now, (set, frozenset)) and elements <= now
+        if id(value) in self._met:
+            return None
+        if type(value) in (list, tuple, dict):
+            self._meet(value)
+            return self._same_elements(value)
+        if is_plain_object(value):
+            self._meet(value)
+            kind, same = type(value), self._same_elements(vars(value))
+            return lambda now: type(now) is kind and same(vars(now))
+        return None
+
+    def _same_elements(self, held: Any) -> Same:
+        kind = type(held)
+        pairs = held.items() if isinstance(held, dict) else enumerate(held)
+        parts = [(key, same) for key, value in list(pairs) if (same := self._same(value)) is not None]
+
+        def same(now: Any) -> bool:
+            if type(now) is not kind:
+                return False
+            try:
+                return all(test(now[key]) for key, test in parts)
+            except (KeyError, IndexError):
+                return False
+
+        return same
+
+
+def _same_array(array: np.ndarray) -> Same:
+    before = array.copy()
+
+    def same(now: Any) -> bool:
+        return isinstance(now, np.ndarray) and now.dtype == before.dtype and bool(np.array_equal(now, before))
+
+    return same
+
+
+def _content_of(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None
+
+
+def _underlying(value: Any) -> FunctionType | None:
+    """The Python function of a function, a method, a property, or a cached function; None of anything else."""
+    if isinstance(value, (staticmethod, classmethod, MethodType)):
+        value = value.__func__
+    elif isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, _CACHED):
+        value = value.__wrapped__
+    return value if isinstance(value, FunctionType) else None
+
+
+def _names_of(code: CodeType) -> Iterator[str]:
+    """Names of globals and attributes in a function's code, and in that of functions within."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_of(constant)
