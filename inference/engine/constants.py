@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
@@ -149,12 +149,13 @@ class Watch:
         self._sizes: list[tuple[Sized, int]] = []
         self._names: list[tuple[nn.Module, int, set[str]]] = []
         self._contents = Contents()
+        self._layouts: list[tuple[Callable[[], Iterable[Tensor]], list[tuple]]] = []
         for one in module.modules() if module is not None else ():
             kept, names = vars(one), _watched_names(one)
             self._names.append((one, len(kept), names))
             self.add(kept, names)
             for held in (one._modules, one._parameters, *(kept[name] for name in _HOOKS)):
-                self._sizes.append((held, len(held)))
+                self.add_size(held)
                 self.add(held, held, in_place=False)
             owners = _own_classes(type(one))
             for owner in owners:
@@ -172,6 +173,14 @@ class Watch:
         """Watch entries of a mapping; where ``in_place``, tensors for writes too."""
         self._values += [(held, name, held[name], _version(held[name]) if in_place else 0) for name in names]
 
+    def add_layouts(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        """Watch types, shapes and strides of the tensors that a function returns, and their number."""
+        self._layouts.append((tensors, _layouts_of(tensors())))
+
+    def add_size(self, held: Sized) -> None:
+        """Watch how many entries a container has."""
+        self._sizes.append((held, len(held)))
+
     def sees_a_change(self) -> bool:
         for held, name, value, version in self._values:
             now = held.get(name)
@@ -180,6 +189,8 @@ class Watch:
         if any(len(held) != size for held, size in self._sizes):
             return True
         if any(len(vars(one)) != size and _watched_names(one) != names for one, size, names in self._names):
+            return True
+        if any(_layouts_of(tensors()) != before for tensors, before in self._layouts):
             return True
         return self._contents.changed()
 
@@ -210,6 +221,10 @@ def _containers(held: Mapping[str, Any]) -> list[str]:
 
 def _plain_names(held: Mapping[str, Any]) -> list[str]:
     return [name for name, value in held.items() if isinstance(value, _PLAIN) and not name.startswith("__")]
+
+
+def _layouts_of(tensors: Iterable[Tensor]) -> list[tuple]:
+    return [(tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for tensor in tensors]
 
 
 def _version(value: Any) -> int:

@@ -253,7 +253,9 @@ def _own_buffers(module: torch.nn.Module) -> list[tuple[dict[str, Tensor | None]
 def _put_back(saved: Iterable[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for held, key, buffer, value in saved:
-            buffer.copy_(value)
+            # An expanded buffer, whose elements share memory, cannot be written to, by programs neither.
+            if not any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+                buffer.copy_(value)
             held[key] = buffer
 
 

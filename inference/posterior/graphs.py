@@ -95,6 +95,7 @@ class Graphs:
         """Capture the runs of ``count`` draws for batches like this one, if that was not done."""
         if self._watched is None or self._watched.sees_a_change():
             self._graphs, self._watched = {}, Watch(self.networks)
+            self._watched.add_layouts(self.networks.tensors)
         if (count, len(batch)) not in self._graphs:
             self._graphs[count, len(batch)] = self._capture(sweep, batch, count)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ class CompiledStep(TorchStep):
                 f" or {ADVICE}"
             )
         self.check_parameters()
+        _refuse_gradient_hooks(self.parameters)
         with private_seed(None, self.module):
             self.module.initialize(*batch.args, **batch.kwargs)  # inspects the programs, which a graph cannot do
             self.program = Program(self.module, batch)
@@ -186,6 +188,8 @@ class CompiledStep(TorchStep):
             with torch.no_grad():
                 while True:
                     given.append(batch)
+                    if self.code_between and told:
+                        inputs = self._inputs(batch)  # that code may have put another tensor in the place of a buffer
                     inputs[fresh] = flat(batch)
                     inputs[-1] = next(numbers)
                     inputs[drawn] = next(noises)
@@ -309,8 +313,9 @@ class CompiledStep(TorchStep):
 
     def _mutable(self) -> list[Tensor]:
         """The tensors that a step changes in place."""
-        state = self._state()
-        return [tensor.detach() for tensor in (*self.parameters.values(), *state, *self.program.buffers().values())]
+        buffers = self.program.buffers()
+        moving = [buffers[name] for name in self.program.moving]
+        return [tensor.detach() for tensor in (*self.parameters.values(), *self._state(), *moving)]
 
     def _state(self) -> list[Tensor]:
         """The optimizer's tensors and whether steps learn, where the optimizer is in the graph."""
@@ -430,13 +435,15 @@ class CompiledStep(TorchStep):
     def watch(self) -> None:
         """Take the values that the graph treats as constants for what they are now."""
         watch = Watch(self.module)
+        # Compiled code reads with the types and strides of its example.
+        watch.add_layouts(lambda: [*self.parameters.values(), *self._state(), *self.program.buffers().values()])
         if self.inside is not None:
             self.inside.add_to(watch)
         self._watched, self._learning = watch, [parameter.requires_grad for parameter in self.parameters.values()]
 
     def is_outdated(self) -> bool:
         """Whether a value that the graph treats as a constant has changed."""
-        if self._watched.sees_a_change():
+        if self._watched.sees_a_change() or any(map(_has_gradient_hooks, self.parameters.values())):
             return True
         return [parameter.requires_grad for parameter in self.parameters.values()] != self._learning
 
@@ -446,6 +453,19 @@ def refuse_other_losses(loss: ELBO) -> None:
         raise BadInput(
             f"compile=True takes gumbo's own ELBOs, not {type(loss).__name__}: name an estimator, or {ADVICE}"
         )
+
+
+def _refuse_gradient_hooks(parameters: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        if _has_gradient_hooks(parameter):
+            raise BadInput(
+                f"parameter {name!r} has a hook on its gradient (register_hook), which a captured graph would leave"
+                f" out: {ADVICE}"
+            )
+
+
+def _has_gradient_hooks(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def library_for(module: torch.nn.Module, asked: str, batch: Rows) -> str:
@@ -504,6 +524,8 @@ class Adam:
             return None
         if getattr(getattr(updates, "scheduler", None), "cycle_momentum", False):
             return None  # OneCycleLR and CyclicLR move the betas, which are constants of the graph
+        if any(_hooks_of(optimizer)):
+            return None
         for group in optimizer.param_groups:
             on_device = group["fused"] or group["capturable"] or not any(p.is_cuda for p in group["params"])
             if group["amsgrad"] or group["differentiable"] or not on_device or isinstance(group["lr"], Tensor):
@@ -514,6 +536,8 @@ class Adam:
         """Watch the options that are constants of a graph."""
         for group in self.optimizer.param_groups:
             watch.add(group, [name for name in group if name in BAKED])
+        for hooks in _hooks_of(self.optimizer):
+            watch.add_size(hooks)
 
     def state(self) -> list[Tensor]:
         """Step counts and two moments for each parameter, from the optimizer's current state."""
@@ -588,6 +612,13 @@ class Adam:
         return found
 
 
+def _hooks_of(optimizer: torch.optim.Optimizer) -> list[Sized]:
+    """The hooks that run before and after a step of torch's."""
+    everywhere = vars(sys.modules[torch.optim.Optimizer.__module__])
+    own = [getattr(optimizer, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]
+    return own + [everywhere.get(f"_global_optimizer_{when}_hooks", {}) for when in ("pre", "post")]
+
+
 def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     return isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
 
@@ -640,7 +671,7 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch's own, about how it compiles
             # Torch runs some graphs as it compiles them, such as those of torch.utils.checkpoint: on copies.
-            run = compile_graph(graph, [tensor.clone() for tensor in inputs], options=OPTIONS)
+            run = compile_graph(graph, [_copied(tensor) for tensor in inputs], options=OPTIONS)
             run = _generated_code(run, inputs)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
@@ -659,6 +690,14 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
     return run
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, which ``clone`` changes where elements share memory or lie apart."""
+    if tensor.layout != torch.strided or not tensor.numel():
+        return tensor.clone()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((span,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
+
+
 def _generated_code(run: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
     """The function that torch generated, without what torch wraps around it; both are run, and must do the same.
 
@@ -667,7 +706,7 @@ def _generated_code(run: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) 
     """
 
     def tried(function: Callable[..., list[Tensor]]) -> list[Tensor]:
-        copies = [tensor.clone() for tensor in inputs]
+        copies = [_copied(tensor) for tensor in inputs]
         with torch.random.fork_rng(devices={tensor.device for tensor in inputs if tensor.is_cuda}):
             torch.manual_seed(0)
             return [*function(*copies), *copies]
