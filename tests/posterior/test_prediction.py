@@ -242,6 +242,34 @@ def test_blocks_of_a_subsampled_plate_share_a_site_left_open_outside_it(given):
     assert abs(variable(found).values[0] - variable(found, "s").values[0][:, None]).max() < 0.1
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_site_left_open_of_an_observation_that_enumerated_sites_are_drawn_given_is_refused(shared):
+    """Given one draw of the open site, the enumerated one would have that draw's posterior: here it is a mixture."""
+
+    @config_enumerate
+    def model(t, y=None):
+        pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(t)):
+            s = pyro.sample("s", dist.Normal(torch.zeros(()).double(), 1.0))
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
+            pyro.sample("y", dist.Normal(t + 2 * z + (s if shared else 0), 0.1), obs=y)
+            pyro.sample("later", dist.Normal(s + z, 0.1))
+
+    def guide(t, y=None):
+        pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    given = NEW, NEW + torch.tensor([0.0, 2.0, 2.0]).double()
+    if shared:
+        with pytest.raises(BadInput, match="'s' has no value, and enumerated sites are drawn given 'y'") as error:
+            predict(model, guide, given, num_samples=2)
+        assert "\n" not in str(error.value)
+    else:
+        found = predict(model, guide, given, num_samples=200)
+        assert (variable(found, "z").values[0] == [0, 1, 1]).all()
+    open_to_all = predict(model, guide, NEW, num_samples=2000)
+    assert (abs(variable(open_to_all, "z").values[0].mean(0) - 0.3) < 5 * (0.21 / 2000) ** 0.5).all()
+
+
 def test_enumerated_sites_of_an_observation_left_open_are_drawn_from_their_prior():
     @config_enumerate
     def model(t, y=None):
