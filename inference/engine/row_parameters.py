@@ -16,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ...errors import BadInput
+from ..estimators._distributions import is_computed
 from .messenger_guides import as_program
 from .rows import Rows
 from .scopes import modules_of, owned_parameters
@@ -94,7 +95,7 @@ def _supports(model: Callable, guide: Callable, batch: Rows) -> dict[str, list[T
     for trace in traces:
         for site in sites_of(trace):
             frame = next((f for f in site["cond_indep_stack"] if f.vectorized and f.size == size), None)
-            if frame is None or site["infer"].get("_deterministic"):
+            if frame is None or is_computed(site):
                 continue
             terms = site["fn"].log_prob(site["value"])
             if terms.dim() < -frame.dim or terms.shape[frame.dim] != size:

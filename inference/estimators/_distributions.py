@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -63,6 +63,35 @@ def is_deterministic(fn: Distribution) -> bool:
 @lru_cache(maxsize=4096)
 def _is_delta(kind: type) -> bool:
     return issubclass(kind, dist.Delta)
+
+
+def is_computed(site: Mapping[str, Any]) -> bool:
+    """Whether a site records a value that others determine: ``pyro.deterministic``, or what ``poutine.reparam`` leaves.
+
+    A reparametrised site is an observed Delta at the very tensor that it observes. A Delta that observes other numbers
+    is data, and so is one with a density, by which a program writes a likelihood of its own.
+
+    >>> import pyro.distributions as dist
+    >>> value, data = torch.ones(3), torch.ones(3)
+    >>> site = {"fn": dist.Delta(value, event_dim=1).mask(False), "is_observed": True, "infer": {}}
+    >>> [is_computed({**site, "value": seen}) for seen in (value, data)]
+    [True, False]
+    """
+    if site["infer"].get("_deterministic"):
+        return True
+    fn, value = site["fn"], site["value"]
+    if not site["is_observed"] or not is_deterministic(fn):
+        return False
+    point, masked = elementary(fn), isinstance(fn, MaskedDistribution) and fn._mask is False
+    return _is_view(point.v, value) and (masked or not bool(point.log_density.any()))
+
+
+def _is_view(point: Tensor, value: Any) -> bool:
+    """Whether a point is the very tensor ``value``, or that tensor expanded, as a plate does."""
+    if not isinstance(value, Tensor) or value.dim() > point.dim():
+        return False
+    sizes = zip(reversed(value.shape), reversed(point.shape), strict=False)
+    return all(n in (1, m) for n, m in sizes) and value.expand(point.shape).is_set_to(point)
 
 
 _LIBRARIES = ("torch", "pyro")

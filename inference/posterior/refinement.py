@@ -22,6 +22,7 @@ from ..engine.progress import Progress
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, evaluating, modules_of, private_seed, private_store
 from ..estimators import Estimator
+from ..estimators._distributions import is_computed
 from .division import first_sweep
 from .parts import exact_pair, log_weights
 from .refits import loss_of, words
@@ -90,7 +91,7 @@ class RefinedGuide(nn.Module):
 
 
 def _drawn(site: Mapping[str, Any]) -> bool:
-    return not site["is_observed"] and not site["infer"].get("_deterministic")
+    return not site["is_observed"] and not is_computed(site)
 
 
 def _of_single_data(site: Mapping[str, Any], rows: int) -> bool:

@@ -17,7 +17,7 @@ from ...errors import BadInput, CannotVectorize
 from ..elbo import SiteELBO
 from ..engine.progress import Progress
 from ..engine.scopes import evaluating, modules_of, private_seed, private_store
-from ..estimators._distributions import is_deterministic
+from ..estimators._distributions import is_computed, is_deterministic
 from .vmapped import random_sites
 
 
@@ -55,7 +55,7 @@ def words(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, 
     return {
         name: "pathwise" if site["fn"].has_rsample else "rloo"
         for name, site in random_sites(trace)
-        if not site["is_observed"] and not site["infer"].get("_deterministic") and not is_deterministic(site["fn"])
+        if not site["is_observed"] and not is_computed(site) and not is_deterministic(site["fn"])
     }
 
 

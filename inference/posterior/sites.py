@@ -11,7 +11,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch.distributions import constraints
 
-from ..estimators._distributions import elementary
+from ..estimators._distributions import elementary, is_computed
 from .vmapped import random_sites
 
 
@@ -103,7 +103,7 @@ def lengths_of(*traces: Trace) -> dict[str, int]:
     for trace in traces:
         for _, site in random_sites(trace):
             value, fn = site["value"], site["fn"]
-            if site["infer"].get("_deterministic"):
+            if is_computed(site):
                 continue  # Pyro counts all its dimensions as event dimensions
             batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
             for frame in site["cond_indep_stack"]:
@@ -114,7 +114,7 @@ def lengths_of(*traces: Trace) -> dict[str, int]:
 
 
 def kind_of(site: Mapping[str, Any]) -> str:
-    if site["infer"].get("_deterministic"):
+    if is_computed(site):
         return "deterministic"
     fn = site["fn"]
     while hasattr(fn, "base_dist") and not isinstance(fn, torch.distributions.TransformedDistribution):

@@ -19,7 +19,7 @@ from ..engine.handlers import StaysFrozen
 from ..engine.row_parameters import autoguides_in, positional_parameter, sites_of, traces_of
 from ..engine.rows import Rows
 from ..engine.scopes import kept_buffers, modes_kept, modules_met, private_seed, private_store
-from ..estimators._distributions import turns_validation_off
+from ..estimators._distributions import is_computed, turns_validation_off
 from ..posterior.superfluous import superfluous_latents
 from ..posterior.vmapped import unmasked
 
@@ -275,7 +275,7 @@ def _num_data(trace: poutine.Trace, batch: Rows) -> int | None:
 
     The plates that enclose every observed site give it: a subsampling plate scales its terms to its full size.
     """
-    observed = [site for site in sites_of(trace) if site["is_observed"] and not site["infer"].get("_deterministic")]
+    observed = [site for site in sites_of(trace) if site["is_observed"] and not is_computed(site)]
     if not observed:
         return None
     common = frozenset.intersection(*[frozenset(frame.name for frame in site["cond_indep_stack"]) for site in observed])

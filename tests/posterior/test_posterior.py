@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -21,6 +22,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
     AutoStructured,
 )
+from pyro.infer.reparam import AutoReparam, LocScaleReparam, TransformReparam
 from reading_rows import reading
 
 from gumbo.errors import BadInput, GumboWarning, UnknownName
@@ -1161,3 +1163,110 @@ def test_the_evidence_of_a_datum_says_which_latents_are_given():
     stats = group(to_arviz(model, guide, X.float(), num_samples=20), "vi_stats")
     assert stats["elbo"].attrs["given"] == stats["log_evidence"].attrs["given"] == "mu"
     assert "given" not in group(to_arviz(*_one_row(), X.float(), num_samples=20), "vi_stats")["elbo"].attrs
+
+
+# --- sites that poutine.reparam leaves --------------------------------------------------------------------------------
+
+
+def of_mean(z, x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def centred(x):
+    of_mean(pyro.sample("z", dist.Normal(x.new_zeros(()), 2.0)), x)
+
+
+def halves(centering):
+    """The sites of LocScaleReparam for a Normal(0, 2), by hand."""
+    scale = 2.0**centering
+
+    def model(x):
+        z = pyro.sample("z_decentered", dist.Normal(x.new_zeros(()), scale))
+        of_mean(pyro.deterministic("z", 2.0 ** (1 - centering) * z), x)
+
+    return model, lambda x: pyro.sample("z_decentered", dist.Normal(x.mean() / 2, 0.4))
+
+
+def positive(x):
+    of_mean(pyro.sample("z", dist.LogNormal(x.new_zeros(()), 0.5)), x)
+
+
+def positive_by_hand(x):
+    of_mean(pyro.deterministic("z", pyro.sample("z_base", dist.Normal(x.new_zeros(()), 0.5)).exp()), x)
+
+
+def both_by_hand(x):
+    """What AutoReparam makes of ``positive`` before its centring is trained."""
+    z = pyro.sample("z_base_decentered", dist.Normal(x.new_zeros(()), 0.5**0.5))
+    of_mean(pyro.deterministic("z", pyro.deterministic("z_base", 0.5**0.5 * z).exp()), x)
+
+
+def both_guide(x):
+    pyro.sample("z_base_decentered", dist.Normal(x.mean() / 2, 0.3))
+
+
+def local(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 2.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def local_by_hand(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.deterministic("z", 2 * pyro.sample("z_decentered", dist.Normal(x.new_zeros(()), 1.0)))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def local_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z_decentered", dist.Normal(x / 3, 0.4))
+
+
+def base_guide(x):
+    pyro.sample("z_base", dist.Normal(x.mean() / 2, 0.3))
+
+
+REPARAMETRISED = {
+    "non-centred": (centred, lambda: {"z": LocScaleReparam(0.0)}, *halves(0.0)),
+    "half-centred": (centred, lambda: {"z": LocScaleReparam(0.5)}, *halves(0.5)),
+    "transform": (positive, lambda: {"z": TransformReparam()}, positive_by_hand, base_guide),
+    "auto": (positive, AutoReparam, both_by_hand, both_guide),
+    "local": (local, lambda: {"z": LocScaleReparam(0.0)}, local_by_hand, local_guide),
+}
+
+
+@pytest.mark.parametrize("case", REPARAMETRISED.values(), ids=REPARAMETRISED)
+def test_a_reparametrised_site_is_a_deterministic_one(case, param_store):
+    model, config, by_hand, guide = case
+    ours, theirs = (
+        to_arviz(program, guide, X, num_samples=30, seed=0) for program in (poutine.reparam(model, config()), by_hand)
+    )
+    assert set(_arviz.groups_of(ours)) == set(_arviz.groups_of(theirs))
+    for name in _arviz.groups_of(theirs):
+        assert set(group(ours, name).data_vars) == set(group(theirs, name).data_vars), name
+        for variable, array in group(theirs, name).data_vars.items():
+            np.testing.assert_allclose(group(ours, name)[variable], array, rtol=1e-6, err_msg=f"{name}/{variable}")
+    assert "z" in group(ours, "posterior") and set(group(ours, "observed_data").data_vars) == {"x"}
+    found, wanted = (
+        evaluate(program, guide, X, num_samples=20, seed=0) for program in (poutine.reparam(model, config()), by_hand)
+    )
+    assert str(found) == str(wanted)
+
+
+@pytest.mark.parametrize("density", [0.0, -1.5])
+def test_a_delta_that_observes_data_stays_data(density):
+    """Data at another tensor's point, and data with a likelihood that the program computes."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            point = x if density else x.clone()
+            pyro.sample("x", dist.Delta(point, z * density + x.new_zeros(len(x))), obs=x)
+
+    idata = to_arviz(model, lambda x: pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0)), X, num_samples=10)
+    found = group(idata, "posterior")["z"].values[0]
+    np.testing.assert_array_equal(group(idata, "observed_data")["x"], X)
+    np.testing.assert_allclose(
+        group(idata, "log_likelihood")["x"].values[0], np.broadcast_to(found[:, None] * density, (10, len(X)))
+    )
