@@ -135,6 +135,48 @@ def inherits(kind: type, name: str) -> bool:
     return False
 
 
+# The ``mean`` of these is a direction: that of the least expected squared distance along a circle or a sphere.
+_DIRECTIONS = (torch.distributions.VonMises, dist.ProjectedNormal, dist.SineBivariateVonMises)
+
+
+def why_no_expectation(fn: Distribution) -> str | None:
+    """Why ``fn.mean`` is not the expectation E[z], or None if it is.
+
+    >>> import pyro.distributions as dist
+    >>> why_no_expectation(dist.VonMises(0.0, 1.0))
+    'the mean of VonMises is a direction and not the expectation of its draws'
+    >>> why_no_expectation(dist.Normal(0.0, 1.0)) is None
+    True
+    """
+    if (reason := why_no_mean(fn)) is not None:
+        return reason
+    if _mean_is_direction(fn):
+        return f"the mean of {describe(fn)} is a direction and not the expectation of its draws"
+    return None
+
+
+def why_no_mean(fn: Distribution) -> str | None:
+    """Why ``fn.mean`` is no typical value of its draws, such as their expectation or direction, or None if it is."""
+    base = elementary(fn)
+    try:
+        base.mean  # noqa: B018
+    except (AttributeError, NotImplementedError):
+        return f"{describe(fn)} has no mean in closed form"
+    if inherits(type(base), "mean"):
+        return f"{describe(fn)} has a draw or a density of its own and the mean of another law; define its mean"
+    return None
+
+
+def _mean_is_direction(fn: Distribution) -> bool:
+    """Whether ``fn.mean`` is a direction, or is composed of the means of parts of which one is."""
+    base = elementary(fn)
+    owner = next(kind for kind in type(base).__mro__ if "mean" in vars(kind))
+    if owner.__module__.partition(".")[0] not in _LIBRARIES:
+        return False  # an expectation that a user wrote
+    parts = (part for part in vars(base).values() if isinstance(part, Distribution))
+    return owner in _DIRECTIONS or any(map(_mean_is_direction, parts))
+
+
 def is_bernoulli(fn: Distribution) -> bool:
     return is_of(fn, torch.distributions.Bernoulli)
 

@@ -17,7 +17,6 @@ from ._distributions import (
     LinearExtension,
     describe,
     elementary,
-    inherits,
     is_bernoulli,
     is_discrete,
     is_one_hot,
@@ -25,6 +24,8 @@ from ._distributions import (
     relaxed,
     relaxed_draw,
     unvalidated,
+    why_no_expectation,
+    why_no_mean,
 )
 
 
@@ -158,7 +159,8 @@ class Mean(Estimator):
     needs_relaxed_model = True
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
-        return mean_why_not(site)
+        # A control variate may run at any value; E[z] matters only where the control variate's own mean is taken.
+        return _finite_mean_why_not(site["fn"], why_no_mean(site["fn"]))
 
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
         return Draw(mean_of(fn))
@@ -182,15 +184,14 @@ def mean_of(fn: Any) -> Tensor:
 
 
 def mean_why_not(site: Mapping[str, Any]) -> str | None:
-    """Why a pass at the means does not support a site, or None."""
-    fn = site["fn"]
-    try:
-        mean = elementary(fn).mean
-    except (AttributeError, NotImplementedError):
-        return f"{describe(fn)} has no mean in closed form"
-    if inherits(type(elementary(fn)), "mean"):
-        return f"{describe(fn)} has a draw or a density of its own and the mean of another law; define its mean"
-    return None if bool(mean.isfinite().all()) else f"{describe(fn)} has no finite mean"
+    """Why a site has no finite mean E[z] to expand a cost around, or None."""
+    return _finite_mean_why_not(site["fn"], why_no_expectation(site["fn"]))
+
+
+def _finite_mean_why_not(fn: Any, reason: str | None) -> str | None:
+    if reason is not None or bool(elementary(fn).mean.isfinite().all()):
+        return reason
+    return f"{describe(fn)} has no finite mean"
 
 
 class Concrete(Estimator):

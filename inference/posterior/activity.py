@@ -16,6 +16,7 @@ from ...errors import BadInput
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, evaluating, private_seed, private_store
 from ..engine.stored_rows import rows_in
+from ..estimators._distributions import why_no_expectation
 from .vmapped import unmasked
 
 # Burda, Grosse & Salakhutdinov 2015, arXiv:1509.00519.
@@ -115,10 +116,8 @@ def _means(guide: Callable, batch: Rows) -> dict[str, Tensor]:
         fn = site["fn"]
         if tuple(fn.batch_shape) != (len(batch),):
             continue
-        try:
-            mean = fn.mean.expand(fn.batch_shape + fn.event_shape)
-        except (NotImplementedError, AttributeError):  # no mean in closed form: use a draw
-            mean = site["value"]
+        known = why_no_expectation(fn) is None
+        mean = fn.mean.expand(fn.batch_shape + fn.event_shape) if known else site["value"]
         shown = unmasked(site)
         means[name] = mean if shown is None else torch.where(shown, mean.double(), torch.nan)
     return means

@@ -190,6 +190,16 @@ def test_masked_latents_have_no_divergence_and_no_activity(hides, event):
     assert hides == "model" or not active_units(guide, X)["z"].any()
 
 
+def test_the_direction_of_a_flat_circular_law_is_not_active():
+    """Its draws are nearly uniform, whatever the direction that follows the data."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.VonMises(x, 1e-3 + 0 * x))
+
+    assert not active_units(guide, X, threshold=0.5, num_samples=100)["z"].any()
+
+
 MANY = torch.linspace(-3, 3, 700).double()
 
 
