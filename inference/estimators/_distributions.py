@@ -177,6 +177,20 @@ def _mean_is_direction(fn: Distribution) -> bool:
     return owner in _DIRECTIONS or any(map(_mean_is_direction, parts))
 
 
+def numbers_of(fn: Distribution) -> Iterator[Tensor]:
+    """The floating-point tensors of a distribution and of the distributions that it is composed of.
+
+    >>> import pyro.distributions as dist
+    >>> [number.item() for number in numbers_of(dist.GammaPoisson(torch.tensor(2.0), torch.tensor(1.0)))]
+    [2.0, 1.0]
+    """
+    for item in vars(fn).values():
+        if isinstance(item, Tensor) and item.is_floating_point():
+            yield item
+        elif isinstance(item, Distribution):
+            yield from numbers_of(item)
+
+
 def is_bernoulli(fn: Distribution) -> bool:
     return is_of(fn, torch.distributions.Bernoulli)
 

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from ...errors import GumboWarning
 from ._base import Draw, Estimator, SiteView, detached_draw, estimators, pad_left, score_why_not
 from ._coordinates import gains
-from ._distributions import describe, elementary, listed_support, rewrap
+from ._distributions import describe, elementary, listed_support, numbers_of, rewrap
 from .enumeration import Enumerate
 from .local_expectation import coordinate_log_probs
 
@@ -54,7 +54,7 @@ class Head(TorchDistribution):
 
     def listed(self) -> Tensor:
         """log q of the first values, ``(values, *batch)``."""
-        like = next(item for item in vars(self.base).values() if isinstance(item, Tensor) and item.is_floating_point())
+        like = next(numbers_of(self.base), torch.empty(()))
         counts = torch.arange(self.values, dtype=like.dtype, device=like.device)
         return self.base.log_prob(counts.reshape((-1,) + (1,) * len(self.base.batch_shape)))
 

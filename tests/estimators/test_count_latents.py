@@ -29,6 +29,7 @@ def family(name, a):
         "binomial": lambda: dist.Binomial(4, probs=p),
         "negative binomial": lambda: dist.NegativeBinomial(torch.tensor(3.0, dtype=F64), probs=0.2 * p),
         "geometric": lambda: dist.Geometric(probs=0.75 + 0.2 * p),
+        "gamma poisson": lambda: dist.GammaPoisson(a.exp(), torch.tensor(2.0, dtype=F64)),
         "zero-inflated poisson": lambda: dist.ZeroInflatedPoisson(a.exp(), gate=torch.tensor(0.3, dtype=F64)),
         "zero-inflated negative binomial": lambda: dist.ZeroInflatedNegativeBinomial(
             torch.tensor(3.0, dtype=F64), probs=0.2 * p, gate=torch.tensor(0.3, dtype=F64)
@@ -37,7 +38,7 @@ def family(name, a):
 
 
 FAMILIES = [
-    "poisson", "binomial", "negative binomial", "geometric", "zero-inflated poisson",
+    "poisson", "binomial", "negative binomial", "geometric", "gamma poisson", "zero-inflated poisson",
     "zero-inflated negative binomial",
 ]  # fmt: skip
 
