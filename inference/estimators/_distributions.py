@@ -393,34 +393,74 @@ def support_moves(fn: Distribution) -> bool:
 
 
 def _bounds_move(support: object, transforms: Sequence[object]) -> bool:
-    """Whether learnable maps move the bounds of a support; fixed maps may take them to infinity first."""
-    bounds = _bounds(support)
+    """Whether learnable maps move the bounds of a support.
+
+    They do not where fixed maps took these to infinity, and where a bound is a fixed point, as 0 is of a scale.
+    """
+    bounds, known = _bounds(support), bool(_ends(support))
+    discrete = bool(getattr(support, "is_discrete", False))
     for transform in _parts_of(transforms) if bounds else ():
-        if _learnable(transform):
-            if any(bound.isfinite().any() for bound in bounds):
-                return True
-            bounds = _bounds(transform.codomain) or bounds
-        else:
+        if not _learnable(transform):
             bounds = [_image(bound, transform) for bound in bounds]
+            continue
+        finite = [bound for bound in bounds if bound.isfinite().any()]
+        if finite and (discrete or not known or any(_is_moved(bound, transform) for bound in finite)):
+            return True
+        images = [_image(bound, transform) for bound in finite]
+        infinite = [bound for bound in bounds if not bound.isfinite().all()]
+        bounds = images + (infinite and (_bounds(transform.codomain) or infinite))
     return False
 
 
 def _bounds(support: object) -> list[Tensor]:
     """The ends of an interval; 0 stands for those of any other bounded support."""
+    return _ends(support) or ([torch.zeros(())] if list(_tensors_of(support)) else [])
+
+
+def _ends(support: object) -> list[Tensor]:
     while isinstance(support, torch.distributions.constraints.independent):
         support = support.base_constraint
     ends = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
-    found = [torch.as_tensor(end, dtype=torch.float64) for end in ends if end is not None]
-    return found or ([torch.zeros(())] if list(_tensors_of(support)) else [])
+    return [_rounded(torch.as_tensor(end)).double().detach() for end in ends if end is not None]
+
+
+def _rounded(end: Tensor) -> Tensor:
+    """0 and 1 for the numbers next to them, by which torch's Gumbel keeps its Uniform from infinite values."""
+    if not end.is_floating_point():
+        return end
+    limits = torch.finfo(end.dtype)
+    end = torch.where(end == limits.tiny, torch.zeros_like(end), end)
+    return torch.where(end == 1 - limits.eps, torch.ones_like(end), end)
 
 
 def _image(bound: Tensor, transform: Any) -> Tensor:
-    if not _bounds(transform.codomain) and any(bound.equal(end) for end in _bounds(transform.domain)):
-        return torch.full_like(bound, torch.inf)  # a logit, say, that torch keeps finite
     try:
-        return transform(bound)
+        image = transform(bound).detach()
     except (RuntimeError, ValueError, NotImplementedError):  # a map of vectors: bounds stay bounds
         return bound
+    ends = _bounds(transform.domain)
+    if not _bounds(transform.codomain) and any(end.dim() == 0 and bool((bound == end).all()) for end in ends):
+        return torch.full_like(bound, torch.inf).copysign(image)  # a logit, say, that torch keeps finite
+    return image
+
+
+def _is_moved(bound: Tensor, transform: Any) -> bool:
+    """Whether the image of a bound depends on what a map learns; True where that cannot be found."""
+    while isinstance(transform, torch.distributions.transforms.IndependentTransform):
+        transform = transform.base_transform
+    if transform.domain.event_dim:
+        return True
+    learnt = list(_learnt_by(transform))
+    try:
+        with torch.enable_grad():
+            image = transform(bound)
+            image = torch.where(image.isfinite(), image, torch.zeros_like(image)).flatten()
+            # Unlike weights, so that the slopes of several elements do not cancel.
+            weights = 1 + (torch.arange(len(image), dtype=image.dtype, device=image.device) * 0.618034).frac()
+            slopes = torch.autograd.grad((weights * image).sum(), learnt, allow_unused=True)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return True
+    return any(slope is not None and bool((slope != 0).any()) for slope in slopes)
 
 
 def _parts_of(transforms: Sequence[object]) -> Iterator[Any]:
@@ -432,11 +472,21 @@ def _parts_of(transforms: Sequence[object]) -> Iterator[Any]:
 
 
 def _learnable(transform: object) -> bool:
-    if isinstance(transform, torch.nn.Module) and any(p.requires_grad for p in transform.parameters()):
-        return True
-    return any(isinstance(item, Tensor) and item.requires_grad for item in vars(transform).values()) or any(
-        _learnable(part) for part in getattr(transform, "parts", ())
-    )
+    return any(True for _ in _learnt_by(transform))
+
+
+def _learnt_by(transform: object) -> Iterator[Tensor]:
+    """The tensors that require grad of a map and of the maps that it is made of, such as the one that it inverts."""
+    if isinstance(transform, torch.nn.Module):
+        yield from (parameter for parameter in transform.parameters() if parameter.requires_grad)
+    inverse = isinstance(transform, torch.distributions.transforms._InverseTransform)
+    for name, item in vars(transform).items():
+        if isinstance(item, Tensor) and item.requires_grad:
+            yield item
+        elif isinstance(item, torch.distributions.Transform) and (inverse or name != "_inv"):  # else its own inverse
+            yield from _learnt_by(item)
+    for part in getattr(transform, "parts", ()):
+        yield from _learnt_by(part)
 
 
 CATEGORICAL = "_pyro_categorical_support"  # by it Categorical.log_prob knows its own list, and spares a gather

@@ -14,7 +14,13 @@ from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import nn
-from torch.distributions.transforms import AffineTransform, ComposeTransform, ExpTransform, SigmoidTransform
+from torch.distributions.transforms import (
+    AffineTransform,
+    ComposeTransform,
+    ExpTransform,
+    PowerTransform,
+    SigmoidTransform,
+)
 
 from gumbo.errors import BadInput, CannotVectorize, UnknownName, UnsupportedSite
 from gumbo.guides import CategoricalGuide, NormalGuide
@@ -461,6 +467,7 @@ def chain(base, *maps):
 
 
 THETA = torch.tensor(2.0, requires_grad=True)
+SCALES = AffineTransform(0.0, THETA)
 MOVES, LOGIT, LOG = AffineTransform(THETA, 1.0), SigmoidTransform().inv, ExpTransform().inv
 
 
@@ -478,9 +485,27 @@ MOVES, LOGIT, LOG = AffineTransform(THETA, 1.0), SigmoidTransform().inv, ExpTran
         (chain(dist.Uniform(0.0, 1.0), ComposeTransform([ExpTransform(), MOVES])), True),
         (chain(dist.Uniform(torch.zeros(2), 1.0).to_event(1), MOVES), True),
         (chain(dist.Normal(THETA, 1.0), ExpTransform()), False),
+        (dist.Weibull(THETA, THETA), False),
+        (dist.Gumbel(THETA.expand(3), THETA).to_event(1), False),
+        (dist.Gumbel(THETA.double(), 1.0), False),
+        (dist.Kumaraswamy(THETA, THETA), False),
+        (chain(dist.Kumaraswamy(THETA, THETA), AffineTransform(1.0, THETA)), True),
+        (chain(dist.Exponential(1.0), SCALES), False),
+        (chain(dist.Exponential(1.0), ComposeTransform([SCALES, MOVES])), True),
+        (chain(dist.Exponential(1.0), AffineTransform(1.0, 1.0), SCALES), True),
+        (chain(dist.Exponential(1.0), MOVES.inv), True),
+        (chain(dist.Exponential(1.0), SCALES.inv), False),
+        (chain(dist.Uniform(torch.tensor([-1.0, 1.0]), 3.0), SCALES), True),
+        (chain(dist.Beta(1.0, 1.0), PowerTransform(THETA)), False),
+        (chain(dist.Uniform(0.0, 2.0), PowerTransform(THETA)), True),
+        (chain(dist.Poisson(1.0), MOVES), True),
+        (chain(dist.Poisson(1.0), SCALES), True),
+        (dist.AffineBeta(1.0, 2.0, THETA, 1.0), True),
+        (dist.AffineBeta(1.0, 2.0, 0.0, THETA), True),
+        (dist.Pareto(THETA, 2.0), True),
     ],
 )
-def test_a_learnable_map_moves_bounds_that_no_fixed_map_took_to_infinity(fn, moves):
+def test_a_learnable_map_moves_bounds_that_are_neither_infinite_nor_fixed_points(fn, moves):
     assert support_moves(fn) is moves
 
 
