@@ -399,7 +399,7 @@ def _bounds_move(support: object, transforms: Sequence[object]) -> bool:
     """
     bounds, known = _bounds(support), bool(_ends(support))
     discrete = bool(getattr(support, "is_discrete", False))
-    for transform in _parts_of(transforms) if bounds else ():
+    for transform in parts_of(transforms) if bounds else ():
         if not _learnable(transform):
             bounds = [_image(bound, transform) for bound in bounds]
             continue
@@ -463,10 +463,10 @@ def _is_moved(bound: Tensor, transform: Any) -> bool:
     return any(slope is not None and bool((slope != 0).any()) for slope in slopes)
 
 
-def _parts_of(transforms: Sequence[object]) -> Iterator[Any]:
+def parts_of(transforms: Sequence[object]) -> Iterator[Any]:
     for transform in transforms:
         if isinstance(transform, torch.distributions.ComposeTransform):
-            yield from _parts_of(transform.parts)
+            yield from parts_of(transform.parts)
         else:
             yield transform
 

@@ -9,7 +9,9 @@ import torch
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
 
+from ...errors import ANY, UnsupportedSite
 from ..engine.programs import element_support, in_support
+from ..estimators._distributions import elementary, parts_of
 from .vmapped import validates
 
 
@@ -82,6 +84,25 @@ class Checks:
         if version is not None:
             self._good[where] = constraint, mark, version
         return True
+
+
+def check_invertible(name: str, site: Mapping[str, Any]) -> None:
+    """Raise UnsupportedSite for a flow that scores its own last draw only: given draws are scored as well."""
+    fn = elementary(site["fn"])
+    if site["is_observed"] or not isinstance(fn, torch.distributions.TransformedDistribution):
+        return
+    value = site["value"].detach().clone()  # Pyro knows a cached draw by its identity
+    with torch.no_grad():
+        for transform in reversed(list(parts_of(fn.transforms))):
+            try:
+                value = transform.inv(value)
+            except KeyError:  # how Pyro's flows without an inverse say so
+                raise UnsupportedSite(
+                    name,
+                    ANY,
+                    f"{type(transform).__name__} has no inverse, so that only its own last draw can be scored: take a"
+                    " flow that has one, such as affine_autoregressive, affine_coupling or spline",
+                ) from None
 
 
 def _storage(tensor: torch.Tensor) -> int | None:

@@ -33,6 +33,7 @@ GROUPS = (
     "sample_stats",
     "vi_stats",
 )
+_FROM_PRIOR = frozenset({"prior", "prior_predictive"})
 
 
 @dataclass
@@ -79,6 +80,14 @@ class Collection:
             warnings.warn(
                 f"site {site!r} has a scale of its own in the {program}: draws are weighed, and judged, by the programs"
                 " without scales; evaluate() keeps them",
+                GumboWarning,
+                stacklevel=4,
+            )
+        if sweep.improper and self.groups & _FROM_PRIOR:
+            self.groups -= _FROM_PRIOR
+            warnings.warn(
+                f"site {sweep.improper[0]!r} has an ImproperUniform prior, from which nothing can be drawn: prior and"
+                " prior_predictive are left out: leave them out of groups, or give it a proper prior",
                 GumboWarning,
                 stacklevel=4,
             )
@@ -204,7 +213,7 @@ class Collection:
                 held: dict[tuple, torch.Tensor] = {}
                 for block, guide, model in sweep.over_rows(stop - start):
                     self._posterior(chain, sweep, start, stop, block, guide, model)
-                    if self.groups & {"prior", "prior_predictive"}:
+                    if self.groups & _FROM_PRIOR:
                         self._prior(chain, sweep, start, stop, block, held)
                     done += 1
                     progress.step(done)
@@ -392,7 +401,7 @@ class Collection:
         run = sweep.model_run(stop - start, block, fixed, observe=False)
         sweep.keep(held, run, new, sweep.model_sites)
         for (group, name), array in self.arrays.items():
-            if group in ("prior", "prior_predictive"):
+            if group in _FROM_PRIOR:
                 self._write(chain, array, start, stop, block, run.shown_value(name))
 
 

@@ -22,7 +22,8 @@ from ..engine.messenger_guides import as_program
 from ..engine.programs import check_observed, outside_plates
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, quietly
-from ..estimators._distributions import describe
+from ..estimators._distributions import describe, elementary
+from .checks import check_invertible
 from .enumerated import completed
 from .points import points_of
 from .sites import SiteLayout, discrete_values, has_rows, innermost, kind_of, lengths_of
@@ -138,6 +139,10 @@ class Survey:
             for name, layout in self.model_sites.items()
             if layout.kind == "latent"
         }
+        latents = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]
+        self.improper = [n for n in latents if isinstance(elementary(model.nodes[n]["fn"]), dist.ImproperUniform)]
+        for name in self.guide_sites:
+            check_invertible(name, guide.nodes[name])
         with ChosenRows(rows):
             self.points = points_of(
                 lambda: self.guide(*self.args, **self.kwargs), guide, self.supports, self.guide_sites, self.model_sites

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import transforms
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -20,12 +21,13 @@ from pyro.infer.autoguide import (
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    AutoNormalizingFlow,
     AutoStructured,
 )
 from pyro.infer.reparam import AutoReparam, LocScaleReparam, TransformReparam
 from reading_rows import reading
 
-from gumbo.errors import BadInput, GumboWarning, UnknownName
+from gumbo.errors import BadInput, GumboWarning, UnknownName, UnsupportedSite
 from gumbo.guides import fitting, guides
 from gumbo.inference import active_units, diagnose, evaluate, predict, summary, to_arviz
 from gumbo.inference.posterior import _arviz, refits
@@ -1270,3 +1272,33 @@ def test_a_delta_that_observes_data_stays_data(density):
     np.testing.assert_allclose(
         group(idata, "log_likelihood")["x"].values[0], np.broadcast_to(found[:, None] * density, (10, len(X)))
     )
+
+
+def flat(x):
+    of_mean(pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ())), x)
+
+
+def test_an_improper_prior_leaves_out_the_draws_from_it():
+    def guide(x):
+        pyro.sample("z", dist.Normal(x.mean(), len(x) ** -0.5))
+
+    with pytest.warns(GumboWarning, match="site 'z' has an ImproperUniform prior.* prior_predictive are left out"):
+        idata = to_arviz(flat, guide, X, num_samples=10)
+    assert not {"prior", "prior_predictive"} & set(_arviz.groups_of(idata))
+    # The guide is the posterior under a flat prior, so that all weights are the evidence.
+    evidence = dist.Normal(X.mean(), 1.0).log_prob(X).sum() + 0.5 * math.log(2 * math.pi / len(X))
+    np.testing.assert_allclose(group(idata, "sample_stats")["log_weight"], evidence.expand(1, 10), atol=1e-9)
+    to_arviz(flat, guide, X, num_samples=10, groups=["posterior", "log_likelihood"])  # without a warning
+
+
+@pytest.mark.parametrize("kind", [transforms.block_autoregressive, transforms.planar])
+@pytest.mark.parametrize("verb", [evaluate, to_arviz, diagnose])
+def test_a_flow_without_an_inverse_is_named(verb, kind, param_store):
+    def model(x):
+        of_mean(pyro.sample("z", dist.Normal(x.new_zeros(2), 2.0).to_event(1)).sum(), x)
+
+    guide = AutoNormalizingFlow(model, partial(transforms.iterated, 1, kind))
+    guide(X.float())
+    said = rf"site '_Auto.*_latent'.*{kind.__name__.replace('_', '')} has no inverse.*take a flow that has one"
+    with pytest.raises(UnsupportedSite, match=f"(?i){said}"):
+        verb(model, guide, X.float(), num_samples=100)
