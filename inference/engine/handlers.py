@@ -408,7 +408,10 @@ def row_numbers(plate: str, subsample: Any) -> Tensor:
             f"plate {plate!r}: subsample= is {type(subsample).__name__}, expected row numbers (B,)"
         ) from None
     if rows.dim() != 1:
-        raise BadInput(f"plate {plate!r}: subsample= has shape {tuple(rows.shape)}, expected row numbers (B,)")
+        raise BadInput(
+            f"plate {plate!r}: subsample= has shape {tuple(rows.shape)}, expected row numbers (B,); for a batch x whose"
+            " row numbers are not known, pass subsample_size=len(x)"
+        )
     if rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
         raise BadInput(f"plate {plate!r}: subsample= holds {rows.dtype}, expected row numbers (B,), integers")
     return rows

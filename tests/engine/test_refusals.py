@@ -254,6 +254,25 @@ def test_rows_of_a_plate_are_a_list_of_numbers_for_everyone(rows, said, where):
             take()
 
 
+def test_a_batch_in_the_place_of_its_row_numbers_is_told_how_to_be_passed():
+    """With the remedy, the loss is Trace_ELBO's, scaled by N/B."""
+
+    def program(x, obs, sizes):
+        with pyro.plate("data", 12, **sizes):
+            z = pyro.sample("z", dist.Normal(x.mean(-1) if obs is None else torch.zeros((), dtype=F64), 1.0))
+            if obs is not None:
+                pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand((3, 2)).to_event(1), obs=obs)
+
+    x = torch.arange(6, dtype=F64).reshape(3, 2)
+    with pytest.raises(BadInput, match=r"row numbers are not known, pass subsample_size=len\(x\)$"):
+        SiteELBO().loss(lambda x: program(x, x, {"subsample": x}), lambda x: program(x, None, {"subsample": x}), x)
+    found, sizes = [], {"subsample_size": len(x)}
+    for objective in (SiteELBO(), pyro.infer.Trace_ELBO()):
+        pyro.set_rng_seed(0)
+        found.append(objective.loss(lambda x: program(x, x, sizes), lambda x: program(x, None, sizes), x))
+    assert found[0] == pytest.approx(found[1], abs=1e-12)
+
+
 @pytest.mark.parametrize("sizes", [{"size": 0}, {"size": 3, "subsample": torch.arange(0)}])
 def test_a_plate_without_rows_is_empty_data(sizes):
     def program(obs):
