@@ -105,7 +105,7 @@ def public_names(module: ModuleType) -> list[str]:
 
 
 class PublicNames(Autosummary):
-    """``{public-names} gumbo.models``: the functions and classes that a module offers, with first lines."""
+    """``.. public-names:: gumbo.models``: what a module offers, with first lines, inside ``eval-rst``."""
 
     required_arguments = 1
     has_content = False

@@ -53,6 +53,24 @@ def test_the_site_builds_without_a_warning_and_says_where_to_go(site):
 
 
 @pytest.mark.slow
+def test_no_page_shows_the_marks_of_a_role(site):
+    """The sources under ``_modules`` show their docstrings as they are written."""
+    roles = re.compile(r":(?:py:)?(?:attr|class|data|doc|exc|func|math|meth|mod|obj|ref):|\w``|``\w")
+    for page in site.glob("**/*.html"):
+        if "_modules" not in page.relative_to(site).parts:
+            text = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8"))
+            assert not (found := roles.search(text)), f"{page.name}: {text[found.start() - 40 : found.end() + 40]}"
+
+
+@pytest.mark.slow
+def test_the_reference_shows_the_parameters_of_a_class(site):
+    for page in site.glob("reference/*.html"):
+        text = re.sub(r"<[^>]+>|\s", "", page.read_text(encoding="utf-8"))
+        unsaid = re.findall(r"class(gumbo\.[\w.]+)\(\*args,\*\*kwargs\)", text)
+        assert set(unsaid) <= {"gumbo.inference.estimators.SiteState"}, page.name  # that of torch.nn.Module
+
+
+@pytest.mark.slow
 def test_tutorials_ran_in_the_build(site):
     for page in (ROOT / "docs" / "tutorials").glob("*.md"):
         html = (site / "tutorials" / f"{page.stem}.html").read_text(encoding="utf-8")

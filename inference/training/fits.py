@@ -112,8 +112,8 @@ def fit(
         optimizer: a word or a torch optimizer's class (with ``lr``), a callable that makes a torch optimizer from a
             list of parameters, or a ``pyro.optim`` optimizer, with arguments by parameter name and schedules if any.
         lr: the learning rate, or a schedule of the step.
-        scheduler: makes a ``torch.optim.lr_scheduler`` from the optimizer; ReduceLROnPlateau receives −``valid_elbo``
-            (without validation data, −the training objective).
+        scheduler: makes a ``torch.optim.lr_scheduler`` from the optimizer; ReduceLROnPlateau receives minus
+            ``valid_elbo`` (without validation data, minus the training objective).
         scheduler_every: ``"epoch"``, or ``"step"`` to advance the scheduler after every step.
         clip_norm: a bound on the norm of the gradient of all parameters together.
         clip_value: a bound on each element of the gradients.
