@@ -23,6 +23,28 @@ KINDS = (collections.abc.Mapping, collections.abc.Callable)
 LARGEST = 2**31 - 1  # the largest size; torch's own limits are similar
 
 
+class ConstructorSignature:
+    """``__signature__`` of a class whose ``__new__`` takes whatever its ``__init__`` takes; instances have none.
+
+    Python 3.10 and Sphinx take the signature of a class from ``__new__`` where any base has one.
+
+    >>> class Size:
+    ...     __signature__ = ConstructorSignature()
+    ...     def __new__(cls, *args, **kwargs): return super().__new__(cls)
+    ...     def __init__(self, width: int): ...
+    >>> list(inspect.signature(Size).parameters), hasattr(Size(1), "__signature__")
+    (['width'], False)
+    """
+
+    def __get__(self, instance: Any, owner: Any) -> inspect.Signature:
+        if instance is not None:  # it may be callable, with a signature of its own
+            raise AttributeError("__signature__")
+        if owner.__init__ is object.__init__:
+            return inspect.Signature()
+        signature = inspect.signature(owner.__init__)
+        return signature.replace(parameters=[*signature.parameters.values()][1:])
+
+
 class Checked:
     """Base of classes whose constructors check their options against the annotations.
 
@@ -36,6 +58,7 @@ class Checked:
     _ranges: typing.ClassVar[Mapping[str, float]] = {}
     # Options that the class checks itself.
     _unchecked: typing.ClassVar[tuple[str, ...]] = ()
+    __signature__ = ConstructorSignature()
 
     def __new__(cls, *args, **kwargs):
         check_options(cls, args, kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -16,7 +15,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.util import is_validation_enabled
 
 from ..errors import BadInput
-from ..options import check_options
+from ..options import ConstructorSignature, check_options
 from ..registry import Registry
 from .families import Latent
 from .likelihoods import Observation
@@ -39,7 +38,7 @@ class Configured(PyroModule):
     _not_in_config: ClassVar[tuple[str, ...]] = ()
     # No handler within listens to the parameters of its networks, so that a loss need not mention each at every step.
     plain_networks: ClassVar[bool] = True
-    __signature__: ClassVar[inspect.Signature]
+    __signature__ = ConstructorSignature()
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -52,9 +51,6 @@ class Configured(PyroModule):
         super().__init_subclass__(**options)
         if "__init__" in vars(cls):
             cls.__init__ = _within_memory(cls.__init__)
-        # Python 3.10 takes the signature of a class from __new__ where any base has one.
-        signature = inspect.signature(cls.__init__)
-        cls.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
 
 
 def _within_memory(init: Callable[..., None]) -> Callable[..., None]:

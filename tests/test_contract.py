@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from gumbo import inference
 from gumbo.experiments.data import load
 from gumbo.guides import NormalGuide, fitting, guides
 from gumbo.inference import SiteELBO
@@ -61,11 +62,19 @@ SMOOTH = ("normal", "relaxed-categorical", "log-normal", "gamma", "beta", "diric
 ESTIMATORS = {family: "pathwise" if family in SMOOTH else "rloo" for family in families}
 
 
-@pytest.mark.parametrize("cls", [*models.values(), *guides.values()], ids=lambda cls: cls.__name__)
+CHECKED = [*guides.values(), *(vars(inference)[name] for name in ("Auto", "Constant", "Exponential", "Linear"))]
+
+
+@pytest.mark.parametrize("cls", [*models.values(), *CHECKED], ids=lambda cls: cls.__name__)
 def test_a_class_has_the_signature_of_its_constructor(cls):
-    """Said by the class itself: Python 3.10 would read that of ``__new__``, and every option would be unknown."""
-    said = inspect.signature(cls, follow_wrapped=False).parameters
-    assert "__signature__" in vars(cls) and list(said) == list(inspect.signature(cls.__init__).parameters)[1:]
+    """Said by the class itself: Python 3.10 and Sphinx would read that of ``__new__``, which takes every option."""
+    said = inspect.signature(cls, follow_wrapped=False)
+    assert cls.__signature__ == said
+    assert list(said.parameters) == list(inspect.signature(cls.__init__).parameters)[1:]
+
+
+def test_a_callable_object_keeps_the_signature_of_its_call():
+    assert list(inspect.signature(inference.Linear(3)).parameters) == ["step"]
 
 
 @pytest.mark.parametrize("name, variant", variants())
