@@ -585,8 +585,7 @@ def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     path, score = (by_arm.get(("continuous", name)) for name in ("trace (pathwise)", "trace (score)"))
     if path and score:
-        lost, error = path["elbo"][0] - score["elbo"][0], math.hypot(path["elbo"][1], score["elbo"][1])
-        known = 0.0 if math.isnan(error) else error  # one seed has no spread
+        lost, known = _behind(path, score)
         times, later = (digits(score[key][0]) for key in ("ratio_initial", "ratio_trained"))
         ends = f"{abs(lost):.1f}{f' ± {known:.1f}' if known else ''} nats {'lower' if lost > 0 else 'higher'}"
         chosen = "pathwise:" if lost >= -2 * known else "the score function by its ELBO, although"
@@ -597,17 +596,36 @@ def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
             f"The score function's ELBO ends {ends}{near}.",
         ]
     discrete = [row for (family, _), row in by_arm.items() if family == "discrete"]
-    unbiased = [row for row in discrete if ARM_BY_KEY["discrete", row["arm"]].same_objective]
-    if unbiased:
-        best = max(unbiased, key=lambda row: row["elbo"][0])
-        relaxed = [row for row in discrete if row not in unbiased]
-        said = f"For one-hot latents, which have no pathwise gradient, take the score function as {best['arm']}"
-        said += f", which ends at {best['elbo'][0]:.1f} nats"
-        if relaxed:
-            other = max(relaxed, key=lambda row: row["elbo"][0])
-            said += f" (the best relaxed gradient, {other['arm']}, at {other['elbo'][0]:.1f})"
-        parts.append(f"{said}.")
+    if discrete_said := _discrete_conclusion(discrete):
+        parts.append(f"For one-hot latents, which have no pathwise gradient, {discrete_said}.")
     return " ".join(["Pathwise or score function?", *parts]) if parts else ""
+
+
+def _behind(row: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float]:
+    """By how many nats the ELBO of one arm ends below another's, and the standard error; 0 if one seed shows none."""
+    error = math.hypot(row["elbo"][1], other["elbo"][1])
+    return row["elbo"][0] - other["elbo"][0], 0.0 if math.isnan(error) else error
+
+
+def _discrete_conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which arm to take for discrete latents, as far as the seeds tell; empty without an arm of the discrete bound."""
+    bounds = [row for row in rows if ARM_BY_KEY["discrete", row["arm"]].same_objective]
+    if not bounds:
+        return ""
+    best = max(bounds, key=lambda row: row["elbo"][0])
+    near = []
+    for row in rows:
+        lost, known = _behind(best, row)
+        if row is not best and abs(lost) <= 2 * known:
+            near.append(row["arm"])
+    if near and len(near) == len(rows) - 1:
+        ends = sorted(row["elbo"][0] for row in rows)
+        return f"all estimators end too near to tell with these seeds, at {ends[0]:.1f} to {ends[-1]:.1f} nats"
+    said = f"take the score function as {best['arm']}, which ends at {best['elbo'][0]:.1f} nats"
+    if relaxed := [row for row in rows if row not in bounds]:
+        other = max(relaxed, key=lambda row: row["elbo"][0])
+        said += f" (the best relaxed gradient, {other['arm']}, at {other['elbo'][0]:.1f})"
+    return said + (f"; too near to tell with these seeds: {', '.join(near)}" if near else "")
 
 
 def write_tables(run: RunFolder, config: Compare, arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> None:

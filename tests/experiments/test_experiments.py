@@ -111,6 +111,33 @@ def test_the_conclusion_claims_no_more_than_its_standard_error(score, error, sta
     assert said.startswith(f"Pathwise or score function? For Normal latents take {starts}") and said.endswith(says)
 
 
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        ({}, "take the score function as rloo, which ends at -20.0 nats."),
+        ({"trace": -24.0}, "take the score function as rloo, which ends at -20.0 nats."),
+        ({"trace": -20.5}, "all estimators end too near to tell with these seeds, at -20.5 to -20.0 nats."),
+        (
+            {"trace": -20.5, "straight-through": -20.1},
+            "all estimators end too near to tell with these seeds, at -20.5 to -20.0 nats.",
+        ),
+        (
+            {"trace": -24.0, "straight-through": -20.1},
+            "take the score function as rloo, which ends at -20.0 nats (the best relaxed gradient, straight-through, "
+            "at -20.1); too near to tell with these seeds: straight-through.",
+        ),
+    ],
+)
+def test_the_conclusion_on_discrete_latents_claims_no_more_than_its_standard_error(others, says):
+    ends = {"rloo": -20.0, **others}
+    rows = [
+        {"family": "discrete", "arm": arm, "elbo": (end, 1.0), "ratio_initial": (9.0, 0.0), "ratio_trained": (3.0, 0.0)}
+        for arm, end in ends.items()
+    ]
+    said = compare.conclusion(rows)
+    assert said == f"Pathwise or score function? For one-hot latents, which have no pathwise gradient, {says}"
+
+
 def test_every_arm_warms_up(param_store):
     from gumbo.inference import Linear
 
