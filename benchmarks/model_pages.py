@@ -278,6 +278,7 @@ def markdown(text: str) -> str:
                 entries = (" ".join(entry.split()) for entry in re.split(r"\n {4}(?=\S)", paragraph)[1:])
                 paragraph = "Args:\n\n" + "\n".join(re.sub(r"^(\w+): ", r"- ``\1``: ", entry) for entry in entries)
             paragraph = re.sub(r":math:`([^`]*)`", r"$`\1`$", paragraph)
+            paragraph = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", paragraph)
             paragraphs.append(paragraph.replace("``", "`"))
     return "\n\n".join(paragraphs)
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -91,7 +92,8 @@ def catalogue(names: Iterable[str] | None = None, kinds: Iterable[str] = KINDS) 
 
 
 def _summary(thing: Any) -> str:
-    return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+    """The first paragraph of a docstring, without the marks of reST."""
+    return re.sub(r"(?::\w+:)?`+~?([^`]*)`+", r"\1", " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split()))
 
 
 def _model(cls: type) -> dict[str, Any]:
@@ -193,6 +195,7 @@ def _estimator(make: Any) -> dict[str, Any]:
     return {
         "class": repr(estimator),
         "unbiased": estimator.unbiased,
+        "objective_name": estimator.objective_name(),
         "min_particles": estimator.min_particles,
         "evaluations": estimator.evaluations(estimator.min_particles),
         "needs_relaxed_model": estimator.needs_relaxed_model,
@@ -373,7 +376,9 @@ def _cells(kind: str, entry: dict[str, Any]) -> list[str]:
     if kind == "estimators":
         said = "unbiased" if entry["unbiased"] else "biased"
         said += f", {entry['min_particles']}+ draws" if entry["min_particles"] > 1 else ""
-        said += ", relaxes the model" if entry["needs_relaxed_model"] else ""
+        if entry["needs_relaxed_model"]:
+            own = entry["unbiased"] and entry["objective_name"] != "elbo"  # an audit finds it biased for the ELBO
+            said += " for the relaxed model only" if own else ", relaxes the model"
         return [said, ", ".join(entry["objectives"]), _families(entry["families"])]
     if kind == "objectives":
         words = entry["estimators"]

@@ -225,8 +225,16 @@ def support_of(fn: Distribution) -> object:
 
 
 def describe(fn: Distribution) -> str:
-    """The name of the elementary distribution, for messages."""
-    return type(elementary(fn)).__name__
+    """The name of the elementary distribution, for messages; that of its law where a class of gumbo is private.
+
+    >>> from gumbo.guides.auto import _Joint
+    >>> describe(_Joint(torch.zeros(2), torch.eye(2)))
+    'MultivariateNormal'
+    """
+    kind = type(elementary(fn))
+    while kind.__name__.startswith("_") and kind.__module__.startswith("gumbo."):
+        kind = kind.__base__
+    return kind.__name__
 
 
 def clear_caches(fn: Distribution) -> None:

@@ -51,6 +51,12 @@ def test_the_page_says_what_the_class_says(name, pages):
     assert named <= set(guides)
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_shows_no_marks_of_docstrings_and_no_private_class(name):
+    page = (DOCS / f"{name}.md").read_text()
+    assert not re.search(r":\w+:`", page) and not re.search(r"this one is _|not (?:of|for) _", page)
+
+
 @pytest.mark.parametrize("name", list(models))
 def test_the_page_names_the_estimators_that_serve(name, pages):
     cls = models[name]

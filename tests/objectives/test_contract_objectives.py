@@ -28,7 +28,13 @@ def test_a_listed_objective_names_the_estimators_that_serve_it(capsys):
     cli.main(["list", "objectives"])
     said = capsys.readouterr().out
     assert said.startswith("objectives\n") and all(f"\n  {name} " in said for name in objectives)
-    assert "guides" not in said
+    assert "guides" not in said and "`" not in said
+
+
+def test_the_list_says_for_which_model_an_estimator_is_unbiased():
+    said = {word: listing._cells("estimators", entry)[0] for word, entry in listing._estimators().items()}
+    assert said["concrete"] == "unbiased for the relaxed model only"
+    assert said["rebar"] == "unbiased, relaxes the model" and said["gumbel-softmax"] == "biased, relaxes the model"
 
 
 def test_the_page_of_objectives_has_a_row_for_each():
