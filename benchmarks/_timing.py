@@ -88,7 +88,8 @@ def device_name(device: str) -> str:
 
 
 def machine() -> str:
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
 
 
 def surroundings(device: str = "cpu") -> dict[str, object]:

@@ -43,7 +43,8 @@ def unique(values: Iterable) -> list:
 def where(facts: Facts) -> str:
     load = facts.get("load")
     busy = "" if load is None else f"; load average {load} before the start"
-    return f"{facts['device']}; {facts['machine']}{busy}"
+    machine = facts["machine"].replace(" 1 threads,", " 1 thread,")  # as older results have it
+    return f"{facts['device']}; {machine}{busy}"
 
 
 # A step.
@@ -127,7 +128,7 @@ def verdicts(rows: Iterable[tuple[str, float | None, str, bool | None]]) -> list
     return table(
         ["asked", "found", "holds"],
         [
-            [asked + f" {bound}", "–" if found is None else f"{found:.2f}", said[holds]]
+            [asked + f" {bound}", "–" if found is None else f"{found:.3f}", said[holds]]
             for asked, found, bound, holds in rows
         ],
     )

@@ -328,13 +328,21 @@ def rows_of(workload: str, **medians: float) -> list[dict]:
 def test_the_page_takes_its_verdicts_from_the_numbers(tmp_path):
     performance = script("performance")
     facts = {"device": "a machine", "machine": "2 threads", "threads": 2}
-    for compiled, said in ((0.59, "yes"), (0.61, "**no**")):
+    for compiled, said in ((0.59, "yes"), (0.601, "**no**")):
         rows = rows_of("gaussian", hand=1.0, stock=2.0, eager=1.5, compiled=compiled)
         (tmp_path / "step.json").write_text(json.dumps(facts | {"rows": rows}))
         text = performance.page(tmp_path)
-        assert f"gumbo, compiled ÷ PyTorch by hand ≤ 0.6 | {compiled:.2f} | {said} |" in text
-        assert "gumbo ÷ Pyro SVI ≤ 0.6 | 0.75 | **no** |" in text
+        assert f"gumbo, compiled ÷ PyTorch by hand ≤ 0.6 | {compiled:.3f} | {said} |" in text
+        assert "gumbo ÷ Pyro SVI ≤ 0.6 | 0.750 | **no** |" in text
         assert "batch 128: gumbo ÷ Pyro SVI ≤ 0.6 | – | not measured |" in text
+
+
+def test_one_thread_is_not_several(tmp_path):
+    facts = {"device": "a machine", "machine": "x86_64, 1 threads, torch 2.5", "threads": 1}
+    (tmp_path / "step.json").write_text(json.dumps(facts | {"rows": rows_of("gaussian", hand=1.0)}))
+    assert "x86_64, 1 thread, torch 2.5" in script("performance").page(tmp_path)
+    count = torch.get_num_threads()
+    assert f", {count} thread{'' if count == 1 else 's'}, " in script("_timing").machine()
 
 
 def test_the_page_says_what_was_not_measured(tmp_path):

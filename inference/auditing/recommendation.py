@@ -66,7 +66,6 @@ def _reason(label: str, work: Any, least: int, labels: Any, unsure: bool) -> str
         stands = "is not flagged" if unsure else "passes the audit"
         return f"{label} is the only one that is declared unbiased and {stands}"
     second = min(others, key=lambda i: work[i])
-    return (
-        f"{label} has the smallest variance × time among those declared unbiased and not flagged,"
-        f" {work[second] / work[least]:.2g} times below {labels[second]}"
-    )
+    times = f"{work[second] / work[least]:.2g}"
+    beside = f"as much as {labels[second]}" if times == "1" else f"{times} times below {labels[second]}"
+    return f"{label} has the smallest variance × time among those declared unbiased and not flagged, {beside}"

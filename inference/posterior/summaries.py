@@ -77,7 +77,7 @@ def summary(idata: Any, var_names: Sequence[str] | None = None, group: str = "po
     shown |= {name: _modes(name, draws[name]) for name in named}
     if group == "posterior" and "vi_stats" in _arviz.groups_of(idata):
         for name, rows in shown.items():
-            shown[name] = rows.assign(khat=_khat_of_rows(idata, name))
+            shown[name] = rows.assign(khat=_khat_of_rows(idata, name).round(3))
     found = pandas.concat([shown[name] for name in names])
     return found[[*(column for column in found.columns if column != "khat"), *(["khat"] if "khat" in found else [])]]
 

@@ -20,6 +20,7 @@ from gumbo.inference.auditing.bias import compare, holm
 from gumbo.inference.auditing.directions import Directions
 from gumbo.inference.auditing.moments import Moments
 from gumbo.inference.auditing.plot import pareto_front
+from gumbo.inference.auditing.recommendation import _reason
 from gumbo.inference.auditing.reference import Reference
 from gumbo.inference.estimators import Baseline, GumbelSoftmax, LeaveOneOut, Pathwise, ScoreFunction
 from gumbo.inference.objectives.evidence import EvidenceLowerBound
@@ -863,3 +864,8 @@ def test_a_reference_of_paths_stays_where_the_cost_is_smooth_and_another_word_is
     said = verdicts(report)
     assert said["wrong"].startswith("flagged") and said["pathwise"] == "ok"
     assert "pathwise" in report.attrs["reference"] and "differ" not in report.attrs["reference"]
+
+
+@pytest.mark.parametrize(("other", "says"), [(1.02, "as much as stl"), (2.6, "2.6 times below stl")])
+def test_a_recommendation_says_how_far_the_next_one_is(other, says):
+    assert _reason("rloo", [1.0, other], 0, ["rloo", "stl"], unsure=False).endswith(f"not flagged, {says}")

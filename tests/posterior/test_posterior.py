@@ -579,7 +579,7 @@ def test_one_chain_has_no_r_hat_and_shows_k_hat_of_its_datum():
     assert "mean" in shown and not [
         name for name in shown if "hat" in name and name != "khat" or name.startswith("ess")
     ]
-    np.testing.assert_allclose(shown["khat"], group(idata, "vi_stats")["khat"][0])
+    np.testing.assert_array_equal(shown["khat"], group(idata, "vi_stats")["khat"][0].values.round(3))
 
 
 def test_refits_start_elsewhere_and_leave_the_model_alone(monkeypatch):
