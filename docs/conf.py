@@ -206,11 +206,23 @@ def mark_not_run(app, doctree) -> None:
             block["classes"].append("not-run")
 
 
+LONG = 30  # characters of a name that still fits into a column
+
+
+def mark_long_code(app, doctree) -> None:
+    """Mark commands and calls in cells, which break where they must; names stay whole."""
+    for cell in doctree.findall(nodes.entry):
+        for code in cell.findall(nodes.literal):
+            if len(code.astext()) > LONG:
+                code["classes"].append("long")
+
+
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", bars_as_text)
     app.connect("autodoc-skip-member", from_elsewhere)
     app.connect("source-read", outside_pages)
     app.connect("doctree-read", mark_not_run)
+    app.connect("doctree-read", mark_long_code)
     app.add_directive("public-names", PublicNames)
     app.add_directive("pages-left", PagesLeft)
     app.add_directive("model-gallery", ModelGallery)

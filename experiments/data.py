@@ -138,6 +138,15 @@ class ImageData:
     A split that was not requested is empty. With ``binarize="dynamic"`` ``train`` keeps its gray levels, and
     ``transform`` draws zeros and ones from them, once per epoch or per batch. ``rows`` is a Dataset or DataLoader of
     the training rows if these are read on demand; ``train`` is empty then.
+
+    Args:
+        name: the name of the data set.
+        train: the training images.
+        valid: the validation images.
+        test: the test images.
+        labels: labels by split.
+        binarize: how images become zeros and ones, as in :func:`load`.
+        rows: training rows that are read on demand.
     """
 
     name: str
@@ -179,7 +188,8 @@ def load(
     at one half and does not change other data; ``"static"`` thresholds at one half; ``"dynamic"`` makes zeros and ones
     by a Bernoulli draw per pixel: again for training images whenever ``ImageData.transform`` is called, once with a
     fixed seed for the other splits, so that evaluations are comparable. ``splits`` restricts what is read, so that
-    MNIST's test images can be used without its training images. ``root`` overrides the folder. Raises UnknownName for
+    MNIST's test images can be used without its training images. ``root`` overrides the folder. ``dtype`` is that of the
+    images. Raises UnknownName for
     an unknown name or binarization, and BadInput for a binarization of values outside [0, 1], and for a file that is
     missing and cannot be downloaded, with the place to put it.
 

@@ -47,9 +47,9 @@ class SiteELBO(ELBO):
         max_plate_nesting: the number of batch dimensions that plates use; None finds it in the first call.
         kl_weight: a factor for the terms of all latent sites, or a schedule, a function of the training step.
         plates: how to treat the assumption that the rows of a plate are independent. ``"check"`` changes the draws of
-            one row and tests whether the terms of another row change, in the first call and again in another mode or
-            for another batch size; a plate with dependent rows (BatchNorm, a mean over the plate) is summed under
-            ``"elbo"`` and refused under the other objectives. The check can find dependence; it cannot prove
+            groups of rows and tests whether the terms of the other rows change, in the first call and again in another
+            mode or for the first few other batch sizes; a plate with dependent rows (BatchNorm, a mean over the plate) is
+            summed under ``"elbo"`` and refused under the other objectives. The check can find dependence; it cannot prove
             independence. ``"trust"`` skips the check; ``"ignore"`` sums every plate. The default was
             ``"trust"`` before: where this changes a gradient, :class:`~gumbo.errors.MeaningChanged` says so once.
         memory_limit: GiB that exact sums over enumerated sites of the model or the guide may take at once; more is

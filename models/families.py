@@ -93,6 +93,9 @@ class Latent:
 def num_outputs(latent: Latent) -> int:
     """The number of outputs that ``distribution`` needs for one datum.
 
+    Args:
+        latent: the site: its family and shape.
+
     >>> num_outputs(Latent("normal", (3,))), num_outputs(Latent("bernoulli", (3,)))
     (6, 3)
     """
@@ -108,6 +111,12 @@ def distribution(
     one-hot vectors, binomial and negative binomial counts, and relaxations take their logits from the output; a
     Poisson its log rate; Gamma, Beta and Dirichlet take ``softplus(output)`` plus a floor as their parameters; an angle
     its location, and ``softplus(output)`` plus a floor as its concentration.
+
+    Args:
+        latent: the site: its family and shape.
+        output: outputs of a network, ``(..., num_outputs(latent))``.
+        min_sd: the smallest standard deviation.
+        temperature: of the relaxed families; the other families ignore it.
     """
     return families[latent.family].make(latent, output, min_sd=min_sd, temperature=temperature)
 

@@ -157,6 +157,12 @@ class MultinomialCounts(dist.TorchDistribution):
 
     What is scored has its own total; what is drawn has ``total_count``, a number or one number for each row.
 
+    Args:
+        logits: log-probabilities up to a constant, ``(..., *shape)``.
+        rank: the number of dimensions of ``shape``.
+        total_count: the total of a draw.
+        validate_args: whether torch checks parameters and values; None takes its global setting.
+
     >>> counts = MultinomialCounts(torch.zeros(5, 2, 3), rank=2, total_count=7)
     >>> counts.sample().sum((-1, -2)).unique(), counts.event_shape
     (tensor([7.]), torch.Size([2, 3]))
@@ -226,6 +232,11 @@ def _multinomial(logits: Tensor, *, rank: int, total_count: int) -> dist.TorchDi
 class Tokens(dist.Categorical):
     """A categorical over 0, 1, ... whose draws are numbers of the logits' dtype, as a batch of data is.
 
+    Args:
+        probs: the probabilities ``(..., C)``, in place of ``logits``.
+        logits: log-probabilities up to a constant, ``(..., C)``.
+        validate_args: whether torch checks parameters and values; None takes its global setting.
+
     >>> Tokens(logits=torch.zeros(2, 5)).sample().dtype
     torch.float32
     """
@@ -242,6 +253,12 @@ class DiscretizedLogistic(dist.TorchDistribution):
     """A logistic variable seen as one of ``levels`` equally spaced numbers of [0, 1], the outer ones with its tails.
 
     Salimans et al. 2017, "PixelCNN++", arXiv:1701.05517.
+
+    Args:
+        loc: the location of the logistic variable, of any shape; 0 to 1 is the range of the data.
+        scale: its scale, positive, in the same unit.
+        levels: the number of values, 0 and 1 included.
+        validate_args: whether torch checks parameters and values; None takes its global setting.
 
     >>> pixel = DiscretizedLogistic(torch.tensor(0.4), torch.tensor(0.1), levels=5)
     >>> round(pixel.log_prob(torch.linspace(0, 1, 5)).exp().sum().item(), 4)

@@ -44,7 +44,13 @@ code_priors: Registry[Callable[..., CodePrior]] = Registry("prior of codes")
 
 
 class Prior(nn.Module):
-    """Base of the priors of a vector: ``prior()`` is p(z), with no batch and with event shape ``(size,)``."""
+    """Base of the priors of a vector: ``prior()`` is p(z), with no batch and with event shape ``(size,)``.
+
+    Args:
+        size: the number of dimensions of z.
+        data_shape: the shape of a datum, for priors that encode pseudo-inputs.
+        mirror: options of the encoder of such a prior, as the model gives them to its guides.
+    """
 
     def forward(self) -> dist.TorchDistribution:
         raise TypeError(f"{type(self).__name__} must define forward()")
@@ -145,7 +151,12 @@ class FlowPrior(Prior):
 
 
 class CodePrior(nn.Module):
-    """Base of the priors of N one-hot codes of C classes: ``prior()`` has no batch and the event shape ``(N, C)``."""
+    """Base of the priors of N one-hot codes of C classes: ``prior()`` has no batch and the event shape ``(N, C)``.
+
+    Args:
+        count: N, the number of codes.
+        classes: C, the number of classes of each.
+    """
 
     def forward(self) -> dist.TorchDistribution:
         raise TypeError(f"{type(self).__name__} must define forward()")

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,15 @@ def test_the_reference_shows_the_parameters_of_a_class(site):
         text = re.sub(r"<[^>]+>|\s", "", page.read_text(encoding="utf-8"))
         unsaid = re.findall(r"class(gumbo\.[\w.]+)\(\*args,\*\*kwargs\)", text)
         assert set(unsaid) <= {"gumbo.inference.estimators.SiteState"}, page.name  # that of torch.nn.Module
+
+
+@pytest.mark.slow
+def test_commands_in_tables_break_and_names_do_not(site):
+    html = (site / "systems.html").read_text(encoding="utf-8")
+    codes = re.findall(r'<code class="([^"]*)">(.*?)</code>', "".join(re.findall(r"<td.*?</td>", html, re.DOTALL)))
+    assert len(codes) > 10
+    for classes, code in codes:
+        assert ("long" in classes.split()) == (len(re.sub(r"<[^>]+>", "", unescape(code))) > 30), code
 
 
 @pytest.mark.slow
