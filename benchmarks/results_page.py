@@ -99,22 +99,32 @@ def learning_curves(table: Table, found: Found):
     if not groups:
         return None
     made, axes = figure(len(groups), 3, figsize=(14, 4 * len(groups)), squeeze=False)
+    arms = list(dict.fromkeys(arm_of(numbers["cell"]["name"]) for numbers in shown))
+    styles = {arm: {"color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--"} for k, arm in enumerate(arms)}
     for row, name in zip(axes, groups, strict=True):
         of_group = [numbers for numbers in shown if group(numbers["cell"]["name"]) == name]
-        bands(row, table, name, by_cell(of_group))
-        beside_published(row[2], by_cell(of_group))
+        bands(row, table, name, by_cell(of_group), styles)
+        beside_published(row[2], by_cell(of_group), styles)
     return made
 
 
-def bands(row, table: Table, name: str, arms: Mapping[str, list[Mapping[str, Any]]]) -> None:
+def arm_of(cell: str) -> str:
+    """The name of a cell within its group."""
+    return cell.split("/", 1)[-1]
+
+
+Styles = Mapping[str, Mapping[str, str]]  # of each arm, the same in all panels
+
+
+def bands(row, table: Table, name: str, arms: Mapping[str, list[Mapping[str, Any]]], styles: Styles) -> None:
     """Curves of the arms that show one bound, over steps and over seconds."""
     left = []
     ends = []
     # Validation data where every arm has looked at them; else the training objective, which for some is another bound.
     of = "valid" if all("valid" in point for runs in arms.values() for r in runs for point in r["curve"]) else "train"
-    for k, (cell, runs) in enumerate(arms.items()):
+    for cell, runs in arms.items():
         if of == "train" and is_relaxed(runs[0]["cell"]):
-            left.append(cell.split("/", 1)[-1])
+            left.append(arm_of(cell))
             continue
         points = min(len(run["curve"]) for run in runs)
         heights = [[run["curve"][j][of] for run in runs] for j in range(points)]
@@ -122,11 +132,9 @@ def bands(row, table: Table, name: str, arms: Mapping[str, list[Mapping[str, Any
         seconds = [sum(seconds_of(run)[j] for run in runs) / len(runs) for j in range(points)]
         ends += heights[-1] + heights[points // 4]
         for place, across in zip(row[:2], (steps, seconds), strict=True):
-            (line,) = place.plot(
-                across, [sum(h) / len(h) for h in heights], "-" if k < 10 else "--", label=cell.split("/", 1)[-1]
-            )
+            place.plot(across, [sum(h) / len(h) for h in heights], label=arm_of(cell), **styles[arm_of(cell)])
             low, high = [min(h) for h in heights], [max(h) for h in heights]
-            place.fill_between(across, low, high, alpha=0.2, color=line.get_color())
+            place.fill_between(across, low, high, alpha=0.2, color=styles[arm_of(cell)]["color"])
     what = "ELBO on validation data" if of == "valid" else "training objective"
     for place, across in zip(row[:2], ("step", "seconds of training"), strict=True):
         place.set(xlabel=across, ylabel=f"{what}, nats per datum", title=f"{table.name}: {name}")
@@ -137,7 +145,7 @@ def bands(row, table: Table, name: str, arms: Mapping[str, list[Mapping[str, Any
         row[1].set_title(f"not shown, a relaxed bound: {', '.join(left)}", fontsize="x-small")
 
 
-def beside_published(place, arms: Mapping[str, list[Mapping[str, Any]]]) -> None:
+def beside_published(place, arms: Mapping[str, list[Mapping[str, Any]]], styles: Styles) -> None:
     """Ours against the published number, ± standard error over seeds; on the line they are equal."""
     known = {name: runs for name, runs in arms.items() if runs[0]["cell"]["published"] is not None}
     place.set(xlabel="published", ylabel="ours", title="ours (share of the paper's steps)")
@@ -147,10 +155,10 @@ def beside_published(place, arms: Mapping[str, list[Mapping[str, Any]]]) -> None
         mean, error = mean_and_error([run["value"] for run in runs]) or (math.nan, math.nan)
         published = runs[0]["cell"]["published"]
         ends += [published, mean]
-        place.errorbar(published, mean, yerr=0 if math.isnan(error) else error, fmt="o")
-        label = f" {name.split('/', 1)[-1]} ({runs[0]['share']:.0%})"
-        place.annotate(label, (published, mean), fontsize="x-small")
+        label, color = f"{arm_of(name)} ({runs[0]['share']:.0%})", styles[arm_of(name)]["color"]
+        place.errorbar(published, mean, yerr=0 if math.isnan(error) else error, fmt="o", color=color, label=label)
     if ends:
+        place.legend(fontsize="x-small")
         room = 0.15 * (max(ends) - min(ends)) + 0.5
         both = (min(ends) - room, max(ends) + room)  # one range, so that the line of equal numbers is the diagonal
         place.set(xlim=both, ylim=both)
@@ -175,13 +183,14 @@ def confusion(table: Table, found: Found):
         ):
             across, up = [max(n["beside"]["shift"], 1e-3) for n in those], [min(n["value"], TOP) for n in those]
             right.semilogx(across, up, marker, color=color, alpha=0.7)
-    left.axvline(SHIFT, color="gray", linewidth=0.8)
+    left.axvline(SHIFT, color="gray", linewidth=0.8, label="beyond: wrong")
     for limit in (WIDTH, 1 / WIDTH):
         left.axhline(limit, color="gray", linewidth=0.8)
     left.set(xlabel="largest shift, posterior sd", ylabel="worst width, sd over posterior sd", title="verdicts")
     left.legend(fontsize="small", loc="lower left")
-    right.axhline(0.7, color="gray", linewidth=0.8)
-    right.axvline(SHIFT, color="gray", linewidth=0.8)
+    right.axhline(0.7, color="gray", linewidth=0.8, linestyle="--", label="k̂ 0.7")
+    right.axvline(SHIFT, color="gray", linewidth=0.8, label="beyond: wrong")
+    right.legend(fontsize="small", loc="upper left")
     right.set(
         xlabel="largest shift, posterior sd", ylabel=f"k̂ of the guide's draws (▲: above {TOP})", ylim=(-0.5, TOP + 0.3)
     )

@@ -48,10 +48,10 @@ class SiteELBO(ELBO):
         kl_weight: a factor for the terms of all latent sites, or a schedule, a function of the training step.
         plates: how to treat the assumption that the rows of a plate are independent. ``"check"`` changes the draws of
             groups of rows and tests whether the terms of the other rows change, in the first call and again in another
-            mode or for the first few other batch sizes; a plate with dependent rows (BatchNorm, a mean over the plate) is
-            summed under ``"elbo"`` and refused under the other objectives. The check can find dependence; it cannot prove
-            independence. ``"trust"`` skips the check; ``"ignore"`` sums every plate. The default was
-            ``"trust"`` before: where this changes a gradient, :class:`~gumbo.errors.MeaningChanged` says so once.
+            mode or for the first few other batch sizes; a plate with dependent rows (BatchNorm, a mean over the plate)
+            is summed under ``"elbo"`` and refused under the other objectives. The check can find dependence; it cannot
+            prove independence. ``"trust"`` skips the check; ``"ignore"`` sums every plate. The default was ``"trust"``
+            before: where this changes a gradient, :class:`~gumbo.errors.MeaningChanged` says so once.
         memory_limit: GiB that exact sums over enumerated sites of the model or the guide may take at once; more is
             refused before it is made.
         objective_options: options of an objective given as a word, as in ``objective="renyi", alpha=0.5``.

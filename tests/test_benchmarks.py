@@ -358,7 +358,7 @@ def test_the_page_shows_the_gpu_by_its_name(tmp_path):
         row["batch"] = 128
     (tmp_path / "step-cuda.json").write_text(json.dumps({"device": "Card 9000", "machine": "m", "rows": rows}))
     text = script("performance").page(tmp_path)
-    assert "Card 9000" in text and "≥ 10 | 20.00 | yes |" in text
+    assert "Card 9000" in text and "≥ 10 | 20.000 | yes |" in text
 
 
 @pytest.mark.parametrize("ours, said", [(None, "– | **no** |"), (11.0, "4.55 | **no** |"), (5.0, "10.00 | yes |")])

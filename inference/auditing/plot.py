@@ -65,7 +65,7 @@ def plot_audit(dataset: xarray.Dataset, path: Any = None, narrow: bool = False) 
     made.suptitle(
         f"{shown.attrs.get('num_samples')} gradients each, objective {shown.attrs.get('objective')};"
         + ("\n" if narrow else " ")
-        + f"reference: {_shortened(str(shown.attrs.get('reference')), 45 if narrow else 70)}",
+        + f"reference: {_shortened(str(shown.attrs.get('reference')), 45 if narrow else 110)}",
         fontsize=9 if narrow else 10,
     )
     if path is not None:
@@ -123,7 +123,6 @@ def _variance(axis: Any, shown: xarray.Dataset, length: int) -> None:
             alpha=0.4,
             label="Pareto front of the sound ones",
         )
-        axis.legend(fontsize=8, loc="upper right")
     axis.set_xlabel("milliseconds a step (median)")
     axis.set_ylabel("total variance of the guide's gradient")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -131,8 +130,6 @@ def _variance(axis: Any, shown: xarray.Dataset, length: int) -> None:
     axis.grid(alpha=0.3, which="both", linewidth=0.4)
     low, high = axis.get_xlim()
     axis.set_xlim(low, high * (high / low) ** 0.3)  # space for names on the right
-    low, high = axis.get_ylim()
-    axis.set_ylim(low, high * (high / low) ** 0.1)  # space for the legend above
     names = [
         _shortened(str(label), length) if noisy[i] else f"{_shortened(str(label), 18)} (no variance)"
         for i, label in enumerate(shown["estimator"].values)

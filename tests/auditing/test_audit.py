@@ -663,6 +663,13 @@ def test_the_dataset_is_stored_and_drawn(tmp_path):
         assert again.attrs["reference"] == "exact (every value)" and again.attrs["seed"] == 0
     plot_audit(report, tmp_path / "audit.png")
     assert (tmp_path / "audit.png").stat().st_size > 10_000
+    made = plot_audit(report)
+    said = [text.get_text() for legend in made.legends for text in legend.get_texts()]
+    assert len(said) == len(set(said)) and not any(axis.get_legend() for axis in made.axes)
+    long = report.assign_attrs(
+        reference="long run of 1200 draws of SiteELBO({'z': 'pathwise'}, objective='elbo', num_particles=16)"
+    )
+    assert "…" not in plot_audit(long).get_suptitle()
     width, height = plot_audit(report, narrow=True).get_size_inches()
     assert width < 5 < height
     label, reason = recommend(report)
