@@ -361,7 +361,7 @@ def test_the_page_shows_the_gpu_by_its_name(tmp_path):
     assert "Card 9000" in text and "≥ 10 | 20.000 | yes |" in text
 
 
-@pytest.mark.parametrize("ours, said", [(None, "– | **no** |"), (11.0, "4.55 | **no** |"), (5.0, "10.00 | yes |")])
+@pytest.mark.parametrize("ours, said", [(None, "– | **no** |"), (11.0, "4.545 | **no** |"), (5.0, "10.000 | yes |")])
 def test_the_page_judges_the_time_to_the_bound(tmp_path, ours, said):
     facts = {"device": "a machine", "machine": "2 threads", "data": "digits", "latents": 8, "epochs": 2, "batch": 100}
     facts |= {"compiled": True, "ours": {"estimator": "rloo", "particles": 4, "lr": 1e-3}}
