@@ -30,6 +30,7 @@ from ...errors import GumboError, UnsupportedSite, first_line
 from ..elbo import SiteELBOModule
 from ..engine.rows import Rows
 from .distributed import Processes, alone
+from .optimizers import laid_as
 from .shared_memory import SharedMemory
 from .split_rows import Share, SplitRows
 from .splittable import Study, refuse, study
@@ -145,7 +146,7 @@ class ProcessStep(TorchStep):
         for flat, members in zip(gradients, kinds, strict=True):
             pieces = flat.split([member.numel() for member in members])
             for member, piece in zip(members, pieces, strict=True):
-                member.grad = piece.view(member.shape) if id(member) in has_gradient else None
+                member.grad = laid_as(member, piece.view(member.shape)) if id(member) in has_gradient else None
 
     def _together(self, said: list[float], kinds: list[list[Tensor]], counts: bool) -> tuple[Tensor, list[Tensor]]:
         """Sum numbers, and the gradients of each kind, over all processes, in one message where that can be.

@@ -53,13 +53,40 @@ class Updates:
         self.started_as = "" if scheduler is None else f"{type(scheduler).__name__}({_plain(scheduler.state_dict())})"
         self.groups = groups
         self.zero_grad = optimizer.zero_grad
+        self._orders: dict[Parameter, tuple[int, ...]] = {}  # the strides that gradients and state had at the last step
 
     def step(self) -> None:
         if self.clip is not None:
             self.clip()
+        self._lay_alike()
         self.optimizer.step()
         if self.every_step:
             self.scheduler.step()
+
+    def _lay_alike(self) -> None:
+        """Give gradients and state the strides of their parameters: fused kernels pair elements by place in memory."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if group.get("fused") else ():
+                gradient, order = parameter.grad, parameter.stride()
+                if gradient is None or gradient.layout is not torch.strided:
+                    continue
+                if gradient.stride() != order:
+                    parameter.grad = laid_as(parameter, gradient)
+                if self._orders.get(parameter) != order:
+                    if not is_dense(parameter):
+                        raise BadInput(
+                            f"a parameter of shape {tuple(parameter.shape)} has the strides {order}, with gaps or "
+                            "repeats in memory, which fused optimizers do not follow: make it contiguous, or pass an "
+                            "optimizer with fused=False"
+                        )
+                    self._lay_state(parameter)
+                    self._orders[parameter] = order
+
+    def _lay_state(self, parameter: Parameter) -> None:
+        state = self.optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = laid_as(parameter, value)
 
     def end_epoch(self, loss: float) -> None:
         """Advance a scheduler that steps by the epoch; ``loss`` is the metric of ReduceLROnPlateau."""
@@ -85,6 +112,8 @@ class Updates:
         for before, group in zip(options, self.optimizer.param_groups, strict=True):
             if lacking := sorted(before - set(group)):
                 raise ValueError(f"its optimizer is no {type(self.optimizer).__name__}: it has no {lacking[0]}")
+            for parameter in group["params"]:  # the run that was saved may have had other strides
+                self._lay_state(parameter)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 
@@ -208,12 +237,30 @@ def _name_in_store(name: str, parameter: Parameter, store_names: Mapping[int, st
 def _fused(kind: type[torch.optim.Optimizer], parameters: Iterable[Parameter], lr: float):
     """A fused optimizer where torch has one: on a small network, separate kernels cost as much as a layer."""
     parameters = list(parameters)
-    if "fused" in inspect.signature(kind).parameters:
+    # Torch takes complex parameters and those with gaps here, and fails or misreads them in the first step.
+    serves = all(is_dense(parameter) and not parameter.is_complex() for parameter in parameters)
+    if serves and "fused" in inspect.signature(kind).parameters:
         try:
             return kind(parameters, lr=lr, fused=True)
         except RuntimeError:  # not for this device or dtype
             pass
     return kind(parameters, lr=lr)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements of a tensor lie one by one in memory, in any order."""
+    return torch.empty_like(tensor).stride() == tensor.stride()
+
+
+def laid_as(like: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``value`` with the strides of ``like``, which has its shape: a copy unless it has them already.
+
+    >>> laid_as(torch.zeros(2, 3).t(), torch.zeros(3, 2)).stride()
+    (1, 3)
+    """
+    if value.stride() == like.stride():
+        return value
+    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value.detach())
 
 
 def _clip(

@@ -108,6 +108,29 @@ class CoinGuide(Program):
             pyro.sample("z", dist.Bernoulli(logits=x @ self.encoder).to_event(1))
 
 
+class LinearModel(Program):
+    """CoinModel with a layer of torch's, whose weight may lie in memory in any order: Pyro's store makes copies."""
+
+    def __init__(self, scaled=False):
+        super().__init__(scaled, prior=(LATENT,))
+        self.decoder, self.width = nn.Linear(LATENT, WIDTH, dtype=F64), 1.0
+
+    def forward(self, x):
+        with self.rows(x):
+            z = pyro.sample("z", dist.Bernoulli(logits=self.prior).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), self.width).to_event(1), obs=x)
+
+
+class LinearGuide(Program):
+    def __init__(self, scaled=False):
+        super().__init__(scaled)
+        self.encoder = nn.Linear(WIDTH, LATENT, dtype=F64)
+
+    def forward(self, x):
+        with self.rows(x):
+            pyro.sample("z", dist.Bernoulli(logits=self.encoder(x)).to_event(1))
+
+
 class LayeredModel(Program):
     """Coins below coins, row by row."""
 
@@ -319,6 +342,13 @@ def pair_of(classes, scaled):
     return model, guide
 
 
+def transposed(pair):
+    """The same pair with matrices that lie in memory column by column."""
+    for parameter in (p for module in pair for p in module.parameters() if p.dim() == 2):
+        parameter.data = parameter.data.t().contiguous().t()
+    return pair
+
+
 def difference(found: dict, wanted: dict) -> float:
     assert set(found) == set(wanted), set(found) ^ set(wanted)
     return max((float((found[name] - wanted[name]).abs().max()) for name in found), default=0.0)
@@ -392,6 +422,7 @@ def everything_short(folder: Path) -> dict:
         "chosen": chosen(processes, folder),
         "mixed": mixed(processes),
         "compiled": compiled(processes, folder),
+        "laid out": laid_out(processes),
         "through gloo": through_gloo(processes),
         "memory": in_memory(processes),
         "messages": messages(processes),
@@ -602,6 +633,23 @@ def compiled(processes: Processes, folder: Path) -> dict:
         said_by(processes, lambda: fitted((PositiveModel, NormalGuide), SiteELBO("pathwise"), spoilt())),
     ]
     return found
+
+
+@unittest.mock.patch.object(compiled_step, "inductor", compiled_step.uncompiled)
+def laid_out(processes: Processes) -> list[dict[str, float]]:
+    """How far training of both processes is from itself where matrices lie in memory column by column."""
+    found = {}
+    for word, compile in (("adam", False), ("adam", True), ("sgd", False), ("sgd", True)):
+        ends = []
+        for laid in (lambda pair: pair, transposed):
+            pair = laid(pair_of((LinearModel, LinearGuide), False))
+            options = {"optimizer": word, "lr": 0.01, "compile": compile, "progress": False}
+            fit(*pair, data(33), loss="enumerate", batch_size=9, epochs=2, **options)
+            ends.append(
+                {f"{i} {name}": value for i, one in enumerate(pair) for name, value in one.state_dict().items()}
+            )
+        found[f"{word}{' compiled' if compile else ''}"] = difference(*ends)
+    return processes.gather(found)
 
 
 class PositiveModel(NormalModel):

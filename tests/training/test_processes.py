@@ -165,6 +165,12 @@ def test_compiled_steps_have_the_losses_and_updates_of_one_process(found, scaled
 
 
 @several_processes
+@pytest.mark.parametrize("kind", ["adam", "adam compiled", "sgd", "sgd compiled"])
+def test_the_order_of_parameters_in_memory_changes_nothing(found, kind):
+    assert max(gaps[kind] for gaps in found["laid out"]) < 1e-12
+
+
+@several_processes
 def test_a_compiled_run_that_went_on_is_the_whole_run(found):
     whole, parts = found["compiled"]["resumed"]["whole"], found["compiled"]["resumed"]["in parts"]
     assert whole[0] == whole[1], "the processes hold the same"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -112,6 +115,73 @@ def test_a_fused_optimizer_takes_the_step_of_a_plain_one(word):
             optimizer.step()
         found.append(parameter.detach())
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def strided(value: torch.Tensor, memory: str) -> torch.Tensor:
+    """The same values in another order in memory, or with gaps between them."""
+    if memory == "gaps":
+        return torch.stack([value, value], -1)[..., 0]
+    return value.t().contiguous().t() if memory == "columns" else value
+
+
+@pytest.mark.parametrize("memory", ["columns", "gaps"])
+@pytest.mark.parametrize("word", ["adam", "adamw", "sgd", "rmsprop"])
+def test_the_order_of_elements_in_memory_changes_no_step(word, memory):
+    torch.manual_seed(0)
+    start, slopes = torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 4, 3, dtype=torch.float64)
+    found = []
+    for kind in ("rows", memory):
+        parameter = torch.nn.Parameter(strided(start.clone(), kind))
+        updates = make_optimizer(word, 0.1)[0]({"weight": parameter})
+        for slope in slopes:
+            parameter.grad = slope.clone()
+            updates.step()
+        found.append(parameter.detach())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["between steps", "between runs"])
+def test_moments_follow_a_parameter_to_another_order_in_memory(how):
+    torch.manual_seed(0)
+    start, slopes = torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 4, 3, dtype=torch.float64)
+    found = []
+    for moves in (False, True):
+        parameter = torch.nn.Parameter(start.clone())
+        updates = make_optimizer("adam", 0.1)[0]({"weight": parameter})
+        for number, slope in enumerate(slopes):
+            if moves and number == 2:
+                parameter.data = strided(parameter.data, "columns")
+                if how == "between runs":
+                    before, updates = updates, make_optimizer("adam", 0.1)[0]({"weight": parameter})
+                    updates.load_state_dict(copy.deepcopy(before.state_dict()))
+                    assert updates.optimizer.state[parameter]["exp_avg"].stride() == parameter.stride()
+            parameter.grad = slope.clone()
+            updates.step()
+        found.append(parameter.detach())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_a_fused_optimizer_of_the_callers_refuses_gaps_in_memory():
+    parameter = torch.nn.Parameter(strided(torch.zeros(4, 3), "gaps"))
+    updates = make_optimizer(partial(torch.optim.Adam, fused=True), 0.1)[0]({"weight": parameter})
+    parameter.grad = torch.ones(4, 3)
+    with pytest.raises(BadInput, match=r"shape \(4, 3\) has the strides \(6, 2\), with gaps.*contiguous"):
+        updates.step()
+
+
+@pytest.mark.parametrize("word", ["adam", "adamw", "sgd"])
+def test_complex_parameters_take_the_step_of_torchs_own_class(word):
+    torch.manual_seed(0)
+    start, slopes = torch.randn(5, dtype=torch.complex128), torch.randn(3, 5, dtype=torch.complex128)
+    found = []
+    for make in (make_optimizer(word, 0.1)[0], make_optimizer(getattr(torch.optim, NAMES[word]), 0.1)[0]):
+        parameter = torch.nn.Parameter(start.clone())
+        updates = make({"weight": parameter})
+        for slope in slopes:
+            parameter.grad = slope.clone()
+            updates.step()
+        found.append(parameter.detach())
+    assert torch.equal(*found)
 
 
 NAMES = {

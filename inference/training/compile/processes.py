@@ -16,6 +16,7 @@ from ...engine.rows import Rows
 from ...engine.scopes import private_seed
 from ..data_parallel import ProcessStep, gradients_of
 from ..distributed import Processes
+from ..optimizers import is_dense
 from ..split_rows import OWN
 from .arguments import Taken
 from .capture import Program
@@ -71,7 +72,12 @@ class CompiledProcessStep(ProcessStep):
         learned = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
         used = [self.parameters[name] for name in self.part.program.used]
         inside = None
-        if self.memory is not None and len({(one.dtype, one.device) for one in learned}) == 1:
+        # The examples of a graph are copies, which have no gaps.
+        if (
+            self.memory is not None
+            and len({(one.dtype, one.device) for one in learned}) == 1
+            and all(map(is_dense, used))
+        ):
             inside = Adam.serving(self.optimizer, used)
         self.update = None if inside is None else _Update(self.part, inside, learned, self.processes.world_size)
 
@@ -172,6 +178,7 @@ class _Update:
             inside.update(parameters, gradients, state, numbers, None)
             return [numbers[:1].clone()]
 
+        self.orders = self._orders()
         like = learned[0].detach().new_zeros(sum(one.numel() for one in learned))
         self.run = part.compiler(update, [tensor.detach().clone() for tensor in self._inputs([like] * count)])
 
@@ -185,8 +192,11 @@ class _Update:
         self.inside.count()
 
     def is_outdated(self) -> bool:
-        """Whether an option of the optimizer that the graph holds has changed."""
-        return self.watch.sees_a_change()
+        """Whether an option of the optimizer that the graph holds has changed, or the strides that it reads with."""
+        return self.watch.sees_a_change() or self._orders() != self.orders
+
+    def _orders(self) -> list[tuple[int, ...]]:
+        return [tensor.stride() for tensor in (*self.inside.parameters, *self.inside.state())]
 
 
 class _Part(CompiledStep):
