@@ -135,6 +135,7 @@ class Step(ABC):
     code_between = True  # whether code of others runs between the steps of a stretch
     failed_on: Rows | None = None  # the batch whose step raised an error, where it is not the last one
     _look: _ObservedInSupport | None = None
+    _frozen: frozenset[str] = frozenset()  # the parameters that did not learn when the optimizer was made
     parameters: dict[str, torch.nn.Parameter]
     optimizer: Updates
     loss: ELBO
@@ -168,12 +169,19 @@ class Step(ABC):
             self._unsaved.load_all(best["buffers"])
 
     def check_parameters(self) -> None:
-        """Raise BadInput if the programs have other parameters than those that the optimizer was made for."""
+        """Raise BadInput if the programs have, or train, other parameters than the optimizer was made for."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self.current_parameters().items():
             if self.parameters.get(name) is not parameter:
                 raise BadInput(
                     f"parameter {name!r} is new since training began, and the optimizer does not train it: replace"
                     " layers before fit, or write new values into the parameters that there are"
+                )
+            if name in self._frozen and parameter.requires_grad and id(parameter) not in owned:
+                raise BadInput(
+                    f"parameter {name!r} was frozen when training began, and the optimizer does not have it: let it"
+                    " learn when fit begins and freeze it in on_epoch, or call fit again"
                 )
 
     @abstractmethod
@@ -236,6 +244,7 @@ class TorchStep(Step):
         self.parameters = self.current_parameters()
         self._unsaved = _UnsavedBuffers(model, guide)
         _refuse_store_parameters(self.parameters.values())
+        self._frozen = frozenset(name for name, p in self.parameters.items() if not p.requires_grad)
         self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
 
     def current_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -305,6 +314,7 @@ class StoreStep(Step):
         self.parameters = self.current_parameters()
         self._unsaved = _UnsavedBuffers(model, guide)
         _refuse_store_parameters(self.parameters.values())
+        self._frozen = frozenset(name for name, p in self.parameters.items() if not p.requires_grad)
         self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
 
     def current_parameters(self) -> dict[str, torch.nn.Parameter]:

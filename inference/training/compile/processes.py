@@ -204,7 +204,7 @@ class _Part(CompiledStep):
 
     def __init__(self, whole: CompiledProcessStep, rows: Rows, backend: Callable | None):
         self.module, self.loss, self.batch = whole.module, whole.loss, rows
-        self.parameters, self.optimizer = whole.parameters, whole.optimizer
+        self.parameters, self.optimizer, self._frozen = whole.parameters, whole.optimizer, whole._frozen
         self._begin(rows, backend, whole.products)
 
     def _optimizer_inside(self) -> Adam | None:
