@@ -38,7 +38,7 @@ from .signals import Interrupts
 from .steps import Step
 
 # Keys of a run's identity that the checkpoints of earlier versions lack.
-NOT_FROM_THE_FIRST = ("loss_options", "optimizer_groups", "scheduler_every", "schedules")
+NOT_FROM_THE_FIRST = ("dtypes", "loss_options", "optimizer_groups", "scheduler_every", "schedules")
 
 
 @dataclass(repr=False)
@@ -174,6 +174,9 @@ class Run:
         self.objective_name, self.processes = objective_name, processes
         shapes = {name: list(parameter.shape) for name, parameter in step.parameters.items()}
         self.identity = identity | {"parameters": zlib.crc32(json.dumps(shapes).encode())}
+        dtypes = {name: str(one.dtype).removeprefix("torch.") for name, one in step.parameters.items()}
+        kinds = ", ".join(sorted(set(dtypes.values())))
+        self.identity["dtypes"] = f"{kinds} {zlib.crc32(json.dumps(dtypes).encode()):08x}"
         self.identity["optimizer_groups"] = step.optimizer.groups
         multipliers = getattr(step.optimizer.scheduler, "lr_lambdas", [])
         self.identity["schedules"] = values_of_schedules(

@@ -444,7 +444,7 @@ def test_another_configuration_that_looks_alike_is_refused_and_a_run_of_an_earli
     assert quiet(*pair(programs), data, epochs=2, resume=True, **options | {option: make(first)}).epochs == 2
     earlier = checkpoints.Checkpoints(tmp_path / "checkpoints")
     state = earlier.load()
-    for name in ("loss_options", "optimizer_groups", "scheduler_every", "schedules"):
+    for name in ("dtypes", "loss_options", "optimizer_groups", "scheduler_every", "schedules"):
         del state["settings"][name]
     earlier.save(state)
     if kind == "class":
@@ -452,6 +452,20 @@ def test_another_configuration_that_looks_alike_is_refused_and_a_run_of_an_earli
             quiet(*pair(programs), data, epochs=3, resume=True, **options | {option: make(other)})
         assert "\n" not in str(error.value)
     assert quiet(*pair(programs), data, epochs=3, resume=True, **options | {option: make(first)}).epochs == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_programs_of_another_dtype_are_refused(dtype, tmp_path):
+    options = {"loss": "trace", "run_dir": tmp_path}
+    quiet(*pair(), images(), epochs=1, **options)
+    model, guide = pair()
+    for module in (model.to(dtype), guide.to(dtype)):
+        module.register_forward_pre_hook(lambda _, args: tuple(x.to(dtype) for x in args))
+    words = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        BadInput, match=rf"configuration: dtypes differ \(dtypes: float32 \w+ there, {words} \w+ here\)"
+    ):
+        quiet(model, guide, images(), epochs=2, resume=True, **options)
 
 
 @pytest.mark.parametrize("kind", ["pyro", "partial"])
