@@ -63,12 +63,10 @@ def given_arguments(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict
     >>> given_arguments(((1, 2),), {"n": 3}) == given_arguments((1, 2), {"n": 3}) == ((1, 2), {"n": 3})
     True
     """
-    kwargs = {name: _over_its_file(value) for name, value in kwargs.items()}
-    if len(args) != 1:
-        return tuple(map(_over_its_file, args)), kwargs
-    positional, keywords = arguments_of(args[0])
-    positional = tuple(map(_over_its_file, positional))
-    keywords = {name: _over_its_file(value) for name, value in keywords.items()}
+    kwargs = {name: _readable(value, name) for name, value in kwargs.items()}
+    positional, keywords = (args, {}) if len(args) != 1 else arguments_of(args[0])
+    positional = tuple(_readable(value, index) for index, value in enumerate(positional))
+    keywords = {name: _readable(value, name) for name, value in keywords.items()}
     if twice := sorted(keywords.keys() & kwargs.keys()):
         raise BadInput(f"argument {twice[0]!r} is given twice, in the mapping and as a keyword")
     return positional, {**keywords, **kwargs}
@@ -92,6 +90,15 @@ class Rows:
         if isinstance(data, Rows):
             self._cut, self._length = data._cut, data._length
 
+    def without_gradients(self) -> Rows:
+        """The same rows, detached where they are cut; raises BadInput for rows that hold what could be learned."""
+        for name, value in self.cut():
+            if isinstance(value, torch.nn.Parameter) or getattr(value, "grad_fn", None) is not None:
+                raise BadInput(
+                    f"{self.what}: argument {name!r} requires gradients, which no batch passes on; pass x.detach()"
+                )
+        return self._map(lambda value: value.detach() if isinstance(value, torch.Tensor) else value)
+
     @classmethod
     def of(cls, args: Sequence, kwargs: Mapping[str, Any]) -> Rows:
         """The arguments of a call, positional and keyword."""
@@ -100,8 +107,8 @@ class Rows:
         return rows
 
     def _hold(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.args = tuple(_over_its_file(value) for value in args)
-        self.kwargs = {name: _over_its_file(value) for name, value in kwargs.items()}
+        self.args = tuple(_readable(value, index, self.what) for index, value in enumerate(args))
+        self.kwargs = {name: _readable(value, name, self.what) for name, value in kwargs.items()}
         counts = {name: len(value) for name, value in self.named() if is_array(value)}
         self._length = next(iter(counts.values()), None)
         self._cut = frozenset(name for name, count in counts.items() if count == self._length)
@@ -149,6 +156,8 @@ class Rows:
     def check(self, what: str | None = None) -> Rows:
         """Return itself, after checking for at least one row, and for dense and finite values."""
         what = what or self.what
+        if self.whole:
+            _refuse_tables(self, what)
         for name, value in self.cut():
             if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
                 raise BadInput(
@@ -221,6 +230,14 @@ class Rows:
         return changed
 
 
+def _refuse_tables(rows: Rows, what: str) -> None:
+    """Raise BadInput for data whose rows are those of a table of another library, which no batch can be taken of."""
+    for name, value in rows.named():
+        if callable(getattr(value, "to_numpy", None)):
+            kind = f"{type(value).__module__.partition('.')[0]} {type(value).__name__}"
+            raise BadInput(f"{what}: argument {name!r} is a {kind}, of which no batch can be taken; pass .to_numpy()")
+
+
 _AT_ONCE = 2**24  # numbers that are processed together, which bounds memory
 
 
@@ -239,10 +256,26 @@ def _rows_not_finite(tensor: torch.Tensor) -> int:
     return count
 
 
-def _over_its_file(value: Any) -> Any:
-    """A memory-mapped array as a tensor over the same file, of which batches are copies; other values unchanged."""
-    if not isinstance(value, np.memmap) or value.dtype.kind not in "biufc" or not value.dtype.isnative:
+def _readable(value: Any, name: int | str, what: str = "data") -> Any:
+    """An array as torch reads it: over its file if it is memory-mapped, or a copy in this machine's byte order.
+
+    Other values are unchanged. Raises BadInput for what torch would misread, or could only read as a copy of a file.
+    """
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
         return value
+    if np.ma.is_masked(value):
+        raise BadInput(
+            f"{what}: argument {name!r} is a masked array, whose mask would be lost; pass .filled(…), and the mask as "
+            "an argument of its own"
+        )
+    plain = value.dtype.isnative and min(value.strides, default=0) >= 0
+    if not isinstance(value, np.memmap):
+        return value if plain else np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))
+    if not plain:
+        raise BadInput(
+            f"{what}: argument {name!r} is a memory-mapped array of {value.dtype.str} with strides {value.strides}, "
+            "which torch cannot read; pass a copy, as in numpy.ascontiguousarray(x, dtype=x.dtype.newbyteorder('='))"
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")  # nothing writes to it
         return torch.from_numpy(value.view(np.ndarray))

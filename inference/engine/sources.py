@@ -102,7 +102,9 @@ class Source:
             raise BadInput(f"{self.what}: a DataLoader with batch_size=None gives whole batches: pass its data set")
         found, size = [], 0
         with noise_of(0):
-            for item in self._items():
+            for number, item in enumerate(self._items()):
+                if item is None and self.collate is collate_tensors:
+                    raise BadInput(_nothing(self.what, number, self.dataset))
                 found.append(item)
                 size += size_of(item)
                 if size > LIMIT or (not self.iterable and len(found) == 1 and size * len(self) > LIMIT):
@@ -181,10 +183,17 @@ class _Fetch(Dataset):
                     items = self.dataset.__getitems__(list(numbers))
                 else:
                     items = [self.dataset[number] for number in numbers]
+                if self.collate is collate_tensors and any(item is None for item in items):
+                    number = next(n for n, item in zip(numbers, items, strict=False) if item is None)
+                    return _Unreadable(_nothing(self.what, number, self.dataset))
                 return self.collate(items)
         except Exception as error:  # the user's code
             said = first_line(error, kind=True)
             return _Unreadable(f"{self.what}: rows {numbers[0]}, … of {type(self.dataset).__name__}: {said}")
+
+
+def _nothing(what: str, number: int, dataset: Any) -> str:
+    return f"{what}: row {number} of {type(dataset).__name__} is None: expected tensors, arrays or numbers"
 
 
 def _opened(batch: Any) -> object:

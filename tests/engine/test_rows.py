@@ -85,3 +85,52 @@ def test_bad_rows_are_refused_in_one_line():
         Rows({"x": torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])}).check()
     with pytest.raises(BadInput, match="argument 0 holds NaN"):
         Rows(np.array([0.0, np.inf])).check()
+
+
+ARRAY = np.arange(6.0).reshape(3, 2)
+
+
+@pytest.mark.parametrize("given", [ARRAY.astype(">f4"), ARRAY[::-1][::-1], np.asfortranarray(ARRAY), ARRAY[::-1]])
+def test_an_array_is_read_in_any_byte_order_and_direction(given):
+    rows = Rows({"x": given}).check()
+    (array,), _ = given_arguments((given,), {})
+    for value in (rows.kwargs["x"], rows[torch.tensor([0, 1, 2])].kwargs["x"], array):
+        assert torch.equal(torch.as_tensor(value).double(), torch.tensor(given.tolist(), dtype=torch.float64))
+
+
+def test_a_mapped_file_that_torch_cannot_read_is_refused_in_one_line(tmp_path):
+    ARRAY.astype(">f8").tofile(tmp_path / "x")
+    for dtype, step in ((">f8", 1), ("<f8", -1)):
+        with pytest.raises(BadInput, match="^data: argument 0 is a memory-mapped array of .f8 with strides.*a copy"):
+            Rows(np.memmap(tmp_path / "x", dtype, "r", shape=(3, 2))[::step])
+
+
+def test_a_masked_array_is_refused_where_its_mask_hides_something():
+    Rows(np.ma.masked_array(ARRAY, mask=False)).check()
+    for call in (Rows, lambda data: given_arguments((data,), {})):
+        with pytest.raises(BadInput, match=r"^data: argument 0 is a masked array, whose mask would be lost; pass"):
+            call(np.ma.masked_array(ARRAY, mask=ARRAY > 4))
+
+
+class Table:
+    """What tables of other libraries have."""
+
+    def to_numpy(self):
+        return ARRAY
+
+
+def test_a_table_alone_is_refused_and_beside_rows_it_is_passed_whole():
+    with pytest.raises(BadInput, match=r"^train: argument 0 is a \w+ Table, of which no batch .*pass .to_numpy\(\)$"):
+        Rows(Table(), "train").check()
+    table = Table()
+    assert Rows((X, table)).check()[:2].args[1] is table
+
+
+def test_rows_lose_their_gradients_and_what_learns_is_refused():
+    leaf = X.clone().requires_grad_()
+    kept = torch.nn.Parameter(torch.ones(5))
+    rows = Rows((leaf, kept)).without_gradients()
+    assert not rows.args[0].requires_grad and rows.args[1] is kept
+    for learned in (torch.nn.Parameter(X.clone()), 2 * leaf):
+        with pytest.raises(BadInput, match=r"^data: argument 'x' requires gradients.*pass x.detach\(\)$"):
+            Rows({"x": learned}).without_gradients()

@@ -333,6 +333,26 @@ def test_a_row_that_cannot_be_read_is_one_line(workers):
     assert "\n" not in str(found.value) and "OSError: the disk" in str(found.value)
 
 
+class Gap(Named):
+    """A data set without its row 13."""
+
+    def __getitem__(self, number: int):
+        return None if number == 13 else super().__getitem__(number)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_is_none_is_named(workers):
+    for use in (trained, lambda data: to_arviz(*pair("normal"), data)):
+        with pytest.raises(BadInput, match=r"^(train|data): row 13 of Gap is None: expected tensors"):
+            use(DataLoader(Gap(), batch_size=16, num_workers=workers))
+
+    def without_gaps(items):
+        return torch.utils.data.default_collate([item for item in items if item is not None])
+
+    source = sources.Source(DataLoader(Gap(), batch_size=4, collate_fn=without_gaps))
+    assert len(source.batch([12, 13, 14])["x"]) == 2
+
+
 def test_what_is_no_data_set_to_train_on_is_one_line(monkeypatch):
     class Not(Named):
         def __getitem__(self, number: int) -> dict:
