@@ -11,7 +11,7 @@ import atexit
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -155,6 +155,18 @@ class Processes:
             problem = error
         self.agree(problem)
         return result
+
+    def compare(self, named: Mapping[str, Any]) -> None:
+        """Raise BadInput in all processes if one of these plain values differs between them; the message names it."""
+        main, *others = self.gather(dict(named))
+        for rank, found in enumerate(others, start=1):
+            for name in [*main, *(key for key in found if key not in main)]:
+                mine, theirs = main.get(name), found.get(name)
+                if mine != theirs:
+                    raise BadInput(
+                        f"process {rank} has another {name}: {theirs} there, {mine} in process 0; give all processes "
+                        "the same, each takes its own rows of every batch"
+                    )
 
     def agree(self, problem: Exception | None) -> None:
         """Raise this process's problem, or the first one of another process; return if there is none."""

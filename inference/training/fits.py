@@ -16,6 +16,7 @@ import pyro
 import pyro.optim
 import torch
 from pyro.infer import ELBO, TraceGraph_ELBO
+from pyro.nn import PyroModule
 
 from ...errors import BadInput, GumboError, GumboWarning, first_line
 from ..elbo import SiteELBO
@@ -192,6 +193,8 @@ def fit(
     seed = options.seed
     if not _is_stream(rows):
         rows.check("train")
+    if not isinstance(rows, StoredRows) and any(tensor.requires_grad for tensor in rows.tensors()):
+        rows = rows.without_gradients()
     valid_rows = None if valid is None else rows_in(valid, "valid").check("valid")
     annealing = Annealing(options.anneal or {}, model, guide)
     loss, loss_name = _make_loss(loss)
@@ -199,6 +202,8 @@ def fit(
     batches_in = partial(batches_of, rows, transform=transform, device=device)
     first, found = _first_look(model, guide, rows, valid_rows, batches_in, options)
     model, guide = found.model, found.guide
+    if options.compile:
+        _refuse_complex(model, guide)
     drop_last = _drops_last(options, loss, rows, found)
     processes = Processes.join(device)
     make, optimizer_name = make_optimizer(optimizer, lr, clip_norm, clip_value, scheduler, scheduler_every, found.names)
@@ -219,6 +224,9 @@ def fit(
         "processes": 1 if processes is None else processes.world_size,
         "anneal": without_addresses(annealing.schedules) if annealing.schedules else None,
     }
+    if processes is not None:
+        anew = _drawn_anew(train=rows, valid=valid_rows)
+        processes.compare(options.common() | identity | anew | _layout(model, guide))
     with (
         one_at_a_time,
         found.trained(),
@@ -244,6 +252,8 @@ def fit(
             model, guide, step, batches, valid_rows, options, identity, objective, processes, found.num_data, annealing
         )
         run.choices = choices
+        if processes is not None:
+            processes.compare(run.identity | anew)
         try:
             run.begin()
             return run.go()
@@ -275,6 +285,33 @@ def _first_look(
             "leave valid out"
         )
     return first, found
+
+
+def _refuse_complex(model: Callable, guide: Callable) -> None:
+    """Raise BadInput for parameters that no compiled step can train."""
+    for name, parameter in owned_parameters(model, guide).items():
+        if parameter.is_complex() and parameter.requires_grad:
+            raise BadInput(
+                f"parameter {name!r} is complex, and complex parameters are not compiled: pass compile=False"
+            )
+
+
+def _drawn_anew(**named: Rows | None) -> dict[str, str]:
+    """The lengths of data sets that give other rows at each reading, by name: processes cannot compare more of them."""
+    return {
+        name: f"{len(rows)} rows, others at each reading"
+        for name, rows in named.items()
+        if isinstance(rows, StoredRows) and fingerprint(rows) != fingerprint(rows)
+    }
+
+
+def _layout(model: Callable, guide: Callable) -> dict[str, str]:
+    """The shapes and dtypes of the programs' parameters, by name, and whether they learn."""
+    return {
+        f"parameter {name!r}": f"{tuple(one.shape)} {one.dtype}{'' if one.requires_grad else ', frozen'}"
+        for name, one in owned_parameters(model, guide).items()
+        if not torch.nn.parameter.is_lazy(one)
+    }
 
 
 def _drops_last(options: FitSettings, loss: ELBO, rows: Rows, found: Inspection) -> bool:
@@ -390,9 +427,23 @@ def _refuse_programs(model: Callable, guide: Callable) -> None:
             f"model and guide both have a parameter {shared[0]!r}: in Pyro's param store they would train as one; "
             "rename one of the networks"
         )
+    for name, dtype in _whole_numbers(model, guide):
+        raise BadInput(
+            f"parameter {name!r} is {dtype}, and Pyro has every parameter that a PyroModule itself holds learn: make "
+            "it a buffer, by register_buffer"
+        )
     for name, parameter in owned_parameters(model, guide).items():
         if not torch.nn.parameter.is_lazy(parameter) and not torch.isfinite(parameter).all():
             raise BadInput(f"parameter {name!r} is not finite before the first step")
+
+
+def _whole_numbers(*programs: Callable) -> Iterator[tuple[str, torch.dtype]]:
+    """The parameters of whole numbers that PyroModules hold themselves: Pyro's store fails on them."""
+    for program in modules_of(*programs):
+        for path, module in program.named_modules():
+            for name, one in module._parameters.items() if isinstance(module, PyroModule) else ():
+                if one is not None and not (one.is_floating_point() or one.is_complex()):
+                    yield f"{path}.{name}".removeprefix("."), one.dtype
 
 
 def _make_step(
@@ -456,7 +507,8 @@ def _explained(batch: Rows, model: Callable, guide: Callable) -> Iterator[None]:
 
 def _about_dtypes(batch: Rows, *programs: Callable) -> str:
     """A hint where the dtype of the data differs from that of the parameters."""
-    wanted = next((p.dtype for program in modules_of(*programs) for p in program.parameters()), None)
+    learned = (p for program in modules_of(*programs) for p in program.parameters())
+    wanted = next((p.dtype for p in learned if p.is_floating_point()), None)
     given = [tensor.dtype for tensor in batch.tensors() if tensor.dtype != wanted]
     if wanted is None or not given:
         return ""

@@ -25,6 +25,8 @@ WHOLE_OR_NONE = ("checkpoint_steps", "patience")
 FUNCTIONS = ("transform", "on_epoch")
 # The options that decide a run's numbers. The others (length, checkpoints, output) may differ in a resumed run.
 DECIDING = ("batch_size", "seed", "valid_samples", "compile", "until")
+# Those that decide when processes talk to each other.
+COMMON = ("epochs", "patience", "restore_best", "checkpoint_every", "checkpoint_steps", "checkpoint_minutes", "resume")
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,10 @@ class FitSettings:
         named = None if transform is None else getattr(transform, "__qualname__", type(transform).__name__)
         every = None if self.scheduler is None else self.scheduler_every
         return {name: getattr(self, name) for name in DECIDING} | {"transform": named, "scheduler_every": every}
+
+    def common(self) -> dict[str, Any]:
+        """Plain values of the other options that must be the same in all processes of a run."""
+        return {name: getattr(self, name) for name in COMMON} | {"use of run_dir": self.run_dir is not None}
 
 
 def is_whole(value: object) -> bool:

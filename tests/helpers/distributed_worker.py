@@ -429,6 +429,7 @@ def everything_short(folder: Path) -> dict:
         "one fails": one_fails(processes),
         "statistics of its own": said_by(processes, lambda: own_statistics(processes)),
         "depends on rows later": said_by(processes, lambda: depends_on_rows_later(processes)),
+        "apart": apart(processes, folder),
         "main fails": said_by(processes, lambda: processes.from_main(refused)),
     }
 
@@ -700,6 +701,59 @@ def one_fails(processes: Processes) -> list[str]:
             said.append(f"{type(error).__name__}: {error}")
         step(Rows(data(9)))  # nobody is left waiting
     return processes.gather(said)
+
+
+class DrawnAnew(torch.utils.data.Dataset):
+    """Rows with noise of a generator of its own, which each process seeds in its own way."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, number: int):
+        return data(12)[number] + torch.randn(WIDTH, dtype=F64, generator=self.generator)
+
+
+APART = {
+    "values": {"train": data(12) + 1},
+    "length": {"train": data(13)},
+    "stored values": {"train": torch.utils.data.TensorDataset(data(12) + 1)},
+    "valid": {"valid": data(5)},
+    "epochs": {"epochs": 2},
+    "batch_size": {"batch_size": 5},
+    "lr": {"lr": 0.5},
+    "schedule": {"lr": lambda step: 0.1 / (2 + step)},
+    "patience": {"patience": 3, "valid": data(4)},
+    "run_dir": {"run_dir": None},
+    "frozen": {"frozen": True},
+    "drawn anew": {"train": DrawnAnew(1)},
+}
+MAIN = {
+    "stored values": {"train": torch.utils.data.TensorDataset(data(12))},
+    "schedule": {"lr": lambda step: 0.1 / (1 + step)},
+    "patience": {"valid": data(4)},
+    "drawn anew": {"train": DrawnAnew(0)},
+}
+
+
+def apart(processes: Processes, folder: Path) -> dict[str, list[str]]:
+    """What is said of processes of which the second has other data or settings."""
+
+    def fitted(train=None, frozen=False, **options):
+        model, guide = pair_of(NORMAL, False)
+        model.shift.requires_grad_(not frozen)
+        common = {"batch_size": 4, "epochs": 1, "loss": "pathwise", "progress": False}
+        fit(model, guide, data(12) if train is None else train, **common | options)
+
+    found = {}
+    for name, other in APART.items():
+        options = MAIN.get(name, {}) if processes.main else other
+        if name == "run_dir":
+            options = {"run_dir": folder / "apart"} | options
+        found[name] = said_by(processes, lambda options=options: fitted(**options))
+    return found
 
 
 class OwnMean(Baseline):

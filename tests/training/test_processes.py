@@ -209,6 +209,34 @@ def test_the_error_of_one_process_is_everybodys(found):
 
 
 @several_processes
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("values", r"another train: \(12, 3\) float64 \w+ there, \(12, 3\) float64 \w+ in process 0; give all"),
+        ("length", r"another train: \(13, 3\) float64 \w+ there"),
+        ("stored values", r"another train: TensorDataset of 12 rows \w+ there"),
+        ("valid", r"another valid: \(5, 3\) float64 \w+ there, None in process 0"),
+        ("epochs", "another epochs: 2 there, 1 in process 0"),
+        ("batch_size", "another batch_size: 5 there, 4 in process 0"),
+        ("lr", r"another optimizer: adam\(lr=0.5\) there"),
+        ("schedule", r"another schedules: \{'lr': \[0.05"),
+        ("patience", "another patience: 3 there, None in process 0"),
+        ("run_dir", "another use of run_dir: False there, True in process 0"),
+        ("frozen", r"another parameter 'model.shift': \(3,\) torch.float64, frozen there"),
+    ],
+)
+def test_processes_with_other_data_or_settings_are_refused_in_one_line_by_all(found, name, words):
+    said = found["apart"][name]
+    assert said[0] == said[1] and "\n" not in said[0]
+    assert re.match(f"BadInput: process 1 has {words}", said[0])
+
+
+@several_processes
+def test_processes_may_draw_the_rows_of_a_data_set_differently(found):
+    assert found["apart"]["drawn anew"] == ["nothing", "nothing"]
+
+
+@several_processes
 def test_what_comes_apart_is_noticed(found):
     for said in found["statistics of its own"]:
         assert "'binding.states.z.mean'" in said and "moved by each process's own rows" in said
