@@ -852,6 +852,69 @@ def test_what_no_step_reads_may_change(monkeypatch):
     assert compiled.captures == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_parameter_that_was_frozen_at_first_is_refused_and_one_that_learned_may_rest(compile, monkeypatch):
+    monkeypatch.setattr(compiled, "inductor", uncompiled)
+    seen, (model, guide) = [], normal_pair()
+    weight = model.decoder[-1].weight
+
+    def rest(numbers):
+        seen.append(weight.detach().clone())
+        weight.requires_grad_(numbers["epoch"] != 1)
+
+    options = {"batch_size": 4, "compile": compile, "progress": False}
+    fit(model, guide, data(), epochs=3, on_epoch=rest, **options)
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    weight.requires_grad_(False)
+    with pytest.raises(BadInput, match="'model.decoder.2.weight' was frozen when training began.*let it learn") as said:
+        fit(model, guide, data(), epochs=2, on_epoch=lambda _: weight.requires_grad_(True), **options)
+    assert "\n" not in str(said.value)
+
+
+class Turned(PyroModule):
+    """A mean with a complex parameter."""
+
+    def __init__(self, dtype=torch.complex64):
+        super().__init__()
+        self.turn = nn.Parameter(torch.tensor([1, 2], dtype=dtype), requires_grad=dtype.is_complex)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z[:, None] + self.turn.abs(), 1.0).to_event(1), obs=x)
+
+
+class TurnedGuide(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.layer(x)[:, 0], 1.0))
+
+
+def test_complex_parameters_train_and_are_refused_by_name_where_steps_are_compiled():
+    model, x = Turned(), torch.ones(8, 2)
+    before = model.turn.detach().clone()
+    fit(model, TurnedGuide(), x, epochs=1, progress=False)
+    assert not torch.equal(model.turn, before)
+    with pytest.raises(BadInput, match=r"^parameter 'model.turn' is complex, and complex.*pass compile=False$"):
+        fit(model, TurnedGuide(), x, epochs=1, compile=True, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+@pytest.mark.parametrize("loss", ["pathwise", "trace"])
+def test_whole_numbers_among_the_parameters_are_a_layers_or_refused_by_name(loss):
+    with pytest.raises(BadInput, match=r"^parameter 'turn' is torch.int64, and Pyro has .* by register_buffer$"):
+        fit(Turned(torch.int64), TurnedGuide(), torch.ones(8, 2), loss=loss, epochs=1, progress=False)
+    guide = TurnedGuide()
+    guide.layer.register_parameter("counts", nn.Parameter(torch.arange(3), requires_grad=False))
+    fit(Turned(), guide, torch.ones(8, 2), loss=loss, epochs=1, progress=False)
+    assert guide.layer.counts.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_parameter_that_the_optimizer_does_not_have_is_refused(compile, monkeypatch):
     monkeypatch.setattr(compiled, "inductor", uncompiled)

@@ -456,6 +456,16 @@ def test_latents_that_both_mask_are_quiet():
     assert quiet(half_seen, guide, X, epochs=1, batch_size=8).epochs == 1
 
 
+def test_data_that_require_gradients_train_as_others_do():
+    found = []
+    for x in (X, X.clone().requires_grad_()):
+        torch.manual_seed(0)
+        with pyro.get_param_store().scope():
+            guide = AutoNormal(latent_mean)
+            found.append(quiet(latent_mean, guide, x, epochs=2, batch_size=4, seed=0).history[-1]["elbo"])
+    assert found[0] == found[1]
+
+
 class Registered(PyroModule):
     """A PyroModule with a constrained parameter, a layer, and a name that looks like the guide's."""
 
