@@ -53,7 +53,7 @@ class Updates:
         self.started_as = "" if scheduler is None else f"{type(scheduler).__name__}({_plain(scheduler.state_dict())})"
         self.groups = groups
         self.zero_grad = optimizer.zero_grad
-        self._orders: dict[Parameter, tuple[int, ...]] = {}  # the strides that gradients and state had at the last step
+        self._orders: dict[int, tuple[int, ...]] = {}  # the strides that gradients and state had at the last step
 
     def step(self) -> None:
         if self.clip is not None:
@@ -72,7 +72,7 @@ class Updates:
                     continue
                 if gradient.stride() != order:
                     parameter.grad = laid_as(parameter, gradient)
-                if self._orders.get(parameter) != order:
+                if self._orders.get(id(parameter)) != order:
                     if not is_dense(parameter):
                         raise BadInput(
                             f"a parameter of shape {tuple(parameter.shape)} has the strides {order}, with gaps or "
@@ -80,7 +80,7 @@ class Updates:
                             "optimizer with fused=False"
                         )
                     self._lay_state(parameter)
-                    self._orders[parameter] = order
+                    self._orders[id(parameter)] = order
 
     def _lay_state(self, parameter: Parameter) -> None:
         state = self.optimizer.state.get(parameter, {})
