@@ -136,6 +136,7 @@ class Step(ABC):
     failed_on: Rows | None = None  # the batch whose step raised an error, where it is not the last one
     _look: _ObservedInSupport | None = None
     _frozen: frozenset[str] = frozenset()  # the parameters that did not learn when the optimizer was made
+    _strides: Mapping[str, tuple[int, ...]] = {}  # of the parameters when training began
     parameters: dict[str, torch.nn.Parameter]
     optimizer: Updates
     loss: ELBO
@@ -182,6 +183,11 @@ class Step(ABC):
                 raise BadInput(
                     f"parameter {name!r} was frozen when training began, and the optimizer does not have it: let it"
                     " learn when fit begins and freeze it in on_epoch, or call fit again"
+                )
+            if self.compiler is not None and parameter.stride() != self._strides.get(name, parameter.stride()):
+                raise BadInput(
+                    f"parameter {name!r} has another order in memory than when training began, and compiled steps read"
+                    " it in that one: write new values by copy_, or pass compile=False"
                 )
 
     @abstractmethod
@@ -245,6 +251,7 @@ class TorchStep(Step):
         self._unsaved = _UnsavedBuffers(model, guide)
         _refuse_store_parameters(self.parameters.values())
         self._frozen = frozenset(name for name, p in self.parameters.items() if not p.requires_grad)
+        self._strides = {name: p.stride() for name, p in self.parameters.items()}
         self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
 
     def current_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -315,6 +322,7 @@ class StoreStep(Step):
         self._unsaved = _UnsavedBuffers(model, guide)
         _refuse_store_parameters(self.parameters.values())
         self._frozen = frozenset(name for name, p in self.parameters.items() if not p.requires_grad)
+        self._strides = {name: p.stride() for name, p in self.parameters.items()}
         self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
 
     def current_parameters(self) -> dict[str, torch.nn.Parameter]:

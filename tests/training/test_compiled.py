@@ -872,6 +872,18 @@ def test_a_parameter_that_was_frozen_at_first_is_refused_and_one_that_learned_ma
     assert "\n" not in str(said.value)
 
 
+def test_a_parameter_that_moves_in_memory_is_refused_where_steps_are_compiled(monkeypatch):
+    monkeypatch.setattr(compiled, "inductor", uncompiled)
+    model, guide = normal_pair()
+
+    def turn(numbers):
+        weight = model.decoder[-1].weight
+        weight.data = weight.data.t().contiguous().t()
+
+    with pytest.raises(BadInput, match="^parameter 'model.decoder.2.weight' has another order in memory.*by copy_"):
+        fit(model, guide, data(), epochs=2, batch_size=4, compile=True, on_epoch=turn, progress=False)
+
+
 class Turned(PyroModule):
     """A mean with a complex parameter."""
 
