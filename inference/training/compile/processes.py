@@ -163,6 +163,7 @@ class _Update:
     def __init__(self, part: _Part, inside: Adam, learned: Sequence[Tensor], count: int):
         self.part, self.inside, self.watch = part, inside, Watch()
         inside.add_to(self.watch)
+        self.watch.add_layouts(lambda: [*inside.parameters, *inside.state()])
         ends = dict(zip(map(id, learned), itertools.accumulate(one.numel() for one in learned), strict=True))
         places = [slice(ends[id(one)] - one.numel(), ends[id(one)]) for one in inside.parameters]
         counts = [len(inside.parameters), 3 * len(inside.parameters), count, 1]
@@ -178,7 +179,6 @@ class _Update:
             inside.update(parameters, gradients, state, numbers, None)
             return [numbers[:1].clone()]
 
-        self.orders = self._orders()
         like = learned[0].detach().new_zeros(sum(one.numel() for one in learned))
         self.run = part.compiler(update, [tensor.detach().clone() for tensor in self._inputs([like] * count)])
 
@@ -193,10 +193,7 @@ class _Update:
 
     def is_outdated(self) -> bool:
         """Whether an option of the optimizer that the graph holds has changed, or the strides that it reads with."""
-        return self.watch.sees_a_change() or self._orders() != self.orders
-
-    def _orders(self) -> list[tuple[int, ...]]:
-        return [tensor.stride() for tensor in (*self.inside.parameters, *self.inside.state())]
+        return self.watch.sees_a_change()
 
 
 class _Part(CompiledStep):
