@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,15 +11,16 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer.elbo import ELBO, ELBOModule
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ..changes import Default
-from ..errors import BadInput, UnknownName
+from ..errors import BadInput, GumboWarning, UnknownName
 from ..options import check_option, fits
 from .engine.binding import Binding
 from .engine.contraction import MEMORY_LIMIT
 from .engine.resolution import as_estimator, check_particles
-from .engine.scopes import Store, networks_at_hand, one_at_a_time
+from .engine.scopes import Store, modules_of, networks_at_hand, one_at_a_time
 from .estimators import Estimator, estimators
 from .estimators._base import Chooser
 from .objectives import Objective, as_objective
@@ -258,6 +260,8 @@ class SiteELBO(ELBO):
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args, **kwargs) -> float:
         """The loss as a number; gradients are added to ``.grad`` of the parameters."""
+        if not self._binding(model, guide).steps:
+            _warn_of_copies(model, guide)
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
@@ -267,6 +271,20 @@ class SiteELBO(ELBO):
         """The loss as a number, without gradients; baselines and running statistics do not change."""
         with one_at_a_time, torch.no_grad():
             return self._binding(model, guide).loss(args, kwargs).item()
+
+
+def _warn_of_copies(*programs: Callable) -> None:
+    """Warn of parameters of layers of which Pyro's store trains a copy, so that the layers stay as they are."""
+    inside = (part for one in modules_of(*programs) if isinstance(one, PyroModule) for part in one.named_modules())
+    for path, part in inside:
+        for name, one in part._parameters.items() if not isinstance(part, PyroModule) else ():
+            if one is not None and not nn.parameter.is_lazy(one) and one.requires_grad and not one.is_contiguous():
+                warnings.warn(
+                    f"parameter '{path}.{name}' is not contiguous in memory: Pyro's param store trains a copy of it,"
+                    " and the layer keeps its values; lay it out by .contiguous(), or train it by fit",
+                    GumboWarning,
+                    stacklevel=4,
+                )
 
 
 def _said(estimator: Estimator) -> str:
@@ -350,6 +368,13 @@ class SiteELBOModule(ELBOModule):
         self.__dict__["_keeps"] = not any(getattr(module, "_pyro_params", None) for module in self.modules())
         for name, parameter in stored.items():
             if id(parameter) not in self._own:
+                plain = name.replace("$$$", ".")
+                named = nn.Module.named_parameters(self)
+                if any(own.endswith(f".{plain}") and not one.is_contiguous() for own, one in named):
+                    raise BadInput(
+                        f"parameter {plain!r} is not contiguous in memory, so that Pyro's param store holds a copy of"
+                        " it, which would be trained in its place: lay it out by .contiguous(), or train it by fit"
+                    )
                 raise BadInput(
                     f"pyro.param {name!r} is not a parameter of model or guide as modules, and loss.parameters()"
                     " would miss it: make it a PyroParam of a PyroModule, or train through pyro.infer.SVI"

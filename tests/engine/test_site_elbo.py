@@ -22,7 +22,7 @@ from torch.distributions.transforms import (
     SigmoidTransform,
 )
 
-from gumbo.errors import BadInput, CannotVectorize, UnknownName, UnsupportedSite
+from gumbo.errors import BadInput, CannotVectorize, GumboWarning, UnknownName, UnsupportedSite
 from gumbo.guides import CategoricalGuide, NormalGuide
 from gumbo.inference import SiteELBO
 from gumbo.inference.auditing.exact import exact_elbo, exact_iwae, mean_over_draws
@@ -944,6 +944,30 @@ def test_a_pyro_param_that_would_be_missed_is_refused():
     with pytest.raises(BadInput, match="pyro.param 'a'.*loss.parameters.*would miss it"):
         SiteELBO("score")(model, guide)()
     assert len(pyro.get_param_store()) == 0
+
+
+def test_a_parameter_that_pyros_store_would_copy_is_refused_by_its_reason():
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 4)
+            self.layer.weight.data = self.layer.weight.data.t().contiguous().t()
+
+        def forward(self):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.layer(z), 1.0).to_event(1), obs=torch.ones(4))
+
+    def guide():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(BadInput, match="'layer.weight' is not contiguous in memory") as error:
+        SiteELBO()(Model(), guide)()
+    assert "\n" not in str(error.value) and len(pyro.get_param_store()) == 0
+    with pyro.get_param_store().scope(), pytest.warns(GumboWarning, match="'layer.weight' is not contiguous in memory"):
+        SVI(model := Model(), guide, pyro.optim.Adam({"lr": 0.1}), SiteELBO()).step()
+        before = model.layer.weight.clone()
+        SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step()
+    assert torch.equal(before, model.layer.weight)  # what is warned of: the layer does not learn
 
 
 def test_a_name_shared_by_model_and_guide_is_refused():
