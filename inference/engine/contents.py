@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 Same = Callable[[Any], bool]
 
-NUMBERS = (int, float, complex, str, bytes, type(None))
+NUMBERS = (int, float, complex, str, bytes, type(None), np.generic)
 _LIBRARIES = {"builtins", "gumbo", "numpy", "pyro", "torch", *sys.stdlib_module_names} - {"__main__"}
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 _CACHED = type(lru_cache(abs))
@@ -156,10 +156,12 @@ class Contents:
 
 
 def _same_array(array: np.ndarray) -> Same:
-    before = array.copy()
+    before, missing = array.copy(), array.dtype.kind in "fc"
 
     def same(now: Any) -> bool:
-        return isinstance(now, np.ndarray) and now.dtype == before.dtype and bool(np.array_equal(now, before))
+        if not isinstance(now, np.ndarray) or now.dtype != before.dtype:
+            return False
+        return bool(np.array_equal(now, before, equal_nan=missing))
 
     return same
 

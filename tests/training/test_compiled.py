@@ -732,7 +732,7 @@ def test_a_changed_attribute_is_captured_anew():
         model.factor = float(number + 2)
         step(Rows(data(), "x"))
     model.factor = 99.0
-    with pytest.raises(BadInput, match="change so often"):
+    with pytest.raises(BadInput, match="changes so often"):
         step(Rows(data(), "x"))
 
 
@@ -780,9 +780,13 @@ class Decoded(PyroModule):
         self.decoder, self.activation = nn.Linear(2, math.prod(SHAPE)), nn.Identity()
         self.settings, self.factors = Settings(), [1.0, {"last": torch.ones(())}]
         self.multiplied, self.change = enclosed()
+        self.missing = {"array": np.array([1.0, np.nan]), "number": float("nan"), "scalar": np.float32("nan")}
 
     def more(self, h):
-        return self.multiplied(h) * self.factors[0] * self.factors[1]["last"] * self.settings.scale.value
+        return self.multiplied(h) * self.factors[0] * self.factors[1]["last"] * self.scales()
+
+    def scales(self):
+        return self.settings.scale.value * np.nan_to_num(self.missing["number"], nan=1.0)
 
     def forward(self, x):
         with pyro.plate("data", len(x)):
@@ -806,6 +810,7 @@ CHANGES = {
     "tensor in a dictionary in a list": lambda model: model.factors[1].update(last=torch.tensor(2.0)),
     "tensor in a dictionary, written in place": lambda model: model.factors[1]["last"].fill_(2.0),
     "attribute of an object in an object": lambda model: setattr(model.settings.scale, "value", 2.0),
+    "scalar of NumPy": lambda model: model.missing.update(number=np.float32(2.0)),
     "element of an array": lambda model: model.settings.array.__setitem__(1, 2.0),
     "variable of a closure": lambda model: model.change(2.0),
 }

@@ -82,8 +82,8 @@ class CompiledStep(TorchStep):
         self.captures += 1
         if self.captures > 8:
             raise BadInput(
-                "the programs' attributes change so often that compiling does not pay: keep what changes in a buffer,"
-                f" or {ADVICE}"
+                "what the programs read changes so often that compiling does not pay: keep what changes in a buffer,"
+                f" name it in the class attribute 'uncaptured' if no result depends on it, or {ADVICE}"
             )
         self.check_parameters()
         _refuse_gradient_hooks(self.parameters)
