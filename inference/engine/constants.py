@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...errors import BadInput
-from .contents import Contents, is_of_a_library, is_plain_object
+from .contents import NUMBERS, Contents, is_of_a_library, is_plain_object
 
 ADVICE = "pass compile=False"
 
@@ -22,7 +22,7 @@ ADVICE = "pass compile=False"
 def unmoved(module: nn.Module) -> Iterator[None]:
     """Restore the attributes of all modules within on exit; a change of a plain one is refused.
 
-    So is another tensor in the place of an element of a list or dictionary that a module holds.
+    So is another tensor or number in the place of an element of a list or dictionary that a module holds.
     """
     modules = list(module.modules())
     before = [dict(vars(one)) for one in modules]
@@ -66,9 +66,13 @@ def _elements(held: Any) -> Mapping[Any, Any]:
 
 
 def _replaces(now: Any, before: Any) -> bool:
-    """Whether a list or dictionary has another tensor in the place of an element; one that grows may be a cache."""
+    """Whether a list or dictionary has another tensor or number in a place; one that grows may be a cache."""
     here, there = _elements(now), _elements(before)
-    return any(isinstance(here.get(key), Tensor) and here[key] is not value for key, value in there.items())
+    return any(
+        isinstance(here.get(key), (Tensor, *NUMBERS)) and differs(here[key], value)
+        for key, value in there.items()
+        if key in here
+    )
 
 
 def called_with(module: nn.Module, replaced: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:

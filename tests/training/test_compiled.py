@@ -569,6 +569,11 @@ def writes(model, z, likelihood):
     return likelihood(z * model.table)
 
 
+def counts_by_name(model, z, likelihood):
+    model.named["calls"] = model.named.get("calls", 0) + 1
+    return likelihood(z / model.named["calls"])
+
+
 def replaces(model, z, likelihood):
     model.held[0] = model.held[0] + z.detach().mean()
     return likelihood(z + model.held[0])
@@ -611,6 +616,7 @@ REFUSED = {
     keeps: "Changed.last changes as the program runs",
     replaces: "Changed.held changes as the program runs",
     replaces_by_name: "Changed.named changes as the program runs",
+    counts_by_name: "Changed.named changes as the program runs",
     rolls_python: "random numbers",
     rolls_numpy: "random numbers",
     rolls_a_numpy_generator: "differs from the eager one",
