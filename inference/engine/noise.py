@@ -270,10 +270,14 @@ def _normal_sized(tape, mean, std, size, *, dtype=None, layout=None, device=None
 
 def _multinomial(tape, probs, num_samples, replacement=False):
     """Draw the class with the smallest exponential waiting time at its rate, as torch does for a single draw."""
-    if replacement and num_samples > 1:
+    several = replacement and num_samples > 1
+    if several:
         probs = probs.unsqueeze(-2).expand(*probs.shape[:-1], num_samples, probs.shape[-1])
-        return (probs / _exponential(tape, probs.shape, probs.dtype, probs.device)).argmax(-1)
-    speed = probs / _exponential(tape, probs.shape, probs.dtype, probs.device)
+    # The noise of a class lies together, so that compiled code compares the classes of many draws at a time.
+    waits = _exponential(tape, (probs.shape[-1], *probs.shape[:-1]), probs.dtype, probs.device).movedim(0, -1)
+    speed = probs / waits
+    if several:
+        return speed.argmax(-1)
     return speed.argmax(-1, keepdim=True) if num_samples == 1 else speed.topk(num_samples, -1).indices
 
 
