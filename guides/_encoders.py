@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from torch.nn.functional import one_hot
 
 from ..errors import BadInput
-from ..models._networks import mlp
+from ..models._networks import beside_each_other, mlp
 from ._conditionals import INITIAL_SCALE, Family
 from ._structure import Covariate, Look, Plate, Seen, bare
 
@@ -367,14 +367,6 @@ class Own(nn.Module):
 
     def forward(self, look: Look, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         return self._features(look)
-
-
-def beside_each_other(parts: Sequence[Tensor]) -> Tensor:
-    """Features ``(..., size)`` of several kinds, broadcast over leading dimensions and concatenated."""
-    if len(parts) == 1:
-        return parts[0]
-    leading = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-    return torch.cat([part.expand(*leading, part.shape[-1]) for part in parts], -1)
 
 
 def starting_numbers(family: Family, loc: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from ..errors import BadInput, UnknownName
+from ..models._networks import beside_each_other
 from ..tables import plain
 from ._conditionals import Family, family_of
-from ._encoders import WIDEST, GlobalHead, LocalHead, Own, Trunk, aligned, beside_each_other, flattened
+from ._encoders import WIDEST, GlobalHead, LocalHead, Own, Trunk, aligned, flattened
 from ._inversion import Inverse, drawn_in_model_order, faithful_inverse
 from ._structure import Covariate, Look, Plate, Seen, Structure, covariates, look_at, read, tensors_in, whole, within
 
@@ -229,6 +230,13 @@ class AmortizedGuide(PyroModule):
                 shape[look.plates[plate].dim] = look.plates[plate].full_size
         return shape
 
+    def _shape_of(self, plates: Sequence[str], look: Look) -> list[int]:
+        """The batch shape of this run's rows of those plates, with ones for the other dimensions."""
+        shape = [1] * self._depth
+        for plate in plates:
+            shape[look.plates[plate].dim] = look.plates[plate].size
+        return shape
+
     def _apart(self, name: str, look: Look) -> tuple[str, ...]:
         """The plates whose rows a site's factor draws apart."""
         return () if self._coupled[name] else look.sites[name].plates
@@ -380,9 +388,7 @@ class AmortizedGuide(PyroModule):
         with within(scale):
             flat = pyro.sample(f"{name}_joint", family.base(_flat(output)), infer={"is_auxiliary": True})
         rank, element = len(seen.event_shape), self._elements[name]
-        shape = [1] * self._depth
-        for plate in seen.plates:
-            shape[look.plates[plate].dim] = look.plates[plate].size
+        shape = self._shape_of(seen.plates, look)
         leading = flat.shape[:-1]
         leading = leading[: len(leading) - self._depth] if len(leading) > self._depth else torch.Size()
         inner = flat.reshape(*leading, *shape, *element.shape)
@@ -403,9 +409,7 @@ class AmortizedGuide(PyroModule):
         x = aligned(element.read(value, seen), value.dim() - rank, self._depth)
         if isinstance(head, GlobalHead) and element.continuous:
             if self._coupled[name]:
-                shape = [1] * self._depth
-                for plate in seen.plates:
-                    shape[look.plates[plate].dim] = look.plates[plate].size
+                shape = self._shape_of(seen.plates, look)
                 x = x.expand(*x.shape[: x.dim() - 1 - self._depth], *shape, x.shape[-1])
                 flat = x.reshape(*x.shape[: x.dim() - 1 - self._depth], *[1] * self._depth, -1)
                 x = head.centred(flat).reshape(x.shape)

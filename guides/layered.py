@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import BadInput
 from ..models._base import GenerativeModel
-from ..models._networks import mlp
+from ..models._networks import beside_each_other, mlp
 from ..models.families import MIN_SD, TEMPERATURE, distribution, families, num_outputs
 from ._base import Guide, guides
 
@@ -96,9 +96,7 @@ class LayeredGuide(Guide):
         inputs = [values[name].flatten(-len(self.latents[name].shape)) for name in self.parents[site]]
         if self._sees_data(site):
             inputs.append(features)
-        leading = torch.broadcast_shapes(*(part.shape[:-1] for part in inputs))
-        joined = torch.cat([part.expand(*leading, -1) for part in inputs], -1)
-        output = self.encoder_sites[site](joined)
+        output = self.encoder_sites[site](beside_each_other(inputs))
         return distribution(latent, output, min_sd=self.min_sd, temperature=self.temperature)
 
     def _sees_data(self, site: str) -> bool:

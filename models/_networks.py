@@ -54,6 +54,14 @@ def mlp(sizes: Sequence[int], activation: str = "relu", activate_last: bool = Fa
     return nn.Sequential(*(layers if activate_last else layers[:-1]))
 
 
+def beside_each_other(parts: Sequence[Tensor]) -> Tensor:
+    """Features ``(..., size)`` of several kinds, broadcast over leading dimensions and concatenated."""
+    if len(parts) == 1:
+        return parts[0]
+    leading = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*leading, part.shape[-1]) for part in parts], -1)
+
+
 # The transforms of x for encoders.
 INPUTS = {"identity": lambda x: x, "log1p": torch.log1p}
 

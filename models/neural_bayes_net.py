@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 
 from ..errors import BadInput
 from ._base import GenerativeModel, Latent, models
-from ._networks import mlp
+from ._networks import beside_each_other, mlp
 from .families import distribution, families, num_outputs
 
 
@@ -136,9 +136,7 @@ class NeuralBayesNet(GenerativeModel):
         if not above:
             return distribution(node, self.decoder_roots[name], min_sd=self.min_sd)
         parts = [values[parent].flatten(-len(self.nodes[parent].shape)) for parent in above]
-        leading = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        joined = torch.cat([part.expand(*leading, -1) for part in parts], -1)
-        return distribution(node, self.decoder[name](joined), min_sd=self.min_sd)
+        return distribution(node, self.decoder[name](beside_each_other(parts)), min_sd=self.min_sd)
 
     def pack(self, **values: torch.Tensor) -> torch.Tensor:
         """The observed variables ``(B, *shape)`` as one tensor ``(B, size)``; latent ones are left out."""

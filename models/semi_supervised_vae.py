@@ -12,7 +12,7 @@ from pyro.poutine.util import is_validation_enabled
 
 from ..errors import BadInput
 from ._base import GenerativeModel, Latent, models
-from ._networks import mlp
+from ._networks import beside_each_other, mlp
 
 
 @models.register("semi-supervised-vae")
@@ -84,9 +84,7 @@ class SemiSupervisedVAE(GenerativeModel):
 
     def likelihood(self, y: torch.Tensor, z: torch.Tensor) -> dist.TorchDistribution:
         """p(x | y, z) for one-hot ``y`` ``(..., num_classes)`` and ``z`` ``(..., latent_dim)``."""
-        leading = torch.broadcast_shapes(y.shape[:-1], z.shape[:-1])
-        joined = torch.cat([y.expand(*leading, -1), z.expand(*leading, -1)], -1)
-        return self.observation(self.decoder(joined))
+        return self.observation(self.decoder(beside_each_other([y, z])))
 
     def inputs(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Images as ``x``, and their labels as ``y`` if they are given."""
