@@ -65,6 +65,12 @@ class Checked:
         return super().__new__(cls)
 
 
+def with_options(instance: object) -> str:
+    """The name of an instance's class with its options: the attributes without a leading underscore, sorted."""
+    options = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(instance).items()) if name[:1] != "_")
+    return f"{type(instance).__name__}({options})"
+
+
 def check_options(cls: type, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a constructor by name, with defaults; the constructor itself reports missing ones.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput, Refusal
-from ...options import Checked
+from ...options import Checked, with_options
 from ...registry import Registry, home_of
 from ._distributions import clear_caches, describe, elementary, find_probs_once, score_log_prob, support_moves
 
@@ -246,8 +246,7 @@ class Estimator(Checked):
         return type(self).__name__
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in sorted(vars(self).items()) if not key.startswith("_"))
-        return f"{type(self).__name__}({options})"
+        return with_options(self)
 
     @property
     def runs_again(self) -> bool:

@@ -30,6 +30,14 @@ def slope(total: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
     return torch.zeros_like(at) if found is None else found
 
 
+def loss_of_state(view: SiteView, loss: Tensor) -> Tensor:
+    """A scalar with the gradient of a loss for the parameters of the site's own state, and for nothing else."""
+    parameters = [p for p in view.state.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
+    pairs = [(p, g) for p, g in zip(parameters, found, strict=False) if g is not None]
+    return sum(((p * g).sum() for p, g in pairs), start=view.cost.new_zeros(()))
+
+
 def cost_between(view: SiteView, estimator: Estimator, value: Tensor, downstream: str) -> tuple[Tensor, Tensor]:
     """The cost at a relaxed or mean value, element by element, and its sum with each term counted once.
 

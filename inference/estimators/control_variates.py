@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...errors import BadInput, UnsupportedSite
 from ._base import Draw, Estimator, SiteState, SiteView, estimators
 from ._distributions import is_one_hot, logits_of
-from ._reruns import cost_between, share_shape, slope, spread
+from ._reruns import cost_between, loss_of_state, share_shape, slope, spread
 from .relaxation import bounded_logits, conditional_scores, harden, noise, relaxable_why_not, squash
 from .score import ask, features
 
@@ -173,12 +173,7 @@ class ControlVariate(Estimator, ABC):
         state = view.state
         state.observe(view.cost, control.detach(), view.mean)
         unit = torch.where(state.variance > 0, state.scale(), view.mean(view.cost.square()).sqrt()).clamp(min=1e-6)
-        loss = (gradient / unit).square().sum()
-        parameters = [p for p in view.state.parameters() if p.requires_grad]
-        found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
-        # Linear in the parameters, so that nothing else in the loss receives a gradient.
-        pairs = [(p, g) for p, g in zip(parameters, found, strict=False) if g is not None]
-        return sum(((p * g).sum() for p, g in pairs), start=view.cost.new_zeros(()))
+        return loss_of_state(view, (gradient / unit).square().sum())
 
 
 def log_prob_of_coin(logits: Tensor, value: Tensor) -> Tensor:

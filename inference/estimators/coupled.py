@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import BadInput
 from ._base import Draw, Estimator, SiteView, estimators
 from ._distributions import clear_caches, describe, is_bernoulli, is_one_hot
-from .relaxation import bounded_logits
+from .relaxation import bounded_logits, one_hot_why_not
 
 
 def coin_uniforms(probs: Tensor) -> Tensor:
@@ -187,8 +187,7 @@ class CARMS(ARMS):
     """
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
-        fn = site["fn"]
-        return None if is_one_hot(fn) else f"it is for OneHotCategorical sites, this one is {describe(fn)}"
+        return one_hot_why_not(site)
 
 
 estimators.register("arms", ARMS)

@@ -8,8 +8,8 @@ from typing import Any
 
 from ...errors import BadInput
 from ._base import Draw, Estimator, Schedule, at_step, check_temperature, detached_draw, estimators
-from ._distributions import LinearExtension, describe, is_one_hot
-from .relaxation import bounded_logits, squash
+from ._distributions import LinearExtension
+from .relaxation import bounded_logits, one_hot_why_not, squash
 
 
 class GappedStraightThrough(Estimator):
@@ -39,8 +39,7 @@ class GappedStraightThrough(Estimator):
         self.temperature, self.gap = check_temperature(temperature), float(gap)
 
     def why_not(self, site: Mapping[str, Any]) -> str | None:
-        fn = site["fn"]
-        return None if is_one_hot(fn) else f"it is for OneHotCategorical sites, this one is {describe(fn)}"
+        return one_hot_why_not(site)
 
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
         logits = bounded_logits(fn)

@@ -37,6 +37,12 @@ def relaxable_why_not(site: Mapping[str, Any]) -> str | None:
     return f"a relaxation needs a OneHotCategorical or Bernoulli site, this one is {describe(fn)}"
 
 
+def one_hot_why_not(site: Mapping[str, Any]) -> str | None:
+    """Why an estimator of one-hot draws alone does not support a site, or None."""
+    fn = site["fn"]
+    return None if is_one_hot(fn) else f"it is for OneHotCategorical sites, this one is {describe(fn)}"
+
+
 def gumbel(like: Tensor) -> Tensor:
     """Standard Gumbel noise, −log(−log u), finite in every float type."""
     tiny = torch.finfo(like.dtype).tiny

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BadInput, UnsupportedSite
-from ...options import Checked
+from ...options import Checked, with_options
 from ._base import Draw, Estimator, SiteView, detached_draw, estimators, score_why_not
 
 
@@ -45,8 +45,7 @@ class Baseline(Checked):
         return None
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in sorted(vars(self).items()) if not key.startswith("_"))
-        return f"{type(self).__name__}({options})"
+        return with_options(self)
 
 
 class _Average(nn.Module):

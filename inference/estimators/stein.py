@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._base import Draw, SiteView, estimators, sloping_draw
 from ._distributions import describe, elementary, is_bernoulli, is_one_hot
-from ._reruns import share_shape
+from ._reruns import loss_of_state, share_shape
 from .double_control_variates import (
     Coefficients,
     DoubleControlVariates,
@@ -159,12 +159,7 @@ class Rodeo(DoubleControlVariates):
     def variance_loss(self, view: SiteView, gradient: Tensor) -> Tensor:
         """A scalar whose gradient, for the network's parameters alone, is that of the squared gradient of the site."""
         mean = gradient.mean(view.particle_dim - view.event_dim, keepdim=True)
-        loss = (mean / view.state.scale(view.cost, view.mean)).square().sum()
-        parameters = [p for p in view.state.parameters() if p.requires_grad]
-        found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
-        # Linear in the parameters, so that nothing else in the loss receives a gradient.
-        pairs = [(p, g) for p, g in zip(parameters, found, strict=False) if g is not None]
-        return sum(((p * g).sum() for p, g in pairs), start=view.cost.new_zeros(()))
+        return loss_of_state(view, (mean / view.state.scale(view.cost, view.mean)).square().sum())
 
 
 estimators.register("rodeo", Rodeo)

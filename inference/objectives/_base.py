@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import BadInput, Refusal, UnknownName
-from ...options import Checked
+from ...options import Checked, with_options
 from ...registry import Registry
 from ..engine.terms import Recorded
 from ..estimators._base import Estimator
@@ -67,7 +67,7 @@ class Objective(Checked):
         return f"{self.name}({options})" if options else self.name
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+        return with_options(self)
 
     def accepts(self, estimator: Estimator) -> bool:
         """Whether the objective supports an estimator's gradient."""
