@@ -489,12 +489,21 @@ def noise(moments) -> float:
 # --- what is made of the results
 
 
+def runs_of(arm: Arm, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The arm's training runs, one for each available seed."""
+    return [r for r in results if r["what"] == "training" and (r["family"], r["arm"]) == (arm.family, arm.name)]
+
+
+def moments_of(arm: Arm, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The moments of gradients by arm of this arm's family, one mapping for each available seed."""
+    return [r["moments"] for r in results if r["what"] == "gradients" and r["family"] == arm.family]
+
+
 def summarize(arms: Sequence[Arm], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per arm: means and standard errors over the available seeds."""
     rows = []
     for arm in arms:
-        runs = [r for r in results if r["what"] == "training" and (r["family"], r["arm"]) == (arm.family, arm.name)]
-        moments = [r["moments"] for r in results if r["what"] == "gradients" and r["family"] == arm.family]
+        runs, moments = runs_of(arm, results), moments_of(arm, results)
         row: dict[str, Any] = {"family": arm.family, "arm": arm.name, "seeds": len(runs)}
         row["particles"] = "K" if arm.particles else 1
         row["objective"] = runs[0]["objective"] if runs else None
@@ -660,8 +669,7 @@ def write_report(run: RunFolder, config: Compare, arms: Sequence[Arm], results: 
     for family in dict.fromkeys(arm.family for arm in arms):
         title, body = table_of(family, rows)
         page.table(HEADS, body, title[0].upper() + title[1:])
-        runs = {arm.name: [r for r in results if r["what"] == "training" and r["arm"] == arm.name] for arm in arms}
-        curves = {name: mean_curve([r for r in found if r["family"] == family]) for name, found in runs.items()}
+        curves = {arm.name: mean_curve(runs_of(arm, results)) for arm in arms if arm.family == family}
         page.curves(
             f"True ELBO on validation data, {family} latents", curves, "epoch", "nats per datum, mean over seeds"
         )
@@ -698,9 +706,8 @@ def draw(run: RunFolder, config: Compare, arms: Sequence[Arm], results: Sequence
     variances: dict[str, dict[str, Any]] = {}
     for arm in arms:
         title = f"{arm.family} latents"
-        runs = [r for r in results if r["what"] == "training" and (r["family"], r["arm"]) == (arm.family, arm.name)]
+        runs, moments = runs_of(arm, results), [m[arm.name] for m in moments_of(arm, results)]
         curves.setdefault(title, {})[arm.name] = np.array([r["valid_elbo"] for r in runs])
-        moments = [r["moments"][arm.name] for r in results if r["what"] == "gradients" and r["family"] == arm.family]
         variances.setdefault(title, {})[arm.name] = {
             "initial parameters": [m["initial"]["variance"] for m in moments],
             "after common training": [m["trained"]["variance"] for m in moments],

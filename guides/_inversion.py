@@ -59,78 +59,95 @@ def faithful_inverse(
     >>> faithful_inverse(prior, ["y"], order=["t1", "t2", "mu"]).parents
     {'t1': (), 't2': ('t1',), 'mu': ('t1', 't2')}
     """
-    places = {name: place for place, name in enumerate(prior)}
     within = {name: frozenset((plates or {}).get(name, ())) for name in prior}
     latent = [name for name in prior if name not in observed]
     drawn = [name for name in latent if name not in summed]
     if order is not None and sorted(order) != sorted(drawn):
         raise BadInput(f"order names {', '.join(order)}: expected each latent site once ({', '.join(drawn)})")
-    near: dict[str, set[str]] = {name: set() for name in latent}
-    seen: dict[str, set[str]] = {name: set() for name in latent}
-    coupled: dict[str, set[str]] = {name: set() for name in latent}
-    for child, above in prior.items():
-        family = [name for name in above if name in near]
-        for name in family:
-            coupled[name] |= within[name] - within[child]
-            if child in near:
-                _join(near, name, child)
-            else:
-                seen[name].add(child)
-        for one, other in combinations(family, 2):
-            _join(near, one, other)
-
-    parents: dict[str, set[str]] = {}
-    reads: dict[str, set[str]] = {}
-
-    def eliminate(name: str) -> None:
-        left = near.pop(name)
-        parents[name], reads[name] = set(left), set(seen[name])
-        for other in left:
-            near[other].discard(name)
-            seen[other] |= seen[name]
-            coupled[other] |= within[other] - within[name]
-        for one, other in combinations(left, 2):
-            _join(near, one, other)
-
-    with_data = frozenset().union(*(within[name] for name in prior if name in observed))
-
-    def couples(name: str) -> int:
-        """How many pairs of a site and a plate with data are coupled once this site is eliminated."""
-        return sum(len((within[other] - within[name] - coupled[other]) & with_data) for other in near[name])
-
+    graph = _Graph(prior, observed, within)
     waiting = [name for name in latent if name in summed]
     while waiting:
-        eliminate(waiting.pop(waiting.index(_cheapest(waiting, near, places))))
-    given = list(reversed(order)) if order is not None else None
-    backwards = []
-    while near:
-        if given is not None:
-            name = given.pop(0)
-        else:
-            deepest = [name for name in near if not any(within[name] < within[other] for other in near)]
-            fewest = min(map(couples, deepest))
-            name = _cheapest([name for name in deepest if couples(name) == fewest], near, places)
-        eliminate(name)
-        backwards.append(name)
-    forwards = list(reversed(backwards))
+        graph.eliminate(waiting.pop(waiting.index(graph.cheapest(waiting))))
+    forwards = list(order) if order is not None else []
+    for name in reversed(forwards):
+        graph.eliminate(name)
+    while graph.near:
+        graph.eliminate(name := graph.next())
+        forwards.insert(0, name)
     rank = {name: place for place, name in enumerate(forwards)}
     return Inverse(
-        {name: tuple(sorted(parents[name], key=rank.__getitem__)) for name in forwards},
-        {name: tuple(sorted(reads[name], key=places.__getitem__)) for name in forwards},
-        {name: frozenset(coupled[name]) for name in forwards},
+        {name: tuple(sorted(graph.parents[name], key=rank.__getitem__)) for name in forwards},
+        {name: tuple(sorted(graph.reads[name], key=graph.places.__getitem__)) for name in forwards},
+        {name: frozenset(graph.coupled[name]) for name in forwards},
     )
 
 
-def _join(near: dict[str, set[str]], one: str, other: str) -> None:
-    near[one].add(other)
-    near[other].add(one)
+class _Graph:
+    """The moralized graph of a prior, from which latent sites are eliminated one by one.
 
+    Attributes:
+        places: the place of each site in the model's order.
+        near: for each latent site that is left, its neighbours.
+        seen: for each latent site the observed sites that depend on it, or on a site that was eliminated near it.
+        coupled: for each latent site the plates along which its own elements depend on each other.
+        parents, reads: for each eliminated site its latent and its observed neighbours at that time.
+    """
 
-def _cheapest(names: Iterable[str], near: Mapping[str, set[str]], places: Mapping[str, int]) -> str:
-    def added(name: str) -> int:
-        return sum(other not in near[one] for one, other in combinations(near[name], 2))
+    def __init__(
+        self, prior: Mapping[str, Collection[str]], observed: Collection[str], within: Mapping[str, frozenset[str]]
+    ):
+        self.within, self.places = within, {name: place for place, name in enumerate(prior)}
+        self.with_data = frozenset().union(*(within[name] for name in prior if name in observed))
+        latent = [name for name in prior if name not in observed]
+        self.near: dict[str, set[str]] = {name: set() for name in latent}
+        self.seen: dict[str, set[str]] = {name: set() for name in latent}
+        self.coupled: dict[str, set[str]] = {name: set() for name in latent}
+        self.parents: dict[str, set[str]] = {}
+        self.reads: dict[str, set[str]] = {}
+        for child, above in prior.items():
+            family = [name for name in above if name in self.near]
+            for name in family:
+                self.coupled[name] |= within[name] - within[child]
+                if child in self.near:
+                    self._join(name, child)
+                else:
+                    self.seen[name].add(child)
+            for one, other in combinations(family, 2):
+                self._join(one, other)
 
-    return min(names, key=lambda name: (added(name), -places[name]))
+    def _join(self, one: str, other: str) -> None:
+        self.near[one].add(other)
+        self.near[other].add(one)
+
+    def eliminate(self, name: str) -> None:
+        """Take a site out of the graph, and connect its neighbours to each other."""
+        left = self.near.pop(name)
+        self.parents[name], self.reads[name] = set(left), set(self.seen[name])
+        for other in left:
+            self.near[other].discard(name)
+            self.seen[other] |= self.seen[name]
+            self.coupled[other] |= self.within[other] - self.within[name]
+        for one, other in combinations(left, 2):
+            self._join(one, other)
+
+    def next(self) -> str:
+        """The site to eliminate next."""
+        deepest = [name for name in self.near if not any(self.within[name] < self.within[one] for one in self.near)]
+        fewest = min(map(self._couples, deepest))
+        return self.cheapest([name for name in deepest if self._couples(name) == fewest])
+
+    def _couples(self, name: str) -> int:
+        """How many pairs of a site and a plate with data are coupled once this site is eliminated."""
+        lost = (self.within[other] - self.within[name] - self.coupled[other] for other in self.near[name])
+        return sum(len(plates & self.with_data) for plates in lost)
+
+    def cheapest(self, names: Iterable[str]) -> str:
+        """The site whose elimination adds the fewest edges; of equals the one that the model samples last."""
+
+        def added(name: str) -> int:
+            return sum(other not in self.near[one] for one, other in combinations(self.near[name], 2))
+
+        return min(names, key=lambda name: (added(name), -self.places[name]))
 
 
 def drawn_in_model_order(
