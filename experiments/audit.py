@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gumbo.errors import BadInput, GumboError
+from gumbo.errors import BadInput, GumboError, first_line
 from gumbo.experiments._command import run_command
 from gumbo.experiments._names import current_folder_importable, imported, named_objective, program
 from gumbo.experiments._runs import RunFolder
@@ -101,10 +101,9 @@ def audit(config: Audit):
         run.empty()
         if isinstance(error, GumboError):
             raise
-        first = next(iter(str(error).splitlines()), "")
         bare = config.args is None and config.data is None and isinstance(error, TypeError)
         advice = "; say what they are called with: --args module:function" if bare else ""
-        raise BadInput(f"the programs fail on these arguments: {type(error).__name__}: {first}{advice}") from error
+        raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}{advice}") from error
     report.to_netcdf(run.path / "audit.nc", engine="h5netcdf")
     (run.path / "table.md").write_text(as_markdown(report, f"{config.model} and {config.guide}"))
     plot_audit(report, run.plots / "audit.png")

@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
-from ..errors import BadInput, GumboError
+from ..errors import BadInput, GumboError, first_line
 
 TRACES = 20  # number of draws from the prior
 RERUNS = 400  # the most runs that test dependencies by changing one site's value
@@ -289,9 +289,8 @@ def read(model: Callable, args: tuple, kwargs: Mapping[str, Any], num_traces: in
         except GumboError:
             raise
         except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
             raise BadInput(
-                f"amortize: the model fails on these arguments ({type(error).__name__}: {first}); give those that it"
+                f"amortize: the model fails on these arguments ({first_line(error, kind=True)}); give those that it"
                 " takes, data included"
             ) from error
     _check(looks)
@@ -380,10 +379,8 @@ def _tracked(model: Callable, args: tuple, kwargs: Mapping[str, Any], look: Look
         with left_alone(model), poutine.block():
             found = get_dependencies(model, args, dict(kwargs))["prior_dependencies"]
     except Exception as error:  # code of the user's on tensors of a class of Pyro's
-        first = (str(error).splitlines() or [""])[0]
-        return {}, (
-            f"value tracking fails in this model ({type(error).__name__}: {first[:80]}): dependencies by perturbation"
-        )
+        said = f"{type(error).__name__}: {first_line(error)[:80]}"
+        return {}, f"value tracking fails in this model ({said}): dependencies by perturbation"
     return {name: {above for above in up if above in latent and above != name} for name, up in found.items()}, ""
 
 

@@ -87,7 +87,7 @@ PROGRAM_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionErro
 
 @contextmanager
 def rows_in_plates() -> Iterator[None]:
-    """Say of a program whose plate is empty that it has no data: Pyro divides by its size."""
+    """Turn Pyro's division by the size of an empty plate into a BadInput that says that the data are empty."""
     try:
         yield
     except ZeroDivisionError as error:

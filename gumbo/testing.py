@@ -24,7 +24,7 @@ from torch.nn import Module
 
 from ._check_estimator import check_estimator
 from ._check_objective import check_objective
-from .errors import BadInput
+from .errors import BadInput, first_line
 from .models.families import families
 
 if TYPE_CHECKING:
@@ -210,8 +210,7 @@ def _check_rows_and_particles(module: Module, trace: poutine.Trace, x: Tensor, c
     batch = _log_probs(trace)
     with _running(who, "row by row"):
         alone = [
-            _log_probs(_replay(module, _pick(trace, i, dim=0), x[i : i + 1], **_one(conditions, i)))
-            for i in range(len(x))
+            _log_probs(_replay(module, _pick(trace, i), x[i : i + 1], **_one(conditions, i))) for i in range(len(x))
         ]
     for name in local:
         rows = torch.cat([one[name] for one in alone])
@@ -223,7 +222,7 @@ def _check_rows_and_particles(module: Module, trace: poutine.Trace, x: Tensor, c
         shape, expected = tuple(site["log_prob"].shape), (PARTICLES, len(x) if name in local else 1)
         _require(shape == expected, who, f"site {name!r} has log-probabilities {shape} for particles, not {expected}")
     for k in range(PARTICLES):
-        one = _log_probs(_replay(module, _pick(several, k, dim=0, keep=False), x, **conditions))
+        one = _log_probs(_replay(module, _pick(several, k, keep=False), x, **conditions))
         for name, log_prob in one.items():
             same = _close(several.nodes[name]["log_prob"][k], log_prob)
             _require(same, who, f"site {name!r} means something else for {PARTICLES} particles than for one")
@@ -326,8 +325,7 @@ def _running(who: str, when: str) -> Iterator[None]:
     except AssertionError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        _fail(who, f"fails {when}: {type(error).__name__}: {reason}", error)
+        _fail(who, f"fails {when}: {first_line(error, kind=True)}", error)
 
 
 @contextmanager
@@ -382,14 +380,14 @@ def _log_probs(trace: poutine.Trace) -> dict[str, Tensor]:
     return {name: site["log_prob"].detach() for name, site in _sites(trace)}
 
 
-def _pick(trace: poutine.Trace, index: int, dim: int, keep: bool = True) -> poutine.Trace:
-    """A trace of the latent values at one index of a leading dimension, for replays; a global value has no rows."""
+def _pick(trace: poutine.Trace, index: int, keep: bool = True) -> poutine.Trace:
+    """A trace of the latent values at one index of the first dimension, for replays; a global value has no rows."""
     picked = poutine.Trace()
     for name, site in _sites(trace):
         if not site["is_observed"]:
             value = site["value"].detach()
-            value = value.narrow(dim, index, 1) if site["cond_indep_stack"] else value
-            picked.add_node(name, **{**site, "value": value if keep else value.squeeze(dim)})
+            value = value.narrow(0, index, 1) if site["cond_indep_stack"] else value
+            picked.add_node(name, **{**site, "value": value if keep else value.squeeze(0)})
     return picked
 
 

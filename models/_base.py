@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.poutine.util import is_validation_enabled
 
-from ..errors import BadInput
+from ..errors import BadInput, first_line
 from ..options import ConstructorSignature, check_options
 from ..registry import Registry
 from .families import Latent
@@ -61,8 +61,7 @@ def _within_memory(init: Callable[..., None]) -> Callable[..., None]:
         try:
             init(self, *args, **kwargs)
         except (MemoryError, OverflowError, RuntimeError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadInput(f"{type(self).__name__} cannot be made of these options: {first}") from error
+            raise BadInput(f"{type(self).__name__} cannot be made of these options: {first_line(error)}") from error
 
     return made
 

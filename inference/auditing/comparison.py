@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyro.infer import ELBO
 
-from ...errors import BadInput, GumboError, GumboWarning, Refusal, UnsupportedSite, raised_here
+from ...errors import BadInput, GumboError, GumboWarning, Refusal, UnsupportedSite, first_line, raised_here
 from ...options import holds_to_annotations
 from ..elbo import SiteELBO
 from ..engine.arrangement import ONE_BY_ONE
@@ -295,10 +295,9 @@ def _attempt(row: Row, action: Callable[[], None]) -> None:
     except GumboError as error:
         row.refused = Refusal(str(error))
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
         # Pyro raises NotImplementedError for what it does not support.
-        is_refusal = isinstance(error, NotImplementedError) and first and not raised_here(error)
-        row.refused, row.failed = Refusal(first if is_refusal else f"{type(error).__name__}: {first}"), not is_refusal
+        is_refusal = isinstance(error, NotImplementedError) and str(error) and not raised_here(error)
+        row.refused, row.failed = Refusal(first_line(error, kind=not is_refusal)), not is_refusal
 
 
 def _settle(rows: list[Row], burn_in: int, rounds: int, seed: int) -> None:

@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ...errors import BadInput, GumboError
+from ...errors import BadInput, GumboError, first_line
 from ..elbo import SiteELBO
 from ..engine.handlers import CheckedRows
 from ..engine.interventions import ChosenRows, DrawnDetached
@@ -67,9 +67,8 @@ class Stage:
         except GumboError:
             raise
         except Exception as error:  # the user's own programs
-            first = next(iter(str(error).splitlines()), "")
             raise BadInput(
-                f"the programs cannot run on these arguments: {type(error).__name__}: {first}; model and guide are "
+                f"the programs cannot run on these arguments: {first_line(error, kind=True)}; model and guide are "
                 "called alike, with what follows them"
             ) from error
         check_shared_names(model, guide)

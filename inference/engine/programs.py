@@ -410,17 +410,15 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if any(
             said in str(error) for said in ("numpy() on Tensor that requires grad", "used in an in-place operation")
         ):
-            first = str(error).splitlines()[0]
             raise BadInput(
                 f"the program applies an operation to a draw or a parameter that torch does not allow with gradients"
-                f" ({first}); call .detach() first, or take an estimator of values alone, such as 'rloo'"
+                f" ({first_line(error)}); call .detach() first, or take an estimator of values alone, such as 'rloo'"
             ) from error
         if not any(said in str(error) for said in ("does not require grad", "to not have been used in the graph")):
             raise
-        first = first_line(error)
         raise CallsAutograd(
-            f"the program calls autograd inside, and something there carries no gradient ({first}); draws have one"
-            " under 'pathwise' only, parameters under every word but stl, dreg, rebar and muprop"
+            f"the program calls autograd inside, and something there carries no gradient ({first_line(error)}); draws"
+            " have one under 'pathwise' only, parameters under every word but stl, dreg, rebar and muprop"
         ) from error
     except (ValueError, ZeroDivisionError) as error:
         # Only Pyro's own size errors are converted; errors raised by the user's program pass unchanged.

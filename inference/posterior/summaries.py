@@ -121,6 +121,3 @@ def _khat_of_rows(idata: Any, name: str) -> np.ndarray:
     if worst is None or not set(worst.dims) <= set(one.dims):
         return np.full(one.size, np.nan if worst is None else float(worst.max()))
     return worst.broadcast_like(one.astype(float)).transpose(*one.dims).values.reshape(-1)
-
-
-# --- what is drawn ----------------------------------------------------------------------------------------------------

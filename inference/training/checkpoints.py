@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..._version import __version__
-from ...errors import BadInput, GumboWarning
+from ...errors import BadInput, GumboWarning, first_line
 from ...files import write_whole
 
 FORMAT = 1  # increases when the format changes incompatibly in either direction
@@ -121,8 +121,8 @@ def _load(path: Path, content: bytes, device: torch.device | str) -> Any:
     except pickle.UnpicklingError as error:
         raise BadInput(f"{path} holds more than tensors and plain values, which could run code: not loaded") from error
     except Exception as error:  # torch raises errors of any type on a broken archive
-        first = (str(error).splitlines() or [""])[0]
-        raise DamagedCheckpoint(f"{path} is damaged: torch cannot read it ({type(error).__name__}: {first})") from error
+        said = first_line(error, kind=True)
+        raise DamagedCheckpoint(f"{path} is damaged: torch cannot read it ({said})") from error
     if _parts(state, _MANY) > _MANY:
         raise DamagedCheckpoint(f"{path} is damaged: a few values of it unfold to more than {_MANY}")
     return state

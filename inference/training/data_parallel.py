@@ -211,4 +211,4 @@ def gradients_of(kinds: list[list[Tensor]], counts: bool) -> list[list[Tensor]]:
 
 
 def _as_ours(error: Exception) -> GumboError:
-    return error if isinstance(error, GumboError) else GumboError(f"{type(error).__name__}: {first_line(error)}")
+    return error if isinstance(error, GumboError) else GumboError(first_line(error, kind=True))

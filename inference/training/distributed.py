@@ -243,7 +243,7 @@ def alone(error: GumboError, rank: int) -> GumboError:
 
 
 def _told(error: Exception) -> tuple[bool, str]:
-    said = str(error) if isinstance(error, GumboError) else f"{type(error).__name__}: {first_line(error)}"
+    said = str(error) if isinstance(error, GumboError) else first_line(error, kind=True)
     return isinstance(error, BadInput), said
 
 

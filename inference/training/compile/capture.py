@@ -31,7 +31,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ....errors import BadInput, GumboError
+from ....errors import BadInput, GumboError, first_line
 from ...elbo import SiteELBOModule
 from ...engine import noise
 from ...engine.constants import ADVICE, called_with, unmoved
@@ -313,8 +313,7 @@ def _explained(error: BaseException, asked_at: str | None) -> BaseException:
         return asks_for_a_value(asked_at or _line_of(found))
     if isinstance(error, GumboError):
         return error
-    first = (str(error).splitlines() or [""])[0]
-    reason = f"fails without values ({type(error).__name__}: {first})"
+    reason = f"fails without values ({first_line(error, kind=True)})"
     return BadInput(f"compile: the program {reason}, at {_line_of(error)}; {ADVICE}")
 
 

@@ -13,7 +13,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ....errors import BadInput
+from ....errors import BadInput, first_line
 from ...elbo import SiteELBO
 from ...engine.constants import ADVICE, Watch
 from ...engine.noise import Noise, Tape
@@ -674,7 +674,6 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
             run = compile_graph(graph, [_copied(tensor) for tensor in inputs], options=OPTIONS)
             run = _generated_code(run, inputs)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         if any(
             word in f"{type(error).__name__} {error}"
             for word in ("InvalidCxxCompiler", "No working C++", "TritonMissing")
@@ -685,7 +684,7 @@ def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[
         if graph.meta.get("asks at") and any(word in type(error).__name__ for word in ("DataDependent", "OutputShape")):
             raise asks_for_a_value(graph.meta["asks at"]) from error
         raise BadInput(
-            f"compile: torch's compiler fails on this program ({type(error).__name__}: {first}); {ADVICE}"
+            f"compile: torch's compiler fails on this program ({first_line(error, kind=True)}); {ADVICE}"
         ) from error
     return run
 
