@@ -20,9 +20,10 @@ ADVICE = "pass compile=False"
 
 @contextmanager
 def unmoved(module: nn.Module) -> Iterator[None]:
-    """Restore the attributes of all modules within on exit; a change of a plain one is refused.
+    """Restore the attributes of a module and its submodules on exit, and refuse changes that a graph would not repeat.
 
-    So is another tensor or number in the place of an element of a list or dictionary that a module holds.
+    Refused are a change of a plain attribute, and another tensor or number in the place of an element of a list or
+    dictionary that a module holds.
     """
     modules = list(module.modules())
     before = [dict(vars(one)) for one in modules]
@@ -214,7 +215,7 @@ def _own_classes(kind: type) -> list[type]:
 
 
 def _containers(held: Mapping[str, Any]) -> list[str]:
-    """Names of entries that are no plain values and may hold some."""
+    """The names of entries that are not plain values but may contain some."""
     return [
         name
         for name, value in held.items()

@@ -92,7 +92,7 @@ class Contents:
             self._add_read(lambda name=name: function.__globals__.get(name), names)
 
     def _add_read(self, get: Callable[[], Any], names: set[str]) -> None:
-        """Look at a value that a function reads, by the names that its code has."""
+        """Look at a value that a function reads; of a module or a class, at the ``names`` that are in its code."""
         value = get()
         if isinstance(value, (ModuleType, type)):
             if not is_of_a_library(value.__name__ if isinstance(value, ModuleType) else value.__module__):
@@ -104,7 +104,7 @@ class Contents:
             self.add(get)
 
     def changed(self) -> bool:
-        """Whether something has."""
+        """Whether any of these values has changed since it was added."""
         return any(not same(get()) for get, same in self._looks)
 
     def _meet(self, value: Any) -> None:

@@ -117,7 +117,7 @@ class Listing:
             return
         name, infer = msg["name"], msg["infer"]
         asked = self.drawn is not None and not msg["done"] and name not in self.drawn and is_marked(msg)
-        if not (asked or self.by_number or self.drawn is None):  # no site is enumerated yet, so it depends on none
+        if not (asked or self.by_number or self.drawn is None):  # it depends on no enumerated site: there is none yet
             self.dims[name] = {}
             if infer.get("_markov_scope") is not None:
                 self._depths[name] = infer["_markov_depth"]
@@ -296,7 +296,7 @@ class Terms:
     room: int
     symbols: Symbols
     found: list[Term] = field(default_factory=list)
-    zero: Tensor | None = None  # what a factor leaves behind
+    zero: Tensor | None = None  # the log-probability of a site whose own is a factor
     scaled: dict[str, Tensor] = field(default_factory=dict)  # in the guide, log q with scales and masks
 
     @property
@@ -421,7 +421,7 @@ class Terms:
             joined = [n for n in names if symbols.of_listed(self.listing.listed[n].number) in error.names]
             raise too_large(self.listing.memory, joined or names) from None
         except NotImplementedError as error:
-            # So Pyro says that plates cross: a site summed out in one of them depends on the other.
+            # Pyro raises this where plates cross: a site that is summed out in one plate depends on the other.
             apart = [site for site in self._listed(terms) if site.frames]
             if not apart:
                 raise UnsupportedSite(names[-1], ANY, first_line(error)) from None

@@ -54,13 +54,26 @@ ENOUGH_PATHS = 64  # after this many, the total is extrapolated from the fractio
 class Program:
     """A model and a guide, with the options of their runs.
 
-    With ``max_plate_nesting=None`` the first run, of one particle, determines it. With ``generators`` the programs' own
-    noise is separate from the sites' draws, so that it can be repeated. Enumerated sites of the model that the guide
-    does not sample are summed out; if ``eliminates`` is false, and in the run that
-    determines the nesting, they are drawn from the model. With ``lists_chains`` enumerated sites of the guide under
-    ``pyro.markov`` are summed out too, with ``kl_weight`` as the weight of the latent terms. With ``shares_dims`` the
-    elements of a sequential plate are enumerated along the same dimensions. Enumerated values may hold ``memory_limit``
-    bytes; ``largest`` are the bytes of the largest statement of one particle.
+    Args:
+        model, guide: the programs.
+        resolve: the estimator of a site, or None.
+        num_particles: K.
+        max_plate_nesting: the depth of nested plates; None: the first run, of one particle, determines it.
+        vectorized: whether the particles run at once, along a dimension, or one by one.
+        joint: the enumerated sites whose values are enumerated jointly over their plates.
+        enum_dims: the dimension of each enumerated site; runs add to it.
+        step: the number of earlier training steps.
+        generators: keep the programs' own noise separate from the sites' draws, so that it can be repeated; None does
+            not.
+        memory_limit: the bytes that enumerated values may hold.
+        lists_chains: whether enumerated sites of the guide under ``pyro.markov`` are summed out by elimination.
+        kl_weight: the weight of the latent terms in these sums.
+        shares_dims: whether the elements of a sequential plate are enumerated along the same dimensions.
+        largest: the bytes of the largest statement of one particle.
+
+    Attributes:
+        eliminates: whether enumerated sites of the model that the guide does not sample are summed out. Otherwise, and
+            in the run that determines the nesting, they are drawn from the model.
     """
 
     def __init__(

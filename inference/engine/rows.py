@@ -231,7 +231,7 @@ class Rows:
 
 
 def _refuse_tables(rows: Rows, what: str) -> None:
-    """Raise BadInput for data whose rows are those of a table of another library, which no batch can be taken of."""
+    """Raise BadInput for a table of another library, whose rows cannot be cut into batches."""
     for name, value in rows.named():
         if callable(getattr(value, "to_numpy", None)):
             kind = f"{type(value).__module__.partition('.')[0]} {type(value).__name__}"

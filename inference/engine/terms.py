@@ -194,7 +194,7 @@ def sloping_cost(run: Run, site: Site, costs: CostToGo, layout: Layout) -> Tenso
     if not site.estimator.takes_slope or not torch.is_grad_enabled():
         return None
     later = run.guide[next(i for i, other in enumerate(run.guide) if other is site) :]
-    # These terms are constants in the cost, but depend on the draw.
+    # These terms are in the cost as numbers, without a derivative, although they depend on the draw.
     counted = [other.with_gradient_of(log_prob=True).sum() for other in later if is_dropped(other)]
     return layout.cost_once(site, costs) - layout.kl_weight * sum(counted)
 
@@ -322,7 +322,7 @@ def with_slopes(total: Tensor, run: Run, layout: Layout, found: list) -> tuple[T
     found_by: dict[str, Any] = {site.name: gradient for site, gradient in zip(sites, gradients, strict=False)}
     dropped = [site.with_gradient_of(log_prob=True).sum() for site in run.guide if is_dropped(site)]
     counted = sum(dropped, start=total.new_zeros(()))
-    if counted.requires_grad:  # in the cost as a number, which depends on the draws all the same
+    if counted.requires_grad:  # terms that are in the cost as numbers, although they depend on the draws
         others = torch.autograd.grad(counted, draws, retain_graph=True, allow_unused=True)
         for site, other in zip(sites, others, strict=True):
             here = found_by[site.name]
@@ -432,9 +432,8 @@ def cost_at(name: str, paths: list[Run], layout: Layout) -> tuple[Tensor, Tensor
 def joined_dims(runs: list[Run], name: str, layout: Layout) -> tuple[int, ...]:
     """The plate dimensions of a site along which a later statement may combine its elements.
 
-    This is any later statement outside the plate: of the guide, or of the model from the first one after the site or
-    after a site that the guide draws later.
-    one that the guide draws after it.
+    This is any later statement outside the plate: of the guide, or of the model from the first statement of this site,
+    or of one that the guide draws after it, on.
     """
     joined: set[int] = set()
     for run in runs:

@@ -15,13 +15,16 @@ Run = Callable[[Mapping[str, Tensor]], tuple[Any, Any]]
 def changed_alone(
     together: Run, parts: Iterable[tuple[Run, Tensor]], plate: str, scored: bool = True
 ) -> tuple[str, str] | None:
-    """A program and its site with other terms in a run on some rows of a plate, at the same draws; None without one.
+    """The first site whose terms differ when some rows of a plate run without the others, at the same draws.
 
     Args:
         together: runs the programs on all rows.
         parts: runs on some of them, each with the numbers of these rows.
         plate: the plate of the rows.
         scored: whether observed sites count; their data may stand for their shape alone.
+
+    Returns:
+        ``"guide"`` or ``"model"``, and the name of the site; None if no site differs.
     """
 
     def terms(guide: Any, model: Any) -> Terms:
@@ -45,7 +48,7 @@ def changed_alone(
             expected = before[program, site][0]
             if agree(own, rows_of(expected, names), dtype):
                 continue
-            # Where a repetition differs the programs draw noise of their own, which no comparison tells apart.
+            # A difference counts only if a repetition on all rows has none: the programs may draw noise of their own.
             again = again or terms(*together({name: value for name, (_, value) in drawn.items()}))
             if agree(again[program, site][0], expected, dtype):
                 return program, site

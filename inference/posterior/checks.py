@@ -18,9 +18,9 @@ from .vmapped import validates
 class Checks:
     """Whether parameters and values of sites satisfy their constraints.
 
-    Unlike Pyro's validation it looks at a tensor once, and leaves NaN to the log-probability, which is then NaN too: a
-    constraint that only refuses NaN is skipped. Of ``held``, tensors that live as long as the checks, a part is looked
-    at once. Sites whose distribution has ``validate_args=False`` are skipped, after a validated run was `learned`.
+    Unlike Pyro's validation it reads a tensor once, until it is written to; of ``held``, tensors that live as long as
+    the checks, each part is read once too. NaN is left to the log-probability, which is then NaN: a constraint that
+    only refuses NaN is skipped. So are sites whose distribution has ``validate_args=False``, once `learn` has met them.
     """
 
     def __init__(self, held: Iterable[torch.Tensor] = ()):
@@ -36,7 +36,7 @@ class Checks:
     def passes(self, program: str, site: Mapping[str, Any], drawn: Mapping[str, Any] | None = None) -> bool:
         """Whether the site's parameters and its value satisfy their constraints.
 
-        A value that was drawn at the site ``drawn`` is in the support of that site's distribution.
+        The value may have been drawn at another site, ``drawn``: it is then in the support of that distribution.
         """
         return all(self._holds(*one) for one in self._conditions(program, site, drawn))
 

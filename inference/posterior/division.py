@@ -19,11 +19,11 @@ Found = tuple[Sweep, "str | None"]
 
 # Rows (data times draws) per run of the programs, which bounds memory.
 _ROWS_A_RUN = 8192
-# Rows on which is found how the programs run, an odd number that no other dimension is likely to have.
+# The number of rows on which the programs are examined: odd, so that no other dimension is likely to have it.
 _FEW = 7
-# Rows of a batch where no number is asked for: few runs for few draws, and few runs of the guide for many.
+# The limits of the default batch size: the more draws a row has, the fewer rows.
 _FEWEST_ROWS, _MOST_ROWS = 64, 1024
-# The first rows, on which batches are compared with a run on all of these.
+# The number of first rows on which batches are compared with one run on all of them.
 _COMPARED = 2 * _FEWEST_ROWS
 # Numbers per run over all sites, where each row has draws of its own.
 _LARGEST_RUN = 2**21
@@ -34,14 +34,14 @@ def first_sweep(
 ) -> tuple[Rows, int, Found, Found]:
     """The rows of the data plate, their number per batch, and the programs with that plate on the first and last batch.
 
-    They get all rows at once if something depends on all of them: latents outside the data plate, a joint draw, rows
-    that depend on each other, terms that the other rows of a batch change, a plate of fixed size. Arguments have rows
-    if the first of them, or the data plate in a run on everything, has as many.
+    There is one batch of all rows if something depends on all of them: latents outside the data plate, a joint draw,
+    rows that depend on each other, terms that the other rows of a batch change, a plate of fixed size. The number of
+    rows is that of the first argument, or else of the data plate in a run on everything.
     """
     if any(one.prototype_trace is None for one in autoguides_in(guide)):
         with suppress(*PROGRAM_ERRORS), quietly(model, guide, 0):
             everything = rows.to(device_of(model, guide))
-            guide(*everything.args, **everything.kwargs)  # its first call decides for how many rows it has parameters
+            guide(*everything.args, **everything.kwargs)  # the number of rows of its first call sizes its parameters
     if found := _in_batches(model, guide, rows, batch_size, plate, num_samples):
         return rows, *found
     whole, name = sweep_of(model, guide, rows, plate, whole=True)
@@ -71,11 +71,11 @@ def _in_batches(
         known = first[1] == last[1] == name and not first[0].outside_data()
         return (size, first, last) if known and _stand_alone(few, rows, size, plate, name) else None
     except (BadInput, *PROGRAM_ERRORS):
-        return None  # raised again in a run on all rows, unless these remove the cause
+        return None  # a run on all rows raises it again, or does not have the problem
 
 
 def _stand_alone(few: Sweep, rows: Rows, size: int, plate: str | None, name: str) -> bool:
-    """Whether batches of the first rows have the terms that they have among these, at the same draws."""
+    """Whether the first rows have the same terms in batches as all together, at the same draws."""
     rows = rows[:_COMPARED].to(few.device)
     size = min(size, len(rows) // 2)
 
@@ -99,7 +99,7 @@ def _resized(few: Sweep, batch: Rows, plate: str | None, name: str) -> Found:
 
 
 def _fitting(few: Sweep, count: int, num_samples: int) -> int:
-    """Rows of a batch such that all draws of it fit one run, within limits; batches have equally many, but the last."""
+    """The rows of a batch whose draws all fit into one run, within limits; batches of about equal size."""
     a_run = few.draws_a_run(at_most=_LARGEST_RUN) * min(_FEW, count) if few.vectorized else _MOST_ROWS
     size = min(_MOST_ROWS, max(_FEWEST_ROWS, a_run // num_samples))
     return math.ceil(count / math.ceil(count / size))
@@ -110,8 +110,9 @@ def sweep_of(
 ) -> Found:
     """The programs on these rows, and the data plate: None if no plate encloses all observed sites.
 
-    The data plate of a batch has its rows. ``whole`` says that these are all rows: then it is the plate that is asked
-    for, whatever its size, or has the rows of the first argument for which there is one, or holds latents.
+    The data plate of a batch is the one with as many elements as the batch has rows. ``whole`` says that these are all
+    rows: then it is ``plate``, whatever its size; or the plate with as many elements as an argument has rows, the first
+    argument for which there is one; or the plate that holds latents.
     """
     rows = rows.to(device_of(model, guide))
     sweep = Sweep(model, guide, rows.args, rows.kwargs, mode=mode, latents_needed=False)

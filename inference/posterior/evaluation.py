@@ -212,11 +212,11 @@ def evaluate(
 ) -> Evaluation:
     """The ELBO and the importance-weighted evidence of a model and guide on ``data``, in nats per datum.
 
-    Serves any Pyro pair whose guide draws all latents. The *data plate* is the plate that encloses all observed sites
-    (``plate`` names it where several do) and whose rows the first tensor has, or else a later one; where no tensor has
-    them, it holds latents. It gives the number of data; a subsampled one is visited in full. Each datum's log-weight
-    is summed over all other dimensions, without the plate's subsampling scale. A relaxed pair with a discrete form is
-    evaluated in that form.
+    Serves any Pyro pair whose guide draws all latents. The *data plate* encloses all observed sites, and has as many
+    elements as the first tensor has rows, or else a later one; if no tensor fits, it is the plate that holds latents.
+    ``plate`` names it where several fit. Its size is the number of data; a subsampled one is visited in full. Each
+    datum's log-weight is summed over all other dimensions, without the plate's subsampling scale. A relaxed pair with a
+    discrete form is evaluated in that form.
 
     Latents outside that plate are global (the weights of a regression): their KL is divided equally among the data (for
     a batch under a larger plate, among all data of the plate) and is part of the ELBO and the rate. The evidence is
@@ -241,8 +241,8 @@ def evaluate(
         num_samples: draws of the latents of each datum; with global latents, of these.
         num_local_samples: draws of the local latents per draw of the global ones, if there are both. None: 64, or 1
             where draws cannot be vectorized.
-        batch_size: rows per batch, where the programs accept batches; the draws depend on it. None: 64 to 1,024, the
-            more the fewer the draws.
+        batch_size: rows per batch, where the programs accept batches; the draws depend on it. None: 64 to 1,024,
+            more for fewer draws.
         seed: of the draws; None draws from the current random state.
         plate: the name of the data plate.
         processes: several processes, which must all make this call, share the batches; all return the numbers of a

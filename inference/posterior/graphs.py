@@ -27,7 +27,7 @@ PER_DATUM = ("log_prior", "log_likelihood", "log_q")
 _CONSTANTS = (int, float, complex, str, type(None))
 
 
-# Returns the compiler of `evaluate`; training has it, and sets it.
+# What loads the compiler of `evaluate`, at most one; training sets it, which this package may not import.
 _providers: list[Callable[[], Compiler]] = []
 
 

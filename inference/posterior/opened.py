@@ -45,9 +45,9 @@ class _Observed(Messenger):
 
 
 def opened_model(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Callable:
-    """The model with sites that have no value and that the guide does not sample as predicted sites.
+    """The model, in which the sites without a value that the guide does not sample count as sites to be predicted.
 
-    Raises BadInput where an observation, given which enumerated sites are drawn, depends on such a site too.
+    Raises BadInput where an observation depends on such a site and on an enumerated one, which is drawn given it.
     """
     with quietly(model, guide, 0):
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)

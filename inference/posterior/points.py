@@ -26,10 +26,10 @@ def points_of(
     guide_sites: Mapping[str, SiteLayout],
     model_sites: Mapping[str, SiteLayout],
 ) -> dict[str, str]:
-    """By latent at which the guide is a point, what the guide does there, as the end of "the guide …".
+    """The latents at which the guide is a point; for each a phrase that continues "the guide …".
 
-    A latent that the guide computes from an auxiliary draw, as ``AutoNormal`` does, has the density of that draw: it is
-    no point if it changes with a draw that is none itself, and if those draws have as many numbers as the latents.
+    A latent that the guide computes from auxiliary draws, as ``AutoNormal`` does, has the density of these draws. It is
+    not a point if it changes with them, and if they have at least as many numbers as all latents computed from them.
     ``run`` runs the guide as ``guide`` was traced.
     """
     fixed = [name for name, one in guide_sites.items() if one.point and name in supports]

@@ -560,7 +560,7 @@ class Sweep(Survey):
             value = value.expand(*target, *event)
         except RuntimeError:
             if 0 not in batch:
-                raise  # whoever tries another way to run the programs sees to it
+                raise  # handled where another way to run the programs is tried
             raise BadInput(
                 f"site {layout.name!r} has batch shape {tuple(batch[1:])} where its plates have {tuple(target[1:])}"
                 " rows; give data with a row for each element of a plate, and at least one"

@@ -50,7 +50,9 @@ def shape_of(batch: Rows) -> list[Any]:
 
 
 class Taken:
-    """Whether a batch is one that a graph takes; the first one with other values than tensors gives a warning.
+    """Whether a graph takes a batch: whether it has the shapes and values that the graph holds as constants.
+
+    A batch that differs only by values that are no tensors gives a warning, once.
 
     Attributes: ``first``, the batch that the graph was captured for, and its ``shape``.
     """
@@ -144,7 +146,7 @@ def _key(value: Any) -> Any:
 
 
 class _Same:
-    """A value that is the same object, or equal to it by its own account."""
+    """A value that equals the same object, and objects of its class that compare equal to it."""
 
     def __init__(self, value: Any):
         self.value = value

@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 def compiler() -> Callable[[Callable[..., list[Tensor]], list[Tensor]], Callable[..., list[Tensor]]]:
-    """Makes a fast function of a function of tensors and examples of them; loads torch's compiler, which is slow."""
+    """A compiler: it makes a fast function of a function of tensors and examples of these tensors.
+
+    The call loads torch's compiler, which takes seconds.
+    """
     from . import step
     from .capture import capture
 

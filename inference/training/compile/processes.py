@@ -72,7 +72,7 @@ class CompiledProcessStep(ProcessStep):
         learned = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
         used = [self.parameters[name] for name in self.part.program.used]
         inside = None
-        # The examples of a graph are copies, which have no gaps.
+        # The graph is made with copies, which have no gaps between their elements: parameters must have none either.
         if (
             self.memory is not None
             and len({(one.dtype, one.device) for one in learned}) == 1

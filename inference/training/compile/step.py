@@ -148,17 +148,17 @@ class CompiledStep(TorchStep):
                 raise outside_support(site, distribution)
 
     def _put(self, gradients: Sequence[Tensor]) -> None:
-        """Put the graph's gradients where torch's optimizers read them."""
+        """Store the graph's gradients in ``.grad``, where torch's optimizers read them."""
         for name, gradient in zip(self.program.used, gradients, strict=True):
             self.parameters[name].grad = gradient
 
     # A stretch of steps.
 
     def stretch(self, batches: Iterator[Rows], made: list[tuple[Rows, float]], most: int) -> None:
-        """Steps of the graph whose losses are looked at together, after a second at the latest.
+        """Run several steps of the graph before their losses are read, for a second at most.
 
-        A loss that is not finite changes nothing and stops the learning of the steps after it, which do not count. A
-        batch that the graph does not take ends the stretch.
+        A step whose loss is not finite leaves the parameters as they are; the steps after it change nothing, and are
+        not counted. A batch that the graph does not take ends the stretch.
         """
         if most == 1 or self.inside is None or self.module.binding.elbo.target.reports:
             return super().stretch(batches, made, most)
@@ -174,7 +174,7 @@ class CompiledStep(TorchStep):
         given, told = [], []
         rest: Rows | None = None
         end = time.perf_counter() + SECONDS
-        # Whatever a step does between two calls of the graph runs with cold caches, and counts many times its own time.
+        # Python between two calls of the graph runs with cold caches and is many times slower: prepare all it needs.
         inputs, run, looks = self._inputs(batch), self.run, self._looking()
         places = len(inputs) - 1 - len(self.noise.buffers)
         fresh = slice(places - self.program.num_tensors, places)
@@ -220,9 +220,9 @@ class CompiledStep(TorchStep):
             made.append((rest, self(rest)))
 
     def _noise_ahead(self, most: int) -> Iterator[list[Tensor]]:
-        """The noise of the coming steps: in blocks where their bits are those of draws one by one.
+        """The noise of the coming steps, drawn in blocks where a block has the same bits as single draws.
 
-        When it is closed, the generator is where so many single draws leave it.
+        When it is closed, torch's generator is in the state that single draws for the steps made would leave it in.
         """
         noise = self.noise
         if not self._draws_in_blocks():
@@ -433,7 +433,7 @@ class CompiledStep(TorchStep):
         return self.inside.gradients(parameters, before[len(names) :])
 
     def watch(self) -> None:
-        """Take the values that the graph treats as constants for what they are now."""
+        """Remember the present values of all that the graph treats as constant."""
         watch = Watch(self.module)
         # Compiled code reads with the types and strides of its example.
         watch.add_layouts(lambda: [*self.parameters.values(), *self._state(), *self.program.buffers().values()])
@@ -554,11 +554,10 @@ class Adam:
         self.optimizer._opt_called = True  # schedulers check it, and warn of missing steps
 
     def numbers(self, ahead: int = 0) -> list[float]:
-        """For each parameter the size of the next step and the scale of the root of its second moment.
+        """Three numbers for each parameter: learning rate / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ), and the learning rate.
 
-        Or of the step that is so many ``ahead`` of the next one.
-
-        They are computed outside the graph, which would compute them once for every element.
+        t is the number of the next step, or of the step that comes ``ahead`` steps after it. The numbers are computed
+        outside the graph, which would compute them once for every element.
         """
         held = [self.optimizer.state[parameter]["step"] for parameter in self.parameters]
         if not self._steps or any(a is not b for a, b in zip(held, self._held, strict=True)):
@@ -578,7 +577,7 @@ class Adam:
         numbers: Tensor,
         good: Tensor | None,
     ) -> None:
-        """One step in place, unless the loss is not finite; None where it is known to be."""
+        """One step in place, without effect where ``good`` is false; None where the step is known to be good."""
         steps, means, squares = parts(state, [len(parameters)] * 3)
         for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
             group, (length, scale, rate) = (
