@@ -153,6 +153,15 @@ class Step(ABC):
         if (batch := next(batches, None)) is not None:
             made.append((batch, self(batch)))
 
+    def _begin_with(self, model: Callable, guide: Callable, make_optimizer: Callable) -> None:
+        """Record the parameters and buffers with which training begins, and make the optimizer."""
+        self.parameters = self.current_parameters()
+        self._unsaved = _UnsavedBuffers(model, guide)
+        _refuse_store_parameters(self.parameters.values())
+        self._frozen = frozenset(name for name, p in self.parameters.items() if not p.requires_grad)
+        self._strides = {name: p.stride() for name, p in self.parameters.items()}
+        self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
+
     @abstractmethod
     def state(self) -> dict[str, Any]: ...
 
@@ -247,12 +256,7 @@ class TorchStep(Step):
             else:
                 self.module(*batch.args, **batch.kwargs)
         self.module.train()
-        self.parameters = self.current_parameters()
-        self._unsaved = _UnsavedBuffers(model, guide)
-        _refuse_store_parameters(self.parameters.values())
-        self._frozen = frozenset(name for name, p in self.parameters.items() if not p.requires_grad)
-        self._strides = {name: p.stride() for name, p in self.parameters.items()}
-        self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
+        self._begin_with(model, guide, make_optimizer)
 
     def current_parameters(self) -> dict[str, torch.nn.Parameter]:
         return dict(self.module.named_parameters())
@@ -318,12 +322,7 @@ class StoreStep(Step):
             poutine.replay(model, trace=guide_trace)(*batch.args, **batch.kwargs)
         model.train()
         guide.train()
-        self.parameters = self.current_parameters()
-        self._unsaved = _UnsavedBuffers(model, guide)
-        _refuse_store_parameters(self.parameters.values())
-        self._frozen = frozenset(name for name, p in self.parameters.items() if not p.requires_grad)
-        self._strides = {name: p.stride() for name, p in self.parameters.items()}
-        self.optimizer = make_optimizer({name: p for name, p in self.parameters.items() if p.requires_grad})
+        self._begin_with(model, guide, make_optimizer)
 
     def current_parameters(self) -> dict[str, torch.nn.Parameter]:
         return owned_parameters(self.model, self.guide)

@@ -140,7 +140,7 @@ class Program:
     def __init__(self, module: SiteELBOModule, batch: Rows):
         self.module = module
         self.num_tensors = len(flat(batch))
-        self.batch = batch  # what is no tensor is the same in every batch of its shape
+        self.batch = batch  # for its values other than tensors, which are constants of the graph
         self.schedules: list[Schedule] = []
         self._places = self._find_buffers()
         self._like = next(iter(self.parameters().values()), torch.empty(()))
@@ -198,8 +198,14 @@ class Program:
         support = _Support()
         now = self.step
         step = TrainingStep(lambda schedule: self._value_of(schedule, scalars, now))
-        unvalidated = pyro.validation_enabled(False), Unvalidated()
-        with undisturbed(self.module, step), unvalidated[0], unvalidated[1], triangles_by_index(), tape, support:
+        with (
+            undisturbed(self.module, step),
+            pyro.validation_enabled(False),
+            Unvalidated(),
+            triangles_by_index(),
+            tape,
+            support,
+        ):
             loss = called_with(self.module, swapped, *args, **kwargs)
         moved = {
             name: swapped[name].detach()
@@ -305,7 +311,10 @@ _ASKED = (
 
 
 def _explained(error: BaseException, asked_at: str | None) -> BaseException:
-    """The error as one line if it comes from the capture; otherwise unchanged. ``asked_at``: what `_Asked` noted."""
+    """The error as one line if it comes from the capture; otherwise unchanged.
+
+    ``asked_at`` is the line that `_Asked` recorded.
+    """
     found: BaseException | None = error
     while found is not None and not _asks(found):
         found = found.__cause__ or found.__context__
