@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from .rows import Row
 from .sampler import Stage
 
 if TYPE_CHECKING:
+    import numpy as np
     import xarray
 
 
@@ -40,21 +41,7 @@ def dataset_of(
     joint = {(label, group): found[group].p_value for label, found in judged.items() for group in groups}
     p_values = {key: (2 * p).clamp(max=1.0) for tests in (single, joint) for key, p in adjusted(tests).items()}
     level = alpha / 2 / max(sum(len(p) for p in joint.values()), 1)
-    table: dict[str, np.ndarray] = {
-        key: np.full((len(rows), len(names)), math.nan) for key in (*_PER_PARAMETER, "worst_element")
-    }
-    for i, row in enumerate(rows):
-        central = row.moments.central() if row.judged else {}
-        for j, name in enumerate(names if central else ()):
-            found = judged[row.label][name]
-            numbers = _parameter_numbers(central[name], truth.gradient[name], found)
-            worst = int(found.p_value.argmin()) if len(found.p_value) else 0
-            for key, value in numbers.items():
-                is_element = isinstance(value, Tensor) and value.dim()
-                table[key][i, j] = (value[worst] if is_element else value) if not is_element or len(value) else math.nan
-            table["worst_element"][i, j] = worst
-            own = [(row.label, name), *((row.label, group) for group, of in groups.items() if of == name)]
-            table["p_value"][i, j] = min((p_values[key].min().item() for key in own if len(p_values[key])), default=1.0)
+    table = _per_parameter(rows, names, truth, groups, judged, p_values)
     flagged = np.nan_to_num(table["p_value"], nan=1.0) < alpha
     summary = []
     for i, row in enumerate(rows):
@@ -102,6 +89,33 @@ _PER_PARAMETER = (
     "worst_mean",
     "worst_reference",
 )
+
+
+def _per_parameter(
+    rows: list[Row],
+    names: list[str],
+    truth: Reference,
+    groups: Mapping[str, str],
+    judged: Mapping[str, Mapping[str, Comparison]],
+    p_values: Mapping[tuple[str, str], Tensor],
+) -> dict[str, np.ndarray]:
+    """The numbers of each estimator and parameter, ``(estimators, parameters)``; NaN for estimators not judged."""
+    import numpy as np
+
+    table = {key: np.full((len(rows), len(names)), math.nan) for key in (*_PER_PARAMETER, "worst_element")}
+    for i, row in enumerate(rows):
+        central = row.moments.central() if row.judged else {}
+        for j, name in enumerate(names if central else ()):
+            found = judged[row.label][name]
+            numbers = _parameter_numbers(central[name], truth.gradient[name], found)
+            worst = int(found.p_value.argmin()) if len(found.p_value) else 0
+            for key, value in numbers.items():
+                is_element = isinstance(value, Tensor) and value.dim()
+                table[key][i, j] = (value[worst] if is_element else value) if not is_element or len(value) else math.nan
+            table["worst_element"][i, j] = worst
+            own = [(row.label, name), *((row.label, group) for group, of in groups.items() if of == name)]
+            table["p_value"][i, j] = min((p_values[key].min().item() for key in own if len(p_values[key])), default=1.0)
+    return table
 
 
 def _parameter_numbers(central: Central, truth: Tensor, found: Comparison) -> dict[str, Any]:
