@@ -103,24 +103,11 @@ class SiteELBO(ELBO):
         **objective_options: Any,
     ):
         self.target = as_objective(objective, objective_options)
-        if not isinstance(plates, str) or plates not in PLATES:
-            raise UnknownName("plates", plates, PLATES)
-        if not fits(num_particles, int | None):
-            raise BadInput(f"num_particles must be a positive integer or None, got {num_particles!r}")
         if isinstance(max_plate_nesting, float) and max_plate_nesting == float("inf"):
             max_plate_nesting = None
-        if not fits(max_plate_nesting, int | None, 0):
-            raise BadInput(f"max_plate_nesting must be an integer of at least 0 or None, got {max_plate_nesting!r}")
-        check_option("vectorize_particles", vectorize_particles, bool | None)
-        if not fits(kl_weight, float | Callable, 0):
-            raise BadInput(f"kl_weight must be a number ≥ 0 or a schedule, got {kl_weight!r}")
-        if not self.target.takes_kl_weight and (callable(kl_weight) or kl_weight != 1):
-            raise BadInput(
-                f"kl_weight is not defined for objective {self.target.name!r}, which needs the whole of log p − log q;"
-                f" leave it at 1, or take objective='elbo', got {kl_weight!r}"
-            )
-        if not fits(memory_limit, float, 0):
-            raise BadInput(f"memory_limit must be a number of GiB ≥ 0, got {memory_limit!r}")
+        _check_settings(
+            self.target, num_particles, vectorize_particles, max_plate_nesting, kl_weight, plates, memory_limit
+        )
         self.objective, self.plates, self.kl_weight = self.target.name, plates, kl_weight
         self.plates_by_default = isinstance(plates, Default)
         self.memory_limit = memory_limit
@@ -131,12 +118,13 @@ class SiteELBO(ELBO):
             self.otherwise = as_estimator(estimators["*"]) if "*" in estimators else None
         elif not isinstance(estimators, str) or estimators != "default":
             self.otherwise = as_estimator(estimators)
-        named = [*self.given.values(), *([self.otherwise] if self.otherwise else [])]
+        named = self._named()
         if named and not self.target.takes_estimators:
+            first = next(iter(named.values()))
             raise BadInput(
-                f"objective {self.objective!r} draws without gradients and takes no estimator, got {named[0].name!r}"
+                f"objective {self.objective!r} draws without gradients and takes no estimator, got {first.name!r}"
             )
-        for site, estimator in [*self.given.items(), *([("*", self.otherwise)] if self.otherwise else [])]:
+        for site, estimator in named.items():
             check_particles(site, estimator, num_particles)
         if num_particles is not None and num_particles < self.target.min_particles:
             raise BadInput(
@@ -160,9 +148,7 @@ class SiteELBO(ELBO):
         return SiteELBOModule(model, guide, self)
 
     def __repr__(self) -> str:
-        words = {name: _said(estimator) for name, estimator in self.given.items()}
-        if self.otherwise is not None:
-            words["*"] = _said(self.otherwise)
+        words = {name: _said(estimator) for name, estimator in self._named().items()}
         said = words if self.given else words.get("*", "default")
         parts = [repr(said), f"objective={self.objective!r}"]
         parts += [f"{name}={value!r}" for name, value in self.target.options.items() if value is not None]
@@ -178,11 +164,14 @@ class SiteELBO(ELBO):
                 parts.append(f"{name}={value!r}")
         return f"SiteELBO({', '.join(parts)})"
 
+    def _named(self) -> dict[str, Estimator]:
+        """The estimators that were given, by site; that of all other sites as ``*``."""
+        return self.given if self.otherwise is None else {**self.given, "*": self.otherwise}
+
     @property
     def chooser(self) -> Chooser | None:
         """The first estimator that selects others (``auto``), or None."""
-        named = [*self.given.values(), *([self.otherwise] if self.otherwise else [])]
-        return next((estimator for estimator in named if isinstance(estimator, Chooser)), None)
+        return next((estimator for estimator in self._named().values() if isinstance(estimator, Chooser)), None)
 
     @property
     def undecided(self) -> bool:
@@ -285,6 +274,34 @@ def _warn_of_copies(*programs: Callable) -> None:
                     GumboWarning,
                     stacklevel=4,
                 )
+
+
+def _check_settings(
+    target: Objective,
+    num_particles: Any,
+    vectorize_particles: Any,
+    max_plate_nesting: Any,
+    kl_weight: Any,
+    plates: Any,
+    memory_limit: Any,
+) -> None:
+    """Raise BadInput for a setting of `SiteELBO` that is out of range, or that its objective does not take."""
+    if not isinstance(plates, str) or plates not in PLATES:
+        raise UnknownName("plates", plates, PLATES)
+    if not fits(num_particles, int | None):
+        raise BadInput(f"num_particles must be a positive integer or None, got {num_particles!r}")
+    if not fits(max_plate_nesting, int | None, 0):
+        raise BadInput(f"max_plate_nesting must be an integer of at least 0 or None, got {max_plate_nesting!r}")
+    check_option("vectorize_particles", vectorize_particles, bool | None)
+    if not fits(kl_weight, float | Callable, 0):
+        raise BadInput(f"kl_weight must be a number ≥ 0 or a schedule, got {kl_weight!r}")
+    if not target.takes_kl_weight and (callable(kl_weight) or kl_weight != 1):
+        raise BadInput(
+            f"kl_weight is not defined for objective {target.name!r}, which needs the whole of log p − log q;"
+            f" leave it at 1, or take objective='elbo', got {kl_weight!r}"
+        )
+    if not fits(memory_limit, float, 0):
+        raise BadInput(f"memory_limit must be a number of GiB ≥ 0, got {memory_limit!r}")
 
 
 def _said(estimator: Estimator) -> str:
