@@ -105,8 +105,8 @@ def diagnose(
     Returns:
         A `Report` whose ``ok`` is False when any verdict is an alarm. ``alarms`` and ``cannot_say`` name verdicts,
         ``vi_stats`` has the numbers (k̂, effective sample sizes, evidence in nats), ``to_arviz()`` the same and the
-        ranks for ArviZ's plots. For an exact guide only
-        ``calibration`` can raise a false alarm, with probability 0.001.
+        ranks for ArviZ's plots. For an exact guide only ``calibration`` can raise a false alarm, with probability
+        0.001.
 
     Raises:
         BadInput: programs whose sites do not match or vary between draws, and invalid options.

@@ -20,7 +20,7 @@ class Annealing:
         model, guide: the programs.
 
     Raises:
-        BadInput: a name that no program has as a buffer of floating-point numbers, or a schedule that is none.
+        BadInput: a name that no program has as a buffer of floating-point numbers, or a value that is no schedule.
 
     >>> from gumbo.models import AttendInferRepeat
     >>> model = AttendInferRepeat((1, 8, 8), num_steps=1)

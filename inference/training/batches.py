@@ -19,9 +19,8 @@ _PRIME = 1_000_003  # keeps the streams of neighbouring seeds, epochs and batche
 class Batches:
     """The batches of every epoch, without state.
 
-    ``(seed, epoch)`` determines the order of an epoch; with ``in_order``, and in a single batch of all rows, it is that
-    of the rows. ``(seed, epoch,
-    number)`` determines what ``transform`` draws for a batch.
+    ``(seed, epoch)`` determines the order of an epoch; with ``in_order``, and for a single batch of all rows, it is the
+    order of the rows. ``(seed, epoch, number)`` determines what ``transform`` draws for a batch.
 
     >>> batches = Batches(Rows(torch.arange(5.0)), batch_size=2, seed=0)
     >>> [batch.args[0].tolist() for batch in batches.of_epoch(1)] == [b.args[0].tolist() for b in batches.of_epoch(1)]
