@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -77,6 +77,28 @@ class Survey:
             self._discover()
 
     def _discover(self) -> None:
+        guide, model, rows, random = self._run_once()
+        whole = completed(self.model, self.guide, guide, model)
+        if whole is not self.guide:
+            self.guide, self.summed_out = whole, frozenset(whole.sites)
+            return self._discover()
+        self._find_plates(guide, model, rows, random)
+        self.guide_sites = {name: self._layout(name, site) for name, site in random_sites(guide)}
+        self.model_sites = {name: self._layout(name, site) for name, site in random_sites(model)}
+        self._check(guide, model)
+        self._find_latents(guide, model, rows)
+        observed = [name for name, layout in self.model_sites.items() if layout.kind == "observed"]
+        self.observed_values = {name: model.nodes[name]["value"].detach() for name in observed}
+        masked = frozenset(name for name in self.model_sites if unmasked(model.nodes[name]) is not None)
+        self.masked, self.masked_latents = masked & frozenset(observed), masked & self.supports.keys()
+        self._find_scales(guide, model)
+        self.superfluous = self._superfluous() if self.masked_latents else {}
+        if self.scored:
+            for name in observed:
+                self._check_data(model.nodes[name])
+
+    def _run_once(self) -> tuple[Trace, Trace, dict[str, torch.Tensor], Collection[str]]:
+        """The traces of the guide, and of the model at its draws; the rows of the guide's plates; which were random."""
         subsamples = ChosenRows({})
         try:
             with rows_in_plates(), subsamples:
@@ -95,10 +117,12 @@ class Survey:
             self._check_arguments()
             raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}") from error
         _check_order(guide, model)
-        whole = completed(self.model, self.guide, guide, model)
-        if whole is not self.guide:
-            self.guide, self.summed_out = whole, frozenset(whole.sites)
-            return self._discover()
+        return guide, model, rows, subsamples.random
+
+    def _find_plates(
+        self, guide: Trace, model: Trace, rows: Mapping[str, torch.Tensor], random: Collection[str]
+    ) -> None:
+        """Sizes and rows of all plates, and the number of batch dimensions."""
         held = {name: site["value"] for name, site in random_sites(guide)}
         open_ended = lengths_of(guide, model)
         for trace in (guide, model):
@@ -108,7 +132,7 @@ class Survey:
                 numbers = row_numbers(name, site["value"])
                 if name not in self.at_hand:
                     self.row_ids[name] = numbers.detach().cpu()
-                    if name in subsamples.random:
+                    if name in random:
                         self._look_for_rows(name, site["fn"], rows | {name: site["value"]}, held, model)
             for _, site in random_sites(trace):
                 batch = len(site["fn"].batch_shape)
@@ -121,17 +145,17 @@ class Survey:
                     if frame.vectorized and frame.size == -1:
                         self.sizes[frame.name] = self.full_sizes[frame.name] = open_ended.get(frame.name, 1)
                     elif frame.vectorized:
-                        swept = frame.name in subsamples.random and frame.name not in self.at_hand
+                        swept = frame.name in random and frame.name not in self.at_hand
                         self.full_sizes[frame.name] = frame.full_size or frame.size
                         self.sizes[frame.name] = frame.full_size if swept else frame.size
                         if swept:
                             self.swept[frame.name] = frame.size
                             self.row_ids[frame.name] = torch.arange(frame.full_size)
-        self.guide_sites = {name: self._layout(name, site) for name, site in random_sites(guide)}
-        self.model_sites = {name: self._layout(name, site) for name, site in random_sites(model)}
-        self._check(guide, model)
-        # The guide computes sites again from its auxiliary draws; fixed to a value that is off by rounding they would
-        # have no density.
+
+    def _find_latents(self, guide: Trace, model: Trace, rows: Mapping[str, torch.Tensor]) -> None:
+        """Supports of the latents, which of them the guide computes, and those at which it is a point."""
+        # A site that the guide computes from its auxiliary draws cannot be fixed: with a rounding error in its value it
+        # would have no density.
         auxiliary = self.guide_sites.keys() - self.model_sites.keys()
         self.computed = {name for name, layout in self.guide_sites.items() if layout.point and auxiliary}
         self.supports = {
@@ -147,15 +171,6 @@ class Survey:
             self.points = points_of(
                 lambda: self.guide(*self.args, **self.kwargs), guide, self.supports, self.guide_sites, self.model_sites
             )
-        observed = [name for name, layout in self.model_sites.items() if layout.kind == "observed"]
-        self.observed_values = {name: model.nodes[name]["value"].detach() for name in observed}
-        masked = frozenset(name for name in self.model_sites if unmasked(model.nodes[name]) is not None)
-        self.masked, self.masked_latents = masked & frozenset(observed), masked & self.supports.keys()
-        self._find_scales(guide, model)
-        self.superfluous = self._superfluous() if self.masked_latents else {}
-        if self.scored:
-            for name in observed:
-                self._check_data(model.nodes[name])
 
     def _superfluous(self) -> dict[str, str]:
         try:
