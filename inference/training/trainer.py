@@ -172,23 +172,7 @@ class Run:
         self.valid, self.options, self.folder = valid, options, options.folder
         folder = self.folder
         self.objective_name, self.processes = objective_name, processes
-        shapes = {name: list(parameter.shape) for name, parameter in step.parameters.items()}
-        self.identity = identity | {"parameters": zlib.crc32(json.dumps(shapes).encode())}
-        dtypes = {name: str(one.dtype).removeprefix("torch.") for name, one in step.parameters.items()}
-        kinds = ", ".join(sorted(set(dtypes.values())))
-        self.identity["dtypes"] = f"{kinds} {zlib.crc32(json.dumps(dtypes).encode()):08x}"
-        self.identity["optimizer_groups"] = step.optimizer.groups
-        multipliers = getattr(step.optimizer.scheduler, "lr_lambdas", [])
-        self.identity["schedules"] = values_of_schedules(
-            [
-                *step.schedules(),
-                ("lr", options.lr),
-                *(("scheduler", one) for one in multipliers),
-                *self.annealing.schedules.items(),
-            ]
-        )
-        if step.optimizer.started_as:
-            self.identity["scheduler"] = step.optimizer.started_as
+        self.identity = identity | self._identity_of_step()
         self.guard = Guard(model, guide, step.parameters)
         self.choices: Choices | None = None
         self.evaluator: Evaluator | None = None
@@ -215,6 +199,27 @@ class Run:
         self.speaks = processes is None or processes.main
         self._best_is_saved = True
         self._saved_at = self._began = time.perf_counter()
+
+    def _identity_of_step(self) -> dict[str, Any]:
+        """What distinguishes a run by its parameters, its optimizer and its schedules."""
+        parameters, optimizer = self.step.parameters, self.step.optimizer
+        shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
+        dtypes = {name: str(parameter.dtype).removeprefix("torch.") for name, parameter in parameters.items()}
+        kinds = ", ".join(sorted(set(dtypes.values())))
+        found = {
+            "parameters": zlib.crc32(json.dumps(shapes).encode()),
+            "dtypes": f"{kinds} {zlib.crc32(json.dumps(dtypes).encode()):08x}",
+            "optimizer_groups": optimizer.groups,
+        }
+        found["schedules"] = values_of_schedules(
+            [
+                *self.step.schedules(),
+                ("lr", self.options.lr),
+                *(("scheduler", one) for one in getattr(optimizer.scheduler, "lr_lambdas", [])),
+                *self.annealing.schedules.items(),
+            ]
+        )
+        return found | ({"scheduler": optimizer.started_as} if optimizer.started_as else {})
 
     def begin(self) -> None:
         """Start afresh, or from the checkpoint; raises here if the folder is not writable."""
