@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
 
 from ...errors import BadInput
+from ..engine.looks import pair_of_traces
 from ..engine.rows import arguments_of
 from ..engine.scopes import Aside, modes_kept, modules_of, owned_parameters, private_seed
 from ..stock import is_differentiable
@@ -242,8 +242,7 @@ def parameters_of(
 ) -> dict[str, torch.Tensor]:
     """The programs' leaf parameters: the modules' own, and those that runs request from the param store."""
     with torch.no_grad(), private_seed(None, model, guide):
-        guide_trace = poutine.trace(guide).get_trace(*positional, **keywords)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*positional, **keywords)
+        guide_trace, model_trace = pair_of_traces(model, guide, positional, keywords)
     named: dict[str, torch.Tensor] = dict(owned_parameters(model, guide))
     seen = {id(parameter) for parameter in named.values()}
     for prefix, trace in (("guide", guide_trace), ("model", model_trace)):

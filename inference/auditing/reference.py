@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
@@ -15,6 +14,7 @@ from torch import Tensor
 from ...errors import BadInput, CannotVectorize, GumboError, UnsupportedSite
 from ..elbo import SiteELBO
 from ..engine.elimination import is_marked
+from ..engine.looks import pair_of_traces
 from ..estimators import LeaveOneOut, Pathwise, ScoreFunction
 from ..estimators._distributions import describe, finite_support, is_deterministic
 from ..objectives import Objective
@@ -200,8 +200,7 @@ def exact_bound(stage: Stage, num_particles: int | None, target: Objective) -> T
 
 
 def _traces(stage: Stage) -> tuple[Trace, Trace]:
-    guide = poutine.trace(stage.guide).get_trace(*stage.args, **stage.kwargs)
-    model = poutine.trace(poutine.replay(stage.model, trace=guide)).get_trace(*stage.args, **stage.kwargs)
+    guide, model = pair_of_traces(stage.model, stage.guide, stage.args, stage.kwargs)
     return prune_subsample_sites(guide), prune_subsample_sites(model)
 
 

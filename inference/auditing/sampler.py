@@ -21,7 +21,7 @@ from ...errors import BadInput, GumboError, first_line
 from ..elbo import SiteELBO
 from ..engine.handlers import CheckedRows
 from ..engine.interventions import ChosenRows, DrawnDetached
-from ..engine.looks import plates_mixed_by, takes_particles_at_once
+from ..engine.looks import pair_of_traces, plates_mixed_by, takes_particles_at_once
 from ..engine.messenger_guides import as_program
 from ..engine.scopes import check_shared_names, kept_buffers, modes_kept, private_seed, private_store
 from ..estimators._distributions import is_deterministic
@@ -126,11 +126,7 @@ class Stage:
         """For each parameter the sites whose distribution depends on it, joined by ``+``."""
         found: dict[str, list[str]] = {name: [] for name in self.parameters}
         with self.held(), DrawnDetached():
-            guide_trace = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
-            model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
-                *self.args, **self.kwargs
-            )
-            for trace in (guide_trace, model_trace):
+            for trace in pair_of_traces(self.model, self.guide, self.args, self.kwargs):
                 trace.compute_log_prob()
                 for name, site in trace.nodes.items():
                     if site["type"] != "sample" or site_is_subsample(site) or not site["log_prob_sum"].requires_grad:

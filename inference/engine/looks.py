@@ -8,6 +8,8 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import nn
 
 from ...errors import GumboError
@@ -30,6 +32,12 @@ def looking(model: Callable, guide: Callable, *args: Any) -> Iterator[Collection
     generators = Generators(devices_of(model, guide, *args), others=True)
     with generators.kept(), kept_buffers(model, guide), modules_met() as met, torch.enable_grad():
         yield met
+
+
+def pair_of_traces(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
+    """Pyro's traces of one run of the guide, and of the model at its draws."""
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return guide_trace, poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
 
 
 def one_particle(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import BadInput
 from ..estimators._distributions import is_computed
+from .looks import pair_of_traces
 from .messenger_guides import as_program
 from .rows import Rows
 from .scopes import modules_of, owned_parameters
@@ -25,9 +25,7 @@ from .scopes import modules_of, owned_parameters
 def traces_of(model: Callable, guide: Callable, batch: Rows) -> tuple[Trace, Trace]:
     """One run of the guide, and of the model at its draws."""
     with _OwnParameters():
-        guide_trace = poutine.trace(as_program(guide)).get_trace(*batch.args, **batch.kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch.args, **batch.kwargs)
-    return guide_trace, model_trace
+        return pair_of_traces(model, as_program(guide), batch.args, batch.kwargs)
 
 
 class _OwnParameters(Messenger):
