@@ -26,7 +26,7 @@ from ._base import Draw, Estimator, SiteState, SiteView, estimators
 from ._distributions import is_one_hot, logits_of
 from ._reruns import cost_between, loss_of_state, share_shape, slope, spread
 from .relaxation import bounded_logits, conditional_scores, harden, noise, relaxable_why_not, squash
-from .score import ask, features
+from .score import ask, features, zero_network
 
 
 class Variate(SiteState):
@@ -279,20 +279,14 @@ class Relax(ControlVariate):
 
     def make_state(self, site: Mapping[str, Any], inputs: Callable[[], list[Tensor]]) -> nn.Module:
         fn, net = site["fn"], self.net
-        known = features(self._inputs(inputs()))
+        known = features(inputs(), self.inputs)
         width = math.prod(fn.event_shape) + known.shape[-1]
-        if net is None:
-            net = nn.Sequential(nn.Linear(width, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1)).to(known.dtype)
-            nn.init.zeros_(net[-1].weight)
-            nn.init.zeros_(net[-1].bias)
+        net = zero_network(width, self.hidden, known.dtype) if net is None else net
         return Variate(logits_of(fn), self.temperature, 1.0 if self.rebar else None, net, width)
-
-    def _inputs(self, given: list[Tensor]) -> list[Tensor]:
-        return list(self.inputs(given)) if self.inputs is not None else given
 
     def control(self, view: SiteView, relaxed: Tensor) -> tuple[Tensor, Tensor]:
         state = view.state
-        known = features(self._inputs(view.inputs())).to(relaxed.dtype)
+        known = features(view.inputs(), self.inputs).to(relaxed.dtype)
         flat = relaxed.flatten(-view.event_dim) if view.event_dim else relaxed.unsqueeze(-1)
         shape = torch.broadcast_shapes(flat.shape[:-1], known.shape[:-1])
         seen = torch.cat([flat.expand(*shape, -1), known.expand(*shape, -1)], dim=-1)

@@ -143,8 +143,17 @@ class _Network(nn.Module):
         self.seen.add_(1)
 
 
-def features(inputs: list[Tensor]) -> Tensor:
-    """Inputs concatenated along the last dimension."""
+def zero_network(inputs: int, hidden: int, dtype: torch.dtype) -> nn.Sequential:
+    """A network ``(…, inputs) -> (…, 1)`` with one hidden layer, whose initial output is zero."""
+    net = nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, 1)).to(dtype)
+    nn.init.zeros_(net[-1].weight)
+    nn.init.zeros_(net[-1].bias)
+    return net
+
+
+def features(inputs: list[Tensor], select: Callable[[list[Tensor]], Sequence[Tensor]] | None = None) -> Tensor:
+    """Inputs, or those that ``select`` makes of them, concatenated along the last dimension."""
+    inputs = inputs if select is None else list(select(inputs))
     shape = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in inputs))
     return torch.cat([tensor.detach().expand(*shape, tensor.shape[-1]) for tensor in inputs], dim=-1)
 
@@ -198,19 +207,13 @@ class Neural(Baseline):
     ):
         self.net, self.inputs, self.hidden, self.decay = net, inputs, int(hidden), check_decay(self, decay)
 
-    def _inputs(self, given: list[Tensor]) -> list[Tensor]:
-        return list(self.inputs(given)) if self.inputs is not None else given
-
     def make_state(self, inputs: Callable[[], list[Tensor]]) -> nn.Module:
-        net, x = self.net, features(self._inputs(inputs()))
-        if net is None:
-            net = nn.Sequential(nn.Linear(x.shape[-1], self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1)).to(x.dtype)
-            nn.init.zeros_(net[-1].weight)
-            nn.init.zeros_(net[-1].bias)
+        x = features(inputs(), self.inputs)
+        net = zero_network(x.shape[-1], self.hidden, x.dtype) if self.net is None else self.net
         return _Network(net, self.decay, x.shape[-1])
 
     def __call__(self, view: SiteView) -> Tensor:
-        return view.state.predict(features(self._inputs(view.inputs())), view.cost, view.name)
+        return view.state.predict(features(view.inputs(), self.inputs), view.cost, view.name)
 
     def loss(self, view: SiteView, prediction: Tensor) -> Tensor:
         if view.training:

@@ -20,6 +20,7 @@ from .double_control_variates import (
     others_mean,
     times_event,
 )
+from .score import zero_network
 
 
 class Surrogate(Coefficients):
@@ -32,9 +33,7 @@ class Surrogate(Coefficients):
     def __init__(self, like: Tensor, decay: float, hidden: int):
         super().__init__(like, decay)
         options = {"dtype": like.dtype, "device": like.device}
-        self.net = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, 1)).to(**options)
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        self.net = zero_network(2, hidden, like.dtype).to(like.device)
         self.register_buffer("mean", torch.zeros((), **options))
         self.register_buffer("variance", torch.zeros((), **options))
         self.register_buffer("seen", torch.zeros((), **options))
