@@ -36,7 +36,7 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
         args, kwargs: the programs' arguments.
     """
     first = program.run(args, kwargs)
-    drawn = {site.name: site for site in first.guide if site.latent and not site.settled}
+    drawn = {site.name: site for site in first.guide if site.random}
     plates = sorted({frame for site in drawn.values() for frame in site.frames if frame[2] > 1})
     if not plates:
         return frozenset()
@@ -112,7 +112,7 @@ def _redrawn(fn: Any, value: Tensor, tries: int = 8) -> Tensor:
 
 
 def _drawn(run: Run) -> dict[str, Tensor]:
-    return {site.name: site.value for site in run.guide if site.latent and not site.settled}
+    return {site.name: site.value for site in run.guide if site.random}
 
 
 def _groups(size: int) -> list[Tensor]:

@@ -133,7 +133,7 @@ class Program:
         other.guide, other.resolve = proposal, lambda msg: Detached()
         with torch.no_grad():
             run = other.run(args, kwargs, subsamples=subsamples, with_model=False)
-        return {site.name: Draw(site.value.detach()) for site in run.guide if site.latent and not site.settled}
+        return {site.name: Draw(site.value.detach()) for site in run.guide if site.random}
 
     def paths(
         self,
@@ -450,7 +450,7 @@ def _call(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
 
 def _check_proposed(drawn: Mapping[str, Draw], run: Run) -> None:
     """Refuse a proposal that draws other sites than the guide, or sites of another shape."""
-    sites = {site.name: site for site in run.guide if site.latent and not site.settled}
+    sites = {site.name: site for site in run.guide if site.random}
     for name in sorted({*sites} ^ {*drawn}):
         who = ("guide", "proposal") if name in sites else ("proposal", "guide")
         raise UnsupportedSite(name, ANY, f"the {who[0]} draws it and the {who[1]} does not; both must draw the same")

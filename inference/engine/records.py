@@ -49,6 +49,11 @@ class Site:
         return factor * (self.scale if scale else self.scale.detach())
 
     @property
+    def random(self) -> bool:
+        """Whether it is a latent site whose value is not computed from other draws."""
+        return self.latent and not self.settled
+
+    @property
     def drawn(self) -> bool:
         return self.estimator is not None and not self.estimator.enumerates
 

@@ -37,7 +37,7 @@ def check_repeats(
     program = copy.copy(program)
     program.resolve, program.lists_chains = (lambda msg: None), False  # every draw is given; none is summed out
     program.skips_unscored = True  # some flows cannot score a value that they did not draw
-    draws = {site.name: site.value.detach() for site in seen.guide if site.latent and not site.settled}
+    draws = {site.name: site.value.detach() for site in seen.guide if site.random}
 
     def again(noise: Any) -> Run:
         fixed = {name: Draw(value.clone()) for name, value in draws.items()}
@@ -70,7 +70,7 @@ def _terms(run: Run) -> dict[str, Tensor]:
     """Log q of each latent site, without its scale."""
     found = {}
     for site in run.guide:
-        if site.latent and not site.settled:
+        if site.random:
             term = site.log_prob.detach()
             found[site.name] = term / site.scale
     return found

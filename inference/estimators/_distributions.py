@@ -50,6 +50,13 @@ def elementary(fn: Distribution) -> Distribution:
     return fn
 
 
+def without_to_event(fn: Any) -> Any:
+    """The distribution under ``to_event`` alone; other wrappers stay."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
 # Whether a class is a wrapper; asked several times a statement, and ``isinstance`` is slow for Pyro's classes.
 @lru_cache(maxsize=4096)
 def _wraps(kind: type) -> bool:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, kl_divergence
+from torch.distributions import kl_divergence
 
 from ...errors import BadInput, Refusal, UnsupportedSite
 from ..engine.records import Run, Site
 from ..estimators._base import Estimator
+from ..estimators._distributions import without_to_event
 from ..estimators.pathwise import Pathwise
 from ._base import Objective, Recorded, objectives
 
@@ -81,7 +82,7 @@ class FreeBitsBound(Objective):
         if site.masked or prior.masked:
             raise UnsupportedSite(site.name, "free-bits", "it is masked, and the floor is on a mean over whole plates")
         try:
-            kl = kl_divergence(_elementary(site.fn), _elementary(prior.fn))
+            kl = kl_divergence(without_to_event(site.fn), without_to_event(prior.fn))
         except NotImplementedError:
             raise UnsupportedSite(
                 site.name, "free-bits", "its KL has no closed form; use kl_weight under objective='elbo'"
@@ -105,9 +106,3 @@ def _drawn(run: Run) -> dict[str, Site]:
         if not site.latent and not site.settled:
             raise UnsupportedSite(site.name, "free-bits", "a factor of the guide is in no KL; take objective='elbo'")
     return {site.name: site for site in run.guide if site.latent}
-
-
-def _elementary(fn: Any) -> Any:
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return fn

@@ -22,7 +22,7 @@ from ..engine.progress import Progress
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, evaluating, modules_of, private_seed, private_store
 from ..estimators import Estimator
-from ..estimators._distributions import is_computed
+from ..estimators._distributions import is_computed, without_to_event
 from .division import first_sweep
 from .parts import exact_pair, log_weights
 from .refits import loss_of, words
@@ -111,7 +111,7 @@ def can_refine(guide: Callable, data: object) -> bool:
     with private_store(guide), private_seed(None, guide), torch.no_grad():
         trace = poutine.trace(guide).get_trace(*rows.args, **rows.kwargs)
     fns = [site["fn"] for _, site in random_sites(trace) if not site["is_observed"]]
-    flows = [_has_encoder(guide) and not isinstance(_elementary(fn), (dist.Delta, dist.Unit)) for fn in fns]
+    flows = [_has_encoder(guide) and not isinstance(without_to_event(fn), (dist.Delta, dist.Unit)) for fn in fns]
     return bool(fns) and all(own_parameters(fn) or flow for fn, flow in zip(fns, flows, strict=True))
 
 
@@ -322,7 +322,7 @@ _WRAPPED = (torch.distributions.TransformedDistribution, dist.MaskedDistribution
 
 def _base(fn: Any) -> Any:
     """The distribution under Independent; None for other wrappers."""
-    fn = _elementary(fn)
+    fn = without_to_event(fn)
     if isinstance(fn, _RELAXED):
         return fn
     return None if isinstance(fn, _WRAPPED) or hasattr(fn, "base_dist") else fn
@@ -352,12 +352,6 @@ def shifted(fn: Any, offsets: Mapping[str, Tensor]) -> Any:
             map_to = transform_to(constraint)
             arguments[name] = map_to(map_to.inv(value) + offsets[name])
     return type(fn)(**arguments)
-
-
-def _elementary(fn: Distribution) -> Distribution:
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return fn
 
 
 class _Shift(Messenger):

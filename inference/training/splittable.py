@@ -62,7 +62,7 @@ def study(model: nn.Module, guide: nn.Module, batch: Rows) -> Study:
             full = program.run(batch.args, batch.kwargs, fixed=_draws(full))
         plate = _plate_over_rows(full, _on_part(program, part, sizes, None), sizes)
         found = Study(plate, False, full)
-        fixed = {site.name: _first_rows(site, plate, sizes) for site in full.guide if site.latent and not site.settled}
+        fixed = {site.name: _first_rows(site, plate, sizes) for site in full.guide if site.random}
         some = _on_part(program, part, sizes, fixed)
         found = Study(plate, _scaled(found, some, sizes), full)
         difference = _difference(found, full, some, sizes)
@@ -83,7 +83,7 @@ def study(model: nn.Module, guide: nn.Module, batch: Rows) -> Study:
 
 
 def _draws(run: Run) -> dict[str, Draw]:
-    return {site.name: Draw(site.value) for site in run.guide if site.latent and not site.settled}
+    return {site.name: Draw(site.value) for site in run.guide if site.random}
 
 
 def _on_part(program: Program, part: Rows, sizes: tuple[int, int], fixed: dict[str, Draw] | None) -> Run:
@@ -185,7 +185,7 @@ def _refuse_late_sites(found: Study) -> None:
         met = None
         for site in sites:
             if found.has_rows(site):
-                met = met or (site.name if site.latent and not site.settled else None)
+                met = met or (site.name if site.random else None)
             elif met is not None and not site.settled:
                 raise UnsupportedSite(
                     site.name,
@@ -264,7 +264,7 @@ def _refuse_stock(loss: ELBO, found: Study) -> None:
     drawn = [
         site.name
         for site in found.run.guide
-        if site.latent and not site.settled and found.has_rows(site) and not getattr(site.fn, "has_rsample", False)
+        if site.random and found.has_rows(site) and not getattr(site.fn, "has_rsample", False)
     ]
     name = type(loss).__name__
     if type(loss) not in (Trace_ELBO, TraceMeanField_ELBO, TraceEnumELBO):

@@ -89,7 +89,7 @@ class CompiledProcessStep(ProcessStep):
     def _refuse_messages(self, rows: Rows) -> None:
         """Refuse what a graph cannot hold: draws that all processes share, and messages in the middle of a step."""
         for site in self.split.study.run.guide:
-            if site.latent and not site.settled and not self.split.has_rows(site):
+            if site.random and not self.split.has_rows(site):
                 raise UnsupportedSite(
                     site.name,
                     reason=f"it is outside plate {self.split.study.plate!r}, and in compiled steps each process draws"
