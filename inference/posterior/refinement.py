@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -20,12 +19,12 @@ from ...errors import BadInput, UnsupportedSite
 from ...options import holds_to_annotations
 from ..engine.progress import Progress
 from ..engine.rows import Rows
-from ..engine.scopes import device_of, evaluating, modules_of, private_seed, private_store
+from ..engine.scopes import device_of, evaluating, private_seed, private_store
 from ..estimators import Estimator
 from ..estimators._distributions import is_computed, without_to_event
 from .division import first_sweep
 from .parts import exact_pair, log_weights
-from .refits import loss_of, words
+from .refits import Stored, loss_of, words
 from .vmapped import random_sites
 
 STEPS, RATE, PARTICLES = 200, 0.05, 8
@@ -199,7 +198,7 @@ def refined_for(
         optimizer = torch.optim.Adam(offsets, lr=lr)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
         chosen = words(guide, rows.args, rows.kwargs) if estimator is None else estimator
-        stored = _Stored(model, guide)
+        stored = Stored(model, guide)
         with stored:
             loss = loss_of(chosen, num_particles, model, refined, rows.args, rows.kwargs)
         with torch.enable_grad(), stored:
@@ -368,25 +367,6 @@ class _Shift(Messenger):
     def _pyro_sample(self, msg) -> None:
         if msg["name"] in self.by_site and not msg["is_observed"] and not site_is_subsample(msg):
             msg["fn"] = shifted(msg["fn"], self.by_site[msg["name"]])
-
-
-class _Stored(Messenger):
-    """Gives the parameters that plain programs have in the param store: a loss runs in a store of its own."""
-
-    def __init__(self, *programs: object):
-        super().__init__()
-        store, own = (
-            pyro.get_param_store(),
-            {id(one) for module in modules_of(*programs) for one in module.parameters()},
-        )
-        names = [name for name, value in store.named_parameters() if id(value) not in own]
-        # A leaf as it is: `pyro.module` would put another tensor into its module.
-        values = {name: store[name] for name in names}
-        self.values = {name: value if value.is_leaf else value.detach() for name, value in values.items()}
-
-    def _pyro_param(self, msg) -> None:
-        if msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 @contextmanager

@@ -595,6 +595,55 @@ def test_refits_start_elsewhere_and_leave_the_model_alone(monkeypatch):
         to_arviz(normal_model, normal_guide(), X, num_samples=10, num_refits=2)
 
 
+class LinearGuide(torch.nn.Module):
+    """The posterior of ``normal_model`` under a shift of its prior, if nothing but ``line`` is trained."""
+
+    def __init__(self, stored: bool = False):
+        super().__init__()
+        self.line, self.stored = torch.nn.Linear(1, 1).double(), stored
+        self.embedding = torch.nn.Linear(1, 1).double().requires_grad_(False)
+        self.scale = torch.nn.Parameter(torch.tensor(0.5).double().sqrt(), requires_grad=False)
+        for layer, values in ((self.line, (0.5, 1.0)), (self.embedding, (1.0, 0.0))):
+            for parameter, value in zip(layer.parameters(), values, strict=True):
+                torch.nn.init.constant_(parameter, value)
+
+    def forward(self, x):
+        loc = self.line(self.embedding(x.unsqueeze(-1))).squeeze(-1)
+        if self.stored:
+            loc = loc * pyro.param("factor", torch.ones(()).double())
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, self.scale))
+
+
+def shifted_prior(x):
+    loc = pyro.param("loc", torch.zeros(()).double())
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_refits_keep_what_the_fit_does_not_train():
+    with pyro.get_param_store().scope({"params": {}, "constraints": {}}):
+        pyro.param("loc", torch.tensor(2.0).double())
+        guide = LinearGuide()
+        again = refits.refitted(shifted_prior, guide, (X,), {}, seed=0, steps=600, lr=0.05)
+        for name in ("scale", "embedding.weight", "embedding.bias"):
+            assert torch.equal(again.get_parameter(name), guide.get_parameter(name)), name
+        assert evaluate(shifted_prior, again, X).elbo == pytest.approx(evaluate(shifted_prior, guide, X).elbo, abs=1e-3)
+
+
+@pytest.mark.parametrize("case, message", [("stored", "'factor' is in the param store alone"), ("frozen", "thaw")])
+def test_refits_that_cannot_train_the_guide_are_refused(case, message):
+    with pyro.get_param_store().scope({"params": {}, "constraints": {}}):
+        guide = LinearGuide(stored=case == "stored")
+        if case == "stored":
+            guide(X)
+        else:
+            guide.requires_grad_(False)
+        with pytest.raises(BadInput, match=message):
+            refits.refitted(shifted_prior, guide, (X,), {}, seed=0, steps=2)
+
+
 # --- ArviZ itself -----------------------------------------------------------------------------------------------------
 
 
