@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from gumbo.errors import BadInput
 from gumbo.inference import diagnose, evaluate, to_arviz
+from gumbo.inference.diagnosis.agreement import rank_rhat
 from gumbo.inference.diagnosis.annealing import annealed
 from gumbo.inference.diagnosis.calibration import simulated_ranks, uniformity
 from gumbo.inference.diagnosis.report import Report
@@ -324,6 +325,24 @@ def test_refits_that_disagree():
     report = diagnose(normal_normal, [fixed_normal(), fixed_normal(1.0, 2.0)], Y, **QUICK)
     assert report.alarms == ["refits"] and "at m" in report["refits"].text
     assert "refits" not in diagnose(normal_normal, [fixed_normal(), amortized_normal], Y, **QUICK).alarms
+
+
+@pytest.mark.parametrize("ratio, alarms", [(1.0, []), (3.0, ["refits"])])
+def test_refits_that_differ_in_spread_disagree(ratio, alarms):
+    report = diagnose(normal_normal, [fixed_normal(), fixed_normal(ratio)], Y, **QUICK)
+    assert [name for name in report.alarms if name == "refits"] == alarms, str(report)
+
+
+def test_r_hat_of_refits_is_the_rank_normalized_one():
+    drawn = np.random.default_rng(0).standard_t(1, size=(4, 500, 3)) * np.array([1.0, 1.0, 1.0, 2.0])[:, None, None]
+    ours = rank_rhat(drawn)
+    # ArviZ splits chains; of draws that are independent that changes R̂ by its own error.
+    theirs = _arviz.arviz().rhat(_arviz.make({"posterior": xarray.Dataset({"z": (["chain", "draw", "n"], drawn)})}))
+    theirs = theirs.to_dataset() if hasattr(theirs, "to_dataset") else theirs
+    np.testing.assert_allclose(ours, theirs["z"].values, atol=0.01)
+    assert ours.min() > 1.02
+    same = np.zeros((2, 5, 1))
+    assert rank_rhat(same) == 1.0 and rank_rhat(same + np.array([0.0, 1.0])[:, None, None]) == np.inf
 
 
 def test_verdicts_say_number_threshold_and_paper():
