@@ -23,8 +23,8 @@ _ROWS_A_RUN = 8192
 _FEW = 7
 # The limits of the default batch size: the more draws a row has, the fewer rows.
 _FEWEST_ROWS, _MOST_ROWS = 64, 1024
-# The number of first rows on which batches are compared with one run on all of them.
-_COMPARED = 2 * _FEWEST_ROWS
+# Batches are compared with a run on the first rows: at least so many, or those of so many numbers.
+_FEWEST_COMPARED, _COMPARED = 2 * _FEWEST_ROWS, 2**19
 # Numbers per run over all sites, where each row has draws of its own.
 _LARGEST_RUN = 2**21
 
@@ -75,8 +75,12 @@ def _in_batches(
 
 
 def _stand_alone(few: Sweep, rows: Rows, size: int, plate: str | None, name: str) -> bool:
-    """Whether the first rows have the same terms in batches as all together, at the same draws."""
-    rows = rows[:_COMPARED].to(few.device)
+    """Whether the first rows have the same terms in batches as all together, at the same draws.
+
+    As many rows are run as memory surely allows; a row that reads one further away than these is not found.
+    """
+    a_row = max(1, few.numbers_a_draw() // few.sizes[name])
+    rows = rows[: min(max(_FEWEST_COMPARED, _COMPARED // a_row), _ROWS_A_RUN)].to(few.device)
     size = min(size, len(rows) // 2)
 
     def run_on(batch: Rows) -> Run:

@@ -520,6 +520,10 @@ class Sweep(Survey):
 
     def draws_a_run(self, block: Block | None = None, at_most: int = NUMBERS_A_RUN) -> int:
         """The number of draws of a block per run, with about so many numbers ``at_most``."""
+        return max(1, at_most // self.numbers_a_draw(block)) if self.vectorized else 1
+
+    def numbers_a_draw(self, block: Block | None = None) -> int:
+        """The numbers of one draw of a block over all sites."""
         block = block or next(iter(self.blocks()))
         numbers = 0
         for layout in (*self.guide_sites.values(), *self.model_sites.values()):
@@ -527,8 +531,7 @@ class Sweep(Survey):
             for plate in layout.plates & set(block.rows):
                 size = size * len(block.rows[plate]) // self.sizes[plate]
             numbers += max(1, size)
-        numbers *= getattr(self.guide, "width", 1)
-        return max(1, at_most // numbers) if self.vectorized else 1
+        return numbers * getattr(self.guide, "width", 1)
 
     # --- shapes -------------------------------------------------------------------------------------------------------
 

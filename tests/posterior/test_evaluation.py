@@ -524,7 +524,11 @@ def far_ahead(x):
     return torch.cat([x[100:], x.new_zeros(min(100, len(x)))])
 
 
-OTHER_ROWS = [after, before, still_to_come, from_the_end, far_ahead]
+def long_before(x):
+    return torch.cat([x.new_zeros(min(1000, len(x))), x[:-1000]])
+
+
+OTHER_ROWS = [after, before, still_to_come, from_the_end, far_ahead, long_before]
 
 
 @pytest.mark.parametrize("others", OTHER_ROWS)
