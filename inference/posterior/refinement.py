@@ -64,7 +64,7 @@ class RefinedGuide(nn.Module):
                 raise UnsupportedSite(name, "refinement", f"{family} has no parameters that can be moved")
             for key, (value, constraint) in own.items():
                 free = transform_to(constraint).inv(value)
-                self.offsets[f"{name}/{key}"] = nn.Parameter(torch.zeros_like(free).contiguous())
+                self.offsets[f"{_as_key(name)}/{key}"] = nn.Parameter(torch.zeros_like(free).contiguous())
             if not own:
                 with torch.no_grad(), _shifted_features(guide, None) as features, private_store(guide):
                     guide(*rows.args, **rows.kwargs)
@@ -87,6 +87,11 @@ class RefinedGuide(nn.Module):
                 return self.guide(*args, **kwargs)
             with _shifted_features(self.guide, features):
                 return self.guide(*args, **kwargs)
+
+
+def _as_key(site: str) -> str:
+    """A site's name as part of a parameter's name, which holds no dot: ``layer.weight`` is ``layer:weight``."""
+    return site.replace(":", "::").replace(".", ":")
 
 
 def _drawn(site: Mapping[str, Any]) -> bool:
@@ -365,8 +370,9 @@ class _Shift(Messenger):
                 self.by_site.setdefault(site, {})[name] = offset
 
     def _pyro_sample(self, msg) -> None:
-        if msg["name"] in self.by_site and not msg["is_observed"] and not site_is_subsample(msg):
-            msg["fn"] = shifted(msg["fn"], self.by_site[msg["name"]])
+        offsets = self.by_site.get(_as_key(msg["name"]))
+        if offsets is not None and not msg["is_observed"] and not site_is_subsample(msg):
+            msg["fn"] = shifted(msg["fn"], offsets)
 
 
 @contextmanager

@@ -73,6 +73,39 @@ def test_a_guide_that_is_a_function_keeps_its_fitted_parameters(initial, param_s
     assert pyro.param("shift").item() == 0.7 and pyro.param("shift").grad is None
 
 
+class Renamed(pyro.nn.PyroModule):
+    """A program with its site ``z`` under another name."""
+
+    def __init__(self, program, name):
+        super().__init__()
+        self.program, self.name = program, name
+
+    def forward(self, x):
+        with _Renaming(self.name):
+            return self.program(x)
+
+
+class _Renaming(poutine.messenger.Messenger):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def _pyro_sample(self, msg):
+        if msg["name"] == "z":
+            msg["name"] = self.name
+
+
+@pytest.mark.parametrize("name", ["layer.weight", "a:b.c", "a.b:c", "a/b", "keys"])
+def test_a_site_may_have_any_name(name, param_store):
+    model, guide = (Renamed(one, name) for one in (Linear(), Rough()))
+    expected = refine(Linear(), Rough(), X, steps=5)
+    refined = refine(model, guide, X, steps=5)
+    for ours, theirs in zip(refined.offsets.values(), expected.offsets.values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert evaluate(model, refined, X).elbo == pytest.approx(evaluate(Linear(), expected, X).elbo)
+    assert diagnose(model, guide, X, num_samples=100, num_simulations=20, refine_steps=2, progress=False).alarms
+
+
 def bounds(guide):
     """The exact bound of each datum: log p(x) less the KL to the posterior."""
     fn = poutine.trace(guide).get_trace(X).nodes["z"]["fn"].base_dist
