@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import GumboWarning
+from ...errors import BadInput, GumboWarning
 
 
 def arviz() -> Any:
@@ -31,9 +31,32 @@ def make(groups: Mapping[str, Any]) -> Any:
     if is_datatree():
         import xarray
 
+        for name in (str(one) for found in groups.values() for one in (*found.variables, *found.dims)):
+            if "/" in name:
+                raise BadInput(
+                    f"the name {name!r} has a slash, which ArviZ 1.x takes for a group: give it another name"
+                )
         return xarray.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
     with _own_groups():
         return arviz().InferenceData(**groups)
+
+
+def dataset(variables: Mapping[str, Any], attrs: Mapping[str, Any] | None = None) -> Any:
+    """An ``xarray.Dataset`` of variables; BadInput where xarray would fill up with NaN, or leave out a variable."""
+    import xarray
+
+    known: dict[str, tuple[str, Any]] = {}
+    for name, variable in variables.items():
+        for dim in variable.dims:
+            if dim in variables:
+                raise BadInput(f"{dim!r} is a variable, and a dimension of {name!r}: give the dimension another name")
+            index = variable.get_index(dim)
+            other, before = known.setdefault(dim, (name, index))
+            if not before.equals(index):
+                how = f"{len(before)} elements in {other!r} and {len(index)} in {name!r}"
+                how = how if len(before) != len(index) else f"other coordinates in {other!r} than in {name!r}"
+                raise BadInput(f"dimension {dim!r} has {how}: give them different names by dims=")
+    return xarray.Dataset(dict(variables), attrs=attrs)
 
 
 @contextmanager

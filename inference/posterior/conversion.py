@@ -194,8 +194,6 @@ def _in_words(need: Mapping[str, int]) -> str:
 
 
 def assembled(collection: Collection, args: tuple, kwargs: Mapping, coords: Mapping, dims: Mapping) -> Any:
-    import xarray
-
     sweep = collection.sweep
     if "log_likelihood" in collection.groups and not (sweep.local or sweep.tied):
         warn_of_shared_factors(sweep)
@@ -214,9 +212,7 @@ def assembled(collection: Collection, args: tuple, kwargs: Mapping, coords: Mapp
             groups["vi_stats"][name].attrs["given"] = ",".join(sweep.shared)
     attrs = _attrs(sweep)
     made = {
-        name: xarray.Dataset(groups[name], attrs=attrs | _group_attrs(name, collection))
-        for name in GROUPS
-        if name in groups
+        name: _arviz.dataset(groups[name], attrs | _group_attrs(name, collection)) for name in GROUPS if name in groups
     }
     return _arviz.make(made)
 

@@ -14,7 +14,7 @@ from ..engine.rows import given_arguments
 from . import _arviz
 from .collection import Collection
 from .conversion import assembled, check_count, exact_programs, fill, wanted_groups
-from .naming import check_names
+from .naming import check_names, numbered
 from .runner import Sweep
 
 _ALWAYS = ("posterior", "sample_stats", "vi_stats", "observed_data", "constant_data")
@@ -225,9 +225,7 @@ class _Given:
 
     def dataset(self, values: Draws, by_draw: bool = True) -> Any:
         """An ``xarray.Dataset`` of arrays by name."""
-        import xarray
-
-        return xarray.Dataset({name: self._variable(name, value, by_draw) for name, value in values.items()})
+        return _arviz.dataset({name: self._variable(name, value, by_draw) for name, value in values.items()})
 
     def _variable(self, name: str, value: Any, by_draw: bool) -> Any:
         import xarray
@@ -242,7 +240,8 @@ class _Given:
                 )
             data = self._without_plates(name, data)
             data = data.reshape(self.num_chains, -1, *data.shape[1:])
-            head = {"chain": np.arange(data.shape[0]), "draw": np.arange(data.shape[1])}
+            sizes = {"chain": data.shape[0], "draw": data.shape[1]}
+            head = {dim: numbered(self.coords, dim, np.arange(size)) for dim, size in sizes.items()}
         names, own = self._names(name, data.shape[len(head) :])
         tail = {}
         for dim, size in zip(names, data.shape[len(head) :], strict=True):

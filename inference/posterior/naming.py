@@ -29,6 +29,14 @@ def _listed(name: str, values: Any) -> np.ndarray:
     return listed
 
 
+def numbered(coords: Mapping[str, Any], dim: str, numbers: np.ndarray) -> np.ndarray:
+    """The coordinates of chains or draws: those that are given, or their numbers."""
+    values = _listed(dim, coords[dim]) if dim in coords else numbers
+    if len(values) != len(numbers):
+        raise BadInput(f"coords for {dim!r} has {len(values)} values, but the dimension has {len(numbers)}")
+    return values
+
+
 def check_names(
     sweep: Sweep,
     coords: Mapping[str, Sequence],
@@ -67,13 +75,16 @@ class Naming:
         self.sweep, self.dims = sweep, dict(dims)
         self.coords = {plate: sweep.row_ids[plate].numpy() for plate in sweep.row_ids if plate in sweep.sizes}
         self.coords |= {name: _listed(name, values) for name, values in coords.items()}
+        # A plate that is called as a dimension of ArviZ's has another name there, and the coordinates are the plate's.
+        self.of_arviz = {name: self.coords[name] for name in OF_ARVIZ if name in coords and name not in sweep.sizes}
 
     def variable(self, array: Array, collection: Collection) -> Any:
         """An ``xarray.DataArray`` around the numbers."""
         names = self._names_of(array)
-        head = {"chain": np.arange(collection.chains)} if array.by_draw else {}
+        head = {}
         if array.by_draw:
-            head["draw"] = np.arange(0, collection.num_samples, array.every)
+            head["chain"] = numbered(self.of_arviz, "chain", np.arange(collection.chains))
+            head["draw"] = numbered(self.of_arviz, "draw", np.arange(collection.num_samples))[:: array.every]
         data = _counted(array)
         if array.constant:
             data = np.broadcast_to(data, collection.full_shape(array))
@@ -133,7 +144,7 @@ class Naming:
         """Numbers ``(chain, *plates, *others)`` with dimension names."""
         made = {}
         for name, (names, data) in found.items():
-            head = {"chain": np.arange(data.shape[0])}
+            head = {"chain": numbered(self.of_arviz, "chain", np.arange(data.shape[0]))}
             made[name] = self._made(data, names, head)
         return made
 

@@ -22,7 +22,7 @@ from ..engine.scopes import kept_buffers, modules_of, private_seed, quietly
 from . import _arviz
 from .collection import Array
 from .conversion import afford
-from .naming import Naming
+from .naming import Naming, check_names
 from .opened import OpenedModel, opened_model
 from .parts import exact_pair
 from .runner import Sweep
@@ -108,6 +108,7 @@ def predict(
             with _explained(one, args, kwargs):
                 opened = opened_model(whole, one, args, kwargs)
                 sweeps.append(Sweep(opened, one, args, kwargs, **options))
+    check_names(sweeps[0], coords or {}, dims or {})
     drawn = Predictions(sweeps[0], len(sweeps), num_samples)
     need = drawn.bytes_needed()
     afford({GROUP: need}, memory_limit, "draw fewer num_samples=, or predict fewer rows")
@@ -174,8 +175,6 @@ class Predictions:
                     progress.epoch(done, {})
 
     def as_arviz(self, naming: Naming, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        import xarray
-
         from ..._version import __version__
 
         attrs = {"inference_library": "gumbo", "inference_library_version": __version__}
@@ -183,7 +182,7 @@ class Predictions:
         given = [value.cpu().numpy() for name, value in self.sweep.observed_values.items() if not self._is_open(name)]
         if constants := naming.constants(args, kwargs, given):
             groups[f"{GROUP}_constant_data"] = constants
-        return _arviz.make({name: xarray.Dataset(group, attrs=attrs) for name, group in groups.items()})
+        return _arviz.make({name: _arviz.dataset(group, attrs) for name, group in groups.items()})
 
     def _is_open(self, name: str) -> bool:
         return isinstance(self.sweep.model, OpenedModel) and name in self.sweep.model.left_open

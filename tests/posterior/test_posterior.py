@@ -1172,11 +1172,57 @@ def test_a_site_with_the_name_of_arvizs_dimension_is_refused(name):
         to_arviz(*_one_row(name), X[:3], num_samples=10)
 
 
+def _two_sizes(x):
+    a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(a.sum() + b.sum(), 1.0), obs=x)
+
+
+def _prior_of_two_sizes(x):
+    pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize(
+    "dims, message",
+    [
+        ({"a": ["part"], "b": ["part"]}, "dimension 'part' has 2 elements in 'a' and 3 in 'b'"),
+        ({"a": ["a"]}, "'a' is a variable, and a dimension of 'a'"),
+        ({"a": ["b"]}, "'b' is a variable, and a dimension of 'a'"),
+    ],
+)
+def test_names_of_dimensions_that_xarray_would_fill_up_or_drop_are_refused(dims, message):
+    with pytest.raises(BadInput, match=message):
+        to_arviz(_two_sizes, _prior_of_two_sizes, X.float(), num_samples=4, dims=dims)
+
+
+def test_chains_and_draws_have_the_coordinates_that_are_given():
+    names = {"chain": ["first"], "draw": [10, 20, 30, 40]}
+    idata = to_arviz(*_one_row(), X[:3], num_samples=4, coords=names, thin={"posterior_predictive": 2})
+    for name in ("posterior", "sample_stats", "vi_stats"):
+        assert group(idata, name)["chain"].values.tolist() == ["first"]
+    assert group(idata, "posterior")["draw"].values.tolist() == [10, 20, 30, 40]
+    assert group(idata, "posterior_predictive")["draw"].values.tolist() == [10, 30]
+    found = group(predict(*_one_row(), X[:3], num_samples=4, coords=names), "predictions")
+    assert found["draw"].values.tolist() == [10, 20, 30, 40]
+    with pytest.raises(BadInput, match="coords for 'chain' has 2 values, but the dimension has 1"):
+        to_arviz(*_one_row(), X[:3], num_samples=4, coords={"chain": [0, 1]})
+
+
+@pytest.mark.skipif(not _arviz.is_datatree(), reason="a DataTree takes no slash in a name")
+def test_a_slash_in_a_name_is_refused_in_one_line():
+    with pytest.raises(BadInput, match="'part/z' has a slash"):
+        to_arviz(*_one_row("part/z"), X[:3], num_samples=4)
+
+
 def test_names_that_belong_to_nothing_are_refused():
     with pytest.raises(BadInput, match="coords names 'dada'"):
         to_arviz(*_one_row(), X[:3], num_samples=10, coords={"dada": [1, 2, 3]})
     with pytest.raises(BadInput, match="dims names 'y'"):
         to_arviz(*_one_row(), X[:3], num_samples=10, dims={"y": ["unit"]})
+    with pytest.raises(BadInput, match="dims names 'y'"):
+        predict(*_one_row(), X[:3], num_samples=10, dims={"y": ["unit"]})
     idata = to_arviz(*_one_row(), X[:3], num_samples=10)
     with pytest.raises(UnknownName, match="variable 'foo'"):
         summary(idata, var_names=["foo"])
