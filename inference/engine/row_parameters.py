@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -61,8 +62,25 @@ def positional_parameter(model: Callable, guide: Callable, batch: Rows, seed: in
     """A parameter with separate elements for each position in the batch, whatever row is there.
 
     The terms of several rows are differentiated. Elements that only one row's terms depend on belong to the row; if the
-    same elements are used after the rows are permuted, they belong to the position.
+    same elements are used after the rows are permuted, they belong to the position. A plate that happens to have the
+    size of the batch, as that of three groups on three rows, does not have its rows.
     """
+    found = _positional(model, guide, batch, seed, frozenset())
+    fixed = _fixed_plates(model, guide, batch) if found is not None else None
+    return _positional(model, guide, batch, seed, fixed) if fixed else found
+
+
+def _fixed_plates(model: Callable, guide: Callable, batch: Rows) -> frozenset[str]:
+    """Plates of the batch's size that keep it on a row more; none if the programs do not run on that."""
+    with suppress(Exception):
+        more = batch[torch.arange(len(batch) + 1) % len(batch)]
+        stacks = [site["cond_indep_stack"] for trace in traces_of(model, guide, more) for site in sites_of(trace)]
+        sizes = {frame.name: frame.full_size or frame.size for stack in stacks for frame in stack}
+        return frozenset(name for name, size in sizes.items() if size == len(batch))
+    return frozenset()
+
+
+def _positional(model: Callable, guide: Callable, batch: Rows, seed: int, fixed: frozenset[str]) -> str | None:
     if batch.whole or len(batch) < 2:
         return None
     for module in modules_of(model, guide):
@@ -71,7 +89,7 @@ def positional_parameter(model: Callable, guide: Callable, batch: Rows, seed: in
     for turn in range(3):
         torch.manual_seed(seed + turn)
         turned = batch[torch.arange(len(batch)).roll(turn)]
-        supports = _supports(model, guide, turned)
+        supports = _supports(model, guide, turned, fixed)
         if found is None:
             found = {name: by_row for name, by_row in supports.items() if _disjoint(by_row)}
         else:
@@ -85,14 +103,15 @@ def positional_parameter(model: Callable, guide: Callable, batch: Rows, seed: in
     return next(iter(found))
 
 
-def _supports(model: Callable, guide: Callable, batch: Rows) -> dict[str, list[Tensor]]:
+def _supports(model: Callable, guide: Callable, batch: Rows, fixed: frozenset[str]) -> dict[str, list[Tensor]]:
     """For some rows, the elements of each parameter that the row's log-probabilities depend on."""
     traces = traces_of(model, guide, batch)
     size = len(batch)
     total: Tensor | None = None
     for trace in traces:
         for site in sites_of(trace):
-            frame = next((f for f in site["cond_indep_stack"] if f.vectorized and f.size == size), None)
+            frames = [one for one in site["cond_indep_stack"] if one.vectorized and one.name not in fixed]
+            frame = next((one for one in frames if one.size == size), None)
             if frame is None or is_computed(site):
                 continue
             terms = site["fn"].log_prob(site["value"])

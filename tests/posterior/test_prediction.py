@@ -357,6 +357,28 @@ def test_a_guide_with_parameters_per_datum_is_refused_for_any_number_of_new_rows
     assert "\n" not in said and "parameters per datum" in said and "new rows" in said
 
 
+LEVELS = torch.tensor([1.0, 2.0, 3.0]).double()
+
+
+def of_levels(level, y=None):
+    with pyro.plate("levels", 3):
+        a = pyro.sample("a", dist.Normal(torch.zeros(()).double(), 1.0))
+    with pyro.plate("data", len(level)):
+        pyro.sample("y", dist.Normal(a[..., level], 0.01), obs=y)
+
+
+def levels_guide(level, y=None):
+    with pyro.plate("levels", 3):
+        pyro.sample("a", dist.Normal(pyro.param("loc", LEVELS), 0.01))
+
+
+@pytest.mark.parametrize("level", [[2], [2, 0], [2, 2, 0], [2, 0, 1, 1]], ids=len)
+def test_as_many_rows_as_a_plate_of_parameters_are_predicted(level, param_store):
+    found = variable(predict(of_levels, levels_guide, torch.tensor(level), num_samples=2000)).values[0]
+    for row, place in enumerate(level):
+        assert within(found[:, row], LEVELS[place].item(), 2e-4)
+
+
 def test_what_cannot_be_predicted_is_said_in_one_line():
     def nothing(t):
         pyro.sample("w", dist.Normal(0.0, 1.0))
