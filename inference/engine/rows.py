@@ -261,6 +261,11 @@ def _readable(value: Any, name: int | str, what: str = "data") -> Any:
 
     Other values are unchanged. Raises BadInput for what torch would misread, or could only read as a copy of a file.
     """
+    if isinstance(value, torch.Tensor) and value.is_nested:
+        raise BadInput(
+            f"{what}: argument {name!r} is a nested tensor, of which no batch can be taken; pass "
+            "torch.nested.to_padded_tensor(x, 0.0), and the lengths as an argument of its own"
+        )
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
         return value
     if np.ma.is_masked(value):

@@ -126,11 +126,16 @@ class Naming:
         return named + list(others)
 
     def constants(self, args: tuple, kwargs: Mapping, observed: Iterable[np.ndarray]) -> dict[str, Any]:
-        """Tensor arguments of the model that no site observes, in all rows."""
+        """Dense tensor arguments of the model that no site observes, in all rows."""
         found = {}
         for name, value in _arguments(self.sweep.model, args, kwargs).items():
-            if not isinstance(value, torch.Tensor) or any(
-                value.shape == seen.shape and np.array_equal(value.detach().cpu().numpy(), seen) for seen in observed
+            if (
+                not isinstance(value, torch.Tensor)
+                or value.layout is not torch.strided
+                or any(
+                    value.shape == seen.shape and np.array_equal(value.detach().cpu().numpy(), seen)
+                    for seen in observed
+                )
             ):
                 continue
             plates = [p for p in self.sweep.data_plates if value.dim() and self.sweep.sizes[p] == len(value)][:1]

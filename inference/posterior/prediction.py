@@ -73,8 +73,8 @@ def predict(
 
     Returns:
         ``InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x, with the groups ``predictions``, of dims
-        ``(chain, draw, *plates, *event)``, and ``predictions_constant_data``, the tensors among the arguments that no
-        site observes.
+        ``(chain, draw, *plates, *event)``, and ``predictions_constant_data``, the dense tensors among the arguments
+        that no site observes.
 
     Raises:
         BadInput: a guide with parameters per datum; programs that fail on the new data; no site to predict; draws that

@@ -11,6 +11,7 @@ import torch
 
 from gumbo.errors import BadInput, GumboError, UnsupportedSite
 from gumbo.inference import diagnose, evaluate, fit, predict, summary, to_arviz
+from gumbo.inference.posterior import _arviz
 
 X = torch.tensor([0.1, 0.2, 0.3])
 
@@ -130,6 +131,38 @@ def test_sparse_data_are_one_line(name):
     said = refusal(SCORING[name], model, unread, X.to_sparse())
     assert said == "data: argument 0 is a sparse tensor, of which no batch can be taken; pass x.to_dense()"
     assert "train: argument 0 is a sparse tensor" in refusal(fit, model, unread, X.to_sparse())
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_data_are_one_line(name, layout):
+    nested = torch.nested.nested_tensor([X, X[:2]], layout=layout)
+    assert refusal(ALL[name], model, unread, nested) == (
+        "data: argument 0 is a nested tensor, of which no batch can be taken; pass "
+        "torch.nested.to_padded_tensor(x, 0.0), and the lengths as an argument of its own"
+    )
+
+
+def test_a_sparse_argument_that_no_site_observes_is_served():
+    design = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+
+    def sparse_regression(covariates, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal((covariates @ w.unsqueeze(-1)).squeeze(-1), 1.0), obs=y)
+
+    def weights(covariates, y=None):
+        pyro.sample("w", dist.Normal(torch.tensor([1.0, -1.0]), 0.1).to_event(1))
+
+    idata = to_arviz(sparse_regression, weights, design.to_sparse(), X, num_samples=3)
+    w = torch.tensor(_arviz.dataset_of(idata, "posterior")["w"].values[0])
+    found = _arviz.dataset_of(idata, "log_likelihood")["y"].values[0]
+    expected = dist.Normal(w @ design.T, 1.0).log_prob(X)
+    assert found.ravel().tolist() == pytest.approx(expected.ravel().tolist(), abs=1e-5)
+    assert "constant_data" not in _arviz.groups_of(idata)
+    drawn = predict(sparse_regression, weights, design.to_sparse(), X, num_samples=3)
+    assert _arviz.dataset_of(drawn, "predictions")["y"].shape == (1, 3, 3)
 
 
 @pytest.mark.parametrize("name", ALL)
