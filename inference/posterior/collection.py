@@ -169,7 +169,7 @@ class Collection:
         """Bytes by group."""
         need: dict[str, int] = {}
         for array in self.arrays.values():
-            size = math.prod(self.full_shape(array, kept=True)) * array.dtype.itemsize
+            size = math.prod(self.full_shape(array, kept=True)) * kind_of_array(array.dtype).itemsize
             need[array.group] = need.get(array.group, 0) + size
         if "vi_stats" in self.groups:
             latents = [self.sweep.model_sites[name] for name in self.sweep.local]
@@ -178,7 +178,7 @@ class Collection:
 
     def allocate(self) -> None:
         for array in self.arrays.values():
-            array.data = np.zeros(self.full_shape(array, kept=True), dtype=_kind_of(array.dtype))
+            array.data = np.zeros(self.full_shape(array, kept=True), dtype=kind_of_array(array.dtype))
         self.largest_log_p = 0.0
         self.observed: dict[str, np.ndarray] = {}  # without masks
         # Which numbers of masked latents have a posterior.
@@ -259,7 +259,7 @@ class Collection:
         picks, where = self._kept(array, start, stop)
         if len(picks):
             picked = values if len(picks) == stop - start else values[torch.as_tensor(picks)]
-            array.data[(chain, where, *block.index(array.plates))] = picked.cpu().numpy()
+            array.data[(chain, where, *block.index(array.plates))] = as_array(picked)
 
     def _posterior(
         self, chain: int, sweep: Sweep, start: int, stop: int, block: Block, guide: Pass, model: Pass
@@ -274,9 +274,9 @@ class Collection:
                 picks, where = self._kept(array, start, stop)
                 array.data[chain, where] += model.log_prob(name, ()).cpu().numpy()[picks]
             elif group == "observed_data" and start == 0 and chain == 0:
-                array.data[block.index(array.plates)] = model.shown_value(name)[0].cpu().numpy()
-                self.observed.setdefault(name, np.zeros(array.shape, _kind_of(array.layout.dtype)))
-                self.observed[name][block.index(array.plates)] = model.value(name)[0].cpu().numpy()
+                array.data[block.index(array.plates)] = as_array(model.shown_value(name)[0])
+                self.observed.setdefault(name, np.zeros(array.shape, kind_of_array(array.layout.dtype)))
+                self.observed[name][block.index(array.plates)] = as_array(model.value(name)[0])
         for name, known in self.shown.items():
             if start == 0 and chain == 0 and (shown := model.shown(name)) is not None:
                 known[block.index(model.layouts[name].names)] = shown[0].cpu().numpy()
@@ -405,8 +405,14 @@ class Collection:
                 self._write(chain, array, start, stop, block, run.shown_value(name))
 
 
-def _kind_of(dtype: torch.dtype) -> np.dtype:
-    return torch.empty(0, dtype=dtype).numpy().dtype
+def as_array(values: torch.Tensor) -> np.ndarray:
+    """The same numbers as an array; those of bfloat16, which numpy lacks, in single precision."""
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def kind_of_array(dtype: torch.dtype) -> np.dtype:
+    return as_array(torch.empty(0, dtype=dtype)).dtype
 
 
 def _sums(layout: SiteLayout) -> np.dtype:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...errors import BadInput
-from .collection import Array, Collection
+from .collection import Array, Collection, as_array
 from .runner import Sweep
 
 OF_ARVIZ = ("chain", "draw")
@@ -132,17 +132,14 @@ class Naming:
             if (
                 not isinstance(value, torch.Tensor)
                 or value.layout is not torch.strided
-                or any(
-                    value.shape == seen.shape and np.array_equal(value.detach().cpu().numpy(), seen)
-                    for seen in observed
-                )
+                or any(value.shape == seen.shape and np.array_equal(as_array(value), seen) for seen in observed)
             ):
                 continue
             plates = [p for p in self.sweep.data_plates if value.dim() and self.sweep.sizes[p] == len(value)][:1]
             names = self._names(name, [*plates], tuple(value.shape))
             # A variable cannot have the name of one of its dimensions.
             label = f"{name}_argument" if name in self.sweep.sizes else name
-            found[label] = self._made(value.detach().cpu().numpy(), names, {})
+            found[label] = self._made(as_array(value), names, {})
         return found
 
     def statistics(self, found: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> dict[str, Any]:

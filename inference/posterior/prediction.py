@@ -20,7 +20,7 @@ from ..engine.row_parameters import autoguides_in, positional_parameter, sites_o
 from ..engine.rows import Rows, given_arguments
 from ..engine.scopes import kept_buffers, modules_of, private_seed, quietly
 from . import _arviz
-from .collection import Array
+from .collection import Array, as_array, kind_of_array
 from .conversion import afford
 from .naming import Naming, check_names
 from .opened import OpenedModel, opened_model
@@ -142,7 +142,7 @@ class Predictions:
         return (self.chains, self.num_samples, *array.shape)
 
     def bytes_needed(self) -> int:
-        return sum(math.prod(self.full_shape(array)) * array.dtype.itemsize for array in self.arrays)
+        return sum(math.prod(self.full_shape(array)) * kind_of_array(array.dtype).itemsize for array in self.arrays)
 
     def _chunks(self, sweep: Sweep) -> list[tuple[int, int]]:
         size = sweep.draws_a_run()
@@ -154,7 +154,7 @@ class Predictions:
     def fill(self, chain: int, sweep: Sweep, seed: int | None, progress: Any) -> None:
         """Make all draws of one chain."""
         for array in self.arrays if chain == 0 else ():
-            array.data = np.zeros(self.full_shape(array), torch.empty(0, dtype=array.dtype).numpy().dtype)
+            array.data = np.zeros(self.full_shape(array), kind_of_array(array.dtype))
         done = 0
         with quietly(sweep.model, sweep.guide, seed):
             for start, stop in self._chunks(sweep):
@@ -169,7 +169,7 @@ class Predictions:
                     sweep.keep(held, model, new, sweep.model_sites)
                     for array in self.arrays:
                         where = (chain, slice(start, stop), *block.index(array.plates))
-                        array.data[where] = model.shown_value(array.name).cpu().numpy()
+                        array.data[where] = as_array(model.shown_value(array.name))
                     done += 1
                     progress.step(done)
                     progress.epoch(done, {})
@@ -179,7 +179,7 @@ class Predictions:
 
         attrs = {"inference_library": "gumbo", "inference_library_version": __version__}
         groups = {GROUP: {array.name: naming.variable(array, self) for array in self.arrays}}
-        given = [value.cpu().numpy() for name, value in self.sweep.observed_values.items() if not self._is_open(name)]
+        given = [as_array(value) for name, value in self.sweep.observed_values.items() if not self._is_open(name)]
         if constants := naming.constants(args, kwargs, given):
             groups[f"{GROUP}_constant_data"] = constants
         return _arviz.make({name: _arviz.dataset(group, attrs) for name, group in groups.items()})

@@ -165,6 +165,16 @@ def test_a_sparse_argument_that_no_site_observes_is_served():
     assert _arviz.dataset_of(drawn, "predictions")["y"].shape == (1, 3, 3)
 
 
+def test_numbers_that_numpy_lacks_are_in_single_precision():
+    x = X.bfloat16()
+    idata = to_arviz(model, reading, x, num_samples=4)
+    observed, drawn = (_arviz.dataset_of(idata, name) for name in ("observed_data", "posterior"))
+    assert observed["x"].values.tolist() == x.float().tolist()
+    z = torch.tensor(drawn["z"].values)
+    assert z.dtype == torch.float32 and torch.equal(z, z.bfloat16().float())
+    assert _arviz.dataset_of(predict(model, reading, x, num_samples=4), "predictions")["x"].dtype == "float32"
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_rows_without_a_plate_are_refused_as_fit_refuses_them(name):
     with pytest.raises(UnsupportedSite) as caught:
