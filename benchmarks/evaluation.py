@@ -39,8 +39,8 @@ from gumbo.guides import BernoulliGuide, NormalGuide
 from gumbo.inference import evaluate
 from gumbo.inference.posterior.evaluation import Evaluator
 from gumbo.inference.posterior.parts import Weighing
+from gumbo.inference.training.compile.backends import inductor
 from gumbo.inference.training.compile.capture import capture
-from gumbo.inference.training.compile.step import inductor
 from gumbo.models import BernoulliVAE, GaussianVAE
 
 SHAPE = (1, 28, 28)

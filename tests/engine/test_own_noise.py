@@ -316,7 +316,8 @@ def test_a_tape_repeats_the_noise_of_bodies_and_not_that_of_sites():
 
 def test_a_compiled_step_repeats_the_mask():
     from gumbo.inference.engine.rows import Rows
-    from gumbo.inference.training.compile.step import CompiledStep, uncompiled
+    from gumbo.inference.training.compile.backends import uncompiled
+    from gumbo.inference.training.compile.step import CompiledStep
 
     class Guide(PyroModule):
         def __init__(self):

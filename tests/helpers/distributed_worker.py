@@ -36,6 +36,7 @@ from gumbo.inference.estimators.score import Baseline
 from gumbo.inference.stock import TraceEnumELBO
 from gumbo.inference.training import shared_memory
 from gumbo.inference.training.compile import step as compiled_step
+from gumbo.inference.training.compile.backends import uncompiled
 from gumbo.inference.training.compile.processes import CompiledProcessStep
 from gumbo.inference.training.data_parallel import ProcessStep
 from gumbo.inference.training.distributed import Processes, SharedInterrupts
@@ -589,7 +590,7 @@ def messages(processes: Processes) -> list:
     return processes.gather(found)
 
 
-@unittest.mock.patch.object(compiled_step, "inductor", compiled_step.uncompiled)
+@unittest.mock.patch.object(compiled_step, "inductor", uncompiled)
 def compiled(processes: Processes, folder: Path) -> dict:
     """Compiled steps of both processes beside eager ones of one; a run that goes on; what is refused."""
     make, store = make_optimizer("adam", 1e-3)[0], pyro.get_param_store()
@@ -636,7 +637,7 @@ def compiled(processes: Processes, folder: Path) -> dict:
     return found
 
 
-@unittest.mock.patch.object(compiled_step, "inductor", compiled_step.uncompiled)
+@unittest.mock.patch.object(compiled_step, "inductor", uncompiled)
 def laid_out(processes: Processes) -> list[dict[str, float]]:
     """How far training of both processes is from itself where matrices lie in memory column by column."""
     found = {}

@@ -17,7 +17,8 @@ from gumbo.inference import SiteELBO, diagnose, evaluate, fit, to_arviz
 from gumbo.inference.engine.noise import Tape
 from gumbo.inference.engine.rows import Rows
 from gumbo.inference.training.compile import step
-from gumbo.inference.training.compile.step import CompiledStep, uncompiled
+from gumbo.inference.training.compile.backends import uncompiled
+from gumbo.inference.training.compile.step import CompiledStep
 from gumbo.inference.training.optimizers import make_optimizer
 from gumbo.inference.training.steps import TorchStep
 from gumbo.models import AttendInferRepeat, GaussianVAE

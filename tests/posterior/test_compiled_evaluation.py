@@ -21,8 +21,8 @@ from gumbo.inference.posterior.evaluation import Evaluator
 from gumbo.inference.posterior.graphs import Graphs, terms_of
 from gumbo.inference.posterior.parts import Weighing
 from gumbo.inference.posterior.runner import Sweep
+from gumbo.inference.training.compile.backends import inductor, uncompiled
 from gumbo.inference.training.compile.capture import capture
-from gumbo.inference.training.compile.step import inductor, uncompiled
 from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE, StructuredPrediction
 
 SHAPE = (1, 4, 4)
@@ -245,7 +245,7 @@ def test_a_relaxed_pair_is_not_compiled_again_for_every_evaluation():
 def test_evaluate_compiles_where_it_is_asked_to_and_warns_where_it_cannot(monkeypatch):
     made_of = []
     monkeypatch.setattr(
-        "gumbo.inference.training.compile.step.inductor", lambda *args: made_of.append(args) or uncompiled(*args)
+        "gumbo.inference.training.compile.backends.inductor", lambda *args: made_of.append(args) or uncompiled(*args)
     )
     with torch.random.fork_rng():
         pair = made("gaussian")

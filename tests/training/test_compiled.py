@@ -36,7 +36,8 @@ from gumbo.inference.estimators import (
     estimators,
 )
 from gumbo.inference.training.compile import step as compiled
-from gumbo.inference.training.compile.step import CompiledStep, uncompiled
+from gumbo.inference.training.compile.backends import uncompiled
+from gumbo.inference.training.compile.step import CompiledStep
 from gumbo.inference.training.optimizers import make_optimizer
 from gumbo.inference.training.schedules import Exponential, Linear
 from gumbo.inference.training.steps import TorchStep

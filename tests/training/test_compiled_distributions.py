@@ -19,8 +19,9 @@ from torch.distributions import transforms
 from gumbo.inference import SiteELBO
 from gumbo.inference.engine.noise import Tape
 from gumbo.inference.engine.rows import Rows
+from gumbo.inference.training.compile.backends import uncompiled
 from gumbo.inference.training.compile.capture import triangles_by_index
-from gumbo.inference.training.compile.step import CompiledStep, uncompiled
+from gumbo.inference.training.compile.step import CompiledStep
 from gumbo.inference.training.optimizers import make_optimizer
 from gumbo.inference.training.steps import TorchStep
 

@@ -17,6 +17,7 @@ from gumbo.guides import BernoulliGuide
 from gumbo.inference import SiteELBO, fit
 from gumbo.inference.engine.rows import Rows
 from gumbo.inference.training.compile import step as compiled
+from gumbo.inference.training.compile.backends import uncompiled
 from gumbo.inference.training.compile.step import CompiledStep
 from gumbo.inference.training.optimizers import make_optimizer
 from gumbo.models import BernoulliVAE
@@ -136,7 +137,7 @@ def test_the_compiler_gets_a_buffer_whose_elements_share_memory_as_it_lies():
 
 
 def test_a_buffer_that_a_transform_replaces_is_that_of_the_next_step(monkeypatch):
-    monkeypatch.setattr(compiled, "inductor", compiled.uncompiled)
+    monkeypatch.setattr(compiled, "inductor", uncompiled)
     found = []
     for compile in (False, True):
         held = []
@@ -169,7 +170,7 @@ GRADIENT_HOOKS = {
 @pytest.mark.parametrize("when", ["before", "later"])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_hooks_on_gradients_are_refused(kind, when, optimizer, monkeypatch):
-    monkeypatch.setattr(compiled, "inductor", compiled.uncompiled)
+    monkeypatch.setattr(compiled, "inductor", uncompiled)
     hooks = {"prepare" if when == "before" else "after_epoch": GRADIENT_HOOKS[kind]}
     with pytest.raises(BadInput, match="'model.decoder.weight' has a hook on its gradient .*compile=False"):
         trained(True, optimizer=optimizer, **hooks)
@@ -193,7 +194,7 @@ OPTIMIZER_HOOKS = {"register_step_post_hook": clamped, "register_step_pre_hook":
 @pytest.mark.parametrize("kind", OPTIMIZER_HOOKS)
 @pytest.mark.parametrize("when", ["before", "later", "everywhere"])
 def test_hooks_of_an_optimizer_run_at_every_step(kind, when, monkeypatch):
-    monkeypatch.setattr(compiled, "inductor", compiled.uncompiled)
+    monkeypatch.setattr(compiled, "inductor", uncompiled)
     made, handles = [], []
 
     def make(parameters):

@@ -14,8 +14,8 @@ from gumbo.inference.engine.rows import Rows
 from gumbo.inference.training.checkpoints import load_checkpoint
 from gumbo.inference.training.compile import products
 from gumbo.inference.training.compile import step as compiled
+from gumbo.inference.training.compile.backends import inductor, uncompiled
 from gumbo.inference.training.compile.products import SMALLEST, through_onednn
-from gumbo.inference.training.compile.step import inductor
 from gumbo.inference.training.optimizers import make_optimizer
 from gumbo.inference.training.steps import TorchStep
 from gumbo.models import GaussianVAE
@@ -156,7 +156,7 @@ def test_eager_steps_leave_the_layers_alone():
 
 def test_a_resumed_run_keeps_its_library(tmp_path, monkeypatch):
     """The first run measures; the second takes what stands in the checkpoint, whatever it would measure now."""
-    monkeypatch.setattr(compiled, "inductor", compiled.uncompiled)
+    monkeypatch.setattr(compiled, "inductor", uncompiled)
     choose, asked = products.choose_library, []
 
     def measured(word, *rest):

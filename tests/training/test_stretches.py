@@ -19,7 +19,8 @@ from gumbo.inference.engine.rows import Rows
 from gumbo.inference.training import batches as reading
 from gumbo.inference.training.batches import Batches
 from gumbo.inference.training.compile import step as compiled
-from gumbo.inference.training.compile.step import CompiledStep, uncompiled
+from gumbo.inference.training.compile.backends import uncompiled
+from gumbo.inference.training.compile.step import CompiledStep
 from gumbo.inference.training.optimizers import make_optimizer
 from gumbo.inference.training.schedules import Linear
 from gumbo.models import BernoulliVAE, GaussianVAE

@@ -12,7 +12,7 @@ def compiler() -> Callable[[Callable[..., list[Tensor]], list[Tensor]], Callable
 
     The call loads torch's compiler, which takes seconds.
     """
-    from . import step
+    from . import backends
     from .capture import capture
 
-    return lambda function, examples: step.inductor(capture(function, examples), examples)
+    return lambda function, examples: backends.inductor(capture(function, examples), examples)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ....errors import BadInput, first_line
+from ....errors import BadInput
 from ...elbo import SiteELBO
 from ...engine.constants import ADVICE, Watch
 from ...engine.noise import Noise, Tape
@@ -21,12 +18,11 @@ from ...engine.rows import Rows
 from ...engine.scopes import private_seed
 from ...estimators._base import SiteState
 from ..steps import TorchStep, outside_support
+from .adam import Adam, end_of_step, parts
 from .arguments import Taken, flat, shape_of
-from .capture import Program, asks_for_a_value, capture
+from .backends import Replay, inductor
+from .capture import Program, capture
 from .products import FASTEST, ONEDNN, choose_library, through_onednn
-
-# No autotuning; draws that are not inputs come from torch's generators, whose state a checkpoint holds.
-OPTIONS = {"fallback_random": True, "size_asserts": False, "max_autotune": False, "triton.cudagraphs": False}
 
 # A stretch of steps ends after so many steps, bytes of batches, or seconds.
 LONGEST, AHEAD, SECONDS = 256, 2**26, 1.0
@@ -484,280 +480,6 @@ def _generator_states(noise: Noise) -> list[tuple[torch.Generator, Tensor]]:
     devices = {buffer.device for buffer in noise.buffers}
     found = [torch.cuda.default_generators[device.index] for device in devices if device.type == "cuda"]
     return [(generator, generator.get_state()) for generator in (torch.default_generator, *found)]
-
-
-def end_of_step(optimizer: Any) -> None:
-    """What follows a step of the optimizer that a graph has made: a scheduler of steps."""
-    if getattr(optimizer, "every_step", False):
-        optimizer.scheduler.step()
-
-
-BAKED = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
-
-
-class Adam:
-    """Adam and AdamW (Kingma & Ba 2015, arXiv 1412.6980; Loshchilov & Hutter 2019) inside a graph.
-
-    The state is that of torch's optimizer, under torch's names, so that eager steps and checkpoints share it.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]):
-        self.optimizer, self.parameters = optimizer, list(parameters)
-        self._held: list[Tensor] = []
-        self._steps: list[int] = []
-        groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self.group_of = [groups[id(parameter)] for parameter in self.parameters]
-        for parameter, number in zip(self.parameters, self.group_of, strict=True):
-            state, group = optimizer.state[parameter], optimizer.param_groups[number]
-            if not state:  # as torch's own first step does
-                on_device = group["fused"] or group["capturable"]
-                where = parameter.device if on_device else torch.device("cpu")
-                state["step"] = torch.zeros((), dtype=torch.float32, device=where)
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-
-    @classmethod
-    def serving(cls, updates: Any, parameters: Sequence[Tensor]) -> Adam | None:
-        """The optimizer as a part of the graph, or None where torch's own step is needed."""
-        optimizer = getattr(updates, "optimizer", updates)
-        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or getattr(updates, "clip", None) is not None:
-            return None
-        if getattr(getattr(updates, "scheduler", None), "cycle_momentum", False):
-            return None  # OneCycleLR and CyclicLR move the betas, which are constants of the graph
-        if any(_hooks_of(optimizer)):
-            return None
-        for group in optimizer.param_groups:
-            on_device = group["fused"] or group["capturable"] or not any(p.is_cuda for p in group["params"])
-            if group["amsgrad"] or group["differentiable"] or not on_device or isinstance(group["lr"], Tensor):
-                return None
-        return cls(optimizer, parameters)
-
-    def add_to(self, watch: Watch) -> None:
-        """Watch the options that are constants of a graph."""
-        for group in self.optimizer.param_groups:
-            watch.add(group, [name for name in group if name in BAKED])
-        for hooks in _hooks_of(self.optimizer):
-            watch.add_size(hooks)
-
-    def state(self) -> list[Tensor]:
-        """Step counts and two moments for each parameter, from the optimizer's current state."""
-        states = [self.optimizer.state[parameter] for parameter in self.parameters]
-        return [state[name] for name in ("step", "exp_avg", "exp_avg_sq") for state in states]
-
-    def forget(self) -> None:
-        """Called before torch's optimizer makes a step of its own."""
-        self._steps = []
-
-    def count(self, steps: int = 1) -> None:
-        """Called after the graph has made steps."""
-        self._steps = [number + steps for number in self._steps]
-        self.optimizer._opt_called = True  # schedulers check it, and warn of missing steps
-
-    def numbers(self, ahead: int = 0) -> list[float]:
-        """Three numbers for each parameter: learning rate / (1 − β₁ᵗ), 1 / √(1 − β₂ᵗ), and the learning rate.
-
-        t is the number of the next step, or of the step that comes ``ahead`` steps after it. The numbers are computed
-        outside the graph, which would compute them once for every element.
-        """
-        held = [self.optimizer.state[parameter]["step"] for parameter in self.parameters]
-        if not self._steps or any(a is not b for a, b in zip(held, self._held, strict=True)):
-            self._held, self._steps = held, [int(step) for step in held]
-        found: dict[tuple[int, int], list[float]] = {}
-        for key in set(zip(self.group_of, self._steps, strict=True)):
-            group, step = self.optimizer.param_groups[key[0]], key[1] + 1 + ahead
-            beta1, beta2 = group["betas"]
-            found[key] = [float(group["lr"]) / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), float(group["lr"])]
-        return [number for key in zip(self.group_of, self._steps, strict=True) for number in found[key]]
-
-    def update(
-        self,
-        parameters: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        state: Sequence[Tensor],
-        numbers: Tensor,
-        good: Tensor | None,
-    ) -> None:
-        """One step in place, without effect where ``good`` is false; None where the step is known to be good."""
-        steps, means, squares = parts(state, [len(parameters)] * 3)
-        for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-            group, (length, scale, rate) = (
-                self.optimizer.param_groups[self.group_of[i]],
-                numbers[3 * i : 3 * i + 3].unbind(),
-            )
-            (beta1, beta2), decay = group["betas"], group["weight_decay"]
-            gradient = -gradient if group["maximize"] else gradient
-            value = parameter
-            if decay and _decoupled(self.optimizer, group):
-                value = value * (1 - rate * decay)
-            elif decay:
-                gradient = gradient + decay * value
-            mean = torch.lerp(means[i], gradient, 1 - beta1)
-            square = beta2 * squares[i] + (1 - beta2) * gradient * gradient
-            value = value - length * mean / (square.sqrt() * scale + group["eps"])
-            for place, new in ((parameter, value), (means[i], mean), (squares[i], square), (steps[i], steps[i] + 1)):
-                place.copy_(new if good is None else torch.where(good, new, place))
-
-    def gradients(self, parameters: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of the last step, computed from the change of the first moments since ``before``."""
-        count = len(self.parameters)
-        found = []
-        for i, (value, old) in enumerate(zip(parameters, before[count : 2 * count], strict=True)):
-            group = self.optimizer.param_groups[self.group_of[i]]
-            beta = group["betas"][0]
-            gradient = (self.optimizer.state[self.parameters[i]]["exp_avg"] - beta * old) / (1 - beta)
-            if group["weight_decay"] and not _decoupled(self.optimizer, group):
-                gradient = gradient - group["weight_decay"] * value
-            found.append(-gradient if group["maximize"] else gradient)
-        return found
-
-
-def _hooks_of(optimizer: torch.optim.Optimizer) -> list[Sized]:
-    """The hooks that run before and after a step of torch's."""
-    everywhere = vars(sys.modules[torch.optim.Optimizer.__module__])
-    own = [getattr(optimizer, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]
-    return own + [everywhere.get(f"_global_optimizer_{when}_hooks", {}) for when in ("pre", "post")]
-
-
-def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    return isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
-
-
-class Replay:
-    """A compiled function recorded as a CUDA graph, so that a step is one launch.
-
-    A recording uses the tensors that it was made with: parameters and all tensors changed in place are these, and the
-    batch, at the positions ``fresh``, is copied into the recorded inputs. A new recording is made after a tensor is
-    replaced (as by ``load_state_dict`` of an optimizer).
-    """
-
-    def __init__(self, run: Callable, fresh: range, mutable: Callable[[], list[Tensor]]):
-        self.run, self.fresh, self.mutable = run, fresh, mutable
-        self.addresses: list[int] = []
-
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        addresses = [tensor.data_ptr() for i, tensor in enumerate(inputs) if i not in self.fresh]
-        if addresses != self.addresses:
-            self._record(inputs)
-            self.addresses = addresses
-        for i in self.fresh:
-            self.inputs[i].copy_(inputs[i], non_blocking=True)
-        self.graph.replay()
-        return self.outputs
-
-    def _record(self, inputs: Sequence[Tensor]) -> None:
-        self.inputs = [t.clone() if i in self.fresh else t.detach() for i, t in enumerate(inputs)]
-        mutable = self.mutable()
-        before = [tensor.clone() for tensor in mutable]
-        device = self.inputs[-1].device
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside), torch.random.fork_rng(devices=[device]):
-            for _ in range(3):  # kernels and libraries are loaded outside the recording
-                self.run(*self.inputs)
-        torch.cuda.current_stream(device).wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = self.run(*self.inputs)
-        for tensor, value in zip(mutable, before, strict=True):
-            tensor.copy_(value)
-
-
-def inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
-    """The graph as machine code; raises BadInput without a compiler, or if it fails."""
-    from torch._inductor import compile as compile_graph
-
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch's own, about how it compiles
-            # Torch runs some graphs as it compiles them, such as those of torch.utils.checkpoint: on copies.
-            run = compile_graph(graph, [_copied(tensor) for tensor in inputs], options=OPTIONS)
-            run = _generated_code(run, inputs)
-    except Exception as error:
-        if any(
-            word in f"{type(error).__name__} {error}"
-            for word in ("InvalidCxxCompiler", "No working C++", "TritonMissing")
-        ):
-            raise BadInput(
-                f"compile=True needs a C++ compiler (g++ or clang), and Triton on CUDA; install it, or {ADVICE}"
-            ) from error
-        if graph.meta.get("asks at") and any(word in type(error).__name__ for word in ("DataDependent", "OutputShape")):
-            raise asks_for_a_value(graph.meta["asks at"]) from error
-        raise BadInput(
-            f"compile: torch's compiler fails on this program ({first_line(error, kind=True)}); {ADVICE}"
-        ) from error
-    return run
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """A copy with the same strides, which ``clone`` changes where elements share memory or lie apart."""
-    if tensor.layout != torch.strided or not tensor.numel():
-        return tensor.clone()
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.as_strided((span,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
-
-
-def _generated_code(run: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
-    """The function that torch generated, without what torch wraps around it; both are run, and must do the same.
-
-    The wrapping serves gradients and aliases, which this graph does not have, and takes as long as a small layer. Where
-    the function is not found, or does something else, ``run`` is returned.
-    """
-
-    def tried(function: Callable[..., list[Tensor]]) -> list[Tensor]:
-        copies = [_copied(tensor) for tensor in inputs]
-        with torch.random.fork_rng(devices={tensor.device for tensor in inputs if tensor.is_cuda}):
-            torch.manual_seed(0)
-            return [*function(*copies), *copies]
-
-    expected = tried(run)  # lazy parts are built here
-    held = dict(_closures(run))
-    generated = next((getattr(one, "current_callable", None) for one in held.values() if _is_generated(one)), None)
-    if generated is None:
-        return run
-    constants = held.get("params_buffers_flat", [])  # tensors of the graph itself come first
-
-    def called(*given: Tensor) -> list[Tensor]:
-        return generated([*constants, *given])
-
-    try:
-        found = tried(called)
-    except Exception:  # it takes other arguments
-        return run
-    alike = len(found) == len(expected) and all(map(_same_bits, found, expected))
-    return called if alike else run
-
-
-def _closures(function: Any, depth: int = 6) -> Iterator[tuple[str, Any]]:
-    """What a function's closure holds by name, and what the functions in it hold."""
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
-        try:
-            held = cell.cell_contents
-        except ValueError:  # nothing is in it yet
-            continue
-        yield name, held
-        if depth:
-            yield from _closures(held, depth - 1)
-
-
-def _is_generated(value: Any) -> bool:
-    return type(value).__name__ == "CompiledFxGraph"
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def uncompiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
-    """The graph run operation by operation, for tests of the capture."""
-    return graph
-
-
-def parts(tensors: Sequence[Tensor], counts: Sequence[int]) -> Iterator[list[Tensor]]:
-    start = 0
-    for count in counts:
-        yield list(tensors[start : start + count])
-        start += count
 
 
 def _tolerance(like: Tensor) -> float:
