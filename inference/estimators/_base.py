@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from ...errors import BadInput, Refusal
 from ...options import Checked, with_options
 from ...registry import Registry, home_of
-from ._distributions import clear_caches, describe, elementary, find_probs_once, score_log_prob, support_moves
+from ._distributions import (
+    clear_caches,
+    describe,
+    elementary,
+    find_probs_once,
+    score_log_prob,
+    support_moves,
+    why_other_draws,
+)
 
 
 def _expected(found: Any) -> str:
@@ -369,7 +377,7 @@ def sloping_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = N
 def score_why_not(site: Mapping[str, Any]) -> str | None:
     """Why the score-function family does not support a site, or None.
 
-    A score needs a log-density, and a support that does not move with the parameters.
+    A score needs draws of the law of its log-density, and a support that does not move with the parameters.
 
     Args:
         site: a Pyro message, of which ``fn`` is read: the distribution of the site.
@@ -392,7 +400,7 @@ def score_why_not(site: Mapping[str, Any]) -> str | None:
         return "it has no log_prob"
     if support_moves(fn):
         return f"the support of {describe(fn)} depends on parameters, which a score cannot see"
-    return None
+    return why_other_draws(fn)
 
 
 def at_step(value: float | Schedule, step: Any) -> Any:

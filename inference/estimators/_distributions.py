@@ -142,6 +142,8 @@ def inherits(kind: type, name: str) -> bool:
     return False
 
 
+_MIXTURES = (dist.MixtureOfDiagNormals, dist.MixtureOfDiagNormalsSharedCovariance)
+
 # The ``mean`` of these is a direction: that of the least expected squared distance along a circle or a sphere.
 _DIRECTIONS = (torch.distributions.VonMises, dist.ProjectedNormal, dist.SineBivariateVonMises)
 
@@ -182,6 +184,61 @@ def _mean_is_direction(fn: Distribution) -> bool:
         return False  # an expectation that a user wrote
     parts = (part for part in vars(base).values() if isinstance(part, Distribution))
     return owner in _DIRECTIONS or any(map(_mean_is_direction, parts))
+
+
+def why_other_draws(fn: Distribution) -> str | None:
+    """Why ``fn`` draws from another law than its ``log_prob``, or None if it does not; faults of torch and of Pyro.
+
+    >>> import pyro.distributions as dist
+    >>> why_other_draws(dist.LKJCholesky(2)) is None
+    True
+    >>> why_other_draws(dist.LKJCholesky(3)).split(";")[0]
+    'LKJCholesky of dimension 3 draws from another law than its log_prob, a fault of torch'
+    """
+    base, what = elementary(fn), describe(fn)
+    if is_of(fn, torch.distributions.LKJCholesky):
+        row = base._beta.concentration1[..., -1]  # of the squared length of a vector of dim − 1 numbers
+        if base.dim > 2 and (row != (base.dim - 1) / 2).any():
+            remedy = "draw it as a transformed Normal, as AutoNormal does"
+            return (
+                f"{what} of dimension {base.dim} draws from another law than its log_prob, a fault of torch; {remedy}"
+            )
+    elif is_of(fn, dist.SineBivariateVonMises):
+        return f"{what} draws from another law than its log_prob, a fault of Pyro; take two VonMises"
+    elif is_of(fn, dist.CoalescentTimes) and (base.rate.requires_grad or (base.rate != 1).any()):
+        return f"{what} draws without its rate, a fault of Pyro; draw at rate 1 and divide by the rate"
+    parts = [part for part in vars(base).values() if isinstance(part, Distribution)]
+    return next((reason for part in parts if (reason := why_other_draws(part)) is not None), None)
+
+
+def why_wrong_path(fn: Distribution) -> str | None:
+    """Why the derivative of ``fn.rsample`` is wrong, or None if it is not; a fault of Pyro.
+
+    >>> import pyro.distributions as dist
+    >>> logits = torch.zeros(2, requires_grad=True)
+    >>> why_wrong_path(dist.MixtureOfDiagNormals(torch.randn(2, 3), torch.ones(2, 3), logits)) is None
+    False
+    """
+    if not any(is_of(fn, kind) for kind in _MIXTURES) or not elementary(fn).component_logits.requires_grad:
+        return None
+    return f"the derivative of a draw of {describe(fn)} with respect to component_logits is wrong, a fault of Pyro"
+
+
+def path_at_half(fn: Distribution, drawn: Tensor) -> Tensor:
+    """A draw of ``fn.rsample``, with the derivative that torch leaves out for a ContinuousBernoulli near p = 1/2.
+
+    There the draw is uniform noise u to a thousandth, and its derivative with respect to the logit u (1 − u) / 2.
+
+    >>> logits = torch.zeros((), requires_grad=True)
+    >>> fn = dist.ContinuousBernoulli(logits=logits)
+    >>> bool(torch.autograd.grad(path_at_half(fn, fn.rsample()), logits)[0] > 0)
+    True
+    """
+    if not is_of(fn, torch.distributions.ContinuousBernoulli):
+        return drawn
+    base, noise = elementary(fn), drawn.detach()
+    near = torch.where(base._outside_unstable_region(), 0.0, base.logits - base.logits.detach())
+    return drawn + near * noise * (1 - noise) / 2
 
 
 def numbers_of(fn: Distribution) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._base import Draw, Estimator, estimators
-from ._distributions import describe, hides_score_term, is_straight_through, support_moves
+from ._distributions import describe, hides_score_term, is_straight_through, path_at_half, support_moves, why_wrong_path
 
 
 class Pathwise(Estimator):
@@ -47,10 +47,10 @@ class Pathwise(Estimator):
             return f"{describe(fn)} is made of draws that are reparameterized in part, and does not give their score"
         if self.drop_score and support_moves(fn):
             return f"the support of {describe(fn)} depends on parameters, so that the score it drops has a mean"
-        return None
+        return why_wrong_path(fn)
 
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
-        return Draw(fn.rsample(*args, **(kwargs or {})))
+        return Draw(path_at_half(fn, fn.rsample(*args, **(kwargs or {}))))
 
 
 estimators.register("pathwise", Pathwise)
