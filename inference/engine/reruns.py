@@ -18,6 +18,7 @@ from ..estimators import Estimator, GumbelSoftmax, Pathwise
 from ..estimators._base import Draw, pad_left
 from ..estimators._distributions import describe, has_score_term
 from ..estimators.relaxation import Mean
+from .first_order import first_order
 from .programs import Program
 from .records import Run, Site
 from .terms import Layout, Row, cost_at
@@ -59,7 +60,8 @@ class Reruns:
                 continue
             again = self._at(run, {site.name: site.draw for site in run.guide if site.latent}, with_model=False)
             for site in sites:
-                site.log_prob = _rescaled(again.guide_site(site.name), site)
+                log_prob = _rescaled(again.guide_site(site.name), site)
+                site.log_prob = first_order(log_prob.view_as(log_prob), log_prob)
 
     def cut(self, groups: list[list[Run]]) -> list[list[Run]]:
         """The same runs with detached values."""

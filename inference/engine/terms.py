@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ...errors import BadInput
 from ..estimators._base import Estimator, SiteView
+from .first_order import first_order
 from .records import Frames, Run, Site
 
 NO_FRAMES: Frames = frozenset()
@@ -90,7 +91,7 @@ def surrogate_of(site: Site, view: SiteView) -> Tensor | None:
 
 def magic(surrogate: Tensor) -> Tensor:
     """Zero in value, ``surrogate`` in gradient."""
-    return surrogate - surrogate.detach()
+    return first_order(surrogate - surrogate.detach(), surrogate)
 
 
 def summed_to(tensor: Tensor, frames: Frames, keep: Frames) -> Tensor:
@@ -334,6 +335,7 @@ def with_slopes(total: Tensor, run: Run, layout: Layout, found: list) -> tuple[T
     }
     parts = [(g, leaf) for g, leaf in zip(gradients[len(draws) :], leaves, strict=True) if g is not None]
     settled = Differentiated.apply(total.detach(), [g for g, _ in parts], *(leaf for _, leaf in parts))
+    first_order(settled, total)
     return settled, slopes
 
 
