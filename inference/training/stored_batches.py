@@ -74,6 +74,7 @@ class LoaderBatches(Batches):
     def _open(self, drop_last: bool) -> int | None:
         self._stream = _Stream()
         self._begun: list[torch.Tensor] = []
+        self._after: list[torch.Tensor] = []  # a resumed stream's, at the end of the epoch that it had read
         self._began = False
         source = self.rows.source
         kind = None if source.iterable else _stateful_loader()
@@ -109,8 +110,9 @@ class LoaderBatches(Batches):
 
     def of_epoch(self, epoch: int, done: int = 0) -> Iterator[Rows]:
         generators = _generators_of(self.loader)
-        for generator, state in zip(generators, self._begun if done else [], strict=False):
+        for generator, state in zip(generators, self._begun if done else self._after, strict=False):
             generator.set_state(state)
+        self._after = []
         self._begun, self._began = [generator.get_state() for generator in generators], True
         self._stream.seed(self._seed_of(epoch, 0))
         places, batches = count(done if self.keeps else 0), None
@@ -138,12 +140,15 @@ class LoaderBatches(Batches):
     def state(self) -> dict[str, Any]:
         if not self._began:
             return {}
-        return {"generators": self._begun, "loader": self.loader.state_dict() if self.keeps else None}  # type: ignore
+        after = [generator.get_state() for generator in _generators_of(self.loader)]
+        place = self.loader.state_dict() if self.keeps else None  # type: ignore[attr-defined]
+        return {"generators": self._begun, "after": after, "loader": place}
 
     def load(self, state: dict[str, Any]) -> None:
         if not self.resumable:
             raise BadInput(f"{self.rows.what}: this run cannot be resumed: {self.why_not}")
         self._begun = state.get("generators", [])
+        self._after = [] if self.keeps else state.get("after", [])
         if state.get("loader") is not None:
             self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
 

@@ -318,6 +318,22 @@ def test_a_stream_trains_says_what_it_cannot_keep_and_is_read_again(tmp_path, ca
     assert_alike(tmp_path / "whole", tmp_path / "parts")
 
 
+class NoisyStream(IterableDataset):
+    def __iter__(self):
+        return (torch.where(torch.rand(row.shape) < 0.2, 1 - row, row) for row in X)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_draws_goes_on_with_the_draws_of_its_next_epoch(workers, tmp_path):
+    def loader():
+        return DataLoader(NoisyStream(), batch_size=16, num_workers=workers)
+
+    quiet(*pair("normal"), loader(), epochs=3, run_dir=tmp_path / "whole")
+    quiet(*pair("normal"), loader(), epochs=2, run_dir=tmp_path / "parts")
+    quiet(*pair("normal", 1), loader(), epochs=3, run_dir=tmp_path / "parts", resume=True)
+    assert_alike(tmp_path / "whole", tmp_path / "parts")
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
