@@ -154,7 +154,8 @@ def fit(
             and keeps the choice in the checkpoint for resumed runs.
         progress: show progress on standard error.
         title: the prefix of the progress lines.
-        on_epoch: called with each epoch's numbers.
+        on_epoch: called with each epoch's numbers, before the checkpoint of the epoch, which holds the parameters,
+            buffers and freezing that it changes.
         anneal: a schedule of the step, or its text, for each buffer of model or guide that changes in training, such
             as ``{"success": "step(900, 0.1, 1e-6)"}`` of `AttendInferRepeat`. ``valid_elbo`` is that of the
             model at the last step's values, and ``patience`` counts from the end of these schedules too.

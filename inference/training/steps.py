@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -178,10 +178,24 @@ class Step(ABC):
         if "buffers" in best:  # earlier versions did not keep them
             self._unsaved.load_all(best["buffers"])
 
+    def _owned(self) -> set[int]:
+        """The identities of the parameters that the optimizer has."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+    def stopped(self) -> list[str]:
+        """The parameters that the optimizer has and that do not learn now: frozen since training began."""
+        owned = self._owned()
+        return [name for name, one in self.parameters.items() if id(one) in owned and not one.requires_grad]
+
+    def stop(self, names: Iterable[str]) -> None:
+        """Freeze the parameters of :meth:`stopped` of another step."""
+        for name in names:
+            self.parameters[name].requires_grad_(False)
+
     def check_parameters(self) -> None:
         """Raise BadInput if the programs have, or train, other parameters than the optimizer was made for."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        owned = self._owned()
         for name, parameter in self.current_parameters().items():
             if self.parameters.get(name) is not parameter:
                 raise BadInput(

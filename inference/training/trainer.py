@@ -317,7 +317,18 @@ class Run:
             self.step.optimizer.end_epoch(-numbers.get("valid_elbo", numbers[self.objective_name]))
             self.now = _Epoch(self.now.number + 1, self.now.before + self.now.done)
             self._record(numbers, scalars)
-            epoch = int(numbers["epoch"])
+            shown.epoch(int(numbers["epoch"]), numbers)
+            self._end_epoch(numbers)
+
+    def _end_epoch(self, numbers: dict[str, float]) -> None:
+        """Call ``on_epoch``, and then save where it is due, so that the checkpoint holds what was changed there."""
+        options, epoch = self.options, int(numbers["epoch"])
+        try:
+            if options.on_epoch is not None and self.speaks:
+                options.on_epoch(numbers)
+        finally:
+            if options.on_epoch is not None and self.speaks:
+                self.step.check_parameters()  # a checkpoint of other programs could not be resumed
             if self.folder is not None and (
                 epoch % options.checkpoint_every == 0
                 or epoch == options.epochs
@@ -325,10 +336,6 @@ class Run:
                 or self._converged()
             ):
                 self._save()
-            shown.epoch(epoch, numbers)
-            if options.on_epoch is not None and self.speaks:
-                options.on_epoch(numbers)
-                self.step.check_parameters()
 
     def _steps(self, interrupts: Interrupts, shown: Progress) -> None:
         """Make the remaining steps of the epoch."""
@@ -498,6 +505,7 @@ class Run:
         state = {
             **self.step.state(),
             "optimizer": self.step.optimizer.state_dict(),
+            "stopped": self.step.stopped(),
             "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)],
             "now": asdict(self.now),
             "history": self.history,
@@ -541,6 +549,7 @@ class Run:
         self.batches.load(state.get("batches") or {})
         try:
             self.step.load(state)
+            self.step.stop(state.get("stopped", []))  # none in an earlier checkpoint
             self.step.optimizer.load_state_dict(state["optimizer"])
             self.history, self.best, self.now = state["history"], state["best"], _Epoch(**state["now"])
             if self.convergence is not None and state.get("convergence") is not None:

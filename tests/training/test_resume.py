@@ -513,7 +513,7 @@ def test_generators_of_devices_go_on_too(tmp_path, monkeypatch):
     assert stream["now"] == 2
     stream["now"] = 99
     quiet(*pair(), images(), epochs=3, resume=True, **options)
-    assert stream["now"] == 2  # as it was saved after one epoch's draw, and one more
+    assert stream["now"] == 3  # as it was saved after two epochs' draws, and one more
 
 
 # --- runs that are killed
@@ -610,6 +610,61 @@ def under_way(started: subprocess.Popen, metrics) -> None:
     while not metrics.exists() or metrics.stat().st_mtime_ns == before or metrics.stat().st_size == 0:
         assert started.poll() is None and time.monotonic() < limit
         time.sleep(0.005)
+
+
+class Death(BaseException):
+    """What no run can save itself from, as SIGKILL."""
+
+
+def die() -> None:
+    raise Death
+
+
+def at_the_second_epoch(model, change: str):
+    """An ``on_epoch`` that changes the programs."""
+
+    def on_epoch(row) -> None:
+        if row["epoch"] == 2 and change == "freezes":
+            next(model.parameters()).requires_grad_(False)
+        elif row["epoch"] == 2:
+            with torch.no_grad():
+                next(model.parameters()).mul_(0.5)
+
+    return on_epoch
+
+
+@pytest.mark.parametrize("change", ["freezes", "writes"])
+@pytest.mark.parametrize("calls", [8, 9, 11])  # in the first step of the third epoch, within it, after it
+def test_what_on_epoch_changes_is_in_the_checkpoint(change, calls, tmp_path):
+    options = {"epochs": 4, "loss": "rloo"}
+    for folder, calls_before, error in (("whole", 0, None), ("parts", calls, Death)):
+        model, guide = pair()
+        options["on_epoch"] = at_the_second_epoch(model, change)
+        options |= {"transform": After(calls_before, die), "run_dir": tmp_path / folder}
+        if error is None:
+            quiet(model, guide, images(), **options)
+        else:
+            with pytest.raises(error):
+                quiet(model, guide, images(), **options)
+    model, guide = pair(seed=3)
+    options |= {"on_epoch": at_the_second_epoch(model, change), "transform": After(0, die)}
+    quiet(model, guide, images(), resume=True, **options)
+    assert_alike(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_in_on_epoch_loses_no_epoch(error, tmp_path):
+    def fails(row) -> None:
+        if row["epoch"] == 2:
+            raise error("the tracker is away")
+
+    options = {"epochs": 4, "loss": "rloo", "transform": After(0, die)}
+    quiet(*pair(), images(), run_dir=tmp_path / "whole", **options)
+    with pytest.raises(error, match="the tracker is away"):
+        quiet(*pair(), images(), run_dir=tmp_path / "parts", on_epoch=fails, **options)
+    assert load_checkpoint(tmp_path / "parts" / "checkpoints" / "last.pt")["now"]["number"] == 3
+    quiet(*pair(seed=3), images(), run_dir=tmp_path / "parts", resume=True, **options)
+    assert_alike(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.slow
