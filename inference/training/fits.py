@@ -289,12 +289,11 @@ def _first_look(
 
 
 def _refuse_complex(model: Callable, guide: Callable) -> None:
-    """Raise BadInput for parameters that no compiled step can train."""
+    """Raise BadInput for parameters that torch's compiler does not take, frozen or not."""
     for name, parameter in owned_parameters(model, guide).items():
-        if parameter.is_complex() and parameter.requires_grad:
-            raise BadInput(
-                f"parameter {name!r} is complex, and complex parameters are not compiled: pass compile=False"
-            )
+        if parameter.is_complex():
+            remedy = "pass compile=False" if parameter.requires_grad else "make it a buffer, or pass compile=False"
+            raise BadInput(f"parameter {name!r} is complex, and complex parameters are not compiled: {remedy}")
 
 
 def _drawn_anew(**named: Rows | None) -> dict[str, str]:

@@ -924,8 +924,21 @@ def test_complex_parameters_train_and_are_refused_by_name_where_steps_are_compil
     before = model.turn.detach().clone()
     fit(model, TurnedGuide(), x, epochs=1, progress=False)
     assert not torch.equal(model.turn, before)
-    with pytest.raises(BadInput, match=r"^parameter 'model.turn' is complex, and complex.*pass compile=False$"):
-        fit(model, TurnedGuide(), x, epochs=1, compile=True, progress=False)
+    for frozen, remedy in ((False, "compiled: pass compile=False"), (True, "make it a buffer, or pass compile=False")):
+        model.turn.requires_grad_(not frozen)
+        with pytest.raises(BadInput, match=rf"^parameter 'model.turn' is complex, and complex.*{remedy}$"):
+            fit(model, TurnedGuide(), x, epochs=1, compile=True, progress=False)
+
+
+def test_a_step_under_autocast_is_compared_with_the_rounding_of_its_products():
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GaussianVAE((5,), latent_dim=2, hidden=(8,), likelihood="normal")
+        guide = NormalGuide(model, hidden=(8,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fit(model, guide, x, epochs=1, batch_size=32, compile=True, progress=False)
+    assert math.isfinite(found.history[-1]["elbo"])
 
 
 @pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
