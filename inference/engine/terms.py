@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...errors import BadInput
 from ..estimators._base import Estimator, SiteView
@@ -284,7 +283,6 @@ class Differentiated(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple:
         return None, None, *(scale * gradient for gradient in ctx.gradients)
 
@@ -335,8 +333,7 @@ def with_slopes(total: Tensor, run: Run, layout: Layout, found: list) -> tuple[T
     }
     parts = [(g, leaf) for g, leaf in zip(gradients[len(draws) :], leaves, strict=True) if g is not None]
     settled = Differentiated.apply(total.detach(), [g for g, _ in parts], *(leaf for _, leaf in parts))
-    first_order(settled, total)
-    return settled, slopes
+    return first_order(settled, total), slopes
 
 
 def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tensor:

@@ -93,3 +93,35 @@ def test_other_words_refuse_second_derivatives(word, site, objective):
         (second,) = torch.autograd.grad(slope, parameters[-1])
     if objective == "elbo":
         torch.testing.assert_close(second, torch.ones(()))
+
+
+class Coin(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.logit = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self):
+        pyro.sample("y", dist.Bernoulli(logits=self.logit))
+
+
+class Seen(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.2))
+
+    def forward(self):
+        y = pyro.sample("y", dist.Bernoulli(PRIOR))
+        pyro.sample("x", dist.Normal(self.slope * (1 + y), 1.0), obs=OBSERVED)
+
+
+@pytest.mark.parametrize("word", ["double-cv", "rodeo"])
+def test_a_gradient_that_was_found_ahead_is_not_a_constant(word):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, guide = Seen(), Coin()
+        loss = SiteELBO(word, num_particles=3)(model, guide)
+        loss.initialize()
+        for parameter in (model.slope, guide.logit):
+            (slope,) = torch.autograd.grad(loss(), parameter, create_graph=True)
+            with pytest.raises(BadInput, match="first derivatives only"):
+                torch.autograd.grad(slope, parameter, allow_unused=True)
