@@ -16,7 +16,7 @@ class _Once(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, source: Tensor) -> Tensor:
+    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.clone()
 
     @staticmethod
@@ -31,16 +31,17 @@ class _Once(torch.autograd.Function):
         )
 
 
-def first_order(result: Tensor, source: Tensor) -> Tensor:
-    """The tensor ``result``, of whose gradient a derivative for what ``source`` depends on raises BadInput.
+def first_order(result: Tensor, *sources: Tensor) -> Tensor:
+    """The tensor ``result``, of whose gradient a derivative for what ``sources`` depend on raises BadInput.
 
-    ``source`` is a tensor that ``result`` was computed from, with its graph.
+    ``sources`` are tensors with their graphs.
 
     >>> x = torch.tensor(2.0, requires_grad=True)
     >>> total = first_order(x - x.detach(), x) + x**3
     >>> torch.autograd.grad(total, x)[0]
     tensor(13.)
     """
-    if result.requires_grad and source.requires_grad:
-        result.register_hook(lambda gradient: _Once.apply(gradient, source) if torch.is_grad_enabled() else None)
+    known = [source for source in sources if source.requires_grad]
+    if result.requires_grad and known:
+        result.register_hook(lambda gradient: _Once.apply(gradient, *known) if torch.is_grad_enabled() else None)
     return result

@@ -88,9 +88,17 @@ def surrogate_of(site: Site, view: SiteView) -> Tensor | None:
     return site.estimator.surrogate(view)
 
 
-def magic(surrogate: Tensor) -> Tensor:
-    """Zero in value, ``surrogate`` in gradient."""
-    return first_order(surrogate - surrogate.detach(), surrogate)
+def with_terms(value: Tensor, terms: list[Tensor]) -> Tensor:
+    """``value``, with the gradient of its sum with ``terms``, whose own values do not count.
+
+    The terms take the value, and the value the draws that the terms stand for, as constants. A derivative of the
+    gradient that would pass from one to the other is refused; second derivatives of the value alone are right.
+    """
+    if not terms:
+        return value
+    total = reduce(operator.add, terms)
+    own = first_order(value.view_as(value), total)
+    return own + first_order(total - total.detach(), total, value)
 
 
 def summed_to(tensor: Tensor, frames: Frames, keep: Frames) -> Tensor:
@@ -344,6 +352,7 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
     value: Any = None
     # Draws of a site after the same enumerated choices in several particles: leave-one-out compares these.
     rows: dict[tuple, list[Row]] = defaultdict(list)
+    terms: list[Tensor] = []
     alone = len(groups) == 1 and len(groups[0]) == 1  # otherwise the costs of all particles are compared in shape
     for paths in groups:
         for run in paths:
@@ -365,12 +374,11 @@ def elbo_value(groups: list[list[Run]], layout: Layout, view: MakeView) -> Tenso
                 total, slopes = with_slopes(total, run, layout, found)
             chosen = [(site.name, site.score.sum().exp()) for site in run.guide if site.name in run.choices]
             value = weighed(total, chosen) if value is None else value + weighed(total, chosen)
-            for share in factors:
-                value = value + magic(weighed(share, [(name, q.detach()) for name, q in chosen]))
+            terms += [weighed(share, [(name, q.detach()) for name, q in chosen]) for share in factors]
             _share(paths, run, found, chosen, rows, slopes)
     if torch.is_grad_enabled():  # otherwise the reruns of estimators have no use
-        for members in rows.values():
-            value = value + magic(site_surrogate(members, layout, view))
+        terms += [site_surrogate(members, layout, view) for members in rows.values()]
+    value = with_terms(value, terms)
     return value / layout.num_particles if layout.num_particles > 1 else value
 
 

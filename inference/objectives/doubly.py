@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..engine.terms import magic
+from ..engine.terms import with_terms
 from ._base import Objective, Recorded
 from ._weights import Bound, importance_weights
 
@@ -39,7 +39,7 @@ class DoublyReparameterizedBound(Objective):
         normalized = bound.normalized()
         # Without log q, which is to have a gradient through values only.
         own = weights.log_p - weights.log_q.detach()
-        value = value + magic((weights.scale * normalized * own).sum())
+        terms = [(weights.scale * normalized * own).sum()]
         pairs = [
             (before.draw.value, after.draw.value)
             for firsts, seconds in zip(recorded.groups, groups, strict=True)
@@ -48,7 +48,7 @@ class DoublyReparameterizedBound(Objective):
             if before.latent and before.draw.value.requires_grad
         ]
         if not pairs:
-            return value
+            return with_terms(value, terms)
         factor = normalized * (self.alpha + (1 - self.alpha) * normalized)
         slopes = torch.autograd.grad(
             (weights.scale * factor * log_weight).sum(),
@@ -56,5 +56,5 @@ class DoublyReparameterizedBound(Objective):
             retain_graph=True,
             allow_unused=True,
         )
-        paths = [(slope * draw).sum() for slope, (draw, _) in zip(slopes, pairs, strict=True) if slope is not None]
-        return value + magic(sum(paths, start=value.new_zeros(())))
+        terms += [(slope * draw).sum() for slope, (draw, _) in zip(slopes, pairs, strict=True) if slope is not None]
+        return with_terms(value, terms)

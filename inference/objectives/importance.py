@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedSite
 from ..engine.records import Run
-from ..engine.terms import Layout, MakeView, Row, check_shape, magic, summed_to, surrogate_of
+from ..engine.terms import Layout, MakeView, Row, check_shape, summed_to, surrogate_of, with_terms
 from ..estimators._base import Estimator
 from ._base import Objective, Recorded, objectives
 from ._weights import Bound, Weights, importance_weights
@@ -44,11 +44,9 @@ class ImportanceWeightedBound(Objective):
         signal = fixed.value().expand_as(fixed.log_weight)
         runs = [run for paths in groups for run in paths]
         scored = (site for run in runs for site in run.guide if site.score is not None and (site.drawn or site.factor))
-        for name in dict.fromkeys(site.name for site in scored):
-            value = value + magic(
-                (weights.scale * _bound_surrogate(name, runs, weights, signal, fixed, layout, view)).sum()
-            )
-        return value
+        names = dict.fromkeys(site.name for site in scored)
+        terms = [_bound_surrogate(name, runs, weights, signal, fixed, layout, view) for name in names]
+        return with_terms(value, [(weights.scale * term).sum() for term in terms])
 
 
 def _bound_surrogate(

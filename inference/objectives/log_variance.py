@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import BadInput
 from ..engine.records import Run
-from ..engine.terms import Layout, magic, summed_to
+from ..engine.terms import Layout, summed_to, with_terms
 from ._base import Objective, Recorded, objectives
 from ._weights import Weights, importance_weights
 
@@ -74,8 +74,10 @@ class LogVariance(Objective):
         # The derivative of ½ the variance. A masked draw has no log q, but later terms may depend on it.
         score = log_q if self.proposal is not None else _score(groups, layout, weights)
         value = -(scale * offset.var(dim, keepdim=True) / 2).sum()
-        value = value - magic((scale * (offset - middle) / (count - 1) * score).sum())
-        return value + magic((scale * log_p.mean(dim, keepdim=True)).sum()) if self.learns_model else value
+        terms = [-(scale * (offset - middle) / (count - 1) * score).sum()]
+        if self.learns_model:
+            terms.append((scale * log_p.mean(dim, keepdim=True)).sum())
+        return with_terms(value, terms)
 
 
 @objectives.register("log-variance+elbo")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..engine.terms import magic
+from ..engine.terms import with_terms
 from ._base import Objective, Recorded, objectives
 from ._weights import Bound, importance_weights
 
@@ -27,4 +27,4 @@ class WakeSleep(Objective):
         log_weight = (weights.log_p - weights.log_q).detach()
         normalized = log_weight.softmax(-layout.room)
         value = (weights.scale * Bound(log_weight, -layout.room).value()).sum()
-        return value + magic((weights.scale * normalized * (weights.log_p + weights.log_q)).sum())
+        return with_terms(value, [(weights.scale * normalized * (weights.log_p + weights.log_q)).sum()])

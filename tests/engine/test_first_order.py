@@ -95,6 +95,28 @@ def test_other_words_refuse_second_derivatives(word, site, objective):
         torch.testing.assert_close(second, torch.ones(()))
 
 
+@pytest.mark.parametrize("objective", ["elbo", "iwae"])
+@pytest.mark.parametrize("site", ["y", "z"])
+@pytest.mark.parametrize("word", words_of_first_order())
+def test_a_mixed_second_derivative_alone_is_refused_too(word, site, objective):
+    """A slope of the model changes with a parameter of the draws, although its graph may not lead there."""
+    words = {"y": "enumerate" if objective == "elbo" else "score", "z": "pathwise"} | {site: word}
+    try:
+        loss, (logit, loc, _, shift) = made(**words, objective=objective, num_particles=2)
+    except GumboError:
+        pytest.skip(f"{word} does not serve {site} under {objective}")
+    own = logit if site == "y" else loc
+    for first, second in ((shift, own), (own, shift)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            (slope,) = torch.autograd.grad(loss(), first, create_graph=True)
+        if estimators[word]().log_q == "path" and not estimators[word]().together:  # the draw leads there
+            torch.testing.assert_close(torch.autograd.grad(slope, second)[0], torch.ones(()))
+            continue
+        with pytest.raises(BadInput, match="first derivatives only"):
+            torch.autograd.grad(slope, second, allow_unused=True)
+
+
 class Coin(PyroModule):
     def __init__(self):
         super().__init__()
