@@ -33,7 +33,7 @@ def slope(total: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
 def loss_of_state(view: SiteView, loss: Tensor) -> Tensor:
     """A scalar with the gradient of a loss for the parameters of the site's own state, and for nothing else."""
     parameters = [p for p in view.state.parameters() if p.requires_grad]
-    found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
+    found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad and parameters else ()
     pairs = [(p, g) for p, g in zip(parameters, found, strict=False) if g is not None]
     return sum(((p * g).sum() for p, g in pairs), start=view.cost.new_zeros(()))
 

@@ -49,7 +49,8 @@ class Surrogate(Coefficients):
     def forward(self, cost: Tensor, moved: Tensor, scale: Tensor) -> Tensor:
         """The network's output for neighbours of a draw, from the change of the linear model at that draw."""
         cost, moved = torch.broadcast_tensors((cost - self.mean) / scale, moved / scale)
-        return scale * self.net(torch.stack([cost, moved], -1)).squeeze(-1)
+        said = self.net(torch.stack([cost, moved], -1).to(next(self.net.parameters()).dtype))
+        return scale * said.squeeze(-1).to(scale.dtype)
 
     @torch.no_grad()
     def follow(self, cost: Tensor, average: Callable[[Tensor], Tensor]) -> None:

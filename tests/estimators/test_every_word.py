@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from programs import gradient
+from programs import F64, gradient
+from pyro.nn import PyroModule
 from torch import nn
-from word_programs import SHORTER, cells, pair, rows, said
+from word_programs import KINDS, SHORTER, cells, pair, rows, said, width
 
 from gumbo.errors import UnsupportedSite
 from gumbo.inference import Auto, SiteELBO
@@ -150,6 +153,60 @@ def test_a_quarter_less_of_the_gradient_would_be_seen(kind):
         torch.manual_seed(3)
         each = draws(SiteELBO(estimator, num_particles=200)(model, guide), nn.ModuleList([model, guide]), COUNT)
         assert (far(each.mean(0), each.std(0) / math.sqrt(COUNT), *truth(kind)) > BOUND) == wrong
+
+
+class Narrow(PyroModule):
+    """Parameters of one width; products of elements, unlike those of matrices, take numbers of another width too."""
+
+    def __init__(self, kind, name, dtype):
+        super().__init__()
+        self.kind = kind
+        self.own = nn.ParameterDict({name: torch.full((2, width(kind)), 0.3, dtype=dtype)})
+
+    def latents(self):
+        (own,) = self.own.values()
+        z = pyro.sample("z", KINDS[self.kind](own[0]))
+        return own, z, pyro.sample("y", KINDS[self.kind](own[1] * torch.tanh(z)))
+
+
+class NarrowGuide(Narrow):
+    def forward(self):
+        self.latents()
+
+
+class NarrowModel(Narrow):
+    def forward(self):
+        own, z, y = self.latents()
+        pyro.sample("x", dist.Normal((own[0] * z + own[1] * y).sum(-1), 1.0), obs=torch.tensor(0.4, dtype=own.dtype))
+
+
+def first_kinds():
+    """Each word of the ELBO on the first kind of site that it serves."""
+    return dict(reversed([(word, kind) for word, kind, _ in cells()]))
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("dtypes", [(F64, torch.float32), (torch.float32, F64)], ids=["narrow guide", "narrow model"])
+@pytest.mark.parametrize("word, kind", list(first_kinds().items()))
+def test_model_and_guide_may_have_floats_of_two_widths(word, kind, dtypes, vectorize):
+    model, guide = NarrowModel(kind, "decoder", dtypes[0]), NarrowGuide(kind, "encoder", dtypes[1])
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        loss = SiteELBO(said(word), vectorize_particles=vectorize)(model, guide)
+        loss.initialize()
+        loss().backward()
+    for parameter in (*model.parameters(), *guide.parameters()):
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("word, kind", list(first_kinds().items()))
+def test_a_loss_of_which_nothing_learns_has_a_value(word, kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        loss = SiteELBO(said(word))(*pair(kind))
+        loss.initialize(X)
+        loss.requires_grad_(False)
+        assert loss(X).isfinite()
 
 
 def test_every_word_of_the_elbo_is_enrolled():
