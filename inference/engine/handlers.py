@@ -84,6 +84,11 @@ class StaysFrozen(Messenger):
             value.requires_grad_(False)
 
 
+def is_untraced(msg: Mapping[str, Any]) -> bool:
+    """Whether a draw is the program's own noise, of which Pyro's traces hold no site (``ConjugateReparam``)."""
+    return bool(msg["infer"].get("_do_not_trace"))
+
+
 class Recorder(StaysFrozen):
     """Records the sample statements of one program in their order.
 
@@ -108,7 +113,7 @@ class Recorder(StaysFrozen):
             self._pyro_post_param(msg)
 
     def _pyro_post_sample(self, msg) -> None:
-        if msg["infer"].get("_do_not_trace"):
+        if is_untraced(msg):
             return
         if msg["name"] in self.messages:
             raise BadInput(f"site {msg['name']!r} is sampled twice in one program; give each sample a name of its own")
@@ -228,6 +233,8 @@ class Draws(OfSamples):
         self.limit = 0  # the largest number of joint values that one of their estimators allows
 
     def _pyro_sample(self, msg) -> None:
+        if is_untraced(msg):
+            return
         if self.chains is not None:
             self.chains.enter(msg)
         if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
@@ -259,6 +266,8 @@ class Draws(OfSamples):
         self._take(msg, draw)
 
     def _pyro_post_sample(self, msg) -> None:
+        if is_untraced(msg):
+            return
         if msg["name"] in self.roles and msg["name"] not in self.draws:
             self.draws[msg["name"]] = Draw(msg["value"])
         if self.chains is not None:
@@ -350,11 +359,11 @@ class Replay(OfSamples):
         self._earlier: list[Any] = []  # the statements before the first enumerated one
 
     def _pyro_post_sample(self, msg) -> None:
-        if self.terms is not None and self.terms.listing.by_number:
+        if self.terms is not None and self.terms.listing.by_number and not is_untraced(msg):
             self.terms.listing.leave(msg)
 
     def _pyro_sample(self, msg) -> None:
-        if site_is_subsample(msg):
+        if site_is_subsample(msg) or is_untraced(msg):
             return
         name = msg["name"]
         if self.terms is None:

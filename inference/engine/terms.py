@@ -55,8 +55,11 @@ class Layout:
         return NO_FRAMES if site.joint else self.apart(site.frames)
 
     def join(self, tensors: list[Tensor]) -> Tensor:
-        """Concatenate tensors of single particles."""
-        return tensors[0] if len(tensors) == 1 else torch.cat(torch.broadcast_tensors(*tensors), dim=-self.room)
+        """Concatenate tensors of single particles; a sum over no sites has no dimensions."""
+        if len(tensors) == 1:
+            return tensors[0]
+        own = [tensor if tensor.dim() else tensor.reshape((1,) * self.room) for tensor in tensors]
+        return torch.cat(torch.broadcast_tensors(*own), dim=-self.room)
 
     # Overridden where the rows of a batch are split over processes, to include the other rows.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
@@ -106,6 +107,19 @@ def test_where_particles_do_not_fit_a_plate_they_run_one_by_one(param_store):
         loss.differentiable_loss(pair.model, pair.guide)
     found = mean_over_draws(lambda: with_gradient(loss.differentiable_loss(pair.model, pair.guide), pair))
     assert torch.allclose(found, with_gradient(exact, pair), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("vectorize", [None, True, False])
+@pytest.mark.parametrize("objective", ["elbo", "iwae", "renyi", "rws", "log-variance+elbo", "free-bits"])
+def test_a_program_without_latents_is_a_likelihood(objective, vectorize, param_store):
+    def model():
+        with pyro.plate("data", 2):
+            loc = pyro.param("loc", torch.tensor(0.3, dtype=torch.float64))
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.tensor([0.3, 0.4], dtype=torch.float64))
+
+    loss = SiteELBO(objective=objective, num_particles=2, vectorize_particles=vectorize)
+    loss.loss_and_grads(model, lambda: None)
+    assert pyro.param("loc").grad.item() == pytest.approx(-0.1)
 
 
 def test_there_are_sixty_programs():

@@ -30,7 +30,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
     AutoStructured,
 )
-from pyro.infer.reparam import LocScaleReparam
+from pyro.infer.reparam import ConjugateReparam, LocScaleReparam
 from pyro.ops.indexing import Vindex
 from torch import nn
 
@@ -870,6 +870,27 @@ class ReparameterizedModel(Pair):
     def guide(self):
         pyro.sample("s", dist.Normal(self.m, 0.5))
         pyro.sample("z_decentered", dist.Normal(self.m, 0.7))
+
+
+@enter(STOCK, vectorize_particles=False)
+class ConjugateRates(Pair):
+    """``ConjugateReparam``: the rates are drawn in the model from their posterior, by a statement that has no site."""
+
+    fields = {"shape": 2.0, "m": 0.3}
+
+    def model(self):
+        counts = t(1.0, 3.0, 2.0)
+
+        def body():
+            z = pyro.sample("z", dist.Normal(t(0.0), 1.0))
+            with pyro.plate("data", 3):
+                rate = pyro.sample("rate", dist.Gamma(self.shape, 1.0))
+                pyro.sample("x", dist.Poisson(rate * z.exp()), obs=counts)
+
+        return poutine.reparam(body, config={"rate": ConjugateReparam(dist.Gamma(counts + 1, 1.5))})()
+
+    def guide(self):
+        pyro.sample("z", dist.Normal(self.m, 0.5))
 
 
 @enter(STOCK)
