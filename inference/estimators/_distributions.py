@@ -86,11 +86,17 @@ def is_computed(site: Mapping[str, Any]) -> bool:
     """
     if site["infer"].get("_deterministic"):
         return True
-    fn, value = site["fn"], site["value"]
-    if not site["is_observed"] or not is_deterministic(fn):
+    if not observes_itself(site):
         return False
-    point, masked = elementary(fn), isinstance(fn, MaskedDistribution) and fn._mask is False
-    return _is_view(point.v, value) and (masked or not bool(point.log_density.any()))
+    fn = site["fn"]
+    masked = isinstance(fn, MaskedDistribution) and fn._mask is False
+    return masked or not bool(elementary(fn).log_density.any())
+
+
+def observes_itself(site: Mapping[str, Any]) -> bool:
+    """Whether a site is an observed Delta at the very tensor that it observes."""
+    fn = site["fn"]
+    return site["is_observed"] and is_deterministic(fn) and _is_view(elementary(fn).v, site["value"])
 
 
 def _is_view(point: Tensor, value: Any) -> bool:

@@ -98,7 +98,7 @@ class Collection:
 
     def _declare(self) -> None:
         sweep, model = self.sweep, self.sweep.model_sites
-        drawn = [name for name, layout in model.items() if layout.kind in ("latent", "deterministic")]
+        drawn = [name for name, layout in model.items() if layout.kind == "latent" or layout.determined]
         for group, names in (
             ("posterior", drawn),
             ("posterior_predictive", sweep.observed),
@@ -114,7 +114,7 @@ class Collection:
         for one in self.likelihoods.values() if "log_likelihood_conditional" in self.groups else ():
             group = "log_likelihood_conditional"
             self._put(group, one.name, one.plates, one.sizes, self.thin[group])
-        for name in sweep.latents if "log_prior" in self.groups else ():
+        for name in [*sweep.latents, *sorted(sweep.transformed)] if "log_prior" in self.groups else ():
             self._put("log_prior", name, (), (), self.thin["log_prior"])
         every = self.thin["log_likelihood"]
         if self.nested or "log_likelihood" in self.groups:

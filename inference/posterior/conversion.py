@@ -66,7 +66,8 @@ def to_arviz(
       constant. ``log_likelihood_conditional``: of each datum given the drawn latents; do not pass it to ``az.loo``.
       A ``pyro.factor`` in the plates of an observed site is part of the site's log-likelihood; sites that share such a
       factor have one variable, ``x+y``. A factor outside of them counts as part of the prior.
-    - ``log_prior``: of each latent given its parents, summed over its elements, ``(chain, draw)``, for ``az.psense``.
+    - ``log_prior``: of each latent given its parents, summed over its elements, ``(chain, draw)``, for ``az.psense``;
+      also the density that a reparameterization such as Pyro's ``NeuTraReparam`` leaves at the site in its place.
     - ``sample_stats``: ``log_p``, ``log_q`` and ``log_weight`` of each datum given the global latents, whose own
       log-probabilities are ``log_p_global`` and ``log_q_global``; of the whole program where no latent is local.
     - ``vi_stats``: for each datum k̂, the importance effective sample size, log-evidence and its standard error, ELBO

@@ -60,7 +60,7 @@ def terms_of(sweep: Sweep, name: str, arguments: tuple[tuple, dict], count: int,
             if layout.kind == "deterministic":
                 continue
             value = run.log_prob(site, (name,), scaled=True)
-            part = "log_q" if run is guide else "log_prior" if layout.kind == "latent" else "log_likelihood"
+            part = "log_q" if run is guide else "log_prior" if layout.in_prior else "log_likelihood"
             parts[part] = value if parts[part] is None else parts[part] + value
             drawn = guide.seen[site].site if run is model and site in guide.seen else None
             valid += checks.tensors(program, run.seen[site].site, drawn)

@@ -322,7 +322,7 @@ class _Batch:
                 of_guide = None if site not in guide.seen else guide.seen[site].site
                 if checks is not None and not checks.passes(program, run.seen[site].site, of_guide):
                     raise outside(site)
-                part = "log_q" if run is guide else "log_prior" if layout.kind == "latent" else "log_likelihood"
+                part = "log_q" if run is guide else "log_prior" if layout.in_prior else "log_likelihood"
                 if keep:
                     parts[part][where, block.index(keep)[0]] += value
                 elif name is None:

@@ -13,6 +13,7 @@ from torch.distributions import biject_to
 
 from ...errors import PROGRAM_ERRORS
 from ..engine.interventions import GivenValues
+from ..estimators._distributions import is_computed, observes_itself
 from .sites import SiteLayout
 from .vmapped import random_sites
 
@@ -55,6 +56,30 @@ def points_of(
         what = f"computes {names}, of {numbers} dimensions, from {used} random numbers, which leaves no density"
         return dict.fromkeys(fixed, what)
     return {name: f"is a point at {name!r}, which has no density" for name in found}
+
+
+def moved_by_draws(run: Callable[[], Any], guide: Trace, model: Trace) -> frozenset[str]:
+    """The observed points with a density that the draws determine, as ``SplitReparam`` or ``NeuTraReparam`` leave them.
+
+    A point that stays where it is under other draws is data, with a density of the program's own. ``run`` runs the
+    model as ``model`` was traced, at the draws of ``guide``.
+    """
+    names = [name for name, site in random_sites(model) if observes_itself(site) and not is_computed(site)]
+    if not names:
+        return frozenset()
+    values = {name: site["value"].detach().clone() for name, site in random_sites(guide)}
+    leaves = [value.requires_grad_() for value in values.values() if value.is_floating_point()]
+    found = set()
+    with torch.enable_grad(), GivenValues(values):
+        again = poutine.trace(run).get_trace()
+        for name in names:
+            value, before = again.nodes[name]["value"], model.nodes[name]["value"]
+            if not torch.equal(value, before):  # the model draws it, as under ``ConjugateReparam``
+                found.add(name)
+            elif value.requires_grad and leaves:
+                slopes = torch.autograd.grad(value.sum(), leaves, retain_graph=True, allow_unused=True)
+                found |= {name} if any(slope is not None for slope in slopes) else set()
+    return frozenset(found)
 
 
 def _with_gradients(

@@ -124,7 +124,7 @@ class Predictions:
 
     def __init__(self, sweep: Sweep, chains: int, num_samples: int):
         self.sweep, self.chains, self.num_samples = sweep, chains, num_samples
-        computed = [name for name, layout in sweep.model_sites.items() if layout.kind == "deterministic"]
+        computed = [name for name, layout in sweep.model_sites.items() if layout.determined]
         enumerated = [name for name in sweep.model_sites if name in sweep.summed_out]
         names = [*sweep.observed, *enumerated, *computed]
         if not sweep.observed and not enumerated:

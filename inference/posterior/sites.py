@@ -39,6 +39,15 @@ class SiteLayout:
         return bool(self.values)
 
     @property
+    def determined(self) -> bool:
+        """Whether other sites determine its value; ``transformed`` ones have a density of their own all the same."""
+        return self.kind in ("deterministic", "transformed")
+
+    @property
+    def in_prior(self) -> bool:
+        return self.kind in ("latent", "transformed")
+
+    @property
     def plates(self) -> frozenset[str]:
         return frozenset(name for name in self.names if name is not None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from ..engine.scopes import device_of, quietly
 from ..estimators._distributions import describe, elementary
 from .checks import check_invertible
 from .enumerated import completed
-from .points import points_of
+from .points import moved_by_draws, points_of
 from .sites import SiteLayout, discrete_values, has_rows, innermost, kind_of, lengths_of
 from .superfluous import superfluous_latents
 from .vmapped import Seen, random_sites, scale_of, unmasked
@@ -44,6 +45,8 @@ class Survey:
         at_hand: subsampling plates that receive a batch instead, with its number of rows.
         row_ids: the index of each row, by plate.
         depth: the number of batch dimensions of the programs.
+        transformed: sites that the latents determine, with a density of their own, as some reparameterizations of Pyro
+            leave them.
         points: latents at which the guide is a point, without a density, and what it does there.
         superfluous: sites of the guide with elements that the named site of the model masks, and on which nothing in
             it depends: log q leaves them out.
@@ -73,6 +76,7 @@ class Survey:
         self.at_hand: dict[str, torch.Tensor] = {}
         self.depth = 0
         self.summed_out: frozenset[str] = frozenset()
+        self.transformed: frozenset[str] = frozenset()
         with quietly(model, guide, None):
             self._discover()
 
@@ -82,6 +86,8 @@ class Survey:
         if whole is not self.guide:
             self.guide, self.summed_out = whole, frozenset(whole.sites)
             return self._discover()
+        with ChosenRows(rows), suppress(*PROGRAM_ERRORS):  # of a model without gradients, which has no such sites
+            self.transformed = moved_by_draws(lambda: self.model(*self.args, **self.kwargs), guide, model)
         self._find_plates(guide, model, rows, random)
         self.guide_sites = {name: self._layout(name, site) for name, site in random_sites(guide)}
         self.model_sites = {name: self._layout(name, site) for name, site in random_sites(model)}
@@ -272,7 +278,8 @@ class Survey:
             self._check_arguments()
 
     def _layout(self, name: str, site: Mapping[str, Any]) -> SiteLayout:
-        kind, fn, value = kind_of(site), site["fn"], site["value"]
+        fn, value = site["fn"], site["value"]
+        kind = "transformed" if name in self.transformed and site["is_observed"] else kind_of(site)
         frames = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
         if kind == "deterministic":
             batch = self._deterministic_batch(value, fn.event_dim, frames)

@@ -24,7 +24,8 @@ from pyro.infer.autoguide import (
     AutoNormalizingFlow,
     AutoStructured,
 )
-from pyro.infer.reparam import AutoReparam, LocScaleReparam, TransformReparam
+from pyro.infer.reparam import AutoReparam, LocScaleReparam, SplitReparam, TransformReparam
+from pyro.infer.reparam.reparam import Reparam
 from reading_rows import reading
 
 from gumbo.errors import BadInput, GumboWarning, UnknownName, UnsupportedSite
@@ -1349,6 +1350,73 @@ def test_a_reparametrised_site_is_a_deterministic_one(case, param_store):
         evaluate(program, guide, X, num_samples=20, seed=0) for program in (poutine.reparam(model, config()), by_hand)
     )
     assert str(found) == str(wanted)
+
+
+class Shifted(Reparam):
+    """A base draw of another law, whose density the site corrects, as NeuTraReparam does."""
+
+    def apply(self, msg):
+        base = pyro.sample(f"{msg['name']}_base", dist.Normal(torch.zeros(()), 1.0).mask(False))
+        value = base + 1
+        return {"fn": dist.Delta(value, msg["fn"].log_prob(value)), "value": value, "is_observed": True}
+
+
+def vector(x):
+    z = pyro.sample("z", dist.Normal(x.new_zeros(2), 2.0).to_event(1))
+    of_mean(z.sum(-1), x)
+
+
+def vector_by_hand(x):
+    parts = [pyro.sample(f"z_split_{i}", dist.Normal(x.new_zeros(1), 2.0).to_event(1)) for i in range(2)]
+    of_mean(pyro.deterministic("z", torch.cat(parts, -1), event_dim=1).sum(-1), x)
+
+
+def vector_guide(x):
+    for i in range(2):
+        pyro.sample(f"z_split_{i}", dist.Normal(x.mean().expand(1) / 4, 0.4).to_event(1))
+
+
+def shifted_by_hand(x):
+    of_mean(pyro.deterministic("z", pyro.sample("z_base", dist.Normal(x.new_zeros(()) - 1, 2.0)) + 1), x)
+
+
+def local_shifted_by_hand(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.deterministic("z", 1 + pyro.sample("z_base", dist.Normal(x.new_zeros(()) - 1, 2.0)))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def local_base_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z_base", dist.Normal(x / 3, 0.4))
+
+
+WEIGHED = {
+    "split": (vector, lambda: {"z": SplitReparam([1, 1], -1)}, vector_by_hand, vector_guide),
+    "another base": (centred, lambda: {"z": Shifted()}, shifted_by_hand, base_guide),
+    "local": (local, lambda: {"z": Shifted()}, local_shifted_by_hand, local_base_guide),
+    "a point": (centred, lambda: {"z": Shifted()}, shifted_by_hand, lambda x: pyro.sample("z_base", dist.Delta(x[0]))),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHED.values(), ids=WEIGHED)
+def test_a_reparametrised_site_with_a_density_is_no_data(case, param_store):
+    """Its density is a part of the prior."""
+    model, config, by_hand, guide = case
+    programs = poutine.reparam(model, config()), by_hand
+    groups = ["posterior", "observed_data", "log_likelihood", "sample_stats", "posterior_predictive", "log_prior"]
+    ours, theirs = (to_arviz(program, guide, X, num_samples=30, seed=0, groups=groups) for program in programs)
+    for name in groups[:-1]:
+        assert set(group(ours, name).data_vars) == set(group(theirs, name).data_vars), name
+        for variable, array in group(theirs, name).data_vars.items():
+            if name != "posterior_predictive":
+                np.testing.assert_allclose(group(ours, name)[variable], array, rtol=1e-5, err_msg=f"{name}/{variable}")
+    assert "z" in group(ours, "posterior") and set(group(ours, "observed_data").data_vars) == {"x"}
+    ours, theirs = (group(found, "log_prior").to_array().sum("variable") for found in (ours, theirs))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    found, wanted = (evaluate(program, guide, X, num_samples=20, seed=0) for program in programs)
+    for name in ("elbo", "rate", "distortion"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), rel=1e-5)
 
 
 @pytest.mark.parametrize("density", [0.0, -1.5])
