@@ -26,7 +26,7 @@ from .alone import Run, agree, changed_alone
 from .checks import Checks
 from .sites import Block, SiteLayout, has_rows, key_of
 from .survey import Survey
-from .vmapped import Coordinates, Lane, Seen, outside, random_sites, run_lanes
+from .vmapped import Coordinates, Lane, Seen, outside, random_sites, run_in_turn, run_lanes
 
 DRAWS = "_gumbo_draws"
 # Numbers per run over all sites: bounds memory, and is large enough to amortize Python's overhead.
@@ -408,9 +408,14 @@ class Sweep(Survey):
         hidden = set() if observe else set(self.observed)
         return self._pass(self.model, self.model_sites, count, block or Block(), fixed or {}, hidden, None, arguments)
 
+    def _how(self, count: int, mode: str | None) -> str:
+        """How so many draws run in a mode."""
+        mode = mode or self.mode
+        return "in turn" if mode == "single" and count > 1 else mode
+
     def _pass(self, program, layouts, count, block, fixed, hidden, mode=None, arguments=None) -> Pass:
         laid = {
-            name: self._placed(value, layouts[name], count, block, mode or self.mode)
+            name: self._placed(value, layouts[name], count, block, self._how(count, mode))
             for name, value in fixed.items()
             if name in layouts and not (program is self.guide and name in self.computed)
         }
@@ -423,25 +428,36 @@ class Sweep(Survey):
         def once(given: Mapping[str, torch.Tensor]) -> Trace:
             return self._trace(program, layouts, count, block, given, hidden, mode or self.mode, arguments)
 
+        how = self._how(count, mode)
         if mode is not None:  # a trial: its errors say that the programs do not run in this way
-            return self._sites(program, layouts, count, values, mode, once)
+            return self._sites(program, layouts, count, values, how, once, trial=True)
         try:
-            return self._sites(program, layouts, count, values, self.mode, once)
+            return self._sites(program, layouts, count, values, how, once)
         except ValueError as error:
             if isinstance(error, GumboError):
                 raise
             raise _invalid(error, lambda: once(values)) from error
 
-    def _sites(self, program, layouts, count, values, mode: str, once: Callable) -> Mapping[str, Seen]:
-        if mode == "lanes":
+    def _sites(self, program, layouts, count, values, how: str, once: Callable, trial=False) -> Mapping[str, Seen]:
+        events = {name: layout.event for name, layout in layouts.items()}
+        masked = self.masked | self.masked_latents
+        if how == "lanes":
             stored = pyro.get_param_store()
             if self._parameters.get(id(program), {""}) - set(stored.keys()):
                 # vmap cannot register a new parameter in the param store.
                 with private_seed(None, program):
                     once({name: value[0] for name, value in values.items()})
                 self._parameters[id(program)] = set(stored.keys())
-            events = {name: layout.event for name, layout in layouts.items()}
-            return run_lanes(once, values, count, events, self.device, self.masked | self.masked_latents)
+            try:
+                return run_lanes(once, values, count, events, self.device, masked)
+            except GumboError:
+                raise
+            except PROGRAM_ERRORS:
+                if trial:
+                    raise
+                how = "in turn"  # a sampler that vmap cannot run, of a site whose values were given in the trial
+        if how == "in turn":
+            return run_in_turn(once, values, count, events, masked)
         return {name: Seen(site) for name, site in random_sites(once(values))}
 
     def _trace(self, program, layouts, count, block, values, hidden, mode, arguments=None) -> Trace:

@@ -239,30 +239,13 @@ def run_lanes(
     Validation branches on numbers that differ between lanes; it is off inside, and supports are checked here. Raises
     vmap's own error for a program that it cannot run.
     """
-    sites: dict[str, Any] = {}
-    splits: dict[str, tuple[int, bool] | None] = {}
-    checked = torch.distributions.Distribution._validate_args
+    lanes = _Lanes(events, masked)
 
     def lane(number: torch.Tensor, given: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-        found = {}
         with _OwnMemory(number):
             with _Drawn():
                 trace = once(given)
-            for name, site in random_sites(trace):
-                seen = Seen(site)
-                found[name] = numbers = {"value": seen.value, "log_prob": seen.log_prob}
-                if seen.scaled_log_prob is not seen.log_prob:
-                    numbers["scaled"] = seen.scaled_log_prob
-                if name in masked and seen.shown is not None:
-                    numbers["shown"] = seen.shown
-                split = seen.coordinates(events[name])
-                splits[name] = None if split is None else (split.depth, split.exact)
-                if split is not None:
-                    numbers["coordinates"] = split.log_prob
-                if checked and validates(site["fn"]):
-                    numbers["inside"] = site["fn"].support.check(site["value"])
-                sites[name] = site
-        return found
+            return lanes.numbers(trace)
 
     with pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*performance drop")
@@ -270,10 +253,59 @@ def run_lanes(
         warnings.filterwarnings("error", message=".*was resized")
         numbers = torch.arange(count, device=device)
         found = torch.vmap(lane, randomness="different")(numbers, dict(values))
-    for name, of_site in found.items():
-        if "inside" in of_site and not bool(of_site["inside"].all()):
-            raise outside(name)
-    return {name: Lane(sites[name], of_site, splits[name]) for name, of_site in found.items()}
+    return lanes.of(found)
+
+
+def run_in_turn(
+    once: Callable[[Mapping[str, torch.Tensor]], Trace],
+    values: Mapping[str, torch.Tensor],
+    count: int,
+    events: Mapping[str, tuple[int, ...]],
+    masked: frozenset[str] = frozenset(),
+) -> dict[str, Lane]:
+    """What `run_lanes` returns, from one run after the other."""
+    lanes = _Lanes(events, masked)
+    found = [lanes.numbers(once({name: value[number] for name, value in values.items()})) for number in range(count)]
+    return lanes.of(
+        {
+            name: {key: torch.stack([one[name][key] for one in found]) for key in of_site}
+            for name, of_site in found[0].items()
+        }
+    )
+
+
+class _Lanes:
+    """The numbers of each site in one lane, and the sites of all lanes."""
+
+    def __init__(self, events: Mapping[str, tuple[int, ...]], masked: frozenset[str]):
+        self.events, self.masked = events, masked
+        self.sites: dict[str, Any] = {}
+        self.splits: dict[str, tuple[int, bool] | None] = {}
+        self.checked = torch.distributions.Distribution._validate_args
+
+    def numbers(self, trace: Trace) -> dict[str, dict[str, torch.Tensor]]:
+        found = {}
+        for name, site in random_sites(trace):
+            seen = Seen(site)
+            found[name] = numbers = {"value": seen.value, "log_prob": seen.log_prob}
+            if seen.scaled_log_prob is not seen.log_prob:
+                numbers["scaled"] = seen.scaled_log_prob
+            if name in self.masked and seen.shown is not None:
+                numbers["shown"] = seen.shown
+            split = seen.coordinates(self.events[name])
+            self.splits[name] = None if split is None else (split.depth, split.exact)
+            if split is not None:
+                numbers["coordinates"] = split.log_prob
+            if self.checked and validates(site["fn"]):
+                numbers["inside"] = site["fn"].support.check(site["value"])
+            self.sites[name] = site
+        return found
+
+    def of(self, found: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Lane]:
+        for name, of_site in found.items():
+            if "inside" in of_site and not bool(of_site["inside"].all()):
+                raise outside(name)
+        return {name: Lane(self.sites[name], of_site, self.splits[name]) for name, of_site in found.items()}
 
 
 def validates(fn: Any) -> bool:

@@ -437,6 +437,27 @@ def test_every_family_draws_anew_in_every_lane_with_its_own_density(name):
     np.testing.assert_allclose(found, exact, atol=1e-3)
 
 
+def test_samplers_that_vmap_cannot_run_draw_one_by_one():
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3).double(), 0.1).to_event(1))
+        p = pyro.sample("p", dist.BetaBinomial(torch.tensor(2.0).double(), 6.0, 40))
+        a = pyro.sample("a", dist.VonMises(w[0], 3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.VonMises(a + 0 * p + COLUMNS @ w, NOISE), obs=x)
+
+    def guide(x):
+        pyro.sample("w", dist.Normal(torch.zeros(3).double(), 0.1).to_event(1))
+        pyro.sample("p", dist.Binomial(40, torch.tensor(0.5).double()))
+        pyro.sample("a", dist.Normal(torch.zeros(()).double(), 0.5))
+
+    assert Sweep(model, guide, (X,), {}).mode == "lanes"
+    idata = to_arviz(model, guide, X, num_samples=200)
+    prior, predictive = group(idata, "prior"), group(idata, "posterior_predictive")["x"].values
+    p = prior["p"].values
+    assert abs(p.mean() - 10) < 4 * p.std() / 200**0.5 and np.unique(prior["a"]).size == 200
+    assert predictive.shape == (1, 200, len(X)) and np.unique(predictive).size == predictive.size
+
+
 def test_draws_outside_the_support_are_named():
     def model(x):
         w = pyro.sample("w", dist.HalfNormal(torch.ones(3)).to_event(1))
