@@ -11,11 +11,12 @@ import torch
 from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
 from ..engine.progress import Stages
 from ..engine.scopes import quietly
+from ..posterior.likelihoods import changing_factors
 from ..posterior.refits import refitted
 from ..posterior.runner import Pass, Sweep
 from .report import ALARM, OK, Verdict, not_done
 from .thresholds import ROUNDING, UNIFORM
-from .units import to_units
+from .units import direction, to_units, turned
 
 _COORDINATES = 10
 _SIDES = " (by its sides)"
@@ -53,7 +54,7 @@ def calibration(
     except (GumboError, *PROGRAM_ERRORS) as error:
         reason = str(error) if isinstance(error, GumboError) else f"it failed ({first_line(error, kind=True)})"
         skipped["calibration"] = reason
-        advice = "programs whose observed sites take their data from an argument can be calibrated"
+        advice = "models that draw from their own density, with their data in an argument, can be calibrated"
         return {"calibration": not_done("calibration", reason, advice)}, 0
     ranks.update(found)
     chances = {name: uniformity(values, draws) for name, values in found.items()}
@@ -88,6 +89,7 @@ class _Unread(BadInput):
 def simulated_ranks(sweep: Sweep, simulations: int, say: Stages | None = None) -> tuple[dict[str, np.ndarray], int]:
     """Ranks of the model's latents among the guide's draws, by coordinate, and the number of those draws."""
     places = _argument_places(sweep)
+    _check_simulated(sweep)
     draws = 100 if sweep.vectorized else 19
     given, tested = _reacting(sweep, places)
     own = sweep.local if set(tested) <= set(sweep.local) else []
@@ -108,6 +110,7 @@ def simulated_ranks(sweep: Sweep, simulations: int, say: Stages | None = None) -
         data = _replaced(sweep, places, truth)
         fixed = {name: value.expand(draws, *value.shape[1:]) for name, value in held.items()}
         _, model = sweep.run(draws, fixed=fixed, arguments=data)
+        _check_factors(model)
         values = {name: sweep.held(truth, name) for name in sweep.latents}
         again = sweep.model_run(1, fixed=values, arguments=data)
         one = None if units == 1 or rounds < simulations else np.random.default_rng(len(found)).integers(units)
@@ -125,6 +128,7 @@ def refitted_ranks(
     guide. Yao et al. 2018, arXiv:1802.02538.
     """
     places = _argument_places(sweep)
+    _check_simulated(sweep)
     draws = 100 if sweep.vectorized else 19
     found: dict[str, list[np.ndarray]] = {}
     rng = np.random.default_rng(seed)
@@ -142,6 +146,7 @@ def refitted_ranks(
         fitted = Sweep(sweep.model, guide, args, kwargs, mode=sweep.mode)
         with quietly(sweep.model, guide, seed + done):
             _, model = fitted.run(draws)
+            _check_factors(model)
             again = fitted.model_run(1, fixed=values)
         for name, rank in _ranks(fitted, sweep.latents, (), model, again, draws, rng).items():
             found.setdefault(name, []).append(rank)
@@ -156,6 +161,26 @@ def _joined(found: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
     ranks = {name: np.concatenate(parts) for name, parts in found.items()}
     known = {name: one[one != _MASKED] for name, one in ranks.items()}
     return {name: one for name, one in known.items() if len(one)}
+
+
+def _check_simulated(sweep: Sweep) -> None:
+    """Raise BadInput if the model's draws are not those of its density."""
+    if sweep.improper:
+        raise BadInput(f"site {sweep.improper[0]!r} has an ImproperUniform prior, from which nothing can be drawn")
+    for name, reason in sweep.other_draws.items():
+        raise BadInput(f"site {name!r}: {reason}")
+    _, model = sweep.run(1)
+    values, drawn = {name: sweep.held(model, name) for name in sweep.latents}, sweep.model_run(1)
+    for name in sorted(sweep.masked_latents):
+        moved = values | {name: torch.where(model.shown(name), values[name], drawn.value(name))}
+        if _differs(model.joint_log_prob(()), sweep.model_run(1, fixed=moved).joint_log_prob(())):
+            raise BadInput(f"the prior of site {name!r} is masked, and what the model draws does not follow that")
+
+
+def _check_factors(model: Pass) -> None:
+    """Raise BadInput if a factor tells apart the draws of a run, since simulated data do not follow it."""
+    for name in changing_factors(model):
+        raise BadInput(f"factor {name!r} depends on the latents, and what the model draws does not follow it")
 
 
 def _argument_places(sweep: Sweep) -> dict[str, int | str]:
@@ -229,6 +254,9 @@ def _ranks(
     for name in tested:
         layout = sweep.model_sites[name]
         drawn, true = (to_units(run.value(name), layout, plates) for run in (model, truth))
+        if name in sweep.angles:
+            centre = direction(torch.cat([drawn, true]))
+            drawn, true = turned(drawn, centre), turned(true, centre)
         shown = truth.shown(name)
         shown = torch.ones_like(true, dtype=torch.bool) if shown is None else to_units(shown, layout, plates)
         size = drawn.shape[-1]

@@ -14,11 +14,8 @@ from .units import Units
 
 def point(units: Units) -> Verdict:
     """Whether the guide is a point, such as AutoDelta."""
-    points = [
-        name
-        for name, spread, discrete in zip(units.names, np.ptp(units.values, 1).max(0), units.discrete, strict=True)
-        if not discrete and spread == 0
-    ]
+    still = (np.ptp(units.values, 1).max(0) == 0) & ~units.discrete & ~units.fixed
+    points = [name for name, without_spread in zip(units.names, still, strict=True) if without_spread]
     if points:
         text = f"{units.what}: the guide is a point at {', '.join(points[:5])}, which is no posterior"
         return Verdict("point", ALARM, text, float(len(points)), 0.0, "fit a guide with a width, such as AutoNormal")

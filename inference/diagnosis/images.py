@@ -29,6 +29,7 @@ def images_of(target: Target, drawn: torch.Tensor) -> tuple[list[str], list[torc
             break
         if not bool(image.isfinite().all()):
             continue
+        image = target.turned(image)
         there = sum(target(image[:50])).mean(0)
         less = float((here - there).min())
         # An image among the guide's own draws is not another mode.

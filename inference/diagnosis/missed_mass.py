@@ -51,6 +51,8 @@ def missed_mass(
     refit = "num_refits=4 compares fits from other initial values, which may find other modes"
     if sweep.swept:
         return undone("rows come in blocks", "without batch_size and subsampling the search can be run")
+    if sweep.improper:
+        return undone(f"site {sweep.improper[0]!r} has an ImproperUniform prior, where no search can start", refit)
     fewer, *_ = few_rows(sweep, _ROWS, options)
     try:
         with quietly(fewer.model, fewer.guide, None if seed is None else seed + 2):
@@ -82,15 +84,20 @@ class _Plan:
 
 
 def _plan(sweep: Sweep) -> _Plan:
+    # A point of the model follows from the others: there is nothing to search.
+    moving, local, shared = (
+        [name for name in names if not sweep.model_sites[name].point]
+        for names in (sweep.latents, sweep.local, sweep.shared)
+    )
     if not sweep.local:
-        return _Plan(list(sweep.latents), (), {}, [])
+        return _Plan(moving, (), {}, [])
     if not sweep.shared:
-        return _Plan(list(sweep.local), tuple(sweep.weight_plates), {}, [])
-    size = sum(sweep.model_sites[name].numel for name in sweep.latents)
-    if size <= SEARCHED and not any(sweep.model_sites[name].discrete for name in sweep.latents):
-        return _Plan(list(sweep.latents), (), {}, [])
+        return _Plan(local, tuple(sweep.weight_plates), {}, [])
+    size = sum(sweep.model_sites[name].numel for name in moving)
+    if size <= SEARCHED and not any(sweep.model_sites[name].discrete for name in moving):
+        return _Plan(moving, (), {}, [])
     run, _ = sweep.run(1)
-    return _Plan(list(sweep.local), tuple(sweep.weight_plates), sweep.given(run), list(sweep.shared))
+    return _Plan(local, tuple(sweep.weight_plates), sweep.given(run), shared)
 
 
 @dataclass

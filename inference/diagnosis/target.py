@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch.distributions import Normal, biject_to, constraints
@@ -13,7 +12,7 @@ from torch.distributions import Normal, biject_to, constraints
 from ...errors import BadInput
 from ..posterior.runner import Pass, Sweep
 from ..posterior.sites import Block, SiteLayout
-from .units import from_units, to_units
+from .units import direction, from_units, plain_support, to_units, turned
 
 _NORMAL = Normal(torch.zeros((), dtype=torch.float64), 1.0)
 
@@ -25,6 +24,8 @@ class Target:
 
     Masked elements of latents have no density in the programs. Here they are standard normal, independently of all
     else, so that they add nothing to the evidence and draws of them are no worse than any.
+
+    Angles lie within half a turn of the guide's mean direction: a density that repeats itself is counted once.
     """
 
     def __init__(self, sweep: Sweep, sites: Sequence[str], plates: Sequence[str], given: Mapping[str, torch.Tensor]):
@@ -37,12 +38,17 @@ class Target:
             if layout.discrete:
                 self.sizes[name] = layout.numel
                 continue
-            self.maps[name] = biject_to(_plain(sweep.supports[name]))
+            self.maps[name] = biject_to(plain_support(sweep.supports[name]))
             free = self.maps[name].inv(run.value(name))
             self.events[name] = tuple(free.shape[1 + len(layout.names) :])
             self.sizes[name] = to_units(free, layout, self.plates).shape[-1]
         self.masked = bool(sweep.masked_latents & self.maps.keys())
         self.dimension = sum(self.sizes.values())
+        self._centre: torch.Tensor | None = None
+        if any(name in sweep.angles for name in self.maps):
+            angles = [torch.full((self.sizes[name],), name in sweep.angles) for name in self.sites]
+            self._is_angle = torch.cat(angles)
+            self._centre = direction(self.of_guide(min(200, 10 * self._at_once())))
 
     def draw(self, particles: int) -> torch.Tensor:
         """Unconstrained draws of the prior."""
@@ -59,7 +65,11 @@ class Target:
             free = self.free({name: one.value(name) for name in self.sites}).cpu().double()
             hidden = self._hidden(one)
             parts.append(free if hidden is None else torch.where(hidden, torch.randn_like(free), free))
-        return torch.cat(parts)
+        return self.turned(torch.cat(parts))
+
+    def turned(self, free: torch.Tensor) -> torch.Tensor:
+        """The same numbers, with angles where their density counts."""
+        return free if self._centre is None else torch.where(self._is_angle, turned(free, self._centre), free)
 
     def free(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``(particles, units, d)`` of values in the shapes of their layouts."""
@@ -116,7 +126,7 @@ class Target:
 
     def _unmoved(self, name: str) -> bool:
         """Whether a site's unconstrained numbers are its values."""
-        support = _plain(self.sweep.supports[name])
+        support = plain_support(self.sweep.supports[name])
         while isinstance(support, constraints.independent):
             support = support.base_constraint
         return support is constraints.real
@@ -135,6 +145,9 @@ class Target:
         """Log prior (with the Jacobian) and log-likelihood, each ``(particles, units)``."""
         parts = [self._some(free[start : start + self._at_once()]) for start in range(0, len(free), self._at_once())]
         prior, likelihood = (torch.cat(part) for part in zip(*parts, strict=True))
+        if self._centre is not None:
+            outside = ((free - self._centre).abs() > math.pi) & self._is_angle
+            prior = prior.masked_fill(outside.any(-1), -math.inf)
         return prior.nan_to_num(-math.inf), likelihood.nan_to_num(-math.inf)
 
     def _at_once(self) -> int:
@@ -162,13 +175,6 @@ class Target:
                     + to_units(run.log_prob(name, self.plates).cpu(), _kept(layout, self.plates), self.plates)[..., 0]
                 )
         return total
-
-
-def _plain(support: Any) -> Any:
-    """A mixture has its components' support; torch has no map for the wrapper."""
-    while type(support).__name__ == "MixtureSameFamilyConstraint":
-        support = support.base_constraint
-    return support
 
 
 def _kept(layout: SiteLayout, plates: Sequence[str]) -> SiteLayout:

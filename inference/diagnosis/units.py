@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from torch.distributions import biject_to
 
+from ...errors import PROGRAM_ERRORS
 from ..posterior.collection import Collection
 from ..posterior.importance import importance_ess
 from ..posterior.sites import SiteLayout
@@ -33,13 +37,23 @@ def from_units(flat: torch.Tensor, layout: SiteLayout, plates: Sequence[str], ev
     return moved.movedim(list(range(1, 1 + len(axes))), axes)
 
 
+def turned(angles: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """The same angles within half a turn of ``centre``."""
+    return (angles - centre + math.pi).remainder(2 * math.pi) - math.pi + centre
+
+
+def direction(angles: torch.Tensor) -> torch.Tensor:
+    """The mean direction of angles along the first dimension."""
+    return torch.atan2(angles.sin().mean(0), angles.cos().mean(0))
+
+
 @dataclass
 class Units:
     """Units with importance weights: log-weights ``(units, S)`` and the latents' numbers ``(units, S, d)``.
 
-    ``khat`` ``(units,)`` is that of ``vi_stats``; ``shown`` ``(units, d)`` says which numbers are unmasked. ``joint``
-    says that one unit holds the latents of all data. The log-weights of global latents have noise of variance
-    ``noise``, from the ``inner`` draws that integrate out the local latents.
+    ``khat`` ``(units,)`` is that of ``vi_stats``; ``shown`` ``(units, d)`` says which numbers are unmasked, ``fixed``
+    ``(d,)`` which cannot vary in the model. ``joint`` says that one unit holds the latents of all data. The log-weights
+    of global latents have noise of variance ``noise``, from the ``inner`` draws that integrate out the local latents.
     """
 
     what: str
@@ -55,8 +69,11 @@ class Units:
     noise: float = 0.0
     inner: int = 0
     shown: np.ndarray = None  # type: ignore[assignment]
+    fixed: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self):
+        if self.fixed is None:
+            self.fixed = np.zeros(len(self.names), dtype=bool)
         if self.shown is None:
             self.shown = np.ones((len(self.values), len(self.names)), dtype=bool)
 
@@ -132,7 +149,7 @@ def units_of(collection: Collection, stats: Mapping[str, tuple[Sequence[str], np
 
 def _units(what, sites: Sequence[str], plates: Sequence[str], log_weight: np.ndarray, khat: str, collection, stats):
     layouts = collection.sweep.model_sites
-    values, names, discrete, shown = [], [], [], []
+    values, names, discrete, shown, fixed = [], [], [], [], []
     draws = len(log_weight)
     for site in sites:
         drawn = torch.from_numpy(collection.array("posterior", site)[0][:draws])
@@ -142,6 +159,7 @@ def _units(what, sites: Sequence[str], plates: Sequence[str], log_weight: np.nda
         discrete += [layouts[site].discrete] * flat.shape[-1]
         known = torch.from_numpy(collection.shown.get(site, np.ones(layouts[site].shape, dtype=bool)))
         shown.append(to_units(known.unsqueeze(0), layouts[site], plates)[0].numpy())
+        fixed.append(_fixed(drawn[:1], layouts[site], collection.sweep.supports[site], plates))
     joined = np.moveaxis(np.concatenate(values, -1), 0, 1)
     binary = np.array(discrete) & ((joined == 0) | (joined == 1)).all((0, 1))
     weight = log_weight.reshape(draws, -1).T
@@ -157,4 +175,24 @@ def _units(what, sites: Sequence[str], plates: Sequence[str], log_weight: np.nda
         np.array(discrete),
         binary,
         shown=np.concatenate(shown, -1),
+        fixed=np.concatenate(fixed),
     )
+
+
+def _fixed(drawn: torch.Tensor, layout: SiteLayout, support: Any, plates: Sequence[str]) -> np.ndarray:
+    """Which numbers ``(d,)`` of a unit the prior or its support determines, as the zeros of a triangular factor."""
+    found = torch.full(drawn.shape, layout.point)
+    if not (layout.point or layout.discrete):
+        with suppress(*PROGRAM_ERRORS):  # a support without a map from all numbers
+            mapped = biject_to(plain_support(support))
+            free = mapped.inv(drawn)
+            places = torch.linspace(-1, 1, free.numel(), dtype=free.dtype).reshape(free.shape)
+            found = torch.stack([mapped(places).cpu() == drawn, mapped(-1.5 * places + 0.1).cpu() == drawn]).all(0)
+    return to_units(found, layout, plates)[0].all(0).numpy()
+
+
+def plain_support(support: Any) -> Any:
+    """A mixture has its components' support; torch has no map for the wrapper."""
+    while type(support).__name__ == "MixtureSameFamilyConstraint":
+        support = support.base_constraint
+    return support

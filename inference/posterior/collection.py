@@ -16,7 +16,7 @@ from ...options import fits
 from ..engine.progress import Progress
 from ..engine.scopes import quietly
 from .importance import integrated, pieces
-from .likelihoods import likelihoods_of
+from .likelihoods import changing_factors, factors_of_prior, likelihoods_of
 from .runner import Pass, Sweep
 from .sites import Block, SiteLayout
 
@@ -91,8 +91,27 @@ class Collection:
                 GumboWarning,
                 stacklevel=4,
             )
+        self._warn_of_other_draws()
         self.arrays: dict[tuple[str, str], Array] = {}
         self._declare()
+
+    def _warn_of_other_draws(self) -> None:
+        for name, reason in self.sweep.other_draws.items():
+            of_data = {"posterior_predictive"} if name in self.sweep.observed else set()
+            if groups := self.groups & (_FROM_PRIOR | of_data):
+                warnings.warn(f"site {name!r}: {reason}; {_listed(groups)} hold such draws", GumboWarning, stacklevel=5)
+
+    def _warn_of_factors(self, run: Pass) -> None:
+        groups = self.groups & _FROM_PRIOR
+        changing = set(changing_factors(run, self.factors)) - self.told
+        for name in changing & set(factors_of_prior(self.sweep)):
+            self.told.add(name)
+            warnings.warn(
+                f"factor {name!r} depends on the latents, and the draws of {_listed(groups)} do not follow it: leave "
+                "them out of groups, or write a factor of the prior as a distribution",
+                GumboWarning,
+                stacklevel=7,
+            )
 
     # Declared first, so that the memory needed is known before anything is drawn.
 
@@ -180,6 +199,8 @@ class Collection:
         for array in self.arrays.values():
             array.data = np.zeros(self.full_shape(array, kept=True), dtype=kind_of_array(array.dtype))
         self.largest_log_p = 0.0
+        self.factors: dict[str, torch.Tensor] = {}  # of the first draw of the prior
+        self.told: set[str] = set()
         self.observed: dict[str, np.ndarray] = {}  # without masks
         # Which numbers of masked latents have a posterior.
         masked = self.sweep.masked_latents
@@ -400,9 +421,15 @@ class Collection:
         fixed, new = sweep.known(held, block, sweep.model_sites)
         run = sweep.model_run(stop - start, block, fixed, observe=False)
         sweep.keep(held, run, new, sweep.model_sites)
+        if chain == 0 and not any(span.start for span in block.at.values()):
+            self._warn_of_factors(run)
         for (group, name), array in self.arrays.items():
             if group in _FROM_PRIOR:
                 self._write(chain, array, start, stop, block, run.shown_value(name))
+
+
+def _listed(groups: Iterable[str]) -> str:
+    return " and ".join(name for name in GROUPS if name in groups)
 
 
 def as_array(values: torch.Tensor) -> np.ndarray:

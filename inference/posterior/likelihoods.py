@@ -14,6 +14,7 @@ from ...errors import PROGRAM_ERRORS, GumboError, GumboWarning
 from ..engine.interventions import GivenValues
 from ..engine.rows import Rows
 from ..engine.scopes import quietly
+from .alone import agree
 from .runner import Pass, Sweep
 from .sites import SiteLayout
 from .vmapped import random_sites
@@ -71,7 +72,7 @@ def likelihoods_of(sweep: Sweep) -> list[Likelihood]:
 
 def warn_of_shared_factors(sweep: Sweep) -> None:
     """Warn of factors that change with the data and belong to no single datum."""
-    shared = [one.name for one in _factors(sweep) if sweep.observed and not _owners(sweep, one)]
+    shared = factors_of_prior(sweep)
     for name in _changed_by_data(sweep, shared) if shared else ():
         warnings.warn(
             f"factor {name!r} depends on the data and is outside the plates of every observed site, so that "
@@ -79,6 +80,22 @@ def warn_of_shared_factors(sweep: Sweep) -> None:
             GumboWarning,
             stacklevel=5,
         )
+
+
+def factors_of_prior(sweep: Sweep) -> list[str]:
+    """The factors outside the plates of every observed site."""
+    return [one.name for one in _factors(sweep) if sweep.observed and not _owners(sweep, one)]
+
+
+def changing_factors(model: Pass, first: dict[str, torch.Tensor] | None = None) -> list[str]:
+    """The factors whose log-probability differs between the draws of a run, or from the ``first`` draw of all runs."""
+    found, first = [], {} if first is None else first
+    for name, layout in model.layouts.items():
+        if layout.kind == "factor":
+            value = model.log_prob(name)
+            if not agree(first.setdefault(name, value[:1]).expand_as(value), value, layout.dtype):
+                found.append(name)
+    return found
 
 
 def _factors(sweep: Sweep) -> list[SiteLayout]:

@@ -34,7 +34,8 @@ def points_of(
     ``run`` runs the guide as ``guide`` was traced.
     """
     fixed = [name for name, one in guide_sites.items() if one.point and name in supports]
-    fixed = [name for name in fixed if not model_sites[name].discrete]
+    # Where the model is a point too, as at a Delta prior, the guide is right.
+    fixed = [name for name in fixed if not (model_sites[name].discrete or model_sites[name].point)]
     auxiliary = [
         name
         for name, one in guide_sites.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 
-from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line, rows_in_plates
+from ...errors import PROGRAM_ERRORS, BadInput, GumboError, GumboWarning, first_line, rows_in_plates
 from ...options import holds_to_annotations
 from ..engine.messenger_guides import MessengerProgram, as_program
 from ..engine.progress import bar
@@ -129,6 +130,10 @@ class Predictions:
         names = [*sweep.observed, *enumerated, *computed]
         if not sweep.observed and not enumerated:
             raise BadInput("the model has no site to predict: the guide draws all its sites")
+        for name in sweep.observed:
+            if name in sweep.other_draws:
+                said = f"site {name!r}: {sweep.other_draws[name]}; {GROUP} hold such draws"
+                warnings.warn(said, GumboWarning, stacklevel=3)
         self.arrays = [self._array(name) for name in names]
 
     def _array(self, name: str) -> Array:

@@ -23,7 +23,7 @@ from ..engine.messenger_guides import as_program
 from ..engine.programs import check_observed, outside_plates
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, quietly
-from ..estimators._distributions import describe, elementary
+from ..estimators._distributions import describe, elementary, why_other_draws
 from .checks import check_invertible
 from .enumerated import completed
 from .points import moved_by_draws, points_of
@@ -32,6 +32,8 @@ from .superfluous import superfluous_latents
 from .vmapped import Seen, random_sites, scale_of, unmasked
 
 Whole = TypeVar("Whole", bound="Survey")
+# Their log-density is periodic, so that values a whole turn apart are the same value.
+_ANGLES = (torch.distributions.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 
 class Survey:
@@ -47,6 +49,8 @@ class Survey:
         depth: the number of batch dimensions of the programs.
         transformed: sites that the latents determine, with a density of their own, as some reparameterizations of Pyro
             leave them.
+        angles: latents whose values a whole turn apart are the same.
+        other_draws: sites of the model whose draws are of another law than their density, and why.
         points: latents at which the guide is a point, without a density, and what it does there.
         superfluous: sites of the guide with elements that the named site of the model masks, and on which nothing in
             it depends: log q leaves them out.
@@ -171,6 +175,10 @@ class Survey:
         }
         latents = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]
         self.improper = [n for n in latents if isinstance(elementary(model.nodes[n]["fn"]), dist.ImproperUniform)]
+        self.angles = [name for name in latents if isinstance(elementary(model.nodes[name]["fn"]), _ANGLES)]
+        drawn = [name for name, layout in self.model_sites.items() if layout.kind in ("latent", "observed")]
+        reasons = {name: why_other_draws(model.nodes[name]["fn"]) for name in drawn}
+        self.other_draws = {name: reason for name, reason in reasons.items() if reason is not None}
         for name in self.guide_sites:
             check_invertible(name, guide.nodes[name])
         with ChosenRows(rows):

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from gumbo.errors import BadInput
 from gumbo.inference import diagnose, evaluate, to_arviz
@@ -516,6 +516,141 @@ def test_programs_of_one_draw_at_a_time_are_judged_as_any_others(capsys):
 def test_draws_that_run_one_by_one_are_announced_with_the_reason(capsys):
     diagnose(squared_one_by_one, one_mode, ONES, num_samples=100, num_simulations=20, refine_steps=0, progress=True)
     assert "one by one, since they do not run together (RuntimeError: vmap" in capsys.readouterr().err
+
+
+def item_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(ZERO, ONE))
+        assert z.dim() == 1 and math.isfinite(z.sum().item())  # takes one draw, and no vmap
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+def test_ranks_of_programs_that_run_one_by_one_are_among_as_many_draws():
+    sweep = Sweep(item_model, local_guide(), (X,), {})
+    assert sweep.mode == "single"
+    guide, model = sweep.run(4)
+    assert len(torch.unique(guide.value("z"))) == 4 * len(X)
+    torch.testing.assert_close(model.log_prob("x"), dist.Normal(guide.value("z"), NOISE).log_prob(X))
+    torch.testing.assert_close(sweep.model_run(4, fixed={"z": model.value("z")}).value("z"), model.value("z"))
+    with quietly(item_model, local_guide(), 0):
+        ranks, draws = simulated_ranks(sweep, 60)
+    assert min(uniformity(values, draws) for values in ranks.values()) > 1e-3
+
+
+def lkj_model(x):
+    scale = pyro.sample("scale", dist.LogNormal(torch.zeros(3).double(), 0.3).to_event(1))
+    factor = pyro.sample("factor", dist.LKJCholesky(3, 2 * ONE))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(3).double(), scale_tril=scale.diag() @ factor), obs=x)
+
+
+def known_mean(x):
+    centre = pyro.sample("centre", dist.Delta(ONE))
+    z = pyro.sample("z", dist.Normal(centre, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def known_mean_guide(x):
+    pyro.sample("centre", dist.Delta(ONE))
+    pyro.sample("z", dist.Normal((1 + x.sum()) / (1 + len(x)), (1 + len(x)) ** -0.5))
+
+
+def test_numbers_that_the_prior_determines_are_no_points(param_store):
+    """The zeros of a triangular factor, and a Delta prior."""
+    report = diagnose(known_mean, known_mean_guide, X, **QUICK)
+    assert report.ok and report["missed-mass"].verdict == "ok", str(report)
+    found = evaluate(known_mean, known_mean_guide, X, num_samples=50)
+    covariance = torch.eye(len(X)).double() + 1
+    exact = dist.MultivariateNormal(torch.ones(len(X)).double(), covariance).log_prob(X) / len(X)
+    assert found.log_evidence == pytest.approx(float(exact), abs=1e-9)
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).double()
+    guide = AutoNormal(lkj_model, init_scale=0.2)
+    guide(x)
+    report = diagnose(lkj_model, guide, x, num_samples=200, num_simulations=20, refine_steps=0)
+    assert report["point"].verdict == "ok" and "missed-mass" not in report.skipped, str(report)
+    assert "point" in diagnose(lkj_model, AutoDelta(lkj_model), x, num_samples=100, refine_steps=0).alarms
+
+
+def angle_model(x):
+    angle = pyro.sample("angle", dist.VonMises(ZERO, 1e-6 * ONE))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.VonMises(angle, 2 * ONE), obs=x)
+
+
+def double_angle(x):
+    angle = pyro.sample("angle", dist.VonMises(ZERO, 1e-6 * ONE))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.VonMises(2 * angle, 2 * ONE), obs=x)
+
+
+def resultant(x):
+    return torch.atan2(x.sin().sum(), x.cos().sum()), 2 * torch.hypot(x.sin().sum(), x.cos().sum())
+
+
+@pytest.mark.parametrize("turn", [0.0, 1.6, math.pi])
+def test_angles_a_turn_apart_are_one_value(turn):
+    x = turn + torch.tensor([-0.9, -0.4, -0.1, 0.0, 0.2, 0.3, 0.8]).double()
+    exact = lambda x: pyro.sample("angle", dist.VonMises(*resultant(x)))  # noqa: E731
+    report = diagnose(angle_model, exact, x, **QUICK)
+    assert report.ok and report["missed-mass"].verdict == report["calibration"].verdict == "ok", str(report)
+    beyond = lambda x: pyro.sample("angle", dist.Normal(resultant(x)[0], resultant(x)[1] ** -0.5))  # noqa: E731
+    report = diagnose(angle_model, beyond, x, **QUICK)  # its draws may exceed half a turn
+    assert not {"missed-mass", "calibration"} & set(report.alarms), str(report)
+
+
+def test_an_angle_with_two_modes_misses_one():
+    x = torch.tensor([0.1, 0.6, 0.9, 1.0, 1.2, 1.3, 1.8]).double()
+    one = lambda x: pyro.sample("angle", dist.VonMises(resultant(x)[0] / 2, 4 * resultant(x)[1]))  # noqa: E731
+    found = diagnose(double_angle, one, x, **QUICK)["missed-mass"]
+    assert found.verdict == "alarm" and found.value == pytest.approx(math.log(2), abs=0.1)
+
+
+def tilted(x):
+    mean = pyro.sample("mean", dist.Normal(ZERO, ONE))
+    pyro.factor("tilt", -(mean**2) / 2)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, ONE), obs=x)
+
+
+def flat(x):
+    mean = pyro.sample("mean", dist.Normal(ZERO, ONE).mask(False))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, ONE), obs=x)
+
+
+def improper(x):
+    mean = pyro.sample("mean", dist.ImproperUniform(dist.constraints.real, (), ()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, ONE), obs=x)
+
+
+def times(x):
+    mean = pyro.sample("mean", dist.Normal(ZERO, ONE))
+    with pyro.plate("data", len(x)):
+        pyro.sample("angles", dist.SineBivariateVonMises(mean, ZERO, ONE, ONE, ONE / 2), obs=x)
+
+
+@pytest.mark.parametrize(
+    "model, precision, reason",
+    [
+        (tilted, 2, "factor 'tilt' depends on the latents"),
+        (flat, 0, "the prior of site 'mean' is masked"),
+        (improper, 0, "site 'mean' has an ImproperUniform prior"),
+        (times, 1, "site 'angles': SineBivariateVonMises draws from another law"),
+    ],
+)
+def test_models_that_do_not_draw_from_their_density_are_not_calibrated(model, precision, reason):
+    def guide(x):
+        precision_of_all = precision + len(x)
+        pyro.sample("mean", dist.Normal(x.sum() / precision_of_all, precision_of_all**-0.5))
+
+    x = X.reshape(5, 3)[:, :2] if model is times else X
+    with pytest.raises(BadInput, match=reason):
+        simulated_ranks(Sweep(model, guide, (x,), {}), 20)
+    if model is not times:  # whose density takes long
+        report = diagnose(model, guide, x, **QUICK)
+        assert report.ok and reason in report.skipped["calibration"], str(report)
 
 
 def test_a_point_is_a_point_in_single_precision_too():

@@ -14,7 +14,7 @@ from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from gumbo.errors import BadInput, GumboWarning, UnknownName
-from gumbo.inference import from_pyro_svi, loo_approximate_posterior, to_arviz
+from gumbo.inference import from_pyro_svi, loo_approximate_posterior, predict, to_arviz
 from gumbo.inference.posterior import _arviz
 
 X = torch.linspace(-1.0, 2.0, 12).double()
@@ -333,13 +333,53 @@ WITH_FACTORS = {
 @pytest.mark.parametrize(("model", "variable", "exact"), WITH_FACTORS.values(), ids=WITH_FACTORS)
 def test_a_factor_of_a_datum_is_part_of_its_log_likelihood(model, variable, exact, name):
     x = X.abs() if model is truncated else X
-    idata = to_arviz(model, wrong_guide, x, num_samples=50)
+    idata = to_arviz(model, wrong_guide, x, num_samples=50, groups=["posterior", name])
     found = group(idata, name)
     assert list(found.data_vars) == [variable] and found[variable].dims[2:] == (
         ("x_dim_0",) if model is without_a_plate else ("data",)
     )
     means = torch.as_tensor(group(idata, "posterior")["mean"].values[0])[:, None]
     np.testing.assert_allclose(found[variable].values[0], exact(x, means), rtol=1e-12)
+
+
+def test_prior_draws_that_do_not_follow_a_factor_are_announced():
+    with pytest.warns(GumboWarning, match="factor 'penalty' depends on the latents, and the draws of prior and"):
+        to_arviz(penalized, wrong_guide, X, num_samples=20)
+    to_arviz(penalized, wrong_guide, X, num_samples=20, groups=["posterior", "posterior_predictive"])
+
+    def constant(x):
+        mean = pyro.sample("mean", dist.Normal(ZERO, 2 * ONE))
+        pyro.factor("constant", -ONE)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, ONE), obs=x)
+
+    to_arviz(constant, wrong_guide, X, num_samples=20)
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_draws_of_faulty_samplers_are_announced(observed):
+    laws = {True: dist.SineBivariateVonMises(ZERO, ZERO, ONE, ONE, ONE / 2), False: dist.LKJCholesky(3, ONE)}
+
+    def model(x):
+        pyro.sample("mean", dist.Normal(ZERO, ONE))
+        pyro.sample("odd", laws[observed], obs=x if observed else None)
+        pyro.sample("x", dist.Normal(ZERO, ONE).expand([2]).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(ZERO, ONE))
+        if not observed:
+            pyro.sample("odd", dist.Delta(torch.eye(3).double(), event_dim=2))
+
+    if observed:
+        with pytest.warns(GumboWarning, match="draws from another law .*; predictions hold such draws"):
+            predict(model, guide, X[:2], num_samples=10)
+    groups = {"prior", "prior_predictive"} | ({"posterior_predictive"} if observed else set())
+    for name in ("prior", "prior_predictive", "posterior_predictive"):
+        if name in groups:
+            with pytest.warns(GumboWarning, match=f"site 'odd': .* draws from another law .*; {name} hold such draws"):
+                to_arviz(model, guide, X[:2], num_samples=10, groups=[name])
+        else:
+            to_arviz(model, guide, X[:2], num_samples=10, groups=[name])
 
 
 @pytest.mark.parametrize("model", [truncated, censored])
@@ -384,4 +424,4 @@ def test_a_factor_that_spans_the_data_is_left_out_with_a_warning(term):
         pyro.factor("norm", term(mean, x))
 
     with pytest.warns(GumboWarning, match="factor 'norm' depends on the data and is outside the plates"):
-        to_arviz(model, wrong_guide, X, num_samples=20)
+        to_arviz(model, wrong_guide, X, num_samples=20, groups=["log_likelihood"])
