@@ -184,7 +184,7 @@ def reference(msg: Mapping[str, Any]) -> Tensor:
     """
     fn = msg["fn"]
     shape, support = torch.Size(fn.batch_shape) + torch.Size(fn.event_shape), bare(_support(fn))
-    like = next((value for value in vars(fn).values() if isinstance(value, Tensor) and value.is_floating_point()), None)
+    like = next(_parameters(fn), None)
     zero = torch.zeros((), dtype=None if like is None else like.dtype, device=None if like is None else like.device)
     kind = type(support).__name__
     if kind in ("_OneHot", "_IntegerInterval", "_IntegerGreaterThan", "_Boolean") or getattr(support, "is_discrete", 0):
@@ -202,6 +202,15 @@ def reference(msg: Mapping[str, Any]) -> Tensor:
         return transform(zero.expand(transform.inverse_shape(shape)))
     except NotImplementedError:  # torch knows no transform to the support: a shape to look at is all that is left
         return zero.expand(shape)
+
+
+def _parameters(fn: Any) -> Iterator[Tensor]:
+    """The floating-point tensors that a distribution holds, and those of the distributions that it is composed of."""
+    values = vars(fn).values()
+    yield from (value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+    for part in values:
+        if isinstance(part, torch.distributions.Distribution):
+            yield from _parameters(part)
 
 
 def _innermost(fn: Any) -> Any:

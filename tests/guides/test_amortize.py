@@ -21,6 +21,7 @@ from gumbo.guides import amortize
 from gumbo.guides._conditionals import Family
 from gumbo.guides._encoders import GlobalHead, LocalHead, Recurrent
 from gumbo.guides._inversion import faithful_inverse
+from gumbo.guides._structure import reference
 from gumbo.inference import SiteELBO, diagnose, evaluate, fit, predict, to_arviz
 from gumbo.inference.engine.rows import Rows
 from gumbo.inference.training.inspection import inspect_programs
@@ -650,3 +651,18 @@ def test_a_parent_that_is_far_out_moves_the_mean_and_not_the_scale(head):
         made = LocalHead(family, 2, 1, (4,), torch.zeros(1))
         near, far = (made(torch.ones(1, 2), torch.full((1, 1), at)) for at in (1e3, 1e6))
     assert torch.allclose(near[..., 1], far[..., 1]) and (near[..., 0] - far[..., 0]).abs() > 1e3
+
+
+LAWS = {
+    "gamma-poisson": lambda one: dist.GammaPoisson(one, one),
+    "beta-binomial": lambda one: dist.BetaBinomial(one, one, 5),
+    "independent": lambda one: dist.Normal(one, one).to_event(1),
+    "lognormal": lambda one: dist.LogNormal(one, one),
+    "mixture": lambda one: dist.MixtureSameFamily(dist.Categorical(one), dist.Normal(one, one)),
+}
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_reference_value_has_the_dtype_of_the_parameters(law, dtype):
+    assert reference({"fn": law(torch.ones(2, dtype=dtype))}).dtype == dtype
