@@ -211,6 +211,12 @@ def _settings_file(prog: str) -> type[argparse.Action]:
     return SettingsFile
 
 
+def refuse_twice(setting: str, values: Sequence[Any]) -> None:
+    """Raise BadInput for a list that names something twice: it would run twice, and count as two."""
+    if twice := [value for k, value in enumerate(values) if value in values[:k]]:
+        raise BadInput(f"{setting} has {twice[0]!r} twice: name it once")
+
+
 def settings_in(path: str, verb: str) -> dict[str, Any]:
     """The settings of a file; those of a run's own ``config.yaml``, which names its experiment, without its folder.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 from gumbo.errors import BadInput, GumboError, UnknownName, first_line
@@ -14,6 +17,7 @@ from gumbo.experiments._runs import environment
 BACKENDS = ("loky", "dask")
 ADDRESS = "tcp://host:port"
 SECONDS = 10  # timeout for a scheduler's answer, and for its first worker
+LOOKS = 0.2  # seconds between two looks of a worker whether its parent lives
 DEATHS = 3  # deaths of workers in a row, without a finished task between them
 
 _one_at_a_time = threading.Lock()  # seeds, threads and the param store are global to the process
@@ -38,12 +42,12 @@ def in_parallel(
     backend: str = "loky",
     address: str | None = None,
     again: Callable[[], None] = lambda: None,
+    name: Callable[..., str] = lambda *task: "",
 ) -> Iterator[tuple[tuple, Any]]:
-    """Yield each task with ``function(*task)`` as it finishes; all workers stop with the loop.
+    """Yield each task with ``function(*task)`` as it finishes; all workers stop with the loop, or with this process.
 
     If a worker dies, finished tasks are kept and the others run again, until ``DEATHS`` workers have died in a row
-    without a finished task between them.
-    one after the other with nothing finished between them.
+    without a finished task between them. An error of a task names it.
 
     Args:
         function: the function to run, importable by its name.
@@ -52,6 +56,7 @@ def in_parallel(
         backend: ``loky`` for processes of this machine, ``dask`` for every worker of a cluster.
         address: of the cluster's scheduler.
         again: called before tasks of a dead worker run again, when no task runs.
+        name: the name of a task, given its arguments.
 
     Raises:
         BadInput: a cluster that does not answer, has no workers, or runs another version or commit.
@@ -59,14 +64,16 @@ def in_parallel(
     """
     if backend == "loky" and jobs == 1:
         for task in tasks:
-            yield task, function(*task)
+            with _named(name(*task)):
+                result = function(*task)
+            yield task, result
         return
     missing = dict(enumerate(tasks))
     deaths = 0
     with _processes(jobs) if backend == "loky" else _cluster(address) as parallel:
         while missing:
             try:
-                for k, result in parallel(function, missing):
+                for k, result in parallel(function, missing, name):
                     deaths = 0
                     yield missing.pop(k), result
             except _deaths() as error:
@@ -81,9 +88,38 @@ def in_parallel(
                 again()
 
 
-def _numbered(k: int, function: Callable[..., Any], task: tuple) -> tuple[int, Any]:
-    with _one_at_a_time:
+def _numbered(k: int, function: Callable[..., Any], task: tuple, name: str, parent: int | None) -> tuple[int, Any]:
+    _end_with(parent)
+    with _one_at_a_time, _named(name):
         return k, function(*task)
+
+
+@lru_cache(maxsize=1)
+def _end_with(parent: int | None) -> None:
+    """End this process when its parent, if given, is gone: a killed one cannot stop its workers, which write on."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOKS)
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the name of a task before the message of its error."""
+    try:
+        yield
+    except GumboError as error:
+        if name:
+            error.args = (f"{name}: {error}",)
+        raise
+    except Exception as error:
+        if name:
+            print(f"gumbo: {name}: {first_line(error, kind=True)}", file=sys.stderr, flush=True)
+        raise
 
 
 def _deaths() -> tuple[type[BaseException], ...]:
@@ -99,7 +135,7 @@ def _deaths() -> tuple[type[BaseException], ...]:
     return tuple(found)
 
 
-Run = Callable[[Callable[..., Any], "dict[int, tuple]"], Iterator[tuple[int, Any]]]
+Run = Callable[[Callable[..., Any], "dict[int, tuple]", Callable[..., str]], Iterator[tuple[int, Any]]]
 
 
 @contextmanager
@@ -107,10 +143,11 @@ def _processes(jobs: int) -> Iterator[Run]:
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
 
-    def run(function, missing):
+    def run(function, missing, name):
         # With one process joblib would run the task in this process, which would die with it.
         parallel = Parallel(max(2, min(jobs, len(missing))), return_as="generator_unordered", batch_size=1)
-        return parallel([delayed(_numbered)(k, function, task) for k, task in missing.items()])
+        here = os.getpid()
+        return parallel([delayed(_numbered)(k, function, task, name(*task), here) for k, task in missing.items()])
 
     try:
         yield run
@@ -154,10 +191,10 @@ def _cluster(address: str | None) -> Iterator[Run]:
     with client:
         _check_cluster(client, address)
 
-        def run(function, missing):
+        def run(function, missing, name):
             # The backend sets the number of jobs; a batch of several tasks would die together.
             parallel = Parallel(-1, backend=Backend(client=client), return_as="generator_unordered", batch_size=1)
-            return parallel([delayed(_numbered)(k, function, task) for k, task in missing.items()])
+            return parallel([delayed(_numbered)(k, function, task, name(*task), None) for k, task in missing.items()])
 
         yield run
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gumbo.errors import BadInput, Interrupted, UnknownName
-from gumbo.experiments._command import run_command
+from gumbo.errors import BadInput, Interrupted, UnknownName, first_line
+from gumbo.experiments._command import refuse_twice, run_command
 from gumbo.experiments._names import marked
 from gumbo.experiments._runs import RunFolder, Watch, available_cpus, run_settings
 from gumbo.experiments._workers import check_workers, in_parallel
@@ -150,13 +150,20 @@ def compare(config: Compare) -> dict[str, Any]:
     from gumbo.inference.training.locks import FolderLock
 
     check(config)
-    began = time.perf_counter()
-    arms = [arm for arm in ARMS if arm.family in config.families]
     if config.resume is None:
-        run, results, before = RunFolder.create("compare", config, config.folder), [], 0.0
+        run = RunFolder.create("compare", config, config.folder)
     else:
         run = RunFolder(Path(config.resume).absolute())
-        results, before = finished(run)
+    with FolderLock(run.path):
+        results, before = ([], 0.0) if config.resume is None else finished(run)
+        with resumable(run, config, results):
+            return compare_into(run, config, results, before)
+
+
+def compare_into(run: RunFolder, config: Compare, results: list[dict[str, Any]], before: float) -> dict[str, Any]:
+    """Add what is missing to the results, which took ``before`` seconds, and write tables, plots and numbers."""
+    began = time.perf_counter()
+    arms = [arm for arm in ARMS if arm.family in config.families]
     done = {identity(result) for result in results}
     tasks: list[tuple] = [(measure, family, seed) for seed in range(config.seeds) for family in config.families]
     tasks += [(train, arm, seed) for seed in range(config.seeds) for arm in arms]
@@ -171,7 +178,7 @@ def compare(config: Compare) -> dict[str, Any]:
         return {"config": asdict(config), "seconds": seconds, "runs": results, "table": summarize(arms, results)}
 
     found = results_of(tasks, config, run, jobs, done)
-    with FolderLock(run.path), resumable(run, results), Watch(run, lines, "gumbo compare"), closing(found):
+    with Watch(run, lines, "gumbo compare"), closing(found):
         for result in found:
             results.append(result)
             run.write_json("results.json", summary())
@@ -203,25 +210,34 @@ def finished(run: RunFolder) -> tuple[list[dict[str, Any]], float]:
         found = {"runs": [], "seconds": 0.0}
     except (OSError, ValueError) as error:
         raise BadInput(f"{run.path / 'results.json'} cannot be read ({error}): delete it to start again") from error
-    forget_unfinished(run, {identity(result) for result in found["runs"]})
-    return found["runs"], found["seconds"]
+    try:
+        runs, seconds = list(found["runs"]), float(found["seconds"])
+        done = {identity(result) for result in runs}
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"{run.path / 'results.json'} is not what gumbo compare wrote ({first_line(error, kind=True)}): delete it "
+            "to start again"
+        ) from error
+    forget_unfinished(run, done)
+    return runs, seconds
 
 
 def forget_unfinished(run: RunFolder, done: Collection[tuple]) -> None:
     """Remove the lines of unfinished arms, while no worker writes."""
-    lines = [line for line in run.read_metrics() if (line["family"], line.get("arm", ""), line["seed"]) in done]
-    run.metrics.unlink(missing_ok=True)
-    for line in lines:
-        run.append_metrics(line)
+    known = (line for line in run.read_metrics() if {"family", "seed"} <= line.keys())
+    lines = [line for line in known if (line["family"], line.get("arm", ""), line["seed"]) in done]
+    run.write_text("metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 @contextmanager
-def resumable(run: RunFolder, results: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    """Add the command to resume to the interruption of a comparison with finished results."""
+def resumable(run: RunFolder, config: Compare, results: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Add the command to resume to an interruption; a comparison without results leaves no folder behind."""
     try:
         yield
-    except KeyboardInterrupt as error:
-        if not results:
+    except BaseException as error:
+        if not results and config.resume is None:
+            run.empty()
+        if not results or not isinstance(error, KeyboardInterrupt):
             raise
         how = f"; {len(results)} results are kept; resume with: gumbo compare --resume {os.path.relpath(run.path)}"
         raise Interrupted(getattr(error, "signal", signal.SIGINT), "", how) from None
@@ -238,6 +254,7 @@ def check(config: Compare) -> None:
     for name in config.families:
         if name not in FAMILIES:
             raise UnknownName("family", name, FAMILIES)
+    refuse_twice("families", config.families)
     if not config.families:
         raise BadInput(f"families is empty: expected some of {', '.join(FAMILIES)}")
     if config.resume is not None:
@@ -271,18 +288,26 @@ def results_of(
     """Yield results as they finish, and add their identities to ``done``; all workers stop with the loop."""
     if config.backend == "loky":
         here = [(run, config, task) for task in tasks]
-        for (_, _, task), result in in_parallel(_here, here, jobs, again=lambda: forget_unfinished(run, done)):
+        options = {"again": lambda: forget_unfinished(run, done), "name": lambda *task: task_name(task[-1])}
+        for (_, _, task), result in in_parallel(_here, here, jobs, **options):
             done.add(task_identity(task))
             yield result
         return
     # Workers of a cluster may share no disk with the caller, which writes their results.
     elsewhere = [(config, task) for task in tasks]
-    for _, (result, lines, files) in in_parallel(_elsewhere, elsewhere, jobs, config.backend, config.address):
+    cluster = {"backend": config.backend, "address": config.address, "name": lambda *task: task_name(task[-1])}
+    for _, (result, lines, files) in in_parallel(_elsewhere, elsewhere, jobs, **cluster):
         for line in lines:
             run.append_metrics(line)
         for name, content in files.items():
             write_whole(run.checkpoints / name, lambda file, content=content: file.write(content))
         yield result
+
+
+def task_name(task: tuple) -> str:
+    """The task in words, for its errors."""
+    family, arm, seed = task_identity(task)
+    return f"{family} {arm or 'gradients'}, seed {seed}"
 
 
 def _here(run: RunFolder, config: Compare, task: tuple) -> dict[str, Any]:

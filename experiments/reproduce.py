@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gumbo.errors import BadInput
-from gumbo.experiments._command import run_command
+from gumbo.errors import BadInput, Interrupted, first_line
+from gumbo.experiments._command import refuse_twice, run_command
 from gumbo.experiments._runs import environment
 from gumbo.experiments._workers import check_workers, in_parallel
 from gumbo.experiments.compare import mean_and_error
@@ -68,6 +70,9 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
     check_workers(config.backend, config.address, config.jobs)
     if config.steps is not None and config.steps < 1:
         raise BadInput(f"steps is {config.steps}: expected at least 1")
+    refuse_twice("seeds", config.seeds)
+    if not config.seeds:
+        raise BadInput("seeds is empty: expected some, as in [0, 1]")
     chosen = chosen_cells(config)
     results = Path(config.folder) / "quick-results" if config.quick else Path(config.results)
     wanted = [(table, cell, seed) for seed in config.seeds for table, cells in chosen.items() for cell in cells]
@@ -80,15 +85,8 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
                 file=sys.stderr,
             )
     if not config.show:
-        # A worker may have another current folder.
-        tasks = [(replace(config, folder=str(Path(config.folder).absolute())), *task) for task in missing]
-        for (_, name, cell, seed), numbers in in_parallel(_run, tasks, config.jobs, config.backend, config.address):
-            # The caller writes: a worker that dies leaves no half of a file.
-            found = {"cell": asdict(cell), "seed": seed} | numbers | {"table": name}
-            found |= {"command": command_of(config, name, cell, seed), "env": found.pop("env")}
-            text = json.dumps(found, indent=1) + "\n"
-            write_whole(path_of(results, name, cell, seed), lambda file, text=text: file.write(text.encode()))
-            print(f"gumbo reproduce: {name}: {cell.name} seed {seed}: {found['value']:.2f}", file=sys.stderr)
+        with resumable(results, missing):
+            run_cells(config, results, missing)
     everything = []
     for name in chosen:
         all_of_it = (finished(results, *task) for task in wanted if task[0] == name)
@@ -98,6 +96,32 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
             write_report(Path(config.folder) / name / "report.html", tables[name], found)
         everything += found
     return everything
+
+
+def run_cells(config: Reproduce, results: Path, missing: Sequence[tuple]) -> None:
+    """Run cells, and write the result of each as it finishes."""
+    # A worker may have another current folder.
+    tasks = [(replace(config, folder=str(Path(config.folder).absolute())), *task) for task in missing]
+    where = {"jobs": config.jobs, "backend": config.backend, "address": config.address}
+    for (_, name, cell, seed), numbers in in_parallel(_run, tasks, **where, name=_name):
+        # The caller writes: a worker that dies leaves no half of a file.
+        found = {"cell": asdict(cell), "seed": seed} | numbers | {"table": name}
+        found |= {"command": command_of(config, name, cell, seed), "env": found.pop("env")}
+        text = json.dumps(found, indent=1) + "\n"
+        path = path_of(results, name, cell, seed)
+        write_whole(path, lambda file, text=text: file.write(text.encode()), shared=True)  # two may run one table
+        print(f"gumbo reproduce: {name}: {cell.name} seed {seed}: {found['value']:.2f}", file=sys.stderr)
+
+
+@contextmanager
+def resumable(results: Path, missing: Sequence[tuple]) -> Iterator[None]:
+    """Say in an interruption how many cells are finished, and that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        kept = sum(finished(results, *task) is not None for task in missing)
+        how = f"; {kept} of {len(missing)} cells are finished and kept; the same command runs the others"
+        raise Interrupted(getattr(error, "signal", signal.SIGINT), "", how) from None
 
 
 def chosen_cells(config: Reproduce) -> dict[str, list[Any]]:
@@ -120,6 +144,10 @@ def _run(config: Reproduce, table: str, cell, seed: int) -> dict[str, Any]:
     folder = Path(config.folder) / ("quick" if config.quick else "") / table / f"{slug(cell)}-seed{seed}"
     steps = steps_of(config, cell) or cell.steps
     return cell.run(seed, steps, folder, quick=config.quick, device=config.device) | {"env": env}
+
+
+def _name(_config: Reproduce, table: str, cell, seed: int) -> str:
+    return f"{table}: {cell.name} seed {seed}"
 
 
 def steps_of(config: Reproduce, cell) -> int | None:
@@ -148,12 +176,21 @@ def finished(results: Path, table: str, cell, seed: int) -> dict[str, Any] | Non
     path = path_of(results, table, cell, seed)
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+        kept = dict(found["cell"])
+        if not {"value", "steps", "share", "seed"} <= found.keys():
+            raise ValueError("a number is missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(
+            f"{path} is no result of gumbo reproduce ({first_line(error, kind=True)}): delete it, and the cell runs "
+            "again"
+        ) from error
     settings = json.loads(json.dumps(asdict(cell)))
     apart = [
         name
         for name, value in settings.items()
-        if name in found["cell"] and name not in OF_THE_PAPER and _plain(value) != _plain(found["cell"][name])
+        if name in kept and name not in OF_THE_PAPER and _plain(value) != _plain(kept[name])
     ]
     return None if apart else found
 
@@ -200,7 +237,7 @@ def write_report(path: Path, table, found: Sequence[dict[str, Any]]) -> None:
     page.curves("Training", curves, "step", table.value.split(",")[0])
     again(page, environment())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(page.html().encode()))
+    write_whole(path, lambda file: file.write(page.html().encode()), shared=True)
     print(f"gumbo reproduce: {path}", file=sys.stderr)
 
 

@@ -60,7 +60,7 @@ def forgiving() -> Iterator[None]:
     """Run a command whose standard error cannot stop it, and whose standard output accepts every character.
 
     Missing file descriptors are opened on the null device, so that no file opened later gets the number of standard
-    error.
+    error. Without a standard output what is printed is dropped.
     """
     for number in range(3):
         try:
@@ -69,10 +69,13 @@ def forgiving() -> Iterator[None]:
             with contextlib.suppress(OSError):
                 os.open(os.devnull, os.O_RDWR)
     before, sys.stderr = sys.stderr, Forgiving(sys.stderr)  # type: ignore[assignment]
+    output = sys.stdout
+    if output is None:
+        sys.stdout = Forgiving(None)  # type: ignore[assignment]
     if isinstance(sys.stdout, io.TextIOWrapper):
         with contextlib.suppress(ValueError):  # it is closed
             sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
-        sys.stderr = before
+        sys.stdout, sys.stderr = output, before

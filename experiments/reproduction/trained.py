@@ -148,6 +148,7 @@ def train(
     from gumbo.experiments.train import build, inputs_of, learning_rate, load_data, make_loss
     from gumbo.inference import evaluate, fit
     from gumbo.inference.auditing.moments import gradient_moments
+    from gumbo.inference.training.checkpoints import Checkpoints
 
     torch.set_num_threads(1)
     config = settings(cell, seed, steps)
@@ -183,7 +184,7 @@ def train(
         batch_size=cell.batch_size,
         seed=seed,
         run_dir=folder,
-        resume=(folder / "checkpoints" / "last.pt").exists(),
+        resume=Checkpoints(folder / "checkpoints").exist(),
         drop_last=True,
         checkpoint_every=every,
         compile=compile,

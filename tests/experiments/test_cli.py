@@ -105,6 +105,7 @@ def one_line_and_status(capsys, argv: list[str]) -> tuple[str, int]:
         (["evaluate", "nowhere"], "nowhere is not a run folder"),
         (["compare", "--seeds", "0"], "seeds is 0"),
         (["compare", "--families", "[discrte]"], "did you mean 'discrete'?"),
+        (["compare", "--families", "[discrete, discrete]"], "families has 'discrete' twice: name it once"),
         (["list", "--jsn"], "unknown option '--jsn': did you mean '--json'?"),
         (["--verson"], "unknown option '--verson': did you mean '--version'?"),
         (["train", "--modle", "x"], "unknown option '--modle': did you mean '--model'?"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from gumbo.errors import BadInput, UnknownName
+from gumbo.errors import BadInput, Interrupted, UnknownName
 from gumbo.experiments import cli, compare, evaluate, listing, plots, train
 from gumbo.experiments._runs import RunFolder
 
@@ -170,8 +173,6 @@ def test_the_weight_of_a_stock_elbo_is_that_of_its_step(param_store):
 
 
 def test_an_interrupted_comparison_goes_on(comparison, tmp_path, monkeypatch):
-    from gumbo.errors import Interrupted
-
     _, whole = comparison
     folder, made = tmp_path / "cut", []
     small = replace(TINY, families=["discrete"], folder=str(folder))
@@ -200,6 +201,38 @@ def test_an_interrupted_comparison_goes_on(comparison, tmp_path, monkeypatch):
         compare.compare(compare.Compare(**settings | {"epochs": 2}))
     with pytest.raises(BadInput, match="empty"):
         compare.resumed("")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"family": "discrete", "arm": "of another process", "seed": 0}\n')
+    before = (folder / "metrics.jsonl").read_text()
+    with elsewhere_locked(folder), pytest.raises(BadInput, match="is in use by"):
+        compare.compare(compare.Compare(**settings))
+    assert (folder / "metrics.jsonl").read_text() == before  # the one who writes there keeps its lines
+    for content in ("[]", '{"runs": [{}], "seconds": 0}', '{"seconds": 0}'):
+        (folder / "results.json").write_text(content)
+        with pytest.raises(BadInput, match="is not what gumbo compare wrote"):
+            compare.compare(compare.Compare(**settings))
+
+
+@contextmanager
+def elsewhere_locked(folder):
+    """The folder, held by another process."""
+    code = "import sys, pathlib; from gumbo.inference.training.locks import FolderLock as L; "
+    code += "L(pathlib.Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        yield
+        holder.stdin.close()
+
+
+def test_a_comparison_without_results_leaves_nothing(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise Interrupted(15)
+
+    monkeypatch.setattr(compare, "measure", stopped)
+    with pytest.raises(Interrupted, match="^interrupted by SIGTERM$"):
+        compare.compare(replace(TINY, folder=str(tmp_path / "cut")))
+    assert not (tmp_path / "cut").exists()
 
 
 def test_arms_of_a_family_start_from_the_same_weights(comparison):

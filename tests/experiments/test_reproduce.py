@@ -65,6 +65,38 @@ def test_a_result_of_other_settings_is_left_out_and_run_again(run, tmp_path):
     assert json.loads(path.read_text())["cell"][setting] == 0.45
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"cell": {}}', "[" * 9999], ids=range(5))
+def test_a_result_that_cannot_be_read_is_one_line(run, tmp_path, content):
+    path = tmp_path / "runs" / "reproduce" / "quick-results" / "toy" / "0.45-rloo-seed0.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    status, said = run("toy", "--quick", "--cells", "[0.45/rloo]")
+    assert status == 2 and said.err.count("\n") == 1 and f"{path.name} is no result of gumbo reproduce" in said.err
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"), [("[0, 1, 0]", "seeds has 0 twice: name it once"), ("[]", "seeds is empty")]
+)
+def test_seeds_that_would_count_twice_or_are_none_are_refused(run, seeds, words):
+    status, said = run("toy", "--quick", "--cells", "[0.45/rloo]", "--seeds", seeds)
+    assert status == 2 and said.err.count("\n") == 1 and words in said.err
+
+
+def test_an_interruption_says_what_is_kept_and_how_to_go_on(run, monkeypatch):
+    cells, ran = ("toy", "--quick", "--cells", "[0.45/score, 0.45/rloo]"), reproduce._run
+
+    def once(config, table, cell, seed):
+        if cell.name == "0.45/rloo":
+            raise KeyboardInterrupt
+        return ran(config, table, cell, seed)
+
+    monkeypatch.setattr(reproduce, "_run", once)
+    status, said = run(*cells)
+    assert status == 130
+    kept = "1 of 2 cells are finished and kept; the same command runs the others"
+    assert said.err.splitlines()[-1] == f"gumbo reproduce: interrupted by SIGINT; {kept}"
+
+
 def test_a_cell_that_does_not_exist_is_refused_in_one_line(run):
     status, said = run("iwae", "--cells", "[three-layers]")
     assert status == 2 and said.err.count("\n") == 1 and "three-layers" in said.err and "one-layer/stl-k1" in said.err

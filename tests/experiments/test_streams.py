@@ -111,3 +111,9 @@ def test_a_process_without_standard_error_writes_nothing_of_it_into_its_files(tm
     )
     subprocess.run(["sh", "-c", command], check=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (tmp_path / "out").read_bytes() == b""
+
+
+def test_a_process_without_standard_output_ends_as_with_one(tmp_path):
+    asked = [sys.executable, "-m", "gumbo", "list", "data"]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *asked], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -14,7 +14,7 @@ import pytest
 
 from gumbo.errors import BadInput, GumboError, UnknownName
 from gumbo.experiments import compare, reproduce
-from gumbo.experiments._workers import DEATHS, check_workers, in_parallel
+from gumbo.experiments._workers import DEATHS, LOOKS, check_workers, in_parallel
 
 CELLS = "[0.45/score,0.45/rloo,0.45/disarm,0.49/score,0.49/rloo,0.49/disarm]"
 
@@ -35,6 +35,21 @@ def always_dies(k: int) -> None:
 
 def refuses(k: int) -> int:
     raise BadInput(f"no {k}")
+
+
+def breaks(k: int) -> int:
+    raise ZeroDivisionError(f"by {k}")
+
+
+def named(k: int) -> str:
+    return f"cell {k}"
+
+
+def writes_on(path: str) -> None:
+    while True:
+        with open(path, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -73,6 +88,33 @@ def test_workers_that_die_again_and_again_end_in_one_line(importable, fresh_pool
 def test_an_error_of_a_task_is_an_error_here(importable, fresh_pool):
     with pytest.raises(BadInput, match="no [01]"):
         list(in_parallel(importable.refuses, [(0,), (1,)], 2))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_error_of_a_task_names_it(jobs, importable, fresh_pool, capfd):
+    with pytest.raises(BadInput, match=r"^cell ([01]): no \1$"):
+        list(in_parallel(importable.refuses, [(0,), (1,)], jobs, name=named))
+    with pytest.raises(ZeroDivisionError):
+        list(in_parallel(importable.breaks, [(0,)], jobs, name=named))
+    assert "gumbo: cell 0: ZeroDivisionError: by 0\n" in capfd.readouterr().err
+
+
+def test_no_worker_writes_on_after_its_parent_was_killed(tmp_path, importable):
+    code = "import test_workers as t; list(t.in_parallel(t.writes_on, [({!r},), ({!r},)], 2))"
+    paths = [tmp_path / "0", tmp_path / "1"]
+    started = subprocess.Popen([sys.executable, "-c", code.format(*map(str, paths))], stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 100
+    while not all(path.exists() for path in paths):
+        assert started.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    started.kill()
+    started.wait()
+    time.sleep(5 * LOOKS)  # a worker looks so often whether its parent lives
+    while (before := [path.stat().st_size for path in paths]) and time.monotonic() < limit:
+        time.sleep(0.5)
+        if before == [path.stat().st_size for path in paths]:
+            return
+    pytest.fail("a worker still writes")
 
 
 def test_backends_that_cannot_be_are_refused_in_one_line(tmp_path):
