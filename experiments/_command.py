@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import MISSING, fields
-from typing import Any, NoReturn, TypeVar
+from types import UnionType
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gumbo.console import forgiving
 from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName, UnsupportedSite, did_you_mean
@@ -140,6 +141,7 @@ def _parsed(
             parser.set_defaults(dict(preset(found[name]) if callable(preset) else preset))
         found = _parse(parser, argv, prog)
     settings = {field.name: found[field.name] for field in fields(config_class)}
+    check_kinds(config_class, settings)
     check_numbers(settings)
     config = config_class(**unmarked(settings, trust=settings.get("trust", False)))
     return config, bool(has_json_flag(config_class, answers) and found.get("json", False))
@@ -171,8 +173,43 @@ def checked(config_class: type[Config], settings: Mapping[str, Any], source: obj
     settings = {field.name: found[field.name] for field in fields(config_class)} | {
         name: None for name, value in settings.items() if value is None
     }
+    check_kinds(config_class, settings, f"{source}: ")
     check_numbers(settings)
     return config_class(**settings)
+
+
+def check_kinds(config_class: type, settings: Mapping[str, Any], where: str = "") -> None:
+    """Raise BadInput for what a file can set and the parser lets through: a switch that is no bool, a null.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Sums:
+    ...     terms: int = 3
+    >>> check_kinds(Sums, {"terms": None})
+    Traceback (most recent call last):
+    gumbo.errors.BadInput: terms is null: expected a whole number
+    """
+    for name, kind in get_type_hints(config_class).items():
+        value = settings.get(name)
+        if kind is bool and name in settings and not isinstance(value, bool):
+            raise BadInput(f"{where}{name} is {value!r}: expected true or false, without quotation marks")
+        if name in settings and value is None and type(None) not in get_args(kind):
+            raise BadInput(f"{where}{name} is null: expected {_in_words(kind)}")
+
+
+def _in_words(kind: Any) -> str:
+    """A type of a setting in words.
+
+    >>> _in_words(dict[str, str] | str | None), _in_words(list[int])
+    ('a mapping, such as {name: value}, text or null', 'a list, such as [1, 2]')
+    """
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    names = [(get_origin(part) or part).__name__ for part in parts]
+    return either([_TYPES.get(name, name) for name in names])
+
+
+def either(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _parser(config_class: type, prog: str, answers: bool = False):
@@ -223,6 +260,8 @@ def settings_in(path: str, verb: str) -> dict[str, Any]:
     Raises BadInput for a file without settings, or of a run of another verb.
     """
     found = read_settings(path)
+    if "config" in found:
+        raise BadInput(f"{path} names another settings file: give both, as --config FIRST --config SECOND")
     if "experiment" not in found:
         return found
     if found["experiment"] != verb:
@@ -252,11 +291,24 @@ def _underscored(argv: Sequence[str]) -> list[str]:
     return made
 
 
+_NO_SETTINGS = ("--help", "--config", "--print_config", "--json")
+
 # What jsonargparse says of an unknown flag, of an unknown line of a file, and of a value of the wrong type.
 _UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (.*)", re.IGNORECASE)
-_UNKNOWN_LINE = re.compile(r"Option '(\w+)' is not accepted")
-_WRONG_TYPE = re.compile(r'Parser key "([\w.]+)": Expected an? <class .(\w+).>\. Got value: (.*)')
-_TYPES = {"int": "a whole number", "float": "a number", "str": "text", "list": "a list, such as [1, 2]"}
+_UNKNOWN_LINE = re.compile(r"Option '([^']+)' is not accepted")
+_WRONG_TYPE = re.compile(r'Parser key "([\w.]+)": Expected an? <class .(\w+).>\. Got value: ?(.*)')
+_NO_TYPE = re.compile(r'Parser key "([\w.]+)": Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: ?(.*)')
+_SWITCH_WITH_VALUE = re.compile(r"argument (--\w+): ignored explicit argument (.*)")
+_SUBTYPE = re.compile(r"<class '(\w+)'>|(dict|list)\[[^\]]*\]")
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "list": "a list, such as [1, 2]",
+    "dict": "a mapping, such as {name: value}",
+    "NoneType": "null",
+}
 
 
 def _in_our_words(parser, said: str) -> str:
@@ -271,15 +323,21 @@ def _in_our_words(parser, said: str) -> str:
     said = " ".join(said.split())
     more = f"({parser.prog} --help shows all)"
     known = [text for action in parser._actions for text in action.option_strings if text.startswith("--")]
+    settings = [text[2:] for text in known if text not in _NO_SETTINGS]
     if found := _UNKNOWN_FLAG.fullmatch(said):
         flag = next((one.partition("=")[0] for one in found[1].split() if one.startswith("--")), None)
         if flag is None:
             return f"unexpected argument {found[1].split()[0]!r} {more}"
         return f"unknown option {flag!r}: {did_you_mean(flag.partition('.')[0], known, after=' ')}{more}"
     if found := _UNKNOWN_LINE.search(said):
-        return f"unknown setting {found[1]!r}: {did_you_mean(found[1], [one[2:] for one in known], after=' ')}{more}"
+        return f"unknown setting {found[1]!r}: {did_you_mean(found[1], settings, after=' ')}{more}"
     if found := _WRONG_TYPE.fullmatch(said):
         return f"{found[1]} is {found[3]!r}: expected {_TYPES.get(found[2], found[2])}"
+    if found := _NO_TYPE.fullmatch(said):
+        kinds = [one[1] or one[2] for one in _SUBTYPE.finditer(found[2])]
+        return f"{found[1]} is {found[3]!r}: expected {either([_TYPES.get(kind, kind) for kind in kinds])}"
+    if found := _SWITCH_WITH_VALUE.fullmatch(said):
+        return f"{found[1]} takes no value (it was given {found[2]}): leave the option out to keep it off"
     return said
 
 

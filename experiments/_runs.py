@@ -27,7 +27,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file, as a mapping of plain values.
 
     Raises BadInput, in bounded time and memory, for a file that is missing, larger than 64 KiB, not UTF-8, not YAML,
-    with aliases (a few lines can expand to gigabytes), or with anything but a mapping of plain values.
+    with aliases (a few lines can expand to gigabytes), with a name twice, or with anything but a mapping of plain
+    values.
     """
     import yaml
 
@@ -42,6 +43,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     try:
         text = content.decode()
         _refuse_bombs(path, yaml.parse(text, Loader=yaml.SafeLoader))
+        _refuse_twice(path, yaml.compose(text, Loader=yaml.SafeLoader))
         found = yaml.safe_load(text)
         json.dumps(found)  # plain values only
     except UnicodeDecodeError as error:
@@ -89,6 +91,22 @@ def _refuse_bombs(path: Path, events: Iterable[Any]) -> None:
             raise BadInput(f"{path} has a YAML alias, which settings have no need of: write the value out")
         if depth > DEEPEST:
             raise BadInput(f"{path} nests deeper than {DEEPEST} levels: no file of settings")
+
+
+def _refuse_twice(path: Path, node: Any) -> None:
+    """Raise BadInput for a mapping that names something twice, of which YAML would take the last."""
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        for part in node.value:
+            _refuse_twice(path, part)
+    if isinstance(node, yaml.MappingNode):
+        met = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in met:
+                raise BadInput(f"{path} sets {key.value!r} twice, again in line {key.start_mark.line + 1}: keep one")
+            met.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            _refuse_twice(path, value)
 
 
 class RunFolder:

@@ -78,8 +78,8 @@ class Train:
     objective: str = "elbo"
     objective_options: dict[str, Any] = field(default_factory=dict)
     particles: int | None = None
-    kl_weight: str = "1.0"
-    temperature: str | None = None
+    kl_weight: float | str = 1.0
+    temperature: float | str | None = None
     data: str = "digits"
     binarize: str | None = "auto"
     model_options: dict[str, Any] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from gumbo.experiments import cli, compare
 from gumbo.experiments._command import parse
 from gumbo.experiments.audit import Audit
 from gumbo.experiments.systems import systems
+from gumbo.experiments.train import Train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,6 +107,9 @@ def one_line_and_status(capsys, argv: list[str]) -> tuple[str, int]:
         (["compare", "--seeds", "0"], "seeds is 0"),
         (["compare", "--families", "[discrte]"], "did you mean 'discrete'?"),
         (["compare", "--families", "[discrete, discrete]"], "families has 'discrete' twice: name it once"),
+        (["train", "--compile=false"], "--compile takes no value (it was given 'false')"),
+        (["train", "--epochs="], "epochs is '': expected a whole number"),
+        (["train", "--patience", "soon"], "patience is 'soon': expected a whole number or null"),
         (["list", "--jsn"], "unknown option '--jsn': did you mean '--json'?"),
         (["--verson"], "unknown option '--verson': did you mean '--version'?"),
         (["train", "--modle", "x"], "unknown option '--modle': did you mean '--model'?"),
@@ -225,6 +229,38 @@ def test_unknown_keys_of_a_file_are_refused(capsys, tmp_path):
     said, status = one_line_and_status(capsys, ["compare", "--config", str(path)])
     assert "latents" in said
     assert status == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tensorboard: 'no'", "tensorboard is 'no': expected true or false"),
+        ("compile: 1", "compile is 1: expected true or false"),
+        ("epochs: null", "epochs is null: expected a whole number"),
+        ("model_options: null", "model_options is null: expected a mapping, such as {name: value}"),
+        ("estimator: null", "estimator is null: expected a mapping, such as {name: value} or text"),
+        ("epochs: 3\nseed: 1\nepochs: 4", "sets 'epochs' twice, again in line 3: keep one"),
+        ("model_options: {hidden: [3], hidden: [4]}", "sets 'hidden' twice, again in line 1"),
+        ("batch-size: 3", "unknown setting 'batch-size': did you mean 'batch_size'?"),
+        ("print_config: true", "unknown setting 'print_config': (gumbo train --help shows all)"),
+        ("config: other.yaml", "names another settings file: give both"),
+        ("model_options: hidden", "model_options is 'hidden': expected a mapping, such as {name: value}"),
+        ("patience: soon", "patience is 'soon': expected a whole number or null"),
+        ("estimator: {z: 3}", ": expected a mapping, such as {name: value} or text"),
+        ("clip_norm: [1]", "clip_norm is '[1]': expected a number or null"),
+    ],
+)
+def test_a_file_that_sets_what_cannot_be_is_one_line(text, words, capsys, tmp_path):
+    (path := tmp_path / "settings.yaml").write_text(text + "\n")
+    said, status = one_line_and_status(capsys, ["train", "--config", str(path)])
+    assert words in said and status == 2
+
+
+def test_numbers_that_may_be_schedules_are_numbers_in_a_file_too(tmp_path):
+    (path := tmp_path / "settings.yaml").write_text("kl_weight: 0.5\ntemperature: 2\nlr: linear(10)\n")
+    found = parse(Train, ["--config", str(path)], "gumbo train", {})
+    assert (found.kl_weight, found.temperature, found.lr) == (0.5, 2, "linear(10)")
+    assert parse(Train, ["--kl_weight", "linear(3)"], "gumbo train", {}).kl_weight == "linear(3)"
 
 
 def test_settings_come_from_preset_then_file_then_flags(tmp_path):
