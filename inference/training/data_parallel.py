@@ -19,17 +19,18 @@ each process. Running statistics are means over all rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ...errors import GumboError, UnsupportedSite, first_line
+from ...errors import BadInput, GumboError, UnsupportedSite, first_line
 from ..elbo import SiteELBOModule
 from ..engine.rows import Rows
 from .distributed import Processes, alone
+from .fingerprints import checksum
 from .optimizers import laid_as
 from .shared_memory import SharedMemory
 from .split_rows import Share, SplitRows
@@ -177,6 +178,51 @@ class ProcessStep(TorchStep):
         super().load(state)
         if "streams" in state:
             self.split.streams.load(state["streams"][self.processes.rank])
+
+    def change_in_main(self, change: Callable[[], object]) -> None:
+        """Run code of the user in the main process, and give the others the parameters and buffers that it changed.
+
+        Raises the error of that code in all processes, and BadInput for a buffer that gets another shape or type.
+        """
+        self.check_same_state()  # a difference would be written over, and not seen
+
+        def changed() -> tuple[dict[str, Any], list[str]] | None:
+            before = self._contents()
+            change()
+            self.check_parameters()
+            return None if self._contents() == before else (self._layouts(), self._frozen_now())
+
+        told = self.processes.from_main(changed)
+        if told is None:
+            return
+        layouts, frozen = told
+        self.processes.together(lambda: self._refuse_other_layouts(layouts))
+        self.processes.same_as_main([tensor for _, tensor in self._shared()])
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name not in frozen)
+
+    def _shared(self) -> list[tuple[str, Tensor]]:
+        """What all processes have alike: the parameters and buffers, those outside ``state_dict`` too."""
+        named = [(name, value) for name, value in self.module.state_dict().items() if isinstance(value, Tensor)]
+        return named + [(name, value.detach()) for name, value in self._unsaved.named()]
+
+    def _frozen_now(self) -> list[str]:
+        return [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
+
+    def _contents(self) -> tuple[Any, ...]:
+        return self._layouts(), self._frozen_now(), [checksum([tensor]) for _, tensor in self._shared()]
+
+    def _layouts(self) -> dict[str, Any]:
+        return {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self._shared()}
+
+    def _refuse_other_layouts(self, mains: Mapping[str, Any]) -> None:
+        mine = self._layouts()
+        for name in [*mains, *(name for name in mine if name not in mains)]:
+            if mains.get(name) != mine.get(name):
+                raise BadInput(
+                    f"on_epoch, which only the main process calls, made {name!r} another tensor ({mains.get(name)} "
+                    f"there, {mine.get(name)} before): write new values of the same shape and type"
+                )
 
     def check_same_state(self) -> None:
         """Every process must hold the same parameters, baselines and buffers.

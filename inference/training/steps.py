@@ -71,21 +71,21 @@ class _UnsavedBuffers:
         self.programs = {prefix: one for prefix, program in pairs for one in modules_of(program)[:1]}
         # Torch does not count every write: F.batch_norm's to its running statistics is none.
         self.first: dict[str, torch.Tensor] = {}
-        self._sums = {name: checksum([value]) for name, value in self._named()}
+        self._sums = {name: checksum([value]) for name, value in self.named()}
 
-    def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
         return unsaved_buffers(self.programs)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The changed buffers by name."""
-        return {name: value.detach() for name, value in self._named() if self._sums.get(name) != checksum([value])}
+        return {name: value.detach() for name, value in self.named() if self._sums.get(name) != checksum([value])}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         load_unsaved(self.programs, state)
 
     def keep_first(self) -> None:
         """Keep what the buffers hold now, for `load_all`."""
-        self.first = {name: value.detach().clone() for name, value in self._named()}
+        self.first = {name: value.detach().clone() for name, value in self.named()}
 
     def load_all(self, state: Mapping[str, torch.Tensor]) -> None:
         """Load a state, and put the buffers that nothing had changed then back to what `keep_first` kept."""

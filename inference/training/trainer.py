@@ -10,7 +10,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 from typing import Any
@@ -28,6 +28,7 @@ from .batches import TRANSFORMED, Batches
 from .checkpoints import Checkpoints
 from .choices import Choices
 from .convergence import Convergence
+from .data_parallel import ProcessStep
 from .distributed import OnMain, Processes, SharedInterrupts
 from .fingerprints import values_of_schedules
 from .locks import FolderLock
@@ -322,20 +323,37 @@ class Run:
 
     def _end_epoch(self, numbers: dict[str, float]) -> None:
         """Call ``on_epoch``, and then save where it is due, so that the checkpoint holds what was changed there."""
-        options, epoch = self.options, int(numbers["epoch"])
+        if self.options.on_epoch is None:
+            self._save_epoch(int(numbers["epoch"]))
+            return
         try:
-            if options.on_epoch is not None and self.speaks:
-                options.on_epoch(numbers)
-        finally:
-            if options.on_epoch is not None and self.speaks:
-                self.step.check_parameters()  # a checkpoint of other programs could not be resumed
-            if self.folder is not None and (
-                epoch % options.checkpoint_every == 0
-                or epoch == options.epochs
-                or self._out_of_patience()
-                or self._converged()
-            ):
-                self._save()
+            self._call_on_epoch(self.options.on_epoch, numbers)
+        except BaseException as error:
+            if self.processes is None or isinstance(error, Exception):  # else the others have not heard of it
+                with suppress(GumboError):  # the error of on_epoch is the one to tell
+                    self._save_epoch(int(numbers["epoch"]), changed=True)
+            raise
+        self._save_epoch(int(numbers["epoch"]), changed=True)
+
+    def _call_on_epoch(self, function: Callable[[dict[str, float]], None], numbers: dict[str, float]) -> None:
+        """Call ``on_epoch``: on several processes in the main one, and the others take over what it changes."""
+        if isinstance(self.step, ProcessStep):
+            self.step.change_in_main(lambda: function(numbers))
+        else:
+            function(numbers)
+
+    def _save_epoch(self, epoch: int, changed: bool = False) -> None:
+        options = self.options
+        if changed:  # a checkpoint of other programs could not be resumed
+            check = self.step.check_parameters
+            check() if self.processes is None else self.processes.together(check)
+        if self.folder is not None and (
+            epoch % options.checkpoint_every == 0
+            or epoch == options.epochs
+            or self._out_of_patience()
+            or self._converged()
+        ):
+            self._save()
 
     def _steps(self, interrupts: Interrupts, shown: Progress) -> None:
         """Make the remaining steps of the epoch."""

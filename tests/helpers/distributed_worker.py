@@ -78,6 +78,17 @@ class NormalModel(Program):
             pyro.sample("x", dist.Normal(z @ self.decoder + self.shift, 1.0).to_event(1), obs=x)
 
 
+class UnitModel(NormalModel):
+    """The same, with the shift in units of a buffer."""
+
+    def __init__(self, scaled=False):
+        super().__init__(scaled)
+        self.register_buffer("unit", torch.ones((), dtype=F64))
+
+    def forward(self, x):
+        super().forward(x * self.unit)
+
+
 class NormalGuide(Program):
     def __init__(self, scaled=False):
         super().__init__(scaled, encoder=(WIDTH, LATENT), log_scale=(LATENT,))
@@ -421,6 +432,7 @@ def everything_short(folder: Path) -> dict:
         "evaluation": evaluation(processes),
         "resumed": resumed(processes, folder),
         "chosen": chosen(processes, folder),
+        "changed in main": changed_in_main(processes),
         "mixed": mixed(processes),
         "compiled": compiled(processes, folder),
         "laid out": laid_out(processes),
@@ -545,6 +557,52 @@ def resumed(processes: Processes, folder: Path, **changed) -> dict:
         digits = [value.flatten().tolist() for module in (model, guide) for value in module.state_dict().values()]
         found[name] = processes.gather([timeless, digits])
     return found
+
+
+def changed_in_main(processes: Processes) -> dict:
+    """Fits whose ``on_epoch``, which only the main process calls, changes the programs: the model in all processes."""
+
+    def scales(model):
+        with torch.no_grad():
+            model.shift.mul_(0.5)
+
+    def freezes(model):
+        model.shift.requires_grad_(False)
+
+    def writes(model):
+        model.unit.fill_(0.5)
+
+    def replaces(model):
+        model.shift = nn.Parameter(model.shift.detach().clone())
+
+    def breaks(model):
+        replaces(model)
+        raise ZeroDivisionError("of the user")
+
+    def reshapes(model):
+        model.unit = torch.ones(2, dtype=F64)
+
+    def fitted(change=None, at=1, epochs=2, compile=False) -> dict[str, list[float]]:
+        model, guide = pair_of((UnitModel, NormalGuide), True)
+        options = {"epochs": epochs, "batch_size": 8, "progress": False, "compile": compile, "seed": 3}
+        hook = None if change is None else lambda numbers: change(model) if numbers["epoch"] == at else None
+        with pyro.get_param_store().scope():
+            fit(model, guide, data(24), loss="pathwise", on_epoch=hook, **options)
+        return {name: value.flatten().tolist() for name, value in model.state_dict().items()}
+
+    found: dict[str, list] = {"untouched": processes.gather(fitted()), "an epoch": processes.gather(fitted(epochs=1))}
+    found["scales"] = processes.gather(fitted(scales, at=2))
+    found["writes"] = processes.gather(fitted(writes))
+    for compile in (False, True):
+        found[f"freezes, compile={compile}"] = processes.gather(fitted(freezes, compile=compile))
+    for change in (replaces, reshapes):
+        found[change.__name__] = said_by(processes, lambda: fitted(change))  # noqa: B023
+    try:
+        fitted(breaks)
+        said = "nothing"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    return found | {"breaks": processes.gather(said)}
 
 
 def chosen(processes: Processes, folder: Path) -> dict:

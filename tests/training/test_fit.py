@@ -662,3 +662,16 @@ def test_other_bounds_of_pyros_have_their_own_names():
 def test_losses_of_pyros_without_a_value_are_refused(loss, said):
     with pytest.raises(BadInput, match=said):
         quiet(*pair("normal"), images(), loss=loss, epochs=1, batch_size=20)
+
+
+@pytest.mark.parametrize("trouble", [ZeroDivisionError("of the user"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_the_error_of_on_epoch_is_told_although_it_also_replaced_a_parameter(trouble, tmp_path):
+    model, guide = pair()
+
+    def breaks(_):
+        guide.extra = torch.nn.Parameter(torch.zeros(()))
+        raise trouble
+
+    with pytest.raises(type(trouble)):
+        quiet(model, guide, images(), loss="rloo", epochs=1, on_epoch=breaks, run_dir=tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["now"]["number"] == 1  # the last one of these programs

@@ -203,6 +203,21 @@ def test_auto_makes_one_choice_for_all_processes_and_keeps_it(found):
 
 
 @several_processes
+def test_what_on_epoch_changes_in_the_main_process_changes_in_all(found):
+    found = found["changed in main"]
+    for name in ("untouched", "an epoch", "scales", "writes", "freezes, compile=False", "freezes, compile=True"):
+        assert found[name][0] == found[name][1], name
+    whole, epoch = (found[name][0] for name in ("untouched", "an epoch"))
+    assert found["scales"][0]["shift"] == [0.5 * value for value in whole["shift"]]
+    assert found["writes"][0]["unit"] == [0.5] and whole["unit"] == [1.0]
+    assert whole["shift"] != epoch["shift"] == found["freezes, compile=False"][0]["shift"]
+    assert found["freezes, compile=True"][0]["shift"] == pytest.approx(epoch["shift"], abs=1e-12)
+    assert found["breaks"] == ["ZeroDivisionError: of the user", "GumboError: ZeroDivisionError: of the user"]
+    for name, words in (("replaces", "'model.shift' is new since training"), ("reshapes", "made 'model.unit' another")):
+        assert all(said.startswith("BadInput: ") and words in said for said in found[name]), found[name]
+
+
+@several_processes
 def test_the_error_of_one_process_is_everybodys(found):
     assert found["one fails"] == [["GumboError: process 1: RuntimeError: nines"], ["RuntimeError: nines"]]
     assert found["main fails"] == ["BadInput: the main process says no"] * 2
