@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...errors import BadInput
-from .contents import NUMBERS, Contents, is_of_a_library, is_plain_object
+from .contents import UNDIVIDED, Contents, is_of_a_library, is_plain_object
 
 ADVICE = "pass compile=False"
 
@@ -70,7 +70,7 @@ def _replaces(now: Any, before: Any) -> bool:
     """Whether a list or dictionary has another tensor or number in a place; one that grows may be a cache."""
     here, there = _elements(now), _elements(before)
     return any(
-        isinstance(here.get(key), (Tensor, *NUMBERS)) and differs(here[key], value)
+        isinstance(here.get(key), (Tensor, *UNDIVIDED)) and differs(here[key], value)
         for key, value in there.items()
         if key in here
     )

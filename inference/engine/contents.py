@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 Same = Callable[[Any], bool]
 
-NUMBERS = (int, float, complex, str, bytes, type(None), np.generic)
+UNDIVIDED = (int, float, complex, str, bytes, type(None), np.generic)  # values that hold no others
 _LIBRARIES = {"builtins", "gumbo", "numpy", "pyro", "torch", *sys.stdlib_module_names} - {"__main__"}
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 _CACHED = type(lru_cache(abs))
@@ -121,7 +121,7 @@ class Contents:
         if isinstance(value, Tensor):
             version = value._version
             return lambda now: now is value and now._version == version
-        if isinstance(value, NUMBERS):
+        if isinstance(value, UNDIVIDED):
             return lambda now: now is value or (type(now) is type(value) and now == value)
         if isinstance(value, np.ndarray):
             return _same_array(value) if value.dtype != object and value.nbytes <= LARGEST_ARRAY else None

@@ -1296,3 +1296,40 @@ def test_a_network_under_two_names_keeps_its_parameters(word, monkeypatch):
     fit(model, guide, given, loss=word, epochs=3, batch_size=10, compile=True, progress=False, seed=0)
     assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
     assert all(type(parameter) is torch.nn.Parameter for parameter in before)
+
+
+class ReadsInOrder(PyroModule):
+    """q(z given x) by a recurrent layer over the rows of x."""
+
+    def __init__(self, layer: type[nn.RNNBase]):
+        super().__init__()
+        self.layer, self.mean = layer(5, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden, _ = self.layer(x)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(self.mean(hidden[:, -1]), 0.5).to_event(1))
+
+
+class WritesInOrder(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Linear(2, 15)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            mean = self.weights(z).reshape(*z.shape[:-1], 3, 5)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(2), obs=x)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_compile_and_train_as_without(layer):
+    x, ends = torch.randn(32, 3, 5, generator=torch.Generator().manual_seed(0)), []
+    enabled = torch._C._get_mkldnn_enabled()
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model, guide = WritesInOrder(), ReadsInOrder(layer)
+        fit(model, guide, x, loss="pathwise", epochs=2, batch_size=16, progress=False, compile=compile)
+        ends.append(torch.cat([p.detach().flatten() for p in (*model.parameters(), *guide.parameters())]))
+    assert torch.allclose(*ends, atol=1e-5) and torch._C._get_mkldnn_enabled() == enabled

@@ -268,10 +268,17 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.
         with asked:
             return function(*tensors)
 
-    try:
+    def traced() -> torch.fx.GraphModule:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about how it captures
-            graph = make_fx(watched, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            return make_fx(watched, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+
+    try:
+        graph = traced()
+        if any(node.target is torch.ops.aten.mkldnn_rnn_layer.default for node in graph.graph.nodes):
+            # inductor has no code for this operation: take the LSTM as the plain operations that it consists of.
+            with _without_onednn():
+                graph = traced()
     except Exception as error:
         raise _explained(error, asked.line) from error
     for name, value in vars(graph).items():
@@ -279,6 +286,16 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.
             raise BadInput(f"the graph holds a parameter {name!r} as a constant, so that it would not train; {ADVICE}")
     graph.meta["asks at"] = asked.line
     return graph
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags also sets what warns without an Intel GPU
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 class _Asked(TorchDispatchMode):

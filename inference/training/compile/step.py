@@ -97,11 +97,12 @@ class CompiledStep(TorchStep):
             self._learns = torch.ones((), dtype=self.program.dtype, device=self.program.device)
             inputs = self._inputs(batch)
             example = [tensor.detach() for tensor in inputs]
-            self.run = self._compiled(self._function(), example)
+            graph = capture(self._function(), example)
+            self.run = self._code(graph, example)
             if example[-1].is_cuda:
                 first = len(inputs) - 1 - len(self.noise.buffers) - len(flat(batch))
                 self.run = Replay(self.run, range(first, first + len(flat(batch))), self._mutable)
-            self._compare(batch)
+            self._compare(batch, in_half=_computes_in_half(graph))
         self.watch()
         self.seconds += time.perf_counter() - start
         self.note = f"compiled in {self.seconds:.1f} s"
@@ -111,8 +112,10 @@ class CompiledStep(TorchStep):
 
     def _compiled(self, function: Callable[..., list[Tensor]], examples: list[Tensor]) -> Callable[..., list[Tensor]]:
         """A function of tensors, compiled as the step is."""
-        graph = capture(function, examples)
-        self._rounds_more = _computes_in_half(graph)
+        return self._code(capture(function, examples), examples)
+
+    def _code(self, graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., list[Tensor]]:
+        """The compiled code of a graph."""
         return self.backend(through_onednn(graph) if self.products == ONEDNN else graph, examples)
 
     # One step.
@@ -381,16 +384,19 @@ class CompiledStep(TorchStep):
 
     # Validity of the graph.
 
-    def _compare(self, batch: Rows) -> None:
-        """Compare the compiled step with an eager one on the same noise; a draw at a threshold may differ once."""
-        found = [self._difference(batch) for _ in range(2)]
+    def _compare(self, batch: Rows, in_half: bool) -> None:
+        """Compare the compiled step with an eager one on the same noise; a draw at a threshold may differ once.
+
+        ``in_half`` says whether the graph rounds to 16 bits.
+        """
+        found = [self._difference(batch, in_half) for _ in range(2)]
         if all(found):
             raise BadInput(
                 f"compile: on the same noise the captured step differs from the eager one ({found[0]}): the programs do"
                 f" something from call to call that torch does not see; {ADVICE}"
             )
 
-    def _difference(self, batch: Rows) -> str:
+    def _difference(self, batch: Rows, in_half: bool) -> str:
         self.noise.draw()
         mutable = self._mutable()
         before = [tensor.clone() for tensor in mutable]
@@ -406,7 +412,7 @@ class CompiledStep(TorchStep):
             outcome, expected = self.program.call_and_differentiate(
                 self.parameters, self.program.buffers(), flat(batch), Tape(self.noise)
             )
-        tolerance = 3e-2 if self._rounds_more else _tolerance(told)
+        tolerance = 3e-2 if in_half else _tolerance(told)
         pairs = [("loss", told[:1], outcome.loss.reshape(1))]
         pairs += [(f"buffer {name}", value, outcome.buffers[name]) for name, value in moved.items()]
         pairs += [
