@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gumbo.errors import BadInput
+from gumbo.errors import BadInput, GumboWarning
 from gumbo.experiments._command import checked
 from gumbo.experiments._runs import RunFolder
 from gumbo.experiments.train import Train, build, guide_of, inputs_of, load_data, make_loss, settings_of
@@ -102,12 +103,30 @@ def load_parameters(
     module, buffers = parameters_of(run, settings.patience is not None if best is None else best)
     for prefix, program in (("model.", model), ("guide.", guide)):
         weights = {key.removeprefix(prefix): value for key, value in module.items() if key.startswith(prefix)}
+        warn_of_other_types(run, prefix, program, weights)
         try:
             program.load_state_dict(weights)
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:
             raise BadInput(f"{run.path}: the checkpoint does not fit config.yaml ({error})") from error
-    load_unsaved({"model": model, "guide": guide}, buffers)
+    try:
+        load_unsaved({"model": model, "guide": guide}, buffers)
+    except (RuntimeError, AttributeError, TypeError, ValueError, KeyError) as error:
+        raise BadInput(f"{run.path}: the checkpoint's buffers do not fit config.yaml ({error})") from error
     return {key.removeprefix("binding."): value for key, value in module.items() if key.startswith("binding.")}
+
+
+def warn_of_other_types(run: RunFolder, prefix: str, program: torch.nn.Module, weights: Mapping[str, Any]) -> None:
+    """Warn of tensors that loading converts to another type."""
+    for name, value in program.state_dict().items():
+        saved = weights.get(name)
+        if isinstance(value, torch.Tensor) and isinstance(saved, torch.Tensor) and saved.dtype != value.dtype:
+            warnings.warn(
+                f"{run.path}: {prefix}{name} was saved as {saved.dtype} and is {value.dtype} here, so that values are "
+                "rounded: make the programs as the run did (torch.set_default_dtype)",
+                GumboWarning,
+                stacklevel=4,
+            )
+            return
 
 
 def parameters_of(run: RunFolder, best: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -118,7 +137,7 @@ def parameters_of(run: RunFolder, best: bool) -> tuple[dict[str, Any], dict[str,
     if best:
         state = state["best"] if isinstance(state.get("best"), dict) else {}
     module, buffers = state.get("module"), state.get("buffers", {})  # an earlier version may not have kept these
-    if not isinstance(module, dict) or not all(isinstance(key, str) for key in module):
+    if not isinstance(module, dict) or not isinstance(buffers, dict) or not all(isinstance(key, str) for key in module):
         raise BadInput(f"{run.path}: its checkpoint is of something else than gumbo train")
     if best and not module:
         raise BadInput(f"{run.path} has no best epoch: its run had no validation data")

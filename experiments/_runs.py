@@ -185,7 +185,10 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+        try:
+            return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+        except ValueError as error:  # a last line that a full disk cut ends without a brace
+            raise BadInput(f"{self.metrics} is damaged ({error}): mend it, or delete it to go without") from error
 
 
 def in_utf8(text: str) -> bytes:

@@ -296,6 +296,8 @@ def with_temperature(word: Any, temperature: Any) -> Any:
     """The estimator, or those among several that have a temperature, with this temperature."""
     from gumbo.inference.engine.resolution import as_estimator
 
+    if word == "default":
+        raise BadInput("--temperature is of a relaxed estimator: name one too, as in --estimator gumbel-softmax")
     words = {site: as_estimator(one) for site, one in (word if isinstance(word, dict) else {"*": word}).items()}
     relaxed = [estimator for estimator in words.values() if hasattr(estimator, "temperature")]
     if not relaxed:

@@ -107,6 +107,7 @@ def one_line_and_status(capsys, argv: list[str]) -> tuple[str, int]:
         (["compare", "--seeds", "0"], "seeds is 0"),
         (["compare", "--families", "[discrte]"], "did you mean 'discrete'?"),
         (["compare", "--families", "[discrete, discrete]"], "families has 'discrete' twice: name it once"),
+        (["train", "--temperature", "1.0"], "--temperature is of a relaxed estimator: name one too"),
         (["train", "--compile=false"], "--compile takes no value (it was given 'false')"),
         (["train", "--epochs="], "epochs is '': expected a whole number"),
         (["train", "--patience", "soon"], "patience is 'soon': expected a whole number or null"),

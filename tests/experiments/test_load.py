@@ -12,11 +12,11 @@ import torch
 import yaml
 
 import gumbo
-from gumbo.errors import BadInput
+from gumbo.errors import BadInput, GumboWarning
 from gumbo.experiments import cli
 from gumbo.experiments.export import Export, export
 from gumbo.guides import guides
-from gumbo.inference.training.checkpoints import Checkpoints
+from gumbo.inference.training.checkpoints import Checkpoints, load_checkpoint, save_checkpoint
 from gumbo.models import models
 
 QUICK = ["--epochs", "2", "--importance_samples", "2", "--batch_size", "400", "--model_options.hidden=[8]"]
@@ -224,3 +224,41 @@ def test_an_export_without_safetensors_says_what_to_install(run, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     assert ".[export]" in said(capsys, "export", str(run))
     assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"buffers": {"model.no.where": torch.ones(2)}}, "the checkpoint's buffers do not fit config.yaml"),
+        ({"buffers": {"x": torch.ones(2)}}, "the checkpoint's buffers do not fit config.yaml"),
+        ({"buffers": [1]}, "its checkpoint is of something else"),
+    ],
+)
+def test_buffers_of_other_programs_are_one_line(change, words, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "copy")
+    path = folder / "checkpoints" / "last.pt"
+    save_checkpoint(path, load_checkpoint(path) | change)
+    with pytest.raises(BadInput, match=words) as said:
+        gumbo.load(folder, best=False)
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("line", [b'{"epo}\n', b"\xff}\n"])
+def test_damaged_metrics_are_one_line(line, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "copy")
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(line)
+    with pytest.raises(BadInput, match=r"metrics\.jsonl is damaged"):
+        gumbo.load(folder)
+
+
+def test_parameters_that_loading_rounds_are_warned_of(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "copy")
+    path = folder / "checkpoints" / "last.pt"
+    state = load_checkpoint(path)
+    module = {
+        name: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for name, v in state["module"].items()
+    }
+    save_checkpoint(path, state | {"module": module})
+    with pytest.warns(GumboWarning, match=r"was saved as torch\.float64 and is torch\.float32 here"):
+        gumbo.load(folder, best=False)
