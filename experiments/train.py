@@ -284,9 +284,9 @@ def make_loss(config: Train):
         if config.temperature is not None:
             temperature = parse_schedule(config.temperature)
             if not 0 < temperature(0) < math.inf:
+                given = f"{config.temperature:g}" if isinstance(config.temperature, float) else config.temperature
                 raise BadInput(
-                    f"temperature is {config.temperature}: expected a positive number, or a schedule that begins with"
-                    " one"
+                    f"temperature is {given}: expected a positive number, or a schedule that begins with one"
                 )
             word = with_temperature(word, temperature)
         return make_loss(word, num_particles=config.particles, **options)
