@@ -179,6 +179,9 @@ class Survey:
         drawn = [name for name, layout in self.model_sites.items() if layout.kind in ("latent", "observed")]
         reasons = {name: why_other_draws(model.nodes[name]["fn"]) for name in drawn}
         self.other_draws = {name: reason for name, reason in reasons.items() if reason is not None}
+        # Pyro masks or replaces the prior of what such a site is computed from, and corrects its density alone.
+        said = "its reparameterization draws it from another law than its density"
+        self.other_draws |= dict.fromkeys(sorted(self.transformed), said)
         for name in self.guide_sites:
             check_invertible(name, guide.nodes[name])
         with ChosenRows(rows):

@@ -1169,7 +1169,7 @@ def hierarchy(own_noise=False, independent=False):
 
 
 @pytest.mark.parametrize(
-    "options, runs", [({"independent": True}, 1), ({}, 3), ({"own_noise": True, "independent": True}, 3)]
+    "options, runs", [({"independent": True}, 1), ({}, 3), ({"own_noise": True, "independent": True}, 10)]
 )
 def test_draws_of_several_turns_are_those_of_separate_runs_of_the_guide(options, runs):
     """A guide is run once for all turns only where its distributions are the same for all draws."""
