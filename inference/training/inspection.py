@@ -19,7 +19,7 @@ from ..engine.handlers import StaysFrozen
 from ..engine.row_parameters import autoguides_in, positional_parameter, sites_of, traces_of
 from ..engine.rows import Rows
 from ..engine.scopes import kept_buffers, modes_kept, modules_met, private_seed, private_store
-from ..estimators._distributions import is_computed, turns_validation_off
+from ..estimators._distributions import is_computed, observes_itself, turns_validation_off
 from ..posterior.superfluous import superfluous_latents
 from ..posterior.vmapped import unmasked
 
@@ -278,6 +278,8 @@ def _num_data(trace: poutine.Trace, batch: Rows) -> int | None:
     observed = [site for site in sites_of(trace) if site["is_observed"] and not is_computed(site)]
     if not observed:
         return None
+    # A point with a density is data only where nothing else is: Pyro's SplitReparam and NeuTraReparam leave such sites.
+    observed = [site for site in observed if not observes_itself(site)] or observed
     common = frozenset.intersection(*[frozenset(frame.name for frame in site["cond_indep_stack"]) for site in observed])
     plates = {frame.name: frame for frame in observed[0]["cond_indep_stack"] if frame.name in common}
     if batch.whole:

@@ -230,6 +230,19 @@ def test_the_reported_objective_is_in_nats_per_datum_where_plates_are_subsampled
     assert written == [numbers["elbo"] for numbers in result.history]
 
 
+def test_a_point_with_a_density_outside_the_data_plate_is_no_datum():
+    """Pyro's SplitReparam and NeuTraReparam leave such sites."""
+
+    def model(x):
+        shifted = pyro.sample("m", dist.Normal(0.0, 1.0)) + 1
+        pyro.sample("shifted", dist.Delta(shifted, log_density=torch.tensor(0.8)), obs=shifted)
+        with pyro.plate("data", 8, subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    result = quiet(model, Prior(), ROWS, loss="pathwise", epochs=1, batch_size=4)
+    assert result.history[-1]["elbo"] == pytest.approx(NATS + 0.1, abs=1e-6)
+
+
 def test_the_training_bound_and_the_validation_bound_are_in_one_unit():
     result = quiet(subsampled(8, len), Prior(), ROWS, valid=ROWS, loss="pathwise", epochs=1, batch_size=2)
     assert result.history[-1]["elbo"] == pytest.approx(result.history[-1]["valid_elbo"], abs=1e-6)
