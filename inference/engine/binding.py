@@ -26,6 +26,7 @@ from .programs import Program, check_same_kind
 from .records import Run, Site
 from .repeats import check_repeats
 from .reruns import Reruns, RunsAgain
+from .resolution import warn_of_scores_of_no_draw
 from .rows import leaves_of
 from .scopes import check_shared_names, devices_of, one_at_a_time
 from .streams import Generators
@@ -264,6 +265,7 @@ class Binding(nn.Module):
         arrangement.list_chains(program, seen, chosen, args, kwargs)
         needed = max([self.elbo.target.min_particles, *(estimator.min_particles for estimator in chosen.values())])
         self.chosen = chosen
+        warn_of_scores_of_no_draw(seen, chosen)
         self.scored = any(site.factor or (site.latent and has_score_term(site.fn)) for site in seen.guide)
         self.look(args, kwargs)
         trusted = self.elbo.plates != "ignore"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from ...errors import DEFAULT, BadInput, GumboError, TooFewParticles, UnsupportedSite
+from ...errors import DEFAULT, BadInput, GumboError, GumboWarning, TooFewParticles, UnsupportedSite
 from ...registry import name_and_options
 from ..estimators import Enumerate, Estimator, MovingAverage, ScoreFunction, estimators
 from ..estimators._base import Draw, choosers, detached_draw
-from ..estimators._distributions import describe, is_deterministic, is_discrete
+from ..estimators._distributions import describe, has_score_term, is_deterministic, is_discrete
 from .records import Run
 
 TRIES = 32  # runs in which a named site is looked for
@@ -199,6 +200,25 @@ class Resolution:
     def alternatives(self, msg: Mapping[str, Any]) -> list[str]:
         made = {word: make() for word, make in estimators.items()}
         return _ordered([word for word, one in made.items() if self.words.target.accepts(one) and one.supports(msg)])
+
+
+def warn_of_scores_of_no_draw(seen: Run, chosen: Mapping[str, Estimator]) -> None:
+    """Warn of a factor that is declared as the score of draws without a path, in a guide whose draws all have one."""
+    latent = [site for site in seen.guide if site.latent]
+    # A Delta may hold a draw from outside of pyro.sample, and a guide without sites may hide its draws.
+    if not latent or not all(
+        site.name in chosen and chosen[site.name].has_path and not has_score_term(site.fn) for site in latent
+    ):
+        return
+    for site in seen.guide:
+        if site.factor and site.log_prob.requires_grad:
+            warnings.warn(
+                f"pyro.factor({site.name!r}, …, has_rsample=False) in the guide: its gradient is a score, multiplied by"
+                " the cost, but every draw of the guide has a path; if it is a term of the loss, such as a"
+                " classification loss, pass has_rsample=True",
+                GumboWarning,
+                stacklevel=2,
+            )
 
 
 def _ordered(words: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -19,7 +20,7 @@ from torch import nn
 from torch.distributions import constraints
 from ztest import misses
 
-from gumbo.errors import BadInput, UnsupportedSite
+from gumbo.errors import BadInput, GumboWarning, UnsupportedSite
 from gumbo.inference import SiteELBO
 from gumbo.inference.auditing.exact import mean_over_draws
 
@@ -352,6 +353,28 @@ def test_a_factor_of_the_guide_must_say_where_it_comes_from():
 
     with pytest.raises(BadInput, match=r"pyro.factor\('f', …\) in the guide must say.*has_rsample"):
         SiteELBO("score").loss(model, guide)
+
+
+@pytest.mark.parametrize(("word", "has_rsample", "warned"), [("pathwise", 0, 1), ("pathwise", 1, 0), ("score", 0, 0)])
+def test_a_term_of_the_loss_that_is_declared_a_score_is_warned_of(word, has_rsample, warned):
+    class Guide(Params):
+        def __init__(self):
+            super().__init__(m=0.3, c=0.2)
+
+        def forward(self):
+            pyro.sample("z", dist.Normal(self.m, 1.0))
+            pyro.factor("classified", 0.7 * self.c, has_rsample=bool(has_rsample))
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0, dtype=F64), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
+
+    guide = Guide()
+    expected = pytest.warns(GumboWarning, match="'classified'.*every draw of the guide has a path.*has_rsample")
+    with expected if warned else nullcontext():
+        SiteELBO(word)(model, guide)().backward()
+    if has_rsample:
+        assert guide.c.grad.item() == pytest.approx(0.7, abs=1e-12)
 
 
 def test_dreg_has_no_path_for_a_factor():
