@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import ANY, PROGRAM, CannotVectorize, GumboError, UnsupportedSite, first_line
 from ..estimators._base import Draw
-from ..estimators._distributions import is_discrete
+from ..estimators._distributions import is_deterministic, is_discrete
 from .elimination import NeedsListing
 from .mixing import another_value
 from .programs import Misfit, Program
@@ -265,7 +265,8 @@ def _one_of(run: Run, seen: Run, max_plate_nesting: int, place: Mapping[int, int
     shapes = {site.name: site.value.shape for site in seen.guide}
     fixed = {}
     for site in run.guide:
-        if site.latent:
+        # A Delta is computed anew: that of one particle may be rounded otherwise, and has no density beside its point.
+        if site.latent and not is_deterministic(site.fn):
             event_dim = site.fn.event_dim
             draw = site.draw.map(
                 lambda t, e=event_dim: _at(t, e, max_plate_nesting, place).detach().requires_grad_(t.requires_grad)

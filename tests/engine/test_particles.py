@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import pytest
 import torch
 from exact_means import exact_gradient
 from programs import DISCRETE, F64, Params, X, gradient
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from gumbo.errors import CannotVectorize, GumboWarning, UnsupportedSite
@@ -339,3 +341,20 @@ def test_a_branch_of_a_later_call_is_compared_too():
     for _ in range(2):
         with pytest.raises(CannotVectorize):
             strict(X, y)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape", [(2, 5), (7,)])
+def test_an_automatic_guide_of_bounded_events_takes_all_particles_at_once(shape, seed):
+    """A transform of one particle may round otherwise than that of several, and a point has no density beside itself."""
+
+    def model():
+        law = dist.Uniform(torch.tensor(-0.5, dtype=F64), 20.5).expand(shape).to_event()
+        total = pyro.sample("u", law).flatten(-len(shape)).sum(-1)
+        pyro.sample("x", dist.Normal(total, 5.0), obs=torch.tensor(30.0, dtype=F64))
+
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        guide = AutoNormal(model)
+        guide()
+        assert math.isfinite(SiteELBO(num_particles=4, vectorize_particles=True).loss(model, guide))
