@@ -71,7 +71,10 @@ def left_out(
         advice = "the guide's probabilities leave these values out: train longer, and let the guide read the data"
         return Verdict("missed-mass", ALARM, text, *numbers, advice)
     if unsearched:
-        text += f"; the global latents {', '.join(unsearched[:5])} were not searched"
+        text += (
+            f"; the global latents {', '.join(unsearched[:5])} were not searched: if they name components or classes, "
+            "the guide may have one labelling of them, and log_evidence is then that of this one"
+        )
         return Verdict("missed-mass", CANNOT_SAY, text, *numbers, _REFIT)
     numbers_of_a_unit = sum(_numbers_of(sweep.model_sites[site], sweep, plates) for site in sites)
     if len(found) == 1 and numbers_of_a_unit == found[0].place.stop - found[0].place.start:

@@ -2,7 +2,8 @@
 
 Proposals are clusters with heavy tails (t distributions) of particles annealed from the prior, of the guide's draws,
 and of reflections and exchanges of these with a similar log-density. The evidence by importance sampling from their
-mixture is compared with that of the guide's own draws. Where a latent is discrete, see ``left_out``.
+mixture is compared with that of the guide's own draws. Discrete latents that the model enumerates are summed out. Where
+the guide draws a discrete latent, see ``left_out``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .left_out import left_out
 from .proposals import Mixture, clusters, mixture_evidence
 from .report import ALARM, CANNOT_SAY, OK, Verdict, not_done, three_way
 from .rows import few_rows
-from .target import Target
+from .target import Target, summing_out
 from .thresholds import MASS, SEARCHED, allowed
 
 _ROWS = 16
@@ -60,7 +61,8 @@ def missed_mass(
             if any(fewer.model_sites[name].discrete for name in plan.sites):
                 say.stage(f"moving discrete latents through their values{sweep.slowly()}")
                 return {"missed-mass": left_out(fewer, plan.sites, plan.plates, plan.given, plan.left)}
-            target = Target(fewer, plan.sites, plan.plates, plan.given)
+            summing = summing_out(fewer, options) if plan.sums else None
+            target = Target(fewer, plan.sites, plan.plates, plan.given, summing)
             if target.dimension > SEARCHED:
                 return undone(f"{target.dimension} dimensions are too many to search from the prior", refit)
             if target.reads_masked():
@@ -75,29 +77,36 @@ def missed_mass(
 
 @dataclass
 class _Plan:
-    """The latents to search, the plates of their units, latents held at ``given``, and global ones ``left`` out."""
+    """The latents to search, the plates of their units, latents held at ``given``, and global ones ``left`` out.
+
+    ``sums`` says that the enumerated sites of the model are summed out.
+    """
 
     sites: list[str]
     plates: tuple[str, ...]
     given: dict[str, torch.Tensor]
     left: list[str]
+    sums: bool
 
 
 def _plan(sweep: Sweep) -> _Plan:
     # A point of the model follows from the others: there is nothing to search.
-    moving, local, shared = (
-        [name for name in names if not sweep.model_sites[name].point]
-        for names in (sweep.latents, sweep.local, sweep.shared)
-    )
-    if not sweep.local:
-        return _Plan(moving, (), {}, [])
+    layouts = sweep.model_sites
+    moving = [name for name in sweep.latents if not layouts[name].point]
+    discrete = {name for name in moving if layouts[name].discrete}
+    sums = bool(discrete) and discrete <= sweep.summed_out and len(discrete) < len(moving)
+    if sums:
+        moving = [name for name in moving if name not in discrete]
+    local = [name for name in moving if name in sweep.local]
+    size = sum(layouts[name].numel for name in moving)
+    few = size <= SEARCHED and not any(layouts[name].discrete for name in moving)
+    if not local or sweep.shared and few:
+        return _Plan(moving, (), {}, [], sums)
     if not sweep.shared:
-        return _Plan(local, tuple(sweep.weight_plates), {}, [])
-    size = sum(sweep.model_sites[name].numel for name in moving)
-    if size <= SEARCHED and not any(sweep.model_sites[name].discrete for name in moving):
-        return _Plan(moving, (), {}, [])
+        return _Plan(local, tuple(sweep.weight_plates), {}, [], sums)
     run, _ = sweep.run(1)
-    return _Plan(local, tuple(sweep.weight_plates), sweep.given(run), shared)
+    shared = [name for name in sweep.shared if not layouts[name].point]
+    return _Plan(local, tuple(sweep.weight_plates), sweep.given(run), shared, sums)
 
 
 @dataclass

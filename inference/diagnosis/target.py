@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch.distributions import Normal, biject_to, constraints
 
 from ...errors import BadInput
@@ -26,10 +29,20 @@ class Target:
     else, so that they add nothing to the evidence and draws of them are no worse than any.
 
     Angles lie within half a turn of the guide's mean direction: a density that repeats itself is counted once.
+
+    ``summing`` are the programs of :func:`summing_out`: the sites that the model enumerates are then summed out.
     """
 
-    def __init__(self, sweep: Sweep, sites: Sequence[str], plates: Sequence[str], given: Mapping[str, torch.Tensor]):
+    def __init__(
+        self,
+        sweep: Sweep,
+        sites: Sequence[str],
+        plates: Sequence[str],
+        given: Mapping[str, torch.Tensor],
+        summing: Sweep | None = None,
+    ):
         self.sweep, self.sites, self.plates, self.given = sweep, list(sites), tuple(plates), dict(given)
+        self.summing = summing
         self.block = sweep.whole() or Block()
         run = sweep.model_run(1, self.block, self.given)
         self.maps, self.events, self.sizes = {}, {}, {}
@@ -151,7 +164,7 @@ class Target:
         return prior.nan_to_num(-math.inf), likelihood.nan_to_num(-math.inf)
 
     def _at_once(self) -> int:
-        return self.sweep.draws_a_run(self.block)
+        return min(one.draws_a_run(self.block) for one in (self.sweep, self.summing) if one is not None)
 
     def _given(self, count: int) -> dict[str, torch.Tensor]:
         return {name: value.expand(count, *value.shape[1:]) for name, value in self.given.items()}
@@ -159,12 +172,20 @@ class Target:
     def _some(self, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         laid = self._laid(free)
         values = {name: self.maps[name](one) for name, one in laid.items()}
-        run = self.sweep.model_run(len(free), self.block, self._given(len(free)) | values)
+        fixed, held = self._given(len(free)) | values, {*self.sites, *self.given}
+        if self.summing is None:
+            run, conditional = self.sweep.model_run(len(free), self.block, fixed), None
+        else:
+            conditional, run = self.summing.run(len(free), self.block, fixed)
         prior = self._sum(run, lambda name: name in self.sites, len(free)) + self._jacobian(laid, values, run)
         hidden = self._hidden(run)
         if hidden is not None:
             prior = prior + (_NORMAL.log_prob(free) * hidden).sum(-1)
-        return prior, self._sum(run, lambda name: name not in self.sites and name not in self.given, len(free))
+        likelihood = self._sum(run, lambda name: name not in held, len(free))
+        if conditional is not None:  # log p(z, x) − log p(z | x) is log p(x) at any z
+            summed = self.sweep.summed_out - held
+            likelihood = likelihood - self._sum(conditional, lambda name: name in summed, len(free))
+        return prior, likelihood
 
     def _sum(self, run: Pass, chosen, count: int) -> torch.Tensor:
         total = torch.zeros(count, math.prod(self.sweep.sizes[plate] for plate in self.plates), dtype=torch.float64)
@@ -175,6 +196,22 @@ class Target:
                     + to_units(run.log_prob(name, self.plates).cpu(), _kept(layout, self.plates), self.plates)[..., 0]
                 )
         return total
+
+
+def summing_out(sweep: Sweep, options: Mapping[str, Any]) -> Sweep:
+    """The model with a guide of its prior and the exact conditional of the sites that it enumerates.
+
+    The conditional is then known at any values of the other latents, also where the guide computes these.
+    """
+    shown = set(sweep.latents) - sweep.summed_out
+
+    def prior(*args: Any, **kwargs: Any) -> None:
+        hidden = poutine.block(hide_fn=lambda site: not (site["name"] in shown or site_is_subsample(site)))
+        # The density is not asked for, and may depend on the draw of a hidden site.
+        with hidden, poutine.mask(mask=False):
+            sweep.model(*args, **kwargs)
+
+    return Sweep(sweep.model, prior, sweep.args, sweep.kwargs, **options)
 
 
 def _kept(layout: SiteLayout, plates: Sequence[str]) -> SiteLayout:

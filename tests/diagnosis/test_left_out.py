@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from gumbo.inference import diagnose
+from gumbo.inference.diagnosis.target import Target, summing_out
+from gumbo.inference.engine.scopes import quietly
+from gumbo.inference.posterior.runner import Sweep
 
 PRIOR, MEANS = torch.tensor([0.2, 0.3, 0.5]).double(), torch.tensor([0.0, 2.0, 4.0]).double()
 X = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 1.5, 2.5, 3.5]).double()
@@ -101,6 +104,107 @@ def test_classes_beside_a_global_latent_cannot_be_called_ok():
     assert found.verdict == "cannot say" and "shift were not searched" in found.text
     found = diagnose(model, lambda x: guide(x, WITHOUT_ONE), X, **QUICK)["missed-mass"]
     assert found.verdict == "alarm"
+
+
+CENTRES = torch.tensor([-2.0, 2.0]).double()
+GROUPS = CENTRES.repeat(30) + 0.6 * torch.randn(60, generator=torch.Generator().manual_seed(3)).double()
+
+
+def labelled(marked):
+    """A mixture whose assignments are enumerated; ``marked`` components have priors that tell them apart."""
+
+    def model(x):
+        weights = pyro.sample("weights", dist.Dirichlet(5 * torch.ones(2).double()))
+        with pyro.plate("components", 2):
+            centres = pyro.sample("centres", dist.Normal(CENTRES if marked else 0 * CENTRES, 0.5 if marked else 4.0))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(centres[k], 0.6), obs=x)
+
+    return model
+
+
+def one_labelling(x, marked, jointly):
+    """The Laplace approximation of the posterior near one labelling; ``jointly`` computes all from one draw."""
+    group = (x.unsqueeze(-1) - CENTRES).abs().argmin(-1)
+    count = torch.bincount(group, minlength=2).double()
+    sums = torch.zeros(2).double().index_add(0, group, x)
+    precision = count / 0.36 + (4 if marked else 1 / 16)
+    centres = (sums / 0.36 + (4 * CENTRES if marked else 0)) / precision
+    made = dist.Normal(centres, precision**-0.5)
+    pyro.sample("weights", dist.Dirichlet(5 + count))
+    if jointly:
+        drawn = pyro.sample("_all", made.to_event(1), infer={"is_auxiliary": True})
+        made = dist.Delta(drawn, log_density=0.0)
+    with pyro.plate("components", 2):
+        pyro.sample("centres", made)
+
+
+@pytest.mark.parametrize("jointly", [False, True])
+@pytest.mark.parametrize("marked", [False, True])
+def test_one_labelling_of_a_mixture_with_enumerated_assignments(marked, jointly):
+    """Without marks either labelling has half of the evidence; k̂ does not see it."""
+
+    def guide(x):
+        return one_labelling(x, marked, jointly)
+
+    report = diagnose(labelled(marked), guide, GROUPS, num_simulations=20, refine_steps=0)
+    found = report["missed-mass"]
+    assert report["khat"].verdict == "ok", str(report)
+    if marked:
+        assert found.verdict == "ok", str(found)
+    else:
+        assert found.verdict == "alarm" and found.value == pytest.approx(math.log(2), abs=0.15), str(found)
+        assert "change places" in found.advice
+
+
+def test_sums_over_enumerated_assignments_are_exact_at_any_centres():
+    """Also far from the data, where the guide never draws."""
+    model = labelled(True)
+
+    def guide(x):
+        return one_labelling(x, True, True)
+
+    with quietly(model, guide, 0):
+        sweep = Sweep(model, guide, (GROUPS,), {})
+        target = Target(sweep, ["weights", "centres"], (), {}, summing_out(sweep, {}))
+        free = 2 * torch.randn(7, 1, 3, generator=torch.Generator().manual_seed(0)).double()
+        prior, likelihood = target(free)
+    values = target.values(free)
+    each = dist.Normal(values["centres"][:, None], 0.6).log_prob(GROUPS[:, None]) + values["weights"].log()[:, None]
+    torch.testing.assert_close(likelihood[:, 0], each.logsumexp(-1).sum(-1))
+    jacobian = target.maps["weights"].log_abs_det_jacobian(free[:, 0, :1], values["weights"])
+    exact = dist.Dirichlet(5 * torch.ones(2).double()).log_prob(values["weights"]) + jacobian
+    torch.testing.assert_close(prior[:, 0], exact + dist.Normal(CENTRES, 0.5).log_prob(values["centres"]).sum(-1))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_continuous_latent_of_a_datum_is_searched_with_its_class_summed_out(right):
+    """x = |z| or so, under a prior of two classes: the guide has the posterior's right mode, or both."""
+    x = torch.tensor([1.0, 1.5, 2.0]).double()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2).double()), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(2.0 * k - 1, ONE))
+            pyro.sample("x", dist.Normal(z.abs(), 0.1 * ONE), obs=x)
+
+    def guide(x):
+        # Both classes together are a mixture of Normals with 1/2 (φ(z − 1) + φ(z + 1)), symmetric in z.
+        at = torch.linspace(0.01, 4, 4000).double()
+        prior = torch.logaddexp(dist.Normal(ONE, 1.0).log_prob(at), dist.Normal(-ONE, 1.0).log_prob(at))
+        share = (dist.Normal(at, 0.1).log_prob(x[:, None]) + prior).softmax(-1)
+        mean = (share * at).sum(-1)
+        sd = 1.05 * (share * (at - mean[:, None]) ** 2).sum(-1).sqrt()
+        halves = torch.tensor([0.5, 0.5] if right else [1 - 1e-9, 1e-9]).double()
+        modes = dist.Normal(torch.stack([mean, -mean], -1), sd[:, None])
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(halves), modes))
+
+    found = diagnose(model, guide, x, num_simulations=20, refine_steps=0)["missed-mass"]
+    assert found.verdict == ("ok" if right else "alarm"), str(found)
+    if not right:
+        assert found.value == pytest.approx(math.log(2), abs=0.1)
 
 
 @pytest.mark.parametrize("place", [1, 64])
