@@ -92,6 +92,7 @@ class Collection:
                 stacklevel=4,
             )
         self._warn_of_other_draws()
+        sweep.warn_of_weights(stacklevel=4)
         self.arrays: dict[tuple[str, str], Array] = {}
         self._declare()
 

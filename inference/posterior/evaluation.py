@@ -282,6 +282,7 @@ def evaluate(
         plate=plate,
         compiler=provided_compiler() if compile else None,
     )
+    evaluator.warn_of_weights(stacklevel=3)
     found = evaluator(seed, processes, progress)
     if evaluator.uncompiled:
         warnings.warn(f"evaluate runs uncompiled: {evaluator.uncompiled}", GumboWarning, stacklevel=3)
@@ -318,6 +319,10 @@ class Evaluator:
     def uncompiled(self) -> str:
         """Why the runs are not compiled although that was asked for; empty otherwise."""
         return self._weighing.uncompiled
+
+    def warn_of_weights(self, stacklevel: int) -> None:
+        """Warn of sites that the guide draws from another law than their density."""
+        self._weighing.sweep.warn_of_weights(stacklevel + 1)
 
     def __call__(
         self, seed: int | None = 0, processes: ProcessGroup | None = None, progress: bool | None = None

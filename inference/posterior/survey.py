@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
-from ...errors import PROGRAM_ERRORS, BadInput, GumboError, UnsupportedSite, first_line, rows_in_plates
+from ...errors import PROGRAM_ERRORS, BadInput, GumboError, GumboWarning, UnsupportedSite, first_line, rows_in_plates
 from ..engine.handlers import row_numbers
 from ..engine.interventions import ChosenRows, GivenValues
 from ..engine.looks import plates_mixed_by
@@ -51,6 +52,7 @@ class Survey:
             leave them.
         angles: latents whose values a whole turn apart are the same.
         other_draws: sites of the model whose draws are of another law than their density, and why.
+        unweighable: the same of the guide, whose draws have no right importance weight.
         points: latents at which the guide is a point, without a density, and what it does there.
         superfluous: sites of the guide with elements that the named site of the model masks, and on which nothing in
             it depends: log q leaves them out.
@@ -179,6 +181,11 @@ class Survey:
         drawn = [name for name, layout in self.model_sites.items() if layout.kind in ("latent", "observed")]
         reasons = {name: why_other_draws(model.nodes[name]["fn"]) for name in drawn}
         self.other_draws = {name: reason for name, reason in reasons.items() if reason is not None}
+        self.unweighable = {
+            name: reason
+            for name, layout in self.guide_sites.items()
+            if layout.kind == "latent" and (reason := why_other_draws(guide.nodes[name]["fn"])) is not None
+        }
         # Pyro masks or replaces the prior of what such a site is computed from, and corrects its density alone.
         said = "its reparameterization draws it from another law than its density"
         self.other_draws |= dict.fromkeys(sorted(self.transformed), said)
@@ -419,6 +426,15 @@ class Survey:
         found.guide_sites = {name: resized(layout) for name, layout in self.guide_sites.items()}
         found.model_sites = {name: resized(layout) for name, layout in self.model_sites.items()}
         return found
+
+    def warn_of_weights(self, stacklevel: int) -> None:
+        """Warn of sites that the guide draws from another law than the density that weighs the draws."""
+        for name, reason in self.unweighable.items():
+            warnings.warn(
+                f"the guide's site {name!r}: {reason}; importance weights, evidence and ELBO are wrong",
+                GumboWarning,
+                stacklevel=stacklevel + 1,
+            )
 
     def outside_data(self) -> list[str]:
         """Sites that the guide draws outside the data plates."""

@@ -14,7 +14,7 @@ from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from gumbo.errors import BadInput, GumboWarning, UnknownName
-from gumbo.inference import from_pyro_svi, loo_approximate_posterior, predict, to_arviz
+from gumbo.inference import diagnose, evaluate, from_pyro_svi, loo_approximate_posterior, predict, to_arviz
 from gumbo.inference.posterior import _arviz
 
 X = torch.linspace(-1.0, 2.0, 12).double()
@@ -380,6 +380,33 @@ def test_draws_of_faulty_samplers_are_announced(observed):
                 to_arviz(model, guide, X[:2], num_samples=10, groups=[name])
         else:
             to_arviz(model, guide, X[:2], num_samples=10, groups=[name])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_guide_that_draws_from_another_law_than_its_density_is_announced(size):
+    """LKJCholesky is right in two dimensions."""
+
+    def model(x):
+        root = pyro.sample("root", dist.LKJCholesky(size, 2 * ONE))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.MultivariateNormal(torch.zeros(size).double(), scale_tril=root), obs=x)
+
+    def guide(x):
+        pyro.sample("root", dist.LKJCholesky(size, 2 * ONE))
+
+    x, quick = torch.eye(size).double(), {"num_simulations": 20, "refine_steps": 0, "num_samples": 100}
+    for asked in (
+        lambda: evaluate(model, guide, x, num_samples=10),
+        lambda: to_arviz(model, guide, x, num_samples=10, groups=["posterior"]),
+        lambda: diagnose(model, guide, x, **quick),
+    ):
+        if size == 2:
+            asked()
+        else:
+            with pytest.warns(
+                GumboWarning, match="the guide's site 'root': .* importance weights, evidence and ELBO are wrong"
+            ):
+                asked()
 
 
 @pytest.mark.parametrize("model", [truncated, censored])
