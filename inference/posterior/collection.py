@@ -16,7 +16,7 @@ from ...options import fits
 from ..engine.progress import Progress
 from ..engine.scopes import quietly
 from .importance import integrated, pieces
-from .likelihoods import changing_factors, factors_of_prior, likelihoods_of
+from .likelihoods import changing_factors, factors_of_prior, likelihoods_of, masked_priors, warn_of_ignored
 from .runner import Pass, Sweep
 from .sites import Block, SiteLayout
 
@@ -34,6 +34,7 @@ GROUPS = (
     "vi_stats",
 )
 _FROM_PRIOR = frozenset({"prior", "prior_predictive"})
+_PREDICTIVE = frozenset({"posterior_predictive", "prior_predictive"})
 
 
 @dataclass
@@ -101,6 +102,13 @@ class Collection:
             of_data = {"posterior_predictive"} if name in self.sweep.observed else set()
             if groups := self.groups & (_FROM_PRIOR | of_data):
                 warnings.warn(f"site {name!r}: {reason}; {_listed(groups)} hold such draws", GumboWarning, stacklevel=5)
+        for name in masked_priors(self.sweep) if self.groups & _FROM_PRIOR else ():
+            warnings.warn(
+                f"the prior of site {name!r} is masked, and the draws of {_listed(self.groups & _FROM_PRIOR)} do not "
+                "follow that: leave them out of groups, or give it a proper prior",
+                GumboWarning,
+                stacklevel=5,
+            )
 
     def _warn_of_factors(self, run: Pass) -> None:
         groups = self.groups & _FROM_PRIOR
@@ -202,6 +210,7 @@ class Collection:
         self.largest_log_p = 0.0
         self.factors: dict[str, torch.Tensor] = {}  # of the first draw of the prior
         self.told: set[str] = set()
+        self.ignored: dict[str, torch.Tensor] = {}  # factors of data, of the first draw of the posterior
         self.observed: dict[str, np.ndarray] = {}  # without masks
         # Which numbers of masked latents have a posterior.
         masked = self.sweep.masked_latents
@@ -304,6 +313,8 @@ class Collection:
                 known[block.index(model.layouts[name].names)] = shown[0].cpu().numpy()
         self._weights(chain, sweep, start, stop, block, guide, model)
         if "posterior_predictive" in self.groups:
+            if chain == 0 and not any(span.start for span in block.at.values()):
+                warn_of_ignored(model, _listed(self.groups & _PREDICTIVE), self.ignored, self.told, stacklevel=7)
             values = {name: sweep.held(model, name) for name in sweep.latents}
             again = sweep.model_run(count, block, values, observe=False)
             for name in sweep.observed:
@@ -424,6 +435,8 @@ class Collection:
         sweep.keep(held, run, new, sweep.model_sites)
         if chain == 0 and not any(span.start for span in block.at.values()):
             self._warn_of_factors(run)
+            if "prior_predictive" in self.groups:
+                warn_of_ignored(run, _listed(self.groups & _PREDICTIVE), self.factors, self.told, stacklevel=7)
         for (group, name), array in self.arrays.items():
             if group in _FROM_PRIOR:
                 self._write(chain, array, start, stop, block, run.shown_value(name))

@@ -87,6 +87,35 @@ def factors_of_prior(sweep: Sweep) -> list[str]:
     return [one.name for one in _factors(sweep) if sweep.observed and not _owners(sweep, one)]
 
 
+def warn_of_ignored(model: Pass, groups: str, first: dict[str, torch.Tensor], told: set[str], stacklevel: int) -> None:
+    """Warn, once each, of factors of an observed site that change with the latents: data drawn anew ignore them."""
+    of_data = {one.name for one in _factors(model.sweep) if _owners(model.sweep, one)}
+    for name in (set(changing_factors(model, first)) & of_data) - told:
+        told.add(name)
+        warnings.warn(
+            f"factor {name!r} depends on the latents, and the data drawn in {groups} ignore it: they are wrong if it "
+            "makes a truncated or censored law: write such a law as a distribution, or leave the draws out of groups",
+            GumboWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def masked_priors(sweep: Sweep) -> list[str]:
+    """The latents whose prior is masked where the density depends on them: the model's draws do not follow it."""
+    if not sweep.masked_latents or sweep.swept:
+        return []
+    found = []
+    with quietly(sweep.model, sweep.guide, 0):
+        _, model = sweep.run(1)
+        values, drawn = {name: sweep.held(model, name) for name in sweep.latents}, sweep.model_run(1)
+        for name in sorted(sweep.masked_latents):
+            moved = values | {name: torch.where(model.shown(name), values[name], drawn.value(name))}
+            ends = (run.joint_log_prob(()) for run in (model, sweep.model_run(1, fixed=moved)))
+            if not agree(*ends, sweep.model_sites[name].dtype):
+                found.append(name)
+    return found
+
+
 def changing_factors(model: Pass, first: dict[str, torch.Tensor] | None = None) -> list[str]:
     """The factors whose log-probability differs between the draws of a run, or from the ``first`` draw of all runs."""
     found, first = [], {} if first is None else first

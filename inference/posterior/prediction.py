@@ -23,6 +23,7 @@ from ..engine.scopes import kept_buffers, modules_of, private_seed, quietly
 from . import _arviz
 from .collection import Array, as_array, kind_of_array
 from .conversion import afford
+from .likelihoods import warn_of_ignored
 from .naming import Naming, check_names
 from .opened import OpenedModel, opened_model
 from .parts import exact_pair
@@ -160,7 +161,7 @@ class Predictions:
         """Make all draws of one chain."""
         for array in self.arrays if chain == 0 else ():
             array.data = np.zeros(self.full_shape(array), kind_of_array(array.dtype))
-        done = 0
+        done, factors, told = 0, {}, set()
         with quietly(sweep.model, sweep.guide, seed):
             for start, stop in self._chunks(sweep):
                 held: dict[tuple, torch.Tensor] = {}
@@ -172,6 +173,8 @@ class Predictions:
                     shared, new = sweep.known(held, block, sweep.model_sites, "observed")
                     model = sweep.model_run(stop - start, block, values | shared, observe=False)
                     sweep.keep(held, model, new, sweep.model_sites)
+                    if chain == 0 and not any(span.start for span in block.at.values()):
+                        warn_of_ignored(model, GROUP, factors, told, stacklevel=4)
                     for array in self.arrays:
                         where = (chain, slice(start, stop), *block.index(array.plates))
                         array.data[where] = as_array(model.shown_value(array.name))

@@ -356,6 +356,46 @@ def test_prior_draws_that_do_not_follow_a_factor_are_announced():
     to_arviz(constant, wrong_guide, X, num_samples=20)
 
 
+@pytest.mark.parametrize("model", [truncated, censored])
+def test_data_that_are_drawn_without_their_factor_are_announced(model):
+    for name in ("posterior_predictive", "prior_predictive"):
+        with pytest.warns(GumboWarning, match=f"the data drawn in {name} ignore it: they are wrong if"):
+            to_arviz(model, wrong_guide, X.abs(), num_samples=20, groups=[name])
+    with pytest.warns(GumboWarning, match="the data drawn in predictions ignore it"):
+        predict(model, wrong_guide, X.abs(), num_samples=20)
+    to_arviz(model, wrong_guide, X.abs(), num_samples=20, groups=["posterior", "prior", "log_likelihood"])
+
+    def weighted(x):
+        """A constant of each row changes no law."""
+        mean = pyro.sample("mean", dist.Normal(ZERO, 2 * ONE))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, ONE), obs=x)
+            pyro.factor("weight", x)
+
+    to_arviz(weighted, wrong_guide, X, num_samples=20)
+    predict(weighted, wrong_guide, X, num_samples=20)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_draws_of_a_masked_prior_are_announced(read):
+    """A flat prior is drawn as if it were not masked; an element that nothing reads has no prior."""
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(ZERO, 2 * ONE).mask(False))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean if read else ZERO, ONE), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(x.mean(), len(x) ** -0.5).mask(read))
+
+    if not read:
+        to_arviz(model, guide, X, num_samples=20)
+        return
+    with pytest.warns(GumboWarning, match="the prior of site 'mean' is masked, and the draws of prior and prior_pred"):
+        to_arviz(model, guide, X, num_samples=20)
+    to_arviz(model, guide, X, num_samples=20, groups=["posterior", "posterior_predictive"])
+
+
 @pytest.mark.parametrize("observed", [True, False])
 def test_draws_of_faulty_samplers_are_announced(observed):
     laws = {True: dist.SineBivariateVonMises(ZERO, ZERO, ONE, ONE, ONE / 2), False: dist.LKJCholesky(3, ONE)}
@@ -422,7 +462,8 @@ def test_leave_one_out_of_data_with_factors_is_that_of_quadrature(model):
     def guide(x):
         pyro.sample("mean", dist.StudentT(8 * ONE, centre, 1.1 * spread))
 
-    found = loo_approximate_posterior(to_arviz(model, guide, x, num_samples=20_000), pointwise=True)
+    groups = ["posterior", "log_likelihood", "sample_stats"]
+    found = loo_approximate_posterior(to_arviz(model, guide, x, num_samples=20_000, groups=groups), pointwise=True)
     np.testing.assert_allclose(densities(found), exact, atol=0.02)
 
 
@@ -435,7 +476,7 @@ def test_observed_sites_without_a_factor_keep_their_own_log_likelihood():
                 pyro.sample("y", dist.Normal(mean, ONE), obs=x.expand(3, -1))
                 pyro.factor("tilt", mean * x)
 
-    idata = to_arviz(model, wrong_guide, X, num_samples=20)
+    idata = to_arviz(model, wrong_guide, X, num_samples=20, groups=["posterior", "log_likelihood"])
     found, means = group(idata, "log_likelihood"), torch.as_tensor(group(idata, "posterior")["mean"].values[0])
     np.testing.assert_allclose(found["x"].values[0], normal(X, means[:, None]), rtol=1e-12)
     tilted = normal(X, means[:, None, None]) + means[:, None, None] * X
