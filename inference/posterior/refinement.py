@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,12 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints, transform_to
 
-from ...errors import BadInput, UnsupportedSite
+from ...errors import PROGRAM_ERRORS, BadInput, GumboError, UnsupportedSite
 from ...options import holds_to_annotations
 from ..engine.progress import Progress
 from ..engine.rows import Rows
@@ -45,6 +46,10 @@ class RefinedGuide(nn.Module):
         guide: the guide, a module or a function.
         data: the rows, in any form that `evaluate` takes.
         shared: also refine latents outside the data plate.
+
+    Raises:
+        BadInput: no latent in a plate over the data, or plates of the same size that cannot be told apart.
+        UnsupportedSite: a site without parameters that can be moved.
     """
 
     def __init__(self, guide: Callable, data: object, *, shared: bool = False):
@@ -55,8 +60,9 @@ class RefinedGuide(nn.Module):
         self.offsets = nn.ParameterDict()
         with torch.no_grad(), private_store(guide), private_seed(None, guide):
             trace = poutine.trace(guide).get_trace(*rows.args, **rows.kwargs)
+            plates = set() if shared else _plates_of_data(guide, rows, trace)
         for name, site in random_sites(trace):
-            if not _drawn(site) or not (shared or _of_single_data(site, self.num_rows)):
+            if not _drawn(site) or not (shared or plates & _plates_of_size(site, self.num_rows)):
                 continue
             own = own_parameters(site["fn"])
             if not own and not _has_encoder(guide):
@@ -98,11 +104,36 @@ def _drawn(site: Mapping[str, Any]) -> bool:
     return not site["is_observed"] and not is_computed(site)
 
 
-def _of_single_data(site: Mapping[str, Any], rows: int) -> bool:
-    """Whether one of the site's plates has the size of the data."""
+def _plates_of_size(site: Mapping[str, Any], rows: int) -> set[str]:
+    """The site's plates that have that many rows."""
     batch = site["fn"].batch_shape
-    dims = [frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
-    return any(-dim <= len(batch) and batch[dim] == rows for dim in dims)
+    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+    return {frame.name for frame in frames if -frame.dim <= len(batch) and batch[frame.dim] == rows}
+
+
+def _plates_of_data(guide: Callable, rows: Rows, trace: Trace) -> set[str]:
+    """The plates of the data's size, without those whose size does not follow the data where another's does.
+
+    Raises:
+        BadInput: several plates of that size, in a guide that cannot be run on fewer rows to tell them apart.
+    """
+    sites = [site for _, site in random_sites(trace) if _drawn(site)]
+    found = {name for site in sites for name in _plates_of_size(site, len(rows))}
+    following: set[str] = set()
+    if found and not rows.whole and len(rows) > 1:
+        fewer = rows[torch.arange(len(rows) - 1)]
+        with suppress(GumboError, *PROGRAM_ERRORS):
+            shorter = poutine.trace(guide).get_trace(*fewer.args, **fewer.kwargs)
+            again = [site for _, site in random_sites(shorter) if _drawn(site)]
+            following = {name for site in again for name in _plates_of_size(site, len(fewer))}
+    if found & following:
+        return found & following
+    if len({frozenset(s["name"] for s in sites if name in _plates_of_size(s, len(rows))) for name in found}) > 1:
+        raise BadInput(
+            f"plates {', '.join(sorted(found))} have as many elements as there are data ({len(rows)}), and the guide "
+            "does not tell which holds the data: give another number of rows, or refine all latents by shared=True"
+        )
+    return found
 
 
 def _has_encoder(guide: Callable) -> bool:

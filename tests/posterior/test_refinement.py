@@ -55,6 +55,32 @@ def test_refinement_finds_the_exact_posterior_of_each_datum(param_store):
     assert guide.shift.item() == 0.7 and guide.shift.grad is None
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_plate_of_the_datas_size_that_is_not_theirs_is_not_refined(fixed):
+    """Three components beside three data, told apart by a run on fewer rows, which a guide of fixed sizes lacks."""
+
+    def guide(x):
+        with pyro.plate("components", len(X)):
+            pyro.sample("centre", dist.Normal(torch.zeros(len(X)).double(), 1.0))
+        with pyro.plate("data", len(X) if fixed else len(x)):
+            pyro.sample("z", dist.Normal(0.2 * x, torch.ones_like(x)).to_event(1))
+
+    if fixed:
+        with pytest.raises(BadInput, match="plates components, data have as many elements as there are data"):
+            RefinedGuide(guide, X)
+    else:
+        assert set(RefinedGuide(guide, X).offsets) == {"z/loc", "z/scale"}
+    assert set(RefinedGuide(guide, X, shared=True).offsets) == {"z/loc", "z/scale", "centre/loc", "centre/scale"}
+
+
+def test_nested_plates_of_the_datas_size_need_not_be_told_apart():
+    def guide(x):
+        with pyro.plate("data", len(X), dim=-1), pyro.plate("pixels", len(X), dim=-2):
+            pyro.sample("z", dist.Normal(torch.zeros(3, 3).double(), 1.0))
+
+    assert set(RefinedGuide(guide, X).offsets) == {"z/loc", "z/scale"}
+
+
 @pytest.mark.parametrize("initial", [(), (torch.tensor(9.0).double(),)], ids=["registered elsewhere", "with a value"])
 def test_a_guide_that_is_a_function_keeps_its_fitted_parameters(initial, param_store):
     pyro.param("shift", torch.tensor(0.7, dtype=torch.float64))
