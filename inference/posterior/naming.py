@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date, datetime, time
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ def _listed(name: str, values: Any) -> np.ndarray:
         raise BadInput(
             f"coords for {name!r} is {type(values).__name__}: expected one value for each element, in a list"
         )
+    if listed.dtype == object and listed.size and all(type(value) is date for value in listed):
+        return np.array([datetime.combine(value, time()) for value in listed], dtype=object)  # files hold times alone
     return listed
 
 

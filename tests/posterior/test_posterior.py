@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from datetime import date
 from functools import partial
 
 import numpy as np
@@ -667,6 +668,15 @@ def test_refits_that_cannot_train_the_guide_are_refused(case, message):
 
 
 # --- ArviZ itself -----------------------------------------------------------------------------------------------------
+
+
+def test_dates_as_coordinates_are_written(tmp_path):
+    """As times: no file holds a ``datetime.date``."""
+    days = [date(2020, 1, 1 + row) for row in range(len(X))]
+    idata = to_arviz(line, AutoNormal(line), X, X, num_samples=5, groups=["observed_data"], coords={"rows": days})
+    _arviz.save(idata, tmp_path / "posterior.nc")
+    found = group(_arviz.load(tmp_path / "posterior.nc"), "observed_data")["y"].coords["rows"].values
+    assert found.astype("datetime64[D]").tolist() == days
 
 
 def test_netcdf_round_trip(tmp_path):
