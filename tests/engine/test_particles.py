@@ -346,7 +346,7 @@ def test_a_branch_of_a_later_call_is_compared_too():
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shape", [(2, 5), (7,)])
 def test_an_automatic_guide_of_bounded_events_takes_all_particles_at_once(shape, seed):
-    """A transform of one particle may round otherwise than that of several, and a point has no density beside itself."""
+    """A transform of one particle may round otherwise than of several, and a point has no density beside itself."""
 
     def model():
         law = dist.Uniform(torch.tensor(-0.5, dtype=F64), 20.5).expand(shape).to_event()
