@@ -162,7 +162,7 @@ def balanced(labels, count: int):
 
 
 def conclude(found: Sequence[dict[str, Any]]) -> list[str]:
-    """By number of classes: how many times faster a step is with one sample than with the sum."""
+    """How many times faster a step is with one sample than with the sum, and the errors beside those of the labels."""
     times: dict[tuple[int, str], list[float]] = {}
     for numbers in found:
         if "classes" in numbers["cell"]:
@@ -177,7 +177,23 @@ def conclude(found: Sequence[dict[str, Any]]) -> list[str]:
             said.append(
                 f"{classes} classes: a step with Gumbel-softmax is {ratio:.1f} times as fast as the sum{theirs}."
             )
-    return said
+    return said + _errors(found)
+
+
+def _errors(found: Sequence[dict[str, Any]]) -> list[str]:
+    from gumbo.experiments.compare import mean_and_error
+
+    errors: dict[str, list[float]] = {}
+    for numbers in found:
+        if "classes" not in numbers["cell"]:
+            errors.setdefault(numbers["cell"]["estimator"], []).append(numbers["value"])
+    alone = errors.pop(ALONE, [])
+    if min(map(len, [alone, *errors.values()])) < 2 or not errors:
+        return []
+    mean, error = mean_and_error(alone)
+    rows = ((word, *mean_and_error(values)) for word, values in errors.items())
+    more = [f"{word} {ours - mean:+.1f} ± {(se**2 + error**2) ** 0.5:.1f}" for word, ours, se in rows]
+    return [f"Errors with the labels alone: {mean:.1f} ± {error:.1f} %; points more with {', '.join(more)}."]
 
 
 def cells() -> list[Cell]:
