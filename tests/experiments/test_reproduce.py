@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from gumbo.errors import BadInput
 from gumbo.experiments import reproduce
 from gumbo.experiments.reproduction import tables
 
@@ -105,6 +108,39 @@ def test_a_cell_that_does_not_exist_is_refused_in_one_line(run):
 def test_showing_what_was_found_trains_nothing(run):
     status, said = run("arm", "--show")
     assert status == 0 and "published" in said.out
+
+
+@pytest.mark.parametrize("word", ["enumerate", "rloo", "labels-alone"])
+def test_an_interrupted_accuracy_goes_on_with_the_same_numbers(word, tmp_path, monkeypatch):
+    from gumbo.experiments.reproduction import semi_supervised
+
+    noise = torch.Generator().manual_seed(0)
+    x, images = (torch.rand(n, 1, 28, 28, generator=noise).round() for n in (300, 200))
+    monkeypatch.setattr(semi_supervised, "digits", lambda: (x, images, torch.arange(200) % 10))
+    (cell,) = tables["semi-supervised"].chosen([f"accuracy/{word}"])
+    whole = cell.run(1, 6, tmp_path / "whole")
+    cell.run(1, 3, tmp_path / "cut")
+    cut = cell.run(1, 6, tmp_path / "cut")
+    assert [point["step"] for point in cut["progress"]] == [3, 6]
+    assert cut["progress"] == whole["progress"] and cut["value"] == whole["value"]
+
+
+@needs_data
+def test_labels_of_the_fixed_test_digits_are_checked_against_gray_ones(monkeypatch):
+    from gumbo.experiments import data
+    from gumbo.experiments.reproduction import semi_supervised
+
+    unlabelled, images, labels = semi_supervised.digits()
+    assert len(unlabelled) == 50_000 and labels.bincount().tolist()[:2] == [980, 1135]
+    load = data.load
+
+    def shuffled(name, **options):
+        found = load(name, **options)
+        return replace(found, test=found.test.flip(0)) if name == "binarized-mnist" else found
+
+    monkeypatch.setattr(data, "load", shuffled)
+    with pytest.raises(BadInput, match="are not those of mnist"):
+        semi_supervised.digits()
 
 
 @pytest.mark.parametrize("name", list(tables))
