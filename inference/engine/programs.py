@@ -377,13 +377,14 @@ class Program:
             scaled = None if draws is None else scale_and_mask(unscaled, msg["scale"], msg["mask"])
             if terms.take(site, msg, factor, place, scaled):
                 return site
-        site.log_prob = self._lay_out(name, scale_and_mask(unscaled, msg["scale"], msg["mask"]), frames)
+        scaled = scale_and_mask(unscaled, msg["scale"], msg["mask"])
+        site.log_prob = self._lay_out(name, scaled, frames)
         if isinstance(site.scale, Tensor) and site.scale.requires_grad:
             site.unscaled = self._lay_out(name, scale_and_mask(unscaled, 1.0, msg["mask"]), frames)
         if site.estimator is not None and (site.estimator.log_q == "value" or site.estimator.enumerates):
             own = site.fn if site.estimator.enumerates else fn
             raw = score_log_prob(own, value) if has_own_mask(fn) or site.fn is not own else unscaled
-            site.score = self._lay_out(name, raw, frames)
+            site.score = site.log_prob if raw is scaled else self._lay_out(name, raw, frames)
         elif site.factor:
             site.score = self._lay_out(name, unscaled, frames)
         elif site.estimator is not None and site.estimator.has_path and name not in draws.fixed and has_score_term(fn):

@@ -330,7 +330,8 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
         if logits.shape != value.shape:
             logits, value = torch.broadcast_tensors(logits, value)
         lost = F.binary_cross_entropy_with_logits(logits, value, reduction="none")
-        return -sum_rightmost(lost, fn.reinterpreted_batch_ndims)
+        dims = fn.reinterpreted_batch_ndims
+        return -(lost.sum(-1) if dims == 1 else sum_rightmost(lost, dims))  # the latter reshapes first
     return fn.log_prob(value)
 
 
