@@ -337,7 +337,8 @@ def front(every: Mapping[str, list[dict[str, Any]]]) -> str:
     lines = [
         "Published tables, run again cell by cell. [docs/results.md](docs/results.md) has every number and command; "
         "`gumbo reproduce all` runs what is missing. The published numbers of `reinmax`, the errors of "
-        "`semi-supervised` and two k̂ of `posteriors` are quoted from memory; check them against the papers before you cite them.",
+        "`semi-supervised` and two k̂ of `posteriors` are quoted from memory; check them against the papers before you "
+        "cite them.",
         "",
         *markdown(["table", "cells run", "what comes out", "command"], rows),
     ]
