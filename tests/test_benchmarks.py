@@ -44,6 +44,7 @@ def run(*command: str) -> str:
 # elimination.py
 
 
+@pytest.mark.slow
 def test_the_rivals_of_elimination_have_one_loss(tmp_path):
     small = ("--lengths", "4", "--states", "2", "--rounds", "1", "--float64", "--out", str(tmp_path / "found.json"))
     said = run(str(FOLDER / "elimination.py"), *small)
@@ -249,6 +250,7 @@ def test_the_race_on_digits():
         assert (told["times_faster"] is None) == (ours.best < told["best"])
 
 
+@pytest.mark.slow
 def test_the_race_takes_the_winners_of_the_tuning(tmp_path, monkeypatch):
     bound = script("time_to_bound")
     assert bound.chosen(tmp_path) == (bound.STOCKS, bound.OURS)

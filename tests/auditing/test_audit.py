@@ -170,6 +170,7 @@ def test_moments_are_those_of_the_draws():
 # Right estimators.
 
 
+@pytest.mark.slow
 def test_right_estimators_are_flagged_no_oftener_than_stated():
     reports = [run("one coin", "score", "rloo", num_samples=40, burn_in=0, seed=seed, alpha=0.2) for seed in range(25)]
     # Binomial(25, 0.2) exceeds 11 with probability 0.002.
@@ -448,6 +449,7 @@ def test_the_exact_bound_of_a_plate_is_that_of_its_elements():
     assert whole.attrs["reference_loss"] == pytest.approx(sum(half.attrs["reference_loss"] for half in halves))
 
 
+@pytest.mark.slow
 def test_a_value_of_ones_own_is_not_held_against_the_bound_that_it_inherits():
     class HalvedBound(ImportanceWeightedBound):
         name = "halved-iwae"
@@ -463,6 +465,7 @@ def test_a_value_of_ones_own_is_not_held_against_the_bound_that_it_inherits():
     assert not found.attrs["reference_is_exact"]
 
 
+@pytest.mark.slow
 def test_an_objective_of_somebodys_own_is_held_against_a_long_run():
     class Halved(EvidenceLowerBound):
         name = "halved"
@@ -486,6 +489,7 @@ def test_an_objective_of_somebodys_own_is_held_against_a_long_run():
         run("one coin", words, objective=Halved(), reference="exact")
 
 
+@pytest.mark.slow
 def test_programs_that_take_no_particles_at_once_are_audited_one_by_one_and_it_is_said_once():
     matrix = torch.tensor([[0.3, -1.0], [1.2, 0.4], [0.1, 0.8]], dtype=F64)
 
@@ -842,6 +846,7 @@ def step_model(steps):
     return model
 
 
+@pytest.mark.slow
 def test_a_reference_of_paths_gives_way_where_the_cost_steps():
     words = ["pathwise", "rloo", "measure-valued"]
     report = audit(step_model(True), StepGuide(), estimators=words, num_samples=1000)
@@ -860,6 +865,7 @@ def test_a_reference_of_paths_gives_way_where_the_cost_steps():
     assert report.attrs["reference_total_norm"] == pytest.approx(norm, abs=4 * report.attrs["reference_total_error"])
 
 
+@pytest.mark.slow
 def test_a_reference_of_paths_stays_where_the_cost_is_smooth_and_another_word_is_wrong():
     class Wrong(ScoreFunction):
         def surrogate(self, view):

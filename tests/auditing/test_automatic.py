@@ -31,6 +31,7 @@ def coins(latents=5):
     return model, BernoulliGuide(model), torch.bernoulli(torch.full((6, 1, 2, 3), 0.5))
 
 
+@pytest.mark.slow
 def test_the_choice_has_the_least_variance_times_model_runs():
     model, guide, x = coins()
     words = ["score", "score-average", "rloo", "disarm", "local-expectation", "enumerate"]
@@ -239,6 +240,7 @@ def test_a_schedule_looks_again_and_says_so(tmp_path, turns, capsys):
     assert said.count("auto chose z: ") == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_looks_again_goes_on_to_the_same_numbers(tmp_path):
     made = {"again": (2, 4), "max_evaluations": 1}
     for seed, calls in ((0, 4), (5, 3)):

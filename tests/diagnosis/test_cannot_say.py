@@ -383,6 +383,7 @@ def test_a_guide_on_one_of_two_mirror_modes_misses_half_of_the_mass():
         assert "all signs change" in found.advice
 
 
+@pytest.mark.slow
 def test_a_guide_on_both_mirror_modes_or_on_the_only_one_misses_none():
     for model, guide, y in ((regress(True), both_modes, SIGNED.abs()), (regress(False), one_mode, SIGNED)):
         assert diagnose(model, guide, y, **QUICK)["missed-mass"].verdict != "alarm"

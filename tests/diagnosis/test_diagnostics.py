@@ -556,6 +556,7 @@ def known_mean_guide(x):
     pyro.sample("z", dist.Normal((1 + x.sum()) / (1 + len(x)), (1 + len(x)) ** -0.5))
 
 
+@pytest.mark.slow
 def test_numbers_that_the_prior_determines_are_no_points(param_store):
     """The zeros of a triangular factor, and a Delta prior."""
     report = diagnose(known_mean, known_mean_guide, X, **QUICK)
@@ -663,6 +664,7 @@ def test_a_point_is_a_point_in_single_precision_too():
     assert report.alarms == ["point"]
 
 
+@pytest.mark.slow
 def test_no_program_needs_its_particles_together_to_be_fitted_again():
     report = diagnose(columns, AutoNormal(columns), X, num_samples=200, num_refits=2, refine_steps=0)
     assert "refits" in report.alarms

@@ -92,6 +92,7 @@ def test_a_mask_within_the_event():
     assert found.alarms == [] and found["missed-mass"].verdict == "ok"
 
 
+@pytest.mark.slow
 def test_what_is_not_masked_is_judged_as_before():
     mask = torch.arange(40) < 4
     x = torch.linspace(0.5, 2.0, 40)

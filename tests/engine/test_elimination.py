@@ -77,7 +77,7 @@ def close(found, expected, relative=1e-8):
     return ((found - expected).norm() <= relative * expected.norm()).item()
 
 
-@pytest.mark.parametrize("length", [5, 50, 500])
+@pytest.mark.parametrize("length", [5, 50, pytest.param(500, marks=pytest.mark.slow)])
 def test_a_chain_has_the_evidence_and_gradient_of_the_forward_algorithm(length):
     chain, y = Chain(16), 3 * randn(length)
     loss = SiteELBO()(chain, nothing)

@@ -148,6 +148,7 @@ def test_all_runs_of_one_gradient_see_the_same_masks(word, options):
     assert len(found) > len(layers)  # and the next gradient sees others
 
 
+@pytest.mark.slow
 def test_estimates_under_dropout_average_to_the_mean_over_masks():
     torch.manual_seed(12)
     model, guide = CoinsModel(), CoinsGuide()

@@ -90,7 +90,7 @@ def coins(count):
     return program
 
 
-@pytest.mark.parametrize("vectorize", [None, True, False])
+@pytest.mark.parametrize("vectorize", [pytest.param(None, marks=pytest.mark.slow), True, False])
 def test_the_limit_on_listed_values_is_one_for_the_program(vectorize):
     start = time.monotonic()
     says = (

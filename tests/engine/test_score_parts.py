@@ -306,8 +306,7 @@ MIXED = {"e": "enumerate", "y": "score", "g": "score"}
     ("words", "vectorize", "place"),
     [
         *(("score", True, place) for place in ("before", "after", "last")),
-        *(pytest.param(MIXED, False, place, marks=pytest.mark.slow) for place in ("before", "after")),
-        (MIXED, False, "last"),
+        *(pytest.param(MIXED, False, place, marks=pytest.mark.slow) for place in ("before", "after", "last")),
     ],
     ids=str,
 )

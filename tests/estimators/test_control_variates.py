@@ -714,7 +714,7 @@ def test_a_network_of_many_kinks_is_continuous(seed):
         assert loss((torch.rand(2, 1, 3, 3) > 0.5).double()).isfinite()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), F64])
 @pytest.mark.parametrize("last", BROKEN)
 def test_a_jump_among_kinks_is_found(last, dtype):
     for seed in range(4):

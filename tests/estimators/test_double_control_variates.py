@@ -126,6 +126,7 @@ def variance(word, model, guide, settle):
     return torch.stack([gradient(loss(), guide) for _ in range(300)]).var(0).sum()
 
 
+@pytest.mark.slow
 def test_it_varies_less_than_leave_one_out_and_its_coefficients_help():
     """300 draws know a variance to some 10 %."""
     guide = VectorGuide()

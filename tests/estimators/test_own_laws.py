@@ -89,6 +89,7 @@ def mean_of(word, model, guide, draws):
     return torch.stack([gradient(loss(), guide) for _ in range(1 if word == "enumerate" else draws)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Gated, WithMoments])
 def test_every_word_refuses_a_coin_of_another_law_or_is_right(kind):
     torch.manual_seed(0)
@@ -112,6 +113,7 @@ def test_every_word_refuses_a_coin_of_another_law_or_is_right(kind):
             assert not misses(found, truth, resolves=0.35), word
 
 
+@pytest.mark.slow
 def test_every_word_refuses_a_normal_of_another_law_or_is_right():
     torch.manual_seed(0)
     model, guide = Model(dist.Normal(torch.zeros(2, dtype=F64), 1.0)), Guide(Wide)

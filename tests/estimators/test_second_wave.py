@@ -67,7 +67,8 @@ class ClassModel(Params):
             pyro.sample("x", dist.Normal((y * self.w).sum(-1), 0.5), obs=torch.tensor([0.3, 1.1], dtype=F64))
 
 
-@pytest.mark.parametrize("kind", ["coins", pytest.param("classes", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["coins", "classes"])
 def test_the_audit_clears_them_and_convicts_them_made_wrong(kind):
     right, wrong = RIVALS[kind]
     model, guide = DISCRETE["plate"].make() if kind == "coins" else (ClassModel(), ClassGuide())
@@ -129,7 +130,8 @@ class Backwards(MeasureValued):
         return -super().surrogate(view)
 
 
-@pytest.mark.parametrize("law", [law if law == "Gamma" else pytest.param(law, marks=pytest.mark.slow) for law in LAWS])
+@pytest.mark.slow
+@pytest.mark.parametrize("law", LAWS)
 def test_the_audit_clears_measure_valued_derivatives_of_every_family_and_convicts_wrong_ones(law):
     make = LAWS[law]
     model, guide = PriorModel(make, -0.3, torch.sin), SiteGuide(make, 0.2)
@@ -142,10 +144,11 @@ def test_the_audit_clears_measure_valued_derivatives_of_every_family_and_convict
     assert all(verdict.startswith("flagged") for verdict in said.values()), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", ["Poisson"])
 @pytest.mark.parametrize(
     "cost, verdict",
-    [pytest.param(torch.square, "no bias seen", marks=pytest.mark.slow), (lambda z: torch.cos(3 * z), "biased")],
+    [(torch.square, "no bias seen"), (lambda z: torch.cos(3 * z), "biased")],
 )
 def test_the_audit_sees_the_bias_of_fini_where_the_cost_is_no_polynomial(law, cost, verdict):
     """At the prior itself, so that log p − log q, which is none either, has no part in the cost."""
@@ -156,6 +159,7 @@ def test_the_audit_sees_the_bias_of_fini_where_the_cost_is_no_polynomial(law, co
     assert not report.unbiased.sel(estimator="fini").item()
 
 
+@pytest.mark.slow
 def test_the_audit_sees_the_bias_of_the_gapped_straight_through_estimator():
     report = audit(ClassModel(), ClassGuide(), estimators=["gapped-straight-through", "carms"], num_samples=500, seed=1)
     assert report.verdict.sel(estimator="gapped-straight-through").item() == "biased"

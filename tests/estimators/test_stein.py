@@ -123,6 +123,7 @@ class WideModel(Params):
             pyro.sample("x", dist.Normal(total.exp(), 1.0), obs=torch.tensor(0.3, dtype=F64).expand(40))
 
 
+@pytest.mark.slow
 def test_training_the_network_lowers_the_variance_and_moves_nothing_else():
     """200 draws know a variance to 10 %."""
     torch.manual_seed(0)

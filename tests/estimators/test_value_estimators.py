@@ -494,6 +494,7 @@ def normal_then_coin_loss(model, guide, nodes=41):
     return -total
 
 
+@pytest.mark.slow
 def test_normal_draws_that_a_later_coin_joins_are_changed_one_at_a_time():
     """z-test of 100 draws at 64 particles; a bias of 0.2 in any parameter would be seen with power 0.99."""
     model, guide = NormalThenCoinModel(), NormalThenCoinGuide()

@@ -49,7 +49,9 @@ def test_help_does_not_wait_for_torch(tmp_path):
     assert run("-c", code, cwd=tmp_path).stdout.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize(
+    "verb", [pytest.param(verb, marks=() if verb in ("compare", "audit") else pytest.mark.slow) for verb in cli.VERBS]
+)
 def test_the_verb_and_the_script_behave_alike(verb, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     by_script = run(str(ROOT / "experiments" / f"{cli.VERBS[verb].module}.py"), "--help", cwd=tmp_path)
@@ -191,7 +193,8 @@ def interruptible():
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_no_worker_outlives_a_comparison(number, tmp_path):
     options = ["--quick", "--jobs", "2", "--epochs", "500", "--folder", "out"]
     started = subprocess.Popen(

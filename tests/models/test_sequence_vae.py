@@ -136,6 +136,7 @@ def test_a_baseline_lowers_the_variance_and_keeps_the_mean():
     assert spread["rloo"] < 0.2 * spread["score"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["nvil", "gumbel-softmax"])
 def test_a_policy_learns_to_count(word):
     torch.manual_seed(0)

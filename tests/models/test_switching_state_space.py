@@ -228,6 +228,7 @@ def test_the_combiner_refuses_flows_over_single_steps():
         CombinerGuide(model, flows=2)
 
 
+@pytest.mark.slow
 def test_diagnosis_and_score_estimators_serve():
     model, given = built(rows=4)
     model, given = model.float(), {name: value.float() for name, value in given.items()}

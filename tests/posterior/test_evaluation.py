@@ -264,6 +264,7 @@ def test_the_data_are_those_of_the_plate_whatever_rows_the_first_tensor_has(mode
     assert found.values["elbo"].tolist() == pytest.approx(truth.tolist(), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_compiled_evaluation_has_the_data_of_the_plate():
     found = evaluate(time_first, time_first_posterior, LONG[:9], num_samples=3, compile=True)
     assert found.values["elbo"].tolist() == pytest.approx(in_time(LONG[:9]).tolist(), abs=1e-9)
@@ -886,6 +887,7 @@ def test_a_guide_that_is_a_point_at_one_of_its_latents_has_no_evidence(make, par
     assert {report[name].verdict for name in ("khat", "ess", "gap")} == {"cannot say"}
 
 
+@pytest.mark.slow
 def test_errors_of_the_draws_are_those_of_repeated_evaluations():
     model, guide, data = regression(1.1)
     cases = [(linear_model, posterior(0.8, 0.3), X), (model, guide, data), (*shared(1.1, 1.1, 33), ROWS)]
@@ -970,7 +972,8 @@ def exact_score_moments():
     return mean.item(), variance.item()
 
 
-@pytest.mark.parametrize("word", ["trace", pytest.param("trace-graph", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["trace", "trace-graph"])
 def test_moments_of_the_score_estimator_are_the_enumerated_ones(word):
     mean, variance = exact_score_moments()
     moments = gradient_moments(CoinModel(), Coin(), make_loss(word), Y, num_samples=4000)

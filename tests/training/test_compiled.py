@@ -121,7 +121,8 @@ def cases():
         for name in PAIRS:
             objectives = sorted(make().objectives - {"rws"})
             for objective in objectives:
-                yield pytest.param(word, name, objective, id=f"{word}-{name}-{objective}")
+                marks = pytest.mark.slow if name == "layers" and objective != "elbo" else ()
+                yield pytest.param(word, name, objective, id=f"{word}-{name}-{objective}", marks=marks)
 
 
 @pytest.mark.parametrize("word, name, objective", list(cases()))
@@ -390,6 +391,7 @@ def _seeded(make, seed=3):
         return make()
 
 
+@pytest.mark.slow
 def test_rebar_probes_the_programs_at_the_calls_it_always_does(monkeypatch):
     from gumbo.inference.estimators import control_variates
 
@@ -930,6 +932,7 @@ def test_complex_parameters_train_and_are_refused_by_name_where_steps_are_compil
             fit(model, TurnedGuide(), x, epochs=1, compile=True, progress=False)
 
 
+@pytest.mark.slow
 def test_a_step_under_autocast_is_compared_with_the_rounding_of_its_products():
     x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng():
@@ -1285,6 +1288,7 @@ def test_fit_refuses_what_a_compiled_step_cannot_do():
         fit(model, NormalGuide(model), data(8), epochs=1, compile=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["rloo", "rebar"])
 def test_a_network_under_two_names_keeps_its_parameters(word, monkeypatch):
     """A guide that draws from the model's own layers: what the capture puts in their place must not stay there."""
@@ -1323,7 +1327,7 @@ class WritesInOrder(PyroModule):
             pyro.sample("x", dist.Normal(mean, 1.0).to_event(2), obs=x)
 
 
-@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("layer", [nn.LSTM, pytest.param(nn.GRU, marks=pytest.mark.slow)])
 def test_recurrent_layers_compile_and_train_as_without(layer):
     x, ends = torch.randn(32, 3, 5, generator=torch.Generator().manual_seed(0)), []
     enabled = torch._C._get_mkldnn_enabled()

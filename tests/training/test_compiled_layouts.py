@@ -128,6 +128,7 @@ def test_a_buffer_that_lies_otherwise_is_captured_again(change, monkeypatch):
     assert len(seen) >= 2
 
 
+@pytest.mark.slow
 def test_the_compiler_gets_a_buffer_whose_elements_share_memory_as_it_lies():
     def prepare(model):
         model.matrix = torch.ones(1, 1).expand(4, 4)

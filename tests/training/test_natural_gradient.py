@@ -162,6 +162,7 @@ def regression(method, steps):
     return -model.likelihood(x).log_prob(y).mean().item()
 
 
+@pytest.mark.slow
 def test_natural_gradient_is_ahead_of_adam_on_heteroscedastic_regression():
     natural = regression("natural", 40)
     adam = min(regression(lr, 40) for lr in (0.003, 0.01, 0.03, 0.1))
