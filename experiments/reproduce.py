@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -101,9 +101,13 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
 def run_cells(config: Reproduce, results: Path, missing: Sequence[tuple]) -> None:
     """Run cells, and write the result of each as it finishes."""
     # A worker may have another current folder.
-    tasks = [(replace(config, folder=str(Path(config.folder).absolute())), *task) for task in missing]
+    there = replace(config, folder=str(Path(config.folder).absolute()), results=str(results.absolute()))
+    tasks = [(there, *task) for task in missing]
     where = {"jobs": config.jobs, "backend": config.backend, "address": config.address}
     for (_, name, cell, seed), numbers in in_parallel(_run, tasks, **where, name=_name):
+        if isinstance(numbers, str):
+            print(f"gumbo reproduce: {name}: {cell.name} seed {seed}: {numbers}", file=sys.stderr)
+            continue
         # The caller writes: a worker that dies leaves no half of a file.
         found = {"cell": asdict(cell), "seed": seed} | numbers | {"table": name}
         found |= {"command": command_of(config, name, cell, seed), "env": found.pop("env")}
@@ -139,11 +143,23 @@ def chosen_cells(config: Reproduce) -> dict[str, list[Any]]:
     return {name: cells for name, cells in chosen.items() if cells}
 
 
-def _run(config: Reproduce, table: str, cell, seed: int) -> dict[str, Any]:
+def _run(config: Reproduce, table: str, cell, seed: int) -> dict[str, Any] | str:
+    """The numbers of a cell; a phrase for one that another process runs or has finished meanwhile."""
+    from gumbo.inference.training.locks import FolderInUse, FolderLock
+
     env = surroundings()
     folder = Path(config.folder) / ("quick" if config.quick else "") / table / f"{slug(cell)}-seed{seed}"
     steps = steps_of(config, cell) or cell.steps
-    return cell.run(seed, steps, folder, quick=config.quick, device=config.device) | {"env": env}
+    try:
+        with FolderLock(folder):
+            if finished(Path(config.results), table, cell, seed) is not None:
+                return "finished by another process meanwhile"
+            return cell.run(seed, steps, folder, quick=config.quick, device=config.device) | {"env": env}
+    except FolderInUse as error:
+        return f"left to {error.owner}, which runs it"
+    finally:
+        with suppress(OSError):  # a cell that keeps nothing leaves it empty
+            folder.rmdir()
 
 
 def _name(_config: Reproduce, table: str, cell, seed: int) -> str:

@@ -33,6 +33,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_to_parent)
 
 
+class FolderInUse(BadInput):
+    """A run folder that another fit writes into; ``owner`` is its process, as text."""
+
+    def __init__(self, message: str, owner: str = "another process"):
+        super().__init__(message)
+        self.owner = owner
+
+
 class FolderLock:
     """A lock on a run folder, which the system releases when the process ends.
 
@@ -47,12 +55,13 @@ class FolderLock:
         self._mine = False
 
     def acquire(self) -> None:
-        """Lock the folder; raises BadInput if another process or thread holds it, GumboError if it is not writable."""
+        """Lock the folder; raises FolderInUse if another process or thread holds it, GumboError if it is read-only."""
         thread = threading.get_ident()
         if self.folder in _held:
             if _held[self.folder][0] == thread:
                 return
-            raise BadInput(f"{self.folder} is in use by another fit in this process: wait, or take another folder")
+            owner = "another fit in this process"
+            raise FolderInUse(f"{self.folder} is in use by {owner}: wait, or take another folder", owner)
         file = self._locked()
         _held[self.folder] = thread, file
         self._mine = True
@@ -62,16 +71,22 @@ class FolderLock:
         while True:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise cannot_write(path, error) from error
+            try:
                 file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:
+                if not self.folder.exists():  # its last holder has removed it, empty
+                    continue
                 raise cannot_write(path, error) from error
             try:
                 _lock(file)
             except BlockingIOError:
                 owner = os.read(file, 100).decode("ascii", "replace").strip() or "another process"
                 os.close(file)
-                raise BadInput(
-                    f"{self.folder} is in use by {owner}, which writes into it: wait for it, or take another folder"
+                raise FolderInUse(
+                    f"{self.folder} is in use by {owner}, which writes into it: wait for it, or take another folder",
+                    owner,
                 ) from None
             except OSError as error:
                 warnings.warn(
@@ -126,4 +141,4 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-__all__ = ["FolderLock"]
+__all__ = ["FolderInUse", "FolderLock"]

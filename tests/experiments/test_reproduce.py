@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import replace
@@ -98,6 +99,38 @@ def test_an_interruption_says_what_is_kept_and_how_to_go_on(run, monkeypatch):
     assert status == 130
     kept = "1 of 2 cells are finished and kept; the same command runs the others"
     assert said.err.splitlines()[-1] == f"gumbo reproduce: interrupted by SIGINT; {kept}"
+
+
+def test_cells_of_another_process_are_left_to_it_and_the_others_run(run, tmp_path, monkeypatch):
+    cells = ("toy", "--quick", "--cells", "[0.45/score, 0.45/rloo, 0.45/disarm]")
+    folder = tmp_path / "runs" / "reproduce" / "quick" / "toy"
+    kept = tmp_path / "runs" / "reproduce" / "quick-results" / "toy"
+    held = folder / "0.45-score-seed0"
+    held.mkdir(parents=True)
+    ran = reproduce._run
+
+    def while_another_finishes(config, table, cell, seed):
+        numbers = ran(config, table, cell, seed)
+        if cell.name == "0.45/disarm":
+            path = kept / "0.45-rloo-seed0.json"
+            (rloo,) = tables["toy"].chosen(["0.45/rloo"])
+            found = {"cell": reproduce.asdict(rloo), "seed": 0, "value": 17.0, "steps": 1, "share": 1.0, "beside": {}}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found))
+        return numbers
+
+    monkeypatch.setattr(reproduce, "_run", while_another_finishes)
+    with open(held / ".lock", "w") as file:  # what FolderLock does in another process
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("process 17")
+        file.flush()
+        status, said = run(*cells)
+    assert status == 0
+    assert "toy: 0.45/score seed 0: left to process 17, which runs it" in said.err
+    assert "toy: 0.45/rloo seed 0: finished by another process meanwhile" in said.err
+    assert "0.45/disarm" in said.out and " 17.00" in said.out and "0.45/score" not in said.out
+    assert [path.name for path in folder.iterdir()] == [held.name]  # a cell that keeps nothing leaves no folder
+    assert run(*cells)[0] == 0 and (kept / "0.45-score-seed0.json").exists() and not held.exists()
 
 
 def test_a_cell_that_does_not_exist_is_refused_in_one_line(run):

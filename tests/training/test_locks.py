@@ -15,6 +15,8 @@ import torch
 
 from gumbo.errors import BadInput
 from gumbo.experiments import cli
+from gumbo.experiments._runs import RunFolder
+from gumbo.experiments.train import Train
 from gumbo.guides import NormalGuide
 from gumbo.inference import fit
 from gumbo.inference.training import locks
@@ -56,7 +58,7 @@ def test_a_folder_in_use_is_refused_and_a_killed_holder_is_taken_over(holder, tm
     with pytest.raises(BadInput, match=f"in use by process {process.pid}"):
         small_fit(folder)
     assert [path.name for path in folder.iterdir()] == [".lock"]
-    (folder / "config.yaml").write_text("experiment: train\nepochs: 1\nmodel_options: {hidden: [2]}\n")
+    RunFolder(folder).write_config("train", Train(epochs=1, model_options={"hidden": [2]}))
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--resume", str(folder)])
     said = capsys.readouterr().err
