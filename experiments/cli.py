@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gumbo.errors import did_you_mean
+from gumbo.errors import Interrupted, did_you_mean
 
 
 class Verb(NamedTuple):
@@ -71,7 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = did_you_mean(name, known, " ")
         print(f"gumbo: error: unknown {kind} {name!r}:{hint} (known: {', '.join(known)})", file=sys.stderr)
         raise SystemExit(2)
-    importlib.import_module(f"gumbo.experiments.{VERBS[name].module}").main(rest, prog=f"gumbo {name}")
+    try:
+        verb = importlib.import_module(f"gumbo.experiments.{VERBS[name].module}")
+    except KeyboardInterrupt:  # torch takes seconds to import
+        stop = Interrupted(signal.SIGINT)
+        print(f"gumbo {name}: {stop}", file=sys.stderr)
+        raise SystemExit(stop.status) from None
+    verb.main(rest, prog=f"gumbo {name}")
 
 
 if __name__ == "__main__":

@@ -235,9 +235,10 @@ def resumable(run: RunFolder, config: Compare, results: Sequence[Mapping[str, An
     try:
         yield
     except BaseException as error:
-        if not results and config.resume is None:
+        nothing = not results and config.resume is None
+        if nothing:
             run.empty()
-        if not results or not isinstance(error, KeyboardInterrupt):
+        if nothing or not isinstance(error, KeyboardInterrupt):
             raise
         how = f"; {len(results)} results are kept; resume with: gumbo compare --resume {os.path.relpath(run.path)}"
         raise Interrupted(getattr(error, "signal", signal.SIGINT), "", how) from None

@@ -351,3 +351,11 @@ def test_a_run_with_json_can_be_gone_on_with_without_it(tmp_path, capsys):
     assert first["epochs"] == 1 and "json" not in first["config"]
     cli.main(["train", "--resume", str(tmp_path / "run"), "--epochs", "2"])
     assert capsys.readouterr().out.startswith("test: ")
+
+
+def test_an_interruption_while_torch_is_imported_is_one_line(capsys, monkeypatch):
+    def importing(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", importing)
+    assert one_line_and_status(capsys, ["train"]) == ("gumbo train: interrupted by SIGINT\n", 130)
