@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gumbo.errors import BadInput, GumboWarning
+from gumbo.errors import BadInput, GumboWarning, shortened
 from gumbo.experiments._command import checked
 from gumbo.experiments._runs import RunFolder
 from gumbo.experiments.train import Train, build, guide_of, inputs_of, load_data, make_loss, settings_of
@@ -97,6 +97,7 @@ def load_parameters(
         if best:
             raise BadInput(f"{run.path} is an export, which holds one set of parameters: leave out best")
         load_weights(model, guide, run.path / WEIGHTS)
+        warn_of_not_finite(run, model, guide)
         return {}
     from gumbo.inference.training.steps import load_unsaved
 
@@ -112,6 +113,7 @@ def load_parameters(
         load_unsaved({"model": model, "guide": guide}, buffers)
     except (RuntimeError, AttributeError, TypeError, ValueError, KeyError) as error:
         raise BadInput(f"{run.path}: the checkpoint's buffers do not fit config.yaml ({error})") from error
+    warn_of_not_finite(run, model, guide)
     return {key.removeprefix("binding."): value for key, value in module.items() if key.startswith("binding.")}
 
 
@@ -127,6 +129,19 @@ def warn_of_other_types(run: RunFolder, prefix: str, program: torch.nn.Module, w
                 stacklevel=4,
             )
             return
+
+
+def warn_of_not_finite(run: RunFolder, model: torch.nn.Module, guide: torch.nn.Module) -> None:
+    """Warn of parameters that are not finite, which ``fit`` saves in no run."""
+    programs = (("model", model), ("guide", guide))
+    named = [(f"{prefix}.{name}", value) for prefix, program in programs for name, value in program.named_parameters()]
+    if wrong := [name for name, value in named if not torch.isfinite(value).all()]:
+        warnings.warn(
+            f"{run.path}: {shortened(wrong, 1)} has values that are not finite: the file was not written by gumbo, or "
+            "was changed, and numbers of these programs are NaN",
+            GumboWarning,
+            stacklevel=4,
+        )
 
 
 def parameters_of(run: RunFolder, best: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -11,15 +11,17 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from gumbo.errors import BadInput
+from gumbo.errors import BadInput, GumboWarning, shortened
 from gumbo.files import append_line, write_whole
 
 LARGEST = 1 << 16  # the largest settings file, in bytes
+NOT_OF_THE_RUN = ("trust", "folder", "resume")  # settings of the command that its run may not record
 DEEPEST = 20  # the deepest nesting, for which YAML's time grows quadratically
 
 
@@ -60,7 +62,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def run_settings(run: str, verb: str, config_class: type) -> dict[str, Any]:
     """The settings in the ``config.yaml`` of a run of ``gumbo VERB``, by the fields of its dataclass.
 
-    Raises BadInput for a folder that is no run, a run of another verb, and a setting that the dataclass lacks.
+    Raises BadInput for a folder that is no run, a run of another verb, and a setting that the dataclass lacks; warns of
+    settings that the file lacks.
     """
     if not run:
         raise BadInput("the name of the run folder is empty: name one (is a variable of your shell not set?)")
@@ -75,8 +78,16 @@ def run_settings(run: str, verb: str, config_class: type) -> dict[str, Any]:
         raise BadInput(f"{run} is not a run folder: {error}") from error
     if found.pop("experiment", None) != verb:
         raise BadInput(f"{run} is not a run of gumbo {verb}")
-    if unknown := set(found) - {item.name for item in fields(config_class)}:
+    known = [item.name for item in fields(config_class)]
+    if unknown := set(found) - set(known):
         raise BadInput(f"{path} has an unknown setting {sorted(unknown)[0]!r}")
+    if missing := [repr(name) for name in known if name not in found and name not in NOT_OF_THE_RUN]:
+        warnings.warn(
+            f"{path} lacks {shortened(missing, 4)}, as in a run of an earlier version: the default is taken, which may "
+            "not be what the run had",
+            GumboWarning,
+            stacklevel=1,  # one place, so that a command that reads the file twice says it once
+        )
     return found
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from gumbo.errors import BadInput, Interrupted, UnknownName
+from gumbo.errors import BadInput, GumboWarning, Interrupted, UnknownName
 from gumbo.experiments import cli, compare, evaluate, listing, plots, train
 from gumbo.experiments._runs import RunFolder
 
@@ -499,7 +499,7 @@ def test_evaluate_refuses_what_is_no_run(tmp_path):
     with pytest.raises(BadInput, match="unknown setting 'latent'"):
         evaluate.evaluate(evaluate.Evaluate(str(tmp_path)))
     (tmp_path / "config.yaml").write_text("experiment: train\n")
-    with pytest.raises(BadInput, match="no checkpoint"):
+    with pytest.warns(GumboWarning, match="lacks 'model', 'guide'"), pytest.raises(BadInput, match="no checkpoint"):
         evaluate.evaluate(evaluate.Evaluate(str(tmp_path)))
     with pytest.raises(UnknownName, match="split"):
         evaluate.evaluate(evaluate.Evaluate(str(tmp_path), split="tests"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -262,3 +263,36 @@ def test_parameters_that_loading_rounds_are_warned_of(run, tmp_path):
     save_checkpoint(path, state | {"module": module})
     with pytest.warns(GumboWarning, match=r"was saved as torch\.float64 and is torch\.float32 here"):
         gumbo.load(folder, best=False)
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["run", "export"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_parameters_that_are_not_finite_are_named(value, exported, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "copy")
+    path = folder / "checkpoints" / "last.pt"
+    state = load_checkpoint(path)
+    name = next(name for name in state["module"] if name.startswith("guide.") and name.endswith("weight"))
+    state["module"][name].view(-1)[0] = value
+    save_checkpoint(path, state)
+    words = rf"{name} has values that are not finite"
+    if exported:
+        with pytest.warns(GumboWarning, match=words):
+            export(Export(str(folder), folder="out"))
+        folder = tmp_path / "out"
+    with pytest.warns(GumboWarning, match=words):
+        loaded = gumbo.load(folder)
+    assert not torch.isfinite(dict(loaded.guide.named_parameters())[name.removeprefix("guide.")]).all()
+
+
+def test_settings_that_a_run_lacks_are_named(run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "copy")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    del settings["particles"], settings["products"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    words = "config.yaml lacks 'particles', 'products'"
+    with pytest.warns(GumboWarning, match=words):
+        gumbo.load(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        cli.main(["evaluate", str(folder), "--importance_samples", "2"])
+    assert capsys.readouterr().err.count(words) == 1
