@@ -12,6 +12,7 @@ from gumbo.errors import BadInput, GumboError, first_line
 from gumbo.experiments._command import run_command
 from gumbo.experiments._names import current_folder_importable, imported, named_objective, program
 from gumbo.experiments._runs import RunFolder
+from gumbo.files import write_by_name
 from gumbo.registry import Registry
 from gumbo.tables import digits, markdown
 
@@ -104,8 +105,8 @@ def audit(config: Audit):
         bare = config.args is None and config.data is None and isinstance(error, TypeError)
         advice = "; say what they are called with: --args module:function" if bare else ""
         raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}{advice}") from error
-    report.to_netcdf(run.path / "audit.nc", engine="h5netcdf")
-    (run.path / "table.md").write_text(as_markdown(report, f"{config.model} and {config.guide}"))
+    write_by_name(run.path / "audit.nc", lambda path: report.to_netcdf(path, engine="h5netcdf"), report.nbytes)
+    run.write_text("table.md", as_markdown(report, f"{config.model} and {config.guide}"))
     plot_audit(report, run.plots / "audit.png")
     plot_audit(report, run.plots / f"audit{NARROW}.png", narrow=True)
     write_report(run, report, f"{config.model} and {config.guide}")

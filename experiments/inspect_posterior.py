@@ -67,7 +67,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
     ranks = {name: _arviz.dataset_of(judged, name) for name in _arviz.groups_of(judged) if name == "prior_sbc"}
     groups = {name: _arviz.dataset_of(idata, name) for name in _arviz.groups_of(idata)}
     _arviz.save(_arviz.make(groups | ranks), run.path / "posterior.nc")
-    (run.path / "diagnosis.txt").write_text(f"{report}\n")
+    run.write_text("diagnosis.txt", f"{report}\n")
     found = {
         "config": asdict(config),
         "ok": report.ok,

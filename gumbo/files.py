@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +15,8 @@ from .errors import GumboError
 
 def cannot_write(path: Path, error: OSError) -> GumboError:
     """A one-line error for a full disk, a folder without write access, a file in place of a folder."""
-    return GumboError(f"cannot write {path}: {error.strerror or error}; what was written before is still there")
+    said = os.strerror(error.errno) if error.errno else error.strerror or error  # HDF5's own text has many lines
+    return GumboError(f"cannot write {path}: {said}; what was written before is still there")
 
 
 def write_whole(
@@ -54,6 +57,33 @@ def write_whole(
         raise
 
 
+def write_by_name(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
+    """Like :func:`write_whole` for a library that opens the file itself, as HDF5 does.
+
+    Args:
+        path: the file; its folder is created.
+        write: called with the temporary name.
+        size: bytes that must be free before: HDF5 crashes on a disk that becomes full.
+
+    Raises:
+        GumboError: the disk is full, or the file cannot be written; no partial file is left.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(partial)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        _remove(partial)
+        raise cannot_write(path, error) from error
+    except BaseException:
+        _remove(partial)
+        raise
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line in one write, so that lines of several processes do not mix.
 
@@ -73,7 +103,7 @@ def append_line(path: Path, line: str) -> None:
                 # Writing the rest raises the error of the full disk.
                 written += os.write(handle, content[written:])
             if written < len(content):
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if os.fstat(handle).st_size < before + len(content):  # else another process has written since
                 os.ftruncate(handle, before)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .files import write_whole
+
 
 def figure(*args: Any, **kwargs: Any):
     """``(figure, axes)`` that need no display, for any backend of the user."""
@@ -22,6 +24,5 @@ def figure(*args: Any, **kwargs: Any):
 
 
 def save(made, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path, dpi=120)
+    write_whole(path, lambda file: made.savefig(file, dpi=120, format="png"), shared=True)
     return path

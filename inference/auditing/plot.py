@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...files import write_whole
 from ...pictures import figure
 
 if TYPE_CHECKING:
@@ -69,8 +71,17 @@ def plot_audit(dataset: xarray.Dataset, path: Any = None, narrow: bool = False) 
         fontsize=9 if narrow else 10,
     )
     if path is not None:
-        made.savefig(path, dpi=150)
+        _save(made, path)
     return made
+
+
+def _save(made: Any, path: Any) -> None:
+    if hasattr(path, "write"):
+        made.savefig(path, dpi=150)
+        return
+    path = Path(path)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    write_whole(path, lambda file: made.savefig(file, dpi=150, format=path.suffix[1:]), shared=True)
 
 
 def _kind(verdict: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import BadInput, GumboWarning
+from ...files import write_by_name
 
 
 def arviz() -> Any:
@@ -79,8 +80,9 @@ def dataset_of(idata: Any, group: str) -> Any:
 
 
 def save(idata: Any, path: str | Path) -> None:
-    """Write NetCDF through h5netcdf, which both versions support."""
-    idata.to_netcdf(str(path), engine="h5netcdf")
+    """Write NetCDF through h5netcdf, which both versions support; GumboError where it cannot be written."""
+    size = sum(dataset_of(idata, group).nbytes for group in groups_of(idata))
+    write_by_name(Path(path), lambda partial: idata.to_netcdf(str(partial), engine="h5netcdf"), size)
 
 
 def load(path: str | Path) -> Any:

@@ -14,16 +14,22 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import xarray
 import yaml
 
-from gumbo import __version__
+from gumbo import __version__, pictures
+from gumbo.errors import GumboError
 from gumbo.experiments import cli, compare
 from gumbo.experiments._command import parse
 from gumbo.experiments.audit import Audit
 from gumbo.experiments.systems import systems
 from gumbo.experiments.train import Train
+from gumbo.inference.auditing import plot
+from gumbo.inference.posterior import _arviz
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -171,6 +177,31 @@ def test_a_full_disk_is_one_line(capsys, tmp_path, monkeypatch):
     said, status = one_line_and_status(capsys, ["train", "--folder", str(tmp_path / "new")])
     assert "cannot write" in said and "No space left on device" in said
     assert status == 1 and not (tmp_path / "new").exists()
+
+
+def failing(*_, **__):
+    raise OSError(errno.EFBIG, "a text of HDF5\nin two lines")
+
+
+@pytest.mark.parametrize("what", ["a picture", "a plot of an audit", "a posterior", "a posterior without room"])
+def test_a_file_that_cannot_be_written_is_named_and_the_old_one_kept(what, tmp_path, monkeypatch):
+    path, said = tmp_path / "old.png", "File too large"
+    path.write_text("old")
+    made, _ = pictures.figure()
+    monkeypatch.setattr(type(made), "savefig", failing)
+    posterior = _arviz.make({"posterior": xarray.Dataset({"z": ("draw", np.ones(9))})})
+    if what == "a posterior without room":
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=71))
+        said = "No space left on device"
+    else:
+        monkeypatch.setattr(type(posterior), "to_netcdf", failing)
+    write = {
+        "a picture": lambda: pictures.save(made, path),
+        "a plot of an audit": lambda: plot._save(made, path),
+    }.get(what, lambda: _arviz.save(posterior, path))
+    with pytest.raises(GumboError, match=f"cannot write {path}: {said}; what was written before"):
+        write()
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def children(pid: int) -> set[int]:
