@@ -53,6 +53,8 @@ def inspect(config: Inspect) -> dict[str, Any]:
         seed=config.seed,
         **inputs,
     )
+    groups = {name: _arviz.dataset_of(idata, name) for name in _arviz.groups_of(idata)}
+    _arviz.refuse_slashes(groups.values(), _arviz.OF_NETCDF)  # before the longer part of the work
     draws = max(config.num_samples, 500)
     report = diagnose(
         model,
@@ -65,7 +67,6 @@ def inspect(config: Inspect) -> dict[str, Any]:
     )
     judged = report.to_arviz()
     ranks = {name: _arviz.dataset_of(judged, name) for name in _arviz.groups_of(judged) if name == "prior_sbc"}
-    groups = {name: _arviz.dataset_of(idata, name) for name in _arviz.groups_of(idata)}
     _arviz.save(_arviz.make(groups | ranks), run.path / "posterior.nc")
     run.write_text("diagnosis.txt", f"{report}\n")
     found = {

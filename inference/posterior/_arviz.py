@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,17 @@ def make(groups: Mapping[str, Any]) -> Any:
     if is_datatree():
         import xarray
 
-        for name in (str(one) for found in groups.values() for one in (*found.variables, *found.dims)):
-            if "/" in name:
-                raise BadInput(
-                    f"the name {name!r} has a slash, which ArviZ 1.x takes for a group: give it another name"
-                )
+        refuse_slashes(groups.values(), "ArviZ 1.x takes for a group")
         return xarray.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
     with _own_groups():
         return arviz().InferenceData(**groups)
+
+
+def refuse_slashes(datasets: Iterable[Any], why: str) -> None:
+    """Raise BadInput for a variable or dimension with a slash in its name."""
+    for name in (str(one) for found in datasets for one in (*found.variables, *found.dims)):
+        if "/" in name:
+            raise BadInput(f"the name {name!r} has a slash, which {why}: give it another name")
 
 
 def dataset(variables: Mapping[str, Any], attrs: Mapping[str, Any] | None = None) -> Any:
@@ -79,9 +82,14 @@ def dataset_of(idata: Any, group: str) -> Any:
     return found.to_dataset() if hasattr(found, "to_dataset") else found
 
 
+OF_NETCDF = "a NetCDF file takes for a group"
+
+
 def save(idata: Any, path: str | Path) -> None:
     """Write NetCDF through h5netcdf, which both versions support; GumboError where it cannot be written."""
-    size = sum(dataset_of(idata, group).nbytes for group in groups_of(idata))
+    datasets = [dataset_of(idata, group) for group in groups_of(idata)]
+    refuse_slashes(datasets, OF_NETCDF)
+    size = sum(one.nbytes for one in datasets)
     write_by_name(Path(path), lambda partial: idata.to_netcdf(str(partial), engine="h5netcdf"), size)
 
 

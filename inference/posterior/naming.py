@@ -23,6 +23,12 @@ def _listed(name: str, values: Any) -> np.ndarray:
         listed = np.asarray(values)
     except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor that requires grad
         listed = np.asarray(None)
+    nested = (one for one in values if isinstance(one, (tuple, list))) if isinstance(values, Iterable) else iter(())
+    for first in nested:  # a MultiIndex has tuples too, which no file holds
+        said = ", ".join(map(str, first))
+        raise BadInput(
+            f"coords for {name!r} has {len(first)} values for one element, {first!r}: expected one, such as {said!r}"
+        )
     if listed.ndim != 1:
         raise BadInput(
             f"coords for {name!r} is {type(values).__name__}: expected one value for each element, in a list"

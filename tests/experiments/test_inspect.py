@@ -166,3 +166,32 @@ def test_the_picture_of_khat_is_of_the_draws_of_the_verdict(tmp_path, monkeypatc
     monkeypatch.setattr("gumbo.inference.diagnose", lambda *a, **k: reports.append(diagnose(*a, **k)) or reports[-1])
     inspect_posterior.inspect(inspect_posterior.Inspect(run, **QUICK))
     assert drawn[0] is reports[0].vi_stats
+
+
+SCOPED = """
+import pyro
+import pyro.distributions as dist
+import torch
+
+
+def data():
+    return torch.linspace(-1, 1, 40).reshape(20, 2)
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("inner/z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+"""
+
+
+def test_a_name_that_no_file_can_hold_is_one_line_before_the_diagnosis(tmp_path, capsys, monkeypatch):
+    (tmp_path / "scoped_program.py").write_text(SCOPED)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = {"model": "scoped_program:model", "data": "scoped_program:data", "guide_options": {"hidden": [4]}}
+    folder = trained(tmp_path / "run", run)
+    capsys.readouterr()
+    with pytest.raises(BadInput, match="the name 'inner/z.*' has a slash, which .* takes for a group") as said:
+        inspect_posterior.inspect(inspect_posterior.Inspect(folder, trust=True, **QUICK))
+    assert "\n" not in str(said.value) and "diagnose" not in capsys.readouterr().err
+    assert not (tmp_path / "run" / "posterior.nc").exists()

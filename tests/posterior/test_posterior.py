@@ -8,6 +8,7 @@ from datetime import date
 from functools import partial
 
 import numpy as np
+import pandas
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -904,6 +905,11 @@ def test_bad_input_is_one_line():
         ({"dims": {"z": ["a", "b"]}}, "dims for 'z' names 2 dimensions"),
         ({"coords": torch.zeros(2)}, "to_arviz: coords is .*: expected a mapping"),
         ({"coords": {"data": 3}}, "coords for 'data' is int: expected one value for each element"),
+        (
+            {"coords": {"data": [("a", 1)] * 3}},
+            r"2 values for one element, \('a', 1\): expected one, such as 'a, 1'",
+        ),
+        ({"coords": {"data": pandas.MultiIndex.from_tuples([("a", 1)] * 3)}}, "coords for 'data' has 2 values for one"),
         ({"dims": True}, "to_arviz: dims is True: expected a mapping"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_samples": 10**9}, "memory_limit"),
