@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gumbo.experiments._runs import RunFolder, environment
+from gumbo.experiments._runs import RunFolder, environment, in_utf8
 from gumbo.tables import digits
 from gumbo.tables import html as html_table
 
@@ -143,7 +143,7 @@ def finish(
     paths = [path for path in paths if not path.stem.endswith(NARROW)]
     if paths:
         page.heading("Pictures")
-    size, left = len((page.html() + before).encode()), []
+    size, left = len(in_utf8(page.html() + before)), []
     for path in paths:
         own = sum(one.stat().st_size * 4 // 3 + 500 for one in (path, _narrow(path)) if one.exists())
         if size + own < MOST_BYTES - 100_000:
@@ -154,7 +154,7 @@ def finish(
     if left:
         page.text(f"Left out, to keep this file small: {', '.join(left)}, in plots/.")
     again(page, environment())
-    settings = escape((run.path / "config.yaml").read_text())
+    settings = escape((run.path / "config.yaml").read_text(encoding="utf-8"))
     page.blocks.append(f"<details><summary>settings of the run</summary><pre>{settings}</pre></details>")
     page.blocks.append(before)
     run.write_text("report.html", page.html())
@@ -163,7 +163,7 @@ def finish(
 
 def _section(path: Path, heading: str) -> str:
     """The report of a run's first verb as a section of a later page; the same one if that page is written again."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     if kept := re.search(r'<section id="earlier">.*</section>', text, re.DOTALL):
         return kept[0]
     if whole := re.search(r"<main>\s*<h1>(.*?)</h1>(.*)</main>", text, re.DOTALL):

@@ -197,7 +197,8 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         try:
-            return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            return [json.loads(line) for line in lines if line.endswith("}")]
         except ValueError as error:  # a last line that a full disk cut ends without a brace
             raise BadInput(f"{self.metrics} is damaged ({error}): mend it, or delete it to go without") from error
 
@@ -340,7 +341,7 @@ class Watch:
 
     def _state(self) -> tuple[int, str]:
         try:
-            lines = self.run.metrics.read_text().splitlines()
+            lines = self.run.metrics.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             return 0, ""
         try:

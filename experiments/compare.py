@@ -205,7 +205,7 @@ def task_identity(task: tuple) -> tuple[str, str, int]:
 def finished(run: RunFolder) -> tuple[list[dict[str, Any]], float]:
     """The results in a run, and the seconds it took; lines of unfinished arms are removed."""
     try:
-        found = json.loads((run.path / "results.json").read_text())
+        found = json.loads((run.path / "results.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         found = {"runs": [], "seconds": 0.0}
     except (OSError, ValueError) as error:

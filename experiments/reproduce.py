@@ -17,7 +17,7 @@ from typing import Any
 
 from gumbo.errors import BadInput, Interrupted, first_line
 from gumbo.experiments._command import refuse_twice, run_command
-from gumbo.experiments._runs import environment
+from gumbo.experiments._runs import environment, in_utf8
 from gumbo.experiments._workers import check_workers, in_parallel
 from gumbo.experiments.compare import mean_and_error
 from gumbo.experiments.reproduction.orderings import is_relaxed
@@ -193,7 +193,7 @@ def finished(results: Path, table: str, cell, seed: int) -> dict[str, Any] | Non
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         kept = dict(found["cell"])
         if not {"value", "steps", "share", "seed"} <= found.keys():
             raise ValueError("a number is missing")
@@ -253,7 +253,7 @@ def write_report(path: Path, table, found: Sequence[dict[str, Any]]) -> None:
     page.curves("Training", curves, "step", table.value.split(",")[0])
     again(page, environment())
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(page.html().encode()), shared=True)
+    write_whole(path, lambda file: file.write(in_utf8(page.html())), shared=True)
     print(f"gumbo reproduce: {path}", file=sys.stderr)
 
 

@@ -367,3 +367,20 @@ def test_functions_are_short_beside_their_documentation():
     assert [node.name for node in functions if without_docstring(node) > 100] == ["fit"]
     long = {node.name: without_docstring(node) for node in functions if node.end_lineno - node.lineno > 100}
     assert max(lines for name, lines in long.items() if name != "fit") <= 60, long
+
+
+def of_the_locale(tree: ast.AST) -> list[int]:
+    """Lines that read or write a text in the encoding of the locale: Path.read_text() and Path.write_text(text)."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    bare = {"read_text": 0, "write_text": 1}  # arguments without an encoding
+    return [
+        call.lineno
+        for call in calls
+        if len(call.args) == bare.get(call.func.attr) and all(word.arg != "encoding" for word in call.keywords)
+    ]
+
+
+def test_text_is_utf8_in_every_locale():
+    found = {path: of_the_locale(parse(path)) for path in sources("gumbo", *ROOMS)}
+    assert {str(path.relative_to(ROOT)): lines for path, lines in found.items() if lines} == {}
+    assert of_the_locale(ast.parse("path.read_text()\npath.write_text(text)\nrun.write_text(name, text)")) == [1, 2]

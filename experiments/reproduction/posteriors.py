@@ -46,7 +46,7 @@ PUBLISHED = {
 
 @lru_cache(maxsize=1)
 def references() -> dict[str, Any]:
-    return json.loads((HERE / "posteriordb.json").read_text())
+    return json.loads((HERE / "posteriordb.json").read_text(encoding="utf-8"))
 
 
 def program(name: str):

@@ -284,7 +284,8 @@ class Curve:
 
     def points(self, losses: Mapping[int, float], per_epoch: int) -> tuple[float, list[dict[str, float]]]:
         """Seconds of an epoch (NaN if no epoch was timed), and the points: step, seconds of training, numbers."""
-        looked = {point.pop("epoch"): point for point in map(json.loads, self.path.read_text().splitlines())}
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        looked = {point.pop("epoch"): point for point in map(json.loads, lines)}
         laps = {epoch: point.pop("epoch_seconds") for epoch, point in looked.items()}
         known = [lap for lap in laps.values() if lap is not None]
         usual = median(known) if known else math.nan

@@ -87,7 +87,7 @@ class Choices:
 
     def _read(self) -> list[dict[str, Any]]:
         try:
-            found = json.loads(self.path.read_text())
+            found = json.loads(self.path.read_text(encoding="utf-8"))
             if found and all(isinstance(one["words"], dict) and isinstance(one["step"], int) for one in found):
                 return found
         except (OSError, ValueError, KeyError, TypeError):

@@ -195,3 +195,11 @@ def test_a_name_that_no_file_can_hold_is_one_line_before_the_diagnosis(tmp_path,
         inspect_posterior.inspect(inspect_posterior.Inspect(folder, trust=True, **QUICK))
     assert "\n" not in str(said.value) and "diagnose" not in capsys.readouterr().err
     assert not (tmp_path / "run" / "posterior.nc").exists()
+
+
+def test_a_folder_of_a_locale_without_utf8_is_inspected(tmp_path):
+    named = tmp_path / "gr\udcc3\udcb6n"  # what Python makes of grön there
+    trained(tmp_path / "run", RUNS["normal"])
+    (tmp_path / "run").rename(named)
+    inspect_posterior.inspect(inspect_posterior.Inspect(str(named), **QUICK))
+    assert "the posterior of grön" in (named / "report.html").read_text(encoding="utf-8")

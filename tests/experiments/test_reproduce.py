@@ -133,6 +133,12 @@ def test_cells_of_another_process_are_left_to_it_and_the_others_run(run, tmp_pat
     assert run(*cells)[0] == 0 and (kept / "0.45-score-seed0.json").exists() and not held.exists()
 
 
+def test_a_command_of_a_locale_without_utf8_is_in_the_report(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gumbo", "reproduce", "gr\udcc3\udcb6n"])  # what Python makes of grön there
+    assert run("toy", "--quick", "--cells", "[0.45/score]")[0] == 0
+    assert "grön" in (tmp_path / "runs" / "reproduce" / "toy" / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_cell_that_does_not_exist_is_refused_in_one_line(run):
     status, said = run("iwae", "--cells", "[three-layers]")
     assert status == 2 and said.err.count("\n") == 1 and "three-layers" in said.err and "one-layer/stl-k1" in said.err
