@@ -18,6 +18,7 @@ from ..estimators import Estimator
 from ..estimators._base import at_step
 from ..estimators._distributions import has_score_term
 from .arrangement import Arrangement, Loss, Pair
+from .auxiliary import warn_of_undetermined_draws
 from .elimination import NeedsListing
 from .looks import looking, one_particle, plates_mixed_by
 from .messenger_guides import as_program
@@ -266,6 +267,7 @@ class Binding(nn.Module):
         needed = max([self.elbo.target.min_particles, *(estimator.min_particles for estimator in chosen.values())])
         self.chosen = chosen
         warn_of_scores_of_no_draw(seen, chosen)
+        warn_of_undetermined_draws(seen)
         self.scored = any(site.factor or (site.latent and has_score_term(site.fn)) for site in seen.guide)
         self.look(args, kwargs)
         trusted = self.elbo.plates != "ignore"

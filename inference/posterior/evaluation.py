@@ -321,7 +321,7 @@ class Evaluator:
         return self._weighing.uncompiled
 
     def warn_of_weights(self, stacklevel: int) -> None:
-        """Warn of sites that the guide draws from another law than their density."""
+        """Warn of sites of the guide whose draws have no right importance weight."""
         self._weighing.sweep.warn_of_weights(stacklevel + 1)
 
     def __call__(

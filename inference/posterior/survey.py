@@ -17,6 +17,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
 from ...errors import PROGRAM_ERRORS, BadInput, GumboError, GumboWarning, UnsupportedSite, first_line, rows_in_plates
+from ..engine.auxiliary import REMEDY, undetermined
 from ..engine.handlers import row_numbers
 from ..engine.interventions import ChosenRows, GivenValues
 from ..engine.looks import plates_mixed_by
@@ -52,7 +53,7 @@ class Survey:
             leave them.
         angles: latents whose values a whole turn apart are the same.
         other_draws: sites of the model whose draws are of another law than their density, and why.
-        unweighable: the same of the guide, whose draws have no right importance weight.
+        unweighable: sites of the guide whose draws have no right importance weight, and why.
         points: latents at which the guide is a point, without a density, and what it does there.
         superfluous: sites of the guide with elements that the named site of the model masks, and on which nothing in
             it depends: log q leaves them out.
@@ -186,6 +187,7 @@ class Survey:
             for name, layout in self.guide_sites.items()
             if layout.kind == "latent" and (reason := why_other_draws(guide.nodes[name]["fn"])) is not None
         }
+        self.unweighable |= dict.fromkeys(undetermined(guide.nodes, model.nodes), REMEDY)
         # Pyro masks or replaces the prior of what such a site is computed from, and corrects its density alone.
         said = "its reparameterization draws it from another law than its density"
         self.other_draws |= dict.fromkeys(sorted(self.transformed), said)
@@ -428,7 +430,7 @@ class Survey:
         return found
 
     def warn_of_weights(self, stacklevel: int) -> None:
-        """Warn of sites that the guide draws from another law than the density that weighs the draws."""
+        """Warn of sites of the guide whose density in the weights is not that of its draws of the latents."""
         for name, reason in self.unweighable.items():
             warnings.warn(
                 f"the guide's site {name!r}: {reason}; importance weights, evidence and ELBO are wrong",

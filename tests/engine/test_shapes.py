@@ -91,8 +91,10 @@ AGREE = {
     "a plate of one": (bare(normal()), in_plate(normal(), 1)),
     "plates of other names": (in_plate(normal()), in_plate(normal(), name="rows")),
     "an auxiliary site": (
-        lambda: None,
-        lambda: pyro.sample("z", normal(3).to_event(1), infer={"is_auxiliary": True}),
+        lambda: pyro.sample("z", normal(3).to_event(1)),
+        lambda: pyro.sample(
+            "z", dist.Delta(pyro.sample("e", normal(3).to_event(1), infer={"is_auxiliary": True}), event_dim=1)
+        ),
     ),
     "a coin and a die": (
         in_plate(dist.Categorical(torch.ones(3))),

@@ -22,6 +22,7 @@ def each(table):
     return pytest.mark.parametrize(("name", "word"), cases, ids=ids)
 
 
+@pytest.mark.filterwarnings("ignore:the guide's site 's'")  # its coin that the latents do not determine
 @each(EXACT)
 def test_the_mean_over_every_draw_is_the_exact_gradient(name, word, param_store):
     entry = EXACT[name]

@@ -18,7 +18,7 @@ from reading_rows import reading
 
 from gumbo.errors import BadInput, GumboWarning, UnsupportedSite
 from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
-from gumbo.inference import diagnose, evaluate, loo_approximate_posterior, make_loss, to_arviz
+from gumbo.inference import SiteELBO, diagnose, evaluate, loo_approximate_posterior, make_loss, to_arviz
 from gumbo.inference.auditing.moments import gradient_draws, gradient_moments
 from gumbo.inference.posterior import _arviz
 from gumbo.inference.posterior.checks import Checks
@@ -1264,3 +1264,48 @@ def test_an_autoguide_that_was_never_called_is_set_up_on_all_rows(param_store):
     guide = AutoNormal(model)
     assert evaluate(model, guide, torch.linspace(-1, 1, 300).double(), num_samples=2).num_data == 300
     assert guide.locs.z.shape == (300,)
+
+
+def guide_of_two_parts(x):
+    """N(±1, 1) with equal shares, the sign drawn as an auxiliary coin."""
+    sign = pyro.sample("sign", dist.Bernoulli(x.new_tensor(0.5)), infer={"is_auxiliary": True})
+    pyro.sample("z", dist.Normal(2 * sign - 1, 1.0))
+
+
+def guide_of_a_noisy_sum(x):
+    """N(x / 2, 1/2), the posterior, as a Delta at the sum of two auxiliary draws."""
+    parts = pyro.sample("parts", dist.Normal(x / 4, 0.5).expand([2]).to_event(1), infer={"is_auxiliary": True})
+    pyro.sample("z", dist.Delta(parts.sum(-1)))
+
+
+@pytest.mark.parametrize("guide, name", [(guide_of_two_parts, "sign"), (guide_of_a_noisy_sum, "parts")])
+def test_auxiliary_draws_that_the_latents_do_not_determine_are_warned_of(guide, name):
+    def model(x):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor(0.7, dtype=torch.float64)
+    said = f"the guide's site '{name}': the latents do not determine it"
+    for work in (evaluate, partial(to_arviz, groups=["posterior"])):
+        with pytest.warns(GumboWarning, match=said):
+            work(model, guide, x, num_samples=20)
+    with pytest.warns(GumboWarning, match=f"{said}.*the objective is no bound"):
+        SiteELBO("rloo", vectorize_particles=False).loss(model, guide, x)
+
+
+def test_an_auxiliary_draw_that_the_model_has_too_leaves_the_evidence_exact():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("sign", dist.Bernoulli(logits=2 * z), infer={"is_auxiliary": True})
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor(0.7, dtype=torch.float64)
+    # log q(z, sign) − log r(sign | z) is log q(z) here: the coin's posterior under the guide has the logits 2 z.
+    points = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    density = dist.Normal(0.0, 1.0).log_prob(points) + dist.Normal(points, 1.0).log_prob(x)
+    log_q = torch.logsumexp(torch.stack([dist.Normal(at, 1.0).log_prob(points) for at in (-1.0, 1.0)]), 0) - math.log(2)
+    bound = torch.trapezoid(log_q.exp() * (density - log_q), points).item()
+    found = evaluate(model, guide_of_two_parts, x, num_samples=20_000)
+    assert abs(found.elbo - bound) < 4 * found.elbo_mc_se
+    assert found.log_evidence == pytest.approx(dist.Normal(0.0, 2**0.5).log_prob(x).item(), abs=0.05)
+    assert SiteELBO("rloo", num_particles=20_000).loss(model, guide_of_two_parts, x) == pytest.approx(-bound, abs=0.05)
