@@ -84,6 +84,20 @@ class StaysFrozen(Messenger):
             value.requires_grad_(False)
 
 
+def check_law(name: str, fn: Any) -> None:
+    """Refuse a site whose distribution is not one of Pyro, or has no shapes."""
+    if isinstance(fn, torch.distributions.Distribution) and not isinstance(fn, Distribution):
+        kind = type(fn).__name__
+        raise BadInput(
+            f"site {name!r}: torch.distributions.{kind} is no Pyro distribution; take {kind} from pyro.distributions"
+        )
+    if not (hasattr(fn, "batch_shape") and hasattr(fn, "event_shape")):
+        raise BadInput(
+            f"site {name!r}: {type(fn).__name__} has no batch_shape and event_shape, by which plates and draws are told"
+            " apart; derive it from pyro.distributions.TorchDistribution, with log_prob of shape batch_shape"
+        )
+
+
 def is_untraced(msg: Mapping[str, Any]) -> bool:
     """Whether a draw is the program's own noise, of which Pyro's traces hold no site (``ConjugateReparam``)."""
     return bool(msg["infer"].get("_do_not_trace"))
@@ -117,12 +131,8 @@ class Recorder(StaysFrozen):
             return
         if msg["name"] in self.messages:
             raise BadInput(f"site {msg['name']!r} is sampled twice in one program; give each sample a name of its own")
-        if isinstance(msg["fn"], torch.distributions.Distribution) and not isinstance(msg["fn"], Distribution):
-            kind = type(msg["fn"]).__name__
-            raise BadInput(
-                f"site {msg['name']!r}: torch.distributions.{kind} is no Pyro distribution; take {kind} from"
-                " pyro.distributions"
-            )
+        if not site_is_subsample(msg):
+            check_law(msg["name"], msg["fn"])
         self.messages[msg["name"]] = msg.copy()
         if self.memory is not None and not site_is_subsample(msg):
             fn, value = msg["fn"], msg["value"]
@@ -259,6 +269,7 @@ class Draws(OfSamples):
         else:
             with self.aside():
                 if estimator is None:
+                    check_law(name, fn)
                     draw = Draw(fn(*msg["args"], **msg["kwargs"]))
                 else:
                     draw = estimator.draw(fn, self.program.step, msg["args"], msg["kwargs"])

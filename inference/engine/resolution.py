@@ -12,6 +12,7 @@ from ...registry import name_and_options
 from ..estimators import Enumerate, Estimator, MovingAverage, ScoreFunction, estimators
 from ..estimators._base import Draw, choosers, detached_draw
 from ..estimators._distributions import describe, has_score_term, is_deterministic, is_discrete
+from .handlers import check_law
 from .records import Run
 
 TRIES = 32  # runs in which a named site is looked for
@@ -165,6 +166,7 @@ class Resolution:
     def _choose(self, msg: Mapping[str, Any]) -> Estimator:
         elbo, name, fn = self.words, msg["name"], msg["fn"]
         infer = msg["infer"]
+        check_law(name, fn)
         if not elbo.target.takes_estimators:
             return Detached()
         if name in elbo.given:

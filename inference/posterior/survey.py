@@ -18,7 +18,7 @@ from pyro.poutine.util import site_is_subsample
 
 from ...errors import PROGRAM_ERRORS, BadInput, GumboError, GumboWarning, UnsupportedSite, first_line, rows_in_plates
 from ..engine.auxiliary import REMEDY, undetermined
-from ..engine.handlers import row_numbers
+from ..engine.handlers import check_law, row_numbers
 from ..engine.interventions import ChosenRows, GivenValues
 from ..engine.looks import plates_mixed_by
 from ..engine.messenger_guides import as_program
@@ -129,6 +129,9 @@ class Survey:
         except PROGRAM_ERRORS as error:
             self._check_arguments()
             raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}") from error
+        for trace in (guide, model):
+            for name, site in random_sites(trace):
+                check_law(name, site["fn"])
         _check_order(guide, model)
         return guide, model, rows, subsamples.random
 

@@ -1543,6 +1543,32 @@ class DistributionOfTorch(Coin):
         pyro.sample("z", torch.distributions.Bernoulli(logits=self.a))
 
 
+class Shapeless(dist.Distribution):
+    """A histogram without shapes, as the marginals of Pyro's RSA examples are."""
+
+    def sample(self):
+        return t(1.0)
+
+    def log_prob(self, value):
+        return t(-0.7) * (1 + value)
+
+
+SHAPELESS = "'{}': Shapeless has no batch_shape and event_shape"
+
+
+@enter(REFUSED, "score", "enumerate", says=SHAPELESS.format("x"))
+class ObservationWithoutShapes(Coin):
+    def model(self):
+        pyro.sample("z", dist.Bernoulli(logits=t(0.2)))
+        pyro.sample("x", Shapeless(), obs=X[0])
+
+
+@enter(REFUSED, "score", "enumerate", says=SHAPELESS.format("z"))
+class DrawWithoutShapes(Coin):
+    def guide(self):
+        pyro.sample("z", Shapeless())
+
+
 @enter(REFUSED, "pathwise", says="'rows' is subsampled", objective="iwae", num_particles=2)
 class GlobalUnderASubsampledLoop(Pair):
     """Importance weights of a global latent need all rows: two of four do not estimate the bound."""

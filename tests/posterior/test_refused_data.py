@@ -211,3 +211,25 @@ def test_a_summary_of_something_else_is_one_line():
     for thing in (None, 3, {"posterior": X}):
         said = refusal(summary, thing)
         assert f"idata is an object of class {type(thing).__name__}: expected what to_arviz returns" in said
+
+
+def test_a_distribution_without_shapes_is_refused_by_name():
+    class Histogram(dist.Distribution):
+        """Weights without shapes, as the marginals of Pyro's RSA examples are."""
+
+        def sample(self):
+            return torch.tensor(1.0)
+
+        def log_prob(self, value):
+            return -value.abs()
+
+    def shapeless(x):
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", Histogram(), obs=x[0] + z)
+
+    def coin(x):
+        pyro.sample("z", dist.Bernoulli(0.5))
+
+    for function in (evaluate, to_arviz, diagnose):
+        said = refusal(function, shapeless, coin, X)
+        assert "site 'x': Histogram has no batch_shape and event_shape" in said
