@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,23 +38,13 @@ def write_whole(
     Raises:
         GumboError: the disk is full, or the file cannot be written; no partial file is left.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
+    with _replacement(path, shared) as partial:
         with open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         if before_move is not None:
             before_move()
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        _remove(partial)
-        raise cannot_write(path, error) from error
-    except BaseException:
-        _remove(partial)
-        raise
 
 
 def write_by_name(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
@@ -68,12 +58,19 @@ def write_by_name(path: Path, write: Callable[[Path], object], size: int = 0) ->
     Raises:
         GumboError: the disk is full, or the file cannot be written; no partial file is left.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacement(path, shared=True) as partial:
         if shutil.disk_usage(path.parent).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(partial)
+
+
+@contextlib.contextmanager
+def _replacement(path: Path, shared: bool) -> Iterator[Path]:
+    """The temporary name of a file that takes the place of ``path`` at the end, or is removed at an error."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
