@@ -82,6 +82,7 @@ class Accuracy(Cell):
     def run(self, seed: int, steps: int, folder: Path, *, quick: bool = False, device: str = "cpu") -> dict[str, Any]:
         import torch
 
+        from gumbo.inference.engine.scopes import devices_of, random_states, set_random_states
         from gumbo.inference.training.checkpoints import Checkpoints
 
         torch.set_num_threads(1)
@@ -105,7 +106,7 @@ class Accuracy(Cell):
                 step, before, curve = state["step"], state["seconds"], state["curve"]
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
-                set_noise(state["noise"], device)
+                set_random_states(state["random"], devices_of(model))
             began = time.perf_counter()
             budget = QUICK_EPOCHS * len(x) // BATCH if quick else steps
             while step < budget:
@@ -122,8 +123,9 @@ class Accuracy(Cell):
                     wrong = guide.classify(images[unseen]).argmax(-1).ne(labels[unseen]).double().mean().item()
                 curve.append({"step": step, "train": round(-total / len(batches), 3), "error": 100 * wrong})
                 seconds = before + time.perf_counter() - began
+                noise = random_states(devices_of(model))
                 states = {name: part.state_dict() for name, part in parts.items()}
-                kept.save(states | {"step": step, "seconds": seconds, "curve": curve, "noise": noise(device)})
+                kept.save(states | {"step": step, "seconds": seconds, "curve": curve, "random": noise})
         value = curve[-1]["error"]
         return {
             "value": value,
@@ -174,21 +176,6 @@ def digits():
             "the test images of binarized-mnist are not those of mnist, sorted by label; get both files again"
         )
     return data.train, data.test, gray.labels["test"][order]
-
-
-def noise(device: str) -> list[Any]:
-    """The states of torch's random generators."""
-    import torch
-
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.startswith("cuda") else [])]
-
-
-def set_noise(states: list[Any], device: str) -> None:
-    import torch
-
-    torch.set_rng_state(states[0].cpu())
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state.cpu(), device)
 
 
 def balanced(labels, count: int):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,6 +104,18 @@ def devices_of(*things: object) -> list[torch.device]:
     return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
 
 
+def random_states(devices: Sequence[torch.device]) -> list[torch.Tensor]:
+    """The states of torch's generators: the CPU's, then those of CUDA devices."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+
+def set_random_states(states: Sequence[torch.Tensor], devices: Sequence[torch.device]) -> None:
+    """Put the generators in the states that :func:`random_states` gave."""
+    torch.set_rng_state(states[0].cpu())
+    for device, state in zip(devices, states[1:], strict=True):
+        torch.cuda.set_rng_state(state.cpu(), device)
+
+
 @contextmanager
 def private_seed(seed: int | None, *things: object) -> Iterator[None]:
     """Seed torch's generators inside and restore them outside; ``seed=None`` keeps the current state."""
@@ -171,19 +183,14 @@ class Aside:
         with private_store(*programs):
             self._store = pyro.get_param_store().get_state()
         with private_seed(seed, *programs):
-            self._random = self._random_state()
+            self._random = random_states(self._devices)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         with pyro.get_param_store().scope(self._store), torch.random.fork_rng(devices=self._devices):
-            torch.set_rng_state(self._random[0])
-            for device, state in zip(self._devices, self._random[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
+            set_random_states(self._random, self._devices)
             yield
-            self._random = self._random_state()
-
-    def _random_state(self) -> list[torch.Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
+            self._random = random_states(self._devices)
 
 
 def shared_names(model: Callable, guide: Callable) -> list[str]:

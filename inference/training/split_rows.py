@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedSite
 from ..engine.records import Site
-from ..engine.scopes import devices_of
+from ..engine.scopes import devices_of, random_states, set_random_states
 from ..engine.terms import CostToGo, Layout
 from ..estimators._base import SiteView
 from .distributed import Processes
@@ -69,10 +69,8 @@ class Streams:
         """Draw from this stream from now on; returns the previous one."""
         before, self.now = self.now, name
         if name != before:
-            here = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
-            torch.set_rng_state(self.aside[0])
-            for device, state in zip(self.devices, self.aside[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
+            here = random_states(self.devices)
+            set_random_states(self.aside, self.devices)
             self.aside = here
         return before
 

@@ -21,7 +21,7 @@ from ...errors import BadInput, GumboError, GumboWarning, Interrupted
 from ...tables import html
 from ..engine.progress import Progress, make_progress
 from ..engine.rows import Rows
-from ..engine.scopes import devices_of
+from ..engine.scopes import devices_of, random_states, set_random_states
 from ..posterior.evaluation import Evaluator
 from .annealing import Annealing
 from .batches import TRANSFORMED, Batches
@@ -519,12 +519,11 @@ class Run:
         self.guard.after_step(self._where())
         if self.now.done:
             self.now.seconds = time.perf_counter() - self._began
-        devices = devices_of(self.model, self.guide)
         state = {
             **self.step.state(),
             "optimizer": self.step.optimizer.state_dict(),
             "stopped": self.step.stopped(),
-            "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)],
+            "random": random_states(devices_of(self.model, self.guide)),
             "now": asdict(self.now),
             "history": self.history,
             "best": self.best,
@@ -572,9 +571,9 @@ class Run:
             self.history, self.best, self.now = state["history"], state["best"], _Epoch(**state["now"])
             if self.convergence is not None and state.get("convergence") is not None:
                 self.convergence.load(state["convergence"])
-            torch.set_rng_state(state["random"][0].cpu())
-            for device, random in zip(devices_of(self.model, self.guide), state["random"][1:], strict=False):
-                torch.cuda.set_rng_state(random.cpu(), device)
+            devices = devices_of(self.model, self.guide)
+            count = min(len(devices), len(state["random"]) - 1)  # a run may go on where other devices are
+            set_random_states(state["random"][: 1 + count], devices[:count])
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             said = " ".join(str(error).split())
             said = said if len(said) < 300 else f"{said[:300]} …"
