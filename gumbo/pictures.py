@@ -1,4 +1,4 @@
-"""Figures that need no display, saved as PNG files."""
+"""Figures that need no display, and their files."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def figure(*args: Any, **kwargs: Any):
     return made, made.subplots(*args, **subplots)
 
 
-def save(made, path: Path) -> Path:
-    write_whole(path, lambda file: made.savefig(file, dpi=120, format="png"), shared=True)
+def save(made, path: Path, dpi: int = 120) -> Path:
+    """Save a figure in the format of the suffix; a full disk leaves the old file."""
+    write_whole(path, lambda file: made.savefig(file, dpi=dpi, format=path.suffix[1:]), shared=True)
     return path

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...files import write_whole
-from ...pictures import figure
+from ...pictures import figure, save
 
 if TYPE_CHECKING:
     import xarray
 
+_DPI = 150
 _STYLES = {  # color and marker by the first word of a verdict
     "ok": ("tab:blue", "o", "declared unbiased, not flagged"),
     "flagged": ("tab:red", "X", "declared unbiased, FLAGGED"),
@@ -70,18 +70,12 @@ def plot_audit(dataset: xarray.Dataset, path: Any = None, narrow: bool = False) 
         + f"reference: {_shortened(str(shown.attrs.get('reference')), 45 if narrow else 110)}",
         fontsize=9 if narrow else 10,
     )
-    if path is not None:
-        _save(made, path)
-    return made
-
-
-def _save(made: Any, path: Any) -> None:
     if hasattr(path, "write"):
-        made.savefig(path, dpi=150)
-        return
-    path = Path(path)
-    path = path if path.suffix else path.with_name(f"{path.name}.png")
-    write_whole(path, lambda file: made.savefig(file, dpi=150, format=path.suffix[1:]), shared=True)
+        made.savefig(path, dpi=_DPI)
+    elif path is not None:
+        path = Path(path)
+        save(made, path if path.suffix else path.with_name(f"{path.name}.png"), dpi=_DPI)
+    return made
 
 
 def _kind(verdict: str) -> str:

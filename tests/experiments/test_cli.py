@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import xarray
 import yaml
 
@@ -28,8 +29,10 @@ from gumbo.experiments._command import parse
 from gumbo.experiments.audit import Audit
 from gumbo.experiments.systems import systems
 from gumbo.experiments.train import Train
-from gumbo.inference.auditing import plot
+from gumbo.guides import BernoulliGuide
+from gumbo.inference import audit, plot_audit
 from gumbo.inference.posterior import _arviz
+from gumbo.models import BernoulliVAE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,6 +186,11 @@ def failing(*_, **__):
     raise OSError(errno.EFBIG, "a text of HDF5\nin two lines")
 
 
+def small_audit():
+    model = BernoulliVAE((1, 2, 2), num_latents=2, hidden=(4,))
+    return audit(model, BernoulliGuide(model), torch.ones(1, 1, 2, 2), estimators=["rloo", "enumerate"], num_samples=50)
+
+
 @pytest.mark.parametrize("what", ["a picture", "a plot of an audit", "a posterior", "a posterior without room"])
 def test_a_file_that_cannot_be_written_is_named_and_the_old_one_kept(what, tmp_path, monkeypatch):
     path, said = tmp_path / "old.png", "File too large"
@@ -197,7 +205,7 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_kept(what, tmp_p
         monkeypatch.setattr(type(posterior), "to_netcdf", failing)
     write = {
         "a picture": lambda: pictures.save(made, path),
-        "a plot of an audit": lambda: plot._save(made, path),
+        "a plot of an audit": lambda: plot_audit(small_audit(), path),
     }.get(what, lambda: _arviz.save(posterior, path))
     with pytest.raises(GumboError, match=f"cannot write {path}: {said}; what was written before"):
         write()
