@@ -155,7 +155,7 @@ def is_settled(msg: Mapping[str, Any]) -> bool:
 def _support(fn: Any) -> Any:
     try:
         return fn.support
-    except (NotImplementedError, AttributeError):  # torch's own property, or none, where no support is defined
+    except (NotImplementedError, AttributeError):  # torch raises the first where a law has no support; others lack it
         return None
 
 
@@ -200,7 +200,7 @@ def reference(msg: Mapping[str, Any]) -> Tensor:
     try:
         transform = biject_to(whole(support, len(fn.event_shape)))
         return transform(zero.expand(transform.inverse_shape(shape)))
-    except NotImplementedError:  # torch knows no transform to the support: a shape to look at is all that is left
+    except NotImplementedError:  # torch knows no transform to the support; the look needs the shape
         return zero.expand(shape)
 
 

@@ -81,8 +81,9 @@ class UnknownName(GumboError, ValueError):
         super().__init__(f"unknown {kind} {name!r}{near} ({said})")
 
 
-# Errors that programs raise for arguments, dimensions or rows that they do not support.
-PROGRAM_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
+# Errors that programs raise for arguments, dimensions or rows that they do not support; a NotImplementedError is a
+# RuntimeError.
+PROGRAM_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 @contextmanager
