@@ -62,6 +62,7 @@ def write_by_name(path: Path, write: Callable[[Path], object], size: int = 0) ->
         if shutil.disk_usage(path.parent).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(partial)
+        _sync(partial, os.O_RDWR)
 
 
 @contextlib.contextmanager
@@ -116,9 +117,12 @@ def _remove(path: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Sync a folder, so that a renaming survives a power cut, if the system supports it."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_DIRECTORY)
+    if hasattr(os, "O_DIRECTORY"):
+        _sync(folder, os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

@@ -170,6 +170,17 @@ def test_the_profile_tells_products_from_the_rest(name, capsys):
     assert "matrix products alone: torch" in capsys.readouterr().out
 
 
+# start.py
+
+
+@pytest.mark.slow
+def test_two_starts_are_measured(tmp_path):
+    run(str(FOLDER / "start.py"), "--workloads", "belief", "--batch", "8", "--out", str(tmp_path))
+    (row,) = json.loads((tmp_path / "start.json").read_text(encoding="utf-8"))["rows"]
+    for one in row["starts"]:
+        assert 0 < one["capture"] < one["to the first step"]
+
+
 # evaluation.py
 
 

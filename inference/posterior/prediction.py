@@ -129,7 +129,7 @@ class Predictions:
         computed = [name for name, layout in sweep.model_sites.items() if layout.determined]
         enumerated = [name for name in sweep.model_sites if name in sweep.summed_out]
         names = [*sweep.observed, *enumerated, *computed]
-        if not sweep.observed and not enumerated:
+        if not names:
             raise BadInput("the model has no site to predict: the guide draws all its sites")
         for name in sweep.observed:
             if name in sweep.other_draws:

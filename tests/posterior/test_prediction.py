@@ -379,6 +379,21 @@ def test_as_many_rows_as_a_plate_of_parameters_are_predicted(level, param_store)
         assert within(found[:, row], LEVELS[place].item(), 2e-4)
 
 
+def test_a_model_that_only_computes_from_its_latents_is_predicted():
+    def computed(t):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        with pyro.plate("data", len(t)):
+            pyro.deterministic("line", w * t)
+
+    def of_two(t):
+        pyro.sample("w", dist.Normal(torch.tensor(2.0).double(), 0.1))
+
+    found = predict(computed, of_two, NEW, num_samples=50)
+    slopes = variable(found, "line").values[0] / NEW.numpy()
+    np.testing.assert_allclose(slopes, slopes[:, :1].repeat(len(NEW), 1))
+    assert len(set(slopes[:, 0])) == 50 and within(slopes[:, 0], 2.0, 0.01)
+
+
 def test_what_cannot_be_predicted_is_said_in_one_line():
     def nothing(t):
         pyro.sample("w", dist.Normal(0.0, 1.0))
