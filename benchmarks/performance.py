@@ -298,8 +298,10 @@ def evaluation_section(facts: Facts | None) -> list[str]:
     lines = ["## Evaluation", ""]
     if facts is None:
         return [*lines, NOT_MEASURED.format(file="evaluation.json"), ""]
+    weighted = facts.get("importance")
+    options = f"--threads {facts['threads']}" + (f" --importance {weighted['rows']}" if weighted else "")
     lines += [
-        f"`python benchmarks/evaluation.py --threads {facts['threads']}` on {where(facts)}.",
+        f"`python benchmarks/evaluation.py {options}` on {where(facts)}.",
         "",
         EVALUATION_PROSE,
     ]
@@ -315,9 +317,9 @@ def evaluation_section(facts: Facts | None) -> list[str]:
     heads = ["CPU ms", "by hand", "`evaluate`", "validation", "compiled", "products"]
     heads += [f"{rival} ÷ by hand" for rival in ("`evaluate`", "validation", "compiled")]
     lines += table(heads, rows)
-    if one := facts.get("importance"):
-        for kind, ratio in (("`evaluate`", one["ratio"]), ("compiled", one["compiled ratio"])):
-            said = f"{one['draws']:,} draws of {one['rows']:,} images: {kind} ÷ products"
+    if weighted:
+        for kind, ratio in (("`evaluate`", weighted["ratio"]), ("compiled", weighted["compiled ratio"])):
+            said = f"{weighted['draws']:,} draws of {weighted['rows']:,} images: {kind} ÷ products"
             asked.append((said, ratio, "≤ 1.5", ratio <= 1.5))
     return [*lines, "### Targets of evaluation", *verdicts(asked)]
 
