@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from gumbo.console import forgiving
+from gumbo.console import forgiving, until_reader_leaves
 from gumbo.errors import BadInput, GumboError, GumboWarning, Interrupted, UnknownName, UnsupportedSite, did_you_mean
 from gumbo.experiments._names import marked, unmarked
 from gumbo.experiments._runs import read_settings, without_nan
@@ -65,7 +64,7 @@ def _run(config_class, action, argv, prog: str, presets: Presets, several: bool,
     if launched() > 1 and not several:
         fail(prog, f"it runs in one process, and a launcher started {launched()}: only gumbo train runs on several")
     try:
-        with _terminated_as_interrupted(), _warnings_in_one_line(prog):
+        with _terminated_as_interrupted(), _warnings_in_one_line(prog), until_reader_leaves():
             config, as_json = _parsed(config_class, sys.argv[1:] if argv is None else argv, prog, presets, answers)
             if as_json:
                 _answer(action, config)
@@ -78,11 +77,6 @@ def _run(config_class, action, argv, prog: str, presets: Presets, several: bool,
         if speaks():
             print(f"{prog}: {interruption}", file=sys.stderr)
         raise SystemExit(interruption.status) from None
-    except BrokenPipeError:
-        # The reader closed the pipe, as with `| head`; Python must not flush at exit.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
     except OSError as error:
         # A full disk or a removed folder; saved files are intact.
         if error.strerror is None:

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from gumbo.console import until_reader_leaves
 from gumbo.errors import Interrupted, did_you_mean
 
 
@@ -59,12 +60,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb that ``argv`` (by default the process's arguments) begins with."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
+        with until_reader_leaves():
+            print(usage())
         return
     if argv[0] == "--version":
         from gumbo import __version__
 
-        print(f"gumbo {__version__}")
+        with until_reader_leaves():
+            print(f"gumbo {__version__}")
         return
     name, *rest = argv
     if name not in VERBS:

@@ -1,4 +1,4 @@
-"""Standard error as a stream that cannot stop a run: text that cannot be written is dropped."""
+"""Standard error as a stream that cannot stop a run, and a standard output whose reader may leave."""
 
 from __future__ import annotations
 
@@ -79,3 +79,19 @@ def forgiving() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = output, before
+
+
+@contextlib.contextmanager
+def until_reader_leaves() -> Iterator[None]:
+    """End the process with status 1 when the reader of standard output closes the pipe, as ``| head`` does."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

@@ -1,4 +1,4 @@
-"""Standard error that is closed, broken, or has few letters does not stop a run."""
+"""Standard error that is closed, broken, or has few letters does not stop a run; a reader may leave."""
 
 from __future__ import annotations
 
@@ -117,3 +117,15 @@ def test_a_process_without_standard_output_ends_as_with_one(tmp_path):
     asked = [sys.executable, "-m", "gumbo", "list", "data"]
     done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *asked], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["list", "data"]], ids=" ".join)
+def test_a_reader_that_leaves_ends_the_command_without_a_traceback(arguments, buffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    asked = [sys.executable, "-m", "gumbo", *arguments]
+    done = subprocess.run(asked, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, env=environment)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
