@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gumbo.errors import BadInput, GumboWarning, shortened
-from gumbo.files import append_line, write_whole
+from gumbo.files import append_line, cannot_write, write_whole
 
 LARGEST = 1 << 16  # the largest settings file, in bytes
 NOT_OF_THE_RUN = ("trust", "folder", "resume")  # settings of the command that its run may not record
@@ -155,6 +156,13 @@ class RunFolder:
             run.empty()
             raise
         return run
+
+    def check_writable(self) -> None:
+        """Raise GumboError if no file can be written here: before the work, whose results would be lost."""
+        try:
+            tempfile.TemporaryFile(dir=self.path).close()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
 
     def saved(self) -> bool:
         """Whether there is a checkpoint to resume from."""

@@ -54,6 +54,7 @@ def reopened(config: OfRun, verb: str) -> tuple[Train, RunFolder, Any, Any, Any]
         raise UnknownName("split", split, ("train", "valid", "test"))
     settings = checked(Train, settings_of(folder, config.trust), Path(folder) / "config.yaml")
     run = RunFolder(Path(folder))
+    run.check_writable()
     data = load_data(settings)
     model, guide = build(settings, data.data_shape)
     load_parameters(model, guide, run, settings, config.best or None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import tempfile
 
 import numpy as np
 import pytest
@@ -74,6 +77,22 @@ def test_inspect_refuses_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["inspect", str(tmp_path / "nowhere")])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["inspect", "evaluate"])
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(verb, tmp_path, capsys, monkeypatch):
+    run = trained(tmp_path / "run", RUNS["normal"])
+
+    def refuse(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("gumbo.experiments.evaluate.build", lambda *_: pytest.fail("the work began"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, run])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1 and f"cannot write {run}: Read-only" in said
 
 
 def test_pictures_show_one_datum_and_what_varies_most():
