@@ -25,7 +25,7 @@ LARGEST_ARRAY, MOST = 2**20, 2_000  # bytes of an array, and values in all: each
 def is_of_a_library(module_name: str | None) -> bool:
     """Whether a module is Python's or installed, and no part of the user's program.
 
-    >>> is_of_a_library("torch.nn"), is_of_a_library("math"), is_of_a_library("__main__")
+    >>> is_of_a_library("torch.nn"), is_of_a_library("math"), is_of_a_library("my_program")
     (True, True, False)
     """
     root = (module_name or "").partition(".")[0]
