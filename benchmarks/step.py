@@ -14,9 +14,9 @@ the same noise its gradients are compared to gumbo's before anything is timed. S
 TraceGraph_ELBO with one. JAX, where it is installed, runs NumPyro's own SVI (Trace_ELBO, TraceGraph_ELBO) and, for the
 estimators that NumPyro lacks, a version written by hand, each step by step under ``jit`` and under ``lax.scan``.
 
-All rivals live in one process and take turns, a few steps each, in every round. ``--threads`` is the number of cores:
-torch gets so many threads and the process, JAX with it, is bound to so many cores. Written: results/step.json (on CUDA
-step-cuda.json), and with ``--profile`` also where the time goes, results/profile.json.
+All rivals live in one process and take turns of 20 steps in every round (100 on a GPU). ``--threads`` is the number of
+cores: torch gets so many threads and the process, JAX with it, is bound to so many cores. Written: results/step.json
+(on CUDA step-cuda.json), and with ``--profile`` also where the time goes, results/profile.json.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from gumbo.inference.training.steps import TorchStep
 from gumbo.models import CategoricalVAE, GaussianVAE, SigmoidBeliefNetwork
 
 SHAPE, LR, PARTICLES = (1, 28, 28), 1e-3, 4
+TURN = 20  # steps; in fewer, what a call of lax.scan costs counts for more than over an epoch
 HAND, HAND_COMPILED = "PyTorch by hand", "PyTorch by hand, torch.compile"
 STOCK, STOCK_UNCHECKED = "Pyro SVI", "Pyro SVI, no validation"
 EAGER, COMPILED = "gumbo", "gumbo, compiled"
@@ -286,7 +287,7 @@ def first_turns(rivals: dict[str, Rival], turn: int) -> dict[str, float]:
 
 def measure(name: str, batch_size: int, device: str, rounds: int, without: tuple[str, ...] = ()) -> list[dict]:
     rivals = rivals_of(name, batch_size, device, without)
-    turn = max(3, 640 // batch_size) * (1 if device == "cpu" else 5)
+    turn = TURN * (1 if device == "cpu" else 5)
     first = first_turns(rivals, turn)
     times = interleaved_turns(rivals, rounds, turn)
     return [
