@@ -27,6 +27,7 @@ from ._distributions import (
     describe,
     elementary,
     find_probs_once,
+    samples_by_path,
     score_log_prob,
     support_moves,
     why_other_draws,
@@ -363,10 +364,12 @@ def detached_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = 
     False
     """
     find_probs_once(fn)
-    with torch.no_grad():
-        value = fn.sample(*args, **(kwargs or {}))
+    # Not under no_grad: some laws keep numbers that their draw computes, such as a GaussianHMM's factors, and read them
+    # again in log_prob, which would have no gradient then.
+    draw = fn.rsample if samples_by_path(fn) else fn.sample
+    value = draw(*args, **(kwargs or {})).detach()
     clear_caches(fn)
-    return Draw(value.detach())
+    return Draw(value)
 
 
 def sloping_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:

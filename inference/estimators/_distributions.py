@@ -315,6 +315,19 @@ def clear_caches(fn: Distribution) -> None:
         fn = getattr(fn, "base_dist", None)
 
 
+def samples_by_path(fn: Distribution) -> bool:
+    """Whether ``fn.sample`` is torch's default, which is ``fn.rsample`` without gradients.
+
+    >>> import pyro.distributions as dist
+    >>> samples_by_path(dist.Laplace(0.0, 1.0).expand([3]).to_event(1)), samples_by_path(dist.Normal(0.0, 1.0))
+    (True, False)
+    """
+    base = elementary(fn)
+    while getattr(type(base), "sample", None) is torch.distributions.TransformedDistribution.sample:
+        base = elementary(base.base_dist)
+    return getattr(type(base), "sample", None) is torch.distributions.Distribution.sample
+
+
 def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     """``fn.log_prob(value)``, bit for bit, where coins of an event are summed before the sign changes.
 

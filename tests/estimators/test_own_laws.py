@@ -13,7 +13,7 @@ from ztest import misses
 from gumbo.errors import BadInput, UnsupportedSite
 from gumbo.inference import SiteELBO
 from gumbo.inference.auditing.exact import exact_elbo
-from gumbo.inference.estimators import estimators
+from gumbo.inference.estimators import detached_draw, estimators
 
 
 class Gated(dist.Bernoulli):
@@ -132,3 +132,49 @@ def test_a_prior_of_another_law_has_no_linear_extension(word):
         SiteELBO(word)(Model(prior), Guide(dist.Bernoulli))()
     assert "\n" not in str(caught.value)
     assert SiteELBO(word)(Model(COIN), Guide(dist.Bernoulli))().isfinite()
+
+
+class Keeping(dist.TorchDistribution):
+    """A coin that keeps the probability that its draw computes, and reads it again in its density."""
+
+    arg_constraints, support, has_enumerate_support = {}, dist.constraints.boolean, True
+
+    def __init__(self, logits):
+        self.logits, self.kept = logits, None
+        super().__init__(logits.shape, validate_args=False)
+
+    def probability(self):
+        if self.kept is None:
+            self.kept = self.logits.sigmoid()
+        return self.kept
+
+    def sample(self, sample_shape=()):
+        return torch.bernoulli(self.probability().expand(sample_shape + self.batch_shape))
+
+    def log_prob(self, value):
+        return dist.Bernoulli(self.probability()).log_prob(value)
+
+
+def gaussian_chain(a):
+    unit = dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1)
+    step = dist.Normal(a, 1.0).to_event(1)
+    return dist.GaussianHMM(step, torch.eye(2, dtype=F64), step, torch.eye(2, dtype=F64), unit, duration=3)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        Keeping,
+        gaussian_chain,
+        lambda a: gaussian_chain(a).mask(True),
+        lambda a: dist.TransformedDistribution(gaussian_chain(a), [dist.transforms.ExpTransform()]),
+    ],
+    ids=["own", "chain", "masked", "transformed"],
+)
+def test_what_a_law_keeps_of_its_draw_has_a_gradient(law):
+    a = torch.tensor([0.4, -0.7], dtype=F64, requires_grad=True)
+    drawn_from = law(a)
+    value = detached_draw(drawn_from).value
+    assert not value.requires_grad
+    found, right = (torch.autograd.grad(fn.log_prob(value).sum(), a)[0] for fn in (drawn_from, law(a)))
+    assert torch.allclose(found, right, atol=1e-10)
