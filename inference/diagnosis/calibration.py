@@ -165,9 +165,7 @@ def _joined(found: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
 
 def _check_simulated(sweep: Sweep) -> None:
     """Raise BadInput if the model's draws are not those of its density."""
-    if sweep.improper:
-        raise BadInput(f"site {sweep.improper[0]!r} has an ImproperUniform prior, from which nothing can be drawn")
-    for name, reason in sweep.other_draws.items():
+    for name, reason in (sweep.undrawable | sweep.other_draws).items():
         raise BadInput(f"site {name!r}: {reason}")
     for name in masked_priors(sweep):
         raise BadInput(f"the prior of site {name!r} is masked, and what the model draws does not follow that")

@@ -52,8 +52,9 @@ def missed_mass(
     refit = "num_refits=4 compares fits from other initial values, which may find other modes"
     if sweep.swept:
         return undone("rows come in blocks", "without batch_size and subsampling the search can be run")
-    if sweep.improper:
-        return undone(f"site {sweep.improper[0]!r} has an ImproperUniform prior, where no search can start", refit)
+    for name, reason in sweep.undrawable.items():
+        if name in sweep.latents:
+            return undone(f"site {name!r}: {reason}, so that no search can start", refit)
     fewer, *_ = few_rows(sweep, _ROWS, options)
     try:
         with quietly(fewer.model, fewer.guide, None if seed is None else seed + 2):

@@ -84,18 +84,22 @@ class Collection:
                 GumboWarning,
                 stacklevel=4,
             )
-        if sweep.improper and self.groups & _FROM_PRIOR:
-            self.groups -= _FROM_PRIOR
-            warnings.warn(
-                f"site {sweep.improper[0]!r} has an ImproperUniform prior, from which nothing can be drawn: prior and"
-                " prior_predictive are left out: leave them out of groups, or give it a proper prior",
-                GumboWarning,
-                stacklevel=4,
-            )
+        self._leave_out_undrawable()
         self._warn_of_other_draws()
         sweep.warn_of_weights(stacklevel=4)
         self.arrays: dict[tuple[str, str], Array] = {}
         self._declare()
+
+    def _leave_out_undrawable(self) -> None:
+        for name, reason in self.sweep.undrawable.items():
+            if found := self.groups & (_PREDICTIVE if name in self.sweep.observed else _FROM_PRIOR):
+                self.groups -= found
+                warnings.warn(
+                    f"site {name!r}: {reason}; {_listed(found)} are left out: leave them out of groups, or give the"
+                    " site a distribution with draws",
+                    GumboWarning,
+                    stacklevel=5,
+                )
 
     def _warn_of_other_draws(self) -> None:
         for name, reason in self.sweep.other_draws.items():
@@ -431,7 +435,8 @@ class Collection:
 
     def _prior(self, chain: int, sweep: Sweep, start: int, stop: int, block: Block, held: dict) -> None:
         fixed, new = sweep.known(held, block, sweep.model_sites)
-        run = sweep.model_run(stop - start, block, fixed, observe=False)
+        observe = not sweep.undrawable.keys().isdisjoint(sweep.observed)
+        run = sweep.model_run(stop - start, block, fixed, observe=observe)
         sweep.keep(held, run, new, sweep.model_sites)
         if chain == 0 and not any(span.start for span in block.at.values()):
             self._warn_of_factors(run)

@@ -132,6 +132,8 @@ class Predictions:
         if not names:
             raise BadInput("the model has no site to predict: the guide draws all its sites")
         for name in sweep.observed:
+            if name in sweep.undrawable:
+                raise BadInput(f"site {name!r}: {sweep.undrawable[name]}; give it a distribution with draws")
             if name in sweep.other_draws:
                 said = f"site {name!r}: {sweep.other_draws[name]}; {GROUP} hold such draws"
                 warnings.warn(said, GumboWarning, stacklevel=3)

@@ -11,7 +11,8 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch.distributions import constraints
 
-from ..estimators._distributions import elementary, is_computed
+from ...errors import PROGRAM_ERRORS
+from ..estimators._distributions import elementary, is_computed, is_discrete, support_of
 from .vmapped import random_sites
 
 
@@ -88,9 +89,9 @@ def discrete_values(fn: Any) -> str:
     >>> [discrete_values(law) for law in (*laws, dist.Normal(ones, ones))]
     ['one-hot', 'classes', 'binary', 'counts', '']
     """
-    support = fn.support
-    if not support.is_discrete:
+    if not is_discrete(fn):
         return ""
+    support = support_of(elementary(fn))
     while isinstance(support, type(constraints.independent(constraints.real, 1))):
         support = support.base_constraint
     if isinstance(support, type(constraints.one_hot)):
@@ -98,6 +99,21 @@ def discrete_values(fn: Any) -> str:
     if isinstance(elementary(fn), torch.distributions.Categorical):
         return "classes"
     return "binary" if isinstance(support, type(constraints.boolean)) else "counts"
+
+
+def can_be_drawn(fn: Any) -> bool:
+    """Whether a distribution has draws, or only a density.
+
+    >>> import pyro.distributions as dist
+    >>> laws = dist.Normal(0.0, 1.0), dist.ImproperUniform(dist.constraints.real, (), ())
+    >>> [can_be_drawn(law) for law in laws]
+    [True, False]
+    """
+    try:
+        fn.sample()
+    except PROGRAM_ERRORS:
+        return False
+    return True
 
 
 def innermost(fn: Any) -> Any:

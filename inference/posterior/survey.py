@@ -25,11 +25,11 @@ from ..engine.messenger_guides import as_program
 from ..engine.programs import check_observed, outside_plates
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, quietly
-from ..estimators._distributions import describe, elementary, why_other_draws
+from ..estimators._distributions import describe, elementary, support_of, why_other_draws
 from .checks import check_invertible
 from .enumerated import completed
 from .points import moved_by_draws, points_of
-from .sites import SiteLayout, discrete_values, has_rows, innermost, kind_of, lengths_of
+from .sites import SiteLayout, can_be_drawn, discrete_values, has_rows, innermost, kind_of, lengths_of
 from .superfluous import superfluous_latents
 from .vmapped import Seen, random_sites, scale_of, unmasked
 
@@ -52,6 +52,7 @@ class Survey:
         transformed: sites that the latents determine, with a density of their own, as some reparameterizations of Pyro
             leave them.
         angles: latents whose values a whole turn apart are the same.
+        undrawable: sites of the model whose distribution only has a density, and a phrase that says so.
         other_draws: sites of the model whose draws are of another law than their density, and why.
         unweighable: sites of the guide whose draws have no right importance weight, and why.
         points: latents at which the guide is a point, without a density, and what it does there.
@@ -175,14 +176,18 @@ class Survey:
         auxiliary = self.guide_sites.keys() - self.model_sites.keys()
         self.computed = {name for name, layout in self.guide_sites.items() if layout.point and auxiliary}
         self.supports = {
-            name: model.nodes[name]["fn"].support
+            name: _support(name, model.nodes[name]["fn"])
             for name, layout in self.model_sites.items()
             if layout.kind == "latent"
         }
         latents = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]
-        self.improper = [n for n in latents if isinstance(elementary(model.nodes[n]["fn"]), dist.ImproperUniform)]
         self.angles = [name for name in latents if isinstance(elementary(model.nodes[name]["fn"]), _ANGLES)]
         drawn = [name for name, layout in self.model_sites.items() if layout.kind in ("latent", "observed")]
+        self.undrawable = {
+            name: f"nothing can be drawn from its {describe(model.nodes[name]['fn'])}"
+            for name in drawn
+            if not can_be_drawn(model.nodes[name]["fn"])
+        }
         reasons = {name: why_other_draws(model.nodes[name]["fn"]) for name in drawn}
         self.other_draws = {name: reason for name, reason in reasons.items() if reason is not None}
         self.unweighable = {
@@ -460,3 +465,15 @@ def _check_order(guide: Trace, model: Trace) -> None:
         raise BadInput(
             f"the guide observes site {seen[0]!r} and the model observes none: pass the model first, then the guide"
         )
+
+
+def _support(name: str, fn: Any) -> Any:
+    """The support of a latent's prior; raises BadInput where it has none."""
+    with suppress(NotImplementedError):
+        return fn.support
+    found = support_of(elementary(fn))
+    if found is None:
+        raise BadInput(
+            f"site {name!r}: its {describe(fn)} has no support; give the class one, such as constraints.real"
+        )
+    return found

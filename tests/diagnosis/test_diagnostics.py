@@ -637,7 +637,7 @@ def times(x):
     [
         (tilted, 2, "factor 'tilt' depends on the latents"),
         (flat, 0, "the prior of site 'mean' is masked"),
-        (improper, 0, "site 'mean' has an ImproperUniform prior"),
+        (improper, 0, "site 'mean': nothing can be drawn from its ImproperUniform"),
         (times, 1, "site 'angles': SineBivariateVonMises draws from another law"),
     ],
 )

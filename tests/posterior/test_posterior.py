@@ -15,6 +15,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import transforms
+from pyro.distributions.testing.rejection_gamma import RejectionStandardGamma
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -1485,13 +1486,79 @@ def test_an_improper_prior_leaves_out_the_draws_from_it():
     def guide(x):
         pyro.sample("z", dist.Normal(x.mean(), len(x) ** -0.5))
 
-    with pytest.warns(GumboWarning, match="site 'z' has an ImproperUniform prior.* prior_predictive are left out"):
+    with pytest.warns(
+        GumboWarning, match="site 'z': nothing can be drawn from its ImproperUniform; prior and prior_predictive are"
+    ):
         idata = to_arviz(flat, guide, X, num_samples=10)
     assert not {"prior", "prior_predictive"} & set(_arviz.groups_of(idata))
     # The guide is the posterior under a flat prior, so that all weights are the evidence.
     evidence = dist.Normal(X.mean(), 1.0).log_prob(X).sum() + 0.5 * math.log(2 * math.pi / len(X))
     np.testing.assert_allclose(group(idata, "sample_stats")["log_weight"], evidence.expand(1, 10), atol=1e-9)
     to_arviz(flat, guide, X, num_samples=10, groups=["posterior", "log_likelihood"])  # without a warning
+
+
+class DensityAlone(dist.TorchDistribution):
+    """A likelihood of a user's own, without a sampler."""
+
+    arg_constraints, support = {}, dist.constraints.real
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return type(self)(self.loc.expand(batch_shape))
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, 1.0).log_prob(value)
+
+
+class WithoutSupport(DensityAlone):
+    @property
+    def support(self):
+        raise NotImplementedError
+
+
+def chain_of_unknown_length(loc):
+    logits = loc.new_zeros(2, 2)
+    return dist.DiscreteHMM(logits[0], logits, dist.Normal(loc[..., None, None] + logits[0], 1.0))
+
+
+@pytest.mark.parametrize("law", [DensityAlone, WithoutSupport, chain_of_unknown_length])
+def test_data_of_a_density_alone_leave_out_the_draws_of_them(law, param_store):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("x", law(z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+
+    x = X if law is not chain_of_unknown_length else X[:, None].expand(-1, 3)
+    with pytest.warns(GumboWarning, match="site 'x': nothing can be drawn from its .*_predictive are left out"):
+        idata = to_arviz(model, guide, x, num_samples=10)
+    assert {"posterior", "prior"} <= set(_arviz.groups_of(idata))
+    assert not {"posterior_predictive", "prior_predictive"} & set(_arviz.groups_of(idata))
+    with pytest.raises(BadInput, match="site 'x': nothing can be drawn from its"):
+        predict(model, guide, x, num_samples=10)
+    assert "nothing can be drawn" in diagnose(model, guide, x, num_samples=100).skipped["calibration"]
+
+
+@pytest.mark.parametrize("verb", [evaluate, to_arviz])
+def test_laws_without_a_support(verb):
+    def model(x, law=lambda x: dist.Gamma(torch.ones_like(x), 1.0)):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", law(x))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", RejectionStandardGamma(x.abs() + 1))
+
+    verb(model, guide, X, num_samples=10)
+    with pytest.raises(BadInput, match="site 'z': its WithoutSupport has no support"):
+        verb(partial(model, law=WithoutSupport), guide, X, num_samples=10)
 
 
 @pytest.mark.parametrize("kind", [transforms.block_autoregressive, transforms.planar])
