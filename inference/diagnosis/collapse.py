@@ -32,7 +32,7 @@ def collapsed(units: Units, collection: Collection, others: Sequence[Verdict]) -
             known[site] = np.full(known[site].shape, by_chain[0] / known[site].size)
     if not known:
         return []
-    idle = len(known) == len(units.sites) and all(abs(value).max() < COLLAPSED for value in known.values())
+    idle = len(known) == len(units.sites) and all(abs(value).max(initial=0.0) < COLLAPSED for value in known.values())
     judges = {one.name: one.verdict for one in others if one.name in ("gap", "shift", "width")}
     text = f"{units.what}: KL of guide to prior is {', '.join(f'{s} {v.sum():.3f}' for s, v in known.items())} nats"
     numbers = float(min(value.sum() for value in known.values())), COLLAPSED

@@ -224,7 +224,7 @@ class Collection:
         self.means = {
             layout.name: np.zeros((2, self.chains, *layout.shape), dtype=_sums(layout))
             for layout in latents
-            if "vi_stats" in self.groups
+            if "vi_stats" in self.groups and math.prod(layout.event)
         }
         self.kl: dict[str, list[np.ndarray | float | None]] = {}
         self.kl_kinds: dict[str, str] = {}
@@ -478,7 +478,8 @@ def _divergence(guide: Pass, model: Pass, name: str, partner: str | None) -> tup
     same = ratio is not None and other is not None and ratio.depth == other.depth
     if same and ratio.log_prob.shape == other.log_prob.shape and (stretch is None or not stretch.any()):
         difference = (ratio.log_prob - other.log_prob).double()
-        rows = difference.reshape(-1, *difference.shape[difference.dim() - ratio.depth :])
+        outer = difference.dim() - ratio.depth
+        rows = difference.reshape(difference.shape[:outer].numel(), *difference.shape[outer:])
         return rows.mean(0), "each" if ratio.exact and other.exact else "marginal"
     whole = guide.log_prob(partner).mean() - model.log_prob(name).mean()
     one = math.prod(model.layouts[name].event) == 1

@@ -1545,6 +1545,32 @@ def test_data_of_a_density_alone_leave_out_the_draws_of_them(law, param_store):
     assert "nothing can be drawn" in diagnose(model, guide, x, num_samples=100).skipped["calibration"]
 
 
+@pytest.mark.parametrize("verb", [evaluate, to_arviz, diagnose])
+def test_a_latent_without_numbers_changes_nothing(verb):
+    def program(with_empty, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            if with_empty:
+                pyro.sample("empty", dist.Normal(x.new_zeros(len(x), 0), 1.0).to_event(1))
+        return z
+
+    def model(x, with_empty=True):
+        z = program(with_empty, x)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    found = [
+        verb(partial(model, with_empty=empty), partial(program, empty), X, num_samples=100, seed=0)
+        for empty in (True, False)
+    ]
+    if verb is to_arviz:
+        assert group(found[0], "posterior")["empty"].shape == (1, 100, len(X), 0)
+        found = [float(group(one, "sample_stats")["log_weight"].sum()) for one in found]
+        assert found[0] == found[1]
+    elif verb is evaluate:
+        assert found[0].elbo == found[1].elbo
+
+
 @pytest.mark.parametrize("verb", [evaluate, to_arviz])
 def test_laws_without_a_support(verb):
     def model(x, law=lambda x: dist.Gamma(torch.ones_like(x), 1.0)):
