@@ -249,6 +249,8 @@ class Survey:
             self.row_ids[plate] = torch.arange(size)
 
     def _check(self, guide: Trace, model: Trace) -> None:
+        if not self.model_sites and not self.guide_sites:
+            raise BadInput("model and guide have no sample sites, so that there is nothing to evaluate")
         for name, site in random_sites(guide):
             check_observed(name, site, model.nodes.get(name))
         latent = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]

@@ -18,7 +18,7 @@ from reading_rows import reading
 
 from gumbo.errors import BadInput, GumboWarning, UnsupportedSite
 from gumbo.guides import CategoricalGuide, NormalGuide, RelaxedCategoricalGuide
-from gumbo.inference import SiteELBO, diagnose, evaluate, loo_approximate_posterior, make_loss, to_arviz
+from gumbo.inference import SiteELBO, diagnose, evaluate, loo_approximate_posterior, make_loss, predict, to_arviz
 from gumbo.inference.auditing.moments import gradient_draws, gradient_moments
 from gumbo.inference.posterior import _arviz
 from gumbo.inference.posterior.checks import Checks
@@ -1309,3 +1309,12 @@ def test_an_auxiliary_draw_that_the_model_has_too_leaves_the_evidence_exact():
     assert abs(found.elbo - bound) < 4 * found.elbo_mc_se
     assert found.log_evidence == pytest.approx(dist.Normal(0.0, 2**0.5).log_prob(x).item(), abs=0.05)
     assert SiteELBO("rloo", num_particles=20_000).loss(model, guide_of_two_parts, x) == pytest.approx(-bound, abs=0.05)
+
+
+@pytest.mark.parametrize("verb", [evaluate, to_arviz, diagnose, predict])
+def test_programs_without_sites_are_refused(verb):
+    def empty():
+        pass
+
+    with pytest.raises(BadInput, match="model and guide have no sample sites"):
+        verb(empty, empty, *([()] if verb is evaluate else []))
