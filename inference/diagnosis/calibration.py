@@ -207,21 +207,22 @@ def _replaced(sweep: Sweep, places: Mapping[str, int | str], run: Pass) -> tuple
 
 
 def _reacting(sweep: Sweep, places: Mapping[str, int | str]) -> tuple[list[str], list[str]]:
-    """Latents whose guide does not depend on the data, which are held fixed, and the latents to test."""
+    """Sites whose guide does not depend on the data, which are held fixed, and the latents to test."""
     guide, _ = sweep.run(1)
-    held = {name: sweep.held(guide, name) for name, layout in sweep.guide_sites.items() if layout.kind == "latent"}
+    drawn = [name for name, layout in sweep.guide_sites.items() if layout.kind == "latent"]
+    held = {name: sweep.held(guide, name) for name in drawn}
     other, _ = sweep.run(1, fixed=held, arguments=_replaced(sweep, places, sweep.model_run(1, observe=False)))
-    reads = {
-        name
-        for name, layout in sweep.guide_sites.items()
-        if layout.kind == "latent" and _differs(guide.log_prob(name), other.log_prob(name))
-    }
+    reads = {name for name in drawn if _differs(guide.log_prob(name), other.log_prob(name))}
+    # A computed site is not held: it reads the data if they move it where its auxiliary draws are the same.
+    reads |= {name for name in sweep.computed if _differs(guide.value(name), other.value(name))}
     if not reads:
         raise _Unread(_UNREAD)
-    if any(name not in sweep.model_sites for name in sweep.guide_sites):
-        return [], list(sweep.latents)
-    given = [name for name in sweep.shared if name not in reads]
-    local = [name for name in sweep.local if set(sweep.local) & reads]
+    outside = sweep.outside_data()
+    auxiliary = {name for name in outside if name in sweep.computed or name not in sweep.model_sites}
+    if auxiliary & reads:
+        return [], list(sweep.latents)  # which draws determine which latents is not known
+    given = [name for name in outside if name not in reads]
+    local = sweep.local if reads - set(outside) else []
     return given, [*local, *(name for name in sweep.shared if name in reads)]
 
 

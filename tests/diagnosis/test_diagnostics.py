@@ -12,7 +12,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 from gumbo.errors import BadInput
 from gumbo.inference import diagnose, evaluate, to_arviz
@@ -193,6 +194,51 @@ def test_calibration_is_silent_at_the_exact_guide(seed):
     with quietly(local_model, local_guide(), seed):
         ranks, draws = simulated_ranks(sweep, 300)
     assert min(uniformity(values, draws) for values in ranks.values()) * len(ranks) > 1e-3
+
+
+def means_of_groups(y):
+    m = pyro.sample("m", dist.Normal(ZERO, 2.0))
+    with pyro.plate("data", len(y)):
+        a = pyro.sample("a", dist.Normal(m, 1.0))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+def fitted_and_amortized(kind, scale=1.0):
+    """An autoguide of the global latent, at the posterior given Y, and the conditional of the local ones."""
+    auto = kind(poutine.block(means_of_groups, expose=["m"]))
+    auto(Y)
+    auto.double()
+    variance = 1 / (1 / 4 + len(Y) / 2)
+    if kind is AutoNormal:
+        auto.locs.m = torch.nn.Parameter(ONE * variance * Y.sum() / 2)
+        auto.scales.m = ONE * variance**0.5
+    else:
+        auto.loc = torch.nn.Parameter((ONE * variance * Y.sum() / 2).reshape(1))
+        auto.scale, auto.scale_tril = (ONE * variance**0.5).reshape(1), torch.eye(1).double()
+
+    def guide(y):
+        m = auto(y)["m"]
+        with pyro.plate("data", len(y)):
+            pyro.sample("a", dist.Normal((m + y) / 2, scale * 0.5**0.5))
+
+    return guide
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+def test_calibration_holds_what_an_autoguide_computes_from_its_own_draws(kind, param_store):
+    report = diagnose(means_of_groups, fitted_and_amortized(kind), Y, **QUICK)
+    assert report.ok and set(report.ranks) == {"a", "log p(x, z)"}, str(report)
+    assert "calibration" in diagnose(means_of_groups, fitted_and_amortized(kind, 0.5), Y, **QUICK).alarms
+
+
+def test_calibration_ranks_local_latents_that_are_computed():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            noise = pyro.sample("noise", dist.Normal(ZERO, ONE), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(x * VAR / NOISE**2 + VAR**0.5 * noise, log_density=math.log(VAR) / -2))
+
+    report = diagnose(local_model, guide, X, **QUICK)
+    assert report["calibration"].verdict == "ok" and "z" in report.ranks, str(report)
 
 
 def test_the_band_keeps_its_level_and_sees_what_leaves_it():
