@@ -22,8 +22,6 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
     Errors are from a jackknife over twenty groups of draws. A difference counts if its probability by chance, over all
     dimensions or pairs of them, is below one in a thousand. Of up to 3,000 dimensions all are compared.
     """
-    from scipy.stats import t
-
     blocks = _blocks(len(units.names))
     compared = np.concatenate(blocks)
     count, names = len(compared), [units.names[place] for place in compared]
@@ -48,7 +46,7 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
             units,
             "shift",
             alarm,
-            fine,
+            fine and bool(size.max() <= 1.0),
             weak,
             f"the guide's mean is off by {size[worst] * scale[worst]:.2f} {unit} (root mean square) at {names[worst]}, "
             f"limit {scale[worst]}; posterior by importance weights{some}",
@@ -57,31 +55,43 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
         )
     )
     if continuous.any():
-        many = shown.sum(0).clip(1)
-        ratio, error = (width * shown).sum(0) / many, np.sqrt((errors[1] ** 2 * shown).sum(0)) / many
-        limit = -math.log(WIDTH)
-        sure = t.isf(SURE / 2 / continuous.sum(), (GROUPS - 1) * many)
-        fires = continuous & (np.abs(ratio) > limit) & (np.abs(ratio) > sure * error)
-        worst = int(np.argmax(np.where(continuous, np.abs(ratio), -1.0)))
-        # Few effective draws are close together whatever the posterior's width: they cannot show a guide too wide.
-        alarm = bool((fires & (ratio < 0)).any()) or bool(fires.any() and weak is None)
-        verdicts.append(
-            _verdict(
-                units,
-                "width",
-                alarm,
-                bool((2 * error[continuous] < limit).all()),
-                weak,
-                f"at {names[worst]} the guide's standard deviation is {math.exp(ratio[worst]):.2f} times the "
-                f"posterior's by importance weights, limits {WIDTH} and {1 / WIDTH:.2f}; {int(fires.sum())} of "
-                f"{int(continuous.sum())} dimensions are outside",
-                (float(math.exp(ratio[worst])), WIDTH),
-                "a family with correlations if correlation or khat fires too, else train longer",
-            )
-        )
+        kept = [part[:, continuous] for part in (width, errors[1], shown)]
+        verdicts.append(_width(units, [name for name, one in zip(names, continuous, strict=True) if one], *kept, weak))
     if len(units.names) > 1:
         verdicts.append(_correlation(units, blocks, weak))
     return verdicts
+
+
+def _width(
+    units: Units,
+    names: list[str],
+    width: np.ndarray,
+    error: np.ndarray,
+    shown: np.ndarray,
+    weak: tuple[str, str] | None,
+) -> Verdict:
+    """The verdict on standard deviations, from their log-ratios ``(units, d)`` at continuous dimensions."""
+    from scipy.stats import t
+
+    limit, many = -math.log(WIDTH), shown.sum(0).clip(1)
+    mean, noise = (width * shown).sum(0) / many, np.sqrt((error**2 * shown).sum(0)) / many
+    fires = (np.abs(mean) > limit) & (np.abs(mean) > t.isf(SURE / 2 / len(names), (GROUPS - 1) * many) * noise)
+    # Units too wide and units too narrow cancel in the mean.
+    size, uneven, _ = _root_mean_square(width, error, limit, shown)
+    # Few effective draws are close together whatever the posterior's width: they cannot show a guide too wide.
+    alarm = bool((fires & (mean < 0)).any()) or (bool(fires.any()) or uneven) and weak is None
+    worst = int(np.argmax(np.abs(mean)))
+    value = math.exp(mean[worst])
+    text = (
+        f"at {names[worst]} the guide's standard deviation is {value:.2f} times the posterior's by importance weights, "
+        f"limits {WIDTH} and {1 / WIDTH:.2f}; {int(fires.sum())} of {len(names)} dimensions are outside"
+    )
+    if size.max() > limit and not fires.any():
+        value = math.exp(size.max())
+        text += f"; at {names[int(np.argmax(size))]} it is off by a factor of {value:.2f} (root mean square)"
+    fine = bool((2 * noise < limit).all() and np.abs(mean).max() <= limit and size.max() <= limit)
+    mend = "a family with correlations if correlation or khat fires too, else train longer"
+    return _verdict(units, "width", alarm, fine, weak, text, (float(value), WIDTH), mend)
 
 
 def _correlation(units: Units, blocks: list[np.ndarray], weak: tuple[str, str] | None) -> Verdict:

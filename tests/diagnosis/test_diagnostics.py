@@ -241,6 +241,44 @@ def test_calibration_ranks_local_latents_that_are_computed():
     assert report["calibration"].verdict == "ok" and "z" in report.ranks, str(report)
 
 
+def many_normals(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(x.shape[1]).double(), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("factor, alarms", [(1.08, []), (1.4, ["width"])])
+def test_data_too_wide_and_data_too_narrow_do_not_cancel(factor, alarms):
+    """In one of twelve dimensions: the gap, which is a mean over dimensions, stays small."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            scale = torch.where(x[:, :1] > 0, factor, 1 / factor)
+            scale = torch.where(torch.arange(x.shape[1]) == 3, scale, ONE) * 0.5**0.5
+            pyro.sample("z", dist.Normal(x / 2, scale).to_event(1))
+
+    data = 2**0.5 * torch.randn(40, 12, generator=torch.Generator().manual_seed(0)).double()
+    report = diagnose(many_normals, guide, data, **QUICK)
+    assert report.alarms == alarms and report["gap"].verdict == "ok", str(report)
+    if alarms:
+        assert "at z[3] it is off by a factor of 1.3" in report["width"].text and report["width"].value > 1.3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_number_beyond_its_limit_is_not_ok(seed):
+    """What is too uncertain for an alarm is too uncertain for an ok."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            scale = torch.where(torch.arange(x.shape[1]) == 3, 0.8, 0.93) * 0.5**0.5
+            pyro.sample("z", dist.Normal(x / 2, scale.double()).to_event(1))
+
+    data = 2**0.5 * torch.randn(1, 12, generator=torch.Generator().manual_seed(0)).double()
+    report = diagnose(many_normals, guide, data, num_samples=1000, num_simulations=20, refine_steps=0, seed=seed)
+    width = report["width"]
+    assert width.verdict != "ok" or 0.85 < width.value < 1 / 0.85, str(report)
+
+
 def test_the_band_keeps_its_level_and_sees_what_leaves_it():
     rng = np.random.default_rng(0)
     chances = np.array([uniformity(rng.integers(0, 101, 300), 100) for _ in range(1000)])
