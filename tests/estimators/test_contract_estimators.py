@@ -26,6 +26,15 @@ class SelfCentred(ScoreFunction):
         return (view.cost - view.cost.mean(view.particle_dim, keepdim=True)) * view.log_prob
 
 
+class SelfCentredFromTwo(SelfCentred):
+    """Right with one particle, the least number that it declares."""
+
+    min_particles = 1
+
+    def surrogate(self, view):
+        return super().surrogate(view) if view.num_particles > 1 else view.cost * view.log_prob
+
+
 class Boasting(GumbelSoftmax):
     unbiased = True
 
@@ -36,6 +45,28 @@ class Boasting(GumbelSoftmax):
 class HalfMissing(DisARM):
     def weigh(self, gap, value, partner, uniform, logits):
         return torch.where(value > partner, super().weigh(gap, value, partner, uniform, logits), 0.0)
+
+
+class CentredOnTheBatch(ScoreFunction):
+    """Wrong by one part in the number of rows."""
+
+    def surrogate(self, view):
+        return (view.cost - view.cost.mean()) * view.log_prob
+
+
+class OnlyInTraining(ScoreFunction):
+    def surrogate(self, view):
+        return (2 if view.training else 1) * super().surrogate(view)
+
+
+class OnlyOneByOne(ScoreFunction):
+    def surrogate(self, view):
+        return len(view.fns) * super().surrogate(view)
+
+
+class SlightlyLong(ScoreFunction):
+    def surrogate(self, view):
+        return 1.01 * super().surrogate(view)
 
 
 class Greedy(ScoreFunction):
@@ -52,6 +83,11 @@ class Greedy(ScoreFunction):
         (Flipped(), "calls itself unbiased"),
         (SelfCentred(), "calls itself unbiased"),
         (Boasting(), "calls itself unbiased"),
+        (SelfCentredFromTwo(), "with 2 particles at once calls itself unbiased"),
+        (CentredOnTheBatch(), "calls itself unbiased"),
+        (OnlyInTraining(), "calls itself unbiased"),
+        (OnlyOneByOne(), "with 2 particles one by one calls itself unbiased"),
+        (SlightlyLong(), "calls itself unbiased"),
         (HalfMissing(), "calls itself unbiased"),
         (Greedy(), "supports and why_not disagree"),
     ],
