@@ -28,6 +28,7 @@ from ..engine.scopes import device_of, quietly
 from ..estimators._distributions import describe, elementary, support_of, why_other_draws
 from .checks import check_invertible
 from .enumerated import completed
+from .own_laws import why_not_own_law
 from .points import moved_by_draws, points_of
 from .sites import SiteLayout, can_be_drawn, discrete_values, has_rows, innermost, kind_of, lengths_of
 from .superfluous import superfluous_latents
@@ -188,12 +189,12 @@ class Survey:
             for name in drawn
             if not can_be_drawn(model.nodes[name]["fn"])
         }
-        reasons = {name: why_other_draws(model.nodes[name]["fn"]) for name in drawn}
+        reasons = {name: _why_other_draws(model.nodes[name]["fn"]) for name in drawn}
         self.other_draws = {name: reason for name, reason in reasons.items() if reason is not None}
         self.unweighable = {
             name: reason
             for name, layout in self.guide_sites.items()
-            if layout.kind == "latent" and (reason := why_other_draws(guide.nodes[name]["fn"])) is not None
+            if layout.kind == "latent" and (reason := _why_other_draws(guide.nodes[name]["fn"])) is not None
         }
         self.unweighable |= dict.fromkeys(undetermined(guide.nodes, model.nodes), REMEDY)
         # Pyro masks or replaces the prior of what such a site is computed from, and corrects its density alone.
@@ -456,6 +457,10 @@ class Survey:
             for name, layout in self.guide_sites.items()
             if layout.kind == "latent" and not (wanted and wanted <= layout.plates)
         ]
+
+
+def _why_other_draws(fn: Any) -> str | None:
+    return why_other_draws(fn) or why_not_own_law(fn)
 
 
 def _check_order(guide: Trace, model: Trace) -> None:
