@@ -11,8 +11,8 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch.distributions import constraints
 
-from ...errors import PROGRAM_ERRORS
-from ..estimators._distributions import elementary, is_computed, is_discrete, support_of
+from ...errors import PROGRAM_ERRORS, first_line
+from ..estimators._distributions import describe, elementary, is_computed, is_discrete, support_of
 from .vmapped import random_sites
 
 
@@ -101,19 +101,21 @@ def discrete_values(fn: Any) -> str:
     return "binary" if isinstance(support, type(constraints.boolean)) else "counts"
 
 
-def can_be_drawn(fn: Any) -> bool:
-    """Whether a distribution has draws, or only a density.
+def why_undrawable(fn: Any) -> str | None:
+    """A phrase that says why nothing can be drawn from a distribution, or None.
 
     >>> import pyro.distributions as dist
     >>> laws = dist.Normal(0.0, 1.0), dist.ImproperUniform(dist.constraints.real, (), ())
-    >>> [can_be_drawn(law) for law in laws]
-    [True, False]
+    >>> [why_undrawable(law) for law in laws]
+    [None, 'nothing can be drawn from its ImproperUniform']
     """
     try:
         fn.sample()
-    except PROGRAM_ERRORS:
-        return False
-    return True
+    except (NotImplementedError, AssertionError):  # an HMM without a duration asserts that it has one
+        return f"nothing can be drawn from its {describe(fn)}"
+    except PROGRAM_ERRORS as error:
+        return f"a draw from its {describe(fn)} fails: {first_line(error, kind=True)}"
+    return None
 
 
 def innermost(fn: Any) -> Any:

@@ -30,7 +30,7 @@ from .checks import check_invertible
 from .enumerated import completed
 from .own_laws import why_not_own_law
 from .points import moved_by_draws, points_of
-from .sites import SiteLayout, can_be_drawn, discrete_values, has_rows, innermost, kind_of, lengths_of
+from .sites import SiteLayout, discrete_values, has_rows, innermost, kind_of, lengths_of, why_undrawable
 from .superfluous import superfluous_latents
 from .vmapped import Seen, random_sites, scale_of, unmasked
 
@@ -53,7 +53,7 @@ class Survey:
         transformed: sites that the latents determine, with a density of their own, as some reparameterizations of Pyro
             leave them.
         angles: latents whose values a whole turn apart are the same.
-        undrawable: sites of the model whose distribution only has a density, and a phrase that says so.
+        undrawable: sites of the model whose distribution has no draws, and a phrase that says why.
         other_draws: sites of the model whose draws are of another law than their density, and why.
         unweighable: sites of the guide whose draws have no right importance weight, and why.
         points: latents at which the guide is a point, without a density, and what it does there.
@@ -184,11 +184,8 @@ class Survey:
         latents = [name for name, layout in self.model_sites.items() if layout.kind == "latent"]
         self.angles = [name for name in latents if isinstance(elementary(model.nodes[name]["fn"]), _ANGLES)]
         drawn = [name for name, layout in self.model_sites.items() if layout.kind in ("latent", "observed")]
-        self.undrawable = {
-            name: f"nothing can be drawn from its {describe(model.nodes[name]['fn'])}"
-            for name in drawn
-            if not can_be_drawn(model.nodes[name]["fn"])
-        }
+        undrawable = {name: why_undrawable(model.nodes[name]["fn"]) for name in drawn}
+        self.undrawable = {name: reason for name, reason in undrawable.items() if reason is not None}
         reasons = {name: _why_other_draws(model.nodes[name]["fn"]) for name in drawn}
         self.other_draws = {name: reason for name, reason in reasons.items() if reason is not None}
         self.unweighable = {

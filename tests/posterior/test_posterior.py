@@ -1545,6 +1545,22 @@ def test_data_of_a_density_alone_leave_out_the_draws_of_them(law, param_store):
     assert "nothing can be drawn" in diagnose(model, guide, x, num_samples=100).skipped["calibration"]
 
 
+def test_the_fault_of_a_users_draw_is_named(param_store):
+    class Faulty(DensityAlone):
+        def sample(self, sample_shape=()):
+            return self.loc @ self.loc[1:]
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+
+    def model(x):
+        pyro.sample("x", Faulty(guide(x)).to_event(1), obs=x)
+
+    with pytest.raises(BadInput, match="site 'x': a draw from its Faulty fails: RuntimeError: "):
+        predict(model, guide, X, num_samples=10)
+
+
 @pytest.mark.parametrize("verb", [evaluate, to_arviz, diagnose])
 def test_a_latent_without_numbers_changes_nothing(verb):
     def program(with_empty, x):
