@@ -223,12 +223,6 @@ def _needed(whole: Comparison, level: float, difference: float) -> float:
     return float(count)
 
 
-def _round_up(count: float) -> int:
-    """Rounded up to one significant digit."""
-    unit = 10 ** math.floor(math.log10(count))
-    return math.ceil(count / unit) * unit
-
-
 def _norm(parts: Iterable[Tensor]) -> float:
     return math.sqrt(sum(part.square().sum().item() for part in parts))
 
