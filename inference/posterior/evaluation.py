@@ -104,6 +104,16 @@ class Evaluation:
             announce(name, stacklevel=2)
         return object.__getattribute__(self, name)
 
+    def __eq__(self, other: object) -> bool:
+        return self._compared() == other._compared() if isinstance(other, Evaluation) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._compared())
+
+    def _compared(self) -> tuple:
+        # What is not known is equal to itself; since Python 3.13 dataclasses compare NaN with NaN.
+        return tuple(None if value != value else value for value in self.as_dict().values())
+
     def as_dict(self) -> dict[str, Any]:
         """Means, errors, counts, k̂ and reason as plain values; ``values`` and `information` hold the rest."""
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NOT_NUMBERS}

@@ -22,7 +22,7 @@ from gumbo.inference import SiteELBO, diagnose, evaluate, loo_approximate_poster
 from gumbo.inference.auditing.moments import gradient_draws, gradient_moments
 from gumbo.inference.posterior import _arviz
 from gumbo.inference.posterior.checks import Checks
-from gumbo.inference.posterior.evaluation import Evaluator
+from gumbo.inference.posterior.evaluation import Evaluation, Evaluator
 from gumbo.inference.posterior.parts import Weighing, log_weights
 from gumbo.inference.posterior.runner import Sweep
 from gumbo.inference.posterior.vmapped import coins_log_prob
@@ -1191,6 +1191,16 @@ def test_draws_of_several_turns_are_those_of_separate_runs_of_the_guide(options,
     if options == {}:
         w = torch.cat([dist.Normal(X[:, 0], 1.0).log_prob(run.value("w")) for _, _, run, _ in found])
         assert torch.allclose(joint, torch.cat(again) + w)
+
+
+def test_evaluations_are_equal_where_numbers_are_unknown_in_both():
+    numbers = dict.fromkeys(("elbo", "log_evidence", "rate", "distortion"), 1.0)
+    errors = {f"{name}_se": 0.5 for name in numbers}
+    found, again, other = (
+        Evaluation(**numbers, **errors, num_data=3, num_samples=1, khat=khat) for khat in (float("nan"), math.nan, 0.1)
+    )
+    assert found == again and hash(found) == hash(again)
+    assert found != other and found != numbers
 
 
 def test_an_evaluator_follows_the_parameters():
