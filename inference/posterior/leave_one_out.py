@@ -43,7 +43,7 @@ def loo_approximate_posterior(idata: Any, var_name: str | None = None, pointwise
     >>> x = torch.tensor([0.3, -1.2, 0.8])
     >>> guide = lambda x: pyro.sample("mean", dist.Normal(x.sum() / 4, 0.6))  # 0.5 is exact
     >>> found = loo_approximate_posterior(to_arviz(model, guide, x), pointwise=True)
-    >>> found.n_data_points, bool((found.pareto_k < 0.7).all())
+    >>> int(found.n_data_points), bool((found.pareto_k < 0.7).all())
     (3, True)
     """
     groups = _arviz.groups_of(idata)
