@@ -373,7 +373,8 @@ def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple,
             near = did_you_mean(option, known, "; ")
             raise BadInput(f"{kind} {name!r} has no option {option!r}; its options: {', '.join(known) or 'none'}{near}")
     try:
-        made = make(*positional, **options)
+        with current_folder_importable():  # options may be import paths, such as a prior's
+            made = make(*positional, **options)
     except GumboError:
         raise
     except Exception as error:  # the class's own code

@@ -17,6 +17,9 @@ from gumbo.guides import guides
 from gumbo.inference.estimators import estimators
 from gumbo.inference.objectives import objectives
 from gumbo.models import models
+from gumbo.models.families import families
+from gumbo.models.likelihoods import likelihoods
+from gumbo.models.priors import priors
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 FILES = dict(re.findall(r"```py\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL))
@@ -25,7 +28,8 @@ FILES = dict(re.findall(r"```py\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DO
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """The page's files in the current folder; what they register is taken back."""
-    before = [(registry, dict(registry._items)) for registry in (models, guides, estimators, objectives, datasets)]
+    registries = (models, families, likelihoods, priors, guides, estimators, objectives, datasets)
+    before = [(registry, dict(registry._items)) for registry in registries]
     for name, body in FILES.items():
         (tmp_path / name).write_text(body)
     monkeypatch.chdir(tmp_path)
@@ -38,7 +42,7 @@ def written(tmp_path, monkeypatch):
 
 
 def test_the_page_has_a_file_for_each_kind():
-    assert list(FILES) == ["mymodel.py", "myguide.py", "myestimator.py", "myobjective.py", "mydata.py"]
+    assert list(FILES) == ["mymodel.py", "myparts.py", "myguide.py", "myestimator.py", "myobjective.py", "mydata.py"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -49,6 +53,13 @@ def test_a_file_runs_as_it_stands(name, written, param_store):
 def test_the_command_line_takes_a_function_that_makes_a_guide(written, capsys, param_store):
     quick = ["--data", "digits", "--epochs=1", "--batch_size=400", "--importance_samples=2", "--folder", "run"]
     cli.main(["train", "--guide", "myguide:make", *quick])
+    assert math.isfinite(json.loads((written / "run" / "results.json").read_text())["test"]["elbo"])
+
+
+def test_the_command_line_takes_a_prior_and_a_likelihood_by_import_path(written, capsys, param_store):
+    parts = ["--model_options.prior=myparts:LaplacePrior", "--model_options.likelihood=myparts:EXPONENTIAL"]
+    quick = ["--data", "digits", "--epochs=1", "--batch_size=400", "--importance_samples=2", "--folder", "run"]
+    cli.main(["train", *parts, *quick])
     assert math.isfinite(json.loads((written / "run" / "results.json").read_text())["test"]["elbo"])
 
 
