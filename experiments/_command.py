@@ -248,6 +248,20 @@ def refuse_twice(setting: str, values: Sequence[Any]) -> None:
         raise BadInput(f"{setting} has {twice[0]!r} twice: name it once")
 
 
+def check_least(config: Any, **least: int) -> None:
+    """Raise BadInput for a setting below the smallest number that it takes; null, the default of some, passes.
+
+    >>> from types import SimpleNamespace
+    >>> check_least(SimpleNamespace(steps=0, particles=None), particles=1, steps=1)
+    Traceback (most recent call last):
+    gumbo.errors.BadInput: steps is 0: expected at least 1
+    """
+    for name, number in least.items():
+        value = getattr(config, name)
+        if value is not None and value < number:
+            raise BadInput(f"{name} is {value}: expected at least {number}")
+
+
 def settings_in(path: str, verb: str) -> dict[str, Any]:
     """The settings of a file; those of a run's own ``config.yaml``, which names its experiment, without its folder.
 
@@ -313,6 +327,8 @@ def _in_our_words(parser, said: str) -> str:
     'model'
     >>> _in_our_words(parser, "unrecognized arguments: --modle x")
     "unknown option '--modle': did you mean '--model'? (gumbo train --help shows all)"
+    >>> _in_our_words(parser, "unrecognized arguments: --zz")
+    "unknown option '--zz' (gumbo train --help shows all)"
     """
     said = " ".join(said.split())
     more = f"({parser.prog} --help shows all)"
@@ -322,10 +338,12 @@ def _in_our_words(parser, said: str) -> str:
         flag = next((one.partition("=")[0] for one in found[1].split() if one.startswith("--")), None)
         if flag is None:
             return f"unexpected argument {found[1].split()[0]!r} {more}"
-        return f"unknown option {flag!r}: {did_you_mean(flag.partition('.')[0], known, after=' ')}{more}"
+        return f"unknown option {flag!r}{did_you_mean(flag.partition('.')[0], known, before=': ')} {more}"
     if found := _UNKNOWN_LINE.search(said):
-        return f"unknown setting {found[1]!r}: {did_you_mean(found[1], settings, after=' ')}{more}"
+        return f"unknown setting {found[1]!r}{did_you_mean(found[1], settings, before=': ')} {more}"
     if found := _WRONG_TYPE.fullmatch(said):
+        if found[2] == "list" and found[3] and found[3][0] not in "[{":
+            return f"{found[1]} is {found[3]!r}: expected a list, such as [{found[3]}]"
         return f"{found[1]} is {found[3]!r}: expected {_TYPES.get(found[2], found[2])}"
     if found := _NO_TYPE.fullmatch(said):
         kinds = [one[1] or one[2] for one in _SUBTYPE.finditer(found[2])]

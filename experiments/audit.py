@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gumbo.errors import BadInput, GumboError, first_line
-from gumbo.experiments._command import run_command
+from gumbo.experiments._command import check_least, run_command
 from gumbo.experiments._names import current_folder_importable, imported, named_objective, program
 from gumbo.experiments._runs import RunFolder
 from gumbo.files import write_by_name
@@ -100,11 +100,11 @@ def audit(config: Audit):
         )
     except Exception as error:
         run.empty()
-        if isinstance(error, GumboError):
-            raise
-        bare = config.args is None and config.data is None and isinstance(error, TypeError)
-        advice = "; say what they are called with: --args module:function" if bare else ""
-        raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}{advice}") from error
+        if not isinstance(error, GumboError):
+            raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}") from error
+        if config.args is None and config.data is None and isinstance(error.__cause__, TypeError):
+            raise BadInput(f"{error}; say what they are called with: --args module:function") from error
+        raise
     write_by_name(run.path / "audit.nc", lambda path: report.to_netcdf(path, engine="h5netcdf"), report.nbytes)
     run.write_text("table.md", as_markdown(report, f"{config.model} and {config.guide}"))
     plot_audit(report, run.plots / "audit.png")
@@ -120,8 +120,7 @@ def check(config: Audit) -> None:
 
     if config.args is not None and config.data is not None:
         raise BadInput("--args and --data both say what the programs are called with: give one of them")
-    if config.batch_size < 1:
-        raise BadInput(f"batch_size is {config.batch_size}: expected at least 1")
+    check_least(config, batch_size=1, particles=1)
     with current_folder_importable():
         labelled(config.estimators or None)
         if config.reference not in ("auto", "exact", "long-run"):

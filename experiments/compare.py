@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gumbo.errors import BadInput, Interrupted, UnknownName, first_line
-from gumbo.experiments._command import refuse_twice, run_command
+from gumbo.experiments._command import check_least, refuse_twice, run_command
 from gumbo.experiments._names import marked
 from gumbo.experiments._runs import RunFolder, Watch, available_cpus, run_settings
 from gumbo.experiments._workers import check_workers, in_parallel
@@ -263,20 +263,9 @@ def check(config: Compare) -> None:
         for name in set(recorded) - {"jobs"}:
             if asked[name] != recorded[name]:
                 raise BadInput(f"{config.resume} was begun with {name} {recorded[name]}, not {asked[name]}")
-    smallest = {
-        "seeds": 1,
-        "epochs": 1,
-        "batch_size": 1,
-        "particles": 2,
-        "gradient_draws": 2,
-        "common_epochs": 1,
-        "burn_in": 0,
-        "warm_up": 0,
-    }
     check_workers(config.backend, config.address, config.jobs, least=0)
-    for name, least in (smallest | {"importance_samples": 1}).items():
-        if getattr(config, name) < least:
-            raise BadInput(f"{name} is {getattr(config, name)}: expected at least {least}")
+    check_least(config, seeds=1, epochs=1, batch_size=1, common_epochs=1, importance_samples=1)
+    check_least(config, particles=2, gradient_draws=2, burn_in=0, warm_up=0)
     # Read here once, so that a missing file is reported before a run folder and workers exist.
     rows = len(images(config.data).train)
     if config.batch_size > rows:

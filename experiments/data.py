@@ -352,7 +352,7 @@ def _refuse_levels(name: str, images: dict[str, Tensor], binarize: str) -> None:
         if pixels.numel() and not (pixels.min() >= 0 and pixels.max() <= 1):
             raise BadInput(
                 f"{name} has values from {pixels.min():.6g} to {pixels.max():.6g}: binarize={binarize} takes gray "
-                "levels in [0, 1]; leave it out, or use null"
+                "levels in [0, 1]; use binarize=None (--binarize null), or other data"
             )
 
 

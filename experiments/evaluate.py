@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gumbo.errors import BadInput, UnknownName
-from gumbo.experiments._command import checked, run_command
+from gumbo.experiments._command import check_least, checked, run_command
 from gumbo.experiments._loading import load_parameters
 from gumbo.experiments._runs import RunFolder
 from gumbo.experiments.train import Train, build, inputs_of, load_data, settings_of, show
@@ -65,9 +65,9 @@ def reopened(config: OfRun, verb: str) -> tuple[Train, RunFolder, Any, Any, Any]
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """The numbers, also written to ``evaluation-<split>.json`` in the run's folder."""
-
     from gumbo.inference import evaluate as judge
 
+    check_least(config, importance_samples=1)
     settings, run, data, model, guide = reopened(config, "evaluate")
     judged = judge(
         model, guide, inputs_of(model, data, config.split), num_samples=config.importance_samples, seed=config.seed

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gumbo.errors import BadInput
-from gumbo.experiments._command import run_command
+from gumbo.experiments._command import check_least, run_command
 from gumbo.experiments._runs import RunFolder
 from gumbo.experiments.evaluate import OfRun, reopened
 from gumbo.experiments.train import inputs_of
@@ -38,8 +38,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
     from gumbo.inference import diagnose, to_arviz
     from gumbo.inference.posterior import _arviz
 
-    if config.num_data < 2:
-        raise BadInput(f"num_data is {config.num_data}: expected at least 2")
+    check_least(config, num_data=2)
     settings, run, data, model, guide = reopened(config, "inspect")
     if not model.latents:
         raise BadInput(f"{settings.model} has no latents, so that there is no posterior to inspect")

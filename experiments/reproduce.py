@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gumbo.errors import BadInput, Interrupted, first_line
-from gumbo.experiments._command import refuse_twice, run_command
+from gumbo.errors import BadInput, Interrupted, UnknownName, first_line
+from gumbo.experiments._command import check_least, refuse_twice, run_command
 from gumbo.experiments._runs import environment, in_utf8
 from gumbo.experiments._workers import check_workers, in_parallel
 from gumbo.experiments.compare import mean_and_error
@@ -68,8 +68,7 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
     from gumbo.experiments.reproduction import tables
 
     check_workers(config.backend, config.address, config.jobs)
-    if config.steps is not None and config.steps < 1:
-        raise BadInput(f"steps is {config.steps}: expected at least 1")
+    check_least(config, steps=1)
     refuse_twice("seeds", config.seeds)
     if not config.seeds:
         raise BadInput("seeds is empty: expected some, as in [0, 1]")
@@ -91,7 +90,10 @@ def reproduce(config: Reproduce) -> list[dict[str, Any]]:
     for name in chosen:
         all_of_it = (finished(results, *task) for task in wanted if task[0] == name)
         found = [numbers for numbers in all_of_it if numbers is not None]
-        show(tables[name], found)
+        if found:
+            show(tables[name], found)
+        else:
+            print(f"gumbo reproduce: {name}: no finished cell in {results / name}", file=sys.stderr)
         if found and not config.show:
             write_report(Path(config.folder) / name / "report.html", tables[name], found)
         everything += found
@@ -132,6 +134,8 @@ def chosen_cells(config: Reproduce) -> dict[str, list[Any]]:
     """The cells that the patterns name, by table."""
     from gumbo.experiments.reproduction import tables
 
+    if config.table not in (ALL, *tables):
+        raise UnknownName("table", config.table, (ALL, *tables))
     if config.table != ALL:
         return {config.table: tables[config.table].chosen(config.cells)}
     names = {(name, cell.name): f"{name}/{cell.name}" for name in tables for cell in tables[name].cells}

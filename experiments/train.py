@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName, did_you_mean
-from gumbo.experiments._command import run_command, speaks
+from gumbo.experiments._command import check_least, run_command, speaks
 from gumbo.experiments._names import current_folder_importable, marked, named, named_objective, refuse_untrusted
 from gumbo.experiments._programs import AMORTIZE, ROWS, OwnProgram, amortized, own_model
 from gumbo.experiments._runs import RunFolder, run_settings
@@ -23,6 +23,7 @@ from gumbo.registry import describe
 
 if TYPE_CHECKING:
     from gumbo.inference.posterior.evaluation import Evaluation
+    from gumbo.inference.training.schedules import Schedule
 
 
 @dataclass
@@ -112,8 +113,7 @@ def train(config: Train) -> dict[str, Any]:
 
     if config.optimizer not in OPTIMIZERS:
         raise UnknownName("optimizer", config.optimizer, OPTIMIZERS)
-    if config.importance_samples < 1:
-        raise BadInput(f"importance_samples is {config.importance_samples}: expected at least 1")
+    check_least(config, particles=1, importance_samples=1)
     if config.resume is not None:
         recorded(config.resume)
         if config.folder is not None and Path(config.folder).absolute() != Path(config.resume).absolute():
@@ -209,7 +209,7 @@ def train_into(run: RunFolder, config: Train, data, model, guide, loss, processe
         "ms_per_step": result.ms_per_step,
         "test": found.as_dict(),
     }
-    run.write_config("train", config, resume=None, folder=None)
+    run.write_config("train", config, resume=None, folder=None, epochs=max(config.epochs, result.epochs))
     run.write_json("results.json", results)
     pictures = draw(run, result, model.cpu(), guide.cpu(), test)
     report(run, config, result, found, pictures)
@@ -238,12 +238,20 @@ def resumable(run: RunFolder, config: Train) -> Iterator[None]:
 
 
 def learning_rate(config: Train):
-    from gumbo.inference import parse_schedule
-
     try:
         return float(config.lr)
     except ValueError:
-        return parse_schedule(config.lr)
+        return schedule_of(config, "lr")
+
+
+def schedule_of(config: Train, name: str) -> Schedule:
+    """The schedule that a setting describes; an error names the setting."""
+    from gumbo.inference import parse_schedule
+
+    try:
+        return parse_schedule(getattr(config, name))
+    except GumboError as error:
+        raise BadInput(f"{name}: {error}") from error
 
 
 def load_data(config: Train):
@@ -273,16 +281,16 @@ def inputs_of(model, data, split: str, count: int | None = None) -> dict[str, An
 
 
 def make_loss(config: Train):
-    from gumbo.inference import make_loss, parse_schedule
+    from gumbo.inference import make_loss
 
     target = named_objective(config.objective, config.objective_options)
     options: dict[str, Any] = {} if target.name == "elbo" else {"objective": target}
     if str(config.kl_weight) not in ("1", "1.0"):
-        options["kl_weight"] = parse_schedule(config.kl_weight)
+        options["kl_weight"] = schedule_of(config, "kl_weight")
     word: Any = config.estimator if target.takes_estimators else "default"
     with current_folder_importable():
         if config.temperature is not None:
-            temperature = parse_schedule(config.temperature)
+            temperature = schedule_of(config, "temperature")
             if not 0 < temperature(0) < math.inf:
                 given = f"{config.temperature:g}" if isinstance(config.temperature, float) else config.temperature
                 raise BadInput(

@@ -260,7 +260,10 @@ class Run:
             for note in filter(None, (self.step.note, self.batches.note, self._waiting())):
                 shown.begin(note)
             if self.folder is not None:
-                shown.begin(f"into {self.folder} from {self._where()}")
+                done = self.now.number - 1
+                finished = done >= options.epochs
+                rest = f"with {done} epochs done: nothing to train" if finished else f"from {self._where()}"
+                shown.begin(f"into {self.folder} {rest}")
             scalars = None
             if options.tensorboard and self.folder is not None and self.speaks:
                 scalars = Scalars(self.folder, int(self.history[-1]["step"]) if self.history else None)
@@ -544,7 +547,7 @@ class Run:
         state = self.checkpoints.load(self.batches.device if self.processes is None else "cpu")
         if wrong := _not_of_fit(state):
             raise BadInput(
-                f"{self.checkpoints.last} is a checkpoint of something else than fit ({wrong}); use another run_dir"
+                f"{self.checkpoints.last} is a checkpoint of something else than fit ({wrong}); take another run folder"
             )
         there = state["settings"]
         compared = {*there, *self.identity} - {key for key in NOT_FROM_THE_FIRST if key not in there}
@@ -553,7 +556,8 @@ class Run:
             key = differing[0]
             raise BadInput(
                 f"{self.folder} holds a run of another configuration: {', '.join(differing)} differ "
-                f"({key}: {there.get(key)} there, {self.identity.get(key)} here); use another run_dir"
+                f"({key}: {there.get(key)} there, {self.identity.get(key)} here): "
+                "resume with the same settings, or take another run folder"
             )
         for name, value in state["made_on"].items():
             if value != self.made_on[name]:

@@ -122,6 +122,12 @@ def one_line_and_status(capsys, argv: list[str]) -> tuple[str, int]:
         (["train", "--compile=false"], "--compile takes no value (it was given 'false')"),
         (["train", "--epochs="], "epochs is '': expected a whole number"),
         (["train", "--patience", "soon"], "patience is 'soon': expected a whole number or null"),
+        (["train", "--particles", "0"], "particles is 0: expected at least 1"),
+        (["train", "--kl_weight", "fast(3)"], "kl_weight: unknown schedule 'fast'"),
+        (["evaluate", "nowhere", "--importance_samples", "0"], "importance_samples is 0: expected at least 1"),
+        (["compare", "--families", "discrete"], "families is 'discrete': expected a list, such as [discrete]"),
+        (["doctor", "--depth"], "unknown option '--depth' (gumbo doctor --help shows all)"),
+        (["reproduce", "al"], "did you mean 'all'?"),
         (["list", "--jsn"], "unknown option '--jsn': did you mean '--json'?"),
         (["--verson"], "unknown option '--verson': did you mean '--version'?"),
         (["train", "--modle", "x"], "unknown option '--modle': did you mean '--model'?"),
@@ -144,6 +150,33 @@ def test_a_mistake_is_one_line_and_status_2(argv, words, capsys, tmp_path, monke
     assert words in said
     assert said.startswith(f"gumbo {argv[0]}: error: " if argv[0] in cli.VERBS else "gumbo: error: ")
     assert status == 2
+
+
+def test_a_program_called_without_its_arguments_is_told_of_the_option(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("needs_rows.py").write_text("def model(rows): ...\n\n\ndef guide(rows): ...\n")
+    with pytest.raises(SystemExit):
+        cli.main(["audit", "needs_rows:model", "needs_rows:guide"])
+    said = capsys.readouterr().err
+    assert "missing 1 required positional argument: 'rows'" in said and "--args module:function" in said
+    sys.modules.pop("needs_rows", None)
+
+
+def test_a_table_without_finished_cells_says_where_it_looked(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["reproduce", "toy", "--show"])
+    said = capsys.readouterr()
+    assert said.out == "" and "toy: no finished cell in experiments/results/toy" in said.err
+
+
+def test_resuming_to_fewer_epochs_trains_nothing_and_keeps_the_record(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--batch_size=400", "--importance_samples=2", "--model_options.hidden=[4]"]
+    cli.main(["train", "--epochs=2", *quick, "--folder=run"])
+    capsys.readouterr()
+    cli.main(["train", "--resume", "run", "--epochs=1"])
+    assert "with 2 epochs done: nothing to train" in capsys.readouterr().err
+    assert "epochs: 2\n" in Path("run/config.yaml").read_text()
 
 
 @pytest.mark.parametrize("folder", [[], ["--folder", "deep/er"]], ids=["by time", "by name"])
@@ -285,7 +318,7 @@ def test_unknown_keys_of_a_file_are_refused(capsys, tmp_path):
         ("epochs: 3\nseed: 1\nepochs: 4", "sets 'epochs' twice, again in line 3: keep one"),
         ("model_options: {hidden: [3], hidden: [4]}", "sets 'hidden' twice, again in line 1"),
         ("batch-size: 3", "unknown setting 'batch-size': did you mean 'batch_size'?"),
-        ("print_config: true", "unknown setting 'print_config': (gumbo train --help shows all)"),
+        ("print_config: true", "unknown setting 'print_config' (gumbo train --help shows all)"),
         ("config: other.yaml", "names another settings file: give both"),
         ("model_options: hidden", "model_options is 'hidden': expected a mapping, such as {name: value}"),
         ("patience: soon", "patience is 'soon': expected a whole number or null"),
