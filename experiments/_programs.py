@@ -9,8 +9,9 @@ from typing import Any
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from gumbo.errors import BadInput, did_you_mean
+from gumbo.errors import BadInput
 from gumbo.experiments._names import program
+from gumbo.options import check_known
 from gumbo.registry import Registry, is_import_path
 
 AMORTIZE = "amortize"
@@ -64,11 +65,7 @@ def amortized(model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any])
     """The guide of `amortize` for a model and some rows of its data."""
     from gumbo.guides import amortize
 
-    known = ("hidden", "dependencies", "order")
-    for option in options:
-        if option not in known:
-            near = did_you_mean(option, known, "; ")
-            raise BadInput(f"guide {AMORTIZE!r} has no option {option!r}; its options: {', '.join(known)}{near}")
+    check_known(f"guide {AMORTIZE!r}", options, ("hidden", "dependencies", "order"))
     guide = amortize(model, **inputs, **{"quiet": True, **options})
     if isinstance(model, OwnProgram):
         model.latents = {decision.site: decision for decision in guide.decisions if decision.scope != "summed out"}

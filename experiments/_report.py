@@ -73,9 +73,6 @@ class Report:
     def text(self, text: str) -> None:
         self.blocks.append(f"<p>{escape(text)}</p>")
 
-    def pre(self, text: str) -> None:
-        self.blocks.append(f'<pre tabindex="0">{escape(text)}</pre>')
-
     def table(self, heads: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> None:
         """A table; each cell has a tooltip with its row and column."""
         self._wide(caption, html_table(heads, body))

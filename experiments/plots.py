@@ -138,7 +138,7 @@ def _as_images(images: torch.Tensor) -> np.ndarray:
 
 def has_mean(model, inputs: Mapping[str, torch.Tensor]) -> bool:
     """Whether p(x | z) has a mean to show: tokens and other classes have none."""
-    with _aside(0):
+    with _aside():
         try:
             mean = poutine.trace(model).get_trace(**inputs).nodes["x"]["fn"].mean
         except NotImplementedError:  # a distribution that defines no mean; others have NaN
@@ -146,24 +146,24 @@ def has_mean(model, inputs: Mapping[str, torch.Tensor]) -> bool:
     return not bool(mean.isnan().any())
 
 
-def reconstructions(model, guide, inputs: Mapping[str, torch.Tensor], seed: int = 0) -> torch.Tensor:
+def reconstructions(model, guide, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Means of p(x | z) for one draw z of the guide at each row of the programs' inputs, ``(B, *data_shape)``."""
-    with _aside(seed):
+    with _aside():
         guide_trace = poutine.trace(guide).get_trace(**inputs)
         return _observed_mean(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(**inputs))
 
 
-def prior_draws(model, inputs: Mapping[str, torch.Tensor], seed: int = 0) -> torch.Tensor:
+def prior_draws(model, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Means of p(x | z) for draws z of the prior, one per row, ``(B, *data_shape)``."""
     conditions = {name: inputs[name] for name in getattr(model, "conditions", {})}
-    with _aside(seed):
+    with _aside():
         return _observed_mean(poutine.trace(model).get_trace(batch_size=len(inputs["x"]), **conditions))
 
 
 @contextmanager
-def _aside(seed: int):
+def _aside():
     with torch.no_grad(), pyro.get_param_store().scope(), torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         yield
 
 

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName, did_you_mean
+from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName
 from gumbo.experiments._command import check_least, run_command, speaks
 from gumbo.experiments._names import current_folder_importable, marked, named, named_objective, refuse_untrusted
 from gumbo.experiments._programs import AMORTIZE, ROWS, OwnProgram, amortized, own_model
 from gumbo.experiments._runs import RunFolder, run_settings
 from gumbo.launcher import launched
+from gumbo.options import check_known
 from gumbo.registry import describe
 
 if TYPE_CHECKING:
@@ -376,10 +377,7 @@ def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple,
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     known = known[len(positional) :]
-    for option in options:
-        if option not in known:
-            near = did_you_mean(option, known, "; ")
-            raise BadInput(f"{kind} {name!r} has no option {option!r}; its options: {', '.join(known) or 'none'}{near}")
+    check_known(f"{kind} {name!r}", options, known)
     try:
         with current_folder_importable():  # options may be import paths, such as a prior's
             made = make(*positional, **options)

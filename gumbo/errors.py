@@ -34,14 +34,14 @@ class BadInput(GumboError, ValueError):
     """Data, an argument or a file that cannot be used: a wrong shape, NaN, empty data."""
 
 
-def did_you_mean(name: object, known: Iterable[str], before: str = "", after: str = "") -> str:
-    """The question for the nearest known name, between the texts ``before`` and ``after``; nothing if none is near.
+def did_you_mean(name: object, known: Iterable[str], before: str) -> str:
+    """The question for the nearest known name, after the text ``before``; nothing if none is near.
 
     >>> did_you_mean("hiden", ["hidden", "latent_dim"], "; "), did_you_mean("depth", ["hidden"], "; ")
     ("; did you mean 'hidden'?", '')
     """
     close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"{before}did you mean {close[0]!r}?{after}" if close else ""
+    return f"{before}did you mean {close[0]!r}?" if close else ""
 
 
 MOST_KNOWN = 14  # names that an error lists; of more it says where they are listed

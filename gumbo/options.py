@@ -9,12 +9,12 @@ import math
 import types
 import typing
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from .errors import BadInput
+from .errors import BadInput, did_you_mean
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -166,6 +166,20 @@ def check_option(who: str, value: Any, hint: Any, least: float | None = None) ->
         raise BadInput(f"{who} is {_short(value)}: expected {wanted}")
 
 
+def check_known(who: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise BadInput for the first name among ``given`` that is none of the ``known`` options.
+
+    >>> check_known("prior 'flow'", ["hiden"], ["flow", "hidden"])
+    Traceback (most recent call last):
+    gumbo.errors.BadInput: prior 'flow' has no option 'hiden'; its options: flow, hidden; did you mean 'hidden'?
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = did_you_mean(name, known, "; ")
+            raise BadInput(f"{who} has no option {name!r}; its options: {', '.join(known) or 'none'}{near}")
+
+
 def check_seed(seed: Any) -> None:
     """Raise BadInput unless torch's generators take the seed.
 
@@ -263,4 +277,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-__all__ = ["Checked", "check_numbers", "check_option", "check_options", "check_seed", "fits", "holds_to_annotations"]
+__all__ = [
+    "Checked",
+    "check_known",
+    "check_numbers",
+    "check_option",
+    "check_options",
+    "check_seed",
+    "fits",
+    "holds_to_annotations",
+]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid, softplus
 
-from ..errors import BadInput, did_you_mean
-from ..options import check_option
+from ..errors import BadInput
+from ..options import check_known, check_option
 from ..registry import Registry
 from .families import rate
 
@@ -67,10 +67,8 @@ class Observation(nn.Module):
         self.word, self.shape = word, torch.Size(shape)
         self.family = likelihoods[word]
         given = dict(options or {})
+        check_known(f"likelihood {word!r}", given, self.family.options)
         for name, value in given.items():
-            if name not in self.family.options:
-                known, near = ", ".join(self.family.options) or "none", did_you_mean(name, self.family.options, "; ")
-                raise BadInput(f"likelihood {word!r} has no option {name!r}; its options: {known}{near}")
             kind = type(self.family.options[name])
             check_option(f"likelihood {word!r}: {name}", value, float if kind is float else int)
         self.options = {**self.family.options, **given}

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
-from ..errors import BadInput, did_you_mean
-from ..options import check_option
+from ..options import check_known, check_option
 from ..registry import Registry
 from ._flows import FlowDistribution, zuko_flow
 from ._networks import Trunk
@@ -60,10 +59,8 @@ def made(registry: Registry, word: str, options: Mapping[str, Any] | None, *argu
     """The prior of that word; BadInput for unknown or invalid options."""
     make, given = registry[word], dict(options or {})
     taken = {n: p for n, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    check_known(f"{registry.kind} {word!r}", given, taken)
     for name, value in given.items():
-        if name not in taken:
-            known, near = ", ".join(taken) or "none", did_you_mean(name, taken, "; ")
-            raise BadInput(f"{registry.kind} {word!r} has no option {name!r}; its options: {known}{near}")
         check_option(f"{registry.kind} {word!r}: {name}", value, type(taken[name].default))
     return make(*arguments, **given)
 
