@@ -77,8 +77,10 @@ def run_settings(run: str, verb: str, config_class: type) -> dict[str, Any]:
                 f"{run} is a run of fit, which keeps no programs: make them, and call fit with resume=True"
             ) from error
         raise BadInput(f"{run} is not a run folder: {error}") from error
-    if found.pop("experiment", None) != verb:
-        raise BadInput(f"{run} is not a run of gumbo {verb}")
+    of = found.pop("experiment", None)
+    if of != verb:
+        other = f"a run of gumbo {of}, not" if of else "not a run"
+        raise BadInput(f"{run} is {other} of gumbo {verb}")
     known = [item.name for item in fields(config_class)]
     if unknown := set(found) - set(known):
         raise BadInput(f"{path} has an unknown setting {sorted(unknown)[0]!r}")

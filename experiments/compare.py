@@ -485,7 +485,8 @@ def measure(config: Compare, run: RunFolder, family: str, seed: int) -> dict[str
                 burn_in=config.burn_in if arm.word.endswith("+baseline") else 0,
             )
         # Arms with the same objective have the same exact gradient, best estimated by the least noisy one.
-        least = min((m for a, m in zip(arms, moments.values(), strict=True) if a.same_objective), key=noise)
+        same = [moments[arm.name] for arm in arms if arm.same_objective]
+        least = min(same, key=lambda found: found.total_variance)
         for arm in arms:
             own = moments[arm.name]
             signal = least.mean_norm if arm.same_objective else own.mean_norm
@@ -495,10 +496,6 @@ def measure(config: Compare, run: RunFolder, family: str, seed: int) -> dict[str
             }
         run.append_metrics({"family": family, "what": f"gradients ({stage})", "seed": seed})
     return {"family": family, "arm": "", "what": "gradients", "seed": seed, "moments": found}
-
-
-def noise(moments) -> float:
-    return moments.total_variance
 
 
 # --- what is made of the results
@@ -590,7 +587,7 @@ def collapse(row: Mapping[str, Any]) -> str:
 
 
 def note(config: Compare) -> str:
-    early = f" (after {config.epochs} epochs perhaps only not yet)" if config.epochs < 10 else ""
+    early = f", perhaps because {config.epochs} epochs are few" if config.epochs < 10 else ""
     trained = "; every arm trains on the full KL from the first step"
     if config.warm_up:
         trained = f", after KL warm-up over {config.warm_up} of {config.epochs} epochs in every arm"

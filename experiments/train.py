@@ -378,15 +378,19 @@ def construct(make: Callable[..., Any], name: str, kind: str, positional: tuple,
     ]
     known = known[len(positional) :]
     check_known(f"{kind} {name!r}", options, known)
+    # Who has written the model as a function gives its guide in the same way.
+    maker = kind == "guide" and inspect.isfunction(make)
+    advice = "; --guide names a function that makes a guide of the model, not the guide itself" if maker else ""
     try:
         with current_folder_importable():  # options may be import paths, such as a prior's
             made = make(*positional, **options)
     except GumboError:
         raise
     except Exception as error:  # the class's own code
-        raise BadInput(f"{kind} {name!r} cannot be made: {type(error).__name__}: {error}") from error
+        raise BadInput(f"{kind} {name!r} cannot be made: {type(error).__name__}: {error}{advice}") from error
     if not isinstance(made, torch.nn.Module):
-        raise BadInput(f"{kind} {name!r} makes {describe(made)}: expected a module whose call is the Pyro program")
+        wanted = "expected a module whose call is the Pyro program"
+        raise BadInput(f"{kind} {name!r} makes {describe(made)}: {wanted}{advice}")
     return made
 
 

@@ -68,7 +68,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             raise BadInput(f"{path} is no file: expected a checkpoint")
         content = path.read_bytes()
     except FileNotFoundError:
-        raise BadInput(f"no checkpoint at {path}: start the run without resume") from None
+        raise BadInput(f"no checkpoint at {path}: the run has saved nothing, or its files were moved") from None
     except (OSError, MemoryError) as error:
         raise BadInput(f"cannot read {path}: {getattr(error, 'strerror', None) or type(error).__name__}") from error
     if not _seal_holds(content):

@@ -493,7 +493,7 @@ def test_evaluate_refuses_what_is_no_run(tmp_path):
     with pytest.raises(BadInput, match="is not a run folder"):
         evaluate.evaluate(evaluate.Evaluate(str(tmp_path)))
     (tmp_path / "config.yaml").write_text("experiment: compare\n")
-    with pytest.raises(BadInput, match="not a run of gumbo train"):
+    with pytest.raises(BadInput, match="is a run of gumbo compare, not of gumbo train"):
         evaluate.evaluate(evaluate.Evaluate(str(tmp_path)))
     (tmp_path / "config.yaml").write_text("experiment: train\nlatent: 3\n")
     with pytest.raises(BadInput, match="unknown setting 'latent'"):

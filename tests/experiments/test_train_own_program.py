@@ -168,6 +168,11 @@ def test_a_model_of_the_collection_may_take_it_too():
     assert list(guide.parents) == ["z"] and "convolution" in str(guide)
 
 
+def test_a_guide_in_place_of_a_function_that_makes_one_is_told_apart(written):
+    with pytest.raises(BadInput, match="cannot be made: TypeError: .*; --guide names a function that makes a guide"):
+        build(Train(model="mine:model", guide="mine:model"), (1, 8, 8))  # a program of rows, as a guide's is
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
