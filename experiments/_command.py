@@ -278,8 +278,15 @@ def settings_in(path: str, verb: str) -> dict[str, Any]:
 
 
 def _parse(parser, argv: Sequence[str], prog: str):
+    argv = _underscored(argv)
+    for text in argv[: argv.index("--") if "--" in argv else None]:
+        # jsonargparse would keep these values as text, and only the last of several in one mapping.
+        option, _, rest = text.partition("=")[0].partition(".")
+        key, dot, inner = rest.partition(".")
+        if option.startswith("--") and dot:
+            fail(prog, f"{option}.{key} takes a mapping: write {option}.{key}='{{{inner}: VALUE}}'")
     try:
-        return parser.parse_args(_underscored(argv))
+        return parser.parse_args(argv)
     except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
         fail(prog, _in_our_words(parser, str(getattr(error, "message", None) or error)))
 

@@ -20,7 +20,18 @@ from gumbo.experiments._command import run_command
 DATA_SHAPE = (1, 8, 8)
 
 
-KINDS = ("models", "guides", "families", "estimators", "objectives", "stock", "data", "combinations")
+KINDS = (
+    "models",
+    "guides",
+    "families",
+    "likelihoods",
+    "priors",
+    "estimators",
+    "objectives",
+    "stock",
+    "data",
+    "combinations",
+)
 
 
 @dataclass
@@ -28,8 +39,8 @@ class List:
     """Show models, guides, estimators, objectives and data sets, what fits what, and which combinations are valid.
 
     Args:
-        kind: only these: models, guides, families, estimators, objectives, stock, data or combinations; the flag may be
-            left out, as in `gumbo list objectives`.
+        kind: only these: models, guides, families, likelihoods, priors, estimators, objectives, stock, data or
+            combinations; the flag may be left out, as in `gumbo list objectives`.
         json: everything as JSON.
         reasons: also print why each other combination is not valid.
     """
@@ -48,7 +59,8 @@ def catalogue(names: Iterable[str] | None = None, kinds: Iterable[str] = KINDS) 
 
     Returns:
         For each kind a dict by name; for ``combinations`` a list, see :func:`combinations`. Models have the ``guides``
-        and ``data`` that fit them, guides and data sets their ``models``, estimators the ``families`` they serve.
+        and ``data`` that fit them, guides, likelihoods and data sets their ``models``, estimators the ``families`` they
+        serve.
     """
     from gumbo.experiments.data import datasets, described
     from gumbo.guides import guides
@@ -75,9 +87,14 @@ def catalogue(names: Iterable[str] | None = None, kinds: Iterable[str] = KINDS) 
         "families": lambda: {
             name: {"support": str(family.support), "outputs": family.outputs} for name, family in families.items()
         },
+        "likelihoods": lambda: _likelihoods(),
+        "priors": lambda: _priors(),
         "estimators": lambda: _estimators(),
         "objectives": lambda: {name: _objective(make()) for name, make in objectives.items()},
-        "stock": lambda: {name: {"class": cls.__name__, "summary": _summary(cls)} for name, cls in stock_elbos.items()},
+        "stock": lambda: {
+            name: {"class": cls.__name__, "summary": _without_references(_summary(cls))}
+            for name, cls in stock_elbos.items()
+        },
         "data": lambda: {
             name: {
                 "holds": described[name].holds if name in described else "",
@@ -94,6 +111,31 @@ def catalogue(names: Iterable[str] | None = None, kinds: Iterable[str] = KINDS) 
 def _summary(thing: Any) -> str:
     """The first paragraph of a docstring, without the marks of reST."""
     return re.sub(r"(?::\w+:)?`+~?([^`]*)`+", r"\1", " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split()))
+
+
+def _without_references(text: str) -> str:
+    """The sentences that cite no numbered reference, whose list is elsewhere in the docstring."""
+    return " ".join(sentence for sentence in re.split(r"(?<=\.)\s+", text) if not re.search(r"\[\d+\]", sentence))
+
+
+def _likelihoods() -> dict[str, dict[str, Any]]:
+    from gumbo.models import models
+    from gumbo.models.likelihoods import likelihoods
+
+    taking = [name for name, cls in models.items() if "likelihood" in inspect.signature(cls).parameters]
+    return {name: {"options": dict(found.options), "models": taking} for name, found in likelihoods.items()}
+
+
+def _priors() -> dict[str, dict[str, Any]]:
+    from gumbo.models.priors import code_priors, priors
+
+    found = {}
+    for of, registry in (("vectors", priors), ("one-hot codes", code_priors)):
+        for name, make in registry.items():
+            taken = inspect.signature(make).parameters.values()
+            options = {one.name: one.default for one in taken if one.kind is one.KEYWORD_ONLY}
+            found[name] = {"of": of, "options": options, "summary": _summary(make)}
+    return found
 
 
 def _model(cls: type) -> dict[str, Any]:
@@ -321,6 +363,8 @@ HEADS = {
     "models": ["model", "latents", "guides, and [data]"],
     "guides": ["guide", "families of latents", "models"],
     "families": ["family", "support", "outputs for each number of a value"],
+    "likelihoods": ["likelihood", "options"],
+    "priors": ["prior", "of", "options"],
     "estimators": ["estimator", "gradient", "objectives", "families of latents"],
     "objectives": ["objective", "estimators", "what it is"],
     "stock": ["word", "class", "what it is"],
@@ -328,6 +372,10 @@ HEADS = {
 }
 NOTES = {
     "models": "`gumbo list estimators` has the latents that each estimator serves.",
+    "likelihoods": "For models with these options: `--model_options.likelihood=WORD` and\n"
+    "`--model_options.likelihood_options='{NAME: VALUE}'`.",
+    "priors": "For models with these options: `--model_options.prior=WORD` and\n"
+    "`--model_options.prior_options='{NAME: VALUE}'`.",
     "data": "Data of your own: --data mypackage:my_loader.",
 }
 
@@ -373,6 +421,10 @@ def _cells(kind: str, entry: dict[str, Any]) -> list[str]:
         return [", ".join(entry["families"]), ", ".join(entry["models"]) or "any of global latents"]
     if kind == "families":
         return [entry["support"], str(entry["outputs"])]
+    if kind == "likelihoods":
+        return [_options(entry)]
+    if kind == "priors":
+        return [entry["of"], _options(entry)]
     if kind == "estimators":
         said = "unbiased" if entry["unbiased"] else "biased"
         said += f", {entry['min_particles']}+ draws" if entry["min_particles"] > 1 else ""
@@ -388,6 +440,10 @@ def _cells(kind: str, entry: dict[str, Any]) -> list[str]:
         held = [text for text in (entry["holds"], entry["source"] and f"[{entry['source']}]") if text]
         return ["\n".join(held) or "–", entry.get("as", "") or ", ".join(entry["models"]) or "–"]
     return [entry["class"], entry["summary"]]
+
+
+def _options(entry: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in entry["options"].items()) or "none"
 
 
 def _families(served: Sequence[str]) -> str:

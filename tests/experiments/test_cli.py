@@ -32,7 +32,7 @@ from gumbo.experiments.train import Train
 from gumbo.guides import BernoulliGuide
 from gumbo.inference import audit, plot_audit
 from gumbo.inference.posterior import _arviz
-from gumbo.models import BernoulliVAE
+from gumbo.models import BernoulliVAE, GaussianVAE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,6 +128,10 @@ def one_line_and_status(capsys, argv: list[str]) -> tuple[str, int]:
         (["compare", "--families", "discrete"], "families is 'discrete': expected a list, such as [discrete]"),
         (["doctor", "--depth"], "unknown option '--depth' (gumbo doctor --help shows all)"),
         (["reproduce", "al"], "did you mean 'all'?"),
+        (
+            ["train", "--model_options.prior_options.hidden=8", "--model_options.prior_options.transforms=2"],
+            "--model_options.prior_options takes a mapping: write --model_options.prior_options='{hidden: VALUE}'",
+        ),
         (["list", "--jsn"], "unknown option '--jsn': did you mean '--json'?"),
         (["--verson"], "unknown option '--verson': did you mean '--version'?"),
         (["train", "--modle", "x"], "unknown option '--modle': did you mean '--model'?"),
@@ -160,6 +164,23 @@ def test_a_program_called_without_its_arguments_is_told_of_the_option(capsys, tm
     said = capsys.readouterr().err
     assert "missing 1 required positional argument: 'rows'" in said and "--args module:function" in said
     sys.modules.pop("needs_rows", None)
+
+
+@pytest.mark.parametrize("kind", ["likelihoods", "priors"])
+def test_the_listed_words_are_those_that_a_model_takes(kind, capsys):
+    cli.main(["list", kind, "--json"])
+    found = json.loads(capsys.readouterr().out)[kind]
+    word, options = {"likelihoods": ("normal", {"sd": 1.0}), "priors": ("mixture", {"components": 50})}[kind]
+    assert found[word]["options"] == options
+    GaussianVAE((1, 2, 2), **{kind[:-1]: word, f"{kind[:-1]}_options": options})
+    cli.main(["list", kind])
+    said = capsys.readouterr().out
+    assert all(one in said for one in found) and max(map(len, said.splitlines())) <= 80
+
+
+def test_pyros_losses_are_listed_without_their_docstrings_references(capsys):
+    cli.main(["list", "stock"])
+    assert "[1]" not in capsys.readouterr().out
 
 
 def test_a_table_without_finished_cells_says_where_it_looked(capsys, tmp_path, monkeypatch):
