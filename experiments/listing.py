@@ -18,7 +18,7 @@ from gumbo.errors import UnknownName
 from gumbo.experiments._command import run_command
 
 DATA_SHAPE = (1, 8, 8)
-
+NARROWEST = 4  # the least width of a table's column, in characters, however narrow the terminal
 
 KINDS = (
     "models",
@@ -399,14 +399,18 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], width
     from rich.console import Console
     from rich.table import Table
 
+    width = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else 80)
+    # No name is broken, as long as the names of all columns fit beside each other; rich would cut what does not fit.
+    longest = [max(len(word) for row in (heads, *rows) for word in row[k].split() or [""]) for k in range(len(heads))]
+    least = [longest[0], *(min(size, 30) for size in longest[1:])]
+    room = width - 3 * len(heads)
+    while sum(least) > room and max(least[1:], default=0) > NARROWEST:
+        least[least.index(max(least[1:]), 1)] -= 1
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, head in enumerate(heads):
-        # No name is broken, as long as the names of all columns fit beside each other.
-        longest = max(len(word) for row in (heads, *rows) for word in row[place].split() or [""])
-        made.add_column(head, no_wrap=place == 0, overflow="fold", min_width=min(longest, 30))
+        made.add_column(head, no_wrap=place == 0, overflow="fold", min_width=least[place])
     for row in rows:
         made.add_row(*row)
-    width = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else 80)
     written = io.StringIO()
     Console(width=width - 1, markup=False, highlight=False, emoji=False, file=written).print(made)
     return "".join(f"{line.rstrip()}\n" for line in [title, *(f" {line}" for line in written.getvalue().splitlines())])

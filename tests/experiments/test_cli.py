@@ -24,7 +24,7 @@ import yaml
 
 from gumbo import __version__, pictures
 from gumbo.errors import GumboError
-from gumbo.experiments import cli, compare
+from gumbo.experiments import cli, compare, listing
 from gumbo.experiments._command import parse
 from gumbo.experiments.audit import Audit
 from gumbo.experiments.systems import systems
@@ -176,6 +176,16 @@ def test_the_listed_words_are_those_that_a_model_takes(kind, capsys):
     cli.main(["list", kind])
     said = capsys.readouterr().out
     assert all(one in said for one in found) and max(map(len, said.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 80])
+def test_a_table_in_a_narrow_terminal_folds_words_and_cuts_none(width):
+    heads, row = ["word", "first", "second", "third"], ["rloo", "a" * 25, "b" * 28, "c" * 22]
+    made = listing.table("made of", heads, [row], width)
+    assert max(map(len, made.splitlines())) <= width
+    assert [made.count(letter * 2) > 0 for letter in "abc"] == [True] * 3
+    assert sum(line.count("b") for line in made.splitlines()[4:]) == 28
+    assert sum(line.count("c") for line in made.splitlines()[4:]) == 22
 
 
 def test_pyros_losses_are_listed_without_their_docstrings_references(capsys):
