@@ -113,7 +113,8 @@ def _other_draws(program: Program, run: Run, names: Collection[str]) -> Iterator
     for differ in (False, True):
         fixed = {}
         for site in run.guide:
-            if not site.latent or site.enum_dim is not None:
+            # A Delta is computed anew: its point may follow the other values.
+            if not site.latent or site.enum_dim is not None or is_deterministic(site.fn):
                 continue
             fixed[site.name] = site.draw.map(lambda t: t.detach().requires_grad_(t.requires_grad))
             if site.name in names:

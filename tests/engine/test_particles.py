@@ -358,3 +358,22 @@ def test_an_automatic_guide_of_bounded_events_takes_all_particles_at_once(shape,
         guide = AutoNormal(model)
         guide()
         assert math.isfinite(SiteELBO(num_particles=4, vectorize_particles=True).loss(model, guide))
+
+
+@pytest.mark.parametrize("word", ["rloo", "double-cv", "rodeo"])
+def test_a_point_that_follows_a_discrete_draw_takes_all_particles_at_once(word, param_store):
+    """The comparison at other values kept the point of the values drawn, where it has no density."""
+
+    def model():
+        with pyro.plate("data", 3):
+            b = pyro.sample("b", dist.Bernoulli(torch.full((), 0.4, dtype=F64)))
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+            pyro.sample("x", dist.Normal(z + b, 1.0), obs=torch.tensor([0.9, -1.2, 1.7], dtype=F64))
+
+    def guide():
+        point = pyro.param("point", torch.tensor([0.4, -0.3, 0.8], dtype=F64))
+        with pyro.plate("data", 3):
+            b = pyro.sample("b", dist.Bernoulli(logits=pyro.param("logits", torch.zeros(3, dtype=F64))))
+            pyro.sample("z", dist.Delta(point + b * point.cos()))
+
+    SiteELBO({"b": word}, num_particles=2, vectorize_particles=True).loss(model, guide)
