@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from ...errors import DEFAULT, BadInput, GumboError, GumboWarning, TooFewParticles, UnsupportedSite
+from ...errors import ANY, DEFAULT, BadInput, GumboError, GumboWarning, TooFewParticles, UnsupportedSite
 from ...registry import name_and_options
 from ..estimators import Enumerate, Estimator, MovingAverage, ScoreFunction, estimators
 from ..estimators._base import Draw, choosers, detached_draw
-from ..estimators._distributions import describe, has_score_term, is_deterministic, is_discrete
+from ..estimators._distributions import describe, has_score_term, is_deterministic, is_discrete, why_other_draws
 from .handlers import check_law
 from .records import Run
 
@@ -26,6 +26,7 @@ class Target(Protocol):
     weighs_rows: bool
     min_particles: int
     reports: tuple[str, ...]
+    proposal: Callable | None
 
     def accepts(self, estimator: Estimator) -> bool: ...
 
@@ -168,6 +169,8 @@ class Resolution:
         infer = msg["infer"]
         check_law(name, fn)
         if not elbo.target.takes_estimators:
+            if elbo.target.proposal is None and (reason := why_other_draws(fn)) is not None:
+                raise UnsupportedSite(name, ANY, reason)
             return Detached()
         if name in elbo.given:
             estimator = elbo.given[name]

@@ -37,6 +37,9 @@ _STRAIGHT_THROUGH = tuple(
     if (found := getattr(module, name, None)) is not None
 )
 
+# Their draws are rounded, and their `log_prob` is that of the draw before, which no copy of the value keeps.
+_HIDES_ITS_DRAW = (dist.RelaxedBernoulliStraightThrough, dist.RelaxedOneHotCategoricalStraightThrough)
+
 
 def elementary(fn: Distribution) -> Distribution:
     """The distribution under ``to_event``, ``mask`` and ``expand`` wrappers.
@@ -211,6 +214,9 @@ def why_other_draws(fn: Distribution) -> str | None:
             )
     elif is_of(fn, dist.SineBivariateVonMises):
         return f"{what} draws from another law than its log_prob, a fault of Pyro; take two VonMises"
+    elif isinstance(base, _HIDES_ITS_DRAW):
+        kind = "OneHotCategorical" if base.event_shape else "Bernoulli"
+        return f"{what} scores a relaxed draw and gives its rounded one; take {kind} with the word 'straight-through'"
     elif is_of(fn, dist.CoalescentTimes) and (base.rate.requires_grad or (base.rate != 1).any()):
         return f"{what} draws without its rate, a fault of Pyro; draw at rate 1 and divide by the rate"
     parts = [part for part in vars(base).values() if isinstance(part, Distribution)]

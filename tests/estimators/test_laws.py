@@ -138,6 +138,37 @@ def test_laws_that_draw_from_another_are_refused(name):
         SiteELBO("rloo").loss(program, program)
 
 
+@pytest.mark.parametrize("objective", ["rws", "log-variance+elbo"])
+@pytest.mark.parametrize("name", OTHER_DRAWS)
+def test_objectives_that_take_no_word_refuse_them_too(name, objective):
+    a = nn.Parameter(t(0.8))
+
+    def program():
+        pyro.sample("z", OTHER_DRAWS[name](a, t(1.1)))
+
+    with pytest.raises(UnsupportedSite, match=r"'z': .* a fault of (torch|Pyro)"):
+        SiteELBO(objective=objective, num_particles=2).loss(program, program)
+
+
+@pytest.mark.parametrize("options", [{"estimators": "score"}, {"estimators": "rloo"}, {"objective": "rws"}])
+@pytest.mark.parametrize(
+    ("make", "family"),
+    [
+        (lambda logits: dist.RelaxedBernoulliStraightThrough(t(0.7), logits=logits).to_event(1), "Bernoulli"),
+        (lambda logits: dist.RelaxedOneHotCategoricalStraightThrough(t(0.7), logits=logits), "OneHotCategorical"),
+    ],
+)
+def test_rounded_draws_that_are_scored_before_rounding_are_refused(make, family, options):
+    """A detached draw has lost the number that its density is of: the gradient was 0.62 for 0.13, or NaN."""
+    logits = nn.Parameter(t(0.3, -0.2))
+
+    def program():
+        pyro.sample("z", make(logits))
+
+    with pytest.raises(UnsupportedSite, match=f"gives its rounded one; take {family} with the word"):
+        SiteELBO(**options, num_particles=2).loss(program, program)
+
+
 def test_coalescent_times_at_rate_one_are_drawn_as_they_are_scored():
     assert score_why_not({"fn": dist.CoalescentTimes(t(0.0, 0.1, 0.3))}) is None
 
