@@ -366,7 +366,7 @@ def detached_draw(fn: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = 
     find_probs_once(fn)
     # Not under no_grad: some laws keep numbers that their draw computes, such as a GaussianHMM's factors, and read them
     # again in log_prob, which would have no gradient then.
-    draw = fn.rsample if samples_by_path(fn) else fn.sample
+    draw = fn if samples_by_path(fn) else fn.sample
     value = draw(*args, **(kwargs or {})).detach()
     clear_caches(fn)
     return Draw(value)

@@ -50,7 +50,7 @@ class Pathwise(Estimator):
         return why_wrong_path(fn)
 
     def draw(self, fn: Any, step: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:
-        return Draw(path_at_half(fn, fn.rsample(*args, **(kwargs or {}))))
+        return Draw(path_at_half(fn, fn(*args, **(kwargs or {}))))  # as Pyro does, whose ZukoToPyro has no rsample
 
 
 estimators.register("pathwise", Pathwise)

@@ -110,7 +110,7 @@ def why_undrawable(fn: Any) -> str | None:
     [None, 'nothing can be drawn from its ImproperUniform']
     """
     try:
-        fn.sample()
+        fn()
     except (NotImplementedError, AssertionError):  # an HMM without a duration asserts that it has one
         return f"nothing can be drawn from its {describe(fn)}"
     except PROGRAM_ERRORS as error:

@@ -25,7 +25,7 @@ from ..engine.messenger_guides import as_program
 from ..engine.programs import check_observed, outside_plates
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, quietly
-from ..estimators._distributions import describe, elementary, support_of, why_other_draws
+from ..estimators._distributions import describe, elementary, is_deterministic, support_of, why_other_draws
 from .checks import check_invertible
 from .enumerated import completed
 from .own_laws import why_not_own_law
@@ -177,7 +177,7 @@ class Survey:
         auxiliary = self.guide_sites.keys() - self.model_sites.keys()
         self.computed = {name for name, layout in self.guide_sites.items() if layout.point and auxiliary}
         self.supports = {
-            name: _support(name, model.nodes[name]["fn"])
+            name: _support(name, model.nodes[name]["fn"], guide.nodes.get(name, {}).get("fn"))
             for name, layout in self.model_sites.items()
             if layout.kind == "latent"
         }
@@ -471,13 +471,14 @@ def _check_order(guide: Trace, model: Trace) -> None:
         )
 
 
-def _support(name: str, fn: Any) -> Any:
-    """The support of a latent's prior; raises BadInput where it has none."""
-    with suppress(NotImplementedError):
-        return fn.support
-    found = support_of(elementary(fn))
-    if found is None:
-        raise BadInput(
-            f"site {name!r}: its {describe(fn)} has no support; give the class one, such as constraints.real"
-        )
-    return found
+def _support(name: str, fn: Any, drawn_from: Any) -> Any:
+    """The support of a latent's prior, or of the guide's law if the prior has none (``ZukoToPyro``).
+
+    Raises BadInput where neither has one.
+    """
+    for law in (fn,) if drawn_from is None or is_deterministic(drawn_from) else (fn, drawn_from):
+        with suppress(NotImplementedError):
+            return law.support
+        if (found := support_of(elementary(law))) is not None:
+            return found
+    raise BadInput(f"site {name!r}: its {describe(fn)} has no support; give the class one, such as constraints.real")

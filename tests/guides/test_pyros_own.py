@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.contrib.easyguide import EasyGuide
+from pyro.contrib.zuko import ZukoToPyro
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -226,3 +227,43 @@ def test_what_cannot_be_served_is_one_line_with_what_would_do():
         SiteELBO()(line, Loose(line))(T, Y)
     assert "\n" not in str(found.value)
     assert fit(line, Loose(line), (T, Y), epochs=1, progress=False).epochs == 1
+
+
+class Coded(nn.Module):
+    """A code of which a law, of the prior or the guide, has no draw but by its call, and no support."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.wrapped, self.loc, self.prior_loc = wrapped, nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(2))
+
+    def law(self, part, loc):
+        if self.wrapped == part:
+            return ZukoToPyro(torch.distributions.Independent(torch.distributions.Normal(loc, 0.5), 1))
+        return dist.Normal(loc, 0.5).to_event(1)
+
+    def model(self, y):
+        pyro.module("prior", self)
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", self.law("prior", self.prior_loc))
+            pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+    def guide(self, y):
+        pyro.module("prior", self)
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", self.law("guide", self.loc + y[:, None]))
+
+
+@pytest.mark.parametrize("wrapped", ["prior", "guide"])
+def test_a_law_that_draws_by_its_call_alone_is_served(wrapped):
+    """Pyro's wrapper of zuko's flows: it had no draw under any word, and no posterior as a prior."""
+    found = []
+    for parts in (Coded(None), Coded(wrapped)):
+        for word in ("default", "stl", "score", "rloo"):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(3)
+            loss = SiteELBO(word, num_particles=2).differentiable_loss(parts.model, parts.guide, Y)
+            found.append(torch.cat([loss.detach().reshape(1), *torch.autograd.grad(loss, list(parts.parameters()))]))
+        pyro.set_rng_seed(3)
+        found.append(torch.tensor([evaluate(parts.model, parts.guide, Y, num_samples=20).elbo] * 5))
+        to_arviz(parts.model, parts.guide, Y, num_samples=20)
+    assert torch.allclose(torch.stack(found[:5]), torch.stack(found[5:]), rtol=1e-9)
