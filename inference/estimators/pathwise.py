@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._base import Draw, Estimator, estimators
-from ._distributions import describe, hides_score_term, is_straight_through, path_at_half, support_moves, why_wrong_path
+from ._distributions import (
+    describe,
+    hides_score_term,
+    is_straight_through,
+    path_at_half,
+    support_moves,
+    why_other_draws,
+    why_wrong_path,
+)
 
 
 class Pathwise(Estimator):
@@ -40,7 +48,8 @@ class Pathwise(Estimator):
     def why_not(self, site: Mapping[str, Any]) -> str | None:
         fn = site["fn"]
         if is_straight_through(fn):
-            return f"the rsample of {describe(fn)} is a straight-through one, whose gradient is biased"
+            biased = f"the rsample of {describe(fn)} is a straight-through one, whose gradient is biased"
+            return why_other_draws(fn) or biased
         if not getattr(fn, "has_rsample", False):
             return f"{describe(fn)} has no reparameterized sampler (rsample)"
         if hides_score_term(fn):

@@ -150,7 +150,7 @@ def test_objectives_that_take_no_word_refuse_them_too(name, objective):
         SiteELBO(objective=objective, num_particles=2).loss(program, program)
 
 
-@pytest.mark.parametrize("options", [{"estimators": "score"}, {"estimators": "rloo"}, {"objective": "rws"}])
+@pytest.mark.parametrize("options", [{}, {"estimators": "score"}, {"estimators": "rloo"}, {"objective": "rws"}])
 @pytest.mark.parametrize(
     ("make", "family"),
     [
