@@ -64,6 +64,8 @@ def diagnose(
     - ``width``, ``shift``, ``correlation``: the guide's standard deviations, means and correlations against those of
       the importance-weighted draws, if enough of these are effective. Correlations are compared in blocks of 30
       neighbouring dimensions, and among 30 that are evenly spaced over all;
+    - ``shape``: the guide's marginals against those of the weighted draws, beyond means and standard deviations. A few
+      wrong data among many have limits of their own in ``gap``, ``shift`` and ``width``;
     - ``collapsed``: the guide is the prior although the posterior is not (Bowman et al. 2016, arXiv:1511.06349);
     - ``point``: the guide is a point, without a distribution;
     - ``calibration``: simulation-based calibration: latents and data are drawn from the model, and the ranks of these
@@ -105,8 +107,8 @@ def diagnose(
     Returns:
         A `Report` whose ``ok`` is False when any verdict is an alarm. ``alarms`` and ``cannot_say`` name verdicts,
         ``vi_stats`` has the numbers (k̂, effective sample sizes, evidence in nats), ``to_arviz()`` the same and the
-        ranks for ArviZ's plots. For an exact guide only ``calibration`` can raise a false alarm, with probability
-        0.001.
+        ranks for ArviZ's plots. For an exact guide only ``calibration`` and ``missed-mass`` can raise a false alarm,
+        with probability 0.001 each.
 
     Raises:
         BadInput: programs whose sites do not match or vary between draws, and invalid options.
@@ -246,4 +248,7 @@ def _unweighed(sweep: Sweep, collection: Collection, skipped: dict[str, str]) ->
     reason = "the guide draws them given local ones, so that their own density is not known"
     skipped["global latents"] = reason
     advice = "a guide that draws the global latents first has weights"
-    return [not_done(name, f"global latents: {reason}", advice) for name in ("khat", "ess", "gap", "shift", "width")]
+    return [
+        not_done(name, f"global latents: {reason}", advice)
+        for name in ("khat", "ess", "gap", "shift", "width", "shape")
+    ]

@@ -21,7 +21,7 @@ from ..posterior.runner import Sweep, log_weight
 from ..posterior.sites import Block
 from .report import ALARM, CANNOT_SAY, OK, Verdict, three_way
 from .rows import few_rows
-from .thresholds import GAP, INNER_NOISE
+from .thresholds import GAP, INNER_NOISE, SURE, single
 from .units import Units
 
 _PAPER = "Cremer et al. 2018, arXiv:1801.03558"
@@ -29,23 +29,33 @@ _PAPER = "Cremer et al. 2018, arXiv:1801.03558"
 
 def gap(units: Units, collection: Collection, weak: tuple[str, str] | None) -> Verdict:
     """Log-evidence minus ELBO. Weights with few effective draws underestimate it, so an alarm remains valid."""
+    from scipy.stats import norm
+
     weight = units.log_weight
     evidence, error = log_evidence(weight)
     # Noise in a log-weight lowers its mean by half its variance, and leaves the mean weight unbiased.
     lacking = evidence - weight.mean(1) - units.noise / 2
     noise = np.sqrt(weight.var(1, ddof=1) / weight.shape[1] + error**2)
     mean, spread = float(lacking.mean()), float(np.sqrt((noise**2).sum()) / len(lacking))
-    limit = GAP * _dimensions(units, collection)
+    dimensions = _dimensions(units, collection)
+    limit = GAP * dimensions
     if not math.isfinite(mean + spread):
         text = f"{units.what}: log-weights of the guide's draws are not finite, so that there is no ELBO to compare"
         return Verdict("gap", CANNOT_SAY, text, mean, limit, "find the site whose log-density is not finite")
-    alarm = mean > limit and mean > 4 * spread and units.noise <= INNER_NOISE
+    most = limit * float(single(len(units), np.array(dimensions)) ** 2)  # nats are squares of differences
+    beyond = (lacking > most) & (lacking > norm.isf(SURE / len(units)) * noise)
+    alarm = (mean > limit and mean > 4 * spread or bool(beyond.any())) and units.noise <= INNER_NOISE
     word = three_way(alarm, mean <= limit and 2 * spread <= limit and weak is None)
     at_least = "at least " if weak else ""
     text = (
         f"{units.what}: log-evidence minus ELBO is {at_least}{mean:.3f} ± {spread:.3f} nats each, limit {limit:.2f} "
         f"({GAP} for each latent dimension; {_PAPER})"
     )
+    if beyond.any():
+        text += (
+            f"; in {int(beyond.sum())} of {len(units)} it is up to {lacking[beyond].max():.2f}, more than the "
+            f"{most:.2f} that one of so many may be"
+        )
     if word == CANNOT_SAY:
         more = 100 * math.ceil(units.draws * (4 * spread / max(mean, limit)) ** 2 / 100)
         reason, advice = weak or (

@@ -2,7 +2,8 @@
 
 One latent is moved through all of its values while the others stay at the guide's draws; the model's log-density gives
 the probability of each value. Values that the guide draws less than a twentieth as often carry no importance weight, so
-that neither k̂ nor the evidence shows their mass.
+that neither k̂ nor the evidence shows their mass. One half of the draws says which values these are, the other half how
+often the guide draws them: among many rare values some are always absent from the draws, of an exact guide too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..estimators._distributions import elementary
 from ..posterior.runner import Sweep
 from ..posterior.sites import Block, SiteLayout
 from .report import ALARM, CANNOT_SAY, OK, Verdict
-from .thresholds import MASS, SELDOM, allowed
+from .thresholds import MASS, SELDOM, SURE, allowed
 from .units import from_units, to_units
 
 _DRAWS, _RUNS = 500, 120  # of the guide; of the model at all of these draws
@@ -47,26 +48,26 @@ def left_out(
     draws, runs = (_DRAWS, _RUNS) if sweep.vectorized else (_FEW_DRAWS, _FEW_RUNS)
     found = list(_coordinates(sweep, sites, plates, block))
     picked = _within(found, runs)
-    model, guide = _probabilities(sweep, plates, given, block, picked, draws)
-    # The mass, in nats of evidence, of each coordinate's values that the guide hardly draws: (units, coordinates).
-    mass = [
-        (ours * (often < SELDOM * ours)).sum(0).clip(0, 1 - 1e-12) for ours, often in zip(model, guide, strict=True)
-    ]
-    mass = [part * _shown(sweep, one, plates, block) for part, one in zip(mass, picked, strict=True)]
-    nats = -np.log1p(-np.stack(mass, -1)) if mass else np.zeros((1, 1))
-    limit = MASS[0]
-    units, worst = len(nats), int(nats.max(0).argmax())
-    count, many = int((nats > limit).any(-1).sum()), allowed(len(nats))
-    what = f"{units} data" if plates else "all latents together"
     if not picked:
+        what = f"{math.prod(sweep.sizes[plate] for plate in plates)} data" if plates else "all latents together"
         reason = "the discrete latents have no finite list of values, and the search moves continuous ones"
         return Verdict("missed-mass", CANNOT_SAY, f"{what}: {reason}", advice=_REFIT)
+    selecting, testing = (_probabilities(sweep, plates, given, block, picked, draws // 2) for _ in range(2))
+    lacking, noise, sure = _lacking(selecting, testing, draws // 2)
+    shown = np.stack([np.broadcast_to(_shown(sweep, one, plates, block), len(lacking)) for one in picked], -1)
+    lacking, noise = lacking * shown, noise * shown
+    units, worst = len(lacking), int(lacking.max(0).argmax())
+    high = lacking > MASS
+    count, many = int((high & sure).any(-1).sum()), allowed(units)
+    unclear = int((high & ~sure | (2 * noise > MASS)).any(-1).sum())
+    what = f"{units} data" if plates else "all latents together"
+    nats, limit = -np.log1p(-np.array([lacking.max(), MASS]))
     text = (
         f"{what}: given the other latents, values of {picked[worst].name} that the guide hardly draws hold up to "
-        f"{-math.expm1(-nats.max()):.2f} of the model's probability ({nats.max():.2f} nats, limit {limit}, exceeded in "
-        f"{count}; {many} may be)"
+        f"{lacking.max():.2f} more of the model's probability than of the guide's ({nats:.2f} nats, limit {limit:.2f}, "
+        f"exceeded in {count}; {many} may be)"
     )
-    numbers = float(nats.max()), limit
+    numbers = float(nats), float(limit)
     if count > many:
         advice = "the guide's probabilities leave these values out: train longer, and let the guide read the data"
         return Verdict("missed-mass", ALARM, text, *numbers, advice)
@@ -76,11 +77,37 @@ def left_out(
             "the guide may have one labelling of them, and log_evidence is then that of this one"
         )
         return Verdict("missed-mass", CANNOT_SAY, text, *numbers, _REFIT)
+    if unclear > many:
+        text += f"; in {unclear} these are too many rare values for {draws} draws"
+        return Verdict("missed-mass", CANNOT_SAY, text, *numbers, _REFIT)
     numbers_of_a_unit = sum(_numbers_of(sweep.model_sites[site], sweep, plates) for site in sites)
     if len(found) == 1 and numbers_of_a_unit == found[0].place.stop - found[0].place.start:
         return Verdict("missed-mass", OK, text, *numbers, "nothing")  # all values of all latents were listed
     text += f"; {len(picked)} latents were moved one at a time, which does not find values that differ in several"
     return Verdict("missed-mass", CANNOT_SAY, text, *numbers, _REFIT)
+
+
+def _lacking(
+    selecting: tuple[list[np.ndarray], list[np.ndarray]],
+    testing: tuple[list[np.ndarray], list[np.ndarray]],
+    draws: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the guide lacks at the values that it hardly draws, its standard error, and whether that is no chance.
+
+    Each is ``(units, coordinates)``. An exact guide draws these values as a coin with the model's mean probability, or
+    more evenly (Hoeffding 1956).
+    """
+    from scipy.stats import binom
+
+    found = []
+    for ours, often, model, guide in zip(*selecting, *testing, strict=True):
+        seldom = often < SELDOM * ours
+        mass, drawn = ((side * seldom).sum(0).clip(0, 1) for side in (model, guide))
+        found.append(
+            (mass - drawn, np.sqrt(mass * (1 - mass) / draws), binom.cdf(np.round(drawn * draws), draws, mass))
+        )
+    lacking, noise, chance = (np.stack(side, -1) for side in zip(*found, strict=True))
+    return lacking.clip(0, 1 - 1e-12), noise, chance * chance.size < SURE
 
 
 _REFIT = "num_refits=4 compares fits from other initial values, which may find other modes"

@@ -8,6 +8,7 @@ the guide draws a discrete latent, see ``left_out``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +25,16 @@ from .annealing import annealed
 from .gaps import unit_weights
 from .images import images_of, in_other_modes
 from .left_out import left_out
-from .proposals import Mixture, clusters, mixture_evidence
+from .proposals import Cluster, clusters, mixture_evidence
 from .report import ALARM, CANNOT_SAY, OK, Verdict, not_done, three_way
 from .rows import few_rows
 from .target import Target, summing_out
-from .thresholds import MASS, SEARCHED, allowed
+from .thresholds import KNOWN, MASS, SEARCHED, allowed
 
 _ROWS = 16
+# How many times as many draws of the proposals where their error is large beside the limit.
+_MORE = 4
+LIMIT = -math.log1p(-MASS)  # in nats of evidence
 _MASKS = "mask what depends on a masked latent too"
 _PAPER = "Neal 2001; Del Moral et al. 2006"
 
@@ -114,8 +118,9 @@ def _plan(sweep: Sweep) -> _Plan:
 class _Found:
     """Evidence ``(units,)`` in nats: of the guide's draws, of the search alone, of all proposals; and errors.
 
-    ``bound`` is the guide's ELBO; ``images`` are the reflections and exchanges that were kept. ``certain`` marks units
-    where the guide's weights determine its evidence, or where the missed mass is in other modes.
+    ``bound`` is the guide's ELBO; ``images`` are the reflections and exchanges that were kept. ``even`` marks units
+    where the guide's weights determine its evidence. Where they do not, only what lies in other modes counts, beyond
+    ``known`` nats: ``elsewhere`` is as many nats as those account for, estimated from a sample.
     """
 
     own: np.ndarray
@@ -125,7 +130,9 @@ class _Found:
     total: np.ndarray
     error: np.ndarray
     images: list[str]
-    certain: np.ndarray
+    even: np.ndarray
+    elsewhere: np.ndarray
+    known: float
 
     @property
     def missed(self) -> np.ndarray:
@@ -140,18 +147,24 @@ class _Found:
     def noise(self) -> np.ndarray:
         return np.sqrt(self.error**2 + self.own_error**2)
 
-    def count(self, limit: float) -> int:
-        return int(((self.missed > limit) & (self.missed > 4 * self.noise) & self.certain).sum())
+    @property
+    def sure(self) -> np.ndarray:
+        """The units whose missed mass is beyond the limit and its own error."""
+        elsewhere = (self.missed > self.known) & (self.elsewhere > self.known / 2)
+        return (self.missed > 4 * self.noise) & ((self.missed > LIMIT) & self.even | elsewhere)
 
-    def unclear(self, limit: float) -> bool:
-        """More evidence is found, possibly within the guide's own mode."""
-        return int((self.missed > limit).sum()) > allowed(len(self.own))
+    @property
+    def alarm(self) -> bool:
+        return self.sure.sum() > allowed(len(self.own))
 
-    def alarm(self, limit: float) -> bool:
-        return self.count(limit) > allowed(len(self.own))
+    @property
+    def unclear(self) -> np.ndarray:
+        """The units where more evidence is found, but not surely outside the guide's draws."""
+        return (self.missed > LIMIT) & ~self.sure
 
-    def blind(self, limit: float) -> bool:
-        return int((self.short > limit).sum()) > allowed(len(self.own))
+    @property
+    def blind(self) -> bool:
+        return int((self.short > self.known).sum()) > allowed(len(self.own))
 
 
 def _search(target: Target, own: np.ndarray, say: Progress) -> _Found:
@@ -163,41 +176,40 @@ def _search(target: Target, own: np.ndarray, say: Progress) -> _Found:
     knowing = [cluster for some in (drawn, *images) for cluster in clusters(some, 2)]
     even = np.nan_to_num(khat(own)) <= khat_limit(own.shape[1])
 
-    def compared(mixture: Mixture, searched: np.ndarray) -> _Found:
-        other = in_other_modes(target, mixture.sample, drawn).numpy()
-        # As many nats as the mass of other modes accounts for, estimated from a sample.
-        certain = even | (-np.log1p(-other.clip(max=0.999)) > limit / 2)
-        return _Found(evidence, error, bound, searched, mixture.total, mixture.error, names, certain)
+    known = KNOWN[0] if target.dimension <= 2 and target.sweep.vectorized else KNOWN[1]
 
-    limit = _limit(target)
-    found = compared(mixture_evidence(target, knowing, []), evidence)
+    def compared(searching: list[Cluster]) -> _Found:
+        mixture = mixture_evidence(target, searching or knowing, knowing if searching else [])
+        if target.sweep.vectorized and bool((4 * mixture.error > LIMIT).any()):
+            mixture = mixture_evidence(target, searching or knowing, knowing if searching else [], _MORE)
+        other = in_other_modes(target, mixture.sample, drawn).numpy()
+        elsewhere = -np.log1p(-other.clip(max=0.999))
+        searched = mixture.searched if searching else evidence
+        return _Found(evidence, error, bound, searched, mixture.total, mixture.error, names, even, elsewhere, known)
+
+    found = compared([])
     # Without vectorized draws the search is slow, so it uses fewer particles.
     sizes = [(500, 6), (2000, 6)] if target.sweep.vectorized else [(300, 5)]
     for particles, moves in sizes:
-        if found.alarm(limit):
+        if found.alarm:
             break
         populations = [annealed(target, particles, moves, progress=say)[1] for _ in range(2)]
-        searching = [cluster for population in populations for cluster in clusters(population)]
-        mixture = mixture_evidence(target, searching, knowing)
-        found = compared(mixture, mixture.searched)
-        if not found.blind(limit):
+        found = compared([cluster for population in populations for cluster in clusters(population)])
+        if not found.blind:
             break
     return found
 
 
-def _limit(target: Target) -> float:
-    return MASS[0] if target.dimension <= 2 and target.sweep.vectorized else MASS[1]
-
-
 def _judged(found: _Found, plan: _Plan, target: Target, refit: str) -> Verdict:
-    limit, many = _limit(target), allowed(len(found.own))
+    limit, many = LIMIT, allowed(len(found.own))
     what = f"{len(found.own)} data" if plan.plates else "all latents together"
     text = (
         f"{what}: proposals from the prior and from images of the guide's draws find {found.missed.max():.2f} nats "
-        f"more evidence than the guide's draws at most, above {limit} in {found.count(limit)}; {many} may be ({_PAPER})"
+        f"more evidence than the guide's draws at most, above {limit:.2f} in {int(found.sure.sum())}; {many} may be "
+        f"({_PAPER})"
     )
     numbers = float(found.missed.max()), limit
-    if found.alarm(limit):
+    if found.alarm:
         advice = (
             f"the guide leaves out a part of the posterior, as on one of several modes: {refit}; a guide with several "
             "modes covers them"
@@ -208,16 +220,19 @@ def _judged(found: _Found, plan: _Plan, target: Target, refit: str) -> Verdict:
                 "several modes, or say that this is one of them"
             )
         return Verdict("missed-mass", ALARM, text, *numbers, advice)
-    if found.blind(limit):
+    if found.blind:
         text = (
             f"{what}: the search from the prior ends {found.short.max():.2f} nats below what the guide's own draws "
-            f"hold, limit {limit}: it has not found even the mode that is known ({_PAPER})"
+            f"hold, limit {found.known}: it has not found even the mode that is known ({_PAPER})"
         )
         return Verdict("missed-mass", CANNOT_SAY, text, *numbers, f"{refit}; or compare with draws by MCMC")
     if plan.left:
         text += f"; the global latents {', '.join(plan.left[:5])} were not searched"
         return Verdict("missed-mass", CANNOT_SAY, text, *numbers, refit)
-    if found.unclear(limit):
+    if int(found.unclear.sum()) > many:
+        if bool(found.even[found.unclear].all()):
+            text += f", by less than four times its error, up to {found.noise[found.unclear].max():.2f}"
+            return Verdict("missed-mass", CANNOT_SAY, text, *numbers, "a larger num_samples would give a verdict")
         text += "; it lies in the guide's own mode, and the guide's weights are too uneven to know their own evidence"
         return Verdict("missed-mass", CANNOT_SAY, text, *numbers, "follow the advice of khat, ess and width first")
     unsure = int((2 * found.noise > limit).sum())

@@ -1,4 +1,4 @@
-"""Diagnostics ``shift``, ``width``, ``correlation``: the guide's moments against those of importance-weighted draws."""
+"""Diagnostics ``shift``, ``width``, ``shape``, ``correlation``: marginals and pairs against those of weighted draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 
 from .pairs import GROUPS, PAIRS, compared_pairs
 from .report import ALARM, OK, Verdict, three_way
-from .thresholds import CORRELATION, PROBABILITY, SHIFT, SURE, WIDTH, allowed
+from .shapes import SHARES, shape_differences
+from .thresholds import CORRELATION, ENOUGH, PROBABILITY, SHIFT, SURE, WIDTH, allowed, single
 from .units import Units
 
 # The dimensions of a block, and the most blocks, evenly spaced.
@@ -17,7 +18,7 @@ _BLOCKS = 100
 
 
 def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
-    """Verdicts on shift, width and correlation; ``weak`` says why the weights cannot support an ok.
+    """Verdicts on shift, width, shape and correlation; ``weak`` says why the weights cannot support an ok.
 
     Errors are from a jackknife over twenty groups of draws. A difference counts if its probability by chance, over all
     dimensions or pairs of them, is below one in a thousand. Of up to 3,000 dimensions all are compared.
@@ -34,29 +35,34 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
     of_blocks = [_of_block(units, one, telling, weight) for one in blocks]
     shift, width = (np.concatenate([found[part] for found, _ in of_blocks], -1) for part in (0, 1))
     errors = [np.concatenate([error[part] for _, error in of_blocks], -1) for part in (0, 1)]
-    shown = units.shown[telling][:, compared]
+    shown, clear = units.shown[telling][:, compared], units.clear(ENOUGH)[telling]
     verdicts = []
 
     scale = np.where(binary, PROBABILITY, SHIFT)
     size, alarm, fine = _root_mean_square(shift / scale, errors[0] / scale, 1.0, shown)
+    few = _single(shift / scale, errors[0] / scale, 1.0, shown, len(units))
     worst = int(np.argmax(size))
     unit = "in probability" if binary[worst] else "of the posterior's standard deviations"
     verdicts.append(
         _verdict(
             units,
             "shift",
-            alarm,
+            alarm or bool(few),
             fine and bool(size.max() <= 1.0),
             weak,
             f"the guide's mean is off by {size[worst] * scale[worst]:.2f} {unit} (root mean square) at {names[worst]}, "
-            f"limit {scale[worst]}; posterior by importance weights{some}",
+            f"limit {scale[worst]}; posterior by importance weights{some}{few}",
             (float(size[worst] * scale[worst]), float(scale[worst])),
             "train longer, or with a smaller learning rate; an amortized guide may need a larger network",
         )
     )
     if continuous.any():
         kept = [part[:, continuous] for part in (width, errors[1], shown)]
-        verdicts.append(_width(units, [name for name, one in zip(names, continuous, strict=True) if one], *kept, weak))
+        of_values = [name for name, one in zip(names, continuous, strict=True) if one]
+        verdicts.append(_width(units, of_values, *kept, clear, weak))
+        off = size[continuous] > 1.0
+        off |= _root_mean_square(*kept[:2], -math.log(WIDTH), kept[2])[0] > -math.log(WIDTH)
+        verdicts.append(_shape(units, of_values, telling, kept[2] & ~off, blocks, weak))
     if len(units.names) > 1:
         verdicts.append(_correlation(units, blocks, weak))
     return verdicts
@@ -68,6 +74,7 @@ def _width(
     width: np.ndarray,
     error: np.ndarray,
     shown: np.ndarray,
+    clear: np.ndarray,
     weak: tuple[str, str] | None,
 ) -> Verdict:
     """The verdict on standard deviations, from their log-ratios ``(units, d)`` at continuous dimensions."""
@@ -79,7 +86,9 @@ def _width(
     # Units too wide and units too narrow cancel in the mean.
     size, uneven, _ = _root_mean_square(width, error, limit, shown)
     # Few effective draws are close together whatever the posterior's width: they cannot show a guide too wide.
-    alarm = bool((fires & (mean < 0)).any()) or (bool(fires.any()) or uneven) and weak is None
+    # Few effective draws do not know the width.
+    few = _single(width, error, limit, shown & clear[:, None], len(units))
+    alarm = bool((fires & (mean < 0)).any()) or (bool(fires.any() or few) or uneven) and weak is None
     worst = int(np.argmax(np.abs(mean)))
     value = math.exp(mean[worst])
     text = (
@@ -89,9 +98,46 @@ def _width(
     if size.max() > limit and not fires.any():
         value = math.exp(size.max())
         text += f"; at {names[int(np.argmax(size))]} it is off by a factor of {value:.2f} (root mean square)"
+    text += few
     fine = bool((2 * noise < limit).all() and np.abs(mean).max() <= limit and size.max() <= limit)
     mend = "a family with correlations if correlation or khat fires too, else train longer"
     return _verdict(units, "width", alarm, fine, weak, text, (float(value), WIDTH), mend)
+
+
+def _shape(
+    units: Units,
+    names: list[str],
+    telling: np.ndarray,
+    shown: np.ndarray,
+    blocks: list[np.ndarray],
+    weak: tuple[str, str] | None,
+) -> Verdict:
+    """The verdict on the marginals of continuous dimensions, beyond their means and standard deviations.
+
+    ``shown`` ``(units, d)`` leaves out masked numbers, and dimensions whose mean or width is off.
+    """
+    if not shown.any():
+        weak = weak or ("mean or width is off in every dimension", "follow the advice of shift and width first")
+        return _unknown(units, "shape", weak)
+    weight = units.log_weight[telling]
+    weight = np.exp(weight - weight.max(-1, keepdims=True))
+    continuous = [block[~units.discrete[block]] for block in blocks]
+    parts = [shape_differences(units.values[telling][..., one].astype(np.float64), weight) for one in continuous]
+    difference, error = (np.concatenate(sides, 1) / PROBABILITY for sides in zip(*parts, strict=True))
+    size, alarm, fine = _root_mean_square(difference, error, 1.0, shown[..., None])
+    place, point = np.unravel_index(int(np.argmax(size)), size.shape)
+    size = PROBABILITY * size
+    text = (
+        f"the probability of {names[place]} below the value where the guide has {SHARES[point]:.1%} is off by "
+        f"{size.max():.3f} (root mean square) beyond what mean and width explain, limit {PROBABILITY}; posterior by "
+        "importance weights"
+    )
+    # Few effective draws have a marginal of few steps, whatever the posterior's.
+    alarm, fine = alarm and weak is None, fine and bool(size.max() <= PROBABILITY)
+    numbers = float(size.max()), PROBABILITY
+    return _verdict(
+        units, "shape", alarm, fine, weak, text, numbers, "a family with other marginals: a flow, a mixture"
+    )
 
 
 def _correlation(units: Units, blocks: list[np.ndarray], weak: tuple[str, str] | None) -> Verdict:
@@ -136,7 +182,7 @@ def _of_block(units: Units, block: np.ndarray, telling: np.ndarray, weight: np.n
 
 
 def _asked(continuous: np.ndarray, count: int) -> list[str]:
-    return ["shift", *(["width"] if continuous.any() else []), *(["correlation"] if count > 1 else [])]
+    return ["shift", *(["width", "shape"] if continuous.any() else []), *(["correlation"] if count > 1 else [])]
 
 
 def _unknown(units: Units, name: str, weak: tuple[str, str] | None) -> Verdict:
@@ -165,6 +211,30 @@ def _root_mean_square(
     count = shown.sum(0).clip(1)
     raw, noise = ((part**2 * shown).sum(0) / count for part in (difference, error))
     return _judged(count, raw, noise, limit)
+
+
+def _single(difference: np.ndarray, error: np.ndarray, limit: float, shown: np.ndarray, many: int) -> str:
+    """Which of ``many`` units are beyond the limit of single ones, in words; nothing if none is.
+
+    A unit's errors share its weights, so that their mean square counts as one of theirs.
+    """
+    from scipy.stats import f
+
+    some = shown.any(1)
+    if not some.any():
+        return ""
+    count = shown[some].sum(1)
+    raw, noise = ((part[some] ** 2 * shown[some]).sum(1) / count for part in (difference, error))
+    most = limit * single(many, count)
+    square = raw - noise
+    beyond = (square > most**2) & (raw > f.isf(SURE / many, 1, GROUPS - 1) * noise)
+    if not beyond.any():
+        return ""
+    times = np.sqrt(square[beyond].max()) / limit
+    return (
+        f"; in {int(beyond.sum())} of {many} it is off by up to {times:.1f} times the limit, more than the "
+        f"{(most / limit)[beyond].max():.1f} times that one of so many may be"
+    )
 
 
 def _judged(count: np.ndarray, raw: np.ndarray, noise: np.ndarray, limit: float) -> tuple[np.ndarray, bool, bool]:

@@ -86,9 +86,9 @@ class Mixture:
     sample: torch.Tensor
 
 
-def mixture_evidence(target: Target, searching: list[Cluster], knowing: list[Cluster]) -> Mixture:
-    """The evidence by importance sampling from the uniform mixture of the proposals."""
-    count = _DRAWS if target.sweep.vectorized else 100
+def mixture_evidence(target: Target, searching: list[Cluster], knowing: list[Cluster], times: int = 1) -> Mixture:
+    """The evidence by importance sampling from the uniform mixture of the proposals; ``times`` multiplies the draws."""
+    count = times * (_DRAWS if target.sweep.vectorized else 100)
     everyone = [*searching, *knowing]
     draws = torch.cat([cluster.draw(count) for cluster in everyone])
     log_p = sum(target(draws))
