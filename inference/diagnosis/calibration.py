@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import pyro
 import torch
 
 from ...errors import PROGRAM_ERRORS, BadInput, GumboError, first_line
@@ -19,6 +20,8 @@ from .thresholds import ROUNDING, UNIFORM
 from .units import direction, to_units, turned
 
 _COORDINATES = 10
+# Simulated data sets that a guide's site is compared at before it counts as one that does not read the data.
+_TRIES = 5
 _SIDES = " (by its sides)"
 _UNREAD = "the guide does not read the data, so that calibrating it needs a fit to each simulated data set"
 _OFFER = (
@@ -211,10 +214,16 @@ def _reacting(sweep: Sweep, places: Mapping[str, int | str]) -> tuple[list[str],
     guide, _ = sweep.run(1)
     drawn = [name for name, layout in sweep.guide_sites.items() if layout.kind == "latent"]
     held = {name: sweep.held(guide, name) for name in drawn}
-    other, _ = sweep.run(1, fixed=held, arguments=_replaced(sweep, places, sweep.model_run(1, observe=False)))
-    reads = {name for name in drawn if _differs(guide.log_prob(name), other.log_prob(name))}
-    # A computed site is not held: it reads the data if they move it where its auxiliary draws are the same.
-    reads |= {name for name in sweep.computed if _differs(guide.value(name), other.value(name))}
+    reads: set[str] = set()
+    for _ in range(_TRIES):  # few discrete data are often the same again
+        arguments = _replaced(sweep, places, sweep.model_run(1, observe=False))
+        with pyro.validation_enabled(False):  # other data may move a bounded guide away from the draws
+            other, _model = sweep.run(1, fixed=held, arguments=arguments)
+        reads |= {name for name in drawn if _differs(guide.log_prob(name), other.log_prob(name))}
+        # A computed site is not held: it reads the data if they move it where its auxiliary draws are the same.
+        reads |= {name for name in sweep.computed if _differs(guide.value(name), other.value(name))}
+        if reads >= {*drawn, *sweep.computed}:
+            break
     if not reads:
         raise _Unread(_UNREAD)
     outside = sweep.outside_data()

@@ -221,3 +221,36 @@ def test_rare_classes_are_absent_from_the_draws_of_an_exact_guide_too(kept):
 
     report = diagnose(many_classes, guide, torch.tensor([1.0, 2.5]).double(), **QUICK)
     assert ("missed-mass" in report.alarms) == (kept < 400), str(report)
+
+
+@pytest.mark.parametrize(("width", "word"), [(1.4, "alarm"), (None, "ok")])
+def test_guides_with_bounds_that_follow_the_data_are_calibrated(width, word):
+    """Other data move the bounds beyond the guide's draws, which a distribution refuses."""
+
+    def above(x):
+        t = pyro.sample("t", dist.Pareto(torch.ones(()).double(), 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Uniform(torch.zeros(()).double(), t, validate_args=False), obs=x)
+
+    def exact(x):
+        pyro.sample("t", dist.Pareto(x.max().clamp(min=1.0), 2.0 + len(x)))
+
+    data = torch.tensor([0.3, 1.2, 2.0, 0.7]).double()
+    programs = truncated(width, 1, 15) if width else (above, exact, data)
+    report = diagnose(*programs, **QUICK | {"num_simulations": 200})
+    assert report["calibration"].verdict == word, str(report)
+    assert report.ok == (word == "ok"), str(report)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_data_that_are_drawn_again_do_not_make_a_guide_blind(seed):
+    def coins(y):
+        p = pyro.sample("p", dist.Beta(torch.tensor(0.3).double(), 3.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Bernoulli(p), obs=y)
+
+    def exact(y):
+        pyro.sample("p", dist.Beta(0.3 + y.sum(), 3.0 + len(y) - y.sum()))
+
+    report = diagnose(coins, exact, torch.tensor([0.0, 0.0, 1.0]).double(), seed=seed, **QUICK)
+    assert report.ok and report["calibration"].verdict == "ok", str(report)
