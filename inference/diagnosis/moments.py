@@ -30,7 +30,7 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
     some = "" if count == len(units.names) else f"; {count} of {len(units.names)} dimensions are compared"
     telling = units.telling
     if not telling.any() or telling.sum() <= len(units) / 2:
-        return [_unknown(units, name, weak) for name in _asked(continuous, count)]
+        return [_unknown(units, name, weak) for name in _asked(continuous, ~binary, count)]
     weight = units.log_weight[telling]
     of_blocks = [_of_block(units, one, telling, weight) for one in blocks]
     shift, width = (np.concatenate([found[part] for found, _ in of_blocks], -1) for part in (0, 1))
@@ -60,9 +60,10 @@ def moments(units: Units, weak: tuple[str, str] | None) -> list[Verdict]:
         kept = [part[:, continuous] for part in (width, errors[1], shown)]
         of_values = [name for name, one in zip(names, continuous, strict=True) if one]
         verdicts.append(_width(units, of_values, *kept, clear, weak))
-        off = size[continuous] > 1.0
-        off |= _root_mean_square(*kept[:2], -math.log(WIDTH), kept[2])[0] > -math.log(WIDTH)
-        verdicts.append(_shape(units, of_values, telling, kept[2] & ~off, blocks, weak))
+    if not binary.all():
+        limit = -math.log(WIDTH)
+        off = (size > 1.0) | continuous & (_root_mean_square(width, errors[1], limit, shown)[0] > limit)
+        verdicts.append(_shape(units, telling, shown & ~off, blocks, weak))
     if len(units.names) > 1:
         verdicts.append(_correlation(units, blocks, weak))
     return verdicts
@@ -106,31 +107,34 @@ def _width(
 
 def _shape(
     units: Units,
-    names: list[str],
     telling: np.ndarray,
     shown: np.ndarray,
     blocks: list[np.ndarray],
     weak: tuple[str, str] | None,
 ) -> Verdict:
-    """The verdict on the marginals of continuous dimensions, beyond their means and standard deviations.
+    """The verdict on the marginals of dimensions with more than two values.
 
     ``shown`` ``(units, d)`` leaves out masked numbers, and dimensions whose mean or width is off.
     """
+    shown = shown[:, ~units.binary[np.concatenate(blocks)]]
+    blocks = [block[~units.binary[block]] for block in blocks]
+    names = [units.names[place] for place in np.concatenate(blocks)]
     if not shown.any():
         weak = weak or ("mean or width is off in every dimension", "follow the advice of shift and width first")
         return _unknown(units, "shape", weak)
     weight = units.log_weight[telling]
     weight = np.exp(weight - weight.max(-1, keepdims=True))
-    continuous = [block[~units.discrete[block]] for block in blocks]
-    parts = [shape_differences(units.values[telling][..., one].astype(np.float64), weight) for one in continuous]
+    values = (units.values[telling][..., block].astype(np.float64) for block in blocks)
+    parts = [shape_differences(one, weight, units.discrete[block]) for one, block in zip(values, blocks, strict=True)]
     difference, error = (np.concatenate(sides, 1) / PROBABILITY for sides in zip(*parts, strict=True))
     size, alarm, fine = _root_mean_square(difference, error, 1.0, shown[..., None])
     place, point = np.unravel_index(int(np.argmax(size)), size.shape)
     size = PROBABILITY * size
+    explained = "the mean explains" if units.discrete[np.concatenate(blocks)[place]] else "mean and width explain"
     text = (
         f"the probability of {names[place]} below the value where the guide has {SHARES[point]:.1%} is off by "
-        f"{size.max():.3f} (root mean square) beyond what mean and width explain, limit {PROBABILITY}; posterior by "
-        "importance weights"
+        f"{size.max():.3f} (root mean square) beyond what {explained}, limit {PROBABILITY}; posterior by importance "
+        "weights"
     )
     # Few effective draws have a marginal of few steps, whatever the posterior's.
     alarm, fine = alarm and weak is None, fine and bool(size.max() <= PROBABILITY)
@@ -181,8 +185,13 @@ def _of_block(units: Units, block: np.ndarray, telling: np.ndarray, weight: np.n
     return _jackknife(values, weight, units.binary[block])
 
 
-def _asked(continuous: np.ndarray, count: int) -> list[str]:
-    return ["shift", *(["width", "shape"] if continuous.any() else []), *(["correlation"] if count > 1 else [])]
+def _asked(continuous: np.ndarray, many: np.ndarray, count: int) -> list[str]:
+    return [
+        "shift",
+        *(["width"] if continuous.any() else []),
+        *(["shape"] if many.any() else []),
+        *(["correlation"] if count > 1 else []),
+    ]
 
 
 def _unknown(units: Units, name: str, weak: tuple[str, str] | None) -> Verdict:

@@ -10,13 +10,13 @@ from .pairs import GROUPS
 SHARES = np.arange(1, 8) / 8
 
 
-def shape_differences(values: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def shape_differences(values: np.ndarray, weight: np.ndarray, discrete: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How far weighted draws have another share below each octile of the draws, and its standard error.
 
     Both are ``(units, d, 7)`` for values ``(units, S, d)`` and weights ``(units, S)``. The indicator of values below an
     octile is regressed on the value and its square, and its residual is averaged: a small fault of the mean or of the
-    width, which have verdicts of their own, leaves that near zero, and so does an outlier. Errors are from a jackknife
-    over groups of draws.
+    width, which have verdicts of their own, leaves that near zero, and so does an outlier. Classes and counts, whose
+    width has no verdict, are regressed on the value alone. Errors are from a jackknife over groups of draws.
     """
     starts = np.linspace(0, values.shape[1], GROUPS + 1).astype(int)[:-1]
     values = values - values.mean(1, keepdims=True)
@@ -36,7 +36,7 @@ def shape_differences(values: np.ndarray, weight: np.ndarray) -> tuple[np.ndarra
         below = (values <= edge[:, None]).astype(np.float64)
         slope = (below * values).mean(1, keepdims=True)
         with np.errstate(divide="ignore", invalid="ignore"):
-            bend = np.where(size > 1e-9, (below * square).mean(1) / size, 0.0)[:, None]
+            bend = np.where(discrete | (size < 1e-9), 0.0, (below * square).mean(1) / size)[:, None]
         sides = []
         for below_sum, total, first, second in zip(by_group(below), totals, firsts, seconds, strict=True):
             residual = below_sum - slope * first - bend * second

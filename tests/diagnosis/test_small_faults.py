@@ -83,7 +83,7 @@ def test_shape_is_that_of_the_marginals():
     torch.manual_seed(0)
     draws = normal.sample((100_000,))
     weight = (posterior.log_prob(draws) - normal.log_prob(draws)).exp()
-    found, error = shape_differences(draws.numpy()[None], weight.T.numpy())
+    found, error = shape_differences(draws.numpy()[None], weight.T.numpy(), np.zeros(1, dtype=bool))
     expected = posterior.cdf(normal.icdf(torch.tensor(SHARES))).numpy() - SHARES
     assert (np.abs(found[0, 0] - expected) < 4 * error[0, 0] + 1e-3).all() and (error < 0.01).all()
 
@@ -94,16 +94,57 @@ def test_tolerated_shifts_and_widths_are_no_shapes(family):
     guide, posterior = (family(*torch.tensor([place, size]).double()) for place, size in ((0.0, 1.0), (0.1, 1.1)))
     draws = guide.sample((2000, 1))
     weight = (posterior.log_prob(draws) - guide.log_prob(draws)).exp()
-    found, error = shape_differences(draws.numpy()[None], weight.T.numpy())
+    found, error = shape_differences(draws.numpy()[None], weight.T.numpy(), np.zeros(1, dtype=bool))
     assert (np.abs(found) - 4 * error < 0.025).all()
 
 
 def test_shapes_have_their_errors():
     rng = np.random.default_rng(0)
     values, weight = rng.standard_normal((4000, 400, 1)), rng.lognormal(0.0, 0.5, (4000, 400))
-    found, error = shape_differences(values, weight)
+    found, error = shape_differences(values, weight, np.zeros(1, dtype=bool))
     assert np.abs(np.mean(found, 0)).max() < 4 * found.std() / 4000**0.5
     assert np.abs((found**2).mean((0, 1)) / (error**2).mean((0, 1)) - 1).max() < 0.15
+
+
+def many_discrete(kind, wrong):
+    """The data tell nothing of any of these latents; the guide is wrong in one of them."""
+    laws = {
+        "classes": (dist.Categorical, [0.45, 0.1, 0.45], [0.25, 0.5, 0.25]),
+        "counts": (lambda p: dist.NegativeBinomial(p[0], p[1]), [4.0, 3 / 7], [400.0, 3 / 403]),
+    }
+    law, right, other = laws[kind]
+    exact = torch.tensor(right).double().expand(30, len(right))
+
+    def programs(parameters, y=None):
+        parameters = parameters if kind == "classes" else parameters.T
+        pyro.sample("k", law(parameters).to_event(1))
+        if y is not None:
+            with pyro.plate("data", len(y)):
+                pyro.sample("y", dist.Normal(torch.zeros(()).double(), 1.0), obs=y)
+
+    changed = exact.clone()
+    if wrong:
+        changed[7] = torch.tensor(other).double()
+    return (lambda y: programs(exact, y)), (lambda y: programs(changed)), torch.zeros(5).double()
+
+
+@pytest.mark.parametrize("rate", [3.0, 100.0])
+def test_a_tolerated_shift_of_counts_is_no_shape(rate):
+    torch.manual_seed(0)
+    means = torch.tensor([rate, rate + 0.15 * rate**0.5]).double()
+    guide, posterior = (torch.distributions.Poisson(mean) for mean in means)
+    draws = guide.sample((4000, 1))
+    weight = (posterior.log_prob(draws) - guide.log_prob(draws)).exp()
+    found, error = shape_differences(draws.numpy()[None], weight.T.numpy(), np.ones(1, dtype=bool))
+    assert (np.abs(found) - 4 * error < 0.025).all()
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("kind", ["classes", "counts"])
+def test_one_discrete_marginal_with_the_right_mean(kind, wrong):
+    report = diagnose(*many_discrete(kind, wrong), **QUICK)
+    assert report.alarms == (["shape"] if wrong else []), str(report)
+    assert "of k[7]" in report["shape"].text or not wrong
 
 
 def few_wrong(dims, shift=0.0, scale=1.0, wrong=2):
