@@ -118,12 +118,6 @@ def why_undrawable(fn: Any) -> str | None:
     return None
 
 
-def innermost(fn: Any) -> Any:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn
-
-
 def lengths_of(*traces: Trace) -> dict[str, int]:
     """The number of rows in each plate without a size (``pyro.plate("data")``)."""
     found: dict[str, int] = {}

@@ -25,12 +25,19 @@ from ..engine.messenger_guides import as_program
 from ..engine.programs import check_observed, outside_plates
 from ..engine.rows import Rows
 from ..engine.scopes import device_of, quietly
-from ..estimators._distributions import describe, elementary, is_deterministic, support_of, why_other_draws
+from ..estimators._distributions import (
+    describe,
+    elementary,
+    is_deterministic,
+    support_of,
+    why_other_draws,
+    without_to_event,
+)
 from .checks import check_invertible
 from .enumerated import completed
 from .own_laws import why_not_own_law
 from .points import moved_by_draws, points_of
-from .sites import SiteLayout, discrete_values, has_rows, innermost, kind_of, lengths_of, why_undrawable
+from .sites import SiteLayout, discrete_values, has_rows, kind_of, lengths_of, why_undrawable
 from .superfluous import superfluous_latents
 from .vmapped import Seen, random_sites, scale_of, unmasked
 
@@ -333,7 +340,7 @@ class Survey:
             tuple(value.shape[value.dim() - event_dim :]),
             depth,
             value.dtype,
-            isinstance(innermost(fn), dist.Delta) and kind == "latent",
+            isinstance(without_to_event(fn), dist.Delta) and kind == "latent",
             discrete_values(fn) if kind in ("latent", "observed") else "",
         )
 
