@@ -579,11 +579,14 @@ def table_of(family: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[
     return f"{family} latents; variances as multiples of {REFERENCE[family]}'s", body
 
 
+ALL_COLLAPSED = "collapsed"
+
+
 def collapse(row: Mapping[str, Any]) -> str:
     """A remark on an arm whose latents are independent of the data."""
     if not row["collapsed"]:
         return ""
-    return "collapsed" if row["collapsed"] == row["seeds"] else f"{row['collapsed']} collapsed"
+    return ALL_COLLAPSED if row["collapsed"] == row["seeds"] else f"{row['collapsed']} collapsed"
 
 
 def note(config: Compare) -> str:
@@ -600,6 +603,9 @@ def note(config: Compare) -> str:
     )
 
 
+_UNUSED = "ends without a latent in use, so that the ELBOs do not say which to take: train for more epochs"
+
+
 def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
     """Pathwise or score function, in a few sentences, from the numbers."""
     by_arm = {(row["family"], row["arm"]): row for row in rows if row["elbo"] and row["ratio_initial"]}
@@ -611,10 +617,13 @@ def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
         ends = f"{abs(lost):.1f}{f' ± {known:.1f}' if known else ''} nats {'lower' if lost > 0 else 'higher'}"
         chosen = "pathwise:" if lost >= -2 * known else "the score function by its ELBO, although"
         near = "" if abs(lost) > 2 * known else ", too near to tell with these seeds"
+        found = f"The score function's ELBO ends {ends}{near}."
+        if collapse(path) == ALL_COLLAPSED:
+            found = f"Pathwise {_UNUSED}."
         parts += [
             f"For Normal latents take {chosen} the plain score function's gradient has {times} times the variance of "
             f"the pathwise one at the start and {later} times later.",
-            f"The score function's ELBO ends {ends}{near}.",
+            found,
         ]
     discrete = [row for (family, _), row in by_arm.items() if family == "discrete"]
     if discrete_said := _discrete_conclusion(discrete):
@@ -633,6 +642,8 @@ def _discrete_conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
     bounds = [row for row in rows if ARM_BY_KEY["discrete", row["arm"]].same_objective]
     if not bounds:
         return ""
+    if all(collapse(row) == ALL_COLLAPSED for row in rows):
+        return f"every estimator {_UNUSED}"
     best = max(bounds, key=lambda row: row["elbo"][0])
     near = []
     for row in rows:

@@ -95,6 +95,9 @@ def test_an_arm_whose_latents_know_nothing_is_called_collapsed(comparison):
     assert [row[-1] for row in rows if row[0] == "concrete"] == ["collapsed"]
 
 
+OTHER_NUMBERS = {"ratio_initial": (9.0, 0.0), "ratio_trained": (3.0, 0.0), "seeds": 2, "collapsed": 0}
+
+
 @pytest.mark.parametrize(
     ("score", "error", "starts", "says"),
     [
@@ -106,10 +109,8 @@ def test_an_arm_whose_latents_know_nothing_is_called_collapsed(comparison):
     ],
 )
 def test_the_conclusion_claims_no_more_than_its_standard_error(score, error, starts, says):
-    rows = [
-        {"family": "continuous", "arm": arm, "elbo": elbo, "ratio_initial": (9.0, 0.0), "ratio_trained": (3.0, 0.0)}
-        for arm, elbo in (("trace (pathwise)", (-20.0, 0.0)), ("trace (score)", (score, error)))
-    ]
+    ends = {"trace (pathwise)": (-20.0, 0.0), "trace (score)": (score, error)}
+    rows = [{"family": "continuous", "arm": arm, "elbo": elbo, **OTHER_NUMBERS} for arm, elbo in ends.items()]
     said = compare.conclusion(rows)
     assert said.startswith(f"Pathwise or score function? For Normal latents take {starts}") and said.endswith(says)
 
@@ -133,12 +134,26 @@ def test_the_conclusion_claims_no_more_than_its_standard_error(score, error, sta
 )
 def test_the_conclusion_on_discrete_latents_claims_no_more_than_its_standard_error(others, says):
     ends = {"rloo": -20.0, **others}
-    rows = [
-        {"family": "discrete", "arm": arm, "elbo": (end, 1.0), "ratio_initial": (9.0, 0.0), "ratio_trained": (3.0, 0.0)}
-        for arm, end in ends.items()
-    ]
+    rows = [{"family": "discrete", "arm": arm, "elbo": (end, 1.0), **OTHER_NUMBERS} for arm, end in ends.items()]
     said = compare.conclusion(rows)
     assert said == f"Pathwise or score function? For one-hot latents, which have no pathwise gradient, {says}"
+
+
+def test_the_conclusion_does_not_rank_collapsed_arms():
+    arms = [
+        ("continuous", "trace (pathwise)"),
+        ("continuous", "trace (score)"),
+        ("discrete", "rloo"),
+        ("discrete", "trace"),
+    ]
+    rows = [
+        {"family": family, "arm": arm, "elbo": (-20.0, 0.1), **OTHER_NUMBERS, "collapsed": 2} for family, arm in arms
+    ]
+    said = compare.conclusion(rows)
+    assert "Pathwise ends without a latent in use" in said and "every estimator ends without a latent in use" in said
+    assert "the score function as" not in said
+    rows[-1]["collapsed"] = 1
+    assert "all estimators end too near to tell" in compare.conclusion(rows)
 
 
 def test_every_arm_warms_up(param_store):
