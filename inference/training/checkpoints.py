@@ -85,13 +85,14 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return state
 
 
-def _sealed(state: dict[str, Any]) -> tuple[memoryview, bytes]:
+def _sealed(state: dict[str, Any]) -> tuple[bytes, bytes]:
     """The archive and its seal."""
     _refuse_objects(state, "state")
     buffer = io.BytesIO()
     torch.save({**state, "gumbo": {"format": FORMAT, "version": __version__}}, buffer)
-    content = buffer.getbuffer()
-    content[-2:] = _SEALED.to_bytes(2, "little")  # the length of the archive's comment
+    buffer.seek(-2, io.SEEK_END)
+    buffer.write(_SEALED.to_bytes(2, "little"))  # the length of the archive's comment
+    content = buffer.getvalue()  # not a view of the buffer, which an interruption may free before the view
     return content, _SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
