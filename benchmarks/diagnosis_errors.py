@@ -41,13 +41,17 @@ def mean_guide(scale: float, shift: float = 0.0) -> Callable:
     return lambda y: pyro.sample("m", dist.Normal(Y.sum() * SD**2 + shift * SD, scale * SD))
 
 
+def bounded_guide(y):
+    pyro.sample("m", dist.Uniform(Y.sum() * SD**2 - 1.4 * SD, Y.sum() * SD**2 + 1.4 * SD))
+
+
 def local(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(ZERO, ONE))
         pyro.sample("x", dist.Normal(z, ONE), obs=x)
 
 
-def local_guide(scale: float, shift: float = 0.0) -> Callable:
+def local_guide(scale: float, shift: float | torch.Tensor = 0.0) -> Callable:
     def guide(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x / 2 + shift * 0.5**0.5, scale * 0.5**0.5))
@@ -76,6 +80,20 @@ def hundred(x):
 
 def hundred_guide(scale: float) -> Callable:
     return lambda x: pyro.sample("z", dist.Normal(HUNDRED / 2, scale * 0.5**0.5).to_event(1))
+
+
+GUMBEL = dist.Gumbel(ZERO, ONE)
+
+
+def forty(x):
+    pyro.sample("s", GUMBEL)
+    z = pyro.sample("z", dist.Normal(torch.zeros(39).double(), 1.0).to_event(1))
+    pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def symmetric_guide(x):
+    pyro.sample("s", dist.Normal(GUMBEL.mean, GUMBEL.stddev))
+    pyro.sample("z", dist.Normal(HUNDRED[:39] / 2, 0.5**0.5).to_event(1))
 
 
 SHARES, CENTRES = torch.tensor([0.2, 0.3, 0.5]).double(), torch.tensor([0.0, 2.0, 4.0]).double()
@@ -113,6 +131,9 @@ WRONG = {
     "one mean, off by five sd": (one_mean, mean_guide(1.0, 5.0), Y),
     "15 data, sd 1/4": (local, local_guide(0.25), X),
     "|regression|, d = 8, one mode of two": (regression(True), one_mode, SIGNED.abs()),
+    "one mean, uniform within 1.4 sd": (one_mean, bounded_guide, Y),
+    "100 data, one off by one sd": (local, local_guide(1.0, (torch.arange(100) == 7).double()), HUNDRED),
+    "40 dimensions, one skewed, a Normal of its mean and sd": (forty, symmetric_guide, HUNDRED[:39]),
     "15 data of three classes, the likeliest alone": (three_classes, class_guide(1e4), 2 + X),
 }
 
