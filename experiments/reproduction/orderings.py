@@ -172,7 +172,7 @@ def totals(found: Runs) -> list[str]:
         words = [one.verdict(getattr(one, kind)) for one in known]
         if words:
             counts = ", ".join(f"{words.count(word)} {word}" for word in sorted(set(words)))
-            said.append(f"Published orderings at {title}, {len(known)} pairs: {counts}.")
+            said.append(f"Published orderings at {title}, {len(known)} pair{'s' * (len(known) > 1)}: {counts}.")
     few: dict[int, list[str]] = {}
     for name, runs in by_cell(found).items():
         if len(runs) < LEAST_SEEDS:
