@@ -579,14 +579,16 @@ def table_of(family: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[
     return f"{family} latents; variances as multiples of {REFERENCE[family]}'s", body
 
 
-ALL_COLLAPSED = "collapsed"
+def all_collapsed(row: Mapping[str, Any]) -> bool:
+    """Whether an arm's latents are independent of the data in every seed."""
+    return 0 < row["collapsed"] == row["seeds"]
 
 
 def collapse(row: Mapping[str, Any]) -> str:
     """A remark on an arm whose latents are independent of the data."""
-    if not row["collapsed"]:
-        return ""
-    return ALL_COLLAPSED if row["collapsed"] == row["seeds"] else f"{row['collapsed']} collapsed"
+    if all_collapsed(row):
+        return "collapsed"
+    return f"{row['collapsed']} collapsed" if row["collapsed"] else ""
 
 
 def note(config: Compare) -> str:
@@ -618,7 +620,7 @@ def conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
         chosen = "pathwise:" if lost >= -2 * known else "the score function by its ELBO, although"
         near = "" if abs(lost) > 2 * known else ", too near to tell with these seeds"
         found = f"The score function's ELBO ends {ends}{near}."
-        if collapse(path) == ALL_COLLAPSED:
+        if all_collapsed(path):
             found = f"Pathwise {_UNUSED}."
         parts += [
             f"For Normal latents take {chosen} the plain score function's gradient has {times} times the variance of "
@@ -642,7 +644,7 @@ def _discrete_conclusion(rows: Sequence[Mapping[str, Any]]) -> str:
     bounds = [row for row in rows if ARM_BY_KEY["discrete", row["arm"]].same_objective]
     if not bounds:
         return ""
-    if all(collapse(row) == ALL_COLLAPSED for row in rows):
+    if all(all_collapsed(row) for row in rows):
         return f"every estimator {_UNUSED}"
     best = max(bounds, key=lambda row: row["elbo"][0])
     near = []

@@ -87,9 +87,9 @@ def catalogue(names: Iterable[str] | None = None, kinds: Iterable[str] = KINDS) 
         "families": lambda: {
             name: {"support": str(family.support), "outputs": family.outputs} for name, family in families.items()
         },
-        "likelihoods": lambda: _likelihoods(),
-        "priors": lambda: _priors(),
-        "estimators": lambda: _estimators(),
+        "likelihoods": _likelihoods,
+        "priors": _priors,
+        "estimators": _estimators,
         "objectives": lambda: {name: _objective(make()) for name, make in objectives.items()},
         "stock": lambda: {
             name: {"class": cls.__name__, "summary": _without_references(_summary(cls))}

@@ -48,19 +48,19 @@ def left_out(
     draws, runs = (_DRAWS, _RUNS) if sweep.vectorized else (_FEW_DRAWS, _FEW_RUNS)
     found = list(_coordinates(sweep, sites, plates, block))
     picked = _within(found, runs)
+    units = math.prod(sweep.sizes[plate] for plate in plates)
+    what = f"{units} data" if plates else "all latents together"
     if not picked:
-        what = f"{math.prod(sweep.sizes[plate] for plate in plates)} data" if plates else "all latents together"
         reason = "the discrete latents have no finite list of values, and the search moves continuous ones"
         return Verdict("missed-mass", CANNOT_SAY, f"{what}: {reason}", advice=_REFIT)
     selecting, testing = (_probabilities(sweep, plates, given, block, picked, draws // 2) for _ in range(2))
     lacking, noise, sure = _lacking(selecting, testing, draws // 2)
     shown = np.stack([np.broadcast_to(_shown(sweep, one, plates, block), len(lacking)) for one in picked], -1)
     lacking, noise = lacking * shown, noise * shown
-    units, worst = len(lacking), int(lacking.max(0).argmax())
+    worst = int(lacking.max(0).argmax())
     high = lacking > MASS
     count, many = int((high & sure).any(-1).sum()), allowed(units)
     unclear = int((high & ~sure | (2 * noise > MASS)).any(-1).sum())
-    what = f"{units} data" if plates else "all latents together"
     nats, limit = -np.log1p(-np.array([lacking.max(), MASS]))
     text = (
         f"{what}: given the other latents, values of {picked[worst].name} that the guide hardly draws hold up to "

@@ -179,9 +179,10 @@ def _search(target: Target, own: np.ndarray, say: Progress) -> _Found:
     known = KNOWN[0] if target.dimension <= 2 and target.sweep.vectorized else KNOWN[1]
 
     def compared(searching: list[Cluster]) -> _Found:
-        mixture = mixture_evidence(target, searching or knowing, knowing if searching else [])
+        proposals = (searching, knowing) if searching else (knowing, [])
+        mixture = mixture_evidence(target, *proposals)
         if target.sweep.vectorized and bool((4 * mixture.error > LIMIT).any()):
-            mixture = mixture_evidence(target, searching or knowing, knowing if searching else [], _MORE)
+            mixture = mixture_evidence(target, *proposals, _MORE)
         other = in_other_modes(target, mixture.sample, drawn).numpy()
         elsewhere = -np.log1p(-other.clip(max=0.999))
         searched = mixture.searched if searching else evidence

@@ -86,8 +86,8 @@ def _width(
     fires = (np.abs(mean) > limit) & (np.abs(mean) > t.isf(SURE / 2 / len(names), (GROUPS - 1) * many) * noise)
     # Units too wide and units too narrow cancel in the mean.
     size, uneven, _ = _root_mean_square(width, error, limit, shown)
-    # Few effective draws are close together whatever the posterior's width: they cannot show a guide too wide.
-    # Few effective draws do not know the width.
+    # Few effective draws are close together whatever the posterior's width: they cannot show a guide too wide, and a
+    # single unit's must be enough.
     few = _single(width, error, limit, shown & clear[:, None], len(units))
     alarm = bool((fires & (mean < 0)).any()) or (bool(fires.any() or few) or uneven) and weak is None
     worst = int(np.argmax(np.abs(mean)))

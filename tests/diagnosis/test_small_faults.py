@@ -13,7 +13,7 @@ import torch
 
 from gumbo.inference import diagnose
 from gumbo.inference.diagnosis.shapes import SHARES, shape_differences
-from gumbo.inference.diagnosis.thresholds import SURE, single
+from gumbo.inference.diagnosis.thresholds import PROBABILITY, SURE, single
 
 QUICK = {"num_samples": 1000, "num_simulations": 40, "refine_steps": 0}
 ROOT = 0.5**0.5
@@ -295,3 +295,17 @@ def test_data_that_are_drawn_again_do_not_make_a_guide_blind(seed):
 
     report = diagnose(coins, exact, torch.tensor([0.0, 0.0, 1.0]).double(), seed=seed, **QUICK)
     assert report.ok and report["calibration"].verdict == "ok", str(report)
+
+
+@pytest.mark.parametrize(("skewness", "beyond"), [(0.7, False), (0.8, True)])
+def test_the_limit_of_shape_is_a_skewness_of_eight_tenths(skewness, beyond):
+    from scipy import stats
+
+    draws = stats.norm.ppf((np.arange(100_000) + 0.5) / 100_000)
+    shape = 4 / skewness**2
+    posterior = stats.gamma(shape, loc=-(shape**0.5), scale=shape**-0.5)  # of mean 0 and standard deviation 1
+    order = np.random.default_rng(0).permutation(len(draws))  # for the groups of draws behind the error
+    values = draws[order][None, :, None]
+    weight = (posterior.pdf(draws) / stats.norm.pdf(draws))[order][None]
+    difference, _ = shape_differences(values, weight, np.array([False]))
+    assert (abs(difference).max() > PROBABILITY) == beyond
