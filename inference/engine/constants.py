@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
@@ -13,67 +14,61 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...errors import BadInput
-from .contents import UNDIVIDED, Contents, is_of_a_library, is_plain_object
+from .contents import Contents, is_plain_object, own_classes
 
 ADVICE = "pass compile=False"
 
 
+Place = tuple[int, str]  # an attribute of a module: the module's id, and the name
+
+
 @contextmanager
-def unmoved(module: nn.Module) -> Iterator[None]:
+def unmoved(module: nn.Module, replaced: set[Place]) -> Iterator[None]:
     """Restore the attributes of a module and its submodules on exit, and refuse changes that a graph would not repeat.
 
-    Refused are a change of a plain attribute, and another tensor or number in the place of an element of a list or
-    dictionary that a module holds.
+    Refused are a change of a plain attribute, and of what :class:`.contents.Contents` looks at in the programs. Other
+    attributes that now are another object, such as a distribution that the program keeps for its user, are added to
+    ``replaced``.
     """
     modules = list(module.modules())
     before = [dict(vars(one)) for one in modules]
     held = [_held(one) for one in modules]
     written = {id(t): t._version for kept in before for t in kept.values() if isinstance(t, Tensor)}
+    contents = contents_of(module)
     try:
         yield
-        for one, kept, contents in zip(modules, before, held, strict=True):
+        for one, kept in zip(modules, before, strict=True):
+            replaced.update((id(one), name) for name, value in vars(one).items() if value is not kept.get(name))
             names = plain_attributes(one) | plain_attributes(one, kept)
-            changed = sorted(name for name in names if _changed(one, kept, name, written))
-            changed += sorted(name for name, (now, then) in contents.items() if _replaces(now, then))
-            if changed:
-                raise BadInput(
-                    f"{type(one).__name__}.{changed[0]} changes as the program runs, and a captured graph would not see"
-                    f" it: keep it in a buffer, name it in the class attribute 'uncaptured' if no result depends on it,"
-                    f" or {ADVICE}"
-                )
+            if changed := sorted(name for name in names if _changed(one, kept, name, written)):
+                raise _moves(f"{type(one).__name__}.{changed[0]}")
+        if (changed := contents.changed()) is not None:
+            raise _moves(changed)
     finally:
         for one, kept in zip(modules, before, strict=True):
             vars(one).clear()
             vars(one).update(kept)
-        for now, then in (pair for contents in held for pair in contents.values()):
-            # A tensor of a graph that is being captured has no values.
-            if _replaces(now, then) or any(isinstance(one, FakeTensor) for one in _elements(now).values()):
+        for now, then in (pair for pairs in held for pair in pairs):
+            # A tensor of a graph that is being captured has no values; a cache may have gained one.
+            if any(isinstance(one, FakeTensor) for one in (now.values() if isinstance(now, dict) else now)):
                 now.clear()
-                (now.extend if isinstance(now, list) else now.update)(then)
+                (now.update if isinstance(now, dict) else now.extend)(then)
 
 
-def _held(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """The lists and dictionaries among a module's own attributes by name, each with a copy."""
-    skipped = _INTERNAL | frozenset(getattr(type(module), "uncaptured", ()))
-    return {
-        name: (value, value.copy())
-        for name, value in vars(module).items()
-        if type(value) in (list, dict) and name not in skipped and not name.startswith("_pyro_")
-    }
-
-
-def _elements(held: Any) -> Mapping[Any, Any]:
-    return held if isinstance(held, dict) else dict(enumerate(held))
-
-
-def _replaces(now: Any, before: Any) -> bool:
-    """Whether a list or dictionary has another tensor or number in a place; one that grows may be a cache."""
-    here, there = _elements(now), _elements(before)
-    return any(
-        isinstance(here.get(key), (Tensor, *UNDIVIDED)) and differs(here[key], value)
-        for key, value in there.items()
-        if key in here
+def _moves(name: str) -> BadInput:
+    return BadInput(
+        f"{name} changes as the program runs, and a captured graph would not see it: keep it in a buffer, name it in"
+        f" the class attribute 'uncaptured' if no result depends on it, or {ADVICE}"
     )
+
+
+def _held(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The lists and dictionaries among a module's own attributes, each with a copy."""
+    return [
+        (value, dict(value) if isinstance(value, dict) else list(value))
+        for name, value in vars(module).items()
+        if isinstance(value, (list, dict, deque)) and _is_watched(module, name)
+    ]
 
 
 def called_with(module: nn.Module, replaced: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -106,19 +101,19 @@ def called_with(module: nn.Module, replaced: dict[str, Tensor], *args: Any, **kw
         replaced.update({name: everywhere[name] for name in replaced})
 
 
-_INTERNAL = set(vars(nn.Module())) - {"training"}
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 
 
 def plain_attributes(module: nn.Module, values: Mapping[str, Any] | None = None) -> set[str]:
     """Names of attributes that a graph treats as constants: numbers, strings, and tensors that are not buffers."""
     values = vars(module) if values is None else values
+    return {name for name, value in values.items() if isinstance(value, _PLAIN) and _is_watched(module, name)}
+
+
+def _is_watched(module: nn.Module, name: str) -> bool:
     # Read from the class: setting it on the instance has no effect; SiteState documents its meaning.
-    skipped = _INTERNAL | frozenset(getattr(type(module), "uncaptured", ()))
-    return {
-        name
-        for name, value in values.items()
-        if isinstance(value, _PLAIN) and name not in skipped and not name.startswith("_pyro_")
-    }
+    uncaptured = getattr(type(module), "uncaptured", ())
+    return name not in _INTERNAL and name not in uncaptured and not name.startswith("_pyro_")
 
 
 def _changed(module: nn.Module, before: Mapping[str, Any], name: str, written: Mapping[int, int]) -> bool:
@@ -147,32 +142,23 @@ class Watch:
 
     Args:
         module: with all modules in it; None begins with nothing.
+        replaced: attributes that the programs replace as they run, which are not watched; :func:`unmoved` finds them.
     """
 
-    def __init__(self, module: nn.Module | None = None):
+    def __init__(self, module: nn.Module | None = None, replaced: Collection[Place] = ()):
         self._values: list[tuple[Mapping[str, Any], Any, Any, int]] = []
         self._sizes: list[tuple[Sized, int]] = []
         self._names: list[tuple[nn.Module, int, set[str]]] = []
-        self._contents = Contents()
+        self._contents = contents_of(module)
         self._layouts: list[tuple[Callable[[], Iterable[Tensor]], list[tuple]]] = []
+        self._replaced = replaced
         for one in module.modules() if module is not None else ():
-            kept, names = vars(one), _watched_names(one)
+            kept, names = vars(one), self._watched_names(one)
             self._names.append((one, len(kept), names))
             self.add(kept, names)
             for held in (one._modules, one._parameters, *(kept[name] for name in _HOOKS)):
                 self.add_size(held)
                 self.add(held, held, in_place=False)
-            owners = _own_classes(type(one))
-            for owner in owners:
-                self.add(vars(owner), _plain_names(vars(owner)))
-                self._contents.add_entries(vars(owner), _containers(vars(owner)))
-                for value in vars(owner).values():
-                    self._contents.add_function(value)
-            for value in kept.values():
-                self._contents.add_function(value)
-            skipped = _INTERNAL | frozenset(getattr(type(one), "uncaptured", ()))
-            held = _containers(kept) if owners else [name for name in kept if is_plain_object(kept[name])]
-            self._contents.add_entries(kept, [name for name in held if name not in skipped])
 
     def add(self, held: Mapping[str, Any], names: Any, in_place: bool = True) -> None:
         """Watch entries of a mapping; where ``in_place``, tensors for writes too."""
@@ -193,25 +179,39 @@ class Watch:
                 return True
         if any(len(held) != size for held, size in self._sizes):
             return True
-        if any(len(vars(one)) != size and _watched_names(one) != names for one, size, names in self._names):
+        if any(len(vars(one)) != size and self._watched_names(one) != names for one, size, names in self._names):
             return True
         if any(_layouts_of(tensors()) != before for tensors, before in self._layouts):
             return True
-        return self._contents.changed()
+        return self._contents.changed() is not None
+
+    def _watched_names(self, module: nn.Module) -> set[str]:
+        found = plain_attributes(module)
+        found |= {name for name, value in vars(module).items() if isinstance(value, (FunctionType, MethodType))}
+        if own_classes(type(module)):
+            others = {name for name in vars(module) if _is_watched(module, name)}
+            found |= {name for name in others if (id(module), name) not in self._replaced}
+        return found
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (int, float, complex, str, tuple, type(None), Tensor)
 
 
-def _watched_names(module: nn.Module) -> set[str]:
-    functions = {name for name, value in vars(module).items() if isinstance(value, (FunctionType, MethodType))}
-    return plain_attributes(module) | functions
-
-
-def _own_classes(kind: type) -> list[type]:
-    """The classes of a module that no library defines."""
-    return [one for one in kind.__mro__ if not is_of_a_library(one.__module__)]
+def contents_of(module: nn.Module | None) -> Contents:
+    """What the programs among a module and its submodules read in containers, objects, globals and closures."""
+    found = Contents()
+    for one in module.modules() if module is not None else ():
+        kept, owners = vars(one), own_classes(type(one))
+        for owner in owners:
+            found.add_entries(vars(owner), [*_plain_names(vars(owner)), *_containers(vars(owner))], owner.__name__)
+            for value in vars(owner).values():
+                found.add_function(value)
+        for value in kept.values():
+            found.add_function(value)
+        held = _containers(kept) if owners else [name for name in kept if is_plain_object(kept[name])]
+        found.add_entries(kept, [name for name in held if _is_watched(one, name)], type(one).__name__)
+    return found
 
 
 def _containers(held: Mapping[str, Any]) -> list[str]:
@@ -220,7 +220,7 @@ def _containers(held: Mapping[str, Any]) -> list[str]:
         name
         for name, value in held.items()
         if not name.startswith(("__", "_pyro_"))
-        and (isinstance(value, (list, tuple, dict, set, frozenset, np.ndarray)) or is_plain_object(value))
+        and (isinstance(value, (list, tuple, deque, dict, set, frozenset, np.ndarray)) or is_plain_object(value))
     ]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,76 +38,80 @@ def is_of_a_library(module_name: str | None) -> bool:
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether a value is an instance of a class that no library defines, and no module."""
+    """Whether a value is an instance of a class that no library defines, or a namespace, and no module."""
     if isinstance(value, (nn.Module, Tensor, type, ModuleType, FunctionType, MethodType)):
         return False
-    return hasattr(value, "__dict__") and not is_of_a_library(type(value).__module__)
+    if type(value) in (SimpleNamespace, Namespace):
+        return True
+    return not is_of_a_library(type(value).__module__) and (hasattr(value, "__dict__") or bool(_slots(value)))
 
 
 class Contents:
     """Values with all that they hold, and whether something in them has changed since.
 
-    Looked at are numbers, text, tensors (writes in place too), arrays of up to a MiB, elements of lists, tuples, sets
-    and dictionaries, and attributes of objects whose class no library defines. Not looked at are parameters, elements
-    that a container gains (it may be a cache), and what lies beyond the first 2,000 values.
+    Looked at are numbers, text, tensors (writes in place too), arrays of up to a MiB, functions, elements of lists,
+    tuples, deques, sets and dictionaries, and attributes of namespaces and of objects whose class no library defines,
+    with what its methods read. Not looked at are parameters, elements that a container gains (it may be a cache), and
+    what lies beyond the first 2,000 values.
 
     >>> settings = {"factors": [1.0, 2.0]}
     >>> contents = Contents()
-    >>> contents.add(lambda: settings)
+    >>> contents.add("settings", lambda: settings)
     >>> contents.changed()
-    False
     >>> settings["factors"][1] = 3.0
     >>> contents.changed()
-    True
+    'settings'
     """
 
     def __init__(self):
-        self._looks: list[tuple[Callable[[], Any], Same]] = []
+        self._looks: list[tuple[str, Callable[[], Any], Same]] = []
         self._met: set[int] = set()
         self._kept: list[Any] = []  # an id names an object as long as it lives
         self._left = MOST
 
-    def add(self, get: Callable[[], Any]) -> None:
-        """Look at what a function returns."""
+    def add(self, name: str, get: Callable[[], Any]) -> None:
+        """Look at what a function returns, under a name for messages."""
         same = self._same(get())
         if same is not None:
-            self._looks.append((get, same))
+            self._looks.append((name, get, same))
 
-    def add_entries(self, held: Mapping[str, Any], names: Iterable[str]) -> None:
-        """Look at entries of a mapping, such as the globals of a module."""
+    def add_entries(self, held: Mapping[str, Any], names: Iterable[str], owner: str = "") -> None:
+        """Look at entries of a mapping, such as the globals of a module or the attributes of an ``owner``."""
         for name in names:
-            self.add(lambda name=name: held.get(name))
+            self.add(f"{owner}{'.' * bool(owner)}{name}", lambda name=name: held.get(name))
 
     def add_function(self, function: Any) -> None:
-        """Look at the globals and the closure that a function reads, and those of the functions that it calls."""
+        """Look at the globals, closure and defaults that a function reads, and those of the functions that it calls."""
         if isinstance(function, partial):
-            self.add(lambda: (function.args, function.keywords))
-            function = function.func
+            bound = function
+            self.add(f"{_called(bound.func)} (a partial)", lambda: (bound.args, bound.keywords))
+            function = bound.func
         function = _underlying(function)
         if function is None or id(function) in self._met or is_of_a_library(function.__module__):
             return
         self._meet(function)
+        self.add(f"a default of {_called(function)}", lambda: (function.__defaults__, function.__kwdefaults__))
         names = set(_names_of(function.__code__))
-        for cell in function.__closure__ or ():
-            self._add_read(lambda cell=cell: _content_of(cell), names)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self._add_read(name, lambda cell=cell: _content_of(cell), names)
         for name in sorted(names & function.__globals__.keys()):
-            self._add_read(lambda name=name: function.__globals__.get(name), names)
+            self._add_read(name, lambda name=name: function.__globals__.get(name), names)
 
-    def _add_read(self, get: Callable[[], Any], names: set[str]) -> None:
+    def _add_read(self, name: str, get: Callable[[], Any], names: set[str]) -> None:
         """Look at a value that a function reads; of a module or a class, at the ``names`` that are in its code."""
         value = get()
         if isinstance(value, (ModuleType, type)):
             if not is_of_a_library(value.__name__ if isinstance(value, ModuleType) else value.__module__):
-                for name in sorted(names & vars(value).keys()):
-                    self._add_read(lambda name=name: vars(value).get(name), set())
+                for inner in sorted(names & vars(value).keys()):
+                    self._add_read(f"{name}.{inner}", lambda inner=inner: vars(value).get(inner), set())
         elif isinstance(value, partial) or _underlying(value) is not None:
             self.add_function(value)
         else:
-            self.add(get)
+            self.add(name, get)
 
-    def changed(self) -> bool:
-        """Whether any of these values has changed since it was added."""
-        return any(not same(get()) for get, same in self._looks)
+    def changed(self) -> str | None:
+        """The name of a value that has changed since it was added; None if there is none."""
+        return next((name for name, get, same in self._looks if not same(get())), None)
 
     def _meet(self, value: Any) -> None:
         self._met.add(id(value))
@@ -128,15 +134,21 @@ class Contents:
         if isinstance(value, (set, frozenset)):
             elements = set(value)
             return lambda now: isinstance(now, (set, frozenset)) and elements <= now
-        if id(value) in self._met:
-            return None
-        if type(value) in (list, tuple, dict):
+        if isinstance(value, partial) or _underlying(value) is not None:
+            self.add_function(value)
+            return lambda now: now == value
+        if id(value) in self._met:  # its content is looked at already
+            return lambda now: now is value
+        if isinstance(value, (list, tuple, deque, dict)):
             self._meet(value)
             return self._same_elements(value)
         if is_plain_object(value):
             self._meet(value)
-            kind, same = type(value), self._same_elements(vars(value))
-            return lambda now: type(now) is kind and same(vars(now))
+            for one in own_classes(type(value)):
+                for method in vars(one).values():
+                    self.add_function(method)
+            kind, same = type(value), self._same_elements(_attributes(value))
+            return lambda now: type(now) is kind and same(_attributes(now))
         return None
 
     def _same_elements(self, held: Any) -> Same:
@@ -153,6 +165,26 @@ class Contents:
                 return False
 
         return same
+
+
+def own_classes(kind: type) -> list[type]:
+    """A class and its bases that no library defines."""
+    return [one for one in kind.__mro__ if not is_of_a_library(one.__module__)]
+
+
+def _slots(value: Any) -> list[str]:
+    found = [getattr(one, "__slots__", ()) for one in type(value).__mro__]
+    return [name for names in found for name in ([names] if isinstance(names, str) else names)]
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object, those in slots too."""
+    slots = {name: getattr(value, name) for name in _slots(value) if name != "__weakref__" and hasattr(value, name)}
+    return {**slots, **getattr(value, "__dict__", {})}
+
+
+def _called(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _same_array(array: np.ndarray) -> Same:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PROGRAM_ERRORS, BadInput, first_line
-from ..engine.constants import Watch, called_with, unmoved
+from ..engine.constants import Place, Watch, called_with, unmoved
 from ..engine.interventions import Unvalidated
 from ..engine.noise import Noise, Tape
 from ..engine.rows import Rows
@@ -89,15 +89,18 @@ class Graphs:
         self.networks = _Networks(modules_of(sweep.model, sweep.guide))
         self.made = 0
         self._watched: Watch | None = None
+        self._replaced: set[Place] = set()
         self._graphs: dict[tuple[int, int], tuple[Noise, Callable[..., list[Tensor]]]] = {}
 
     def prepare(self, sweep: Sweep, batch: Rows, count: int) -> None:
         """Capture the runs of ``count`` draws for batches like this one, if that was not done."""
-        if self._watched is None or self._watched.sees_a_change():
-            self._graphs, self._watched = {}, Watch(self.networks)
-            self._watched.add_layouts(self.networks.tensors)
+        if self._watched is not None and self._watched.sees_a_change():
+            self._graphs, self._watched = {}, None
         if (count, len(batch)) not in self._graphs:
             self._graphs[count, len(batch)] = self._capture(sweep, batch, count)
+        if self._watched is None:
+            self._watched = Watch(self.networks, self._replaced)
+            self._watched.add_layouts(self.networks.tensors)
 
     def run(self, batch: Rows, count: int) -> Terms:
         """The terms of a batch with new noise from torch's generators."""
@@ -153,7 +156,7 @@ class Graphs:
             return terms_of(sweep, self.name, (batch.args, batch.kwargs), count, rows, self.checks)
 
         with ExitStack() as stack:
-            for scope in (pyro.validation_enabled(False), Unvalidated(), unmoved(self.networks), tape):
+            for scope in (pyro.validation_enabled(False), Unvalidated(), unmoved(self.networks, self._replaced), tape):
                 stack.enter_context(scope)
             if replaced is None:
                 return found()

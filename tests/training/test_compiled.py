@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import word_programs
+from compiled_steps import F64, SHAPE, agree, data, normal_pair, steps_of
 from pyro.nn import PyroModule
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -43,14 +44,6 @@ from gumbo.inference.training.schedules import Exponential, Linear
 from gumbo.inference.training.steps import TorchStep
 from gumbo.models import BernoulliVAE, CategoricalVAE, GaussianVAE, models
 
-SHAPE = (1, 2, 3)
-F64 = torch.float64
-
-
-def normal_pair():
-    model = GaussianVAE(SHAPE, latent_dim=2, hidden=(5,))
-    return model, NormalGuide(model)
-
 
 def coin_pair():
     model = BernoulliVAE(SHAPE, num_latents=3, hidden=(5,))
@@ -78,42 +71,6 @@ def fits(estimator, pair) -> bool:
     except Exception:
         return False
     return True
-
-
-def data(rows=4, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    return (torch.rand(rows, *SHAPE, generator=generator) < 0.5).to(dtype)
-
-
-def steps_of(pair, loss, optimizer="adam", dtype=F64, backend=uncompiled, x=None):
-    """A compiled step, and an eager one of equal programs."""
-    x = data(dtype=dtype) if x is None else x
-    model, guide = (program.to(dtype) for program in pair())
-    twin = copy.deepcopy((model, guide))
-    make = make_optimizer(optimizer, 1e-2)[0] if isinstance(optimizer, str) else optimizer
-    compiled = CompiledStep(model, guide, loss, make, Rows(x, "x"), backend)
-    eager = TorchStep(*twin, copy.deepcopy(loss), make, Rows(x, "x"))
-    eager.module.load_state_dict(compiled.module.state_dict())  # networks that the losses built
-    return compiled, eager
-
-
-def agree(compiled, eager, batches, tolerance, first_step=100):
-    """Both steps over the batches on the same noise: the same losses, and the same state after each."""
-    for step in (compiled, eager):
-        step.module.binding.steps = first_step
-        for state in step.module.binding.states.values():
-            state.calls = first_step
-    for x in batches:
-        mine = compiled(Rows(x, "x"))
-        with Tape(compiled.noise):
-            other = eager(Rows(x, "x"))
-        assert mine == pytest.approx(other, rel=tolerance)
-        expected = eager.module.state_dict()
-        for name, value in compiled.module.state_dict().items():
-            if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance, msg=name)
-            else:
-                assert value == expected[name]
 
 
 def cases():
@@ -747,127 +704,6 @@ def test_a_changed_attribute_is_captured_anew():
     model.factor = 99.0
     with pytest.raises(BadInput, match="changes so often"):
         step(Rows(data(), "x"))
-
-
-class Scale:
-    def __init__(self, value):
-        self.value = value
-
-
-class Settings:
-    def __init__(self):
-        self.factor, self.scale, self.array = 1.0, Scale(1.0), np.ones(2)
-
-
-FACTOR, FACTORS = 1.0, {"all": [1.0]}
-
-
-class Constants:
-    factor = 1.0
-
-
-def scale_of(module):
-    return FACTOR * FACTORS["all"][0] * module.settings.array[1] * Constants.factor
-
-
-def enclosed():
-    factor = 1.0
-
-    def multiplied(h):
-        return h * factor
-
-    def change(value):
-        nonlocal factor
-        factor = value
-
-    return multiplied, change
-
-
-class Decoded(PyroModule):
-    """A model with every place from which a number may come."""
-
-    common = 1.0
-
-    def __init__(self):
-        super().__init__()
-        self.decoder, self.activation = nn.Linear(2, math.prod(SHAPE)), nn.Identity()
-        self.settings, self.factors = Settings(), [1.0, {"last": torch.ones(())}]
-        self.multiplied, self.change = enclosed()
-        self.missing = {"array": np.array([1.0, np.nan]), "number": float("nan"), "scalar": np.float32("nan")}
-
-    def more(self, h):
-        return self.multiplied(h) * self.factors[0] * self.factors[1]["last"] * self.scales()
-
-    def scales(self):
-        return self.settings.scale.value * np.nan_to_num(self.missing["number"], nan=1.0)
-
-    def forward(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
-            h = self.more(self.activation(self.decoder(z))) * self.common * self.settings.factor
-            h = h * scale_of(self)
-            pyro.sample("x", dist.Bernoulli(logits=h.reshape(x.shape)).to_event(len(SHAPE)), obs=x)
-
-
-def hooked(model):
-    model.decoder.register_forward_hook(lambda module, given, result: 2 * result)
-
-
-CHANGES = {
-    "attribute over that of the class": lambda model: setattr(model, "common", 2.0),
-    "attribute of an object": lambda model: setattr(model.settings, "factor", 2.0),
-    "layer": lambda model: setattr(model, "activation", nn.Tanh()),
-    "method": lambda model: setattr(model, "more", lambda h: 2 * h),
-    "hook": hooked,
-    "element of a list": lambda model: model.factors.__setitem__(0, 2.0),
-    "tensor in a dictionary in a list": lambda model: model.factors[1].update(last=torch.tensor(2.0)),
-    "tensor in a dictionary, written in place": lambda model: model.factors[1]["last"].fill_(2.0),
-    "attribute of an object in an object": lambda model: setattr(model.settings.scale, "value", 2.0),
-    "scalar of NumPy": lambda model: model.missing.update(number=np.float32(2.0)),
-    "element of an array": lambda model: model.settings.array.__setitem__(1, 2.0),
-    "variable of a closure": lambda model: model.change(2.0),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_between_steps_is_in_the_next_one(change):
-    compiled, eager = steps_of(lambda: (Decoded(), NormalGuide(normal_pair()[0])), SiteELBO("pathwise"))
-    agree(compiled, eager, [data(dtype=F64)], 1e-10)
-    for step in (compiled, eager):
-        change(step.module.model)
-    agree(compiled, eager, [data(dtype=F64), 1 - data(dtype=F64)], 1e-10, first_step=200)
-    assert compiled.captures == 2
-
-
-def test_a_changed_attribute_of_the_class_is_in_the_next_step(monkeypatch):
-    compiled, eager = steps_of(lambda: (Decoded(), NormalGuide(normal_pair()[0])), SiteELBO("pathwise"))
-    agree(compiled, eager, [data(dtype=F64)], 1e-10)
-    monkeypatch.setattr(Decoded, "common", 2.0)
-    agree(compiled, eager, [data(dtype=F64)], 1e-10, first_step=200)
-
-
-@pytest.mark.parametrize("place", ["global", "element of a global", "attribute of a class"])
-def test_a_change_of_what_a_function_reads_is_in_the_next_step(place, monkeypatch):
-    compiled, eager = steps_of(lambda: (Decoded(), NormalGuide(normal_pair()[0])), SiteELBO("pathwise"))
-    agree(compiled, eager, [data(dtype=F64)], 1e-10)
-    if place == "global":
-        monkeypatch.setitem(globals(), "FACTOR", 2.0)
-    elif place == "element of a global":
-        monkeypatch.setitem(FACTORS, "all", [2.0])
-    else:
-        monkeypatch.setattr(Constants, "factor", 2.0)
-    agree(compiled, eager, [data(dtype=F64)], 1e-10, first_step=200)
-    assert compiled.captures == 2
-
-
-def test_what_no_step_reads_may_change(monkeypatch):
-    compiled, eager = steps_of(lambda: (Decoded(), NormalGuide(normal_pair()[0])), SiteELBO("pathwise"))
-    monkeypatch.setitem(globals(), "UNREAD", 2.0)
-    for step in (compiled, eager):
-        step.module.model.factors.append("a longer list")
-        step.module.model.factors[1]["more"] = 2.0
-    agree(compiled, eager, [data(dtype=F64)], 1e-10)
-    assert compiled.captures == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*was not registered in the param store")

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ....errors import BadInput, GumboError, first_line
 from ...elbo import SiteELBOModule
 from ...engine import noise
-from ...engine.constants import ADVICE, called_with, unmoved
+from ...engine.constants import ADVICE, Place, called_with, unmoved
 from ...engine.interventions import Unvalidated
 from ...engine.noise import Noise, Tape
 from ...engine.programs import in_support, observed_support
@@ -135,6 +135,7 @@ class Program:
         used: the names of the parameters that receive a gradient.
         moving: the names of the buffers that a call changes.
         checked: the observed sites (and their distributions) whose support can be checked.
+        replaced: the attributes of modules that a call replaces by other objects.
     """
 
     def __init__(self, module: SiteELBOModule, batch: Rows):
@@ -142,6 +143,7 @@ class Program:
         self.num_tensors = len(flat(batch))
         self.batch = batch  # for its values other than tensors, which are constants of the graph
         self.schedules: list[Schedule] = []
+        self.replaced: set[Place] = set()
         self._places = self._find_buffers()
         self._like = next(iter(self.parameters().values()), torch.empty(()))
         self.moving: list[str] | None = None  # until a run on real tensors has shown them
@@ -199,7 +201,7 @@ class Program:
         now = self.step
         step = TrainingStep(lambda schedule: self._value_of(schedule, scalars, now))
         with (
-            undisturbed(self.module, step),
+            undisturbed(self.module, step, self.replaced),
             pyro.validation_enabled(False),
             Unvalidated(),
             triangles_by_index(),
@@ -376,9 +378,9 @@ def _innermost(frames: Sequence[traceback.FrameSummary], *packages: Any) -> str:
 
 
 @contextmanager
-def undisturbed(module: SiteELBOModule, step: Any) -> Iterator[None]:
-    """A call without effects on the modules; a change of one of their plain attributes is refused."""
-    with unmoved(module):
+def undisturbed(module: SiteELBOModule, step: Any, replaced: set[Place]) -> Iterator[None]:
+    """A call without effects on the modules; see :func:`unmoved`."""
+    with unmoved(module, replaced):
         module.__dict__.update(_kept=None, _own={}, _keeps=False)
         module.binding.steps = step
         for state in module.binding.states.values():

@@ -437,7 +437,7 @@ class CompiledStep(TorchStep):
 
     def watch(self) -> None:
         """Remember the present values of all that the graph treats as constant."""
-        watch = Watch(self.module)
+        watch = Watch(self.module, self.program.replaced)
         # Compiled code reads with the types and strides of its example.
         watch.add_layouts(lambda: [*self.parameters.values(), *self._state(), *self.program.buffers().values()])
         if self.inside is not None:
