@@ -21,6 +21,7 @@ from ..engine.scopes import private_seed
 from .graphs import Compiler, provided_compiler
 from .importance import joint_evidence, khat_limit
 from .parts import Weighing, exact_pair
+from .runner import VaryingSites
 
 if TYPE_CHECKING:
     from .information import Information
@@ -302,7 +303,8 @@ def evaluate(
 class Evaluator:
     """`evaluate` for a pair of programs and data any number of times, with the parameters that the pair then has.
 
-    The arguments are those of `evaluate`. The structure of the programs is found once. ``compiler`` makes fast
+    The arguments are those of `evaluate`. The structure of the programs is found once, and again where a
+    later call meets other sites or plates, as of a model that grows while it is trained. ``compiler`` makes fast
     functions of the runs over full batches; `uncompiled` says why there are none.
     """
 
@@ -340,9 +342,19 @@ class Evaluator:
         """The evaluation at the current parameters."""
         if processes is not None and seed is None:
             raise BadInput("several processes need a seed to draw what one process would: pass seed=")
-        if self._used and self._weighing.relaxed:
+        known, self._used = self._used, True
+        if known and self._weighing.relaxed:
             self._weighing = self._weigh()  # the discrete form may hold copies of parameters
-        self._used, weighing = True, self._weighing
+        try:
+            return self._evaluation(seed, processes, progress)
+        except VaryingSites:
+            if not known:
+                raise
+            self._weighing = self._weigh()  # the programs have other sites or plates than in an earlier call
+            return self._evaluation(seed, processes, progress)
+
+    def _evaluation(self, seed: int | None, processes: ProcessGroup | None, progress: bool | None) -> Evaluation:
+        weighing = self._weighing
         draws = weighing.num_samples
         if progress is None:
             progress = draws * len(weighing.rows) > _QUIET

@@ -24,7 +24,7 @@ from ..engine.programs import element_support, in_support
 from ..engine.scopes import modules_of, networks_at_hand, private_seed, quietly
 from .alone import Run, agree, changed_alone
 from .checks import Checks
-from .sites import Block, SiteLayout, has_rows, key_of
+from .sites import Block, SiteLayout, has_rows, key_of, kind_of
 from .survey import Survey
 from .vmapped import Coordinates, Lane, Seen, outside, random_sites, run_in_turn, run_lanes
 
@@ -156,6 +156,16 @@ def log_weight(guide: Pass, model: Pass, plates: Sequence[str], *, scaled: bool 
     return model.joint_log_prob(plates, scaled=scaled) - guide.joint_log_prob(plates, scaled=scaled)
 
 
+class VaryingSites(BadInput):
+    """Programs whose runs differ in their sites, in the plates of a site, or in its event dimensions."""
+
+
+def _shape_of(site: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What must be the same in all runs of a mode."""
+    frames = [(frame.name, frame.dim) for frame in site["cond_indep_stack"] if frame.vectorized and frame.name != DRAWS]
+    return kind_of(site), sorted(frames), site["fn"].event_dim
+
+
 class Sweep(Survey):
     """A model and a guide with their arguments, which run for any number of draws and block of rows.
 
@@ -179,6 +189,7 @@ class Sweep(Survey):
     ):
         super().__init__(model, guide, args, kwargs, latents_needed, scored)
         self._parameters: dict[int, set[str]] = {}  # names in the param store, by id of the program
+        self._shapes: dict[tuple[bool, bool, str], dict[str, Any]] = {}  # of the sites, in the first run of its kind
         self.sliced: str | None = None
         self.reason = ""
         self.divide(data_plates)
@@ -472,11 +483,17 @@ class Sweep(Survey):
                 stack.enter_context(_SameForAllDraws(self.depth))
             stack.enter_context(networks_at_hand(*modules_of(self.model, self.guide)))
             trace = poutine.trace(program).get_trace(*args, **kwargs)
-        found = {name for name, _ in random_sites(trace)}
-        if found != set(layouts):
-            odd = sorted(found ^ set(layouts))[0]
-            raise BadInput(
+        sites = {name: _shape_of(site) for name, site in random_sites(trace)}
+        if sites.keys() != set(layouts):
+            odd = sorted(sites.keys() ^ set(layouts))[0]
+            raise VaryingSites(
                 f"site {odd!r} occurs in some runs only: programs whose sites vary between draws have no array of draws"
+            )
+        first = self._shapes.setdefault((program is self.guide, bool(hidden), mode), sites)
+        if sites != first:
+            odd = next(name for name in first if sites[name] != first[name])
+            raise VaryingSites(
+                f"site {odd!r} has other plates or event dimensions in some runs: such programs have no array of draws"
             )
         return trace
 

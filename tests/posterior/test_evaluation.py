@@ -1328,3 +1328,77 @@ def test_programs_without_sites_are_refused(verb):
 
     with pytest.raises(BadInput, match="model and guide have no sample sites"):
         verb(empty, empty, *([()] if verb is evaluate else []))
+
+
+# --- a model that changes between two evaluations -----------------------------------------------------------------
+
+
+def grows(stage, x, program):
+    """A latent more."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", program(0.0))
+        more = pyro.sample("more", program(z)) if stage else 0.0
+        if program is unit_normal:
+            pyro.sample("x", dist.Normal(z + more, 1.0), obs=x)
+
+
+def is_labelled(stage, x, program):
+    """A latent that is given."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", program(0.0))
+        if program is unit_normal:
+            label = pyro.sample("label", dist.Normal(z, 1.0), obs=x.sign() if stage else None)
+            pyro.sample("x", dist.Normal(z + label, 1.0), obs=x)
+        elif not stage:
+            pyro.sample("label", program(z))
+
+
+def gains_a_factor(stage, x, program):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", program(0.0))
+        if program is unit_normal:
+            if stage:
+                pyro.factor("more", -z.square())
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def loses_its_plate(stage, x, program):
+    if stage:
+        z = pyro.sample("z", program(0.0).expand([len(x)]).to_event(1))
+        if program is unit_normal:
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+    else:
+        gains_a_factor(0, x, program)
+
+
+def turns_its_plates(stage, x, program):
+    with pyro.plate("pair", 2, dim=-2 if stage else -1), pyro.plate("data", len(x), dim=-1 if stage else -2):
+        z = pyro.sample("z", program(0.0))
+        if program is unit_normal:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.expand(2, len(x)) if stage else x[:, None].expand(len(x), 2))
+
+
+def unit_normal(mean):
+    return dist.Normal(mean, 1.0)
+
+
+def narrower(mean):
+    return dist.Normal(0.5 * mean + 0.1, 0.8)
+
+
+@pytest.mark.parametrize("program", [grows, is_labelled, gains_a_factor, loses_its_plate, turns_its_plates])
+def test_a_model_that_changes_between_two_evaluations_is_judged_as_it_is_now(program):
+    stage, x = [0], torch.linspace(-1.0, 1.0, 7)
+
+    def model(x):
+        program(stage[0], x, unit_normal)
+
+    def guide(x):
+        program(stage[0], x, narrower)
+
+    evaluator = Evaluator(model, guide, x, num_samples=4)
+    before = evaluator()
+    stage[0] = 1
+    now = evaluator()
+    assert now.elbo != before.elbo or program is loses_its_plate
+    assert now == evaluate(model, guide, x, num_samples=4, seed=0)
