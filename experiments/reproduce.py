@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -22,9 +23,10 @@ from gumbo.experiments._workers import check_workers, in_parallel
 from gumbo.experiments.compare import mean_and_error
 from gumbo.experiments.reproduction.orderings import is_relaxed
 from gumbo.files import write_whole
-from gumbo.tables import plain
+from gumbo.tables import folded
 
 ALL = "all"
+SETTINGS = ("seeds", "steps", "share")  # columns
 OF_THE_PAPER = ("published", "steps")  # fields of a cell that decide nothing of its result
 _NUMBER = re.compile(r"\b\d+(\.\d*)?(e[-+]?\d+)?\b")
 
@@ -229,11 +231,16 @@ def command_of(config: Reproduce, table: str, cell, seed: int) -> str:
 
 
 def show(table, found: Sequence[dict[str, Any]]) -> None:
-    """Print the table and its conclusions."""
-    print(f"{table.name}: {table.source}; {table.ours}")
-    print("\n".join(plain(*rows_of(table, found))))
-    for sentence in table.conclude(found) if table.conclude else ():
-        print(sentence)
+    """Print the table and its conclusions in 80 columns; what is the same in every row stands above the table."""
+    heads, rows = rows_of(table, found)
+    columns = dict(zip(heads, zip(*rows, strict=True), strict=True))
+    common = {head: columns.pop(head)[0] for head in SETTINGS if len(set(columns[head])) == 1}
+    said = [f"{table.name}: {table.source}; {table.ours}"]
+    said += [f"each: {', '.join(f'{head} {value}' for head, value in common.items())}"] if common else []
+    said += folded([*columns], [*zip(*columns.values(), strict=True)], gap=1)
+    said += table.conclude(found) if table.conclude else []
+    wrap = textwrap.TextWrapper(80, replace_whitespace=False, subsequent_indent="  ", break_on_hyphens=False)
+    print("\n".join(wrap.fill(line) for line in said))
 
 
 def write_report(path: Path, table, found: Sequence[dict[str, Any]]) -> None:

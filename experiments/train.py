@@ -51,7 +51,7 @@ class Train:
         model_options: the model's own arguments, as in `--model_options.latent_dim=10`.
         guide_options: the guide's own arguments, as in `--guide_options.hidden=[64,32]`.
         optimizer: adam, adamw, adamax, nadam, radam, rmsprop or sgd.
-        lr: learning rate, a number or a schedule of the step, as in `cosine(10000, 1e-3, 1e-5)`.
+        lr: learning rate, a number or a schedule of the step with its rates, as in `cosine(10000, 1e-3, 1e-5)`.
         clip_norm: bound on the norm of the gradient of all parameters together.
         anneal: a schedule of the step for each buffer of the model or guide that changes in training, as in
             `--anneal '{success: "step(900, 0.1, 1e-6)", judged: step(900)}'` of attend-infer-repeat.
@@ -247,10 +247,10 @@ def learning_rate(config: Train):
 
 def schedule_of(config: Train, name: str) -> Schedule:
     """The schedule that a setting describes; an error names the setting."""
-    from gumbo.inference import parse_schedule
+    from gumbo.inference.training.schedules import parse_rate, parse_schedule
 
     try:
-        return parse_schedule(getattr(config, name))
+        return (parse_rate if name == "lr" else parse_schedule)(getattr(config, name))
     except GumboError as error:
         raise BadInput(f"{name}: {error}") from error
 

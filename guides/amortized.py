@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.distributions import biject_to
 
 from ..errors import BadInput, UnknownName
 from ..models._networks import beside_each_other
-from ..tables import plain
+from ..tables import folded
 from ._conditionals import Family, family_of
 from ._encoders import WIDEST, GlobalHead, LocalHead, Own, Trunk, aligned, flattened
 from ._inversion import Inverse, drawn_in_model_order, faithful_inverse
@@ -452,16 +453,16 @@ class AmortizedGuide(PyroModule):
 
     def table(self) -> str:
         """The decisions as lines of text, and what was found out in another way than by tracking values."""
-        heads = ("site", "plates", "scope", "family", "depends on", "reads", "encoder", "estimator", "why")
-        body = [
-            tuple(
-                ", ".join(part) or "–" if isinstance(part, tuple) else part or "–"
-                for part in (d.site, d.plates, d.scope, d.family, d.parents, d.reads, d.encoder, d.estimator, d.why)
-            )
-            for d in self.decisions
-        ]
-        lines = plain(heads, body, left=len(heads))
-        return "\n".join([f"dependencies: {self.dependencies}", *lines, *(f"note: {note}" for note in self.notes)])
+        heads = ("site", "plates", "scope", "family", "depends on", "reads", "encoder", "estimator")
+        body, reasons = [], {}
+        for d in self.decisions:
+            parts = (d.site, d.plates, d.scope, d.family, d.parents, d.reads, d.encoder, d.estimator)
+            body.append([", ".join(part) or "–" if isinstance(part, tuple) else part or "–" for part in parts])
+            reasons.setdefault(d.why, []).append(d.site)
+        said = [f"{', '.join(sites)}: {why}" for why, sites in reasons.items()]
+        said += [f"note: {note}" for note in self.notes]
+        lines = [textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False) for text in said]
+        return "\n".join([f"dependencies: {self.dependencies}", *folded(heads, body, left=len(heads)), *lines])
 
     def __str__(self) -> str:
         return self.table()

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import zip_longest
 
 
 def digits(number: float) -> str:
@@ -28,16 +29,73 @@ def plain(heads: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, ga
     >>> plain(["name", "value"], [["a", "1.0"], ["bcdef", "10.0"]])
     ['name   value', 'a        1.0', 'bcdef   10.0']
     """
-    widths = [max(len(line[column]) for line in (heads, *body)) for column in range(len(heads))]
+    return folded(heads, body, left, gap, width=math.inf)
+
+
+def folded(
+    heads: Sequence[str], body: Sequence[Sequence[str]], left: int = 1, gap: int = 2, width: float = 80
+) -> list[str]:
+    """The same in at most ``width`` columns: a cell that is too long goes on in the lines below.
+
+    Cells are broken between words, those of the first column also behind a mark of punctuation. Where the longest
+    pieces do not fit beside each other, lines are longer.
+
+    >>> folded(["cell", "−log p(x)"], [["linear/rebar", "1.5 ± 0.1"]], width=20)
+    ['cell       −log p(x)', 'linear/    1.5 ± 0.1', 'rebar']
+    """
+    columns = [
+        [_pieces(cell, is_name=k == 0) for cell in column] for k, column in enumerate(zip(heads, *body, strict=True))
+    ]
+    widths = [max(len("".join(cell)) for cell in column) for column in columns]
+    least = [max(len(piece.rstrip()) for cell in column for piece in cell) for column in columns]
+    least[0] = min(least[0], LONGEST_PART)
+    needed = [
+        max([size, *(len("".join(cell)) for cell in column[1:])]) for size, column in zip(least, columns, strict=True)
+    ]
+    for limits in (needed, least):  # heads are broken before cells
+        while sum(widths) + gap * (len(widths) - 1) > width and widths != limits:
+            widest = max((k for k in range(len(widths)) if widths[k] > limits[k]), key=widths.__getitem__)
+            widths[widest] -= 1
+    top, *rows = [
+        [_lines(cell, size) for cell, size in zip(row, widths, strict=True)] for row in zip(*columns, strict=True)
+    ]
+    height = max(map(len, top))
+    top = [[""] * (height - len(cell)) + cell for cell in top]  # heads stand on the line above the numbers
     return [
         (" " * gap)
         .join(
-            text.ljust(width) if column < left else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+            text.ljust(size) if column < left else text.rjust(size)
+            for column, (text, size) in enumerate(zip(line, widths, strict=True))
         )
         .rstrip()
-        for line in (heads, *body)
+        for row in (top, *rows)
+        for line in zip_longest(*row, fillvalue="")
     ]
+
+
+def _pieces(text: str, is_name: bool) -> list[str]:
+    """The parts of a cell between which a line may end: words, but no operator and no number without its error."""
+    words = re.findall(r"\S+(?: [±×/] \S+)*\s*", text) or [""]
+    return [piece for word in words for piece in re.findall(_PART_OF_A_NAME, word)] or [""] if is_name else words
+
+
+_PART_OF_A_NAME = re.compile(r"[^:/.,( -]+[:/.,( -]*|[:/.,( -]+")
+LONGEST_PART = 16  # of a name; longer ones are cut where the table is too wide
+
+
+def _lines(pieces: Sequence[str], width: int) -> list[str]:
+    """The pieces in lines of at most ``width`` characters.
+
+    >>> _lines(["mine:", "ConstantBaseline(", "decay=0.5)"], 20)
+    ['mine:', 'ConstantBaseline(', 'decay=0.5)']
+    """
+    lines = [""]
+    short = [part[at : at + width] for part in pieces for at in range(0, len(part.rstrip()) or 1, width or 1)]
+    for piece in short:
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]
 
 
 def holds_numbers(cells: Sequence[str]) -> bool:

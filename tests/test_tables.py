@@ -85,7 +85,10 @@ def test_an_audit_and_its_selections():
     report = audit(Model(), Guide(), X, estimators=["pathwise", "score"], num_samples=20)
     page = Cells(report._repr_html_())
     for line in page.rows[1:]:
-        assert any(printed.startswith(line[0]) and line[4] in printed for printed in report.table().splitlines())
+        assert any(
+            printed.startswith(line[0]) and line[3] in printed and line[5] in printed
+            for printed in report.table().splitlines()
+        )
     assert {line[0] for line in page.rows[1:]} == {"pathwise", "score"}
     assert any(text.startswith("recommended: ") for text in page.paragraphs)
     assert "xr-wrap" in report[["seconds"]]._repr_html_()  # some variables show as xarray shows them
@@ -104,6 +107,24 @@ def test_a_diagnosis():
     assert [row[0] for row in page.rows[1:]] == ["khat", "width", "pull", "calibration"]
     for name, _, text, advice in page.rows[1:]:
         assert words(f"{name}: {text}") in printed and words(advice) in printed
+
+
+def test_a_table_is_folded_heads_first_and_a_name_behind_its_punctuation():
+    heads = ["cell", "ours", "relaxed, in training"]
+    body = [["vae-bernoulli/MuProp", "120.43 ± 0.27", "104.21"], ["linear/arm", "109.33 ± 0.14", ""]]
+    whole = tables.folded(heads, body)
+    assert whole == tables.plain(heads, body) and len(whole) == 3
+    lines = tables.folded(heads, body, width=45)
+    assert [line.split()[0] for line in lines] == ["relaxed,", "in", "cell", "vae-bernoulli/MuProp", "linear/arm"]
+    narrow = tables.folded(heads, body, width=40)
+    assert max(map(len, narrow)) <= 40 and any("120.43 ± 0.27" in line for line in narrow)
+    assert [line.split()[0] for line in narrow if line[:1].strip()] == [
+        "cell",
+        "vae-bernoulli/",
+        "MuProp",
+        "linear/arm",
+    ]
+    assert tables.folded(["a name", "b"], []) == ["a name  b"]
 
 
 @pytest.mark.parametrize("text", ["<b>", "a & b", '"'])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import math
 import textwrap
-from collections.abc import Iterator, Sequence
 
 import xarray
 
-from ...tables import digits, html, plain
+from ...tables import digits, folded, html
 from .recommendation import recommend
 
 
@@ -38,12 +37,15 @@ class AuditReport(xarray.Dataset):
 
 
 _SHOWN = {"verdict", "relative_bias", "total_bias_error", "total_variance", "seconds", "work_normalized_variance"}
-HEADS = ["estimator", "verdict", "bias / ‖g‖", "max |z|", "variance", "SNR", "cos", "runs", "ms", "var × ms"]
+HEADS = ["estimator", "verdict", "bias / ‖g‖", "detects", "max |z|", "variance", "SNR", "cos", "runs", "ms", "var × ms"]
 NOTE = (
     "bias / ‖g‖: length of mean − reference, freed of what sampling adds, ± its error, over the gradient's length; "
+    "detects: the least bias along the reference that is flagged at this number of gradients, over the same length; "
     "z: of the worst element, before adjustment; variance, SNR: of the guide's gradient, in total and nats², and "
     "length of the reference over its root; cos: of the mean to the reference; runs: model runs a step; ms: its median."
 )
+
+LIMIT = "ok is not exact: a bias along the gradient below “detects”, a share of its length, could pass"
 
 
 def cells(report: xarray.Dataset) -> list[list[str]]:
@@ -57,6 +59,7 @@ def cells(report: xarray.Dataset) -> list[list[str]]:
             str(row.estimator.item()),
             row.verdict.item().partition(":")[0],
             f"{row.relative_bias.item():.1%} ± {row.total_bias_error.item() / norm:.1%}",
+            "–" if math.isnan(row.detectable_bias.item()) else f"≥ {row.detectable_bias.item():.1%}",
             f"{row.max_z.item():.1f}",
             digits(row.total_variance.item()),
             digits(row.total_signal_to_noise.item()),
@@ -94,37 +97,14 @@ def advice(report: xarray.Dataset) -> str:
 
 
 # The columns that fit a terminal.
-_ON_SCREEN = ("estimator", "verdict", "bias / ‖g‖", "variance", "ms", "var × ms")
+_ON_SCREEN = ("estimator", "verdict", "bias / ‖g‖", "detects", "variance", "ms", "var × ms")
 
 
 def _table(report: xarray.Dataset) -> str:
     kept = [HEADS.index(head) for head in _ON_SCREEN]
-    rows = [[line[column] for column in kept] for line in cells(report)]
-    others = [max(len(line[k]) for line in (_ON_SCREEN, *rows)) for k in range(1, len(kept))]
-    width = max(16, 80 - sum(others) - len(others))
-    body = [[name, *rest] for row in rows for name, rest in _lines(row, width)]
-    said = [facts(report), "", *plain(_ON_SCREEN, body, left=2, gap=1), "", *remarks(report), advice(report)]
+    body = [[line[column] for column in kept] for line in cells(report)]
+    said = [facts(report), "", *folded(_ON_SCREEN, body, left=2, gap=1), "", *remarks(report)]
+    said += [LIMIT] if any(line[1] == "ok" for line in body) else []
+    said.append(advice(report))
     wrap = textwrap.TextWrapper(80, replace_whitespace=False, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(line for text in said for line in wrap.wrap(text) or [""])
-
-
-def _lines(row: Sequence[str], width: int) -> Iterator[tuple[str, Sequence[str]]]:
-    """The lines of a row: a name longer than its column goes on in the lines below."""
-    first, *more = _broken(row[0], width)
-    yield first, row[1:]
-    for piece in more:
-        yield piece, [""] * (len(row) - 1)
-
-
-def _broken(text: str, width: int) -> list[str]:
-    """The text in pieces of at most ``width``, broken behind a mark of punctuation where there is one.
-
-    >>> _broken("mine:ConstantBaseline(decay=0.5)", 20)
-    ['mine:', 'ConstantBaseline(', 'decay=0.5)']
-    """
-    pieces = [""]
-    for part in re.findall(rf"[^:.,( -]{{1,{width - 1}}}[:.,( -]?|[:.,( -]", text):
-        if pieces[-1] and len(pieces[-1] + part.rstrip()) > width:
-            pieces.append("")
-        pieces[-1] += part
-    return [piece.rstrip() for piece in pieces]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -49,6 +50,9 @@ class Difference:
     mean: float
     se: float
     mc_se: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.se:.3f} (± {self.mc_se:.2g})"
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,11 @@ class Evaluation:
             lines.append(f"  {label:14} " + (f"{mean:>9} ± {error} (± {drawn})" if error else mean))
         if about := self._about_khat():
             lines.append(f"  {about}")
-        return "\n".join(lines)
+        indents = ["  ", *[17 * " "] * (len(lines) - 1)]
+        return "\n".join(
+            textwrap.fill(line, 80, subsequent_indent=indent, break_on_hyphens=False)
+            for line, indent in zip(lines, indents, strict=True)
+        )
 
     def _repr_html_(self) -> str:
         """The same table for notebooks."""

@@ -162,8 +162,8 @@ class Cyclical(_Checked):
 class Cosine(_Between):
     """From ``start`` to ``end`` along half a cosine in ``steps`` steps, then ``end``.
 
-    A common learning-rate schedule: ``fit(…, lr=Cosine(10_000, 1e-3, 1e-5))``. Loshchilov & Hutter 2017,
-    arXiv:1608.03983, without restarts.
+    A common learning-rate schedule: ``fit(…, lr=Cosine(10_000, 1e-3, 1e-5))``; ``start`` is the rate itself, not a
+    factor of another one. Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts.
 
     Args:
         steps: the number of steps, at least 1.
@@ -251,6 +251,38 @@ def parse_schedule(text: str | float | Schedule) -> Schedule:
     """
     if callable(text):
         return text
+    make, bound = _call(text)
+    try:
+        return make(*bound.args, **bound.kwargs)
+    except BadInput as error:  # it names the schedule with its defaults, which the user did not write
+        said = f"{text:g}" if isinstance(text, float) else text
+        raise BadInput(f"{said}: {str(error).partition(': ')[2]}") from None
+
+
+def parse_rate(text: str | float | Schedule) -> Schedule:
+    """The schedule of a learning rate that a short string describes; its rates are part of the string.
+
+    Schedules go from or to 1 by default, for weights: as a learning rate that is a mistake nearly always.
+
+    >>> parse_rate("cosine(100, 1e-3)")(0)
+    0.001
+    >>> parse_rate("cosine(100)")
+    Traceback (most recent call last):
+    gumbo.errors.BadInput: cosine(100) does not say its start, a rate of 1.0 by default: write it, as in start=0.001
+    """
+    if not callable(text):
+        make, bound = _call(text)
+        for name, parameter in inspect.signature(make).parameters.items():
+            if name in ("start", "end") and name not in bound.arguments and parameter.default:
+                raise BadInput(
+                    f"{text} does not say its {name}, a rate of {parameter.default} by default: write it, as in "
+                    f"{name}=0.001"
+                )
+    return parse_schedule(text)
+
+
+def _call(text: str | float) -> tuple[type, inspect.BoundArguments]:
+    """The class of the schedule that a text describes, and its arguments."""
     advice = "a number or a schedule such as 'linear(1000)'"
     try:
         found = ast.parse(str(text).strip(), mode="eval").body
@@ -258,16 +290,15 @@ def parse_schedule(text: str | float | Schedule) -> Schedule:
             found = ast.Call(ast.Name("constant"), [found], [])
         given = [_number(argument) for argument in found.args]
         named = {str(keyword.arg): _number(keyword.value) for keyword in found.keywords}
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise BadInput(f"cannot read the schedule {text!r}: expected {advice}") from None
     make = schedules[found.func.id.lower()]
     signature = inspect.signature(make)
     try:
-        signature.bind(*given, **named)
+        return make, signature.bind(*given, **named)
     except TypeError as error:
         takes = ", ".join(signature.parameters)
         raise BadInput(f"schedule {text!r}: {error}; it takes {found.func.id.lower()}({takes})") from None
-    return make(*given, **named)
 
 
 def _number(node: ast.expr) -> float:
@@ -286,6 +317,7 @@ __all__ = [
     "Schedule",
     "Step",
     "end_of",
+    "parse_rate",
     "parse_schedule",
     "schedules",
 ]

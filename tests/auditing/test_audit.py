@@ -721,6 +721,9 @@ def test_a_report_shows_its_table():
     assert ["rloo", "ok"] in rows and ["trace-graph+baseline", "ok"] in rows
     assert any(line.startswith("pathwise: refused: site 'z'") for line in lines)
     assert any(line.startswith(f"recommended: {recommend(report)[0]}") for line in lines)
+    share = report.detectable_bias.sel(estimator="rloo").item()
+    assert share > 0.01 and any(line.startswith("rloo") and f" ≥ {share:.1%} " in line for line in lines)
+    assert any(line.startswith("ok is not exact: ") for line in lines)
     # What is no whole audit shows as any dataset does.
     assert "<xarray." in repr(report.sel(estimator="rloo")) and "<xarray." in repr(report[["bias"]])
 

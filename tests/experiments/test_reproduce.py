@@ -224,8 +224,18 @@ def test_the_gradients_that_the_question_compares_with_are_exact(name):
 def test_the_question_is_answered_by_variance_and_time_and_tells_bias(run):
     status, said = run("question", "--quick", "--cells", "[normal/jump/*,normal/sin-16/*]")
     assert status == 0
-    answer = next(line for line in said.out.splitlines() if line.startswith("normal: by variance"))
+    lines = said.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    answer = " ".join(said.out[said.out.index("normal: by variance") : said.out.index("gamma: ")].split())
     assert "at sin-16;" in answer and answer.endswith("biased at jump.")
+
+
+@pytest.mark.parametrize("name", sorted(tables))
+def test_the_committed_results_fit_a_terminal_of_80_columns(name, capsys):
+    results = Path(__file__).parents[2] / "experiments" / "results"
+    reproduce.main([name, "--show", "--seeds", "[0,1,2]", "--results", str(results)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 3 and max(map(len, lines)) <= 80
 
 
 def test_all_tables_run_by_one_command_each_with_its_own_budget(run, tmp_path):
