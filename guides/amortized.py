@@ -20,6 +20,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
+from ..arrays import readable, refuse_table
 from ..errors import BadInput, UnknownName
 from ..models._networks import beside_each_other
 from ..tables import folded
@@ -557,6 +558,11 @@ def amortize(
         raise BadInput(f"dependencies is {dependencies!r}: expected a word ({', '.join(DEPENDENCIES)}) or a mapping")
     if order is not None and dependencies != "faithful":
         raise BadInput("order is what 'faithful' dependencies are found in: leave it out for others")
+    args = tuple(readable(value, place, "amortize") for place, value in enumerate(args))
+    kwargs = {name: readable(value, name, "amortize") for name, value in kwargs.items()}
+    if not any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+        for name, value in (*enumerate(args), *kwargs.items()):
+            refuse_table(value, name, "amortize")
     like = next((t for _, t in tensors_in((args, kwargs)) if t.is_floating_point()), torch.empty(()))
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     like = next((p for p in parameters if p.is_floating_point()), like)

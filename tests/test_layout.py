@@ -41,7 +41,19 @@ MAY_IMPORT = {
     **dict.fromkeys(INFERENCE, {"models", "guides", "inference"}),
     "experiments": {"models", "guides", "inference", "experiments"},
 }
-COMMON = {"changes", "console", "errors", "files", "launcher", "options", "pictures", "registry", "tables", "_version"}
+COMMON = {
+    "arrays",
+    "changes",
+    "console",
+    "errors",
+    "files",
+    "launcher",
+    "options",
+    "pictures",
+    "registry",
+    "tables",
+    "_version",
+}
 
 
 def sources(*folders: str) -> list[Path]:

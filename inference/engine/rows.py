@@ -4,13 +4,12 @@ A tuple holds the positional arguments, a mapping the keywords, anything else is
 that is itself a tuple or a mapping in a tuple. N is the number of rows of the first tensor (or NumPy array) among the
 arguments. All tensors and arrays with N rows are cut into batches; everything else (a PackedSequence, None, a number,
 a list, a tensor with another number of rows) is passed whole. Where no plate around all observed sites has N rows,
-``evaluate`` takes the number from the plate. A torch Dataset or DataLoader provides its rows, and a memory-mapped array
-is a tensor over the same file.
+``evaluate`` takes the number from the plate. A torch Dataset or DataLoader provides its rows. The programs receive an
+array of numbers as a tensor over the same memory, or over the same file if it is memory-mapped.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
+from ...arrays import readable, refuse_table
 from ...errors import BadInput
 from .sources import Source, is_source
 
@@ -63,10 +63,10 @@ def given_arguments(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict
     >>> given_arguments(((1, 2),), {"n": 3}) == given_arguments((1, 2), {"n": 3}) == ((1, 2), {"n": 3})
     True
     """
-    kwargs = {name: _readable(value, name) for name, value in kwargs.items()}
+    kwargs = {name: readable(value, name) for name, value in kwargs.items()}
     positional, keywords = (args, {}) if len(args) != 1 else arguments_of(args[0])
-    positional = tuple(_readable(value, index) for index, value in enumerate(positional))
-    keywords = {name: _readable(value, name) for name, value in keywords.items()}
+    positional = tuple(readable(value, index) for index, value in enumerate(positional))
+    keywords = {name: readable(value, name) for name, value in keywords.items()}
     if twice := sorted(keywords.keys() & kwargs.keys()):
         raise BadInput(f"argument {twice[0]!r} is given twice, in the mapping and as a keyword")
     return positional, {**keywords, **kwargs}
@@ -107,8 +107,8 @@ class Rows:
         return rows
 
     def _hold(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.args = tuple(_readable(value, index, self.what) for index, value in enumerate(args))
-        self.kwargs = {name: _readable(value, name, self.what) for name, value in kwargs.items()}
+        self.args = tuple(readable(value, index, self.what) for index, value in enumerate(args))
+        self.kwargs = {name: readable(value, name, self.what) for name, value in kwargs.items()}
         counts = {name: len(value) for name, value in self.named() if is_array(value)}
         self._length = next(iter(counts.values()), None)
         self._cut = frozenset(name for name, count in counts.items() if count == self._length)
@@ -157,7 +157,8 @@ class Rows:
         """Return itself, after checking for at least one row, and for dense and finite values."""
         what = what or self.what
         if self.whole:
-            _refuse_tables(self, what)
+            for name, value in self.named():
+                refuse_table(value, name, what)
         for name, value in self.cut():
             if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
                 raise BadInput(
@@ -230,14 +231,6 @@ class Rows:
         return changed
 
 
-def _refuse_tables(rows: Rows, what: str) -> None:
-    """Raise BadInput for a table of another library, whose rows cannot be cut into batches."""
-    for name, value in rows.named():
-        if callable(getattr(value, "to_numpy", None)):
-            kind = f"{type(value).__module__.partition('.')[0]} {type(value).__name__}"
-            raise BadInput(f"{what}: argument {name!r} is a {kind}, of which no batch can be taken; pass .to_numpy()")
-
-
 _AT_ONCE = 2**24  # numbers that are processed together, which bounds memory
 
 
@@ -254,36 +247,6 @@ def _rows_not_finite(tensor: torch.Tensor) -> int:
         if not torch.isfinite(piece.sum()):  # one pass without a copy; finite numbers may overflow
             count += int((~torch.isfinite(piece)).reshape(len(piece), -1).any(1).sum())
     return count
-
-
-def _readable(value: Any, name: int | str, what: str = "data") -> Any:
-    """An array as torch reads it: over its file if it is memory-mapped, or a copy in this machine's byte order.
-
-    Other values are unchanged. Raises BadInput for what torch would misread, or could only read as a copy of a file.
-    """
-    if isinstance(value, torch.Tensor) and value.is_nested:
-        raise BadInput(
-            f"{what}: argument {name!r} is a nested tensor, of which no batch can be taken; pass "
-            "torch.nested.to_padded_tensor(x, 0.0), and the lengths as an argument of its own"
-        )
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufc":
-        return value
-    if np.ma.is_masked(value):
-        raise BadInput(
-            f"{what}: argument {name!r} is a masked array, whose mask would be lost; pass .filled(…), and the mask as "
-            "an argument of its own"
-        )
-    plain = value.dtype.isnative and min(value.strides, default=0) >= 0
-    if not isinstance(value, np.memmap):
-        return value if plain else np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))
-    if not plain:
-        raise BadInput(
-            f"{what}: argument {name!r} is a memory-mapped array of {value.dtype.str} with strides {value.strides}, "
-            "which torch cannot read; pass a copy, as in numpy.ascontiguousarray(x, dtype=x.dtype.newbyteorder('='))"
-        )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*")  # nothing writes to it
-        return torch.from_numpy(value.view(np.ndarray))
 
 
 def is_array(value: object) -> bool:

@@ -272,12 +272,12 @@ def _explained(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Itera
     try:
         yield
     except (GumboError, *PROGRAM_ERRORS) as error:
+        Rows.of(args, kwargs).check("data")  # first: a guide that fails on NaN runs on other rows
         if found := _parameter_of_other_rows(guide, Rows.of(args, kwargs)):
             raise BadInput(
                 f"the guide has parameters per datum ({found[0]!r}, of {found[1]} data) and has no distribution for "
                 f"new rows: {REMEDY}"
             ) from error
-        Rows.of(args, kwargs).check("data")
         if isinstance(error, GumboError):
             raise
         raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}") from error

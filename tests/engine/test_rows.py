@@ -8,7 +8,10 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from gumbo.errors import BadInput
+from gumbo.guides import NormalGuide, amortize
+from gumbo.inference import evaluate, fit
 from gumbo.inference.engine.rows import Rows, arguments_of, given_arguments
+from gumbo.models import GaussianVAE
 
 X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([5, 6, 7])
 PAIR, TABLE, LIST = (X, Y), {"x": X}, [X, Y]
@@ -120,10 +123,33 @@ class Table:
 
 
 def test_a_table_alone_is_refused_and_beside_rows_it_is_passed_whole():
-    with pytest.raises(BadInput, match=r"^train: argument 0 is a \w+ Table, of which no batch .*pass .to_numpy\(\)$"):
+    with pytest.raises(
+        BadInput, match=r"^train: argument 0 is a \w+ Table, of which no batch .*pass .to_numpy\(.float32.\)$"
+    ):
         Rows(Table(), "train").check()
     table = Table()
     assert Rows((X, table)).check()[:2].args[1] is table
+
+
+@pytest.mark.parametrize("kind", ["f4", ">f4", "f8", "i8", "?"])
+def test_programs_receive_an_array_of_numbers_as_a_tensor_of_its_type(kind):
+    array = ARRAY.astype(kind)
+    (found,) = Rows(array).args
+    assert isinstance(found, torch.Tensor) and found.tolist() == array.tolist()
+    assert found.dtype == torch.from_numpy(ARRAY.astype(kind.strip(">"))).dtype
+    words = np.array(["a"] * len(X))
+    assert Rows((X, words)).args[1] is words
+
+
+def test_arrays_train_the_programs_of_the_collection_and_make_a_guide():
+    x = (np.random.default_rng(0).random((12, 1, 2, 2)) < 0.4).astype("float32")
+    model = GaussianVAE((1, 2, 2), latent_dim=2, hidden=(3,))
+    guides = [NormalGuide(model), amortize(model, x, quiet=True)]
+    for guide in guides:
+        fit(model, guide, x, epochs=1, progress=False)
+        assert evaluate(model, guide, x, num_samples=2) == evaluate(model, guide, torch.tensor(x), num_samples=2)
+    with pytest.raises(BadInput, match="^amortize: argument 0 is a test_rows Table"):
+        amortize(model, Table(), quiet=True)
 
 
 def test_rows_lose_their_gradients_and_what_learns_is_refused():
