@@ -15,10 +15,9 @@ import torch
 
 from gumbo.errors import BadInput, GumboWarning, shortened
 from gumbo.experiments._command import checked
-from gumbo.experiments._runs import RunFolder
+from gumbo.experiments._runs import WEIGHTS, RunFolder
 from gumbo.experiments.train import Train, build, guide_of, inputs_of, load_data, make_loss, settings_of
 
-WEIGHTS = "model.safetensors"  # the parameters of an exported run, in place of its checkpoints
 BUFFERS = "buffers"  # in its metadata: the buffers that state_dict leaves out, and that the training has changed
 
 

@@ -23,6 +23,7 @@ from gumbo.files import append_line, cannot_write, write_whole
 
 LARGEST = 1 << 16  # the largest settings file, in bytes
 NOT_OF_THE_RUN = ("trust", "folder", "resume")  # settings of the command that its run may not record
+WEIGHTS = "model.safetensors"  # the parameters of an exported run, in place of its checkpoints
 DEEPEST = 20  # the deepest nesting, for which YAML's time grows quadratically
 
 
@@ -35,6 +36,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """
     import yaml
 
+    if not str(path):
+        raise BadInput("the name of the file of settings is empty: name one (is a variable of your shell not set?)")
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -138,6 +141,8 @@ class RunFolder:
         if path is not None:
             if not path or "\0" in path:
                 raise BadInput(f"folder is {path!r}: expected the name of a folder")
+            if path.startswith("~"):  # the shell replaces it in `--folder ~/run`, not in `--folder=~/run`
+                path = os.path.expanduser(path)
             chosen = Path(path)
             if chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
                 raise BadInput(f"{chosen} exists and is not an empty folder: name another one")

@@ -34,7 +34,8 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -44,10 +45,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from gumbo.errors import BadInput, UnknownName
+from gumbo.arrays import readable, refuse_table
+from gumbo.errors import BadInput, GumboError, UnknownName, first_line
 from gumbo.experiments._names import named
 from gumbo.files import write_whole
-from gumbo.registry import Registry, describe, is_librarys, takes
+from gumbo.registry import Registry, describe, is_import_path, is_librarys, takes
 
 __all__ = [
     "ImageData",
@@ -203,10 +205,14 @@ def load(
     for split in splits:
         if split not in SPLITS:
             raise UnknownName("split", split, SPLITS)
+    if name not in datasets and (Path(name).suffix in FILES or Path(name).is_file()):
+        raise BadInput(f"dataset {name!r} is a file: name a function that reads it and returns an array, mymodule:rows")
     loader = named(datasets, name)
+    with _explained(name):
+        read = loader(Path(root) if root is not None else data_folder(), splits) if takes(loader, 2) else loader()
     if not takes(loader, 2):
-        return _own(name, loader, binarize, splits, dtype)  # type: ignore[arg-type]
-    read = _checked(name, loader(Path(root) if root is not None else data_folder(), splits), splits)
+        return _own(name, read, binarize, splits, dtype)
+    read = _checked(name, read, splits)
     shape = next(iter(read.values()))[0].shape[1:]
     images = {split: torch.zeros(0, 1, *shape, dtype=dtype) for split in SPLITS}
     images |= {split: _rows(pixels).to(dtype).unsqueeze(1) for split, (pixels, _) in read.items()}
@@ -221,6 +227,20 @@ def load(
         _refuse_binary(name, images)
         images |= {split: _fixed_draw(images[split], seed) for seed, split in enumerate(("valid", "test"))}
     return ImageData(name, **images, labels=labels, binarize=binarize)
+
+
+FILES = (".csv", ".feather", ".h5", ".npy", ".npz", ".parquet", ".pt", ".tsv", ".txt", ".xlsx")
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Name the data set in an error of the user's own function."""
+    try:
+        yield
+    except Exception as error:
+        if not is_import_path(name) or isinstance(error, GumboError):
+            raise
+        raise BadInput(f"dataset {name!r}: its function failed: {first_line(error, kind=True)}") from error
 
 
 def parts_of(name: str, rows: Any) -> tuple[Any, Any]:
@@ -240,12 +260,11 @@ def parts_of(name: str, rows: Any) -> tuple[Any, Any]:
 _IMAGES, _LABELS = ("images", "x", "image"), ("labels", "label", "y")
 
 
-def _own(name: str, make: Callable[[], Any], binarize: str | None, splits: Sequence[str], dtype) -> ImageData:
-    """The data of a user's function: a Dataset, a DataLoader or arrays, for each split or for all."""
+def _own(name: str, made: Any, binarize: str | None, splits: Sequence[str], dtype) -> ImageData:
+    """The data that a user's function made: a Dataset, a DataLoader or arrays, for each split or for all."""
     from gumbo.inference.engine.sources import Source
 
     who = f"dataset {name!r}"
-    made = make()
     if not (isinstance(made, Mapping) and set(made) <= set(SPLITS)):
         whole = made if isinstance(made, (Dataset, DataLoader)) else _ArrayRows(who, made)
         if isinstance(whole, (DataLoader, IterableDataset)):
@@ -282,27 +301,33 @@ class _ArrayRows(Dataset):
 
     def __init__(self, who: str, arrays: Any):
         arrays = arrays if isinstance(arrays, (tuple, list)) else (arrays,)
-        found = [array for array in arrays if array is not None]
+        for place, array in enumerate(arrays):
+            refuse_table(array, place, who)
+        found = [readable(array, place, who) for place, array in enumerate(arrays) if array is not None]
         kinds = [isinstance(array, (np.ndarray, Tensor)) and array.ndim for array in found]
         if not found or len(arrays) > 2 or not all(kinds) or len({len(array) for array in found}) != 1:
             raise BadInput(
                 f"{who} is {describe(arrays[0]) if arrays else 'nothing'}: expected a Dataset, a DataLoader, an array "
                 "(N, …), or (array, labels)"
             )
+        for array in found:
+            if not isinstance(array, Tensor) or array.is_complex():
+                raise BadInput(f"{who} has values of type {array.dtype}: expected real numbers")
         self.arrays = found
 
     def __len__(self) -> int:
         return len(self.arrays[0])
 
     def __getitem__(self, number: int) -> Any:
-        row = [torch.as_tensor(np.array(a[number]) if isinstance(a, np.ndarray) else a[number]) for a in self.arrays]
-        return tuple(row)
+        return tuple(array[number] for array in self.arrays)
 
 
 def _prepared(name: str, images: Any, binarize: str | None, dtype: torch.dtype) -> Tensor:
     """Images in the dtype of models, thresholded if requested; BadInput for values that do not allow it."""
     if not isinstance(images, Tensor):
         raise BadInput(f"dataset {name!r}: its rows are {describe(images)}: expected tensors or arrays of numbers")
+    if images.is_complex():
+        raise BadInput(f"dataset {name!r} has values of type {images.dtype}: expected real numbers")
     images = images.to(dtype)
     if not torch.isfinite(images).all():
         raise BadInput(f"dataset {name!r}: its rows are not finite everywhere")
@@ -320,6 +345,8 @@ def _checked(name: str, read: Any, splits: Sequence[str]) -> dict[str, Split]:
     for split in splits:
         if not (isinstance(read[split], (tuple, list)) and len(read[split]) == 2):
             raise BadInput(f"{who}: its {split} split is {describe(read[split])}: expected (images, labels or None)")
+        if any(np.ma.is_masked(part) for part in read[split]):
+            raise BadInput(f"{who}: its {split} split is a masked array, whose mask would be lost: fill it")
         images, labels = (None if part is None else np.asarray(part) for part in read[split])
         if images is None or images.dtype.kind not in "biuf" or images.ndim < 2 or not len(images):
             what = "None" if images is None else f"{images.shape} {images.dtype}"

@@ -10,8 +10,8 @@ from typing import Any
 
 from gumbo.errors import BadInput
 from gumbo.experiments._command import run_command
-from gumbo.experiments._loading import WEIGHTS, exported_shape, load, parameters_of, safetensors, save_weights
-from gumbo.experiments._runs import RunFolder
+from gumbo.experiments._loading import exported_shape, load, parameters_of, safetensors, save_weights
+from gumbo.experiments._runs import WEIGHTS, RunFolder
 
 
 @dataclass

@@ -17,7 +17,7 @@ from gumbo.errors import BadInput, GumboError, Interrupted, UnknownName
 from gumbo.experiments._command import check_least, run_command, speaks
 from gumbo.experiments._names import current_folder_importable, marked, named, named_objective, refuse_untrusted
 from gumbo.experiments._programs import AMORTIZE, ROWS, OwnProgram, amortized, own_model
-from gumbo.experiments._runs import RunFolder, run_settings
+from gumbo.experiments._runs import WEIGHTS, RunFolder, run_settings
 from gumbo.launcher import launched
 from gumbo.options import check_known
 from gumbo.registry import describe
@@ -117,6 +117,7 @@ def train(config: Train) -> dict[str, Any]:
     check_least(config, particles=1, importance_samples=1)
     if config.resume is not None:
         recorded(config.resume)
+        refuse_export(config.resume)
         if config.folder is not None and Path(config.folder).absolute() != Path(config.resume).absolute():
             raise BadInput(
                 f"folder is {config.folder!r}, and a resumed run stays in its own, {config.resume!r}: leave out"
@@ -458,6 +459,16 @@ def recorded(run: str) -> dict[str, Any]:
     """The content of ``config.yaml``, with any names."""
     found = run_settings(run, "train", Train)
     return found | {"folder": None, "resume": None, "trust": False}
+
+
+def refuse_export(run: str) -> None:
+    """Raise BadInput for an export: a training in its folder would begin anew, beside the exported parameters."""
+    folder = RunFolder(Path(run))
+    if (folder.path / WEIGHTS).exists() and not folder.saved():
+        raise BadInput(
+            f"{run} is an export, which has no training state: resume the run that it was made of, or train on with "
+            "fit from gumbo.load"
+        )
 
 
 def resumed(run: str) -> dict[str, Any]:

@@ -163,6 +163,8 @@ def check_option(who: str, value: Any, hint: Any, least: float | None = None) ->
     """
     if not fits(value, hint, least):
         wanted = " or ".join(dict.fromkeys(_words(one, least) for one in _choices(hint)))
+        if isinstance(value, Integral) and int(value) > LARGEST:
+            wanted += f", and at most {LARGEST}"
         raise BadInput(f"{who} is {_short(value)}: expected {wanted}")
 
 

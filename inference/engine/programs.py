@@ -240,6 +240,7 @@ class Program:
                         check_observed(name, msg, model.messages.get(name))
                         if not msg["is_observed"]:
                             _check_met(name, msg, model.messages.get(name), self.max_plate_nesting)
+                _check_order(guide.messages, model.messages)
             terms = replay.terms
             model_sites = self._model_sites(model, terms, set(replay.eliminated), chains)
         run = Run(guide_sites, model_sites, choices, subsamples, guide.params, model.params, noise=noise)
@@ -470,6 +471,23 @@ def check_observed(name: str, msg: Any, met: Any) -> None:
             " from the guide, or hide it there: pyro.poutine.block(guide, hide=['" + name + "'])"
         )
         raise UnsupportedSite(name, ANY, reason)
+
+
+def _check_order(guide: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Refuse a model in the place of the guide: its data would count against the bound."""
+    seen, ours = (
+        [
+            name
+            for name, msg in messages.items()
+            if msg["is_observed"] and not (site_is_subsample(msg) or is_settled(msg))
+        ]
+        for messages in (guide, model)
+    )
+    seen = [name for name in seen if not isinstance(elementary(guide[name]["fn"]), pyro.distributions.Unit)]
+    if seen and not ours:
+        raise BadInput(
+            f"the guide observes site {seen[0]!r} and the model observes none: pass the model first, then the guide"
+        )
 
 
 def _check_met(name: str, msg: Any, met: Any, max_plate_nesting: int) -> None:

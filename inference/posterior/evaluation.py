@@ -115,6 +115,16 @@ class Evaluation:
     def __hash__(self) -> int:
         return hash(self._compared())
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickle leaves the programs and the data behind, and takes the information if it has been computed.
+        return self.__dict__ | {"_ask": None}
+
+    def __copy__(self) -> Evaluation:
+        return self  # it does not change
+
+    def __deepcopy__(self, memo: object) -> Evaluation:
+        return self
+
     def _compared(self) -> tuple:
         # What is not known is equal to itself; since Python 3.13 dataclasses compare NaN with NaN.
         return tuple(None if value != value else value for value in self.as_dict().values())
@@ -194,7 +204,8 @@ class Evaluation:
         """
         if self._ask is None:
             raise BadInput(
-                "this evaluation does not know its programs: call gumbo.inference.posterior.information.information"
+                "this evaluation does not know its programs (a pickle leaves them behind): call "
+                "gumbo.inference.posterior.information.information"
             )
         return self._ask()
 

@@ -19,6 +19,31 @@ from gumbo.errors import BadInput, CallsAutograd, UnsupportedSite
 from gumbo.inference import SiteELBO, audit, diagnose, evaluate, fit, to_arviz
 from gumbo.inference.auditing.exact import mean_over_draws
 
+# The order of the programs.
+
+
+@pytest.mark.parametrize("objective", ["elbo", "iwae", "rws"])
+def test_a_model_in_the_place_of_the_guide_is_refused(objective):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        shift = pyro.param("shift", torch.tensor(0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + shift, 0.7))
+
+    loss = SiteELBO(objective=objective, num_particles=2)
+    said = "^the guide observes site 'x' and the model observes none: pass the model first, then the guide$"
+    with pytest.raises(BadInput, match=said):
+        loss.loss(guide, model, torch.randn(5))
+    with pytest.raises(BadInput, match=said):
+        fit(guide, model, torch.randn(5), loss=SiteELBO(objective=objective, num_particles=2), progress=False)
+    assert loss.loss(model, guide, torch.randn(5)) > 0
+    pyro.clear_param_store()
+
+
 # The importance-weighted objectives.
 
 

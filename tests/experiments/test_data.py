@@ -541,6 +541,26 @@ def nothing():
 
 def a_loader():
     return DataLoader(a_data_set())
+
+
+def a_masked_array():
+    return np.ma.masked_array(an_array(), an_array() < 0.1)
+
+
+def masked_splits(folder, splits):
+    return {{split: (a_masked_array()[:, 0], None) for split in splits}}
+
+
+def complex_numbers():
+    return an_array() + 1j
+
+
+def words():
+    return np.array([["a", "b"]] * 60)
+
+
+def a_failure():
+    raise KeyError("no such column")
 """
 
 
@@ -572,7 +592,18 @@ def test_train_takes_a_data_set_of_ones_own(name, own_source, capsys):
     assert "train:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "words"), [("nothing", "expected a Dataset"), ("a_loader", "return a dict")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nothing", "expected a Dataset"),
+        ("a_loader", "return a dict"),
+        ("a_masked_array", "a masked array, whose mask would be lost"),
+        ("masked_splits", "a masked array, whose mask would be lost"),
+        ("complex_numbers", "values of type torch.complex64: expected real numbers"),
+        ("words", "values of type <U1: expected real numbers"),
+        ("a_failure", "its function failed: KeyError: 'no such column'"),
+    ],
+)
 def test_what_is_no_data_set_of_ones_own_is_one_line(name, words, own_source):
     with pytest.raises(BadInput, match=words) as found:
         load(f"own_source:{name}")

@@ -227,6 +227,14 @@ def test_an_export_without_safetensors_says_what_to_install(run, monkeypatch, ca
     assert not (run / "export").exists()
 
 
+def test_an_export_is_not_resumed_as_a_run_that_begins(run, tmp_path, capsys):
+    cli.main(["export", str(run), "--folder", str(tmp_path / "export")])
+    before = sorted(path.name for path in (tmp_path / "export").iterdir())
+    capsys.readouterr()
+    assert "is an export, which has no training state" in said(capsys, "train", "--resume", str(tmp_path / "export"))
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

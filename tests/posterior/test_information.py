@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -135,6 +137,15 @@ def test_it_is_found_once_and_only_when_asked():
     assert Evaluation(**numbers) == judged
     with pytest.raises(BadInput, match="does not know its programs"):
         _ = Evaluation(**numbers).kl
+
+
+def test_a_pickle_keeps_numbers_and_what_was_asked_for():
+    judged = evaluate(model, guide_of(0.5, 0.7), X, num_samples=2)
+    again = pickle.loads(pickle.dumps(judged))
+    assert again == judged and torch.equal(again.values["elbo"], judged.values["elbo"])
+    with pytest.raises(BadInput, match="a pickle leaves them behind"):
+        _ = again.kl
+    assert copy.deepcopy(judged).kl.keys() == pickle.loads(pickle.dumps(judged)).kl.keys() == {"z"}
 
 
 def test_points_beside_a_distribution_have_no_kl():
