@@ -157,7 +157,7 @@ def _refuse_folder(run_dir: object) -> None:
         raise BadInput(f"run_dir is {type(run_dir).__name__}: expected a path")
     if not os.fspath(run_dir):
         raise BadInput("run_dir is '': expected a path, such as 'runs/first'; '.' is the current folder")
-    if Path(run_dir).is_file():
+    if os.path.isfile(run_dir):  # False for a name that no system takes
         raise BadInput(f"run_dir is {str(run_dir)!r}, a file: expected a folder")
     try:
         os.lstat(Path(run_dir) / "checkpoints")

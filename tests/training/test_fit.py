@@ -289,6 +289,7 @@ def test_bad_input_is_one_line(tmp_path):
     [
         ({"run_dir": 3}, "run_dir is int: expected a path"),
         ({"run_dir": ""}, "run_dir is '': expected a path"),
+        ({"run_dir": __file__}, "run_dir is .*, a file: expected a folder"),
         ({"run_dir": "a\0b"}, "run_dir"),
         ({"run_dir": "a" * 300}, "run_dir .* too long"),
         ({"seed": 2**70}, "seed is"),
