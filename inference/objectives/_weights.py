@@ -31,13 +31,23 @@ class Bound:
         return ((1 - self.alpha) * self.log_weight).softmax(self.dim)
 
     def leave_one_out(self) -> Tensor:
-        """For each k the bound with log wₖ replaced by the mean of the others (Mnih & Rezende 2016, 1602.06725)."""
+        """For each k the bound with log wₖ replaced by the mean of the others (Mnih & Rezende 2016, 1602.06725).
+
+        It is 0, no baseline, where that bound is −∞ because all other weights are zero.
+        """
         weights = self.log_weight.movedim(self.dim, -1)
         count = weights.shape[-1]
-        others = (weights.sum(-1, keepdim=True) - weights) / (count - 1)
         diagonal = torch.eye(count, dtype=torch.bool, device=weights.device)
-        replaced = torch.where(diagonal, others.unsqueeze(-1), weights.unsqueeze(-2))
-        return power_mean(replaced, -1, self.alpha).squeeze(-1).movedim(-1, self.dim)
+        rows = weights.unsqueeze(-2)
+        # Without the own weight, not less it: a weight of zero is −∞ here, and −∞ + ∞ is no number.
+        others = rows.masked_fill(diagonal, 0.0).sum(-1, keepdim=True) / (count - 1)
+        bound = power_mean(torch.where(diagonal, others, rows), -1, self.alpha).squeeze(-1)
+        return bound.masked_fill(bound.isneginf(), 0.0).movedim(-1, self.dim)
+
+
+def weighted(weights: Tensor, terms: Tensor) -> Tensor:
+    """The product of normalized weights and terms, where a weight of zero makes zero of a term of −∞ too."""
+    return weights * torch.where(weights > 0, terms, torch.zeros_like(terms))
 
 
 def power_mean(log_weight: Tensor, dim: int, alpha: float) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..engine.terms import with_terms
 from ._base import Objective, Recorded
-from ._weights import Bound, importance_weights
+from ._weights import Bound, importance_weights, weighted
 
 
 class DoublyReparameterizedBound(Objective):
@@ -39,7 +39,7 @@ class DoublyReparameterizedBound(Objective):
         normalized = bound.normalized()
         # Without log q, which is to have a gradient through values only.
         own = weights.log_p - weights.log_q.detach()
-        terms = [(weights.scale * normalized * own).sum()]
+        terms = [(weights.scale * weighted(normalized, own)).sum()]
         pairs = [
             (before.draw.value, after.draw.value)
             for firsts, seconds in zip(recorded.groups, groups, strict=True)

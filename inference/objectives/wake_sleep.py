@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..engine.terms import with_terms
 from ._base import Objective, Recorded, objectives
-from ._weights import Bound, importance_weights
+from ._weights import Bound, importance_weights, weighted
 
 
 @objectives.register("rws")
@@ -27,4 +27,4 @@ class WakeSleep(Objective):
         log_weight = (weights.log_p - weights.log_q).detach()
         normalized = log_weight.softmax(-layout.room)
         value = (weights.scale * Bound(log_weight, -layout.room).value()).sum()
-        return with_terms(value, [(weights.scale * normalized * (weights.log_p + weights.log_q)).sum()])
+        return with_terms(value, [(weights.scale * weighted(normalized, weights.log_p + weights.log_q)).sum()])

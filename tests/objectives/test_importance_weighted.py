@@ -15,6 +15,7 @@ from torch import nn
 from gumbo.errors import BadInput, UnknownName, UnsupportedSite
 from gumbo.inference import SiteELBO
 from gumbo.inference.auditing.exact import exact_iwae, mean_over_draws
+from gumbo.inference.objectives._weights import Bound
 
 SCORES = ["score", "score-average", "nvil", "rloo"]
 
@@ -359,3 +360,55 @@ def test_wake_sleep_takes_no_word():
 def test_unknown_objective():
     with pytest.raises(UnknownName, match="did you mean 'iwae'"):
         SiteELBO("score", objective="iwea")
+
+
+class Constrained(PyroModule):
+    """A Normal latent of which the model allows only values up to zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(-0.3, dtype=F64))
+
+    def model(self):
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0, dtype=F64), 1.0))
+        pyro.factor("allowed", torch.where(z <= 0, 0.0, -math.inf))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.3, dtype=F64))
+
+    def forward(self):
+        pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+
+@pytest.mark.parametrize(
+    "word, options",
+    [
+        ("pathwise", {"objective": "iwae"}),
+        ("dreg", {"objective": "iwae"}),
+        ("score", {"objective": "iwae"}),
+        ("rloo", {"objective": "iwae"}),
+        ("rloo", {"objective": "renyi", "alpha": 0.5}),
+        ("default", {"objective": "rws"}),
+    ],
+)
+def test_a_draw_of_weight_zero_leaves_the_bound_and_its_gradient_finite(word, options):
+    """The model excludes half of the draws, of weight zero; all sixteen are excluded in one call of 65,000."""
+    pyro.set_rng_seed(0)
+    guide = Constrained()
+    loss = SiteELBO(word, num_particles=16, **options)(guide.model, guide)
+    for _ in range(8):
+        value = loss()
+        assert value.isfinite() and gradient(value, guide).isfinite().all()
+
+
+def test_the_baseline_of_a_weight_does_not_depend_on_it():
+    """Weights of zero included: subtracting one from a sum with it gives no number."""
+    log_weight = torch.tensor([0.3, -math.inf, -1.2, 0.9], dtype=F64)
+    found = Bound(log_weight, 0).leave_one_out()
+    for k in range(4):
+        others = torch.cat([log_weight[:k], log_weight[k + 1 :]])
+        by_hand = torch.cat([others, others.mean()[None]]).logsumexp(0) - math.log(4)
+        assert torch.allclose(found[k], by_hand, rtol=1e-14)
+        for own in (2.0, -math.inf):
+            changed = log_weight.index_fill(0, torch.tensor(k), own)
+            assert torch.allclose(Bound(changed, 0).leave_one_out()[k], found[k], rtol=1e-14)
+    alone = torch.tensor([0.3, -math.inf, -math.inf], dtype=F64)
+    assert Bound(alone, 0).leave_one_out()[0] == 0
