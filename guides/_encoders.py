@@ -31,10 +31,10 @@ def aligned(value: Tensor, batch_dims: int, depth: int) -> Tensor:
 class Convolutions(nn.Module):
     """Features of images ``(..., channels, height, width)``: convolutions of stride 2 until the image is small."""
 
-    def __init__(self, shape: Sequence[int], channels: int = 16):
+    def __init__(self, shape: Sequence[int]):
         super().__init__()
         layers: list[nn.Module] = []
-        inputs, (height, width) = shape[0], shape[1:]
+        inputs, channels, (height, width) = shape[0], 16, shape[1:]
         while max(height, width) > 4 and len(layers) < 6:
             layers += [nn.Conv2d(inputs, channels, 3, stride=2, padding=1), nn.SiLU()]
             inputs, channels = channels, 2 * channels

@@ -285,14 +285,14 @@ class Structure:
         return self.looks[0]
 
 
-def read(model: Callable, args: tuple, kwargs: Mapping[str, Any], num_traces: int = TRACES) -> Structure:
+def read(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Structure:
     """Run a model on its arguments with draws from the prior, and return its structure.
 
     Random state, the param store and running statistics are restored. Raises BadInput for models without a guide: a
     model that fails or observes nothing, and latent sites that exist in some draws only.
     """
     looks = []
-    for _ in range(num_traces):
+    for _ in range(TRACES):
         try:
             looks.append(drawn_look(model, args, kwargs))
         except GumboError:

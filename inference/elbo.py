@@ -178,11 +178,14 @@ class SiteELBO(ELBO):
         """Whether an estimator that selects others (``auto``) has not selected yet."""
         return self.chooser is not None
 
-    def decided(self, model: Callable, guide: Callable, batches: Iterable, choice: Any = None) -> SiteELBO:
-        """A copy of this loss with words selected on batches of ``(args, kwargs)``, or taken from ``choice``."""
-        if choice is None:
-            choice = self.chooser.choose(self, model, guide, batches)
-            self.chooser.announce(choice)
+    def decided(self, model: Callable, guide: Callable, batches: Iterable) -> SiteELBO:
+        """A copy of this loss with words selected on batches of ``(args, kwargs)``."""
+        choice = self.chooser.choose(self, model, guide, batches)
+        self.chooser.announce(choice)
+        return self.decided_as(choice)
+
+    def decided_as(self, choice: Any) -> SiteELBO:
+        """A copy of this loss with the words of a selection, which both keep as ``choice``."""
         self.choice = choice
         found = self.settled_as(choice.words)
         found.choice = choice

@@ -160,7 +160,7 @@ def fitted(model: Callable, y, kind: str, steps: int, seed: int):
     return guide
 
 
-def to_mode(model: Callable, guide, y, most: int = 200) -> None:
+def to_mode(model: Callable, guide, y) -> None:
     """Damped Newton steps until the gradient is small in units of the curvature."""
     import torch
     from pyro.infer import Trace_ELBO
@@ -170,7 +170,7 @@ def to_mode(model: Callable, guide, y, most: int = 200) -> None:
     def value():
         return loss.differentiable_loss(model, guide, y)
 
-    for _ in range(most):
+    for _ in range(200):
         now = value()
         (slope,) = torch.autograd.grad(now, guide.loc, create_graph=True)
         rows = [torch.autograd.grad(one, guide.loc, retain_graph=True)[0] for one in slope]
@@ -243,12 +243,13 @@ def verdict(report) -> str:
     return "cannot say" if set(report.cannot_say) & set(SAYS) else "no alarm"
 
 
-def wilson(count: int, of: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a probability by Wilson's score, which holds at the ends, too.
+def wilson(count: int, of: int) -> tuple[float, float]:
+    """The 95% interval of a probability by Wilson's score, which holds at the ends, too.
 
     >>> [round(end, 3) for end in wilson(0, 30)]
     [0.0, 0.114]
     """
+    z = 1.96
     share, slack = count / of, z * z / of
     middle, half = share + slack / 2, z * math.sqrt(share * (1 - share) / of + slack / (4 * of))
     return max(0.0, (middle - half) / (1 + slack)), min(1.0, (middle + half) / (1 + slack))

@@ -27,8 +27,8 @@ class Directions:
 
     WHOLE = "(gradient)"
 
-    def __init__(self, gradient: Mapping[str, Tensor], seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, gradient: Mapping[str, Tensor]):
+        generator = torch.Generator().manual_seed(0)
         self.along: dict[str, Tensor] = {}
         self.randoms: dict[str, int] = {}
         self.parameters: dict[str, str | None] = {}

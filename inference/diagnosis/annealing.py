@@ -10,15 +10,17 @@ import torch
 from ..engine.progress import Progress
 from .target import Target
 
+_TEMPERATURES = 80  # the most of them
+
 
 def annealed(
-    target: Target, particles: int = 500, moves: int = 6, most: int = 80, progress: Progress | None = None
+    target: Target, particles: int = 500, moves: int = 6, progress: Progress | None = None
 ) -> tuple[np.ndarray, torch.Tensor]:
     """log p(x) of each unit ``(units,)`` and particles ``(particles, units, d)`` of its posterior, by annealing.
 
     Sequential Monte Carlo: each temperature step keeps half of a unit's particles effective; between temperatures they
     make random-walk Metropolis moves with their own covariance. Del Moral, Doucet & Jasra 2006. The evidence is −∞ if
-    the posterior is not reached within ``most`` temperatures.
+    the posterior is not reached within 80 temperatures.
     """
     free = target.draw(particles)
     prior, likelihood = target(free)
@@ -26,7 +28,7 @@ def annealed(
     inverse = torch.zeros(units, dtype=torch.float64)
     evidence = torch.zeros(units, dtype=torch.float64)
     step = torch.full((units,), 2.38 / math.sqrt(size), dtype=torch.float64)
-    for temperature in range(most):
+    for temperature in range(_TEMPERATURES):
         higher = _next(inverse, likelihood)
         gain = (higher - inverse) * likelihood
         gain = gain.masked_fill((higher == inverse).expand_as(gain), 0.0)

@@ -22,6 +22,7 @@ from .units import direction, to_units, turned
 _COORDINATES = 10
 # Simulated data sets that a guide's site is compared at before it counts as one that does not read the data.
 _TRIES = 5
+_POINTS = 20  # at which the ECDF of ranks is compared
 _SIDES = " (by its sides)"
 _UNREAD = "the guide does not read the data, so that calibrating it needs a fit to each simulated data set"
 _OFFER = (
@@ -97,8 +98,8 @@ def simulated_ranks(sweep: Sweep, simulations: int, say: Stages | None = None) -
     given, tested = _reacting(sweep, places)
     own = sweep.local if set(tested) <= set(sweep.local) else []
     plates = sweep.data_plates if own else ()
-    units = math.prod(sweep.sizes[plate] for plate in plates)
-    rounds = max(2, math.ceil(simulations / units)) if own and set(sweep.shared) <= set(given) else simulations
+    # Where only local latents are tested, all others are held fixed, so that the ranks of a round are independent.
+    rounds = max(2, math.ceil(simulations / math.prod(sweep.sizes[plate] for plate in plates)))
     rounds = rounds if sweep.vectorized else min(rounds, 60)
     found: dict[str, list[np.ndarray]] = {}
     say = say or Stages("", False)
@@ -116,9 +117,8 @@ def simulated_ranks(sweep: Sweep, simulations: int, say: Stages | None = None) -
         _check_factors(model)
         values = {name: sweep.held(truth, name) for name in sweep.latents}
         again = sweep.model_run(1, fixed=values, arguments=data)
-        one = None if units == 1 or rounds < simulations else np.random.default_rng(len(found)).integers(units)
         for name, rank in _ranks(sweep, tested, plates, model, again, draws).items():
-            found.setdefault(name, []).append(rank if one is None else rank[[one]])
+            found.setdefault(name, []).append(rank)
     return _joined(found), draws
 
 
@@ -286,11 +286,11 @@ def _rank(drawn: torch.Tensor, true: torch.Tensor, tolerance: float = 0.0) -> np
     return (less + (torch.rand(less.shape) * (equal + 1)).floor().long()).numpy()
 
 
-def uniformity(ranks: np.ndarray, draws: int, points: int = 20) -> float:
+def uniformity(ranks: np.ndarray, draws: int) -> float:
     """The p-value of uniform ranks on 0…draws, corrected for the number of points at which their ECDF is compared."""
     from scipy.stats import binom
 
-    at = np.unique(np.linspace(0, draws - 1, points).round().astype(int))
+    at = np.unique(np.linspace(0, draws - 1, _POINTS).round().astype(int))
     counts = (ranks[:, None] <= at).sum(0)
     chance = (at + 1) / (draws + 1)
     tails = np.minimum(binom.cdf(counts, len(ranks), chance), binom.sf(counts - 1, len(ranks), chance))

@@ -55,13 +55,13 @@ def clusters(population: torch.Tensor, count: int = _CLUSTERS) -> list[Cluster]:
     return found
 
 
-def _nearest(points: torch.Tensor, count: int, rounds: int = 10) -> torch.Tensor:
+def _nearest(points: torch.Tensor, count: int) -> torch.Tensor:
     """k-means, started from points far apart."""
     centers = points[[int((points - points.mean(0)).norm(dim=1).argmax())]]
     for _ in range(count - 1):
         centers = torch.cat([centers, points[[int(_squares(points, centers).min(1).values.argmax())]]])
     labels = torch.zeros(len(points), dtype=torch.long)
-    for _ in range(rounds):
+    for _ in range(10):
         labels = _squares(points, centers).argmin(1)
         for number in range(count):
             if bool((labels == number).any()):

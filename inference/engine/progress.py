@@ -33,11 +33,13 @@ class Progress:
 class Stages(Progress):
     """Lines that name the current stage, for operations that take long.
 
-    ``enabled`` None prints after ``patience`` seconds, True from the start, False never.
+    ``enabled`` None prints after some seconds, True from the start, False never.
     """
 
-    def __init__(self, title: str, enabled: bool | None, patience: float = 2.0, every: float = 5.0):
-        self.title, self.enabled, self.patience, self.every = title, enabled, patience, every
+    _patience, _every = 2.0, 5.0  # seconds before the first line, and between two lines of a stage
+
+    def __init__(self, title: str, enabled: bool | None):
+        self.title, self.enabled = title, enabled
         self.began = self.last = time.monotonic()
         self.words, self.steps, self.said = "", 0, True
 
@@ -49,11 +51,11 @@ class Stages(Progress):
 
     def step(self, done: int) -> None:
         now = time.monotonic()
-        if (not self.said and self._impatient()) or (self.said and now - self.last > self.every):
+        if (not self.said and self._impatient()) or (self.said and now - self.last > self._every):
             self._say(f"{self.words} {done}/{self.steps}" if self.steps else f"{self.words} {done}")
 
     def _impatient(self) -> bool:
-        return self.enabled is not False and time.monotonic() - self.began > self.patience
+        return self.enabled is not False and time.monotonic() - self.began > self._patience
 
     def _say(self, words: str) -> None:
         self.said, self.last = True, time.monotonic()

@@ -26,7 +26,9 @@ from ._base import Draw, Estimator, SiteState, SiteView, estimators
 from ._distributions import is_one_hot, logits_of
 from ._reruns import cost_between, loss_of_state, share_shape, slope, spread
 from .relaxation import bounded_logits, conditional_scores, harden, noise, relaxable_why_not, squash
-from .score import ask, features, zero_network
+from .score import ask, features, update_moments, zero_network
+
+DECAY = 0.9  # the weight of earlier steps in the running moments of the cost
 
 
 class Variate(SiteState):
@@ -83,19 +85,11 @@ class Variate(SiteState):
         return self.variance.clamp(min=1e-12).sqrt()
 
     @torch.no_grad()
-    def observe(
-        self, cost: Tensor, control: Tensor, average: Callable[[Tensor], Tensor] = torch.mean, decay: float = 0.9
-    ) -> None:
+    def observe(self, cost: Tensor, control: Tensor, average: Callable[[Tensor], Tensor]) -> None:
         """Update running moments by a step: of the cost, and of the residual after the control variate."""
         # The first control variate has no estimate of the mean, so its residual is not used.
-        self.offset.add_(torch.where(self.seen > 0, (1 - decay) * average(cost - control), 0.0))
-        mean = average(cost)
-        variance = average((cost - mean).square())
-        keep = torch.where(self.seen > 0, decay, 0.0)
-        moved = (mean - self.mean).square() * keep
-        self.mean.copy_(keep * self.mean + (1 - keep) * mean)
-        self.variance.copy_(keep * self.variance + (1 - keep) * (variance + moved))
-        self.seen.add_(1)
+        self.offset.add_(torch.where(self.seen > 0, (1 - DECAY) * average(cost - control), 0.0))
+        update_moments(self, cost, average, DECAY)
 
 
 class ControlVariate(Estimator, ABC):
@@ -309,6 +303,7 @@ class Relax(ControlVariate):
 # Five Gauss-Legendre points, which integrate a polynomial of degree nine exactly.
 NODES = (0.0469100770306680, 0.2307653449471585, 0.5, 0.7692346550528415, 0.9530899229693320)
 WEIGHTS = (0.1184634425280945, 0.2393143352496832, 0.2844444444444444, 0.2393143352496832, 0.1184634425280945)
+TOLERANCE = 3e-3  # of the integral of the derivative, as a share of how far the cost moves
 
 
 @dataclass(frozen=True, order=True)
@@ -323,7 +318,7 @@ class Stretch:
     at_b: float
 
 
-def check_continuous(view: SiteView, estimator: Estimator, tolerance: float = 3e-3) -> None:
+def check_continuous(view: SiteView, estimator: Estimator) -> None:
     """Refuse programs whose relaxed cost is not the integral of its derivative: they jump, or lose the derivative.
 
     At calls 1, 2, 4, …, 64 the derivative is integrated on a straight line from the draw to another value of each
@@ -362,7 +357,7 @@ def check_continuous(view: SiteView, estimator: Estimator, tolerance: float = 3e
     for _ in range(8):
         for _ in range(16):
             error = off(parts)
-            if not math.isfinite(error) or error <= tolerance * sum(part.moved for part in parts):
+            if not math.isfinite(error) or error <= TOLERANCE * sum(part.moved for part in parts):
                 return
             halve_worst(parts)
         worst = max(parts)

@@ -63,12 +63,17 @@ def sticks(logits: Tensor) -> Tensor:
 def reached(coins: Tensor) -> Tensor:
     """For each class whether all earlier Bernoulli draws are 0."""
     stopped = coins.cumsum(-1).clamp(max=1.0)
-    return torch.cat([torch.ones_like(coins[..., :1]), 1 - stopped], dim=-1)
+    return torch.cat([_one(coins), 1 - stopped], dim=-1)
 
 
 def from_sticks(coins: Tensor) -> Tensor:
     """The one-hot value of a sequence of Bernoulli draws."""
-    return reached(coins) * torch.cat([coins, torch.ones_like(coins[..., :1])], dim=-1)
+    return reached(coins) * torch.cat([coins, _one(coins)], dim=-1)
+
+
+def _one(coins: Tensor) -> Tensor:
+    """A one for one class, ``(…, 1)``: a site of a single class has no coins."""
+    return coins.new_ones((*coins.shape[:-1], 1))
 
 
 def coupled_draw(fn: Any, count: int, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Draw:

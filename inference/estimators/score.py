@@ -131,16 +131,21 @@ class _Network(nn.Module):
         said = ask(self.net, x.to(next(self.net.parameters()).dtype), self.width, name)
         return self.mean.to(like.dtype) + scale.to(like.dtype) * said.squeeze(-1).to(like.dtype)
 
-    @torch.no_grad()
-    def observe(self, cost: Tensor, average: Callable[[Tensor], Tensor]) -> None:
-        mean = average(cost)
-        variance = average((cost - mean).square()).to(self.mean.dtype)
-        mean = mean.to(self.mean.dtype)
-        keep = torch.where(self.seen > 0, self.decay, 0.0)
-        moved = (mean - self.mean).square() * keep
-        self.mean.mul_(keep).add_((1 - keep) * mean)
-        self.variance.mul_(keep).add_((1 - keep) * (variance + moved))
-        self.seen.add_(1)
+
+@torch.no_grad()
+def update_moments(state: Any, cost: Tensor, average: Callable[[Tensor], Tensor], decay: float) -> None:
+    """Update the running ``mean`` and ``variance`` of a state by the costs of a step; the first costs replace them.
+
+    ``state.seen`` counts the updates. The variance is that within a step, and that of the steps' means.
+    """
+    mean = average(cost)
+    variance = average((cost - mean).square()).to(state.mean.dtype)
+    mean = mean.to(state.mean.dtype)
+    keep = torch.where(state.seen > 0, decay, 0.0)
+    moved = (mean - state.mean).square() * keep
+    state.mean.mul_(keep).add_((1 - keep) * mean)
+    state.variance.mul_(keep).add_((1 - keep) * (variance + moved))
+    state.seen.add_(1)
 
 
 def zero_network(inputs: int, hidden: int, dtype: torch.dtype) -> nn.Sequential:
@@ -217,7 +222,7 @@ class Neural(Baseline):
 
     def loss(self, view: SiteView, prediction: Tensor) -> Tensor:
         if view.training:
-            view.state.observe(view.cost, view.mean)
+            update_moments(view.state, view.cost, view.mean, view.state.decay)
         # In units of the cost's standard deviation, so that one learning rate serves all problems; the first single
         # cost has none, and its size is used.
         spread = view.state.variance

@@ -20,7 +20,7 @@ from .double_control_variates import (
     others_mean,
     times_event,
 )
-from .score import zero_network
+from .score import update_moments, zero_network
 
 
 class Surrogate(Coefficients):
@@ -51,16 +51,6 @@ class Surrogate(Coefficients):
         cost, moved = torch.broadcast_tensors((cost - self.mean) / scale, moved / scale)
         said = self.net(torch.stack([cost, moved], -1).to(next(self.net.parameters()).dtype))
         return scale * said.squeeze(-1).to(scale.dtype)
-
-    @torch.no_grad()
-    def follow(self, cost: Tensor, average: Callable[[Tensor], Tensor]) -> None:
-        """Update the running moments by the costs of a step."""
-        keep = torch.where(self.seen > 0, self.decay, 0.0)
-        mean = average(cost)
-        moved = (mean - self.mean).square() * keep
-        self.mean.mul_(keep).add_((1 - keep) * mean)
-        self.variance.mul_(keep).add_((1 - keep) * (average((cost - mean).square()) + moved))
-        self.seen.add_(1)
 
 
 class Rodeo(DoubleControlVariates):
@@ -153,7 +143,7 @@ class Rodeo(DoubleControlVariates):
             return share
         score = times_event(fitted, found.value - found.mean, view.event_dim)
         loss = self.variance_loss(view, found.gradient - score + covariance_times(view, contrast))
-        view.state.follow(view.cost, view.mean)
+        update_moments(view.state, view.cost, view.mean, self.decay)
         return share - loss / math.prod(share.shape)
 
     def variance_loss(self, view: SiteView, gradient: Tensor) -> Tensor:

@@ -494,11 +494,12 @@ def _aligned(value: torch.Tensor, have: Sequence[str], plates: Sequence[str | No
     return value
 
 
-def _log_mean_exp(log_weight: np.ndarray, axis: int = 0) -> np.ndarray:
-    top = log_weight.max(axis, keepdims=True)
+def _log_mean_exp(log_weight: np.ndarray) -> np.ndarray:
+    """The logarithm of the mean weight along the first dimension."""
+    top = log_weight.max(0)
     top = np.where(np.isfinite(top), top, 0.0)
     with np.errstate(divide="ignore"):
-        return np.squeeze(top, axis) + np.log(np.exp(log_weight - top).mean(axis))
+        return top + np.log(np.exp(log_weight - top).mean(0))
 
 
 def _thinning(thin: int | Mapping[str, int], num_samples: int) -> dict[str, int]:

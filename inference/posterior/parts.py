@@ -40,13 +40,12 @@ def log_weights(
     num_samples: int = 100,
     batch_size: int | None = None,
     seed: int | None = 0,
-    plate: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """``log_prior``, ``log_likelihood`` and ``log_q`` in nats, each ``(num_samples, N)`` in float64.
 
     ``log_global`` of the same shape is log p − log q of the latents outside the data plate, divided among the data.
     """
-    weighing = Weighing(model, guide, data, num_samples, batch_size, plate, 1)
+    weighing = Weighing(model, guide, data, num_samples, batch_size, None)
     return weighing.together(weighing.pieces(seed))
 
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from ...errors import BadInput, CannotVectorize
 from ..elbo import SiteELBO
-from ..engine.progress import Progress
 from ..engine.scopes import evaluating, modules_of, private_seed, private_store
 from ..estimators._distributions import is_computed, is_deterministic
 from .vmapped import random_sites
@@ -50,13 +49,12 @@ def loss_of(estimators: Any, num_particles: int | None, model, guide, args: tupl
         return elbo(model, guide).initialize(*args, **kwargs)
 
 
-def _train(loss, guide, args, kwargs, steps: int, lr: float, progress: Progress | None = None) -> None:
+def _train(loss, guide, args, kwargs, steps: int, lr: float) -> None:
     trainable = [parameter for parameter in guide.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with torch.enable_grad():
-        for step in range(steps):
-            (progress or Progress()).step(step)
+        for _ in range(steps):
             optimizer.zero_grad()
             value = loss(*args, **kwargs)
             if not torch.isfinite(value):

@@ -79,11 +79,7 @@ class Choices:
         return found
 
     def _loss(self, found: dict[str, Any]) -> SiteELBO:
-        choice = self.chooser.recall(found)
-        self.loss.choice = choice
-        loss = self.loss.settled_as(choice.words)
-        loss.choice = choice
-        return loss
+        return self.loss.decided_as(self.chooser.recall(found))
 
     def _read(self) -> list[dict[str, Any]]:
         try:

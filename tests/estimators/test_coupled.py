@@ -165,6 +165,19 @@ def test_a_class_that_cannot_be_and_one_that_must():
         assert torch.equal(value.sum(-1), torch.ones(500, dtype=F64)) and value[:, [1, 3]].sum() == 0
 
 
+@pytest.mark.parametrize("estimator", [DisARM(), CARMS(2), CARMS(3)], ids=repr)
+def test_a_single_class_has_no_coins(estimator):
+    """Its draw is certain, and its gradient zero."""
+    logits = torch.zeros(5, 1, dtype=F64, requires_grad=True)
+
+    def program():
+        with pyro.plate("rows", 5):
+            pyro.sample("z", dist.OneHotCategorical(logits=logits))
+
+    loss = SiteELBO(estimator).differentiable_loss(program, program)
+    assert loss == 0 and torch.autograd.grad(loss, logits)[0].eq(0).all()
+
+
 # Where two must be one.
 
 

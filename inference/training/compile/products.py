@@ -77,11 +77,11 @@ def _times_of(rows: int, outputs: int, inputs: int) -> dict[str, float]:
     )
 
 
-def fastest_of(rivals: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
+def fastest_of(rivals: dict[str, Callable[[], object]]) -> dict[str, float]:
     """The shortest time of each in seconds, taken in turns; the first round loads kernels and does not count."""
     found: dict[str, list[float]] = {name: [] for name in rivals}
     with torch.no_grad():
-        for _ in range(rounds + 1):
+        for _ in range(8):
             for name, run in rivals.items():
                 start = time.perf_counter()
                 run()
