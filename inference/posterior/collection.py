@@ -15,7 +15,7 @@ from ...errors import BadInput, GumboWarning, UnknownName
 from ...options import fits
 from ..engine.progress import Progress
 from ..engine.scopes import quietly
-from .importance import integrated, pieces
+from .importance import integrated, largest_of, log_evidence, pieces
 from .likelihoods import changing_factors, factors_of_prior, likelihoods_of, masked_priors, warn_of_ignored
 from .runner import Pass, Sweep
 from .sites import Block, SiteLayout
@@ -347,7 +347,7 @@ class Collection:
                 array.data[where] += sign * value if local else value
                 if local and ("sample_stats", part) in self.arrays:
                     self.array("sample_stats", part)[where] += value
-                largest += float(np.abs(value).max())
+                largest += largest_of(value)
             if run is model:
                 self.largest_log_p = max(self.largest_log_p, largest)
 
@@ -365,7 +365,7 @@ class Collection:
         array = self.arrays["log_likelihood", self.sweep.evidence]
         weight = self.log_weight()[chain]
         for piece in pieces(weight.shape[1:], weight.shape[0]):
-            array.data[(chain, 0, *piece)] = _log_mean_exp(weight[(slice(None), *piece)])
+            array.data[(chain, 0, *piece)] = log_evidence(np.moveaxis(weight[(slice(None), *piece)], 0, -1))[0]
 
     def _by_dimension(self, chain: int, sweep: Sweep, block: Block, guide: Pass, model: Pass) -> None:
         for name in sweep.latents:
@@ -492,14 +492,6 @@ def _aligned(value: torch.Tensor, have: Sequence[str], plates: Sequence[str | No
         if plate not in have:
             value = value.unsqueeze(1 + place)
     return value
-
-
-def _log_mean_exp(log_weight: np.ndarray) -> np.ndarray:
-    """The logarithm of the mean weight along the first dimension."""
-    top = log_weight.max(0)
-    top = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        return top + np.log(np.exp(log_weight - top).mean(0))
 
 
 def _thinning(thin: int | Mapping[str, int], num_samples: int) -> dict[str, int]:

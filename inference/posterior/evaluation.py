@@ -20,7 +20,7 @@ from ..engine.progress import bar
 from ..engine.rows import ProcessGroup, Rows, pieces_of
 from ..engine.scopes import private_seed
 from .graphs import Compiler, provided_compiler
-from .importance import joint_evidence, khat_limit
+from .importance import joint_evidence, khat_limit, largest_of
 from .parts import Weighing, exact_pair
 from .runner import VaryingSites
 
@@ -477,7 +477,7 @@ def _evidence_together(
         total = (parts["integrated"] + parts["log_global"]).sum(1)
     if reason := weighing.no_evidence(count, bool(parts["log_global"].any())):
         return {"log_evidence": math.nan, "log_evidence_se": math.nan, "reason": reason}
-    found = joint_evidence(total.numpy(), weighing.rounding(float(total.abs().max())))
+    found = joint_evidence(total.numpy(), weighing.rounding(largest_of(total.numpy())))
     more = ""
     if found.reason:
         more = "; the ELBO is a lower bound"

@@ -31,7 +31,8 @@ def khat(log_weights: np.ndarray, rounding: float = _ROUNDING) -> np.ndarray:
 
     Nearly equal: within ``rounding`` nats, or with an effective sample size above 99.9 % of S. NaN where the largest
     weights have too few distinct values for a fit, as for latents with few states, or S is below 25; infinite where
-    every weight is zero. Vehtari et al. 2024, arXiv:1507.02646.
+    every weight is zero. Where the tail would contain weights of zero, S counts the others. Vehtari et al. 2024,
+    arXiv:1507.02646.
 
     >>> khat(np.zeros((2, 100)))
     array([0., 0.])
@@ -40,15 +41,18 @@ def khat(log_weights: np.ndarray, rounding: float = _ROUNDING) -> np.ndarray:
     flat = log_weights.reshape(-1, log_weights.shape[-1])
     found = np.full(len(flat), np.nan)
     draws = flat.shape[1]
-    tail = tail_size(draws)
     for row, weights in enumerate(flat):
-        top = weights.max()
+        top, tail = weights.max(), tail_size(draws)
         if not np.isfinite(top):
             found[row] = np.inf
         elif top - weights.min() <= rounding or importance_ess(weights) >= EVEN * draws:
             found[row] = 0.0
-        elif tail > 4 and len(np.unique(np.partition(weights, -tail)[-tail:])) >= min(_FEWEST, tail):
-            found[row] = float(_arviz.pareto_k(weights))
+        else:
+            possible = weights[weights > -np.inf]
+            if len(possible) <= tail:
+                weights, tail = possible, tail_size(len(possible))
+            if tail > 4 and len(np.unique(np.partition(weights, -tail)[-tail:])) >= min(_FEWEST, tail):
+                found[row] = float(_arviz.pareto_k(weights))
     return found.reshape(log_weights.shape[:-1])
 
 
@@ -82,18 +86,35 @@ def khat_error(num_samples: int, shape: float) -> float:
 
 
 def importance_ess(log_weights: np.ndarray) -> np.ndarray:
-    """(Σ w)² / Σ w², the effective sample size of importance weights ``(…, S)``; S if all weights are equal."""
-    weights = np.exp(log_weights - log_weights.max(-1, keepdims=True))
-    return weights.sum(-1) ** 2 / (weights**2).sum(-1)
+    """(Σ w)² / Σ w², the effective sample size of importance weights ``(…, S)``.
+
+    S if all weights are equal, 0 if all are zero.
+    """
+    weights, _ = _scaled(log_weights)
+    squares = (weights**2).sum(-1)
+    return weights.sum(-1) ** 2 / np.where(squares == 0, 1.0, squares)
+
+
+def _scaled(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights in units of the largest one, and its logarithm ``(…)``; 0 for it where all weights are zero."""
+    top = log_weights.max(-1, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0.0)
+    return np.exp(log_weights - top), top[..., 0]
 
 
 def log_evidence(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The logarithm of the mean weight over ``(…, S)``, and its standard error by the delta method."""
-    top = log_weights.max(-1, keepdims=True)
-    weights = np.exp(log_weights - top)
+    """The logarithm of the mean weight over ``(…, S)``, and its standard error by the delta method.
+
+    −∞, with an unknown error, where every weight is zero.
+
+    >>> log_evidence(np.log([[1.0, 3.0], [0.5, 0.5]]))[0].round(4)
+    array([ 0.6931, -0.6931])
+    """
+    weights, top = _scaled(log_weights)
     mean = weights.mean(-1)
-    error = weights.std(-1, ddof=min(1, weights.shape[-1] - 1)) / math.sqrt(weights.shape[-1]) / mean
-    return np.log(mean) + top[..., 0], error
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = weights.std(-1, ddof=min(1, weights.shape[-1] - 1)) / math.sqrt(weights.shape[-1]) / mean
+        return np.log(mean) + top, error
 
 
 def pieces(shape: Sequence[int], draws: int) -> Iterator[tuple[slice, ...]]:
@@ -177,6 +198,11 @@ def number_of_states(sweep: Sweep, names: Sequence[str]) -> float:
             return math.inf
         total = total * states**power if power * math.log(max(states, 2.0)) < 50 else math.inf
     return total
+
+
+def largest_of(log_probs: np.ndarray) -> float:
+    """The largest size of finite log-probabilities; a draw that a program excludes has −∞, without rounding."""
+    return float(np.abs(log_probs[np.isfinite(log_probs)]).max(initial=0.0))
 
 
 def rounding_of(sweep: Sweep, largest: float) -> float:

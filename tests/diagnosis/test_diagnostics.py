@@ -24,7 +24,7 @@ from gumbo.inference.diagnosis.report import Report
 from gumbo.inference.diagnosis.target import Target
 from gumbo.inference.engine.scopes import quietly
 from gumbo.inference.posterior import _arviz
-from gumbo.inference.posterior.importance import importance_ess, khat
+from gumbo.inference.posterior.importance import importance_ess, khat, log_evidence
 from gumbo.inference.posterior.refinement import refine
 from gumbo.inference.posterior.runner import Sweep
 
@@ -480,6 +480,18 @@ def test_k_hat_of_odd_weights():
     assert np.isnan(khat(np.random.default_rng(0).standard_normal(20)))  # too few draws
     assert khat(np.full(100, -np.inf)) == np.inf
     assert importance_ess(np.log([1.0, 1.0, 2.0])) == pytest.approx(16 / 6)
+    assert importance_ess(np.full(100, -np.inf)) == 0 and log_evidence(np.full(100, -np.inf))[0] == -np.inf
+
+
+@pytest.mark.parametrize("excluded", [0.5, 0.96])
+def test_draws_that_the_model_excludes_leave_the_tail_of_the_others(excluded):
+    """A guide of half the posterior's width has k = 3/4, whatever part of its draws has weight zero besides."""
+    z = 0.5 * np.random.default_rng(0).standard_normal(200_000)
+    weight = -0.5 * z**2 + 0.5 * (z / 0.5) ** 2
+    weight[: int(excluded * len(z))] = -np.inf
+    assert khat(weight) == pytest.approx(0.75, abs=0.12)
+    few = weight[: int(excluded * len(z)) + 1000][-25_000:]  # fewer draws of weight than the tail has
+    assert khat(few) > 0.4
 
 
 def test_per_datum_k_hat_comes_out_of_to_arviz():

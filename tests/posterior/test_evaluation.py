@@ -750,6 +750,25 @@ def test_weights_that_cannot_be_trusted_say_nothing(scale):
     assert math.isfinite(found.log_predictive) and "log predictive" in str(found)
 
 
+def test_a_draw_that_the_model_excludes_does_not_hide_weights_that_cannot_be_trusted():
+    """Its log-weight is −∞: as a size of rounding errors it would make all weights equal, with a k̂ of 0."""
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 3.0))
+        pyro.factor("allowed", torch.where(z <= 1.5, 0.0, -math.inf))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def narrow(x):
+        pyro.sample("z", dist.Normal(torch.tensor(0.7).double(), 0.35))
+
+    x = torch.tensor([0.1, -0.4, 0.2, 0.3]).double()
+    found = evaluate(model, narrow, x, num_samples=2000)
+    assert found.khat > 0.8 and math.isnan(found.log_evidence) and found.elbo == -math.inf
+    draws = to_arviz(model, narrow, x, num_samples=2000, groups=["vi_stats"])
+    assert draws.vi_stats["khat"].item() > 0.6
+
+
 def shared(scale, guide_scale=1.0, rows=7):
     """mu ~ N(0, 1), z_i ~ N(mu, 1), x_i ~ N(z_i, 1/2); q(mu) and q(z_i | mu) with ``scale`` times the exact sd."""
     model, _ = subsampling(rows)
