@@ -114,7 +114,10 @@ class Family:
             bounds = bare(seen.support)
             return dist.Binomial(bounds.upper_bound, logits=logits[..., 0]).to_event(rank)
         count = softplus(logits[..., 0]) + MIN_SCALE
-        return _Counts(count, logits=logits[..., 1] - count.log(), lower=self.lower).to_event(rank)
+        logits = logits[..., 1] - count.log()
+        # Torch's own class where it serves: estimators of counts know its law.
+        counts = _Counts(self.lower, count, logits) if self.lower else dist.NegativeBinomial(count, logits=logits)
+        return counts.to_event(rank)
 
     def base(self, output: Tensor) -> dist.TorchDistribution:
         """A Normal over unconstrained vectors ``(..., size)`` with a covariance."""
@@ -155,9 +158,9 @@ class Family:
 class _Counts(dist.NegativeBinomial):
     """A negative binomial with smallest value ``lower``."""
 
-    def __init__(self, total_count, probs=None, logits=None, lower: int = 0, validate_args=None):
+    def __init__(self, lower: int, total_count: Tensor, logits: Tensor):
         self.lower = lower
-        super().__init__(total_count, probs, logits, validate_args)
+        super().__init__(total_count, logits=logits)
 
     def expand(self, batch_shape, _instance=None):
         new = self._get_checked_instance(_Counts, _instance)
@@ -172,7 +175,20 @@ class _Counts(dist.NegativeBinomial):
         return super().sample(sample_shape) + self.lower
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(value - self.lower)
+        if self._validate_args:
+            self._validate_sample(value)
+        return self._from_zero().log_prob(value - self.lower)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._from_zero().mean + self.lower
+
+    @property
+    def variance(self) -> Tensor:
+        return self._from_zero().variance
+
+    def _from_zero(self) -> dist.NegativeBinomial:
+        return dist.NegativeBinomial(self.total_count, logits=self.logits, validate_args=False)
 
 
 def lower_triangular(scale: Tensor, square: Tensor) -> Tensor:

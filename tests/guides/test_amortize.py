@@ -18,7 +18,7 @@ from torch import nn
 
 from gumbo.errors import BadInput, UnknownName
 from gumbo.guides import amortize
-from gumbo.guides._conditionals import Family
+from gumbo.guides._conditionals import Family, _Counts
 from gumbo.guides._encoders import GlobalHead, LocalHead, Recurrent
 from gumbo.guides._inversion import faithful_inverse
 from gumbo.guides._structure import reference
@@ -429,12 +429,50 @@ SUPPORTS = {
     "many": lambda: dist.Binomial(1000, torch.tensor(0.3)),
     "uniform integers": lambda: dist.Binomial(torch.tensor([2.0, 5.0]), torch.tensor(0.3)).to_event(1),
     "poisson": lambda: dist.Poisson(torch.tensor(3.0)),
+    "positive counts": lambda: Trials(torch.tensor(0.6)),
     "geometric": lambda: dist.Geometric(torch.tensor([0.3, 0.5])).to_event(1),
     "bool": lambda: dist.Bernoulli(torch.tensor(0.3)),
     "bools": lambda: dist.Bernoulli(torch.full((2, 3), 0.3)).to_event(2),
     "von mises": lambda: dist.VonMises(0.0, torch.tensor(1.0)),
     "improper": lambda: dist.ImproperUniform(dist.constraints.positive, (), ()),
 }
+
+
+class Trials(dist.Geometric):
+    """The number of trials up to the first success: 1, 2, …"""
+
+    support = dist.constraints.positive_integer
+
+    def sample(self, sample_shape=()):
+        return super().sample(sample_shape) + 1
+
+    def log_prob(self, value):
+        return dist.Geometric(self.probs, validate_args=False).log_prob(value - 1)
+
+
+def test_counts_that_start_above_zero_have_the_moments_of_their_law():
+    counts = _Counts(2, torch.tensor([1.5, 4.0]).double(), torch.tensor([0.3, -1.0]).double())
+    values = torch.arange(2.0, 400.0).double().unsqueeze(-1)
+    chances = counts.log_prob(values).exp()
+    mean = (chances * values).sum(0)
+    for found, exact in (
+        (chances.sum(0), torch.ones(2).double()),
+        (counts.mean, mean),
+        (counts.variance, (chances * (values - mean).square()).sum(0)),
+    ):
+        assert torch.allclose(found, exact, rtol=1e-9)
+
+
+@pytest.mark.parametrize("word", ["double-cv", "muprop", "head-tail", "truncated-enumerate"])
+def test_words_of_counts_serve_counts(word):
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            n = pyro.sample("n", dist.Poisson(torch.tensor(2.0)))
+            pyro.sample("x", dist.Normal(n, 1.0), obs=x)
+
+    x = torch.linspace(0.0, 3.0, 4)
+    guide = made(model, x, hidden=(4,))
+    assert SiteELBO(word)(model, guide)(x).isfinite()
 
 
 @pytest.mark.parametrize("local", [False, True])
