@@ -11,7 +11,14 @@ from ...errors import ANY, DEFAULT, BadInput, GumboError, GumboWarning, TooFewPa
 from ...registry import name_and_options
 from ..estimators import Enumerate, Estimator, MovingAverage, ScoreFunction, estimators
 from ..estimators._base import Draw, choosers, detached_draw
-from ..estimators._distributions import describe, has_score_term, is_deterministic, is_discrete, why_other_draws
+from ..estimators._distributions import (
+    describe,
+    elementary,
+    has_score_term,
+    is_deterministic,
+    is_discrete,
+    why_other_draws,
+)
 from .handlers import check_law
 from .records import Run
 
@@ -109,12 +116,13 @@ class Resolution:
 
     def __init__(self, words: Words):
         self.words = words
-        self.known: dict[tuple[str, type], Estimator] = {}
+        self.known: dict[tuple[str, type, bool], Estimator] = {}
         self.joint: set[str] = set()
 
     def __call__(self, msg: Mapping[str, Any]) -> Estimator:
-        """The estimator of a site, checked once for each distribution type of the site."""
-        key = (msg["name"], type(msg["fn"]))
+        """The estimator of a site, checked once for each family of the site's distributions."""
+        # Not by the type of a wrapper: a Normal and a Bernoulli under to_event have one.
+        key = (msg["name"], type(elementary(msg["fn"])), getattr(msg["fn"], "has_rsample", False))
         if key not in self.known:
             self.known[key] = self._choose(msg)
         return self.known[key]

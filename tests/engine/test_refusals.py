@@ -360,3 +360,27 @@ def test_particles_with_events_of_other_sizes_are_one_line(word):
     ):
         for _ in range(30):
             loss.differentiable_loss(model, guide)
+
+
+@pytest.mark.parametrize("word", ["default", "pathwise"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_family_that_a_later_call_takes_is_checked_under_any_wrapper(word, masked):
+    """A Bernoulli has no path: taken for the Normal of the first call, its gradient would be lost without an error."""
+    zeros = torch.zeros(2, dtype=F64)
+
+    class Guide(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.at = nn.Parameter(torch.tensor([0.3, -0.5], dtype=F64))
+
+        def forward(self, coins):
+            program(coins, self.at)
+
+    def program(coins, at=zeros):
+        fn = dist.Bernoulli(logits=at) if coins else dist.Normal(at, 1.0)
+        pyro.sample("z", fn.to_event(1).mask(True) if masked else fn.to_event(1))
+
+    loss = SiteELBO(word)(program, Guide())
+    loss(False)
+    with pytest.raises(UnsupportedSite, match="'z'.*(discrete|Bernoulli)"):
+        loss(True)
