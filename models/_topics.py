@@ -78,6 +78,7 @@ def npmi(topics: Tensor, counts: Tensor, count: int = 10) -> Tensor:
         K numbers in [−1, 1].
 
     Raises:
+        BadInput: fewer than two words per topic, which have no pair.
         IndexError: if the documents have fewer words than the topics.
 
     >>> import torch
@@ -85,13 +86,16 @@ def npmi(topics: Tensor, counts: Tensor, count: int = 10) -> Tensor:
     >>> npmi(torch.tensor([[0.5, 0.4, 0.1, 0.0], [0.5, 0.1, 0.4, 0.0]]), documents, count=2)
     tensor([ 1., -1.])
     """
+    words = min(count, topics.shape[-1])
+    if words < 2:
+        raise BadInput(f"npmi: count is {count} of {topics.shape[-1]} words: expected at least two words per topic")
     present = (counts.flatten(1) > 0).double()
     found = []
-    for words in topics.topk(min(count, topics.shape[-1])).indices:
-        chosen = present[:, words]
+    for top in topics.topk(words).indices:
+        chosen = present[:, top]
         alone, together = chosen.mean(0), chosen.mT @ chosen / len(chosen)
         scores = []
-        for i, j in itertools.combinations(range(len(words)), 2):
+        for i, j in itertools.combinations(range(words), 2):
             both = together[i, j]
             if both == 0:
                 scores.append(-1.0)

@@ -220,7 +220,8 @@ class MultinomialCounts(dist.TorchDistribution):
         counts = value.flatten(-self.rank)
         log_probs = self.logits.flatten(-self.rank).log_softmax(-1)
         ways = torch.lgamma(counts.sum(-1) + 1) - torch.lgamma(counts + 1).sum(-1)
-        return ways + (counts * log_probs).sum(-1)
+        # An impossible number that does not occur contributes zero: 0 · log 0 = 0.
+        return ways + torch.where(counts == 0, 0.0, counts * log_probs).sum(-1)
 
 
 def _multinomial(logits: Tensor, *, rank: int, total_count: int) -> dist.TorchDistribution:
@@ -258,6 +259,9 @@ class DiscretizedLogistic(dist.TorchDistribution):
         levels: the number of values, 0 and 1 included.
         validate_args: whether torch checks parameters and values; None takes its global setting.
 
+    Raises:
+        BadInput: fewer than two levels.
+
     >>> pixel = DiscretizedLogistic(torch.tensor(0.4), torch.tensor(0.1), levels=5)
     >>> round(pixel.log_prob(torch.linspace(0, 1, 5)).exp().sum().item(), 4)
     1.0
@@ -268,6 +272,8 @@ class DiscretizedLogistic(dist.TorchDistribution):
     has_rsample = False
 
     def __init__(self, loc: Tensor, scale: Tensor, levels: int = 256, validate_args: bool | None = None):
+        if levels < 2:
+            raise BadInput(f"a discretized logistic has {levels} level: expected at least 0 and 1")
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         self.levels = levels
         super().__init__(self.loc.shape, validate_args=validate_args)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 
-import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.poutine.util import site_is_subsample
@@ -14,6 +13,7 @@ from torch.distributions import Distribution, kl_divergence
 
 from ...errors import BadInput
 from ..engine.rows import arguments_of
+from ..engine.scopes import private_store
 
 Distributions = Callable[[], "Distribution | Sequence[Distribution]"]
 
@@ -100,14 +100,14 @@ def guide_distributions(guide: Callable, args: object) -> Distributions:
     [(5,)]
     """
     positional, keywords = arguments_of(args)
-    with torch.no_grad(), pyro.get_param_store().scope():
+    with torch.no_grad(), private_store(guide):
         drawn = poutine.trace(guide).get_trace(*positional, **keywords)
     for site in drawn.nodes.values():
         if site["type"] == "sample" and isinstance(site["value"], Tensor):
             site["value"] = site["value"].detach()
 
     def distributions() -> list[Distribution]:
-        with pyro.get_param_store().scope():
+        with private_store(guide):
             trace = poutine.trace(poutine.replay(guide, trace=drawn)).get_trace(*positional, **keywords)
         return [
             site["fn"]
@@ -190,7 +190,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
 
 def _detached(thing):
-    """A distribution with all its tensors detached and cloned: θ_old, whose memory θ must not share."""
+    """A distribution with all its tensors detached: θ_old."""
     if isinstance(thing, Tensor):
         return thing.detach()
     if isinstance(thing, Distribution):

@@ -148,5 +148,7 @@ def test_perplexity_of_the_right_shares_is_the_words_entropy():
 def test_npmi_is_zero_for_words_that_are_independent():
     documents = torch.cartesian_prod(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0]))
     assert npmi(torch.tensor([[0.6, 0.4]]), documents).abs().max() < 1e-6
+    with pytest.raises(BadInput, match="count is 1 of 2 words: expected at least two"):
+        npmi(torch.tensor([[0.6, 0.4]]), documents, count=1)
     with pytest.raises(BadInput, match="3 words"):
         top_words(torch.ones(1, 2) / 2, ["a", "b", "c"])

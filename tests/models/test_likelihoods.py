@@ -57,6 +57,20 @@ def test_multinomial_counts_score_each_row_by_its_own_total():
     assert torch.allclose(found, torch.stack(expected))
 
 
+def test_an_impossible_number_that_does_not_occur_leaves_the_others_their_probability():
+    logits = torch.tensor([0.3, -float("inf"), -0.2]).double().requires_grad_()
+    counts = torch.tensor([2.0, 0.0, 1.0]).double()
+    found = MultinomialCounts(logits).log_prob(counts)
+    assert torch.allclose(found, dist.Multinomial(3, logits=logits).log_prob(counts))
+    assert torch.autograd.grad(found, logits)[0].isfinite().all()
+    assert MultinomialCounts(logits).log_prob(torch.tensor([2.0, 1.0, 0.0]).double()) == -float("inf")
+
+
+def test_one_level_is_refused():
+    with pytest.raises(BadInput, match="1 level: expected at least 0 and 1"):
+        Observation("discretized-logistic", (1,), {"levels": 1})(torch.zeros(1, 2))
+
+
 def test_multinomial_draws_of_given_totals_have_the_law_of_each_total():
     torch.manual_seed(0)
     logits = torch.randn(2, 2).double()

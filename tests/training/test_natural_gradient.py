@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, Independent, MultivariateNormal, Normal, kl_divergence
@@ -196,6 +197,24 @@ def test_any_guide_with_a_kl(model, guide, param_store):
     optimizer.step(guide_distributions(guide, x))
     assert not torch.equal(before, torch.cat([p.detach().flatten() for p in parameters]))
     assert len(pyro.get_param_store()) == 0
+
+
+def test_a_guide_that_keeps_its_parameters_in_the_store_is_measured_at_their_values():
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(2).double())
+        scale = pyro.param("scale", torch.ones(2).double(), constraint=dist.constraints.positive)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    x = torch.zeros(3)
+    with pyro.get_param_store().scope():
+        guide(x)
+        pyro.get_param_store()["loc"], pyro.get_param_store()["scale"] = leaf(2.0, -1.0), leaf(0.5, 2.0)
+        parameters = [value for _, value in pyro.get_param_store().named_parameters()]
+        found = matrix(fisher_product(guide_distributions(guide, x), parameters), 4)
+    # Pyro keeps the logarithm of the scale.
+    expected = torch.diag(torch.tensor([3 / 0.25, 3 / 4.0, 6.0, 6.0]).double())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_mistakes_are_one_line():
