@@ -33,9 +33,10 @@ def gap(units: Units, collection: Collection, weak: tuple[str, str] | None) -> V
 
     weight = units.log_weight
     evidence, error = log_evidence(weight)
-    # Noise in a log-weight lowers its mean by half its variance, and leaves the mean weight unbiased.
-    lacking = evidence - weight.mean(1) - units.noise / 2
-    noise = np.sqrt(weight.var(1, ddof=1) / weight.shape[1] + error**2)
+    with np.errstate(invalid="ignore"):  # weights of zero
+        # Noise in a log-weight lowers its mean by half its variance, and leaves the mean weight unbiased.
+        lacking = evidence - weight.mean(1) - units.noise / 2
+        noise = np.sqrt(weight.var(1, ddof=1) / weight.shape[1] + error**2)
     mean, spread = float(lacking.mean()), float(np.sqrt((noise**2).sum()) / len(lacking))
     dimensions = _dimensions(units, collection)
     limit = GAP * dimensions

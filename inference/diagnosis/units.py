@@ -101,16 +101,17 @@ class Units:
     def weak(self) -> tuple[str, str] | None:
         """Why these weights cannot support an ok, with an advice; None if they can."""
         if self.noise > INNER_NOISE:
+            more = self.inner * self.noise / INNER_NOISE
+            helps = f"pass num_local_samples={_round_up(more)}, or " if math.isfinite(more) else ""
             return (
                 f"integrating the local latents out over {self.inner} draws leaves noise of variance {self.noise:.2g} "
                 "in the log-weights",
-                f"pass num_local_samples={_round_up(self.inner * self.noise / INNER_NOISE)}, or improve the guide of "
-                "the local latents",
+                f"{helps}improve the guide of the local latents",
             )
         poor = int((~self.clear(ENOUGH)).sum())
         if poor > allowed(len(self)):
             least = float(self.ess.min())
-            more = _round_up(self.draws * ENOUGH / least)
+            more = _round_up(self.draws * ENOUGH / least) if least else math.inf
             helps = f"num_samples={more}" if more <= 100_000 else "a better guide: more training, or a richer family"
             return (
                 f"in {poor} of {len(self)} the weighted draws count as fewer than {ENOUGH:.0f} (least {least:.1f} of "
@@ -141,7 +142,8 @@ def units_of(collection: Collection, stats: Mapping[str, tuple[Sequence[str], np
         one = _units("global latents", sweep.shared, sweep.shared_plates, shared[0], "khat_global", collection, stats)
         one.inner = collection.num_local_samples
         # The relative variance of one weight, divided by the draws of each integral.
-        of_data = (groups[0].draws / groups[0].ess - 1) / one.inner
+        with np.errstate(divide="ignore"):  # a datum whose weights are all zero
+            of_data = (groups[0].draws / groups[0].ess - 1) / one.inner
         one.noise = float(of_data.sum() / len(one))
         groups.append(one)
     return groups

@@ -272,7 +272,11 @@ class Collection:
         if not self.nested:
             return self.log_weight()
         array = self.arrays["log_likelihood", self.sweep.evidence]
-        return self.log_weight()[:, :: array.every] - array.data
+        weight = self.log_weight()[:, :: array.every]
+        with np.errstate(invalid="ignore"):
+            found = weight - array.data
+        found[weight == -np.inf] = -np.inf  # zero relative to any evidence, that of zero included
+        return found
 
     def global_log_weight(self) -> np.ndarray | None:
         """Log-weights of the global latents, with the local ones integrated out, ``(chain, draw, *shared plates)``."""

@@ -485,6 +485,28 @@ def test_a_report_fits_in_eighty_columns_and_says_what_to_do_next():
     assert sorted(report.cannot_say) == sorted(one.name for one in report.verdicts if one.verdict == "cannot say")
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_datum_of_which_every_draw_is_excluded_alarms_without_a_warning_of_numpy(nested):
+    x = torch.tensor([0.1, -0.4, 9.0, 0.3]).double()
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(ZERO, 1.0)) if nested else ZERO
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.factor("allowed", torch.where(z <= 0, 0.0, -math.inf))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        if nested:
+            pyro.sample("mean", dist.Normal(ZERO, 0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.where(x > 5, 60.0, -1.0), 0.5))
+
+    report = diagnose(model, guide, x, **QUICK)
+    assert "khat" in report.alarms and report["ess"].verdict == "alarm"
+    assert "draws in 1 of 4 (least 0)" in report["ess"].text
+
+
 @pytest.mark.parametrize(
     "made",
     [lambda: dist.Uniform(0.0, 0.5), lambda: dist.Normal(MEAN, 1e-30), lambda: dist.Normal(MEAN, math.inf)],
