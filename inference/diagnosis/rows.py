@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ...errors import PROGRAM_ERRORS
+from ..engine.rows import spaced
 from ..engine.scopes import quietly
 from ..posterior.alone import changed_alone
 from ..posterior.runner import Sweep
@@ -21,7 +20,7 @@ def few_rows(sweep: Sweep, num_data: int, options: Mapping[str, Any]) -> tuple[S
     if not plates or sweep.shared or sweep.swept.keys() - {sweep.sliced}:
         return sweep, args, kwargs
     size = sweep.sizes[plates[0]]
-    rows = torch.linspace(0, size - 1, num_data).round().long()
+    rows = spaced(size, num_data)
 
     def cut(value):
         return value[rows.to(value.device)] if has_rows(value, size) else value

@@ -231,6 +231,16 @@ class Rows:
         return changed
 
 
+def spaced(length: int, count: int) -> torch.Tensor:
+    """The numbers of ``count`` evenly spaced rows of ``length``, the first and the last included.
+
+    >>> spaced(10, 4).tolist(), spaced(2**24 + 4, 2).tolist() == [0, 2**24 + 3]
+    ([0, 3, 6, 9], True)
+    """
+    # In float32 numbers beyond 2²⁴ are rounded, to one beyond the last for some lengths.
+    return torch.linspace(0, length - 1, count, dtype=torch.float64).round().long()
+
+
 _AT_ONCE = 2**24  # numbers that are processed together, which bounds memory
 
 

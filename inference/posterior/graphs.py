@@ -15,7 +15,7 @@ from ..engine.constants import Place, Watch, called_with, unmoved
 from ..engine.interventions import Unvalidated
 from ..engine.noise import Noise, Tape
 from ..engine.rows import Rows
-from ..engine.scopes import modules_of
+from ..engine.scopes import modules_of, private_seed
 from .checks import Checks
 from .division import data_in
 from .runner import Sweep
@@ -109,10 +109,14 @@ class Graphs:
         return Terms(*graph(*self.networks.tensors(), *_tensors(batch), *noise.buffers))
 
     def _capture(self, sweep: Sweep, batch: Rows, count: int) -> tuple[Noise, Callable[..., list[Tensor]]]:
+        """The runs of a batch as a graph; random state, also that of a device, stays as it is."""
+        with private_seed(None, sweep.model, sweep.guide, *_tensors(batch)):
+            return self._captured(sweep, batch, count)
+
+    def _captured(self, sweep: Sweep, batch: Rows, count: int) -> tuple[Noise, Callable[..., list[Tensor]]]:
         self.made += 1
         tape = Tape()
         here, names = self.networks.tensors(), self.networks.names()
-        before = torch.get_rng_state()
         for program, run in zip(
             ("guide", "model"), sweep.run(count, Block(), arguments=(batch.args, batch.kwargs)), strict=True
         ):
@@ -137,7 +141,6 @@ class Graphs:
         noise.draw()
         expected = self._terms(sweep, batch, count, Tape(noise))
         found = Terms(*graph(*examples))
-        torch.set_rng_state(before)
         tolerance = 1e-9 if here and here[0].dtype == torch.float64 else 1e-4
         close = torch.isclose(found.parts, expected.parts, rtol=tolerance, atol=tolerance, equal_nan=True)
         # A draw at a threshold may fall on either side.

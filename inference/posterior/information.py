@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...errors import PROGRAM_ERRORS, BadInput
-from ..engine.rows import Rows
+from ..engine.rows import Rows, spaced
 from ..engine.scopes import quietly
 from ..engine.stored_rows import rows_in
 from .alone import changed_alone
@@ -110,7 +110,7 @@ def information(
 
 def _sweep(model: Callable, guide: Callable, rows: Rows, count: int, plate: str | None) -> Sweep:
     if count < len(rows):
-        few = rows[torch.linspace(0, len(rows) - 1, count).round().long()]
+        few = rows[spaced(len(rows), count)]
         try:
             sweep = Sweep(model, guide, few.args, few.kwargs, data_plates=plate)
             if sweep.local and not sweep.outside_data():

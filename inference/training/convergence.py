@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..engine.rows import spaced
+
 STATIONARY = 1.1  # the largest R̂ of stationary iterates
 ADRIFT = 1.2  # the R̂ of averaged iterates above which the average is restarted
 ENOUGH = 50.0  # the smallest effective number of iterates in the average, in every coordinate
@@ -80,7 +82,7 @@ class Convergence:
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         sizes = [p.numel() for p in self.parameters.values()]
         total = sum(sizes)
-        watched = torch.linspace(0, total - 1, min(WATCHED, total)).round().long().unique()
+        watched = spaced(total, min(WATCHED, total)).unique()
         ends = torch.tensor([0, *sizes]).cumsum(0)
         self._places = [
             watched[(watched >= start) & (watched < end)] - start
