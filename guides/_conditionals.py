@@ -264,6 +264,11 @@ def family_of(seen: Seen, joint: bool, most_joint: int) -> Family:
             " the reals is known; register one with torch.distributions.biject_to"
         ) from None
     size = math.prod(inner)
+    if not size:
+        raise BadInput(
+            f"amortize: latent site {seen.name!r} ({type(seen.fn).__name__}) of event shape {list(shape)} has no free"
+            " number: its value is certain; pass that value in the model without a site"
+        )
     joint = joint and 1 < size <= most_joint
     outputs = 2 * size + (size * size if joint else 0)
     name = {"_Real": "real", "_GreaterThan": "positive", "_Simplex": "simplex", "_Interval": "interval"}.get(kind, kind)

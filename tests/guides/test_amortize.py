@@ -378,6 +378,11 @@ def a_delta(x):
     pyro.sample("x", dist.Normal(b, 1.0), obs=x)
 
 
+def a_simplex_of_one(x):
+    a = pyro.sample("a", dist.Dirichlet(torch.ones(1)))
+    pyro.sample("x", dist.Normal(a.sum(), 1.0), obs=x)
+
+
 def observes_nothing(x):
     pyro.sample("a", dist.Normal(0.0, 1.0))
 
@@ -398,6 +403,7 @@ def fails(x):
         (moving_shape, "latent site 'b' has event shape"),
         (a_multinomial, "site 'a' .*Multinomial"),
         (a_delta, r"latent site 'a' is a Delta.*pyro\.deterministic\('a', value\)"),
+        (a_simplex_of_one, r"latent site 'a' \(Dirichlet\) of event shape \[1\] has no free number"),
         (observes_nothing, "observes nothing"),
         (has_no_latents, "no latent sites"),
         (fails, "the model fails on these arguments .KeyError"),
