@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -9,6 +11,7 @@ import torch
 from pyro.nn import PyroModule
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
+from gumbo.errors import BadInput
 from gumbo.inference import audit, diagnose, evaluate, fit, to_arviz
 
 X = torch.tensor([0.3, -1.2, 0.8, 0.1])
@@ -74,6 +77,16 @@ def test_a_tuple_is_positional_a_mapping_keywords(use):
 def test_arguments_one_by_one_and_keywords_mean_the_same(use):
     found = [use((X, SCALE), shift=0), use(X, SCALE, shift=0), use({"x": X}, scale=SCALE), use(X, scale=SCALE)]
     assert found == [found[0]] * 4
+
+
+@pytest.mark.parametrize("pair", [collections.namedtuple("Pair", "x scale")(X, SCALE), {"x": X, "scale": SCALE}])
+@pytest.mark.parametrize("use", [fit, evaluate, to_arviz])
+def test_data_that_are_one_argument_are_said_to_belong_in_a_tuple(use, pair):
+    def model(pair):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(BadInput, match=r"a tuple holds the positional arguments .*: pass \(data,\)"):
+        use(model, model, pair)
 
 
 class Sequences(PyroModule):

@@ -412,7 +412,10 @@ class Replay(OfSamples):
         name = msg["name"]
         reason = "it is latent in the model and has no site in the guide; sample it there too, or observe it"
         if getattr(msg["fn"], "has_enumerate_support", False):
-            reason += ", or mark it infer={'enumerate': 'parallel'} in the model, which sums over it"
+            mark = "mark it infer={'enumerate': 'parallel'} in the model"
+            if name.endswith("_unobserved"):  # pyro.sample passes no infer= on to the two sites of obs_mask=
+                mark = "mark it by pyro.infer.config_enumerate(model), since obs_mask= drops infer="
+            reason += f", or {mark}, which sums over it"
         raise UnsupportedSite(name, ANY, reason)
 
 

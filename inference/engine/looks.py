@@ -17,7 +17,7 @@ from ..estimators import Estimator, estimators
 from ..estimators._distributions import is_deterministic
 from .mixing import mixed_plates
 from .programs import Program
-from .scopes import devices_of, kept_buffers, modules_met
+from .scopes import built_or_not, devices_of, kept_buffers, modules_met
 from .streams import Generators
 from .vectorizing import check_at_once
 
@@ -30,7 +30,7 @@ def looking(model: Callable, guide: Callable, *args: Any) -> Iterator[Collection
     Yields the modules that take part, including those that plain functions call.
     """
     generators = Generators(devices_of(model, guide, *args), others=True)
-    with generators.kept(), kept_buffers(model, guide), modules_met() as met, torch.enable_grad():
+    with generators.kept(), kept_buffers(model, guide), built_or_not(guide), modules_met() as met, torch.enable_grad():
         yield met
 
 

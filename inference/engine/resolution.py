@@ -97,13 +97,17 @@ class Detached(Estimator):
         return detached_draw(fn, args, kwargs)
 
 
-def check_particles(site: str, estimator: Estimator, num_particles: int | None) -> None:
+def check_particles(
+    site: str, estimator: Estimator, num_particles: int | None, alternatives: Callable[[], list[str]] = list
+) -> None:
+    """Raise TooFewParticles; ``alternatives`` are the words that support the site, where the site is known."""
     if num_particles is not None and num_particles < estimator.min_particles:
         raise TooFewParticles(
             site,
             estimator.name,
-            f"it needs num_particles ≥ {estimator.min_particles}, got {num_particles}",
-            _ordered([word for word, make in estimators.items() if make().min_particles <= num_particles]),
+            f"it needs num_particles ≥ {estimator.min_particles}, got {num_particles}; leave num_particles out for the"
+            " least that the words need",
+            [word for word in alternatives() if estimators[word]().min_particles <= num_particles],
         )
 
 
@@ -205,7 +209,7 @@ class Resolution:
             refusal = elbo.target.refusal(estimator) or refusal
         if refusal is not None:
             raise refusal.about(name, estimator.name, self.alternatives(msg)).error()
-        check_particles(name, estimator, elbo.requested_particles)
+        check_particles(name, estimator, elbo.requested_particles, lambda: self.alternatives(msg))
         if estimator.enumerates and elbo.plates == "ignore":
             self.joint.add(name)
         return estimator

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
@@ -139,12 +137,3 @@ def _disjoint(supports: Sequence[Tensor]) -> bool:
     """Whether at least two rows have elements, and no element belongs to two rows."""
     together = torch.stack(list(supports)).flatten(1)
     return int(together.any(1).sum()) > 1 and int(together.sum(0).max()) < 2
-
-
-def autoguides_in(program: Callable) -> list[AutoGuide]:
-    """Pyro's autoguides in a program, itself included."""
-    held: list[Any] = [program, getattr(program, "__self__", None)]
-    if inspect.isfunction(program):
-        names = inspect.getclosurevars(program)
-        held += [*names.nonlocals.values(), *names.globals.values()]
-    return [module for root in modules_of(*held) for module in root.modules() if isinstance(module, AutoGuide)]

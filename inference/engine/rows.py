@@ -1,11 +1,11 @@
 """Data as arguments of programs: the convention of ``fit``, ``evaluate``, ``to_arviz``, ``diagnose`` and ``audit``.
 
-A tuple holds the positional arguments, a mapping the keywords, anything else is the single argument; wrap an argument
-that is itself a tuple or a mapping in a tuple. N is the number of rows of the first tensor (or NumPy array) among the
-arguments. All tensors and arrays with N rows are cut into batches; everything else (a PackedSequence, None, a number,
-a list, a tensor with another number of rows) is passed whole. Where no plate around all observed sites has N rows,
-``evaluate`` takes the number from the plate. A torch Dataset or DataLoader provides its rows. The programs receive an
-array of numbers as a tensor over the same memory, or over the same file if it is memory-mapped.
+A tuple, named or not, holds the positional arguments, a mapping the keywords, anything else is the single argument;
+wrap an argument that is itself a tuple or a mapping in a tuple. N is the number of rows of the first tensor (or NumPy
+array) among the arguments. All tensors and arrays with N rows are cut into batches; everything else (a PackedSequence,
+None, a number, a list, a tensor with another number of rows) is passed whole. Where no plate around all observed sites
+has N rows, ``evaluate`` takes the number from the plate. A torch Dataset or DataLoader provides its rows. The programs
+receive an array of numbers as a tensor over the same memory, or over the same file if it is memory-mapped.
 """
 
 from __future__ import annotations
@@ -70,6 +70,18 @@ def given_arguments(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict
     if twice := sorted(keywords.keys() & kwargs.keys()):
         raise BadInput(f"argument {twice[0]!r} is given twice, in the mapping and as a keyword")
     return positional, {**keywords, **kwargs}
+
+
+def about_arguments(error: BaseException) -> str:
+    """A hint on the convention where a program was called with arguments that it does not take.
+
+    >>> about_arguments(TypeError("model() takes 1 positional argument but 2 were given"))
+    '; a tuple holds the positional arguments and a mapping the keywords: pass (data,) if data are one argument'
+    """
+    mistaken = ("positional argument", "keyword argument")
+    if not isinstance(error, TypeError) or not any(words in str(error) for words in mistaken):
+        return ""
+    return "; a tuple holds the positional arguments and a mapping the keywords: pass (data,) if data are one argument"
 
 
 class Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from pyro.params.param_store import StateDict
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -27,6 +29,30 @@ def modules_of(*programs: object) -> list[torch.nn.Module]:
     """
     found = [one for program in programs for one in (program, getattr(program, "inner_program", None))]
     return [one for one in found if isinstance(one, torch.nn.Module)]
+
+
+def autoguides_in(program: object) -> list[AutoGuide]:
+    """Pyro's autoguides in a program, itself included."""
+    held: list[Any] = [program, getattr(program, "__self__", None)]
+    if inspect.isfunction(program):
+        names = inspect.getclosurevars(program)
+        held += [*names.nonlocals.values(), *names.globals.values()]
+    return [module for root in modules_of(*held) for module in root.modules() if isinstance(module, AutoGuide)]
+
+
+@contextmanager
+def built_or_not(program: object) -> Iterator[None]:
+    """Undo the first call of an autoguide if it raises, so that the next call raises the same error.
+
+    Pyro marks an autoguide as built before it is, and the next call would miss a parameter.
+    """
+    unbuilt = [one for one in autoguides_in(program) if one.prototype_trace is None]
+    try:
+        yield
+    except BaseException:
+        for one in unbuilt:
+            one.prototype_trace = None
+        raise
 
 
 def owned_parameters(model: Callable, guide: Callable) -> dict[str, torch.nn.Parameter]:
@@ -300,5 +326,11 @@ def quietly(model: Callable, guide: Callable, seed: int | None) -> Iterator[None
     evaluated on its training noise.
     """
     own = None if seed is None else (seed * 0x9E3779B9 + 0x5EED) % 2**63
-    with private_store(model, guide), private_seed(own, model, guide), evaluating(model, guide), torch.no_grad():
+    with (
+        private_store(model, guide),
+        private_seed(own, model, guide),
+        evaluating(model, guide),
+        built_or_not(guide),
+        torch.no_grad(),
+    ):
         yield

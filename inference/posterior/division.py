@@ -9,9 +9,8 @@ from contextlib import suppress
 import torch
 
 from ...errors import PROGRAM_ERRORS, BadInput
-from ..engine.row_parameters import autoguides_in
 from ..engine.rows import Rows, is_array
-from ..engine.scopes import device_of, quietly
+from ..engine.scopes import autoguides_in, device_of, quietly
 from .alone import Run, changed_alone
 from .runner import Sweep
 

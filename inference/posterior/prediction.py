@@ -17,9 +17,9 @@ from ...errors import PROGRAM_ERRORS, BadInput, GumboError, GumboWarning, first_
 from ...options import holds_to_annotations
 from ..engine.messenger_guides import MessengerProgram, as_program
 from ..engine.progress import bar
-from ..engine.row_parameters import autoguides_in, positional_parameter, sites_of
-from ..engine.rows import Rows, given_arguments
-from ..engine.scopes import kept_buffers, modules_of, private_seed, quietly
+from ..engine.row_parameters import positional_parameter, sites_of
+from ..engine.rows import Rows, about_arguments, given_arguments
+from ..engine.scopes import autoguides_in, kept_buffers, modules_of, private_seed, quietly
 from . import _arviz
 from .collection import Array, as_array, kind_of_array
 from .conversion import afford
@@ -280,7 +280,8 @@ def _explained(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Itera
             ) from error
         if isinstance(error, GumboError):
             raise
-        raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}") from error
+        said = f"{first_line(error, kind=True)}{about_arguments(error)}"
+        raise BadInput(f"the programs fail on these arguments: {said}") from error
 
 
 def _parameter_of_other_rows(guide: Callable, rows: Rows) -> tuple[str, int] | None:

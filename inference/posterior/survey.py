@@ -23,7 +23,7 @@ from ..engine.interventions import ChosenRows, GivenValues
 from ..engine.looks import plates_mixed_by
 from ..engine.messenger_guides import as_program
 from ..engine.programs import check_observed, outside_plates
-from ..engine.rows import Rows
+from ..engine.rows import Rows, about_arguments
 from ..engine.scopes import device_of, quietly
 from ..estimators._distributions import (
     describe,
@@ -137,7 +137,8 @@ class Survey:
             raise
         except PROGRAM_ERRORS as error:
             self._check_arguments()
-            raise BadInput(f"the programs fail on these arguments: {first_line(error, kind=True)}") from error
+            said = f"{first_line(error, kind=True)}{about_arguments(error)}"
+            raise BadInput(f"the programs fail on these arguments: {said}") from error
         for trace in (guide, model):
             for name, site in random_sites(trace):
                 check_law(name, site["fn"])

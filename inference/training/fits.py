@@ -20,7 +20,7 @@ from pyro.nn import PyroModule
 
 from ...errors import BadInput, GumboError, GumboWarning, first_line
 from ..elbo import SiteELBO
-from ..engine.rows import Rows
+from ..engine.rows import Rows, about_arguments
 from ..engine.scopes import (
     denormals_flushed,
     device_of,
@@ -501,7 +501,7 @@ def _explained(batch: Rows, model: Callable, guide: Callable) -> Iterator[None]:
         batch.check(TRANSFORMED)
         raise BadInput(
             f"the programs cannot run on a batch of train, {described(batch)}: {first_line(error)}"
-            f"{_about_dtypes(batch, model, guide)}"
+            f"{about_arguments(error) or _about_dtypes(batch, model, guide)}"
         ) from error
 
 

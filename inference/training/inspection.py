@@ -16,9 +16,17 @@ from torch import Tensor, nn
 
 from ...errors import PROGRAM_ERRORS, BadInput, GumboError, GumboWarning, UnsupportedSite
 from ..engine.handlers import StaysFrozen
-from ..engine.row_parameters import autoguides_in, positional_parameter, sites_of, traces_of
+from ..engine.row_parameters import positional_parameter, sites_of, traces_of
 from ..engine.rows import Rows
-from ..engine.scopes import kept_buffers, modes_kept, modules_met, private_seed, private_store
+from ..engine.scopes import (
+    autoguides_in,
+    built_or_not,
+    kept_buffers,
+    modes_kept,
+    modules_met,
+    private_seed,
+    private_store,
+)
 from ..estimators._distributions import is_computed, observes_itself, turns_validation_off
 from ..posterior.superfluous import superfluous_latents
 from ..posterior.vmapped import unmasked
@@ -108,6 +116,7 @@ def inspect_programs(model: Callable, guide: Callable, batch: Rows, seed: int) -
         stack.enter_context(private_store(model, guide))
         stack.enter_context(private_seed(seed, model, guide))
         stack.enter_context(kept_buffers(model, guide))
+        stack.enter_context(built_or_not(guide))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(StaysFrozen())
         called = stack.enter_context(modules_met())

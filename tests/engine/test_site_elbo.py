@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import DISCRETE, F64, ChainGuide, ChainModel, OneCoinGuide, OneCoinModel, Params, X, gradient
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
@@ -22,7 +22,7 @@ from torch.distributions.transforms import (
     SigmoidTransform,
 )
 
-from gumbo.errors import BadInput, CannotVectorize, GumboWarning, UnknownName, UnsupportedSite
+from gumbo.errors import BadInput, CannotVectorize, GumboWarning, TooFewParticles, UnknownName, UnsupportedSite
 from gumbo.guides import CategoricalGuide, NormalGuide
 from gumbo.inference import SiteELBO
 from gumbo.inference.auditing.exact import exact_elbo, exact_iwae, mean_over_draws
@@ -382,7 +382,7 @@ def test_marks_of_pyro_are_honoured_or_refused():
     [
         (lambda: SiteELBO("rlo0"), UnknownName, "unknown estimator 'rlo0': did you mean 'rloo'"),
         (lambda: SiteELBO("rloo", num_particles=1), UnsupportedSite, "'rloo': it needs num_particles ≥ 2, got 1"),
-        (lambda: SiteELBO("rloo", num_particles=1), BadInput, "would do: .*score"),
+        (lambda: SiteELBO("rloo", num_particles=1), BadInput, "leave num_particles out for the least .* need$"),
         (lambda: SiteELBO({"z1": 3}), BadInput, "an estimator is a word or an Estimator, got 3"),
         (lambda: SiteELBO("score", plates="maybe"), UnknownName, "unknown plates 'maybe'"),
         (lambda: SiteELBO("score", num_particles=0), BadInput, "num_particles must be a positive integer"),
@@ -800,7 +800,17 @@ def test_a_subsampled_plate_is_seen_alike_by_all_particles():
     assert len(seen) == 3 and len(set(seen)) == 1
 
 
-def test_partly_observed_sites():
+def test_too_few_particles_advise_only_words_that_support_the_site():
+    def guide():
+        pyro.sample("z", dist.Poisson(torch.tensor(1.0)), infer={"estimator": "rloo"})
+
+    with pytest.raises(TooFewParticles) as refused:
+        SiteELBO(num_particles=1).loss(lambda: pyro.sample("z", dist.Poisson(1.0)), guide)
+    advised = refused.value.alternatives
+    assert "score" in advised and not {"pathwise", "rloo", "enumerate", "disarm"}.intersection(advised)
+
+
+def test_partly_observed_sites(param_store):
     """`obs_mask`: the unobserved half is a latent site, which the guide must sample."""
     mask = torch.tensor([True, False])
 
@@ -825,8 +835,9 @@ def test_partly_observed_sites():
                     with pyro.poutine.mask(mask=~mask):
                         pyro.sample("x_unobserved", dist.Bernoulli(logits=self.b))
 
-    with pytest.raises(UnsupportedSite, match="'x_unobserved'.*no site in the guide"):
+    with pytest.raises(UnsupportedSite, match="'x_unobserved'.*no site in the guide.*config_enumerate.* drops infer="):
         SiteELBO("score")(Model(), Guide(False))()
+    assert math.isfinite(SiteELBO().loss(config_enumerate(Model()), lambda: None))  # the advice
     model, guide = Model(), Guide(True)
     for word in ("score", "rloo", "enumerate"):
         loss = SiteELBO(word)(model, guide)

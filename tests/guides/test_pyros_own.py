@@ -267,3 +267,24 @@ def test_a_law_that_draws_by_its_call_alone_is_served(wrapped):
         found.append(torch.tensor([evaluate(parts.model, parts.guide, Y, num_samples=20).elbo] * 5))
         to_arviz(parts.model, parts.guide, Y, num_samples=20)
     assert torch.allclose(torch.stack(found[:5]), torch.stack(found[5:]), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, guide: SiteELBO().loss(model, guide, Y),
+        lambda model, guide: fit(model, guide, Y, epochs=1, progress=False),
+        lambda model, guide: evaluate(model, guide, Y),
+    ],
+)
+def test_an_autoguide_that_cannot_be_built_says_the_same_when_used_again(use):
+    """Pyro takes it for built after the first call, and the second missed a parameter."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+
+    guide = AutoMultivariateNormal(model)
+    for _ in range(2):
+        with pytest.raises((RuntimeError, BadInput), match="found no latent variables"):
+            use(model, guide)
