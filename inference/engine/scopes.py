@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import CellType
 from typing import Any
 
 import pyro
@@ -33,11 +34,12 @@ def modules_of(*programs: object) -> list[torch.nn.Module]:
 
 def autoguides_in(program: object) -> list[AutoGuide]:
     """Pyro's autoguides in a program, itself included."""
-    held: list[Any] = [program, getattr(program, "__self__", None)]
+    roots = modules_of(program, getattr(program, "__self__", None))
     if inspect.isfunction(program):
-        names = inspect.getclosurevars(program)
-        held += [*names.nonlocals.values(), *names.globals.values()]
-    return [module for root in modules_of(*held) for module in root.modules() if isinstance(module, AutoGuide)]
+        cells = (cell.cell_contents for cell in program.__closure__ or () if cell != CellType())  # empty: no value
+        named = (program.__globals__.get(name) for name in program.__code__.co_names)
+        roots += [one for one in (*cells, *named) if isinstance(one, torch.nn.Module)]
+    return [module for root in roots for module in root.modules() if isinstance(module, AutoGuide)]
 
 
 @contextmanager

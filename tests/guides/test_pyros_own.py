@@ -23,6 +23,7 @@ from pyro.infer.autoguide import (
     AutoStructured,
 )
 from pyro.poutine import block
+from pyroapi import pyro as named
 from torch import nn
 
 from gumbo.errors import BadInput, UnsupportedSite
@@ -288,3 +289,22 @@ def test_an_autoguide_that_cannot_be_built_says_the_same_when_used_again(use):
     for _ in range(2):
         with pytest.raises((RuntimeError, BadInput), match="found no latent variables"):
             use(model, guide)
+
+
+def test_a_guide_may_close_over_what_has_no_value_or_no_attributes():
+    """Autoguides are looked for among the values of its names: pyroapi raises for any attribute it lacks."""
+
+    def guide(t, y):
+        if t is None:
+            return later
+        with named.plate("data", len(y)):
+            return named.sample("z", dist.Normal(0.0, 1.0))
+
+    if Y is None:
+        later = None
+
+    def model(t, y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    assert SiteELBO().loss(model, guide, T, Y) > 0 > evaluate(model, guide, (T, Y), num_samples=20).elbo
