@@ -20,7 +20,7 @@ from ..estimators._distributions import has_score_term
 from .arrangement import Arrangement, Loss, Pair
 from .auxiliary import warn_of_undetermined_draws
 from .elimination import NeedsListing
-from .looks import looking, one_particle, plates_mixed_by
+from .looks import looking, off_zero, one_particle, plates_mixed_by
 from .messenger_guides import as_program
 from .noise import current_tape
 from .programs import Program, check_same_kind
@@ -134,7 +134,6 @@ class Binding(nn.Module):
             program.generators = Generators(devices_of(self.model, self.guide, *args), others=True)
             program.eliminates = False  # sites that are summed out are drawn once, as values for comparison
             seen = program.run(args, kwargs)
-            program.eliminates = True
             self.modules_met = list(met)
             self.switches = [
                 (vars(module), name)
@@ -143,7 +142,9 @@ class Binding(nn.Module):
                 if value is None or isinstance(value, (bool, str))
             ]
             self.generators = Generators(program.generators.devices, others=seen.noise.drew_elsewhere)
-            self._study(program, seen, args, kwargs)
+            with off_zero(program, args, kwargs, seen) as seen:
+                program.eliminates = True
+                self._study(program, seen, args, kwargs)
 
     def look(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Check for dependent rows within a plate, once in each mode and for each of the first batch sizes.
@@ -191,8 +192,8 @@ class Binding(nn.Module):
             )
             program.generators = self.generators
             program.eliminates = False
-            seen = program.run(args, kwargs)
-            arrangement.settle(self._make(), seen, self.chosen, args, kwargs)
+            with off_zero(program, args, kwargs, program.run(args, kwargs)) as seen:
+                arrangement.settle(self._make(), seen, self.chosen, args, kwargs)
         self.runs_again = self.runs_again or self._runs_again()
         before.add(shapes)
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import GumboError
 from ..estimators import Estimator, estimators
 from ..estimators._distributions import is_deterministic
 from .mixing import mixed_plates
 from .programs import Program
-from .scopes import built_or_not, devices_of, kept_buffers, modules_met
+from .records import Run
+from .scopes import built_or_not, devices_of, is_writable, kept_buffers, modules_met, modules_of
 from .streams import Generators
 from .vectorizing import check_at_once
 
@@ -32,6 +33,47 @@ def looking(model: Callable, guide: Callable, *args: Any) -> Iterator[Collection
     generators = Generators(devices_of(model, guide, *args), others=True)
     with generators.kept(), kept_buffers(model, guide), built_or_not(guide), modules_met() as met, torch.enable_grad():
         yield met
+
+
+NEAR_ZERO = 1e-3  # of an element of a parameter; layers that begin as nothing take such values
+
+
+@contextmanager
+def off_zero(program: Program, args: tuple, kwargs: Mapping[str, Any], seen: Run) -> Iterator[Run]:
+    """Move elements of parameters that are near zero away from it, in a trial run; yields a run at these parameters.
+
+    A layer, a gate or a coupling that begins at zero hides what depends on what, and training shows it. ``seen``, a run
+    at the parameters as they are, is yielded where none is near zero, or where the programs fail at the others.
+    """
+    near = [one for one in _parameters(program.model, program.guide) if (one.abs() < NEAR_ZERO).any()]
+    with ExitStack() as moved:
+        for parameter in near:
+            moved.enter_context(_moved(parameter.data))  # no change of version: graphs of the caller stay valid
+        if near:
+            try:
+                seen = program.run(args, kwargs)
+            except Exception:
+                moved.close()
+        yield seen
+
+
+def _parameters(*programs: Callable) -> list[Tensor]:
+    """The parameters of modules and of the store that are learned, each once."""
+    held = [one for module in modules_of(*programs) for one in module.parameters() if not nn.parameter.is_lazy(one)]
+    held += pyro.get_param_store()._params.values()
+    return list({id(one): one for one in held if one.requires_grad and is_writable(one)}.values())
+
+
+@contextmanager
+def _moved(value: Tensor) -> Iterator[None]:
+    """Elements near zero are away from it inside, on the same side."""
+    before = value.clone()
+    side = torch.where(value == 0, torch.randint_like(value, 2) * 2 - 1, value.sign())
+    value.copy_(torch.where(value.abs() < NEAR_ZERO, side * (0.05 + 0.1 * torch.rand_like(value)), value))
+    try:
+        yield
+    finally:
+        value.copy_(before)
 
 
 def pair_of_traces(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Trace, Trace]:
@@ -65,7 +107,7 @@ def plates_mixed_by(
     max_plate_nesting: int | None = None,
     resolve: Callable[[Any], Estimator | None] = lambda msg: None,
 ) -> frozenset[str]:
-    """The plates with dependent rows, found at the programs' current parameters and mode.
+    """The plates with dependent rows, found in the programs' current mode and with no parameter at zero.
 
     >>> import pyro.distributions as dist
     >>> def guide():
@@ -81,7 +123,8 @@ def plates_mixed_by(
     with looking(model, guide, *args):
         program = one_particle(model, guide, max_plate_nesting, resolve)
         program.generators = Generators(devices_of(model, guide, *args), others=True)
-        return mixed_plates(program, args, kwargs)
+        with off_zero(program, args, kwargs, program.run(args, kwargs)) as seen:
+            return mixed_plates(program, seen, args, kwargs)
 
 
 def takes_particles_at_once(

@@ -22,7 +22,7 @@ from .programs import Program
 from .records import Frame, Run, Site
 
 
-def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> frozenset[str]:
+def mixed_plates(program: Program, first: Run, args: tuple, kwargs: Mapping[str, Any]) -> frozenset[str]:
     """The names of the plates in which a change of one row's draws changes another row's terms.
 
     The draws of some rows are changed, with all other draws and the programs' own noise fixed; then again with all
@@ -33,9 +33,9 @@ def mixed_plates(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> fr
     Args:
         program: one particle of the programs without estimators, with their own noise separate. The run changes random
             state and buffers: the caller restores them.
+        first: a run of it, whose draws are changed.
         args, kwargs: the programs' arguments.
     """
-    first = program.run(args, kwargs)
     drawn = {site.name: site for site in first.guide if site.random}
     plates = sorted({frame for site in drawn.values() for frame in site.frames if frame[2] > 1})
     if not plates:

@@ -285,11 +285,15 @@ def _own_buffers(module: torch.nn.Module) -> list[tuple[dict[str, Tensor | None]
     return [(held, key, buffer, buffer.detach().clone()) for key, buffer in made]
 
 
+def is_writable(tensor: Tensor) -> bool:
+    """Whether a tensor can be written to, by programs too: the elements of an expanded one share memory."""
+    return not any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _put_back(saved: Iterable[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for held, key, buffer, value in saved:
-            # An expanded buffer, whose elements share memory, cannot be written to, by programs neither.
-            if not any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+            if is_writable(buffer):
                 buffer.copy_(value)
             held[key] = buffer
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import PROGRAM, BadInput, GumboError, UnsupportedSite, first_line
 from ..elbo import SiteELBO, SiteELBOModule
-from ..engine.looks import looking, one_particle
+from ..engine.looks import looking, off_zero, one_particle
 from ..engine.programs import Program
 from ..engine.records import Run, Site
 from ..engine.rows import Rows
@@ -57,21 +57,22 @@ def study(model: nn.Module, guide: nn.Module, batch: Rows) -> Study:
     sizes = len(batch), len(part)
     with pyro.get_param_store().scope({"params": {}, "constraints": {}}), looking(model, guide, *batch.args):
         program = one_particle(model, guide)
-        full = program.run(batch.args, batch.kwargs)
-        if full.eliminated:  # a first run draws the sites that later runs sum out
-            full = program.run(batch.args, batch.kwargs, fixed=_draws(full))
-        plate = _plate_over_rows(full, _on_part(program, part, sizes, None), sizes)
-        found = Study(plate, False, full)
-        fixed = {site.name: _first_rows(site, plate, sizes) for site in full.guide if site.random}
-        some = _on_part(program, part, sizes, fixed)
-        found = Study(plate, _scaled(found, some, sizes), full)
-        difference = _difference(found, full, some, sizes)
-        if difference is not None:
-            # Layers with random noise (dropout) differ between any two runs: compare without it.
-            with evaluating(model, guide):
+        first = program.run(batch.args, batch.kwargs)
+        with off_zero(program, batch.args, batch.kwargs, first) as full:
+            if full.eliminated:  # a first run draws the sites that later runs sum out
                 full = program.run(batch.args, batch.kwargs, fixed=_draws(full))
-                some = _on_part(program, part, sizes, fixed)
-                difference = _difference(found, full, some, sizes)
+            plate = _plate_over_rows(full, _on_part(program, part, sizes, None), sizes)
+            found = Study(plate, False, full)
+            fixed = {site.name: _first_rows(site, plate, sizes) for site in full.guide if site.random}
+            some = _on_part(program, part, sizes, fixed)
+            found = Study(plate, _scaled(found, some, sizes), full)
+            difference = _difference(found, full, some, sizes)
+            if difference is not None:
+                # Layers with random noise (dropout) differ between any two runs: compare without it.
+                with evaluating(model, guide):
+                    full = program.run(batch.args, batch.kwargs, fixed=_draws(full))
+                    some = _on_part(program, part, sizes, fixed)
+                    difference = _difference(found, full, some, sizes)
     if difference is not None:
         raise UnsupportedSite(
             difference,

@@ -1,5 +1,6 @@
 """Rows that are mixed inside a plate: found by changing the draws of a row, then summed or refused."""
 
+import contextlib
 import itertools
 import math
 
@@ -166,6 +167,61 @@ def test_rows_that_are_mixed_at_some_values_only_are_looked_at_from_both_sides(s
     loss = SiteELBO("score")(Product(), TwoCoins())
     loss.initialize()
     assert loss.binding.mixed_plates == ("data",)
+
+
+class BeginsAtZero(Params):
+    """A coupling of a plate's rows, or of the particles if there is no plate, that training turns on."""
+
+    def __init__(self, rows):
+        super().__init__(w=0.0)
+        self.rows = rows
+
+    def forward(self):
+        if self.rows:
+            with pyro.plate("data", 3):
+                z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3, dtype=F64)))
+                pyro.sample("x", dist.Normal(2 * z + self.w * z.sum(-1, keepdim=True), 1.0), obs=X)
+        else:
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3, dtype=F64)))
+            pyro.sample("x", dist.Normal(2 * z + self.w * z.mean(), 1.0), obs=X[0])
+
+
+class OneOrThree(Params):
+    def __init__(self, rows):
+        super().__init__(a=[0.4, -0.7, 0.2] if rows else 0.4)
+        self.rows = rows
+
+    def forward(self):
+        with pyro.plate("data", 3) if self.rows else contextlib.nullcontext():
+            pyro.sample("z", dist.Bernoulli(logits=self.a))
+
+
+@pytest.mark.parametrize("word", ["score", "rloo", "enumerate"])
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.filterwarnings("ignore::gumbo.errors.GumboWarning")
+def test_a_coupling_that_begins_at_zero_is_seen_before_training_turns_it_on(rows, word):
+    """At zero no term shows it, and the programs are looked at once: later gradients lacked the cost of other rows."""
+    model, guide = BeginsAtZero(rows), OneOrThree(rows)
+    particles = SiteELBO(word, num_particles=2 if word == "rloo" or not rows else 1)
+    loss = particles(model, guide).initialize()
+    assert model.w.item() == 0.0
+    with torch.no_grad():
+        model.w.fill_(-1.5)
+    mean = mean_over_draws(lambda: gradient(loss(), nn.ModuleList([model, guide])))
+    assert torch.allclose(mean, exact_gradient(model, guide), rtol=0, atol=1e-10)
+
+
+def test_a_trial_run_away_from_zero_leaves_parameters_and_graphs_as_they_were():
+    model, guide = BeginsAtZero(True), OneOrThree(True)
+    before = 3 * model.w**2 + model.w  # its graph has kept the value of w
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = torch.rand(())
+        torch.manual_seed(0)
+        SiteELBO("score")(model, guide).initialize()
+        assert torch.rand(()) == expected
+    (before + SiteELBO("score")(model, guide)()).backward()
+    assert model.w.item() == 0.0 and model.w.grad is not None
 
 
 class Counts(Params):
