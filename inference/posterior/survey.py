@@ -306,9 +306,10 @@ class Survey:
             wrong = True
         except PROGRAM_ERRORS as error:
             self._check_arguments()
+            advice = "" if value.is_floating_point() else "; give floating-point numbers, as x.float() does"
             raise BadInput(
                 f"site {site['name']!r}: {describe(site['fn'])} has no log-probability for data of {value.dtype} and "
-                f"shape {tuple(value.shape)} ({first_line(error)}); give floating-point numbers, as x.float() does"
+                f"shape {tuple(value.shape)} ({first_line(error)}){advice}"
             ) from error
         if wrong:
             self._check_arguments()

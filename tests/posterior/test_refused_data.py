@@ -126,6 +126,16 @@ def test_boolean_data_are_one_line(name):
     assert "x.float()" in said and "'x': Bernoulli" in refusal(SCORING[name], coins, unread, X > 0.15)
 
 
+def test_a_law_without_a_density_is_not_taken_for_a_fault_of_the_data():
+    one = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+
+    def chain(x):
+        pyro.sample("x", dist.LinearHMM(one, torch.eye(1), one, torch.eye(1), one, duration=len(x)), obs=x[:, None])
+
+    with pytest.raises(BadInput, match=r"'x': LinearHMM has no log-probability .* is not implemented\)$"):
+        evaluate(chain, lambda x: None, X)
+
+
 @pytest.mark.parametrize("name", SCORING)
 def test_sparse_data_are_one_line(name):
     said = refusal(SCORING[name], model, unread, X.to_sparse())
