@@ -104,7 +104,8 @@ def audit(
           over the same length), ``total_bias``, ``total_bias_error``, ``total_cosine``, ``max_z`` over all parameters,
           and ``total_variance``, ``total_signal_to_noise`` over the guide's, where estimators differ;
         - ``evaluations`` (mean number of model runs per step), ``seconds`` (median time of a step, estimators
-          interleaved), ``work_normalized_variance`` (total variance × seconds), ``evaluation_normalized_variance``;
+          interleaved, without what other processes took of a CPU), ``work_normalized_variance`` (total variance ×
+          seconds), ``evaluation_normalized_variance``;
         - ``warnings``: the estimator's warnings.
 
         Verdicts are ``"ok"``; ``"flagged: …"`` for a biased estimator that is declared unbiased; ``"biased"`` and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -181,11 +181,9 @@ class Draws:
         if self.frozen is not None:
             store = {part: dict(held) for part, held in self.frozen.items()}
         with self.stage.held(store), grads_aside(self.stage.model, self.stage.guide, self.stage.parameters):
-            _synchronize(self.stage.parameters)
-            start = time.perf_counter()
+            watch = _Stopwatch(self.stage.parameters.values())
             value = self.loss.loss_and_grads(self.stage.model, self.stage.guide, *self.stage.args, **self.stage.kwargs)
-            _synchronize(self.stage.parameters)
-            seconds = time.perf_counter() - start
+            seconds = watch.seconds()
             gradient = {name: flat_gradient(leaf) for name, leaf in self.stage.parameters.items()}
         if self.optimizer is not None:
             if self.frozen is None:
@@ -215,6 +213,24 @@ class Draws:
         return found
 
 
-def _synchronize(parameters: Mapping[str, Tensor]) -> None:
-    if any(leaf.is_cuda for leaf in parameters.values()):
-        torch.cuda.synchronize()
+class _Stopwatch:
+    """Seconds since it was made, without those in which other processes had the processor.
+
+    These are the smaller of the time that has passed, and the processor's time of all threads. On a GPU, or where the
+    system counts the processor's time in large units, they are the time that has passed.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        self.on_gpu = any(leaf.is_cuda for leaf in parameters)
+        self._began = self._now()
+
+    def _now(self) -> tuple[float, ...]:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return (time.perf_counter(),) if self.on_gpu or _COARSE else (time.perf_counter(), time.process_time())
+
+    def seconds(self) -> float:
+        return min(now - then for now, then in zip(self._now(), self._began, strict=True))
+
+
+_COARSE = time.get_clock_info("process_time").resolution > 1e-5

@@ -22,6 +22,7 @@ from gumbo.inference.auditing.moments import Moments
 from gumbo.inference.auditing.plot import pareto_front
 from gumbo.inference.auditing.recommendation import _reason
 from gumbo.inference.auditing.reference import Reference
+from gumbo.inference.auditing.sampler import _Stopwatch
 from gumbo.inference.estimators import Baseline, GumbelSoftmax, LeaveOneOut, Pathwise, ScoreFunction
 from gumbo.inference.objectives.evidence import EvidenceLowerBound
 from gumbo.inference.objectives.importance import ImportanceWeightedBound
@@ -885,3 +886,11 @@ def test_a_reference_of_paths_stays_where_the_cost_is_smooth_and_another_word_is
 @pytest.mark.parametrize(("other", "says"), [(1.02, "as much as stl"), (2.6, "2.6 times below stl")])
 def test_a_recommendation_says_how_far_the_next_one_is(other, says):
     assert _reason("rloo", [1.0, other], 0, ["rloo", "stl"], unsure=False).endswith(f"not flagged, {says}")
+
+
+@pytest.mark.parametrize("passed, processor, seconds", [(5.0, 1.0, 1.0), (1.0, 2.0, 1.0)], ids=["busy", "two threads"])
+def test_a_step_takes_no_longer_because_others_have_the_processor(passed, processor, seconds, monkeypatch):
+    clocks = {"perf_counter": iter([10.0, 10.0 + passed]), "process_time": iter([3.0, 3.0 + processor])}
+    for name, times in clocks.items():
+        monkeypatch.setattr(f"time.{name}", lambda times=times: next(times))
+    assert _Stopwatch([torch.ones(())]).seconds() == seconds
