@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...tables import digits
 from .bias import Comparison, adjusted, compare
 from .directions import Directions
 from .moments import Central
@@ -210,7 +211,8 @@ def _judgement(
         said["verdict"] = "ok"
     if needed is not None and not said["any_flagged"]:
         said["verdict"] = (
-            f"cannot say: at {row.moments.count} gradients one of the opposite sign could pass; draw about {needed:.1g}"
+            f"cannot say: at {row.moments.count} gradients one of the opposite sign could pass; draw about "
+            f"{digits(float(f'{needed:.1g}'))}"
         )
     return said
 

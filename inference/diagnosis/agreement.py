@@ -21,7 +21,7 @@ def between_refits(collection: Collection) -> dict[str, Verdict]:
     worst = max(found, key=lambda name: found[name].max())
     count, many = int((values > RHAT).sum()), allowed(len(values))
     text = (
-        f"over {collection.chains} fits R̂ is above {RHAT} in {count} of {len(values)} dimensions ({many} may be), "
+        f"over {collection.chains} fits R̂ is above {RHAT} in {count} of {len(values)} dimensions ({many} allowed), "
         f"at most {values.max():.2f} at {worst} (Vehtari et al. 2021, arXiv:1903.08008)"
     )
     word = ALARM if count > many else OK

@@ -65,7 +65,7 @@ def left_out(
     text = (
         f"{what}: given the other latents, values of {picked[worst].name} that the guide hardly draws hold up to "
         f"{lacking.max():.2f} more of the model's probability than of the guide's ({nats:.2f} nats, limit {limit:.2f}, "
-        f"exceeded in {count}; {many} may be)"
+        f"exceeded in {count}; {many} allowed)"
     )
     numbers = float(nats), float(limit)
     if count > many:

@@ -206,7 +206,7 @@ def _judged(found: _Found, plan: _Plan, target: Target, refit: str) -> Verdict:
     what = f"{len(found.own)} data" if plan.plates else "all latents together"
     text = (
         f"{what}: proposals from the prior and from images of the guide's draws find {found.missed.max():.2f} nats "
-        f"more evidence than the guide's draws at most, above {limit:.2f} in {int(found.sure.sum())}; {many} may be "
+        f"more evidence than the guide's draws at most, above {limit:.2f} in {int(found.sure.sum())}; {many} allowed "
         f"({_PAPER})"
     )
     numbers = float(found.missed.max()), limit

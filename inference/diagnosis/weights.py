@@ -41,7 +41,7 @@ def tails(units: Units) -> Verdict:
     flat = bool((known == 0).all()) and not unknown
     error = khat_error(units.draws, limit)
     if len(known):
-        text += f"k̂ is above {limit:.2f} in {high} of {len(units)} (at most {worst:.2f} ± {error:.2f}); {many} may be"
+        text += f"k̂ is above {limit:.2f} in {high} of {len(units)} (at most {worst:.2f} ± {error:.2f}); {many} allowed"
     if unknown:
         text += f"{', and ' if len(known) else ''}{unknown} of {len(units)} have weights without a tail to fit"
     text += f" ({_PAPER})"
@@ -88,7 +88,7 @@ def effective_draws(units: Units) -> Verdict:
     low, many = int((units.ess < ESS * units.draws).sum()), allowed(len(units))
     text = (
         f"{units.what}: the importance ESS is below {ESS:.0%} of {units.draws} draws in {low} of {len(units)} (least "
-        f"{units.ess.min():.0f}); {many} may be"
+        f"{units.ess.min():.0f}); {many} allowed"
     )
     value = float(units.ess.min() / units.draws)
     if units.noise > INNER_NOISE:
