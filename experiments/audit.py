@@ -165,9 +165,14 @@ def batch(config: Audit):
         return None, None
     from gumbo.experiments.data import load
 
-    data = load(config.data, binarize="static")
-    labels = data.labels.get("train")
-    return data.train[: config.batch_size], None if labels is None else labels[: config.batch_size]
+    data = load(config.data, binarize="auto")
+    if data.rows is None:
+        images, labels = data.train, data.labels.get("train")
+    else:  # read on demand
+        from gumbo.inference.engine.sources import Source
+
+        images, labels = data.batch(Source(data.rows, f"dataset {data.name!r}").held())
+    return images[: config.batch_size], None if labels is None else labels[: config.batch_size]
 
 
 def made(registry: Registry[Any], name: str, kind: str, positional: tuple, options: Mapping[str, Any]) -> Callable:

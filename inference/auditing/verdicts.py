@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...tables import digits
 from .bias import Comparison, adjusted, compare
 from .directions import Directions
 from .moments import Central
@@ -212,7 +211,7 @@ def _judgement(
     if needed is not None and not said["any_flagged"]:
         said["verdict"] = (
             f"cannot say: at {row.moments.count} gradients one of the opposite sign could pass; draw about "
-            f"{digits(float(f'{needed:.1g}'))}"
+            f"{float(f'{needed:.1g}'):,.0f}"
         )
     return said
 

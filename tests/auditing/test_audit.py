@@ -804,6 +804,20 @@ def test_the_verb_on_the_collection(tmp_path, capsys):
     assert "recommended: enumerate" in said and "flagged" not in said
 
 
+@pytest.mark.parametrize("form", ["counts", "splits"])
+def test_the_verb_takes_data_of_ones_own_as_they_are(form, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_counts.py").write_text(
+        "import numpy as np\n"
+        "def counts():\n    return np.arange(160.0).reshape(40, 4) % 7\n"
+        "def splits(folder, splits):\n    return {s: (np.arange(160.0).reshape(10, 4, 4) % 7, None) for s in splits}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--model_options.likelihood=poisson", "--model_options.hidden=[4]", "--data", f"own_counts:{form}"]
+    main(["gaussian-vae", "normal", *options, "--estimators", "pathwise", "--num_samples", "20", "--folder", "found"])
+    assert "recommended: pathwise" in capsys.readouterr().out
+    sys.modules.pop("own_counts", None)
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
