@@ -17,6 +17,7 @@ from ..estimators._distributions import (
     has_score_term,
     is_deterministic,
     is_discrete,
+    learnt_parts,
     why_other_draws,
 )
 from .handlers import check_law
@@ -121,14 +122,18 @@ class Resolution:
     def __init__(self, words: Words):
         self.words = words
         self.known: dict[tuple[str, type, bool], Estimator] = {}
+        self._checked: set[tuple[tuple[str, type, bool], tuple[str, ...]]] = set()
         self.joint: set[str] = set()
 
     def __call__(self, msg: Mapping[str, Any]) -> Estimator:
-        """The estimator of a site, checked once for each family of the site's distributions."""
+        """The estimator of a site, checked for each family of its distributions and each set of learnt parts."""
         # Not by the type of a wrapper: a Normal and a Bernoulli under to_event have one.
         key = (msg["name"], type(elementary(msg["fn"])), getattr(msg["fn"], "has_rsample", False))
-        if key not in self.known:
-            self.known[key] = self._choose(msg)
+        # A bound that was frozen in an earlier call and is learnt in this one moves the support.
+        case = (key, learnt_parts(msg["fn"]))
+        if case not in self._checked:
+            self.known.setdefault(key, self._choose(msg))
+            self._checked.add(case)
         return self.known[key]
 
     def of_all(self, seen: Run, again: Callable[[], Run] | None = None) -> dict[str, Estimator]:

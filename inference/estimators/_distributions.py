@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import pyro.distributions as dist
@@ -265,6 +266,25 @@ def numbers_of(fn: Distribution) -> Iterator[Tensor]:
             yield item
         elif isinstance(item, Distribution):
             yield from numbers_of(item)
+
+
+def learnt_parts(fn: Distribution) -> tuple[str, ...]:
+    """The names of the parts of a distribution that require grad, down to the tensors; one for a map with a network.
+
+    >>> import pyro.distributions as dist
+    >>> learnt_parts(dist.LogNormal(torch.zeros(2), torch.ones(2, requires_grad=True)).to_event(1))
+    ('base_dist.scale',)
+    """
+    fn, found = elementary(fn), []
+    for name, item in vars(fn).items():
+        if isinstance(item, Tensor):
+            found += [name] * item.requires_grad
+        elif isinstance(item, Distribution):
+            found += [f"{name}.{part}" for part in learnt_parts(item)]
+    for place, part in enumerate(parts_of(getattr(fn, "transforms", ()))):
+        most = 1 if isinstance(part, torch.nn.Module) else None
+        found += [f"transforms.{place}" for _ in islice(_learnt_by(part), most)]
+    return tuple(found)
 
 
 def is_bernoulli(fn: Distribution) -> bool:

@@ -14,6 +14,7 @@ import torch
 from exact_means import exact_gradient
 from programs import F64, OneCoinGuide, OneCoinModel, Params, X, gradient
 from torch import nn
+from torch.distributions.transforms import AffineTransform
 
 from gumbo.errors import BadInput, CallsAutograd, UnsupportedSite
 from gumbo.inference import SiteELBO, audit, diagnose, evaluate, fit, to_arviz
@@ -384,3 +385,30 @@ def test_a_family_that_a_later_call_takes_is_checked_under_any_wrapper(word, mas
     loss(False)
     with pytest.raises(UnsupportedSite, match="'z'.*(discrete|Bernoulli)"):
         loss(True)
+
+
+@pytest.mark.parametrize(
+    ("law", "word"),
+    [
+        (lambda at: dist.Uniform(0.0, at.exp()), "rloo"),
+        (lambda at: dist.Gamma(2.0 + at, 1.0), "measure-valued"),
+        (lambda at: dist.TransformedDistribution(dist.Uniform(0.0, 1.0), [AffineTransform(0.0, at.exp())]), "score"),
+    ],
+)
+def test_a_parameter_that_a_later_call_learns_is_checked(law, word):
+    """Frozen in the first call, it moves no support; its gradient would then be 0 without an error."""
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.at = nn.Parameter(torch.zeros((), dtype=F64), requires_grad=False)
+
+        def forward(self):
+            pyro.sample("z", law(self.at))
+
+    guide = Guide()
+    loss = SiteELBO(word, num_particles=2)(lambda: pyro.sample("z", dist.Exponential(torch.ones((), dtype=F64))), guide)
+    loss()
+    guide.at.requires_grad_(True)
+    with pytest.raises(UnsupportedSite, match="'z'.*(support|learns)"):
+        loss()
