@@ -21,14 +21,17 @@ from ..estimators._distributions import coordinate_values, elementary
 from .programs import Program
 from .records import Frame, Run, Site
 
+FEW_ROWS, BLENDS = 8, 2  # plates of so few rows are changed from so many further pairs of draws
+
 
 def mixed_plates(program: Program, first: Run, args: tuple, kwargs: Mapping[str, Any]) -> frozenset[str]:
     """The names of the plates in which a change of one row's draws changes another row's terms.
 
     The draws of some rows are changed, with all other draws and the programs' own noise fixed; then again with all
-    other draws replaced. The log-probabilities of the rows that are not changed are compared bit for bit. The rows are
-    the first, the last, a random one, and groups such that for any two rows one of them has the first and not the
-    second. The check can find dependence; it cannot prove independence: a program may combine rows at other values.
+    other draws replaced, and for plates of few rows from further draws. The log-probabilities of the rows that are not
+    changed are compared bit for bit. The rows are the first, the last, a random one, and groups such that for any two
+    rows one of them has the first and not the second. The check can find dependence; it cannot prove independence: a
+    program may combine rows at other values.
 
     Args:
         program: one particle of the programs without estimators, with their own noise separate. The run changes random
@@ -60,13 +63,19 @@ def mixed_plates(program: Program, first: Run, args: tuple, kwargs: Mapping[str,
     others = {name: another_value(site) for name, site in drawn.items()}
     groups = {plate: _groups(plate[2]) for plate in plates}
     found: set[str] = set()
-    # Rows that depend on each other at some values only (a product of Bernoullis) show in one of the directions.
-    for here, there in ((values, others), (others, values)):
+    # Rows that depend on each other at some values only (a product of Bernoullis) show in one of the directions. Few
+    # rows have few values, which may all be others in both; they are changed from further ones too.
+    pairs = [(values, others), *(_blend(drawn, values, others) for _ in range(BLENDS))]
+    directions = [way for pair in pairs for way in (pair, pair[::-1])]
+    for number, (here, there) in enumerate(directions):
+        left = [plate for plate in plates if plate[0] not in found and (number < 2 or plate[2] <= FEW_ROWS)]
+        if not left:
+            continue
         as_drawn = again(here)
         # Sites that exist at these draws only are drawn now; a repetition keeps their draws.
         new = {} if as_drawn is None else _drawn(as_drawn)
-        for plate in plates:
-            if plate[0] in found:
+        for plate in left:
+            if plate[0] in found:  # as another frame of the same name
                 continue
             for rows in groups[plate]:
                 changed = {name: _with_rows(drawn[name], here[name], there[name], plate, rows) for name in drawn}
@@ -79,6 +88,20 @@ def mixed_plates(program: Program, first: Run, args: tuple, kwargs: Mapping[str,
                     found.add(plate[0])
                     break
     return frozenset(found)
+
+
+def _blend(
+    drawn: Mapping[str, Site], values: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Each element from one of two sets of values at random, and from the other one."""
+    one, two = {}, {}
+    for name, site in drawn.items():
+        event = site.fn.event_dim
+        half = torch.rand(values[name].shape[: values[name].dim() - event]) < 0.5
+        half = half.to(values[name].device).reshape(half.shape + (1,) * event)
+        one[name] = torch.where(half, values[name], others[name])
+        two[name] = torch.where(half, others[name], values[name])
+    return one, two
 
 
 def another_value(site: Site) -> Tensor:

@@ -169,6 +169,24 @@ def test_rows_that_are_mixed_at_some_values_only_are_looked_at_from_both_sides(s
     assert loss.binding.mixed_plates == ("data",)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_few_rows_that_are_mixed_at_few_values_are_looked_at_from_further_draws(seed):
+    """A row reads whether both coins of the other row are up: a quarter of the draws hide it in both directions."""
+
+    def guide():
+        rows = pyro.plate("rows", 2, dim=-2)
+        with rows, pyro.plate("coins", 2, dim=-1):
+            return rows, pyro.sample("z", dist.Bernoulli(torch.tensor(0.5, dtype=F64)))
+
+    def model():
+        rows, z = guide()
+        with rows:
+            pyro.sample("x", dist.Normal(z.prod(-1, keepdim=True).flip(-2), 1.0), obs=X[:2, None])
+
+    torch.manual_seed(seed)
+    assert "rows" in plates_mixed_by(model, guide, (), {})
+
+
 class BeginsAtZero(Params):
     """A coupling of a plate's rows, or of the particles if there is no plate, that training turns on."""
 
