@@ -35,6 +35,7 @@ LABELS = {
     "distortion": "distortion",
 }
 _NOT_NUMBERS = ("values", "_marks", "_ask", "_together")
+FEW, DOMINATED = 10, 0.05  # draws from which one with half the weight is remarkable, and the share of data to tell of
 # Log-weights beyond which the progress is shown unless that is refused.
 _QUIET = 2_000_000
 
@@ -69,6 +70,9 @@ class Evaluation:
     k̂ of these weights. If k̂ shows that the weights are unreliable, ``log_evidence`` is NaN and ``reason`` says why;
     ``elbo`` remains a lower bound.
 
+    ``dominated`` is the share of the data, where each has ten weights or more of its own, of which one draw has more
+    than half the weight: for these the estimate is far from converged, and its error of the draws is too small.
+
     ``log_predictive`` is the mean log predictive density, log E_q[p(x_n | global latents)]. On the guide's training
     data it is in-sample and above the evidence; without global latents it equals the evidence.
 
@@ -98,6 +102,7 @@ class Evaluation:
     distortion_mc_se: float = math.nan
     num_local_samples: int = 1
     khat: float = math.nan
+    dominated: float = math.nan
     reason: str = ""
     values: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
     _marks: tuple = field(default=(), compare=False, repr=False)
@@ -144,8 +149,15 @@ class Evaluation:
                 rows.append((label, f"{mean:.3f}", f"{error:.3f}", f"{drawn:.2g}"))
         return rows
 
-    def _about_khat(self) -> str:
-        if self.reason or math.isnan(self.khat):
+    def _about_weights(self) -> str:
+        if self.reason:
+            return ""
+        if self.dominated > DOMINATED:
+            return (
+                f"log p(x) is a loose lower bound: for {self.dominated:.0%} of the data one draw has more than half the"
+                " weight; take more draws or a better guide"
+            )
+        if math.isnan(self.khat):
             return ""
         return f"k̂ of the weights behind log p(x) is {self.khat:.2f}, limit {khat_limit(self.num_samples):.2f}"
 
@@ -153,7 +165,7 @@ class Evaluation:
         lines = [f"{self.num_data} data, {self._draws()}; nats per datum ± error over the data (± of the draws)"]
         for label, mean, error, drawn in self._rows():
             lines.append(f"  {label:14} " + (f"{mean:>9} ± {error} (± {drawn})" if error else mean))
-        if about := self._about_khat():
+        if about := self._about_weights():
             lines.append(f"  {about}")
         indents = ["  ", *[17 * " "] * (len(lines) - 1)]
         return "\n".join(
@@ -164,7 +176,9 @@ class Evaluation:
     def _repr_html_(self) -> str:
         """The same table for notebooks."""
         heads = ["nats per datum", "mean", "± over the data", "± of the draws"]
-        return html(heads, self._rows(), above=[f"{self.num_data} data, {self._draws()}"], below=[self._about_khat()])
+        return html(
+            heads, self._rows(), above=[f"{self.num_data} data, {self._draws()}"], below=[self._about_weights()]
+        )
 
     def _draws(self) -> str:
         if self.num_local_samples == 1:
@@ -425,6 +439,8 @@ def _summary(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     found = {name: value.mean(0) for name, value in terms.items()}
     found["log_predictive"] = torch.logsumexp(log_weight, 0) - math.log(draws)
     if draws > 1:
+        if draws >= FEW:
+            found["dominated"] = (log_weight.amax(0) - found["log_predictive"] > math.log(draws / 2)).double()
         terms["log_predictive"] = log_weight.sub_(found["log_predictive"]).exp_()
         found |= {f"{name} variance": value.var(0) for name, value in terms.items()}
     return found
@@ -436,6 +452,8 @@ def _of_independent(weighing: Weighing, pieces: list[dict[str, torch.Tensor]]) -
     values = {name: value for name, value in found.items() if not name.endswith(" variance")}
     count = len(values["elbo"])
     numbers: dict[str, Any] = {"num_data": count, "reason": weighing.no_evidence(count, False)}
+    if "dominated" in values:
+        numbers["dominated"] = values.pop("dominated").mean().item()
     for name, value in values.items():
         numbers[name], numbers[f"{name}_se"] = _mean_and_error(value)
         variance = found.get(f"{name} variance")
