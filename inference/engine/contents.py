@@ -104,8 +104,6 @@ class Contents:
             if not is_of_a_library(value.__name__ if isinstance(value, ModuleType) else value.__module__):
                 for inner in sorted(names & vars(value).keys()):
                     self._add_read(f"{name}.{inner}", lambda inner=inner: vars(value).get(inner), set())
-        elif isinstance(value, partial) or _underlying(value) is not None:
-            self.add_function(value)
         else:
             self.add(name, get)
 
@@ -196,6 +194,11 @@ def _same_array(array: np.ndarray) -> Same:
         return bool(np.array_equal(now, before, equal_nan=missing))
 
     return same
+
+
+def closed_over(program: object) -> list[Any]:
+    """The values of the variables that a function or a method closes over; None for one that is not assigned yet."""
+    return [_content_of(cell) for cell in getattr(getattr(program, "__func__", program), "__closure__", None) or ()]
 
 
 def _content_of(cell: CellType) -> Any:

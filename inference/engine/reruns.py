@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import CellType
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ from ..estimators import Estimator, GumbelSoftmax, Pathwise
 from ..estimators._base import Draw, pad_left
 from ..estimators._distributions import describe, has_score_term
 from ..estimators.relaxation import Mean
+from .contents import closed_over
 from .first_order import first_order
 from .programs import Program
 from .records import Run, Site
 from .terms import Layout, Row, cost_at
 
 Cost = Callable[[Run, Draw], Tensor]
-_EMPTY = CellType()
 
 
 class RunsAgain(Exception):
@@ -246,10 +245,7 @@ def _rescaled(again: Site, site: Site) -> Tensor:
 
 def _parts(program: Any) -> list[Any]:
     """A program with the object that it is a method of, and what it closes over."""
-    cells = getattr(getattr(program, "__func__", program), "__closure__", None) or ()
-    # The content of an empty cell, of a name that is not assigned yet, cannot be read.
-    closed = [cell.cell_contents for cell in cells if cell != _EMPTY]
-    return [program, getattr(program, "__self__", None), *closed]
+    return [program, getattr(program, "__self__", None), *closed_over(program)]
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import inspect
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import CellType
 from typing import Any
 
 import pyro
@@ -18,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ...errors import BadInput
 from ...options import check_seed
+from .contents import closed_over
 
 # Pyro's handlers and param store, and torch's generators, are global to the process: threads take turns.
 one_at_a_time = threading.RLock()
@@ -36,9 +36,8 @@ def autoguides_in(program: object) -> list[AutoGuide]:
     """Pyro's autoguides in a program, itself included."""
     roots = modules_of(program, getattr(program, "__self__", None))
     if inspect.isfunction(program):
-        cells = (cell.cell_contents for cell in program.__closure__ or () if cell != CellType())  # empty: no value
         named = (program.__globals__.get(name) for name in program.__code__.co_names)
-        roots += [one for one in (*cells, *named) if isinstance(one, torch.nn.Module)]
+        roots += [one for one in (*closed_over(program), *named) if isinstance(one, torch.nn.Module)]
     return [module for root in roots for module in root.modules() if isinstance(module, AutoGuide)]
 
 

@@ -229,7 +229,16 @@ def set_held(value):
     return lambda model, monkeypatch: setattr(model, "held", value)
 
 
+def factor_of(held):
+    return 1.0
+
+
+def set_function(model, monkeypatch):
+    monkeypatch.setitem(globals(), "factor_of", lambda held: 2.0)
+
+
 HELD = {
+    "global function": (lambda: None, lambda held: factor_of(held), set_function),
     "namespace": (lambda: SimpleNamespace(factor=1.0), attribute, set_attribute),
     "options of a command": (lambda: Namespace(factor=1.0), attribute, set_attribute),
     "slot": (Slotted, attribute, set_attribute),
