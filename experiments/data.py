@@ -208,9 +208,10 @@ def load(
     if name not in datasets and (Path(name).suffix in FILES or Path(name).is_file()):
         raise BadInput(f"dataset {name!r} is a file: name a function that reads it and returns an array, mymodule:rows")
     loader = named(datasets, name)
+    reads_files = takes(loader, 2)
     with _explained(name):
-        read = loader(Path(root) if root is not None else data_folder(), splits) if takes(loader, 2) else loader()
-    if not takes(loader, 2):
+        read = loader(Path(root) if root is not None else data_folder(), splits) if reads_files else loader()
+    if not reads_files:
         return _own(name, read, binarize, splits, dtype)
     read = _checked(name, read, splits)
     shape = next(iter(read.values()))[0].shape[1:]

@@ -7,7 +7,6 @@ import re
 import shlex
 import signal
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +22,7 @@ from gumbo.experiments._workers import check_workers, in_parallel
 from gumbo.experiments.compare import mean_and_error
 from gumbo.experiments.reproduction.orderings import is_relaxed
 from gumbo.files import write_whole
-from gumbo.tables import folded
+from gumbo.tables import folded, wrapped
 
 ALL = "all"
 SETTINGS = ("seeds", "steps", "share")  # columns
@@ -239,8 +238,7 @@ def show(table, found: Sequence[dict[str, Any]]) -> None:
     said += [f"each: {', '.join(f'{head} {value}' for head, value in common.items())}"] if common else []
     said += folded([*columns], [*zip(*columns.values(), strict=True)], gap=1)
     said += table.conclude(found) if table.conclude else []
-    wrap = textwrap.TextWrapper(80, replace_whitespace=False, subsequent_indent="  ", break_on_hyphens=False)
-    print("\n".join(wrap.fill(line) for line in said))
+    print("\n".join(map(wrapped, said)))
 
 
 def write_report(path: Path, table, found: Sequence[dict[str, Any]]) -> None:

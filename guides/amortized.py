@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import re
-import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch.distributions import biject_to
 from ..arrays import readable, refuse_table
 from ..errors import BadInput, UnknownName
 from ..models._networks import beside_each_other
-from ..tables import folded
+from ..tables import folded, wrapped
 from ._conditionals import Family, family_of
 from ._encoders import WIDEST, GlobalHead, LocalHead, Own, Trunk, aligned, flattened
 from ._inversion import Inverse, drawn_in_model_order, faithful_inverse
@@ -462,8 +461,8 @@ class AmortizedGuide(PyroModule):
             reasons.setdefault(d.why, []).append(d.site)
         said = [f"{', '.join(sites)}: {why}" for why, sites in reasons.items()]
         said += [f"note: {note}" for note in self.notes]
-        lines = [textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False) for text in said]
-        return "\n".join([f"dependencies: {self.dependencies}", *folded(heads, body, left=len(heads)), *lines])
+        table = folded(heads, body, left=len(heads))
+        return "\n".join([f"dependencies: {self.dependencies}", *table, *map(wrapped, said)])
 
     def __str__(self) -> str:
         return self.table()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from itertools import zip_longest
@@ -96,6 +97,16 @@ def _lines(pieces: Sequence[str], width: int) -> list[str]:
             lines.append("")
         lines[-1] += piece
     return [line.rstrip() for line in lines]
+
+
+def wrapped(text: str, indent: str = "  ") -> str:
+    """A text in lines of at most 80 characters, those after the first indented.
+
+    >>> wrapped("word " * 20).splitlines()[1]
+    '  word word word word'
+    """
+    # Names with hyphens stay whole; a table among the texts keeps its spaces.
+    return textwrap.fill(text, 80, replace_whitespace=False, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def holds_numbers(cells: Sequence[str]) -> bool:

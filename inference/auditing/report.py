@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import textwrap
 
 import xarray
 
-from ...tables import digits, folded, html
+from ...tables import digits, folded, html, wrapped
 from .recommendation import recommend
 
 
@@ -106,5 +105,4 @@ def _table(report: xarray.Dataset) -> str:
     said = [facts(report), "", *folded(_ON_SCREEN, body, left=2, gap=1), "", *remarks(report)]
     said += [LIMIT] if any(line[1] == "ok" for line in body) else []
     said.append(advice(report))
-    wrap = textwrap.TextWrapper(80, replace_whitespace=False, subsequent_indent="  ", break_on_hyphens=False)
-    return "\n".join(line for text in said for line in wrap.wrap(text) or [""])
+    return "\n".join(map(wrapped, said))

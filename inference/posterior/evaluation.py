@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,7 +14,7 @@ import torch
 from ...changes import announce
 from ...errors import BadInput, GumboWarning
 from ...options import holds_to_annotations
-from ...tables import html
+from ...tables import html, wrapped
 from ..engine.progress import bar
 from ..engine.rows import ProcessGroup, Rows, pieces_of
 from ..engine.scopes import private_seed
@@ -168,10 +167,7 @@ class Evaluation:
         if about := self._about_weights():
             lines.append(f"  {about}")
         indents = ["  ", *[17 * " "] * (len(lines) - 1)]
-        return "\n".join(
-            textwrap.fill(line, 80, subsequent_indent=indent, break_on_hyphens=False)
-            for line, indent in zip(lines, indents, strict=True)
-        )
+        return "\n".join(map(wrapped, lines, indents))
 
     def _repr_html_(self) -> str:
         """The same table for notebooks."""

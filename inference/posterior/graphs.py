@@ -97,7 +97,9 @@ class Graphs:
         if self._watched is not None and self._watched.sees_a_change():
             self._graphs, self._watched = {}, None
         if (count, len(batch)) not in self._graphs:
-            self._graphs[count, len(batch)] = self._capture(sweep, batch, count)
+            # The capture draws: random state, also that of a device, stays as it is.
+            with private_seed(None, sweep.model, sweep.guide, *_tensors(batch)):
+                self._graphs[count, len(batch)] = self._capture(sweep, batch, count)
         if self._watched is None:
             self._watched = Watch(self.networks, self._replaced)
             self._watched.add_layouts(self.networks.tensors)
@@ -109,11 +111,6 @@ class Graphs:
         return Terms(*graph(*self.networks.tensors(), *_tensors(batch), *noise.buffers))
 
     def _capture(self, sweep: Sweep, batch: Rows, count: int) -> tuple[Noise, Callable[..., list[Tensor]]]:
-        """The runs of a batch as a graph; random state, also that of a device, stays as it is."""
-        with private_seed(None, sweep.model, sweep.guide, *_tensors(batch)):
-            return self._captured(sweep, batch, count)
-
-    def _captured(self, sweep: Sweep, batch: Rows, count: int) -> tuple[Noise, Callable[..., list[Tensor]]]:
         self.made += 1
         tape = Tape()
         here, names = self.networks.tensors(), self.networks.names()
